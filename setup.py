@@ -1,0 +1,43 @@
+"""Build of the compiled modules; everything else is in pyproject.toml.
+
+SMMUFAST_DEBUG=1 builds with Cython's bounds checks and with C assertions.
+"""
+
+import os
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("SMMUFAST_DEBUG") == "1"
+MODULES = ["_memory", "_pasid", "_smmu"]
+
+extensions = [
+    Extension(
+        f"smmufast.{name}",
+        [f"smmufast/{name}.pyx"],
+        include_dirs=[numpy.get_include(), "smmufast"],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        undef_macros=["NDEBUG"] if DEBUG else [],
+        extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"],
+        depends=["smmufast/smmufast.h"],
+    )
+    for name in MODULES
+    if os.path.exists(f"smmufast/{name}.pyx")
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        compiler_directives={
+            "language_level": 3,
+            "binding": True,
+            "embedsignature": False,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": DEBUG,
+            "autotestdict": False,
+        },
+    )
+)

@@ -1,0 +1,1 @@
+"""An Arm SMMUv3 that other simulators import."""
