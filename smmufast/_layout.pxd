@@ -116,15 +116,12 @@ cdef enum:
     STE_SHCFG_OSH = 0x2
     STE_SHCFG_ISH = 0x3
     STE_NSCFG_INCOMING = 0x0
-    STE_NSCFG_INCOMING_1 = 0x1
     STE_NSCFG_SECURE = 0x2
     STE_NSCFG_NON_SECURE = 0x3
     STE_PRIVCFG_INCOMING = 0x0
-    STE_PRIVCFG_INCOMING_1 = 0x1
     STE_PRIVCFG_UNPRIVILEGED = 0x2
     STE_PRIVCFG_PRIVILEGED = 0x3
     STE_INSTCFG_INCOMING = 0x0
-    STE_INSTCFG_INCOMING_1 = 0x1
     STE_INSTCFG_DATA = 0x2
     STE_INSTCFG_INSTRUCTION = 0x3
     STE_S2IR0_NC = 0x0
@@ -270,11 +267,9 @@ cdef enum:
     GBPA_SHCFG_OSH = 0x2
     GBPA_SHCFG_ISH = 0x3
     GBPA_PRIVCFG_INCOMING = 0x0
-    GBPA_PRIVCFG_INCOMING_1 = 0x1
     GBPA_PRIVCFG_UNPRIVILEGED = 0x2
     GBPA_PRIVCFG_PRIVILEGED = 0x3
     GBPA_INSTCFG_INCOMING = 0x0
-    GBPA_INSTCFG_INCOMING_1 = 0x1
     GBPA_INSTCFG_DATA = 0x2
     GBPA_INSTCFG_INSTRUCTION = 0x3
     STRTAB_BASE_CFG_FMT_LINEAR = 0x0
@@ -1696,10 +1691,10 @@ cdef inline uint64_t pte_s1_valid(uint64_t d) noexcept nogil:
 cdef inline uint64_t pte_s1_set_valid(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFEULL) | (value & 0x1ULL)
 
-cdef inline uint64_t pte_s1_table(uint64_t d) noexcept nogil:
+cdef inline uint64_t pte_s1_type(uint64_t d) noexcept nogil:
     return (d >> 1) & 0x1ULL
 
-cdef inline uint64_t pte_s1_set_table(uint64_t d, uint64_t value) noexcept nogil:
+cdef inline uint64_t pte_s1_set_type(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFDULL) | ((value << 1) & 0x2ULL)
 
 cdef inline uint64_t pte_s1_attrindx(uint64_t d) noexcept nogil:
@@ -1854,10 +1849,10 @@ cdef inline uint64_t pte_s1_table_valid(uint64_t d) noexcept nogil:
 cdef inline uint64_t pte_s1_table_set_valid(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFEULL) | (value & 0x1ULL)
 
-cdef inline uint64_t pte_s1_table_table(uint64_t d) noexcept nogil:
+cdef inline uint64_t pte_s1_table_type(uint64_t d) noexcept nogil:
     return (d >> 1) & 0x1ULL
 
-cdef inline uint64_t pte_s1_table_set_table(uint64_t d, uint64_t value) noexcept nogil:
+cdef inline uint64_t pte_s1_table_set_type(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFDULL) | ((value << 1) & 0x2ULL)
 
 cdef inline uint64_t pte_s1_table_af(uint64_t d) noexcept nogil:
@@ -1952,10 +1947,10 @@ cdef inline uint64_t pte_s2_valid(uint64_t d) noexcept nogil:
 cdef inline uint64_t pte_s2_set_valid(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFEULL) | (value & 0x1ULL)
 
-cdef inline uint64_t pte_s2_table(uint64_t d) noexcept nogil:
+cdef inline uint64_t pte_s2_type(uint64_t d) noexcept nogil:
     return (d >> 1) & 0x1ULL
 
-cdef inline uint64_t pte_s2_set_table(uint64_t d, uint64_t value) noexcept nogil:
+cdef inline uint64_t pte_s2_set_type(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFDULL) | ((value << 1) & 0x2ULL)
 
 cdef inline uint64_t pte_s2_memattr(uint64_t d) noexcept nogil:
@@ -2098,10 +2093,10 @@ cdef inline uint64_t pte_s2_table_valid(uint64_t d) noexcept nogil:
 cdef inline uint64_t pte_s2_table_set_valid(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFEULL) | (value & 0x1ULL)
 
-cdef inline uint64_t pte_s2_table_table(uint64_t d) noexcept nogil:
+cdef inline uint64_t pte_s2_table_type(uint64_t d) noexcept nogil:
     return (d >> 1) & 0x1ULL
 
-cdef inline uint64_t pte_s2_table_set_table(uint64_t d, uint64_t value) noexcept nogil:
+cdef inline uint64_t pte_s2_table_set_type(uint64_t d, uint64_t value) noexcept nogil:
     return (d & 0xFFFFFFFFFFFFFFFDULL) | ((value << 1) & 0x2ULL)
 
 cdef inline uint64_t pte_s2_table_af(uint64_t d) noexcept nogil:

@@ -27,23 +27,22 @@ The generated file
 This module imports the standard library only, so that it runs before the package is built.
 """
 
-from __future__ import annotations
-
 import enum
+import operator
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from dataclasses import field as _field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
     "COMMANDS",
     "EVENTS",
+    "OUTPUT_BITS",
     "RECORDS",
     "REGISTERS",
     "Event",
@@ -157,6 +156,7 @@ class Record:
     fields: tuple[Field, ...]
     fixed: Mapping[str, int] = _field(default_factory=dict, hash=False)
     offset: int | None = None
+    _by_name: dict[str, Field] = _field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for f in self.fields:
@@ -182,7 +182,7 @@ class Record:
             If there is none.
         """
         try:
-            return self._by_name[name.lower()]  # type: ignore[attr-defined, no-any-return]
+            return self._by_name[name.lower()]
         except KeyError:
             raise ValueError(
                 f"{self.name} has no field {name!r}; it has "
@@ -191,6 +191,81 @@ class Record:
 
     def __repr__(self) -> str:
         return f"<Record {self.name}: {self.bytes} bytes, {len(self.fields)} fields>"
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+class Event(enum.IntEnum):
+    """Event numbers (IHI 0070, 7.3)."""
+
+    F_UUT = 0x01
+    C_BAD_STREAMID = 0x02
+    F_STE_FETCH = 0x03
+    C_BAD_STE = 0x04
+    F_BAD_ATS_TREQ = 0x05
+    F_STREAM_DISABLED = 0x06
+    F_TRANSL_FORBIDDEN = 0x07
+    C_BAD_SUBSTREAMID = 0x08
+    F_CD_FETCH = 0x09
+    C_BAD_CD = 0x0A
+    F_WALK_EABT = 0x0B
+    F_TRANSLATION = 0x10
+    F_ADDR_SIZE = 0x11
+    F_ACCESS = 0x12
+    F_PERMISSION = 0x13
+    F_TLB_CONFLICT = 0x20
+    F_CFG_CONFLICT = 0x21
+    E_PAGE_REQUEST = 0x24
+    F_VMS_FETCH = 0x25
+
+
+class Opcode(enum.IntEnum):
+    """Command opcodes (IHI 0070, 4.1); one opcode is CFGI_STE_RANGE and CFGI_ALL."""
+
+    PREFETCH_CONFIG = 0x01
+    PREFETCH_ADDR = 0x02
+    CFGI_STE = 0x03
+    CFGI_STE_RANGE = 0x04
+    CFGI_ALL = 0x04
+    CFGI_CD = 0x05
+    CFGI_CD_ALL = 0x06
+    CFGI_VMS_PIDM = 0x07
+    TLBI_NH_ALL = 0x10
+    TLBI_NH_ASID = 0x11
+    TLBI_NH_VA = 0x12
+    TLBI_NH_VAA = 0x13
+    TLBI_EL3_ALL = 0x18
+    TLBI_EL3_VA = 0x1A
+    TLBI_EL2_ALL = 0x20
+    TLBI_EL2_ASID = 0x21
+    TLBI_EL2_VA = 0x22
+    TLBI_EL2_VAA = 0x23
+    TLBI_S12_VMALL = 0x28
+    TLBI_S2_IPA = 0x2A
+    TLBI_NSNH_ALL = 0x30
+    ATC_INV = 0x40
+    PRI_RESP = 0x41
+    RESUME = 0x44
+    STALL_TERM = 0x45
+    SYNC = 0x46
+    TLBI_S_EL2_ALL = 0x50
+    TLBI_S_EL2_ASID = 0x51
+    TLBI_S_EL2_VA = 0x52
+    TLBI_S_EL2_VAA = 0x53
+    TLBI_S_S12_VMALL = 0x58
+    TLBI_S_S2_IPA = 0x5A
+    TLBI_SNH_ALL = 0x60
+    DPTI_ALL = 0x70
+    DPTI_PA = 0x73
+
+
+class StreamWorld(enum.IntEnum):
+    """Translation regime of a Non-secure stream (IHI 0070, 3.3.4), decoded from STRW and E2H."""
+
+    NS_EL1 = 0
+    EL2 = 1
+    EL2_E2H = 2
 
 
 # --- codes that several fields share ------------------------------------------------------------
@@ -206,11 +281,12 @@ _QUEUE_CACHE = {0: "NC: non-cacheable", 1: "WB: write-back", 2: "WT: write-throu
                 3: "reserved"}
 _TG0 = {0: "4K", 1: "64K", 2: "16K", 3: "reserved"}
 _TG1 = {0: "reserved", 1: "16K", 2: "4K", 3: "64K"}
-_PS = {0: "32: bits", 1: "36: bits", 2: "40: bits", 3: "42: bits", 4: "44: bits", 5: "48: bits",
-       6: "52: bits", 7: "56: bits"}
-_PRIVCFG = {0: "INCOMING", 1: "INCOMING_1: as 00", 2: "UNPRIVILEGED", 3: "PRIVILEGED"}
-_INSTCFG = {0: "INCOMING", 1: "INCOMING_1: as 00", 2: "DATA", 3: "INSTRUCTION"}
-_NSCFG = {0: "INCOMING", 1: "INCOMING_1: as 00", 2: "SECURE", 3: "NON_SECURE"}
+#: Bits of address that the codes of CD.IPS, STE.S2PS and IDR5.OAS stand for.
+OUTPUT_BITS = (32, 36, 40, 42, 44, 48, 52, 56)
+_PS = {code: f"{bits}: bits of address" for code, bits in enumerate(OUTPUT_BITS)}
+_PRIVCFG = {0: "INCOMING", 1: "incoming, as 00", 2: "UNPRIVILEGED", 3: "PRIVILEGED"}
+_INSTCFG = {0: "INCOMING", 1: "incoming, as 00", 2: "DATA", 3: "INSTRUCTION"}
+_NSCFG = {0: "INCOMING", 1: "incoming, as 00", 2: "SECURE", 3: "NON_SECURE"}
 _ENDI = {0: "little-endian", 1: "big-endian"}
 _STAGE2_MEMATTR = {
     0b0000: "DEVICE_NGNRNE", 0b0001: "DEVICE_NGNRE", 0b0010: "DEVICE_NGRE", 0b0011: "DEVICE_GRE",
@@ -414,8 +490,7 @@ _FAULT = (*_STREAM, _STAG, _STALL, *_ACCESS, _NSIPA, _S2, _CLASS, _INPUT, _IPA)
 
 
 def _overlay(field: Field) -> Field:
-    return Field(field.name, field.msb, field.lsb, field.doc, field.values,
-                 address=field.address, overlay=True, doubt=field.doubt)  # fmt: skip
+    return replace(field, overlay=True)
 
 
 EVENT = Record("EVENT", 32, "event: the fields that most events share", (
@@ -424,46 +499,46 @@ EVENT = Record("EVENT", 32, "event: the fields that most events share", (
 ))  # fmt: skip
 
 
-def _event(number: int, name: str, doc: str, *fields: Field) -> Record:
+def _event(name: str, doc: str, *fields: Field) -> Record:
     ordered = sorted((_ID, *fields), key=lambda f: f.lsb)
-    return Record(name, 32, doc, tuple(ordered), {"ID": number})
+    return Record(name, 32, doc, tuple(ordered), {"ID": Event[name].value})
 
 
 #: One record per event, by number.
 EVENTS: dict[int, Record] = {r.fixed["ID"]: r for r in (
-    _event(0x01, "F_UUT", "unsupported upstream transaction",
+    _event("F_UUT", "unsupported upstream transaction",
            *_STREAM, _REASON, *_ACCESS, _INPUT),
-    _event(0x02, "C_BAD_STREAMID", "StreamID out of range", *_STREAM),
-    _event(0x03, "F_STE_FETCH", "fetch of an STE or L1STD aborted",
+    _event("C_BAD_STREAMID", "StreamID out of range", *_STREAM),
+    _event("F_STE_FETCH", "fetch of an STE or L1STD aborted",
            *_STREAM, _REASON, _GPCF, _FETCH),
-    _event(0x04, "C_BAD_STE", "STE invalid or illegal", *_STREAM),
-    _event(0x05, "F_BAD_ATS_TREQ", "ATS translation request refused",
+    _event("C_BAD_STE", "STE invalid or illegal", *_STREAM),
+    _event("F_BAD_ATS_TREQ", "ATS translation request refused",
            *_STREAM, Field("Span", 67, 64, "requested span"),
            Field("P", 92, 92, "privileged"), Field("X", 93, 93, "execute"),
            Field("W", 94, 94, "write"), Field("R", 95, 95, "read"), _INPUT_PAGE),
-    _event(0x06, "F_STREAM_DISABLED", "stream disabled for this kind of transaction", _SID),
-    _event(0x07, "F_TRANSL_FORBIDDEN", "ATS translated transaction refused", _SID, _RNW, _INPUT),
-    _event(0x08, "C_BAD_SUBSTREAMID", "SubstreamID out of range", _SSID, _SID),
-    _event(0x09, "F_CD_FETCH", "fetch of a CD or L1CD aborted", *_STREAM, _REASON, _GPCF, _FETCH),
-    _event(0x0A, "C_BAD_CD", "CD invalid or illegal", *_STREAM),
-    _event(0x0B, "F_WALK_EABT", "fetch or update of a translation table descriptor aborted",
+    _event("F_STREAM_DISABLED", "stream disabled for this kind of transaction", _SID),
+    _event("F_TRANSL_FORBIDDEN", "ATS translated transaction refused", _SID, _RNW, _INPUT),
+    _event("C_BAD_SUBSTREAMID", "SubstreamID out of range", _SSID, _SID),
+    _event("F_CD_FETCH", "fetch of a CD or L1CD aborted", *_STREAM, _REASON, _GPCF, _FETCH),
+    _event("C_BAD_CD", "CD invalid or illegal", *_STREAM),
+    _event("F_WALK_EABT", "fetch or update of a translation table descriptor aborted",
            *_STREAM, _REASON, _GPCF, *_ACCESS, _S2, _CLASS, _INPUT, _FETCH),
-    _event(0x10, "F_TRANSLATION", "no translation", *_FAULT),
-    _event(0x11, "F_ADDR_SIZE", "output address too large", *_FAULT),
-    _event(0x12, "F_ACCESS", "access flag clear", *_FAULT),
-    _event(0x13, "F_PERMISSION", "permission missing", *_FAULT, _TTRNW),
-    _event(0x20, "F_TLB_CONFLICT", "several TLB entries match",
+    _event("F_TRANSLATION", "no translation", *_FAULT),
+    _event("F_ADDR_SIZE", "output address too large", *_FAULT),
+    _event("F_ACCESS", "access flag clear", *_FAULT),
+    _event("F_PERMISSION", "permission missing", *_FAULT, _TTRNW),
+    _event("F_TLB_CONFLICT", "several TLB entries match",
            *_STREAM, Field("Reason", 79, 64, "implementation defined", doubt="unchecked"),
            *_ACCESS, _NSIPA, _S2, _INPUT, _IPA),
-    _event(0x21, "F_CFG_CONFLICT", "several cached configurations match",
+    _event("F_CFG_CONFLICT", "several cached configurations match",
            *_STREAM, Field("Reason", 95, 64, "implementation defined", doubt="unchecked")),
-    _event(0x24, "E_PAGE_REQUEST", "speculative page request hint",
+    _event("E_PAGE_REQUEST", "speculative page request hint",
            *_STREAM, *(Field(name, bit, bit, doc, doubt="unchecked") for name, bit, doc in (
                ("uX", 97, "unprivileged execute"), ("uW", 98, "unprivileged write"),
                ("uR", 99, "unprivileged read"), ("pX", 101, "privileged execute"),
                ("pW", 102, "privileged write"), ("pR", 103, "privileged read"))),
            Field("Span", 115, 108, "pages", doubt="unchecked"), _INPUT_PAGE),
-    _event(0x25, "F_VMS_FETCH", "fetch of a virtual machine structure aborted",
+    _event("F_VMS_FETCH", "fetch of a virtual machine structure aborted",
            *_STREAM, _REASON, _GPCF, _FETCH),
 )}  # fmt: skip
 
@@ -512,58 +587,58 @@ CMD = Record("CMD", 16, "command: the fields of all, many of which share bits", 
 ))  # fmt: skip
 
 
-def _command(opcode: int, name: str, doc: str, *fields: Field, **fixed: int) -> Record:
+def _command(name: str, doc: str, *fields: Field, **fixed: int) -> Record:
     ordered = sorted((_OPCODE, *fields), key=lambda f: f.lsb)
-    return Record(name, 16, doc, tuple(ordered), {"Opcode": opcode, **fixed})
+    return Record(name, 16, doc, tuple(ordered), {"Opcode": Opcode[name].value, **fixed})
 
 
 #: One record per command, by name. CFGI_STE_RANGE and CFGI_ALL have one opcode.
 COMMANDS: dict[str, Record] = {r.name: r for r in (
-    _command(0x01, "PREFETCH_CONFIG", "fill the configuration cache", _SSEC, *_STREAM),
-    _command(0x02, "PREFETCH_ADDR", "fill the TLB",
+    _command("PREFETCH_CONFIG", "fill the configuration cache", _SSEC, *_STREAM),
+    _command("PREFETCH_ADDR", "fill the TLB",
              _SSEC, *_STREAM, _PREFETCH_SIZE, _STRIDE, _ADDRESS),
-    _command(0x03, "CFGI_STE", "invalidate one STE", _SSEC, _SID, _LEAF),
-    _command(0x04, "CFGI_STE_RANGE", "invalidate a range of STEs", _SSEC, _SID, _RANGE),
-    _command(0x04, "CFGI_ALL", "invalidate all configuration", _SSEC, _SID, _RANGE, Range=31),
-    _command(0x05, "CFGI_CD", "invalidate one CD", _SSEC, _SSID, _SID, _LEAF),
-    _command(0x06, "CFGI_CD_ALL", "invalidate all CDs of a stream", _SSEC, _SID),
-    _command(0x07, "CFGI_VMS_PIDM", "invalidate MPAM maps",
+    _command("CFGI_STE", "invalidate one STE", _SSEC, _SID, _LEAF),
+    _command("CFGI_STE_RANGE", "invalidate a range of STEs", _SSEC, _SID, _RANGE),
+    _command("CFGI_ALL", "invalidate all configuration", _SSEC, _SID, _RANGE, Range=31),
+    _command("CFGI_CD", "invalidate one CD", _SSEC, _SSID, _SID, _LEAF),
+    _command("CFGI_CD_ALL", "invalidate all CDs of a stream", _SSEC, _SID),
+    _command("CFGI_VMS_PIDM", "invalidate MPAM maps",
              _SSEC, Field("VMID", 47, 32, _VMID.doc, doubt="unchecked")),
-    _command(0x10, "TLBI_NH_ALL", "NS-EL1, stage 1, by VMID", _VMID),
-    _command(0x11, "TLBI_NH_ASID", "NS-EL1, stage 1, by ASID", _VMID, _ASID),
-    _command(0x12, "TLBI_NH_VA", "NS-EL1, stage 1, by address and ASID",
+    _command("TLBI_NH_ALL", "NS-EL1, stage 1, by VMID", _VMID),
+    _command("TLBI_NH_ASID", "NS-EL1, stage 1, by ASID", _VMID, _ASID),
+    _command("TLBI_NH_VA", "NS-EL1, stage 1, by address and ASID",
              _VMID, _ASID, _LEAF, *_TLBI_RANGE, _ADDRESS),
-    _command(0x13, "TLBI_NH_VAA", "NS-EL1, stage 1, by address",
+    _command("TLBI_NH_VAA", "NS-EL1, stage 1, by address",
              _VMID, _LEAF, *_TLBI_RANGE, _ADDRESS),
-    _command(0x18, "TLBI_EL3_ALL", "EL3"),
-    _command(0x1A, "TLBI_EL3_VA", "EL3, by address", _LEAF, *_TLBI_RANGE, _ADDRESS),
-    _command(0x20, "TLBI_EL2_ALL", "EL2"),
-    _command(0x21, "TLBI_EL2_ASID", "EL2, by ASID", _ASID),
-    _command(0x22, "TLBI_EL2_VA", "EL2, by address and ASID",
+    _command("TLBI_EL3_ALL", "EL3"),
+    _command("TLBI_EL3_VA", "EL3, by address", _LEAF, *_TLBI_RANGE, _ADDRESS),
+    _command("TLBI_EL2_ALL", "EL2"),
+    _command("TLBI_EL2_ASID", "EL2, by ASID", _ASID),
+    _command("TLBI_EL2_VA", "EL2, by address and ASID",
              _ASID, _LEAF, *_TLBI_RANGE, _ADDRESS),
-    _command(0x23, "TLBI_EL2_VAA", "EL2, by address", _LEAF, *_TLBI_RANGE, _ADDRESS),
-    _command(0x28, "TLBI_S12_VMALL", "NS-EL1, both stages, by VMID", _VMID),
-    _command(0x2A, "TLBI_S2_IPA", "stage 2, by IPA", _VMID, _LEAF, *_TLBI_RANGE, _CMD_IPA),
-    _command(0x30, "TLBI_NSNH_ALL", "all Non-secure entries but EL2"),
-    _command(0x40, "ATC_INV", "invalidate a device's translation cache",
+    _command("TLBI_EL2_VAA", "EL2, by address", _LEAF, *_TLBI_RANGE, _ADDRESS),
+    _command("TLBI_S12_VMALL", "NS-EL1, both stages, by VMID", _VMID),
+    _command("TLBI_S2_IPA", "stage 2, by IPA", _VMID, _LEAF, *_TLBI_RANGE, _CMD_IPA),
+    _command("TLBI_NSNH_ALL", "all Non-secure entries but EL2"),
+    _command("ATC_INV", "invalidate a device's translation cache",
              _GLOBAL, *_STREAM, _ATC_SIZE, _ADDRESS),
-    _command(0x41, "PRI_RESP", "answer a page request group", *_STREAM, _PRGINDEX, _RESP),
-    _command(0x44, "RESUME", "retry or terminate a stalled transaction",
+    _command("PRI_RESP", "answer a page request group", *_STREAM, _PRGINDEX, _RESP),
+    _command("RESUME", "retry or terminate a stalled transaction",
              _SSEC, _AC, _AB, _SID, _STAG),
-    _command(0x45, "STALL_TERM", "terminate all stalled transactions of a stream", _SSEC, _SID),
-    _command(0x46, "SYNC", "wait for the commands before",
+    _command("STALL_TERM", "terminate all stalled transactions of a stream", _SSEC, _SID),
+    _command("SYNC", "wait for the commands before",
              _CS, _MSH, _MSIATTR, _MSIDATA, _MSIADDRESS),
-    _command(0x50, "TLBI_S_EL2_ALL", "Secure EL2"),
-    _command(0x51, "TLBI_S_EL2_ASID", "Secure EL2, by ASID", _ASID),
-    _command(0x52, "TLBI_S_EL2_VA", "Secure EL2, by address and ASID",
+    _command("TLBI_S_EL2_ALL", "Secure EL2"),
+    _command("TLBI_S_EL2_ASID", "Secure EL2, by ASID", _ASID),
+    _command("TLBI_S_EL2_VA", "Secure EL2, by address and ASID",
              _ASID, _LEAF, *_TLBI_RANGE, _ADDRESS),
-    _command(0x53, "TLBI_S_EL2_VAA", "Secure EL2, by address", _LEAF, *_TLBI_RANGE, _ADDRESS),
-    _command(0x58, "TLBI_S_S12_VMALL", "Secure EL1, both stages, by VMID", _VMID),
-    _command(0x5A, "TLBI_S_S2_IPA", "Secure stage 2, by IPA",
+    _command("TLBI_S_EL2_VAA", "Secure EL2, by address", _LEAF, *_TLBI_RANGE, _ADDRESS),
+    _command("TLBI_S_S12_VMALL", "Secure EL1, both stages, by VMID", _VMID),
+    _command("TLBI_S_S2_IPA", "Secure stage 2, by IPA",
              _VMID, _LEAF, *_TLBI_RANGE, _CMD_IPA),
-    _command(0x60, "TLBI_SNH_ALL", "all Secure entries but EL3 and Secure EL2"),
-    _command(0x70, "DPTI_ALL", "device permission table"),
-    _command(0x73, "DPTI_PA", "device permission table, by address",
+    _command("TLBI_SNH_ALL", "all Secure entries but EL3 and Secure EL2"),
+    _command("DPTI_ALL", "device permission table"),
+    _command("DPTI_PA", "device permission table, by address",
              _LEAF, Field("Size", 75, 72, "size code"),
              Field("Address", 119, 76, "physical address", address=True)),
 )}  # fmt: skip
@@ -595,7 +670,7 @@ _PTE_ADDRESSES = tuple(
         ("Addr51_50", 9, 8, False, "4K or 16K granule and DS: bits 51 to 50 of the address"),
     )
 )
-_TYPE = Field("Table", 1, 1, "level 3: page; above: table", {0: "block", 1: "table or page"})
+_TYPE = Field("Type", 1, 1, "level 3: page; above: table", {0: "block", 1: "table or page"})
 
 PTE_S1 = Record("PTE_S1", 8, "stage-1 block or page descriptor", (
     _VALID, _TYPE,
@@ -668,25 +743,32 @@ def _register(offset: int, name: str, doc: str, *fields: Field, size: int = 4) -
     return Record(name, size, doc, fields, {}, offset)
 
 
-def _flags(**bits: int) -> tuple[Field, ...]:
-    """One-bit fields; the architecture's own short names say all that there is to say."""
-    return tuple(Field(name, bit, bit) for name, bit in bits.items())
-
-
-def _in_order(*fields: Field) -> tuple[Field, ...]:
-    return tuple(sorted(fields, key=lambda f: f.lsb))
-
-
 _CR0 = (
-    *_flags(SMMUEN=0, PRIQEN=1, EVENTQEN=2, CMDQEN=3, ATSCHK=4),
+    Field("SMMUEN", 0, 0, "transactions are translated; 0: GBPA applies"),
+    Field("PRIQEN", 1, 1, "page request queue enabled"),
+    Field("EVENTQEN", 2, 2, "event queue enabled"),
+    Field("CMDQEN", 3, 3, "command queue enabled"),
+    Field("ATSCHK", 4, 4, "ATS translated transactions are checked"),
     Field("VMW", 8, 6, "VMID wildcard: low bits that do not count, 0 to 4"),
-    *_flags(DPT_WALK_EN=10),
+    Field("DPT_WALK_EN", 10, 10, "device permission table walks enabled"),
 )
-_IRQ_CTRL = _flags(GERROR_IRQEN=0, PRIQ_IRQEN=1, EVENTQ_IRQEN=2)
-_GERROR = _flags(
-    CMDQ_ERR=0, EVENTQ_ABT_ERR=2, PRIQ_ABT_ERR=3, MSI_CMDQ_ABT_ERR=4, MSI_EVENTQ_ABT_ERR=5,
-    MSI_PRIQ_ABT_ERR=6, MSI_GERROR_ABT_ERR=7, SFM_ERR=8, CMDQP_ERR=9, DPT_ERR=10,
-)  # fmt: skip
+_IRQ_CTRL = (
+    Field("GERROR_IRQEN", 0, 0, "interrupts of global errors"),
+    Field("PRIQ_IRQEN", 1, 1, "interrupts of the page request queue"),
+    Field("EVENTQ_IRQEN", 2, 2, "interrupts of the event queue"),
+)
+_GERROR = (
+    Field("CMDQ_ERR", 0, 0, "command error, see CMDQ_CONS.ERR"),
+    Field("EVENTQ_ABT_ERR", 2, 2, "event queue write aborted"),
+    Field("PRIQ_ABT_ERR", 3, 3, "page request queue write aborted"),
+    Field("MSI_CMDQ_ABT_ERR", 4, 4, "MSI of the command queue aborted"),
+    Field("MSI_EVENTQ_ABT_ERR", 5, 5, "MSI of the event queue aborted"),
+    Field("MSI_PRIQ_ABT_ERR", 6, 6, "MSI of the page request queue aborted"),
+    Field("MSI_GERROR_ABT_ERR", 7, 7, "MSI of global errors aborted"),
+    Field("SFM_ERR", 8, 8, "service failure mode entered"),
+    Field("CMDQP_ERR", 9, 9, "enhanced command queue error"),
+    Field("DPT_ERR", 10, 10, "device permission table error"),
+)
 _QUEUE_LOG2SIZE = Field("LOG2SIZE", 4, 0, "the queue has 2^LOG2SIZE entries")
 _QUEUE_ADDR = Field("ADDR", 55, 5, "address of the queue", address=True)
 _MSI_ADDR = Field("ADDR", 55, 2, "address of the MSI; 0: none", address=True)
@@ -700,45 +782,87 @@ _OVACKFLG = Field("OVACKFLG", 31, 31, "overflow acknowledged")
 
 #: One record per register, by name.
 REGISTERS: dict[str, Record] = {r.name: r for r in (
-    _register(0x000, "IDR0", "features", *_in_order(
-        *_flags(S2P=0, S1P=1, COHACC=4, BTM=5, DORMHINT=8, HYP=9, ATS=10, NS1ATS=11, ASID16=12,
-                MSI=13, SEV=14, ATOS=15, PRI=16, VMW=17, VMID16=18, CD2L=19, VATOS=20,
-                ATSRECERR=23, TERM_MODEL=26, RME_IMPL=30),
-        Field("TTF", 3, 2, "table formats",
-              {0: "reserved", 1: "VMSAv8-32 LPAE", 2: "VMSAv8-64", 3: "both"}),
-        Field("HTTU", 7, 6, "table updates by hardware",
-              {0: "none", 1: "access flag", 2: "access flag and dirty state",
-               3: "and access flag of tables"}),
-        Field("TTENDIAN", 22, 21, "endianness of tables",
-              {0: "both", 1: "reserved", 2: "little-endian", 3: "big-endian"}),
-        Field("STALL_MODEL", 25, 24, "stalls",
-              {0: "stall and terminate", 1: "terminate only", 2: "stall forced", 3: "reserved"}),
-        Field("ST_LEVEL", 28, 27, "stream table",
-              {0: "linear", 1: "linear and two-level", 2: "reserved", 3: "reserved"}))),
+    _register(0x000, "IDR0", "features",
+              Field("S2P", 0, 0, "stage 2"),
+              Field("S1P", 1, 1, "stage 1"),
+              Field("TTF", 3, 2, "table formats",
+                    {0: "reserved", 1: "VMSAv8-32 LPAE", 2: "VMSAv8-64", 3: "both"}),
+              Field("COHACC", 4, 4, "coherent access to tables and queues"),
+              Field("BTM", 5, 5, "broadcast TLB maintenance"),
+              Field("HTTU", 7, 6, "table updates by hardware",
+                    {0: "none", 1: "access flag", 2: "access flag and dirty state",
+                     3: "access flag, also of tables, and dirty state"}),
+              Field("DORMHINT", 8, 8, "dormant hint"),
+              Field("HYP", 9, 9, "EL2 streams"),
+              Field("ATS", 10, 10, "PCIe address translation service"),
+              Field("NS1ATS", 11, 11, "no split-stage ATS"),
+              Field("ASID16", 12, 12, "16-bit ASIDs"),
+              Field("MSI", 13, 13, "message-signalled interrupts"),
+              Field("SEV", 14, 14, "wake-up events"),
+              Field("ATOS", 15, 15, "address translation operations"),
+              Field("PRI", 16, 16, "page request interface"),
+              Field("VMW", 17, 17, "VMID wildcard, CR0.VMW"),
+              Field("VMID16", 18, 18, "16-bit VMIDs"),
+              Field("CD2L", 19, 19, "two-level CD tables"),
+              Field("VATOS", 20, 20, "virtual address translation operations"),
+              Field("TTENDIAN", 22, 21, "endianness of tables",
+                    {0: "both", 1: "reserved", 2: "little-endian", 3: "big-endian"}),
+              Field("ATSRECERR", 23, 23, "errors of ATS requests can be recorded"),
+              Field("STALL_MODEL", 25, 24, "stalls",
+                    {0: "stall and terminate", 1: "terminate only", 2: "stall forced",
+                     3: "reserved"}),
+              Field("TERM_MODEL", 26, 26, "terminated transactions always abort"),
+              Field("ST_LEVEL", 28, 27, "stream table",
+                    {0: "linear", 1: "linear and two-level", 2: "reserved", 3: "reserved"}),
+              Field("RME_IMPL", 30, 30, "Realm management extension")),
     _register(0x004, "IDR1", "sizes",
               Field("SIDSIZE", 5, 0, "bits of StreamID, at most 32"),
               Field("SSIDSIZE", 10, 6, "bits of SubstreamID, at most 20"),
-              Field("PRIQS", 15, 11, "largest LOG2SIZE of the page request queue"),
-              Field("EVENTQS", 20, 16, "largest LOG2SIZE of the event queue"),
-              Field("CMDQS", 25, 21, "largest LOG2SIZE of the command queue"),
-              *_flags(ATTR_PERMS_OVR=26, ATTR_TYPES_OVR=27, REL=28, QUEUES_PRESET=29,
-                      TABLES_PRESET=30, ECMDQ=31)),
+              Field("PRIQS", 15, 11, "largest LOG2SIZE of the page request queue, at most 19"),
+              Field("EVENTQS", 20, 16, "largest LOG2SIZE of the event queue, at most 19"),
+              Field("CMDQS", 25, 21, "largest LOG2SIZE of the command queue, at most 19"),
+              Field("ATTR_PERMS_OVR", 26, 26, "INSTCFG, PRIVCFG and NSCFG have effect"),
+              Field("ATTR_TYPES_OVR", 27, 27, "MTCFG, MemAttr, ALLOCCFG and SHCFG have effect"),
+              Field("REL", 28, 28, "preset addresses are relative"),
+              Field("QUEUES_PRESET", 29, 29, "queue addresses are preset"),
+              Field("TABLES_PRESET", 30, 30, "table addresses are preset"),
+              Field("ECMDQ", 31, 31, "enhanced command queues")),
     _register(0x008, "IDR2", "VATOS", Field("BA_VATOS", 9, 0, "page of the VATOS registers")),
-    _register(0x00C, "IDR3", "features", *_in_order(
-        *_flags(HAD=2, PBHA=3, XNX=4, PPS=5, MPAM=7, FWB=8, STT=9, RIL=10, E0PD=13, PTWNNC=14,
-                DPT=15, PASIDTT=16, EPAN=17, S1PI=18, S2PI=19, S2PO=20, THE=21, MTEPERM=22,
-                AIE=23),
-        Field("BBML", 12, 11, "break-before-make level",
-              {0: "level 0", 1: "level 1", 2: "level 2", 3: "reserved"}))),
+    _register(0x00C, "IDR3", "features",
+              Field("HAD", 2, 2, "hierarchical attributes can be disabled"),
+              Field("PBHA", 3, 3, "page-based hardware attributes"),
+              Field("XNX", 4, 4, "stage-2 execute-never by privilege"),
+              Field("PPS", 5, 5, "automatic page responses always carry the PASID"),
+              Field("MPAM", 7, 7, "memory partitioning and monitoring"),
+              Field("FWB", 8, 8, "stage 2 can force write-back"),
+              Field("STT", 9, 9, "small translation tables"),
+              Field("RIL", 10, 10, "range invalidation and level hints"),
+              Field("BBML", 12, 11, "break-before-make level",
+                    {0: "level 0", 1: "level 1", 2: "level 2", 3: "reserved"}),
+              Field("E0PD", 13, 13, "CD.E0PD"),
+              Field("PTWNNC", 14, 14, "stage-1 walks to stage-2 Device memory are Normal-NC"),
+              Field("DPT", 15, 15, "device permission table"),
+              Field("PASIDTT", 16, 16, "ATS translated transactions carry a PASID"),
+              Field("EPAN", 17, 17, "CD.EPAN"),
+              Field("S1PI", 18, 18, "stage-1 indirect permissions"),
+              Field("S2PI", 19, 19, "stage-2 indirect permissions"),
+              Field("S2PO", 20, 20, "stage-2 permission overlays"),
+              Field("THE", 21, 21, "translation hardening"),
+              Field("MTEPERM", 22, 22, "stage-2 memory tagging permission"),
+              Field("AIE", 23, 23, "attribute index extension")),
     _register(0x014, "IDR5", "address sizes",
               Field("OAS", 2, 0, "output address size", _PS),
-              *_flags(GRAN4K=4, GRAN16K=5, GRAN64K=6, DS=7, D128=8),
+              Field("GRAN4K", 4, 4, "4K granule"),
+              Field("GRAN16K", 5, 5, "16K granule"),
+              Field("GRAN64K", 6, 6, "64K granule"),
+              Field("DS", 7, 7, "52-bit format of 4K and 16K descriptors"),
+              Field("D128", 8, 8, "128-bit descriptors"),
               Field("VAX", 11, 10, "virtual address size",
                     {0: "48 bits", 1: "52 bits", 2: "56 bits", 3: "reserved"}),
               Field("STALL_MAX", 31, 16, "largest number of stalled transactions")),
     _register(0x018, "IIDR", "implementer",
-              Field("Implementer", 11, 0), Field("Revision", 15, 12),
-              Field("Variant", 19, 16), Field("ProductID", 31, 20)),
+              Field("Implementer", 11, 0, "JEP106 code"), Field("Revision", 15, 12, "minor"),
+              Field("Variant", 19, 16, "major"), Field("ProductID", 31, 20, "product")),
     _register(0x01C, "AIDR", "architecture version",
               Field("ARCH_MINOR", 3, 0, "SMMUv3.n"), Field("ARCH_MAJOR", 7, 4, "0: SMMUv3")),
     _register(0x020, "CR0", "enables", *_CR0),
@@ -758,7 +882,7 @@ REGISTERS: dict[str, Record] = {r.name: r for r in (
     _register(0x030, "S2PII", "stage-2 base permissions", *(
         Field(f"S2PII{p}", 4 * p + 3, 4 * p, f"permission of index {p}") for p in range(16)),
         size=8),
-    _register(0x040, "STATUSR", "status", *_flags(DORMANT=0)),
+    _register(0x040, "STATUSR", "status", Field("DORMANT", 0, 0, "nothing is cached")),
     _register(0x044, "GBPA", "transactions while the SMMU is disabled",
               Field("MemAttr", 3, 0, "memory type when MTCFG=1", _MEMATTR),
               Field("MTCFG", 4, 4, "memory type", {0: "incoming", 1: "MemAttr"}),
@@ -821,25 +945,6 @@ RECORDS: dict[str, Record] = {
     **REGISTERS,
 }  # fmt: skip
 _RECORDS_UPPER = {name.upper(): r for name, r in RECORDS.items()}
-
-# --- enumerations --------------------------------------------------------------------------------
-
-Event = enum.IntEnum("Event", {r.name: number for number, r in EVENTS.items()}, module=__name__)
-Event.__doc__ = "Event numbers (IHI 0070, 7.3)."
-
-Opcode = enum.IntEnum(
-    "Opcode", {name: r.fixed["Opcode"] for name, r in COMMANDS.items()}, module=__name__
-)
-Opcode.__doc__ = "Command opcodes (IHI 0070, 4.1); CFGI_ALL is the opcode of CFGI_STE_RANGE."
-
-
-class StreamWorld(enum.IntEnum):
-    """Translation regime of a Non-secure stream (IHI 0070, 3.3.4), decoded from STRW and E2H."""
-
-    NS_EL1 = 0
-    EL2 = 1
-    EL2_E2H = 2
-
 
 # --- functions on one record ---------------------------------------------------------------------
 
@@ -911,11 +1016,10 @@ def _number(key: int | str, names: type[enum.IntEnum], what: str) -> int:
 def _check(rec: Record, field: Field, value: int) -> None:
     """Raise a ValueError unless the field can hold the value."""
     if field.address:
-        top, align = field.msb % 64, field.lsb % 64
-        if value < 0 or value >> (top + 1) or value & ((1 << align) - 1):
+        if value & ~field.mask:
             raise ValueError(
-                f"{rec.name}.{field.name} cannot be {value:#x}: an address below "
-                f"2^{top + 1}, a multiple of {1 << align:#x}, is allowed"
+                f"{rec.name}.{field.name} cannot be {value:#x}: 0 to {field.mask:#x} in steps of "
+                f"{1 << field.lsb % 64:#x} is allowed"
             )
     elif not 0 <= value < 1 << field.width:
         raise ValueError(
@@ -946,7 +1050,7 @@ def pack(rec: str | Record, /, **fields: int) -> int:
     fixed = {name.lower() for name in rec.fixed}
     for name, value in (*rec.fixed.items(), *fields.items()):
         f = rec.field(name)
-        value = int(value)
+        value = operator.index(value)
         if f.name.lower() in fixed and value != rec.fixed[f.name]:
             raise ValueError(f"{rec.name}.{f.name} is {rec.fixed[f.name]:#x}, not {value:#x}")
         _check(rec, f, value)
@@ -969,9 +1073,10 @@ def _extract(field: Field, word: int) -> int:
 
 
 def _as_int(rec: Record, data: Any) -> int:
-    if not hasattr(data, "__index__"):
+    try:
+        word = operator.index(data)
+    except TypeError:
         return from_bytes(rec, data)
-    word = int(data)
     if not 0 <= word < 1 << 8 * rec.bytes:
         raise ValueError(f"{word:#x} is not a {rec.name}: it has {rec.bytes} bytes")
     return word
@@ -1007,7 +1112,7 @@ def to_bytes(rec: str | Record, word: int) -> bytes:
         If the integer does not fit.
     """
     rec = record(rec)
-    return _as_int(rec, word.__index__()).to_bytes(rec.bytes, "little")
+    return _as_int(rec, operator.index(word)).to_bytes(rec.bytes, "little")
 
 
 def from_bytes(rec: str | Record, data: Any) -> int:
@@ -1083,7 +1188,7 @@ def _particular(rec: Record, word: int) -> Record:
 # --- functions on arrays of records --------------------------------------------------------------
 
 
-def dtype(rec: str | Record) -> np.dtype[Any]:
+def dtype(rec: str | Record) -> "np.dtype[Any]":
     """Return the numpy dtype of a record in memory: ``[("dwords", "<u8", (n,))]``.
 
     All records of one size have the same dtype, so an event queue is one array whatever the
@@ -1102,14 +1207,14 @@ def dtype(rec: str | Record) -> np.dtype[Any]:
     return np.dtype([("dwords", "<u8", (rec.dwords,))])
 
 
-def _dwords(rec: Record, array: Any) -> NDArray[np.uint64]:
+def _dwords(rec: Record, array: Any) -> "NDArray[np.uint64]":
     """Return the dwords of an array of records, on a last axis; never a copy."""
     import numpy as np
 
     if not isinstance(array, np.ndarray):
         raise TypeError(f"array: a numpy array is wanted, not {type(array).__name__}")
     if array.dtype == dtype(rec):
-        return array["dwords"]  # type: ignore[no-any-return]
+        return array["dwords"]
     if array.dtype == np.dtype("<u8"):
         if rec.dwords == 1:
             return array[..., None]
@@ -1122,7 +1227,7 @@ def _dwords(rec: Record, array: Any) -> NDArray[np.uint64]:
     )
 
 
-def get(array: NDArray[Any], rec: str | Record, field: str) -> NDArray[np.uint64]:
+def get(array: "NDArray[Any]", rec: str | Record, field: str) -> "NDArray[np.uint64]":
     """Return one field of every record of an array.
 
     Parameters
@@ -1153,7 +1258,7 @@ def get(array: NDArray[Any], rec: str | Record, field: str) -> NDArray[np.uint64
     return (words & np.uint64(f.mask)) >> np.uint64(f.shift)
 
 
-def set(array: NDArray[Any], rec: str | Record, field: str, values: Any) -> None:
+def set(array: "NDArray[Any]", rec: str | Record, field: str, values: Any) -> None:
     """Set one field of every record of an array, in place; other bits stay.
 
     Parameters
@@ -1176,18 +1281,13 @@ def set(array: NDArray[Any], rec: str | Record, field: str, values: Any) -> None
 
     rec = record(rec)
     f = rec.field(field)
-    new = np.asarray(values)
-    if new.dtype == object or not np.issubdtype(new.dtype, np.integer):
-        if new.dtype == bool:
-            new = new.astype(np.uint64)
-        else:
-            raise TypeError(f"values: integers are wanted, not {new.dtype}")
-    if new.size:
-        low, high = int(new.min()), int(new.max())
-        _check(rec, f, low if low < 0 else high)
-        new = new.astype(np.uint64)
-        if f.address:
-            _check(rec, f, int(np.bitwise_or.reduce(new, axis=None)))
+    given = np.asarray(values)
+    if given.dtype.kind not in "iub":
+        raise TypeError(f"values: integers are wanted, not {given.dtype}")
+    new = given.astype(np.uint64)
+    bad = (given < 0) | (new & ~np.uint64(f.mask >> f.shift) != 0)
+    if bad.any():
+        _check(rec, f, int(given[bad].flat[0]))
     words = _dwords(rec, array)[..., f.dword]
     words[...] = (words & ~np.uint64(f.mask)) | (new << np.uint64(f.shift))
 
