@@ -1,1 +1,48 @@
-"""An Arm SMMUv3 that other simulators import."""
+"""An Arm SMMUv3 that other simulators import.
+
+The hardware half: `Memory` is the host's physical memory, `Smmu` translates the accesses of
+devices through the tables that lie in it.  `PasidAllocator` hands out PASIDs.  `Capture` reads
+and writes recorded systems.
+"""
+
+from smmufast._memory import Memory, MemoryRegion
+from smmufast._smmu import (
+    COLUMNS,
+    NO_SUBSTREAM,
+    Result,
+    Segments,
+    Smmu,
+    Walk,
+    modelled,
+)
+from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
+from smmufast.features import Features
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIONS",
+    "COLUMNS",
+    "NO_SUBSTREAM",
+    "Event",
+    "ExternalAbort",
+    "Fault",
+    "Features",
+    "Fetch",
+    "Memory",
+    "MemoryRegion",
+    "Perm",
+    "Result",
+    "Segments",
+    "Smmu",
+    "Walk",
+    "get_include",
+    "modelled",
+]
+
+
+def get_include() -> str:
+    """Return the directory that holds smmufast.h and the .pxd files' package."""
+    import os
+
+    return os.path.dirname(os.path.abspath(__file__))

@@ -1,0 +1,123 @@
+"""Physical memory as the SMMU sees it: regions, and the port through which one walk reads.
+
+A port keeps a window on the region it read last, so that a fetch is one bounds check and a
+load.  Whatever is not plain memory (callbacks, injected errors, a recorded or a resumable
+walk) leaves the window shut, and every fetch takes the slow path.
+"""
+
+from cpython.buffer cimport Py_buffer
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from smmufast._bits cimport le64, likely, load64
+from smmufast._types cimport CallbacksC, WalkC
+
+
+cdef enum:
+    REGION_BUFFER = 0    # a host object's bytes
+    REGION_PRIVATE = 1   # one anonymous map
+    REGION_CHUNKED = 2   # chunks allocated when first written
+    REGION_C = 3         # C callbacks
+    REGION_PYTHON = 4    # Python callables
+
+    WINDOW = 64          # the largest read
+
+
+cdef struct Region:
+    uint64_t base
+    uint64_t last
+    uint8_t* data          # host address of base; NULL for chunks and callbacks
+    int kind
+    bint writable
+    uint8_t*** chunks      # REGION_CHUNKED: two levels of pointers
+    CallbacksC callbacks   # REGION_C
+    void* reader           # REGION_PYTHON: borrowed, the Memory owns them
+    void* writer
+    Py_buffer view         # REGION_BUFFER
+
+
+cdef struct Injection:
+    uint64_t first
+    uint64_t last
+    int kind               # FETCH_..., or FETCH_NONE for any
+    int level              # or NO_LEVEL for any
+    int64_t nth            # first matching fetch that fails, from 1
+    int64_t count          # how many fail
+    int64_t seen
+
+
+cdef struct Ram:
+    Region* regions        # ascending, not overlapping
+    Py_ssize_t n_regions
+    Injection* injections
+    Py_ssize_t n_injections
+    bint plain             # no callbacks, no injected errors
+    int64_t users          # walks that need it unchanged
+
+
+cdef struct Port:
+    uint64_t base          # window: reads of up to 64 bytes at base .. base + span
+    uint64_t span
+    const uint8_t* data
+    Ram* ram
+    WalkC* log             # NULL, or where fetches are recorded
+    bint script            # the log answers, memory is not read
+    uint32_t asked         # how many answers the script has given
+    void* exception        # a Python exception raised by a callback, owned
+
+
+cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned int size,
+                    uint64_t* words) noexcept nogil
+
+
+cdef object raise_port(Port* port)  # the exception that a callback left there
+
+cdef uint64_t to_address(str name, value) except? 0xFFFFFFFFFFFFFFFF
+
+
+cdef inline void port_open(Port* port, Ram* ram, WalkC* log, bint script) noexcept nogil:
+    """A port with its window shut: no 8-byte aligned address is 1."""
+    port.base = 1
+    port.span = 0
+    port.data = NULL
+    port.ram = ram
+    port.log = log
+    port.script = script
+    port.asked = 0
+    port.exception = NULL
+
+
+# How a fetch ends.  Negative codes stop the driver: there is no outcome yet.
+cdef enum:
+    FETCH_OK = 0
+    FETCH_ABORT = 1      # external abort
+    FETCH_PENDING = -1   # a resumable walk has not been told yet
+    FETCH_RAISED = -2    # a Python callback raised; the exception is in the port
+
+
+cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,
+                       uint64_t* value) noexcept nogil:
+    """Read one 8-byte descriptor, as a little-endian number; `address` is 8-byte aligned."""
+    cdef uint64_t offset = address - port.base
+    if likely(offset <= port.span):
+        value[0] = le64(load64(port.data + offset))
+        return FETCH_OK
+    return fetch_slow(port, kind, level, address, 8, value)
+
+
+cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words) noexcept nogil:
+    """Read one 64-byte structure, as eight little-endian dwords."""
+    cdef uint64_t offset = address - port.base
+    cdef int i
+    if likely(offset <= port.span):
+        for i in range(8):
+            words[i] = le64(load64(port.data + offset + 8 * i))
+        return FETCH_OK
+    return fetch_slow(port, kind, 4, address, 64, words)
+
+
+cdef class Memory:
+    cdef Ram ram
+    cdef dict _callables
+    cdef int _check_idle(self) except -1
+    cdef Region* _insert(self, uint64_t base, uint64_t size) except NULL
+    cdef void _refresh(self) noexcept

@@ -1,0 +1,727 @@
+"""Memory: the host's physical memory, as regions that the SMMU reads in place."""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memmove, memset
+
+from smmufast._bits cimport le64
+from smmufast._types cimport (
+    FETCH_NONE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, CallbacksC, FetchC, WalkC,
+)
+
+from collections import namedtuple
+
+from smmufast.faults import FETCH_KINDS, ExternalAbort
+
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
+    int munmap(void* addr, size_t length)
+    int madvise(void* addr, size_t length, int advice)
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MADV_HUGEPAGE
+    void* MAP_FAILED
+
+cdef extern from *:
+    """
+    #define smmufast_add_fetch(p, v) __atomic_add_fetch((p), (v), __ATOMIC_RELAXED)
+    #define smmufast_load_ptr(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+    #define smmufast_store_ptr(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    """
+    int64_t add_fetch "smmufast_add_fetch"(int64_t* p, int64_t v) noexcept nogil
+    uint8_t* load_chunk "smmufast_load_ptr"(uint8_t** p) noexcept nogil
+    uint8_t** load_leaf "smmufast_load_ptr"(uint8_t*** p) noexcept nogil
+    void store_chunk "smmufast_store_ptr"(uint8_t** p, uint8_t* v) noexcept nogil
+    void store_leaf "smmufast_store_ptr"(uint8_t*** p, uint8_t** v) noexcept nogil
+
+
+cdef enum:
+    CHUNK_LG2 = 24       # 16 MiB
+    CHUNK_TABLE_LG2 = 14  # two tables of 2^14: 2^52 bytes
+
+cdef uint64_t ONE_MAP_MAX = <uint64_t>1 << 46  # the largest map that a host grants
+
+MemoryRegion = namedtuple("MemoryRegion", "base size kind readonly")
+MemoryRegion.__doc__ = """One region: base and size in bytes, kind (a word), readonly."""
+
+cdef tuple REGION_KINDS = ("buffer", "private", "private", "callback", "callback")
+
+
+# --- reading without Python ---
+
+cdef Region* find_region(Ram* ram, uint64_t address) noexcept nogil:
+    """The region that holds the address, or NULL."""
+    cdef Py_ssize_t low = 0, high = ram.n_regions, middle
+    while low < high:
+        middle = (low + high) >> 1
+        if address > ram.regions[middle].last:
+            low = middle + 1
+        else:
+            high = middle
+    if low == ram.n_regions or address < ram.regions[low].base:
+        return NULL
+    return &ram.regions[low]
+
+
+cdef uint8_t* chunk_of(Region* region, uint64_t offset) noexcept nogil:
+    """The chunk that holds the offset, or NULL while nothing was written there."""
+    cdef uint8_t** leaf = load_leaf(&region.chunks[offset >> (CHUNK_LG2 + CHUNK_TABLE_LG2)])
+    if leaf == NULL:
+        return NULL
+    return load_chunk(&leaf[offset >> CHUNK_LG2 & ((1 << CHUNK_TABLE_LG2) - 1)])
+
+
+cdef uint8_t* make_chunk(Region* region, uint64_t offset) noexcept nogil:
+    """As chunk_of, but allocate it; NULL when the host has no memory left."""
+    cdef uint8_t*** top = &region.chunks[offset >> (CHUNK_LG2 + CHUNK_TABLE_LG2)]
+    cdef uint8_t** leaf = load_leaf(top)
+    cdef uint8_t** slot
+    cdef void* chunk
+    if leaf == NULL:
+        leaf = <uint8_t**>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t*))
+        if leaf == NULL:
+            return NULL
+        store_leaf(top, leaf)
+    slot = &leaf[offset >> CHUNK_LG2 & ((1 << CHUNK_TABLE_LG2) - 1)]
+    if load_chunk(slot) == NULL:
+        chunk = mmap(NULL, 1 << CHUNK_LG2, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if chunk == MAP_FAILED:
+            return NULL
+        store_chunk(slot, <uint8_t*>chunk)
+    return load_chunk(slot)
+
+
+cdef uint64_t piece_size(Region* region, uint64_t address, uint64_t n) noexcept nogil:
+    """How many of n bytes one region, and one chunk of it, holds from `address` on."""
+    cdef uint64_t rest = region.last - address
+    if rest < n - 1:
+        n = rest + 1
+    if region.kind == REGION_CHUNKED:
+        rest = (<uint64_t>1 << CHUNK_LG2) - (address - region.base & ((1 << CHUNK_LG2) - 1))
+        if rest < n:
+            n = rest
+    return n
+
+
+cdef int read_python(Port* port, Region* region, uint64_t address, uint8_t* buf,
+                     uint64_t n) noexcept with gil:
+    cdef object data
+    cdef Py_buffer view
+    try:
+        data = (<object>region.reader)(address, n)
+        if data is None:
+            return FETCH_ABORT
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if <uint64_t>view.len != n:
+                raise ValueError(
+                    f"read callback at {address:#x}: {view.len} bytes returned, {n} needed")
+            memcpy(buf, view.buf, n)
+        finally:
+            PyBuffer_Release(&view)
+        return FETCH_OK
+    except BaseException as error:
+        Py_INCREF(error)
+        port.exception = <void*>error
+        return FETCH_RAISED
+
+
+cdef int read_piece(Port* port, Region* region, uint64_t address, uint8_t* buf,
+                    uint64_t n) noexcept nogil:
+    """Read n bytes of one region, at most one chunk."""
+    cdef uint64_t offset = address - region.base
+    cdef uint8_t* chunk
+    if region.data != NULL:
+        memcpy(buf, region.data + offset, n)
+    elif region.kind == REGION_CHUNKED:
+        chunk = chunk_of(region, offset)
+        if chunk == NULL:
+            memset(buf, 0, n)
+        else:
+            memcpy(buf, chunk + (offset & ((1 << CHUNK_LG2) - 1)), n)
+    elif region.kind == REGION_C:
+        if region.callbacks.read(region.callbacks.ctx, address, buf, n):
+            return FETCH_ABORT
+    else:
+        return read_python(port, region, address, buf, n)
+    return FETCH_OK
+
+
+cdef int ram_read(Port* port, uint64_t address, uint8_t* buf, uint64_t n) noexcept nogil:
+    """Read n bytes, across regions if need be: 0, FETCH_ABORT or FETCH_RAISED."""
+    cdef Region* region
+    cdef uint64_t part
+    cdef int status
+    if n and address + (n - 1) < address:
+        return FETCH_ABORT
+    while n:
+        region = find_region(port.ram, address)
+        if region == NULL:
+            return FETCH_ABORT
+        part = piece_size(region, address, n)
+        status = read_piece(port, region, address, buf, part)
+        if status:
+            return status
+        address += part
+        buf += part
+        n -= part
+    return FETCH_OK
+
+
+cdef bint injected(Ram* ram, int kind, int level, uint64_t address,
+                   unsigned int size) noexcept nogil:
+    """Whether an injected error hits this fetch; every matching injection counts it."""
+    cdef Py_ssize_t i
+    cdef Injection* injection
+    cdef int64_t seen
+    cdef bint hit = False
+    for i in range(ram.n_injections):
+        injection = &ram.injections[i]
+        if address > injection.last or address + (size - 1) < injection.first:
+            continue
+        if injection.kind != FETCH_NONE and injection.kind != kind:
+            continue
+        if injection.level != NO_LEVEL and injection.level != level:
+            continue
+        seen = add_fetch(&injection.seen, 1)
+        if seen >= injection.nth and seen - injection.nth < injection.count:
+            hit = True
+    return hit
+
+
+cdef void open_window(Port* port, uint64_t address) noexcept nogil:
+    """Let the next fetches near `address` read its region, or its chunk, in place."""
+    cdef Region* region = find_region(port.ram, address)
+    cdef uint64_t base, size
+    cdef uint8_t* data
+    if region == NULL:
+        return
+    base = region.base
+    data = region.data
+    size = region.last - base + 1
+    if region.kind == REGION_CHUNKED:
+        data = chunk_of(region, address - region.base)
+        base = address - (address - region.base & ((1 << CHUNK_LG2) - 1))
+        size = <uint64_t>1 << CHUNK_LG2
+        if region.last - base < size - 1:
+            size = region.last - base + 1
+    # a window serves aligned 8-byte loads, so the host's address must be aligned like ours
+    if data == NULL or size < WINDOW or (<uint64_t><size_t>data - base) & 7:
+        return
+    port.base = base
+    port.span = size - WINDOW
+    port.data = data
+
+
+cdef int answer(WalkC* log, int kind, int level, uint64_t address, unsigned int size,
+                uint64_t* words, uint32_t* asked) noexcept nogil:
+    """The log's answer to the next fetch of a resumable walk, or FETCH_PENDING."""
+    cdef FetchC* fetch = &log.fetch[asked[0]]
+    if asked[0] < log.count:
+        if fetch.aborted:
+            asked[0] += 1
+            return FETCH_ABORT
+        memcpy(words, &log.data[fetch.words], size)
+        asked[0] += 1
+        return FETCH_OK
+    if log.count == MAX_FETCHES or log.used + size // 8 > MAX_WORDS:
+        return FETCH_ABORT
+    fetch.address = address
+    fetch.size = <unsigned short>size
+    fetch.kind = <uint8_t>kind
+    fetch.level = <signed char>level
+    fetch.aborted = 0
+    fetch.words = <uint8_t>log.used
+    return FETCH_PENDING
+
+
+cdef void record(WalkC* log, int kind, int level, uint64_t address, unsigned int size,
+                 const uint64_t* words, bint aborted) noexcept nogil:
+    """Append a fetch to the log of a traced translation."""
+    cdef FetchC* fetch
+    if log.count == MAX_FETCHES or log.used + size // 8 > MAX_WORDS:
+        return
+    fetch = &log.fetch[log.count]
+    fetch.address = address
+    fetch.size = <unsigned short>size
+    fetch.kind = <uint8_t>kind
+    fetch.level = <signed char>level
+    fetch.aborted = aborted
+    fetch.words = <uint8_t>log.used
+    log.count += 1
+    if not aborted:
+        memcpy(&log.data[log.used], words, size)
+        log.used += size // 8
+
+
+cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned int size,
+                    uint64_t* words) noexcept nogil:
+    """One fetch, wherever its answer comes from; `words` are little-endian numbers."""
+    cdef int status
+    cdef unsigned int i
+    if port.script:
+        return answer(port.log, kind, level, address, size, words, &port.asked)
+    if port.ram.n_injections and injected(port.ram, kind, level, address, size):
+        status = FETCH_ABORT
+    else:
+        status = ram_read(port, address, <uint8_t*>words, size)
+    if status == FETCH_OK:
+        for i in range(size // 8):
+            words[i] = le64(words[i])
+        if port.ram.plain and port.log == NULL:
+            open_window(port, address)
+    if port.log != NULL and status >= 0:
+        record(port.log, kind, level, address, size, words, status != FETCH_OK)
+    return status
+
+
+# --- the owner ---
+
+cdef int write_python(Region* region, uint64_t address, const uint8_t* buf, uint64_t n) except -1:
+    done = (<object>region.writer)(address, PyBytes_FromStringAndSize(<const char*>buf, n))
+    if done is True:
+        return 0
+    if done is None:
+        raise ExternalAbort(f"address {address:#x}: the write callback refused {n} bytes")
+    raise TypeError(
+        f"write callback at {address:#x}: returned {done!r}; True (done) or None (abort) needed")
+
+
+cdef inline str span_text(uint64_t base, uint64_t last):
+    return f"[{base:#x}, {last:#x}]"
+
+
+@cython.final
+cdef class Memory:
+    """Physical memory: a sorted set of regions that do not overlap.
+
+    Regions are the host's own buffers, read and written in place; private memory that costs
+    only what is touched; and callbacks.  A read outside every region is an external abort.
+    Addresses and sizes are in bytes; a base is a multiple of 8.  While a batch translation
+    runs in another thread, and inside a callback, changing the set of regions raises
+    BufferError.
+
+    >>> memory = Memory()
+    >>> memory.add(bytearray(4096), 0x4000_0000)
+    >>> memory.write_u64(0x4000_0008, 0x1122)
+    >>> memory.read(0x4000_0008, 2)
+    b'"\\x11'
+    """
+
+    def __cinit__(self):
+        self.ram.plain = True
+        self._callables = {}
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.ram.n_regions):
+            region_close(&self.ram.regions[i])
+        free(self.ram.regions)
+        free(self.ram.injections)
+
+    def __reduce__(self):
+        raise TypeError("a Memory cannot be pickled: its regions belong to the host")
+
+    cdef int _check_idle(self) except -1:
+        if self.ram.users:
+            raise BufferError("memory is in use by a running translation; regions cannot change")
+        return 0
+
+    cdef void _refresh(self) noexcept:
+        cdef Py_ssize_t i
+        self.ram.plain = self.ram.n_injections == 0
+        for i in range(self.ram.n_regions):
+            if self.ram.regions[i].kind >= REGION_C:
+                self.ram.plain = False
+
+    cdef Region* _insert(self, uint64_t base, uint64_t size) except NULL:
+        """Make room for a region and return it cleared but for its bounds."""
+        cdef Ram* ram = &self.ram
+        cdef uint64_t last = base + (size - 1)
+        cdef Py_ssize_t i = 0
+        cdef Region* regions
+        self._check_idle()
+        if base & 7:
+            raise ValueError(f"base: {base:#x} given; a multiple of 8 needed")
+        if size == 0:
+            raise ValueError("size: 0 given; at least 1 byte needed")
+        if last < base:
+            raise ValueError(
+                f"size: {size:#x} given; the region at base {base:#x} would wrap around 2^64")
+        while i < ram.n_regions and ram.regions[i].last < base:
+            i += 1
+        if i < ram.n_regions and ram.regions[i].base <= last:
+            raise ValueError(
+                f"base: {span_text(base, last)} overlaps the region "
+                f"{span_text(ram.regions[i].base, ram.regions[i].last)}")
+        regions = <Region*>realloc(ram.regions, (ram.n_regions + 1) * sizeof(Region))
+        if regions == NULL:
+            raise MemoryError()
+        ram.regions = regions
+        memmove(&regions[i + 1], &regions[i], (ram.n_regions - i) * sizeof(Region))
+        memset(&regions[i], 0, sizeof(Region))
+        ram.n_regions += 1
+        regions[i].base = base
+        regions[i].last = last
+        return &regions[i]
+
+    def add(self, buffer, base, *, readonly=None):
+        """Add a region over any object with the buffer protocol, without copying.
+
+        Parameters
+        ----------
+        buffer : bytes-like, C-contiguous
+            Its bytes are the region's; it stays exported until the region is removed.
+        base : int
+            Physical address of the first byte, a multiple of 8.
+        readonly : bool, optional
+            Refuse writes; by default as the buffer itself is.
+
+        Raises
+        ------
+        ValueError
+            The region overlaps another, wraps around, is empty or its base is unaligned.
+        TypeError, BufferError
+            The object has no C-contiguous buffer, or readonly=False and it is read-only.
+        """
+        cdef Py_buffer view
+        cdef Region* region
+        cdef uint64_t address = to_address("base", base)
+        if not PyObject_CheckBuffer(buffer):
+            raise TypeError(
+                f"buffer: {type(buffer).__name__} given; an object with the buffer protocol needed")
+        if readonly is None:
+            readonly = memoryview(buffer).readonly
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if readonly else PyBUF_WRITABLE)
+        except (BufferError, ValueError) as error:
+            raise BufferError(f"buffer: {error}; C-contiguous bytes needed"
+                              f"{'' if readonly else ', writable'}") from None
+        try:
+            region = self._insert(address, <uint64_t>view.len)
+        except BaseException:
+            PyBuffer_Release(&view)
+            raise
+        region.kind = REGION_BUFFER
+        region.writable = not readonly
+        region.data = <uint8_t*>view.buf
+        region.view = view
+
+    def add_private(self, base=0, size=1 << 52, *, huge_pages=False):
+        """Add private memory that reads as zero until written and costs what is touched.
+
+        Parameters
+        ----------
+        base, size : int
+            In bytes; by default the whole 52-bit space.
+        huge_pages : bool
+            Ask the host to back it by huge pages: faster for dense tables, wasteful for
+            scattered ones.  Without effect above 2^46 bytes.
+        """
+        cdef uint64_t address = to_address("base", base)
+        cdef uint64_t length = to_address("size", size)
+        cdef Region* region
+        cdef void* data = MAP_FAILED
+        cdef uint8_t*** chunks = NULL
+        if length > <uint64_t>1 << 52:
+            raise ValueError(f"size: {length:#x} given; at most 2^52 bytes of private memory")
+        if 0 < length <= ONE_MAP_MAX:
+            data = mmap(NULL, length, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if data == MAP_FAILED:
+            chunks = <uint8_t***>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t**))
+            if chunks == NULL:
+                raise MemoryError()
+        elif huge_pages:
+            madvise(data, length, MADV_HUGEPAGE)
+        try:
+            region = self._insert(address, length)
+        except BaseException:
+            free(chunks)
+            if data != MAP_FAILED:
+                munmap(data, length)
+            raise
+        region.writable = True
+        region.chunks = chunks
+        region.kind = REGION_CHUNKED if chunks != NULL else REGION_PRIVATE
+        region.data = NULL if chunks != NULL else <uint8_t*>data
+
+    def add_callback(self, base, size, read, write=None):
+        """Add a region whose accesses the host performs itself.
+
+        Parameters
+        ----------
+        base, size : int
+            In bytes.
+        read : callable or capsule
+            ``read(address, n)`` returns n bytes, or None for an external abort.  Or a capsule
+            named ``smmufast.callbacks`` over a ``smmufast_callbacks`` struct (smmufast.h),
+            which is copied; its functions are called without the global lock.
+        write : callable, optional
+            ``write(address, data)`` returns True when done, None for an external abort.
+            Without it the region is read-only.
+
+        An exception that a callable raises ends the translation and reaches its caller.
+        """
+        cdef CallbacksC callbacks
+        cdef Region* region
+        cdef uint64_t address = to_address("base", base)
+        cdef uint64_t length = to_address("size", size)
+        cdef bint capsule = PyCapsule_CheckExact(read)
+        if capsule:
+            if not PyCapsule_IsValid(read, "smmufast.callbacks"):
+                raise ValueError("read: a capsule of another name; 'smmufast.callbacks' needed")
+            if write is not None:
+                raise TypeError("write: given beside a capsule, which holds both functions")
+            callbacks = (<CallbacksC*>PyCapsule_GetPointer(read, "smmufast.callbacks"))[0]
+            if callbacks.read == NULL:
+                raise ValueError("read: the capsule's read function is NULL")
+        else:
+            if not callable(read):
+                raise TypeError(f"read: {type(read).__name__} given; a callable or a capsule needed")
+            if write is not None and not callable(write):
+                raise TypeError(f"write: {type(write).__name__} given; a callable needed")
+        region = self._insert(address, length)
+        self._callables[address] = (read, write)
+        if capsule:
+            region.kind = REGION_C
+            region.callbacks = callbacks
+            region.writable = callbacks.write != NULL
+        else:
+            region.kind = REGION_PYTHON
+            region.reader = <void*>read
+            region.writer = <void*>write
+            region.writable = write is not None
+        self._refresh()
+
+    def remove(self, base):
+        """Remove the region that starts at `base`; KeyError if there is none."""
+        cdef uint64_t address = to_address("base", base)
+        cdef Ram* ram = &self.ram
+        cdef Region* region = find_region(ram, address)
+        cdef Region old
+        cdef Py_ssize_t i
+        self._check_idle()
+        if region == NULL or region.base != address:
+            raise KeyError(f"base: {address:#x} given; no region starts there")
+        i = region - ram.regions
+        old = region[0]
+        ram.n_regions -= 1
+        memmove(region, region + 1, (ram.n_regions - i) * sizeof(Region))
+        self._callables.pop(address, None)
+        self._refresh()
+        region_close(&old)
+
+    @property
+    def regions(self):
+        """The regions in ascending order, as MemoryRegion(base, size, kind, readonly) tuples."""
+        cdef Py_ssize_t i
+        cdef list found = []
+        for i in range(self.ram.n_regions):
+            region = self.ram.regions[i]
+            found.append(MemoryRegion(region.base, region.last - region.base + 1,
+                                      REGION_KINDS[region.kind], not region.writable))
+        return found
+
+    def read(self, address, size):
+        """Read `size` bytes, across regions if need be.  ExternalAbort where there is none."""
+        cdef uint64_t where = to_address("address", address)
+        cdef uint64_t n = to_address("size", size)
+        cdef Port port
+        cdef int status
+        cdef Region* region
+        cdef uint64_t at = where, rest = n, part
+        # an absurd size is an abort, not a huge allocation
+        while rest:
+            region = find_region(&self.ram, at)
+            if region == NULL or where + (n - 1) < where:
+                raise ExternalAbort(f"address {at:#x}: no region there")
+            part = region.last - at
+            if part >= rest - 1:
+                break
+            rest -= part + 1
+            at = region.last + 1
+        if n > <uint64_t>0x7FFFFFFFFFFFFFFF:
+            raise MemoryError()
+        data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
+        port.ram = &self.ram
+        port.exception = NULL
+        self.ram.users += 1
+        status = ram_read(&port, where, <uint8_t*>PyBytes_AS_STRING(data), n)
+        self.ram.users -= 1
+        if status == FETCH_RAISED:
+            raise_port(&port)
+        if status:
+            raise ExternalAbort(f"address {where:#x}: a callback refused to read {n} bytes")
+        return data
+
+    def write(self, address, data):
+        """Write bytes, across regions if need be.
+
+        Nothing is written unless every byte lies in a writable region: ExternalAbort where
+        there is no region, PermissionError where it is read-only.
+        """
+        cdef uint64_t where = to_address("address", address)
+        cdef uint64_t n, at, rest, part
+        cdef Py_buffer view
+        cdef const uint8_t* source
+        cdef uint8_t* target
+        cdef Region* region
+        cdef int dry
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        self.ram.users += 1
+        try:
+            n = view.len
+            if n and where + (n - 1) < where:
+                raise ExternalAbort(f"address {where:#x}: {n} bytes would wrap around 2^64")
+            for dry in (1, 0):
+                at, rest, source = where, n, <const uint8_t*>view.buf
+                while rest:
+                    region = find_region(&self.ram, at)
+                    if region == NULL:
+                        raise ExternalAbort(f"address {at:#x}: no region there")
+                    if not region.writable:
+                        raise PermissionError(
+                            f"address {at:#x}: the region "
+                            f"{span_text(region.base, region.last)} is read-only")
+                    part = piece_size(region, at, rest)
+                    if region.kind == REGION_CHUNKED:
+                        target = make_chunk(region, at - region.base)
+                        if target == NULL:
+                            raise MemoryError()
+                        target += at - region.base & ((1 << CHUNK_LG2) - 1)
+                    else:
+                        target = region.data + (at - region.base)
+                    if dry:
+                        pass
+                    elif region.kind == REGION_C:
+                        if region.callbacks.write(region.callbacks.ctx, at, source, part):
+                            raise ExternalAbort(f"address {at:#x}: the callback refused a write")
+                    elif region.kind == REGION_PYTHON:
+                        write_python(region, at, source, part)
+                    else:
+                        memmove(target, source, part)
+                    at += part
+                    source += part
+                    rest -= part
+        finally:
+            self.ram.users -= 1
+            PyBuffer_Release(&view)
+
+    def read_u64(self, address, *, big_endian=False):
+        """Read eight bytes as a number, little-endian unless told."""
+        return int.from_bytes(self.read(address, 8), "big" if big_endian else "little")
+
+    def write_u64(self, address, value, *, big_endian=False):
+        """Write a number of eight bytes, little-endian unless told."""
+        number = int(to_address("value", value))
+        self.write(address, number.to_bytes(8, "big" if big_endian else "little"))
+
+    def inject_error(self, *, address=None, size=8, kind=None, level=None, nth=None, count=None):
+        """Make fetches of the SMMU end in an external abort; reads by the host are not affected.
+
+        A fetch matches when it touches [address, address + size), is of the kind and, for
+        translation tables, of the level; what is not given matches all.
+
+        Parameters
+        ----------
+        kind : {"L1STD", "STE", "L1CD", "CD", "TT"}, optional
+        level : int, optional
+            -1 to 3.
+        nth : int, optional
+            The first matching fetch that fails, counted from 1 now; by default the first.
+        count : int, optional
+            How many fail from there on: by default one if nth is given, else all.
+
+        Returns
+        -------
+        int
+            How many injections there are now.
+        """
+        cdef Injection injection
+        cdef Injection* grown
+        self._check_idle()
+        memset(&injection, 0, sizeof(Injection))
+        injection.last = 0xFFFFFFFFFFFFFFFFULL
+        if address is not None:
+            injection.first = to_address("address", address)
+            length = to_address("size", size)
+            if length == 0 or length - 1 > 0xFFFFFFFFFFFFFFFF - injection.first:
+                raise ValueError(f"size: {length:#x} given; 1 byte up to the end of the space")
+            injection.last = injection.first + (length - 1)
+        injection.kind = FETCH_NONE
+        if kind is not None:
+            if kind not in FETCH_KINDS:
+                raise ValueError(f"kind: {kind!r} given; one of {', '.join(FETCH_KINDS[1:])} needed")
+            injection.kind = FETCH_KINDS.index(kind)
+        injection.level = NO_LEVEL
+        if level is not None:
+            if not -1 <= level <= 3:
+                raise ValueError(f"level: {level} given; -1 to 3 allowed")
+            injection.level = level
+        injection.nth = 1 if nth is None else nth
+        injection.count = (1 if nth is not None else 0x7FFFFFFFFFFFFFFF) if count is None else count
+        if injection.nth < 1:
+            raise ValueError(f"nth: {nth} given; 1 or more needed")
+        if injection.count < 1:
+            raise ValueError(f"count: {count} given; 1 or more needed")
+        grown = <Injection*>realloc(
+            self.ram.injections, (self.ram.n_injections + 1) * sizeof(Injection))
+        if grown == NULL:
+            raise MemoryError()
+        self.ram.injections = grown
+        grown[self.ram.n_injections] = injection
+        self.ram.n_injections += 1
+        self._refresh()
+        return self.ram.n_injections
+
+    def clear_errors(self):
+        """Remove every injected error."""
+        self._check_idle()
+        self.ram.n_injections = 0
+        self._refresh()
+
+    def __repr__(self):
+        return f"Memory({len(self.regions)} regions)"
+
+
+cdef void region_close(Region* region) noexcept:
+    """Give back what a region holds of the host."""
+    cdef Py_ssize_t i, j
+    if region.kind == REGION_BUFFER:
+        PyBuffer_Release(&region.view)
+    elif region.kind == REGION_PRIVATE:
+        munmap(region.data, region.last - region.base + 1)
+    elif region.kind == REGION_CHUNKED:
+        for i in range(1 << CHUNK_TABLE_LG2):
+            if region.chunks[i] != NULL:
+                for j in range(1 << CHUNK_TABLE_LG2):
+                    if region.chunks[i][j] != NULL:
+                        munmap(region.chunks[i][j], 1 << CHUNK_LG2)
+                free(region.chunks[i])
+        free(region.chunks)
+
+
+cdef object raise_port(Port* port):
+    """Raise the exception that a callback left in a port."""
+    error = <object>port.exception
+    Py_DECREF(error)  # the port's own reference
+    port.exception = NULL
+    raise error
+
+
+cdef uint64_t to_address(str name, value) except? 0xFFFFFFFFFFFFFFFF:
+    """A 64-bit number from any integer, or an error that names the argument."""
+    try:
+        number = value.__index__()
+    except AttributeError:
+        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+    if not 0 <= number <= 0xFFFFFFFFFFFFFFFF:
+        raise ValueError(f"{name}: {number:#x} given; 0 to 2^64 - 1 allowed")
+    return number

@@ -1,0 +1,36 @@
+"""The Smmu for Cython users: translate_c and the structs of smmufast.h, without the GIL."""
+
+from smmufast._memory cimport Memory, Ram
+from smmufast._types cimport Hw, Outcome, Request, WalkC
+
+
+# What the C face holds on to: it outlives no Smmu.
+cdef struct Core:
+    Hw hw
+    Ram* ram
+    void* owner
+
+
+cdef class Smmu:
+    cdef Core core
+    cdef readonly Memory memory
+    cdef readonly object features
+    cdef readonly object strtab_base
+    cdef readonly object strtab_base_cfg
+    cdef readonly object cr0
+    cdef readonly object cr2
+    cdef readonly object gbpa
+    cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1
+    cdef int translate_c(self, const Request* request, Outcome* outcome) noexcept nogil
+
+
+cdef class Result:
+    cdef Outcome outcome
+    cdef Request request
+    cdef WalkC* log
+
+
+cdef class Walk:
+    cdef WalkC walk
+    cdef int status
+    cdef Smmu smmu

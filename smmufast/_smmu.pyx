@@ -1,0 +1,1040 @@
+"""Smmu: the hardware half, and its faces."""
+
+cimport cython
+cimport numpy as cnp
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
+from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_CheckExact
+from cpython.pycapsule cimport PyCapsule_New
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+from smmufast._bits cimport le64, low_mask
+from smmufast._config cimport (
+    pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
+)
+from smmufast._memory cimport (
+    FETCH_PENDING, FETCH_RAISED, Memory, Port, Ram, port_open, raise_port, to_address,
+)
+from smmufast._translate cimport translate_many, translate_one
+from smmufast._types cimport (
+    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_DISABLED, ACTION_OK, FETCH_NONE,
+    MAX_FETCHES, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
+    ApiC, BatchC, ColumnC, FetchC, Hw, Outcome, Request, SmmuC, WalkC,
+)
+from smmufast._vmsa cimport entering_attr, shareability
+
+import numpy as np
+
+from smmufast import layout
+from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
+from smmufast.features import Features
+
+cnp.import_array()
+
+NO_SUBSTREAM = 0xFFFFFFFF
+"""In arrays of SubstreamIDs: the transaction has none."""
+
+COLUMNS = {
+    "pa": np.dtype(np.uint64),
+    "action": np.dtype(np.uint8),
+    "event": np.dtype(np.uint8),
+    "fault": np.dtype(np.uint8),
+    "perm": np.dtype(np.uint8),
+    "level": np.dtype(np.int8),
+    "page_lg2": np.dtype(np.uint8),
+    "attr": np.dtype(np.uint8),
+    "sh": np.dtype(np.uint8),
+    "record": np.dtype("V32"),
+}
+"""The columns of a batch and their dtypes."""
+
+cdef tuple DEFAULT_COLUMNS = ("pa", "action", "event")
+cdef object SEGMENT = np.dtype([("iova", "u8"), ("pa", "u8"), ("length", "u8")])
+
+# What this version does not model: field, the value it must have.
+cdef tuple UNMODELLED = (
+    ("s2p", 0), ("httu", 0), ("stall_model", 1), ("ats", 0), ("pri", 0), ("ttf", 2), ("mpam", 0),
+    ("d128", 0), ("s1pi", 0), ("s2pi", 0), ("s2po", 0), ("the", 0), ("aie", 0), ("dpt", 0),
+    ("mteperm", 0),
+)
+
+cdef tuple SHAREABILITY = ("non-shareable", "reserved", "outer shareable", "inner shareable")
+cdef tuple DEVICES = ("Device-nGnRnE", "Device-nGnRE", "Device-nGRE", "Device-GRE")
+
+
+def modelled(features):
+    """What this version models of some features, and what it leaves out.
+
+    Returns
+    -------
+    (Features, dict)
+        The features with unmodelled ones taken away, and the fields taken: name to old value.
+    """
+    taken = {}
+    for name, value in UNMODELLED:
+        if getattr(features, name) != value:
+            taken[name] = getattr(features, name)
+    if features.vax > 1:
+        taken["vax"] = features.vax
+    values = dict(UNMODELLED)
+    values["vax"] = 1
+    return features.replace(**{name: values[name] for name in taken}), taken
+
+
+cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
+    """An argument as a number up to `last`, or an error that names it."""
+    cdef uint64_t number
+    if PyLong_CheckExact(value):
+        number = PyLong_AsUnsignedLongLong(value)
+        if number == 0xFFFFFFFFFFFFFFFFULL and PyErr_Occurred():
+            PyErr_Clear()
+            number = to_address(name, value)
+    else:
+        number = to_address(name, value)
+    if number > last:
+        raise ValueError(f"{name}: {number:#x} given; 0 to {last:#x} allowed")
+    return number
+
+
+cdef inline uint32_t as_ssid(value) except? 0xFFFFFFFF:
+    if value is None:
+        return NO_SSID
+    return <uint32_t>as_u64("ssid", value, 0xFFFFF)
+
+
+cdef inline uint32_t as_access(write, priv, instr) except? 0xFFFFFFFF:
+    cdef uint32_t access = 0
+    if write:
+        access |= ACCESS_WRITE
+    if priv:
+        access |= ACCESS_PRIV
+    if instr:
+        access |= ACCESS_INSTR
+    return access
+
+
+# --- results ---
+
+cdef object fetch_of(const WalkC* log, uint32_t i, bint answered):
+    cdef const FetchC* fetch = &log.fetch[i]
+    cdef uint64_t[8] words
+    cdef int k
+    data = None
+    if answered and not fetch.aborted:
+        for k in range(fetch.size // 8):
+            words[k] = le64(log.data[fetch.words + k])
+        data = PyBytes_FromStringAndSize(<char*>words, fetch.size)
+    return Fetch(FETCH_KINDS[fetch.kind], None if fetch.level == NO_LEVEL else fetch.level,
+                 fetch.address, fetch.size, data)
+
+
+@cython.final
+@cython.freelist(64)
+@cython.auto_pickle(False)
+cdef class Result:
+    """The outcome of one translation; true when the transaction goes on to memory."""
+
+    def __init__(self):
+        raise TypeError("a Result is made by Smmu.translate")
+
+    def __dealloc__(self):
+        free(self.log)
+
+    def __bool__(self):
+        return self.outcome.action <= ACTION_DISABLED
+
+    @property
+    def sid(self):
+        """StreamID of the request."""
+        return self.request.sid
+
+    @property
+    def ssid(self):
+        """SubstreamID of the request, None without one."""
+        return None if self.request.ssid == NO_SSID else self.request.ssid
+
+    @property
+    def iova(self):
+        """Input address of the request."""
+        return self.request.iova
+
+    @property
+    def write(self):
+        """Whether the request was a write."""
+        return (self.request.access & ACCESS_WRITE) != 0
+
+    @property
+    def action(self):
+        """What becomes of the transaction: "ok", "bypass", "disabled", "abort" or "raz_wi"."""
+        return ACTIONS[self.outcome.action]
+
+    @property
+    def pa(self):
+        """Physical address, None when the transaction is terminated."""
+        return self.outcome.pa if self.outcome.action <= ACTION_DISABLED else None
+
+    @property
+    def fault(self):
+        """The fault as an Event, recorded or not; None if there is none that has an event."""
+        cdef uint64_t[4] words
+        cdef int i
+        if not self.outcome.fault:
+            return None
+        for i in range(4):
+            words[i] = le64(self.outcome.record[i])
+        return Event(PyBytes_FromStringAndSize(<char*>words, 32))
+
+    @property
+    def event(self):
+        """The Event that is recorded; None when nothing is.
+
+        A fault is not recorded when CD.R=0, when CR0.EVENTQEN=0, or when it is C_BAD_STREAMID
+        and CR2.RECINVSID=0.
+        """
+        return self.fault if self.outcome.event else None
+
+    @property
+    def level(self):
+        """Level of the block or page, -1 to 3; None without a translation."""
+        return None if self.outcome.level == NO_LEVEL else self.outcome.level
+
+    @property
+    def page_lg2(self):
+        """log2 of the block's or page's size in bytes; None without a translation."""
+        return self.outcome.page_lg2 if self.outcome.page_lg2 else None
+
+    @property
+    def page_size(self):
+        """Size of the block or page in bytes; None without a translation."""
+        return 1 << self.outcome.page_lg2 if self.outcome.page_lg2 else None
+
+    @property
+    def perm(self):
+        """The accesses that would succeed at this address, as Perm flags.
+
+        They are those after the STE's PRIVCFG and INSTCFG.  For F_PERMISSION they are what the
+        page does permit; for other faults none.
+        """
+        return Perm(self.outcome.perm)
+
+    @property
+    def attr(self):
+        """Memory type as one MAIR byte (DDI 0487 D8.6), reserved encodings resolved."""
+        return self.outcome.attr
+
+    @property
+    def memory_type(self):
+        """Memory type in words, None when the transaction is terminated."""
+        cdef unsigned int attr = self.outcome.attr
+        if self.outcome.action > ACTION_DISABLED:
+            return None
+        if attr & 0xF0 == 0:
+            return DEVICES[attr >> 2 & 3]
+        return f"Normal-i{cache_text(attr & 15)}-o{cache_text(attr >> 4)}"
+
+    @property
+    def shareability(self):
+        """0 non-shareable, 2 outer, 3 inner shareable."""
+        return self.outcome.sh
+
+    @property
+    def asid(self):
+        """ASID of the context that translated, None when stage 1 did not."""
+        return self.outcome.asid if self.outcome.stage else None
+
+    @property
+    def is_global(self):
+        """Whether the page is global (nG=0); None without a translation."""
+        return None if self.outcome.level == NO_LEVEL else not self.outcome.ng
+
+    @property
+    def contiguous(self):
+        """The Contiguous bit of the page's descriptor; None without a translation."""
+        return None if self.outcome.level == NO_LEVEL else self.outcome.contiguous != 0
+
+    @property
+    def fetches(self):
+        """Every fetch that was made, in order, as Fetch tuples; None unless trace=True."""
+        cdef uint32_t i
+        if self.log == NULL:
+            return None
+        return [fetch_of(self.log, i, True) for i in range(self.log.count)]
+
+    def explain(self):
+        """Return the translation in words: each fetch decoded (with trace=True), then the end."""
+        from smmufast.explain import explain
+        return explain(self)
+
+    def __repr__(self):
+        text = f"<Result {self.action} sid={self.sid:#x}"
+        if self.ssid is not None:
+            text += f" ssid={self.ssid:#x}"
+        text += f" iova={self.iova:#x}"
+        if self:
+            text += f" pa={self.pa:#x}"
+        if self.fault is not None:
+            text += f" {self.fault.name}{'' if self.outcome.event else ' (not recorded)'}"
+        return text + ">"
+
+
+cdef str cache_text(unsigned int nibble):
+    if nibble == 4:
+        return "NC"
+    return (("WB" if nibble >> 2 & 1 else "WT")
+            + ("" if nibble & 8 else "T")
+            + ("-RA" if nibble & 2 else "") + ("-WA" if nibble & 1 else ""))
+
+
+cdef inline object result_error(Result result):
+    """The one place where a fault becomes an exception."""
+    kind = FAULTS[result.outcome.fault]
+    name = result.fault.name if result.outcome.fault else "aborted without an event"
+    ssid = "" if result.request.ssid == NO_SSID else f" ssid {result.request.ssid:#x}"
+    return kind(f"{name}: sid {result.request.sid:#x}{ssid} iova {result.request.iova:#x}", result)
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Segments:
+    """The physical segments of a DMA burst, in order; true when the whole burst translates.
+
+    `array` has the fields iova, pa and length (uint64, bytes); iterating gives tuples of ints.
+    `result` is the Result of the first page that failed, None if none did.
+    """
+
+    cdef readonly object array
+    cdef readonly object result
+
+    def __init__(self):
+        raise TypeError("Segments are made by Smmu.translate_range")
+
+    def __bool__(self):
+        return self.result is None
+
+    def __len__(self):
+        return len(self.array)
+
+    def __iter__(self):
+        return iter(self.array.tolist())
+
+    @property
+    def event(self):
+        """The event that the burst records, None if there is none."""
+        return None if self.result is None else self.result.event
+
+    def __repr__(self):
+        end = "" if self.result is None else f", then {self.result!r}"
+        return f"<Segments {[tuple(map(hex, s)) for s in self]}{end}>"
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Walk:
+    """A translation whose fetches the host performs, one at a time.
+
+    `request` is the Fetch to perform next, None when the walk is done; answer it by `supply`.
+    `result` is the Result, None until then.
+    """
+
+    def __init__(self):
+        raise TypeError("a Walk is made by Smmu.start_walk")
+
+    @property
+    def request(self):
+        """The Fetch to perform next (its data is None), None when the walk is done."""
+        if self.status == STATUS_DONE:
+            return None
+        return fetch_of(&self.walk, self.walk.count, False)
+
+    @property
+    def done(self):
+        """Whether the result is there."""
+        return self.status == STATUS_DONE
+
+    @property
+    def result(self):
+        """The Result, with its fetches; None until the walk is done."""
+        cdef Result result
+        if self.status != STATUS_DONE:
+            return None
+        result = Result.__new__(Result)
+        result.request = self.walk.request
+        result.outcome = self.walk.result
+        result.log = <WalkC*>malloc(sizeof(WalkC))
+        if result.log == NULL:
+            raise MemoryError()
+        result.log[0] = self.walk
+        return result
+
+    def supply(self, data):
+        """Answer the fetch that is asked for.
+
+        Parameters
+        ----------
+        data : bytes-like, int or None
+            The bytes as they lie in memory, as many as asked for; or their little-endian
+            number; or None for an external abort.
+
+        Raises
+        ------
+        RuntimeError
+            The walk is done.
+        ValueError
+            The size is wrong.
+        """
+        cdef Py_buffer view
+        cdef unsigned int size
+        if self.status == STATUS_DONE:
+            raise RuntimeError("the walk is done: no fetch waits for data")
+        if data is None:
+            self.status = walk_answer(&self.smmu.core.hw, &self.walk, NULL)
+            return
+        size = self.walk.fetch[self.walk.count].size
+        if isinstance(data, int):
+            if data < 0 or data >> (8 * size):
+                raise ValueError(f"data: {data:#x} given; a number of {size} bytes needed")
+            data = data.to_bytes(size, "little")
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if <size_t>view.len != size:
+                raise ValueError(f"data: {view.len} bytes given; {size} needed")
+            self.status = walk_answer(&self.smmu.core.hw, &self.walk, view.buf)
+        finally:
+            PyBuffer_Release(&view)
+
+    def __repr__(self):
+        return f"<Walk {self.result!r}>" if self.done else f"<Walk at {self.request!r}>"
+
+
+# --- the resumable walk: the chain, run again with one answer more ---
+
+cdef int walk_resume(const Hw* hw, WalkC* walk) noexcept nogil:
+    cdef Port port
+    port_open(&port, NULL, walk, True)
+    if translate_one(hw, &port, &walk.request, &walk.result) == FETCH_PENDING:
+        return STATUS_PENDING
+    return STATUS_DONE
+
+
+cdef int walk_begin(const Hw* hw, const Request* request, WalkC* walk) noexcept nogil:
+    memset(walk, 0, sizeof(WalkC))
+    walk.request = request[0]
+    return walk_resume(hw, walk)
+
+
+cdef int walk_answer(const Hw* hw, WalkC* walk, const void* data) noexcept nogil:
+    cdef FetchC* fetch = &walk.fetch[walk.count]
+    cdef uint64_t word
+    cdef unsigned int i
+    fetch.aborted = data == NULL
+    if data != NULL:
+        for i in range(fetch.size // 8):
+            memcpy(&word, <const char*>data + 8 * i, 8)
+            walk.data[walk.used + i] = le64(word)
+        walk.used += fetch.size // 8
+    walk.count += 1
+    return walk_resume(hw, walk)
+
+
+# --- columns ---
+
+cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
+    """An input as a 1-D array of one dtype, or None for a scalar; `n` is the common length."""
+    cdef cnp.ndarray array
+    if isinstance(value, (int, np.integer)) and not isinstance(value, np.ndarray):
+        return None
+    array = np.asarray(value)
+    if array.ndim == 0:
+        return None
+    if array.ndim != 1:
+        raise ValueError(f"{name}: an array of {array.ndim} dimensions given; 1 needed")
+    if array.dtype != dtype:
+        if array.dtype.kind not in "biu" or dtype.kind == "b" and array.dtype.kind != "b":
+            raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} or another integer needed")
+        if array.size and (array.dtype.kind == "i" and array.min() < 0
+                           or array.max() > np.iinfo(dtype).max):
+            raise ValueError(f"{name}: values from {array.min():#x} to {array.max():#x} given; "
+                             f"0 to {np.iinfo(dtype).max:#x} allowed")
+        array = array.astype(dtype)
+    if n[0] >= 0 and array.shape[0] != n[0]:
+        raise ValueError(f"{name}: {array.shape[0]} values given beside arrays of {n[0]}")
+    n[0] = array.shape[0]
+    return array
+
+
+cdef int point_in(ColumnC* column, cnp.ndarray array) except -1:
+    column.data = cnp.PyArray_DATA(array)
+    column.stride = cnp.PyArray_STRIDE(array, 0)
+    return 0
+
+
+cdef ColumnC* column_of(BatchC* batch, str name) noexcept:
+    if name == "pa":
+        return &batch.pa
+    if name == "action":
+        return &batch.action
+    if name == "event":
+        return &batch.event
+    if name == "fault":
+        return &batch.fault
+    if name == "perm":
+        return &batch.perm
+    if name == "level":
+        return &batch.level
+    if name == "page_lg2":
+        return &batch.page_lg2
+    if name == "attr":
+        return &batch.attr
+    if name == "sh":
+        return &batch.sh
+    if name == "record":
+        return &batch.record
+    return NULL
+
+
+cdef int point_out(BatchC* batch, str name, array, Py_ssize_t n) except -1:
+    """Let one output column point into an array, once its shape and dtype are right."""
+    cdef ColumnC* column = column_of(batch, name)
+    cdef cnp.ndarray found
+    if column == NULL:
+        raise ValueError(f"out: column {name!r} given; {', '.join(COLUMNS)} known")
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"out[{name!r}]: {type(array).__name__} given; a numpy array needed")
+    found = array
+    if found.dtype != COLUMNS[name]:
+        raise TypeError(f"out[{name!r}]: dtype {found.dtype} given; {COLUMNS[name]} needed")
+    if found.ndim != 1 or found.shape[0] != n:
+        raise ValueError(f"out[{name!r}]: shape {array.shape} given; ({n},) needed")
+    if not cnp.PyArray_ISWRITEABLE(found):
+        raise ValueError(f"out[{name!r}]: the array is read-only")
+    return point_in(column, found)
+
+
+cdef void shift_columns(BatchC* batch, size_t by) noexcept nogil:
+    """Let every column start `by` rows later."""
+    cdef ColumnC* column = &batch.sid
+    while column <= &batch.record:
+        if column.data != NULL:
+            column.data = <char*>column.data + <ptrdiff_t>by * column.stride
+        column += 1
+
+
+cdef bint ssids_legal(const BatchC* batch) noexcept nogil:
+    """Every SubstreamID is one of 20 bits or none."""
+    cdef size_t i
+    cdef uint32_t ssid
+    cdef size_t n = batch.n if batch.ssid.stride else (batch.n > 0)
+    for i in range(n):
+        memcpy(&ssid, <const char*>batch.ssid.data + <ptrdiff_t>i * batch.ssid.stride, 4)
+        if ssid > 0xFFFFF and ssid != NO_SSID:
+            return False
+    return True
+
+
+cdef enum:
+    PIECE = 1 << 20    # requests between looks for signals
+    FLAGS = 4096       # requests whose access bytes are made at a time
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Smmu:
+    """An SMMUv3 (Non-secure, stage 1) over a Memory; nothing is cached between calls.
+
+    Parameters
+    ----------
+    memory : Memory
+        Where the stream table, context descriptors and translation tables lie.
+    features : Features, optional
+        What the implementation has.  A feature that is not modelled is refused with ValueError.
+    strtab_base, strtab_base_cfg, cr0, cr2, gbpa : int
+        Registers (IHI 0070 6.3).  By default CR0 is SMMUEN and EVENTQEN, CR2 is RECINVSID, GBPA
+        lets transactions pass with their own attributes.
+
+    >>> from smmufast import Memory, Smmu
+    >>> memory = Memory()
+    >>> memory.add_private()
+    >>> memory.write_u64(0x4000_0000, 0b1001)      # STE 0: V=1, Config=0b100 (bypass)
+    >>> smmu = Smmu(memory, strtab_base=0x4000_0000, strtab_base_cfg=0)
+    >>> smmu.translate(0, 0x1234)
+    <Result bypass sid=0x0 iova=0x1234 pa=0x1234>
+    """
+
+    def __init__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
+                 cr0=0b101, cr2=0b10, gbpa=0x1000):
+        cdef Hw* hw = &self.core.hw
+        if features is None:
+            features = Features()
+        if not isinstance(features, Features):
+            raise TypeError(f"features: {type(features).__name__} given; Features needed")
+        taken = modelled(features)[1]
+        if taken:
+            raise ValueError("features: " + ", ".join(f"{k}={v}" for k, v in taken.items())
+                             + " given; this version does not model that (see smmufast.modelled)")
+        if self.core.owner != NULL:
+            raise RuntimeError("a Smmu is initialised once")
+        self.memory = memory
+        self.features = features
+        self.strtab_base = as_u64("strtab_base", strtab_base, 0xFFFFFFFFFFFFFFFF)
+        self.strtab_base_cfg = as_u64("strtab_base_cfg", strtab_base_cfg, 0xFFFFFFFF)
+        self.cr0 = as_u64("cr0", cr0, 0xFFFFFFFF)
+        self.cr2 = as_u64("cr2", cr2, 0xFFFFFFFF)
+        self.gbpa = as_u64("gbpa", gbpa, 0xFFFFFFFF)
+        self.core.ram = &memory.ram
+        self.core.owner = <void*>self
+        hw.s1p = features.s1p
+        hw.s2p = features.s2p
+        hw.hyp = features.hyp
+        hw.asid16 = features.asid16
+        hw.vmid16 = features.vmid16
+        hw.cd2l = features.cd2l
+        hw.ssidsize = features.ssidsize
+        hw.ttf = features.ttf
+        hw.ttendian = features.ttendian
+        hw.stall_model = features.stall_model
+        hw.term_model = features.term_model
+        hw.httu = features.httu
+        hw.ats = features.ats
+        hw.ns1ats = features.ns1ats
+        hw.attr_perms_ovr = features.attr_perms_ovr
+        hw.attr_types_ovr = features.attr_types_ovr
+        hw.had = features.had
+        hw.e0pd = features.e0pd
+        hw.epan = features.epan
+        hw.stt = features.stt
+        hw.ds = features.ds
+        hw.vax = features.vax
+        hw.minor = features.arch_minor
+        hw.oas = size_bits(features.oas, hw.minor)
+        hw.oas_over = ~low_mask(hw.oas)
+        hw.pointer_mask = pointer_mask(hw.minor)
+        hw.granules = features.gran4k << 12 | features.gran16k << 14 | features.gran64k << 16
+        hw.cr0 = self.cr0
+        hw.cr2 = self.cr2
+        self._set_stream_table(features.st_level, features.sidsize)
+        self._set_gbpa()
+
+    def _set_stream_table(self, st_level, sidsize):
+        cdef Hw* hw = &self.core.hw
+        cdef uint64_t address
+        config = layout.unpack("STRTAB_BASE_CFG", self.strtab_base_cfg)
+        address = layout.unpack("STRTAB_BASE", self.strtab_base)["ADDR"] & hw.pointer_mask
+        hw.log2size = min(config["LOG2SIZE"], sidsize)
+        hw.two_level = st_level == 1 and config["FMT"] == 1
+        hw.split = split_of(config["SPLIT"])
+        if hw.two_level:
+            # the register's own LOG2SIZE aligns the table; beyond 2^52 bytes all is 0
+            hw.strtab = strtab_two_level_base(address, min(config["LOG2SIZE"], 60), hw.split)
+        else:
+            hw.strtab = strtab_linear_base(address, hw.log2size)
+
+    def _set_gbpa(self):
+        cdef Hw* hw = &self.core.hw
+        cdef unsigned int attr = 0xFF, sh = 0
+        gbpa = layout.unpack("GBPA", self.gbpa)
+        hw.gbpa_abort = gbpa["ABORT"]
+        if hw.attr_types_ovr:
+            attr = entering_attr(gbpa["MTCFG"], gbpa["MemAttr"], gbpa["ALLOCCFG"])
+            sh = 0 if gbpa["SHCFG"] == 1 else gbpa["SHCFG"]
+        hw.gbpa_attr = attr
+        hw.gbpa_sh = shareability(attr, sh)
+
+    cdef int translate_c(self, const Request* request, Outcome* outcome) noexcept nogil:
+        """Translate one request: STATUS_DONE, STATUS_EINVAL or STATUS_EPYTHON."""
+        return api_translate(<SmmuC*>&self.core, request, outcome)
+
+    def translate(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False,
+                  trace=False):
+        """Translate one access of a device.
+
+        Parameters
+        ----------
+        sid : int
+            StreamID, 32 bits.
+        iova : int
+            Input address, 64 bits.
+        ssid : int, optional
+            SubstreamID, 20 bits; None for a transaction without one.
+        write, priv, instr : bool
+            A write instead of a read; privileged; an instruction fetch.
+        trace : bool
+            Record every fetch in the result.
+
+        Returns
+        -------
+        Result
+            Whatever the tables hold; a fault is a result, not an exception.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is out of range or of another type.
+        Exception
+            Whatever a Python memory callback raises.
+        """
+        cdef Result result = Result.__new__(Result)
+        result.request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+        result.request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+        result.request.ssid = as_ssid(ssid)
+        result.request.access = as_access(write, priv, instr)
+        if trace:
+            result.log = <WalkC*>malloc(sizeof(WalkC))
+            if result.log == NULL:
+                raise MemoryError()
+            result.log.count = 0
+            result.log.used = 0
+        self._run(&result.request, &result.outcome, result.log)
+        return result
+
+    def pa(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False):
+        """Translate one access and return its physical address alone.
+
+        Arguments as in `translate`.  A terminated access raises the Fault of its event.
+        """
+        cdef Request request
+        cdef Outcome outcome
+        cdef Result result
+        request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+        request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+        request.ssid = as_ssid(ssid)
+        request.access = as_access(write, priv, instr)
+        self._run(&request, &outcome, NULL)
+        if outcome.action <= ACTION_DISABLED:
+            return outcome.pa
+        result = Result.__new__(Result)
+        result.request = request
+        result.outcome = outcome
+        raise result_error(result)
+
+    cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1:
+        """The scalar driver; with the GIL, which only callbacks may let go."""
+        cdef Port port
+        cdef int status
+        port_open(&port, self.core.ram, log, False)
+        self.core.ram.users += 1
+        status = translate_one(&self.core.hw, &port, request, outcome)
+        self.core.ram.users -= 1
+        if status:
+            raise_port(&port)
+        return 0
+
+    def translate_batch(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False,
+                        out=None, columns=None):
+        """Translate many accesses; the global lock is released meanwhile.
+
+        Parameters
+        ----------
+        sid, iova : int or 1-D array
+            uint32 and uint64; other integer arrays are converted.  Scalars are repeated.
+        ssid : int, 1-D array or None
+            uint32; 0xFFFFFFFF in an array is a transaction without one.
+        write, priv, instr : bool or 1-D bool array
+        out : structured array or dict of 1-D arrays, optional
+            Where results go: the columns it has are those that are computed.  With it, and with
+            inputs of the dtypes above, nothing is allocated.  It may be an input itself, row by
+            row; it must not overlap the inputs otherwise.
+        columns : sequence of str, optional
+            Without `out`: the columns wanted, by default pa, action and event.
+
+        The columns are those of COLUMNS: ``pa`` (uint64, 0 when terminated), ``action`` (uint8,
+        index into ACTIONS), ``event`` and ``fault`` (uint8, event number, 0 for none),
+        ``perm`` (uint8, Perm), ``level`` (int8, 4 without a translation), ``page_lg2`` (uint8,
+        0 likewise), ``attr`` and ``sh`` (uint8), ``record`` (32 bytes, zero when nothing is
+        recorded).
+
+        Returns
+        -------
+        structured array, or `out`
+        """
+        cdef BatchC batch, piece
+        cdef Py_ssize_t n = -1, done, size, i
+        cdef uint32_t one_sid, one_ssid
+        cdef uint64_t one_iova
+        cdef uint8_t one_access = 0
+        cdef uint8_t[FLAGS] accesses
+        cdef cnp.ndarray sids, iovas, ssids, writes = None, privs = None, instrs = None
+        cdef const uint8_t* flags[3]
+        cdef ptrdiff_t strides[3]
+        cdef bint by_row
+        cdef int k, status = 0
+        cdef Port port
+        memset(&batch, 0, sizeof(batch))
+        sids = column_in("sid", sid, U32, &n)
+        iovas = column_in("iova", iova, U64, &n)
+        ssids = None if ssid is None else column_in("ssid", ssid, U32, &n)
+        if write is not True and write is not False:
+            writes = column_in("write", write, BOOL, &n)
+        if priv is not True and priv is not False:
+            privs = column_in("priv", priv, BOOL, &n)
+        if instr is not True and instr is not False:
+            instrs = column_in("instr", instr, BOOL, &n)
+        if n < 0:
+            raise ValueError("sid, iova: no array given; use translate for one request")
+        if sids is None:
+            one_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+            batch.sid.data = &one_sid
+        else:
+            point_in(&batch.sid, sids)
+        if iovas is None:
+            one_iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+            batch.iova.data = &one_iova
+        else:
+            point_in(&batch.iova, iovas)
+        if ssids is None:
+            one_ssid = as_ssid(ssid)
+            batch.ssid.data = &one_ssid
+        else:
+            point_in(&batch.ssid, ssids)
+        batch.n = n
+        if not ssids_legal(&batch):
+            raise ValueError("ssid: a value above 0xfffff given; 20 bits or 0xffffffff allowed")
+        one_access = <uint8_t>as_access(write if writes is None else False,
+                                        priv if privs is None else False,
+                                        instr if instrs is None else False)
+        batch.access.data = &one_access
+        by_row = writes is not None or privs is not None or instrs is not None
+        for k, array in enumerate((writes, privs, instrs)):
+            flags[k] = NULL
+            if array is not None:
+                flags[k] = <const uint8_t*>cnp.PyArray_DATA(array)
+                strides[k] = cnp.PyArray_STRIDE(array, 0)
+        if out is None:
+            names = DEFAULT_COLUMNS if columns is None else tuple(columns)
+            for name in names:
+                if name not in COLUMNS:
+                    raise ValueError(f"columns: {name!r} given; {', '.join(COLUMNS)} known")
+            out = np.empty(n, np.dtype([(name, COLUMNS[name]) for name in names], align=True))
+        elif columns is not None:
+            raise TypeError("columns: given beside out, whose own columns are filled")
+        if isinstance(out, np.ndarray):
+            if out.dtype.names is None:
+                raise TypeError(f"out: dtype {out.dtype} given; a structured one needed")
+            for name in out.dtype.names:
+                point_out(&batch, name, out[name], n)
+        elif isinstance(out, dict):
+            for name, array in out.items():
+                point_out(&batch, name, array, n)
+        else:
+            raise TypeError(f"out: {type(out).__name__} given; a structured array or a dict needed")
+        done = 0
+        self.core.ram.users += 1
+        try:
+            while done < n:
+                piece = batch
+                shift_columns(&piece, done)
+                size = min(n - done, FLAGS if by_row else PIECE)
+                piece.n = size
+                if by_row:
+                    for i in range(size):
+                        accesses[i] = one_access
+                        for k in range(3):
+                            if flags[k] != NULL and flags[k][(done + i) * strides[k]]:
+                                accesses[i] |= 1 << k
+                    piece.access.data = accesses
+                    piece.access.stride = 1
+                with nogil:
+                    status = translate_many(&self.core.hw, self.core.ram, &port, &piece)
+                if status:
+                    raise_port(&port)
+                done += size
+                PyErr_CheckSignals()
+        finally:
+            self.core.ram.users -= 1
+        return out
+
+    def translate_range(self, sid, iova, size, *, ssid=None, write=False, priv=False, instr=False):
+        """Translate a DMA burst of `size` bytes into physical segments.
+
+        Pages that follow each other in physical memory with the same type and permissions are
+        one segment.  The burst stops at the first page that fails: its Result is
+        `Segments.result`, and its segments are those before it.
+
+        Raises
+        ------
+        ValueError
+            An argument is out of range, or the burst would wrap around 2^64.
+        """
+        cdef Request request
+        cdef Outcome outcome, before
+        cdef uint64_t rest, room, start
+        cdef uint64_t* rows = NULL
+        cdef uint64_t* grown
+        cdef size_t count = 0, capacity = 0, pages = 0
+        cdef Segments segments = Segments.__new__(Segments)
+        cdef Result result
+        cdef cnp.ndarray array
+        request.iova = start = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+        request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+        request.ssid = as_ssid(ssid)
+        request.access = as_access(write, priv, instr)
+        rest = as_u64("size", size, 0xFFFFFFFFFFFFFFFF)
+        if rest and start + (rest - 1) < start:
+            raise ValueError(f"size: {rest:#x} given; the burst at {start:#x} would wrap around")
+        try:
+            while rest:
+                self._run(&request, &outcome, NULL)
+                if outcome.action > ACTION_DISABLED:
+                    result = Result.__new__(Result)
+                    result.request = request
+                    result.outcome = outcome
+                    segments.result = result
+                    break
+                if outcome.page_lg2:
+                    room = (<uint64_t>1 << outcome.page_lg2) - (
+                        request.iova & low_mask(outcome.page_lg2))
+                else:  # untranslated as far as addresses are legal
+                    room = ~self.core.hw.oas_over - request.iova + 1
+                if room > rest:
+                    room = rest
+                if (count and rows[3 * count - 2] + rows[3 * count - 1] == outcome.pa
+                        and before.perm == outcome.perm and before.attr == outcome.attr
+                        and before.sh == outcome.sh):
+                    rows[3 * count - 1] += room
+                else:
+                    if count == capacity:
+                        capacity = 2 * capacity + 8
+                        grown = <uint64_t*>realloc(rows, capacity * 24)
+                        if grown == NULL:
+                            raise MemoryError()
+                        rows = grown
+                    rows[3 * count] = request.iova
+                    rows[3 * count + 1] = outcome.pa
+                    rows[3 * count + 2] = room
+                    count += 1
+                before = outcome
+                request.iova += room
+                rest -= room
+                pages += 1
+                if pages % 4096 == 0:
+                    PyErr_CheckSignals()
+            array = np.empty(count, SEGMENT)
+            if count:
+                memcpy(cnp.PyArray_DATA(array), rows, count * 24)
+        finally:
+            free(rows)
+        segments.array = array
+        return segments
+
+    def start_walk(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False):
+        """Start a translation whose fetches the host performs; arguments as in `translate`.
+
+        Returns
+        -------
+        Walk
+        """
+        cdef Walk walk = Walk.__new__(Walk)
+        cdef Request request
+        request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+        request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+        request.ssid = as_ssid(ssid)
+        request.access = as_access(write, priv, instr)
+        request.reserved = 0
+        walk.smmu = self
+        walk.status = walk_begin(&self.core.hw, &request, &walk.walk)
+        return walk
+
+    def __repr__(self):
+        return (f"Smmu(strtab_base={self.strtab_base:#x}, "
+                f"strtab_base_cfg={self.strtab_base_cfg:#x}, cr0={self.cr0:#x}, "
+                f"cr2={self.cr2:#x}, gbpa={self.gbpa:#x}, features={self.features!r})")
+
+
+cdef object U32 = np.dtype(np.uint32)
+cdef object U64 = np.dtype(np.uint64)
+cdef object BOOL = np.dtype(np.bool_)
+
+
+# --- the C face ---
+
+cdef bint request_legal(const Request* request) noexcept nogil:
+    return ((request.ssid <= 0xFFFFF or request.ssid == NO_SSID)
+            and request.access <= (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR))
+
+
+cdef SmmuC* api_acquire(void* obj) noexcept:
+    cdef Smmu smmu
+    try:
+        if not isinstance(<object>obj, Smmu):
+            raise TypeError(f"object: {type(<object>obj).__name__} given; Smmu needed")
+    except TypeError as error:
+        set_error(error)
+        return NULL
+    smmu = <Smmu>obj
+    Py_INCREF(smmu)
+    smmu.core.ram.users += 1
+    return <SmmuC*>&smmu.core
+
+
+cdef extern from "Python.h":
+    void PyErr_SetObject(object type, object value) noexcept
+    void PyErr_WriteUnraisable(object obj) noexcept
+
+
+cdef void set_error(error) noexcept:
+    PyErr_SetObject(type(error), error)
+
+
+cdef void api_release(SmmuC* handle) noexcept:
+    cdef Core* core = <Core*>handle
+    core.ram.users -= 1
+    Py_DECREF(<object>core.owner)
+
+
+cdef int api_end(Port* port, int status) noexcept nogil:
+    """FETCH_ codes as STATUS_ codes; a callback's exception is reported as unraisable."""
+    if status == 0:
+        return STATUS_DONE
+    with gil:
+        error = <object>port.exception
+        Py_DECREF(error)
+        PyErr_SetObject(type(error), error)
+        PyErr_WriteUnraisable(<object>NULL)
+    return STATUS_EPYTHON
+
+
+cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    if not request_legal(request):
+        return STATUS_EINVAL
+    port_open(&port, core.ram, NULL, False)
+    return api_end(&port, translate_one(&core.hw, &port, request, outcome))
+
+
+cdef int api_translate_batch(SmmuC* handle, const BatchC* batch) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
+            or batch.access.data == NULL or not ssids_legal(batch)):
+        return STATUS_EINVAL
+    return api_end(&port, translate_many(&core.hw, core.ram, &port, batch))
+
+
+cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:
+    if not request_legal(request):
+        return STATUS_EINVAL
+    return walk_begin(&(<Core*>handle).hw, request, walk)
+
+
+cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept nogil:
+    if walk.count >= MAX_FETCHES or walk.fetch[walk.count].kind == FETCH_NONE:
+        return STATUS_EINVAL
+    return walk_answer(&(<Core*>handle).hw, walk, data)
+
+
+cdef ApiC api
+api.abi = ABI
+api.size = sizeof(ApiC)
+api.acquire = api_acquire
+api.release = api_release
+api.translate = api_translate
+api.translate_batch = api_translate_batch
+api.walk_start = api_walk_start
+api.walk_supply = api_walk_supply
+_C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)
+

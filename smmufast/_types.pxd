@@ -1,0 +1,175 @@
+"""The structs that rules, drivers and owners share: requests, results, decoded configuration.
+
+The public ones are those of smmufast.h; the rest live on the stack of a driver.
+"""
+
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "smmufast.h":
+    enum:
+        ABI "SMMUFAST_ABI"
+        NO_SSID "SMMUFAST_NO_SSID"
+        ACCESS_WRITE "SMMUFAST_WRITE"
+        ACCESS_PRIV "SMMUFAST_PRIV"
+        ACCESS_INSTR "SMMUFAST_INSTR"
+        ACTION_OK "SMMUFAST_OK"
+        ACTION_BYPASS "SMMUFAST_BYPASS"
+        ACTION_DISABLED "SMMUFAST_DISABLED"
+        ACTION_ABORT "SMMUFAST_ABORT"
+        ACTION_RAZ_WI "SMMUFAST_RAZ_WI"
+        PERM_UR "SMMUFAST_UR"
+        PERM_UW "SMMUFAST_UW"
+        PERM_UX "SMMUFAST_UX"
+        PERM_PR "SMMUFAST_PR"
+        PERM_PW "SMMUFAST_PW"
+        PERM_PX "SMMUFAST_PX"
+        FETCH_NONE "SMMUFAST_FETCH_NONE"
+        FETCH_L1STD "SMMUFAST_FETCH_L1STD"
+        FETCH_STE "SMMUFAST_FETCH_STE"
+        FETCH_L1CD "SMMUFAST_FETCH_L1CD"
+        FETCH_CD "SMMUFAST_FETCH_CD"
+        FETCH_TT "SMMUFAST_FETCH_TT"
+        STATUS_DONE "SMMUFAST_DONE"
+        STATUS_PENDING "SMMUFAST_PENDING"
+        STATUS_EINVAL "SMMUFAST_EINVAL"
+        STATUS_EPYTHON "SMMUFAST_EPYTHON"
+        MAX_FETCHES "SMMUFAST_MAX_FETCHES"
+        MAX_WORDS "SMMUFAST_MAX_WORDS"
+
+    ctypedef struct Request "smmufast_request":
+        uint64_t iova
+        uint32_t sid
+        uint32_t ssid
+        uint32_t access
+        uint32_t reserved
+
+    ctypedef struct Outcome "smmufast_result":
+        uint64_t pa
+        uint8_t action
+        uint8_t event
+        uint8_t fault
+        uint8_t perm
+        int8_t level
+        uint8_t page_lg2
+        uint8_t attr
+        uint8_t sh
+        uint16_t asid
+        uint8_t ng
+        uint8_t contiguous
+        uint8_t stage
+        uint64_t[4] record
+
+    ctypedef struct FetchC "smmufast_fetch":
+        uint64_t address
+        uint16_t size
+        uint8_t kind
+        int8_t level
+        uint8_t aborted
+        uint8_t words
+
+    ctypedef struct WalkC "smmufast_walk":
+        Request request
+        Outcome result
+        uint32_t count
+        uint32_t used
+        FetchC* fetch
+        uint64_t* data
+
+    ctypedef struct CallbacksC "smmufast_callbacks":
+        int (*read)(void* ctx, uint64_t address, void* buf, size_t n) noexcept nogil
+        int (*write)(void* ctx, uint64_t address, const void* buf, size_t n) noexcept nogil
+        void* ctx
+
+    ctypedef struct ColumnC "smmufast_column":
+        void* data
+        ptrdiff_t stride
+
+    ctypedef struct BatchC "smmufast_batch":
+        size_t n
+        ColumnC sid
+        ColumnC ssid
+        ColumnC iova
+        ColumnC access
+        ColumnC pa
+        ColumnC action
+        ColumnC event
+        ColumnC fault
+        ColumnC perm
+        ColumnC level
+        ColumnC page_lg2
+        ColumnC attr
+        ColumnC sh
+        ColumnC record
+
+    ctypedef struct SmmuC "smmufast_smmu":
+        pass
+
+    ctypedef struct ApiC "smmufast_api":
+        uint32_t abi
+        uint32_t size
+        SmmuC* (*acquire)(void* object) noexcept
+        void (*release)(SmmuC* smmu) noexcept
+        int (*translate)(SmmuC*, const Request*, Outcome*) noexcept nogil
+        int (*translate_batch)(SmmuC*, const BatchC*) noexcept nogil
+        int (*walk_start)(SmmuC*, const Request*, WalkC*) noexcept nogil
+        int (*walk_supply)(SmmuC*, WalkC*, const void*) noexcept nogil
+
+
+cdef enum:
+    NO_LEVEL = 4  # Outcome.level and FetchC.level when there is none
+
+
+# What the implementation has and how it is programmed: IDR fields and registers, digested once.
+cdef struct Hw:
+    uint64_t strtab        # first address of the stream table, aligned
+    uint64_t oas_over      # address bits beyond the output address size
+    uint64_t pointer_mask  # address bits of a structure's pointer field, from bit 6
+    uint32_t cr0, cr2
+    uint8_t gbpa_abort, gbpa_attr, gbpa_sh
+    uint8_t two_level      # stream table format
+    uint8_t log2size       # StreamIDs covered, effective
+    uint8_t split
+    uint8_t oas            # bits, effective
+    uint8_t minor          # architecture version 3.minor
+    uint8_t s1p, s2p, hyp, asid16, vmid16, cd2l, ssidsize, ttf, ttendian
+    uint8_t stall_model, term_model, httu, ats, ns1ats
+    uint8_t attr_perms_ovr, attr_types_ovr
+    uint8_t had, e0pd, epan, stt, ds, vax
+    uint32_t granules      # bit 12, 14, 16: the granule is implemented
+
+
+# The half of the address space that one TTB of a context translates.
+cdef struct Half:
+    uint64_t table         # address of the first table, aligned
+    uint64_t range_mask    # address bits that must all equal the half's sign
+    uint64_t index_mask    # input bits that index the tables
+    uint64_t keep          # descriptor bits 63:59 that are inherited (0 with HAD)
+    uint8_t enabled        # not EPD
+    uint8_t unprivileged   # not E0PD
+    uint8_t granule        # lg2
+    uint8_t stride         # index bits of a level
+    uint8_t shift          # lowest input bit that indexes the first table
+    int8_t level           # of the first table
+    uint8_t blocks         # bit level+1: a block is legal there
+    uint8_t format         # of the output address: FORMAT_...
+    uint8_t sh             # of mapped memory when the format is FORMAT_DS
+
+
+# What a transaction of one (StreamID, SubstreamID) pair meets: STE and CD, decoded.
+cdef struct Context:
+    Half[2] half
+    uint64_t over          # address bits beyond the effective IPS
+    uint64_t mair
+    uint16_t asid
+    uint8_t two_ttbs       # bit 55 selects, and privilege matters
+    uint8_t swap           # big-endian descriptors
+    uint8_t affd
+    uint8_t regime         # REGIME_... bits for permissions
+    uint8_t terminate      # CD.A, CD.R as TERMINATE_... bits
+    uint8_t access_and     # PRIVCFG and INSTCFG, applied as (access & and) | or
+    uint8_t access_or
+    uint8_t attr           # entering stage 1: the device's, after the STE's overrides
+    uint8_t sh
+    uint8_t bypass         # stage 1 is bypassed

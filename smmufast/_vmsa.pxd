@@ -1,0 +1,349 @@
+"""VMSAv8-64, stage 1: the rules that make an address of a table descriptor.
+
+Sections: DDI 0487 D8 (translation tables, permissions, memory attributes) as IHI 0070
+sections 3.4, 5.4 and 13 use it.  Each function is one rule on values; loops are in
+_translate.pxd.  `ia` is the input address, `d` a descriptor in host byte order.
+"""
+
+from libc.stdint cimport uint8_t, uint64_t
+
+from smmufast._bits cimport low_mask
+from smmufast._types cimport (
+    PERM_PR, PERM_PW, PERM_PX, PERM_UR, PERM_UW, PERM_UX, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE,
+    Half,
+)
+
+
+cdef enum:
+    # kinds of descriptor
+    DESC_INVALID = 0
+    DESC_TABLE = 1
+    DESC_LEAF = 2
+    # where a descriptor keeps address bits above 47
+    FORMAT_48 = 0   # nowhere
+    FORMAT_64K = 1  # [51:48] in bits [15:12]
+    FORMAT_DS = 2   # [49:48] in place, [51:50] in bits [9:8]
+    # what a translation regime does to permissions
+    REGIME_SINGLE = 1  # EL2, EL3: no privilege split
+    REGIME_WXN = 2
+    REGIME_PAN = 4
+    REGIME_EPAN = 8
+    REGIME_E0PD0 = 16  # E0PD of the TTB0 half; E0PD1 is the next bit
+    REGIME_E0PD1 = 32
+    # MAIR bytes
+    ATTR_WB = 0xFF     # Normal, inner and outer write-back, read and write allocate
+    # shareability codes
+    SH_NON = 0
+    SH_OUTER = 2
+    SH_INNER = 3
+
+
+# --- table geometry (D8.2) ---
+
+cdef inline unsigned int granule_of_tg0(uint64_t tg) noexcept nogil:
+    """lg2 of the granule that CD.TG0 codes, 0 when reserved."""
+    return (0x000E100CU >> (8 * tg)) & 0xFF
+
+
+cdef inline unsigned int granule_of_tg1(uint64_t tg) noexcept nogil:
+    """lg2 of the granule that CD.TG1 codes, 0 when reserved."""
+    return (0x100C0E00U >> (8 * tg)) & 0xFF
+
+
+cdef inline unsigned int tsz_max(unsigned int granule, bint stt) noexcept nogil:
+    """Largest legal TxSZ: 39, or with small translation tables 48 (47 for 64 KiB)."""
+    if not stt:
+        return 39
+    return 47 if granule == 16 else 48
+
+
+cdef inline unsigned int tsz_min(unsigned int granule, bint ds, unsigned int vax) noexcept nogil:
+    """Smallest legal TxSZ of stage 1: 16, or 12 where 52-bit input addresses exist."""
+    return 12 if vax >= 1 and (granule == 16 or ds) else 16
+
+
+cdef inline unsigned int levels_below_start(
+        unsigned int input_bits, unsigned int granule, unsigned int stride) noexcept nogil:
+    """How many levels lie below the first: the first level is 3 minus this."""
+    cdef unsigned int indexed = input_bits - granule - 1
+    return (
+        <unsigned int>(indexed >= stride)
+        + <unsigned int>(indexed >= 2 * stride)
+        + <unsigned int>(indexed >= 3 * stride)
+        + <unsigned int>(indexed >= 4 * stride)
+    )
+
+
+cdef inline unsigned int table_align_lg2(
+        unsigned int input_bits, unsigned int shift, bint wide) noexcept nogil:
+    """lg2 of the first table's alignment: its own size, 64 bytes at least for 52-bit outputs."""
+    cdef unsigned int lg2 = input_bits - shift + 3
+    if wide and lg2 < 6:
+        return 6
+    return 4 if lg2 < 4 else lg2
+
+
+cdef inline unsigned int block_levels(
+        unsigned int granule, bint ds, unsigned int oas) noexcept nogil:
+    """Levels where a block is legal, as a mask: bit level+1."""
+    if granule == 12:
+        return (1 << 2 | 1 << 3) | (1 << 1 if ds else 0)
+    if granule == 14:
+        return (1 << 3) | (1 << 2 if ds else 0)
+    return (1 << 3) | (1 << 2 if oas >= 52 else 0)
+
+
+cdef inline unsigned int address_format(unsigned int granule, bint ds) noexcept nogil:
+    if granule == 16:
+        return FORMAT_64K
+    return FORMAT_DS if ds else FORMAT_48
+
+
+# --- the input address (D8.2.4, IHI 0070 3.4.1) ---
+
+cdef inline unsigned int half_of(uint64_t va, bint two_ttbs) noexcept nogil:
+    """Which TTB translates this address."""
+    return <unsigned int>(va >> 55) & two_ttbs
+
+
+cdef inline uint64_t range_mask(unsigned int input_bits, bint tbi) noexcept nogil:
+    """Address bits that must all equal the half's sign: [63:N], or [55:N] with TBI."""
+    cdef uint64_t top = 0x00FFFFFFFFFFFFFFULL if tbi else 0xFFFFFFFFFFFFFFFFULL
+    return top & ~low_mask(input_bits)
+
+
+cdef inline bint in_range(uint64_t va, uint64_t mask, unsigned int upper) noexcept nogil:
+    """The address is one of the region's: its bits above N are all 0, or all 1 above."""
+    return ((va ^ (0 - <uint64_t>upper)) & mask) == 0
+
+
+cdef inline uint64_t entry_address(
+        uint64_t table, uint64_t ia, unsigned int shift, unsigned int stride) noexcept nogil:
+    """Where the descriptor of `ia` lies in a table whose entries cover 2^shift bytes."""
+    return table + (((ia >> shift) & low_mask(stride)) << 3)
+
+
+# --- descriptors (D8.3) ---
+
+cdef inline unsigned int descriptor_kind(
+        uint64_t d, int level, unsigned int blocks) noexcept nogil:
+    """Invalid, table or leaf: bits [1:0], and whether a block is legal at this level."""
+    if (d & 1) == 0:
+        return DESC_INVALID
+    if level == 3:
+        return DESC_LEAF if d & 2 else DESC_INVALID
+    if d & 2:
+        return DESC_TABLE
+    return DESC_LEAF if blocks >> (level + 1) & 1 else DESC_INVALID
+
+
+cdef inline uint64_t address_bits(uint64_t d, unsigned int format) noexcept nogil:
+    """The descriptor's address field, low bits unmasked."""
+    if format == FORMAT_48:
+        return d & 0x0000FFFFFFFFF000ULL
+    if format == FORMAT_64K:
+        return (d & 0x0000FFFFFFFF0000ULL) | (d & 0xF000) << 36
+    return (d & 0x0003FFFFFFFFF000ULL) | (d & 0x300) << 42
+
+
+cdef inline uint64_t next_table(
+        uint64_t d, unsigned int format, unsigned int granule) noexcept nogil:
+    """Address of the table that a table descriptor names: aligned to the granule."""
+    return address_bits(d, format) & ~low_mask(granule)
+
+
+cdef inline uint64_t leaf_address(
+        uint64_t d, unsigned int format, unsigned int shift) noexcept nogil:
+    """Output address of the block or page of 2^shift bytes."""
+    return address_bits(d, format) & ~low_mask(shift)
+
+
+cdef inline bint access_flag(uint64_t d) noexcept nogil:
+    return d >> 10 & 1
+
+
+cdef inline bint not_global(uint64_t d) noexcept nogil:
+    return d >> 11 & 1
+
+
+cdef inline bint contiguous(uint64_t d) noexcept nogil:
+    return d >> 52 & 1
+
+
+# --- permissions (D8.4) ---
+
+cdef enum:
+    TABLE_PXN = 59
+    TABLE_UXN = 60
+    TABLE_AP0 = 61
+    TABLE_AP1 = 62
+
+
+cdef inline uint64_t hierarchical(uint64_t d) noexcept nogil:
+    """What a table descriptor takes away from everything below it: bits [62:59]."""
+    return d & (0xFULL << 59)
+
+
+cdef inline unsigned int leaf_permissions(uint64_t d, uint64_t tables) noexcept nogil:
+    """AP[2:1], UXN and PXN of a leaf after the tables above it: {PXN, UXN, AP2, AP1}.
+
+    APTable[0] takes AP[1] away, APTable[1] sets AP[2]; UXNTable and PXNTable add.
+    """
+    cdef unsigned int ap1 = <unsigned int>(d >> 6 & ~(tables >> TABLE_AP0) & 1)
+    cdef unsigned int ap2 = <unsigned int>((d >> 7 | tables >> TABLE_AP1) & 1)
+    cdef unsigned int uxn = <unsigned int>((d >> 54 | tables >> TABLE_UXN) & 1)
+    cdef unsigned int pxn = <unsigned int>((d >> 53 | tables >> TABLE_PXN) & 1)
+    return ap1 | ap2 << 1 | uxn << 2 | pxn << 3
+
+
+cdef inline unsigned int permitted(
+        unsigned int leaf, unsigned int regime, unsigned int upper) noexcept nogil:
+    """The accesses that a leaf admits, as PERM_ bits.
+
+    `leaf` comes from leaf_permissions, `upper` is the half (for E0PD).
+    """
+    cdef bint ap1 = leaf & 1
+    cdef bint writable = not (leaf >> 1 & 1)
+    cdef bint uxn = leaf >> 2 & 1
+    cdef bint pxn = leaf >> 3 & 1
+    cdef bint wxn = (regime & REGIME_WXN) != 0
+    cdef bint uw, ux, px
+    cdef unsigned int perm = 0
+    if regime & REGIME_SINGLE:
+        perm = PERM_PR
+        if writable:
+            perm |= PERM_PW
+        if not uxn and not (wxn and writable):
+            perm |= PERM_PX
+        return perm | perm >> 3
+    uw = ap1 and writable
+    ux = not uxn and not (wxn and uw)
+    px = not pxn and not uw and not (wxn and writable)
+    if not (regime & REGIME_PAN and (ap1 or (regime & REGIME_EPAN and ux))):
+        perm = PERM_PR | (PERM_PW if writable else 0)
+    if px:
+        perm |= PERM_PX
+    if regime & (REGIME_E0PD0 << upper):
+        return perm
+    if ap1:
+        perm |= PERM_UR
+    if uw:
+        perm |= PERM_UW
+    if ux:
+        perm |= PERM_UX
+    return perm
+
+
+cdef inline unsigned int needed(unsigned int access) noexcept nogil:
+    """The PERM_ bit that an access needs; a write is always Data."""
+    cdef unsigned int bit = PERM_UR
+    if access & ACCESS_WRITE:
+        bit = PERM_UW
+    elif access & ACCESS_INSTR:
+        bit = PERM_UX
+    return bit << 3 if access & ACCESS_PRIV else bit
+
+
+# --- memory attributes (D8.6; IHI 0070 13.1) ---
+# An attribute is one MAIR byte: Device 0000xx00, else outer and inner nibbles:
+# 0100 non-cacheable, 00RW write-through transient, 01RW write-back transient,
+# 10RW write-through, 11RW write-back.
+
+cdef inline unsigned int mair_byte(uint64_t mair, uint64_t d) noexcept nogil:
+    """The MAIR byte that a leaf's AttrIndx selects."""
+    return <unsigned int>(mair >> (8 * (d >> 2 & 7))) & 0xFF
+
+
+cdef inline unsigned int normal_type(unsigned int attr) noexcept nogil:
+    """A MAIR byte with its reserved encodings replaced by what they act as."""
+    if attr & 0xF0 == 0:
+        return attr & 0x0C
+    if attr & 0x0F == 0:
+        return attr | 0x03
+    return attr
+
+
+cdef inline bint is_device(unsigned int attr) noexcept nogil:
+    return attr & 0xF0 == 0
+
+
+cdef inline unsigned int cacheability(
+        bint write_back, unsigned int hints, bint transient) noexcept nogil:
+    """A nibble of a cacheable level; hints are RW, and without either nothing is transient."""
+    if transient and hints:
+        return (4 if write_back else 0) | hints
+    return (12 if write_back else 8) | hints
+
+
+cdef inline bint cacheable(unsigned int nibble) noexcept nogil:
+    return nibble != 4
+
+
+cdef inline bint write_back(unsigned int nibble) noexcept nogil:
+    return nibble >> 2 & 1
+
+
+cdef inline unsigned int combine_hints(unsigned int entering, unsigned int own) noexcept nogil:
+    """One level's hints: no-allocate beats allocate, transient beats non-transient."""
+    cdef unsigned int hints
+    if not cacheable(own):
+        return own
+    if not cacheable(entering):
+        return cacheability(write_back(own), 0, False)
+    hints = own & entering & 3
+    return cacheability(write_back(own), hints, not (own & 8 and entering & 8))
+
+
+cdef inline unsigned int stage1_attr(unsigned int entering, unsigned int own) noexcept nogil:
+    """Memory type after stage 1: the leaf's, with hints combined if the entering type has any."""
+    own = normal_type(own)
+    if entering == ATTR_WB or is_device(own) or is_device(entering) or entering == 0x44:
+        return own
+    return (
+        combine_hints(entering >> 4, own >> 4) << 4
+        | combine_hints(entering & 15, own & 15)
+    )
+
+
+cdef inline unsigned int shareability(unsigned int attr, unsigned int sh) noexcept nogil:
+    """Device and non-cacheable memory is outer shareable; code 01 acts as non-shareable."""
+    if is_device(attr) or attr == 0x44:
+        return SH_OUTER
+    return SH_NON if sh == 1 else sh
+
+
+cdef inline unsigned int leaf_sh(uint64_t d, const Half* half) noexcept nogil:
+    """SH of a leaf; with the 52-bit format of 4 and 16 KiB it is the CD's."""
+    return half.sh if half.format == FORMAT_DS else <unsigned int>(d >> 8 & 3)
+
+
+cdef inline unsigned int override_type(unsigned int code, unsigned int hints,
+                                       bint transient) noexcept nogil:
+    """MAIR byte of a MemAttr code in stage-2 form (STE.MemAttr, GBPA.MemAttr).
+
+    Reserved codes are Device-nGnRnE.
+    """
+    cdef unsigned int outer = code >> 2
+    cdef unsigned int inner = code & 3
+    if outer == 0:
+        return inner << 2
+    if inner == 0:
+        return 0
+    outer = 4 if outer == 1 else cacheability(outer == 3, hints, transient)
+    inner = 4 if inner == 1 else cacheability(inner == 3, hints, transient)
+    return outer << 4 | inner
+
+
+cdef inline unsigned int entering_attr(
+        bint mtcfg, unsigned int memattr, unsigned int alloccfg) noexcept nogil:
+    """Type of a transaction after MTCFG, MemAttr and ALLOCCFG.
+
+    The device's own is Normal write-back, read and write allocate, non-transient.
+    ALLOCCFG is 1RWT to override the hints.
+    """
+    cdef unsigned int hints = 3
+    cdef bint transient = False
+    if alloccfg & 8:
+        hints = alloccfg >> 1 & 3
+        transient = alloccfg & 1
+    return override_type(memattr if mtcfg else 15, hints, transient)

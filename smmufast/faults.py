@@ -1,0 +1,219 @@
+"""Names of what a translation can give: actions, permissions, fetches, events, exceptions.
+
+Sections: IHI 0070 7.3 (event records), 5.5 (fault control).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from smmufast import layout
+
+if TYPE_CHECKING:
+    from smmufast._smmu import Result
+
+ACTIONS = ("ok", "bypass", "disabled", "abort", "raz_wi")
+"""What becomes of a transaction, by the number that batch columns hold."""
+
+FETCH_KINDS = ("", "L1STD", "STE", "L1CD", "CD", "TT")
+"""Kinds of fetch, by number; index 0 is no fetch."""
+
+
+class Perm(enum.IntFlag):
+    """Accesses that a translation admits: unprivileged or privileged; read, write, execute."""
+
+    UR = 1
+    UW = 2
+    UX = 4
+    PR = 8
+    PW = 16
+    PX = 32
+
+
+class Fetch(NamedTuple):
+    """One read that a walk makes.
+
+    `kind` is one of FETCH_KINDS; `level` is that of a translation table, else None; `address`
+    and `size` are in bytes; `data` is what was read in memory order, None for an external abort
+    or when it is not known yet.
+    """
+
+    kind: str
+    level: int | None
+    address: int
+    size: int
+    data: bytes | None
+
+    @property
+    def value(self) -> int | None:
+        """The data as a little-endian number."""
+        return None if self.data is None else int.from_bytes(self.data, "little")
+
+
+class Event:
+    """A 32-byte event record (IHI 0070 7.3); the bytes are the truth, the rest decodes them.
+
+    >>> Event(bytes.fromhex("04000000090000000000000000000000" + "00" * 16))
+    <Event C_BAD_STE sid=0x9>
+    """
+
+    __slots__ = ("record",)
+
+    record: bytes
+
+    def __init__(self, record: bytes) -> None:
+        """Take the record as it lies in memory."""
+        if len(record) != 32:
+            raise ValueError(f"record: {len(record)} bytes given; 32 needed")
+        self.record = bytes(record)
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Every field of this kind of record, by the name that the architecture gives it."""
+        return layout.unpack(layout.event_record(self.number), self.record)
+
+    @property
+    def number(self) -> int:
+        """Event number."""
+        return self.record[0]
+
+    @property
+    def name(self) -> str:
+        """Event name as the architecture spells it."""
+        return layout.Event(self.number).name
+
+    @property
+    def sid(self) -> int:
+        """StreamID."""
+        return int.from_bytes(self.record[4:8], "little")
+
+    @property
+    def ssid(self) -> int | None:
+        """SubstreamID, None when the transaction had none or the record does not hold it."""
+        fields = self.fields
+        return fields.get("SubstreamID") if fields.get("SSV", 1) else None
+
+    @property
+    def iova(self) -> int | None:
+        """Input address, None where the record holds none."""
+        return self.fields.get("InputAddr")
+
+    @property
+    def write(self) -> bool | None:
+        """Whether the access was a write (RnW=0), None where the record does not say."""
+        rnw = self.fields.get("RnW")
+        return None if rnw is None else not rnw
+
+    @property
+    def fetch_address(self) -> int | None:
+        """Address of the fetch that failed, None for other events."""
+        return self.fields.get("FetchAddr")
+
+    def __str__(self) -> str:
+        """Every field in words."""
+        return layout.format("EVENT", self.record)
+
+    def __repr__(self) -> str:
+        """Name, stream and what else the record holds."""
+        text = f"<Event {self.name} sid={self.sid:#x}"
+        if self.ssid is not None:
+            text += f" ssid={self.ssid:#x}"
+        if self.iova is not None:
+            text += f" iova={self.iova:#x} {'write' if self.write else 'read'}"
+        if self.fetch_address is not None:
+            text += f" fetch={self.fetch_address:#x}"
+        return text + ">"
+
+    def __eq__(self, other: object) -> bool:
+        """Events are equal when their records are."""
+        return isinstance(other, Event) and self.record == other.record
+
+    def __hash__(self) -> int:
+        """Hash of the record."""
+        return hash(self.record)
+
+
+class ExternalAbort(LookupError):  # noqa: N818 - the bus's own term
+    """A physical address that no region holds, or a callback that refused."""
+
+
+class Fault(Exception):  # noqa: N818 - the architecture's own term
+    """A translation that `Smmu.pa` could not make; `result` says all about it."""
+
+    result: Result
+
+    def __init__(self, message: str, result: Result) -> None:
+        """Keep the result beside the message."""
+        super().__init__(message)
+        self.result = result
+
+
+class BadStreamId(Fault, LookupError):
+    """C_BAD_STREAMID."""
+
+
+class SteFetchAbort(Fault, LookupError):
+    """F_STE_FETCH."""
+
+
+class BadSte(Fault, ValueError):
+    """C_BAD_STE."""
+
+
+class StreamDisabled(Fault, LookupError):
+    """F_STREAM_DISABLED."""
+
+
+class BadSubstreamId(Fault, LookupError):
+    """C_BAD_SUBSTREAMID."""
+
+
+class CdFetchAbort(Fault, LookupError):
+    """F_CD_FETCH."""
+
+
+class BadCd(Fault, ValueError):
+    """C_BAD_CD."""
+
+
+class WalkAbort(Fault, LookupError):
+    """F_WALK_EABT."""
+
+
+class TranslationFault(Fault, LookupError):
+    """F_TRANSLATION."""
+
+
+class AddressSizeFault(Fault, ValueError):
+    """F_ADDR_SIZE."""
+
+
+class AccessFault(Fault, LookupError):
+    """F_ACCESS."""
+
+
+class PermissionFault(Fault, PermissionError):
+    """F_PERMISSION."""
+
+
+class SilentAbort(Fault):
+    """An abort without an event: STE.Config=0b0xx, or GBPA."""
+
+
+FAULTS: dict[int, type[Fault]] = {
+    0x00: SilentAbort,
+    0x02: BadStreamId,
+    0x03: SteFetchAbort,
+    0x04: BadSte,
+    0x06: StreamDisabled,
+    0x08: BadSubstreamId,
+    0x09: CdFetchAbort,
+    0x0A: BadCd,
+    0x0B: WalkAbort,
+    0x10: TranslationFault,
+    0x11: AddressSizeFault,
+    0x12: AccessFault,
+    0x13: PermissionFault,
+}
+"""The exception of each event number; 0 is an abort without an event."""

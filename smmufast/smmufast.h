@@ -1,0 +1,173 @@
+/* smmufast.h: the C face of smmufast.
+ *
+ * Requests, results, memory callbacks, and a table of functions that may be
+ * called without Python's global lock.  Names are those of the Python face;
+ * event numbers are those of IHI 0070 section 7.3.
+ *
+ *     smmufast_api *api = PyCapsule_Import(SMMUFAST_CAPSULE, 0);
+ *     smmufast_smmu *smmu = api->acquire(object);     // with the lock held
+ *     api->translate(smmu, &request, &result);        // without it, any thread
+ *     api->release(smmu);                             // with the lock held
+ */
+#ifndef SMMUFAST_H
+#define SMMUFAST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SMMUFAST_ABI 1
+#define SMMUFAST_CAPSULE "smmufast._smmu._C_API"
+#define SMMUFAST_CALLBACKS "smmufast.callbacks"
+#define SMMUFAST_NO_SSID 0xFFFFFFFFu
+
+/* smmufast_request.access: what the device does. */
+enum {
+    SMMUFAST_WRITE = 1, /* otherwise a read */
+    SMMUFAST_PRIV = 2,  /* privileged (PnU=1) */
+    SMMUFAST_INSTR = 4  /* instruction read (InD=1); ignored for a write */
+};
+
+/* smmufast_result.action: what becomes of the transaction. */
+enum {
+    SMMUFAST_OK = 0,       /* translated: pa is valid */
+    SMMUFAST_BYPASS = 1,   /* the stream bypasses translation: pa == iova */
+    SMMUFAST_DISABLED = 2, /* CR0.SMMUEN=0 and GBPA lets it pass: pa == iova */
+    SMMUFAST_ABORT = 3,    /* terminated with a bus abort */
+    SMMUFAST_RAZ_WI = 4    /* terminated: reads as zero, writes are ignored */
+};
+
+/* smmufast_result.perm: which accesses this translation admits. */
+enum {
+    SMMUFAST_UR = 1, SMMUFAST_UW = 2, SMMUFAST_UX = 4,
+    SMMUFAST_PR = 8, SMMUFAST_PW = 16, SMMUFAST_PX = 32
+};
+
+/* smmufast_fetch.kind */
+enum {
+    SMMUFAST_FETCH_NONE = 0,
+    SMMUFAST_FETCH_L1STD = 1,
+    SMMUFAST_FETCH_STE = 2,
+    SMMUFAST_FETCH_L1CD = 3,
+    SMMUFAST_FETCH_CD = 4,
+    SMMUFAST_FETCH_TT = 5
+};
+
+/* What the functions return. */
+enum {
+    SMMUFAST_DONE = 0,    /* the result is complete */
+    SMMUFAST_PENDING = 1, /* a walk waits for the data of its fetch */
+    SMMUFAST_EINVAL = -1, /* an argument is out of range; nothing was done */
+    SMMUFAST_EPYTHON = -2 /* a Python memory callback raised */
+};
+
+typedef struct smmufast_request {
+    uint64_t iova;
+    uint32_t sid;
+    uint32_t ssid;   /* 20 bits, or SMMUFAST_NO_SSID */
+    uint32_t access; /* SMMUFAST_WRITE | SMMUFAST_PRIV | SMMUFAST_INSTR */
+    uint32_t reserved;
+} smmufast_request;
+
+typedef struct smmufast_result {
+    uint64_t pa;        /* valid unless action is ABORT or RAZ_WI */
+    uint8_t action;     /* SMMUFAST_OK ... */
+    uint8_t event;      /* number of the recorded event, 0 if none */
+    uint8_t fault;      /* number of the fault, recorded or not, 0 if none */
+    uint8_t perm;       /* SMMUFAST_UR ... */
+    int8_t level;       /* level of the leaf, -1..3; 4 when there is none */
+    uint8_t page_lg2;   /* log2 of the leaf's size in bytes; 0 when there is none */
+    uint8_t attr;       /* memory type as one MAIR byte */
+    uint8_t sh;         /* 0 non-, 2 outer, 3 inner shareable */
+    uint16_t asid;      /* of the context descriptor */
+    uint8_t ng;         /* the leaf's nG bit */
+    uint8_t contiguous; /* the leaf's Contiguous bit */
+    uint8_t stage;      /* 1 when stage 1 translated, else 0 */
+    uint8_t reserved[3];
+    uint64_t record[4]; /* the event record, little-endian dwords; valid when fault != 0 */
+} smmufast_result;
+
+/* One read that a walk makes. */
+typedef struct smmufast_fetch {
+    uint64_t address;
+    uint16_t size;   /* bytes: 8 or 64 */
+    uint8_t kind;    /* SMMUFAST_FETCH_... */
+    int8_t level;    /* of a translation table, else 4 */
+    uint8_t aborted; /* the read ended in an external abort */
+    uint8_t words;   /* where its data starts in smmufast_walk.data */
+    uint16_t reserved;
+} smmufast_fetch;
+
+#define SMMUFAST_MAX_FETCHES 64
+#define SMMUFAST_MAX_WORDS 160
+
+/* A resumable walk.  Its state is what it has been told so far: each fetch and
+ * its data.  Read fetch[count] while pending, and result when done. */
+typedef struct smmufast_walk {
+    smmufast_request request;
+    smmufast_result result;
+    uint32_t count;   /* fetches answered */
+    uint32_t used;    /* words of data used */
+    smmufast_fetch fetch[SMMUFAST_MAX_FETCHES];
+    uint64_t data[SMMUFAST_MAX_WORDS]; /* little-endian dwords as read */
+} smmufast_walk;
+
+/* Memory that the host reads and writes itself; not 0 means an external abort.
+ * Handed to Memory.add_callback in a capsule named SMMUFAST_CALLBACKS. */
+typedef struct smmufast_callbacks {
+    int (*read)(void *ctx, uint64_t address, void *buf, size_t n);
+    int (*write)(void *ctx, uint64_t address, const void *buf, size_t n); /* may be NULL */
+    void *ctx;
+} smmufast_callbacks;
+
+/* Columns of a batch; a NULL pointer is a column that is not wanted.
+ * Strides are in bytes; a stride of 0 repeats one value (inputs only). */
+typedef struct smmufast_column {
+    void *data;
+    ptrdiff_t stride;
+} smmufast_column;
+
+typedef struct smmufast_batch {
+    size_t n;
+    smmufast_column sid;    /* uint32 */
+    smmufast_column ssid;   /* uint32, SMMUFAST_NO_SSID for none */
+    smmufast_column iova;   /* uint64 */
+    smmufast_column access; /* uint8: SMMUFAST_WRITE | ... */
+    smmufast_column pa;       /* uint64; 0 when the request fails */
+    smmufast_column action;   /* uint8 */
+    smmufast_column event;    /* uint8 */
+    smmufast_column fault;    /* uint8 */
+    smmufast_column perm;     /* uint8 */
+    smmufast_column level;    /* int8 */
+    smmufast_column page_lg2; /* uint8 */
+    smmufast_column attr;     /* uint8 */
+    smmufast_column sh;       /* uint8 */
+    smmufast_column record;   /* 32 bytes, zero when nothing is recorded */
+} smmufast_batch;
+
+typedef struct smmufast_smmu smmufast_smmu;
+
+typedef struct smmufast_api {
+    uint32_t abi;  /* SMMUFAST_ABI */
+    uint32_t size; /* sizeof(smmufast_api) of the library */
+    /* With the lock: hold a Smmu and its Memory unchanged until release.
+     * NULL with a Python exception if the object is no Smmu. */
+    smmufast_smmu *(*acquire)(void *object);
+    void (*release)(smmufast_smmu *smmu);
+    /* Without the lock, from any thread. */
+    int (*translate)(smmufast_smmu *smmu, const smmufast_request *request,
+                     smmufast_result *result);
+    int (*translate_batch)(smmufast_smmu *smmu, const smmufast_batch *batch);
+    int (*walk_start)(smmufast_smmu *smmu, const smmufast_request *request,
+                      smmufast_walk *walk);
+    /* data: fetch[count].size bytes as they lie in memory, or NULL for an external abort. */
+    int (*walk_supply)(smmufast_smmu *smmu, smmufast_walk *walk, const void *data);
+} smmufast_api;
+
+#ifdef __cplusplus
+}
+#endif
+#endif
