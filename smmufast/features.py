@@ -1,7 +1,7 @@
 """What an implementation has: the identification registers as one immutable value.
 
-Encodes IHI 0070 6.3.1 to 6.3.10 (IDR0, IDR1, IDR3, IDR5, AIDR). Positions are those of the
-register records in `smmufast.layout`; the rules here are those on codes and on their combination.
+Encodes IHI 0070 6.3 (IDR0, IDR1, IDR3, IDR5, AIDR). Positions are those of the register records
+in `smmufast.layout`; the rules here are those on codes and on their combination.
 """
 
 import operator
@@ -29,7 +29,8 @@ class Features:
 
     Each attribute is the code in the field of that name of IDR0, IDR1, IDR3, IDR5 or AIDR, so
     ``oas=5`` means 48 bits and ``ttf=2`` AArch64 tables. One-bit fields also take a bool. The
-    defaults are all that this version models of stage 1.
+    defaults are all that this version models of stage 1. What each means is in the table:
+    ``print(layout.format("IDR0", features.idr0, zeros=True))``.
 
     What an architecture version makes mandatory is not required: an SMMUv3.2 without range
     invalidation can be described.

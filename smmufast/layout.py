@@ -1,8 +1,8 @@
 """The records of SMMUv3 and VMSAv8-64, bit by bit: the one place where a position is typed.
 
-Encodes IHI 0070 chapters 3.17, 4 (commands), 5 (stream table entry, context descriptor), 6
-(registers), 7 (events) and 8 (page requests), SMMUv3.0 to v3.4, and DDI 0487 D8.3 (VMSAv8-64
-descriptors). No behaviour: what a field leads to is written where it is acted upon.
+Encodes IHI 0070 chapters 4 (commands), 5 (stream table entry, context descriptor), 6 (registers),
+7 (events) and 8 (page requests), SMMUv3.0 to v3.4, and DDI 0487 D8.3 (VMSAv8-64 descriptors).
+No behaviour: what a field leads to is written where it is acted upon.
 
 Conventions
 -----------
@@ -261,7 +261,7 @@ class Opcode(enum.IntEnum):
 
 
 class StreamWorld(enum.IntEnum):
-    """Translation regime of a Non-secure stream (IHI 0070, 3.3.4), decoded from STRW and E2H."""
+    """Translation regime of a Non-secure stream: what STE.STRW and CR2.E2H select (not a code)."""
 
     NS_EL1 = 0
     EL2 = 1
@@ -283,7 +283,7 @@ _TG0 = {0: "4K", 1: "64K", 2: "16K", 3: "reserved"}
 _TG1 = {0: "reserved", 1: "16K", 2: "4K", 3: "64K"}
 #: Bits of address that the codes of CD.IPS, STE.S2PS and IDR5.OAS stand for.
 OUTPUT_BITS = (32, 36, 40, 42, 44, 48, 52, 56)
-_PS = {code: f"{bits}: bits of address" for code, bits in enumerate(OUTPUT_BITS)}
+_PS = {code: f"{bits} bits" for code, bits in enumerate(OUTPUT_BITS)}
 _PRIVCFG = {0: "INCOMING", 1: "incoming, as 00", 2: "UNPRIVILEGED", 3: "PRIVILEGED"}
 _INSTCFG = {0: "INCOMING", 1: "incoming, as 00", 2: "DATA", 3: "INSTRUCTION"}
 _NSCFG = {0: "INCOMING", 1: "incoming, as 00", 2: "SECURE", 3: "NON_SECURE"}
@@ -684,7 +684,7 @@ PTE_S1 = Record("PTE_S1", 8, "stage-1 block or page descriptor", (
     Field("AF", 10, 10, "access flag"),
     Field("nG", 11, 11, "not global"),
     Field("nT", 16, 16, "block: not to be cached", overlay=True),
-    Field("GP", 50, 50, "guarded page", overlay=True),
+    Field("GP", 50, 50, "guarded page"),
     Field("DBM", 51, 51, "dirty bit modifier"),
     Field("Contiguous", 52, 52, "one of a group of like entries"),
     Field("PXN", 53, 53, "privileged execute-never"),
@@ -1160,7 +1160,7 @@ def format(rec: str | Record, data: Any, *, zeros: bool = False) -> str:
             continue
         meaning = f.doc
         if name := f.name_of(value):
-            meaning = f"{f.doc}: {name}" if f.doc else name
+            meaning += ": " + name.replace(": ", ", ")
         marks = ["alternative"] * f.overlay + [f.doubt] * bool(f.doubt)
         meaning += "".join(f" ({mark})" for mark in marks)
         rows.append((f.name, f.bits, hex(value) if value > 9 else str(value), meaning))
