@@ -1249,6 +1249,8 @@ def get(array: "NDArray[Any]", rec: str | Record, field: str) -> "NDArray[np.uin
     ------
     ValueError
         If there is no such field, or the array is not one of such records.
+    TypeError
+        If it is not a numpy array.
     """
     import numpy as np
 
@@ -1275,14 +1277,14 @@ def set(array: "NDArray[Any]", rec: str | Record, field: str, values: Any) -> No
     ValueError
         If there is no such field, the array is not one of such records, or a value does not fit.
     TypeError
-        If the values are not integers.
+        If it is not a numpy array, or the values are not integers.
     """
     import numpy as np
 
     rec = record(rec)
     f = rec.field(field)
     given = np.asarray(values)
-    if given.dtype.kind not in "iub":
+    if given.size and given.dtype.kind not in "iub":
         raise TypeError(f"values: integers are wanted, not {given.dtype}")
     new = given.astype(np.uint64)
     bad = (given < 0) | (new & ~np.uint64(f.mask >> f.shift) != 0)

@@ -464,7 +464,9 @@ def test_array_values_are_broadcast_over_any_shape():
     one = np.zeros((), layout.dtype("CD"))
     layout.set(one, "CD", "IPS", 5)
     assert int(layout.get(one, "CD", "IPS")) == 5
-    assert layout.get(np.zeros(0, layout.dtype("CD")), "CD", "V").shape == (0,)
+    none = np.zeros(0, layout.dtype("CD"))
+    layout.set(none, "CD", "V", [])
+    assert layout.get(none, "CD", "V").shape == (0,)
 
 
 @pytest.mark.parametrize(
