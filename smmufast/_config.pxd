@@ -14,7 +14,7 @@ from smmufast._types cimport (
     Context, Half, Hw,
 )
 from smmufast._vmsa cimport (
-    ATTR_WB, FORMAT_DS, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE,
+    ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE,
     REGIME_WXN, address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
     levels_below_start, range_mask, shareability, table_align_lg2, tsz_max, tsz_min,
 )
@@ -227,10 +227,11 @@ cdef inline int half_decode(
     half.stride = stride
     half.shift = granule + below * stride
     half.level = 3 - <int>below
-    half.format = address_format(granule, ds)
+    half.entry_mask = low_mask(stride) << 3
+    address_format(half, granule, ds)
     half.blocks = block_levels(granule, ds, hw.oas)
     half.table = ttb & ~low_mask(
-        table_align_lg2(input_bits, half.shift, ips == 52 or half.format == FORMAT_DS))
+        table_align_lg2(input_bits, half.shift, ips == 52 or not half.own_sh))
     half.range_mask = range_mask(input_bits, tbi)
     half.index_mask = low_mask(input_bits)
     half.keep = 0 if had else 0xFULL << 59

@@ -45,6 +45,14 @@ cdef struct Injection:
     int64_t seen
 
 
+# Where plain memory can be read in place: reads of up to 64 bytes at base .. base + span.
+# Shut, it has base 1, which no 8-byte aligned address is.
+cdef struct Window:
+    uint64_t base
+    uint64_t span
+    const uint8_t* data
+
+
 cdef struct Ram:
     Region* regions        # ascending, not overlapping
     Py_ssize_t n_regions
@@ -52,12 +60,11 @@ cdef struct Ram:
     Py_ssize_t n_injections
     bint plain             # no callbacks, no injected errors
     int64_t users          # walks that need it unchanged
+    Window window          # the one that the last scalar call left open
 
 
 cdef struct Port:
-    uint64_t base          # window: reads of up to 64 bytes at base .. base + span
-    uint64_t span
-    const uint8_t* data
+    Window window
     Ram* ram
     WalkC* log             # NULL, or where fetches are recorded
     bint script            # the log answers, memory is not read
@@ -74,11 +81,15 @@ cdef object raise_port(Port* port)  # the exception that a callback left there
 cdef uint64_t to_address(str name, value) except? 0xFFFFFFFFFFFFFFFF
 
 
+cdef inline void window_shut(Window* window) noexcept nogil:
+    window.base = 1
+    window.span = 0
+    window.data = NULL
+
+
 cdef inline void port_open(Port* port, Ram* ram, WalkC* log, bint script) noexcept nogil:
-    """A port with its window shut: no 8-byte aligned address is 1."""
-    port.base = 1
-    port.span = 0
-    port.data = NULL
+    """A port with its window shut."""
+    window_shut(&port.window)
     port.ram = ram
     port.log = log
     port.script = script
@@ -97,20 +108,24 @@ cdef enum:
 cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,
                        uint64_t* value) noexcept nogil:
     """Read one 8-byte descriptor, as a little-endian number; `address` is 8-byte aligned."""
-    cdef uint64_t offset = address - port.base
-    if likely(offset <= port.span):
-        value[0] = le64(load64(port.data + offset))
+    cdef uint64_t offset = address - port.window.base
+    cdef uint64_t slow = 0  # apart from `value`, which then stays in a register
+    cdef int status
+    if likely(offset <= port.window.span):
+        value[0] = le64(load64(port.window.data + offset))
         return FETCH_OK
-    return fetch_slow(port, kind, level, address, 8, value)
+    status = fetch_slow(port, kind, level, address, 8, &slow)
+    value[0] = slow
+    return status
 
 
 cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words) noexcept nogil:
     """Read one 64-byte structure, as eight little-endian dwords."""
-    cdef uint64_t offset = address - port.base
+    cdef uint64_t offset = address - port.window.base
     cdef int i
-    if likely(offset <= port.span):
+    if likely(offset <= port.window.span):
         for i in range(8):
-            words[i] = le64(load64(port.data + offset + 8 * i))
+            words[i] = le64(load64(port.window.data + offset + 8 * i))
         return FETCH_OK
     return fetch_slow(port, kind, 4, address, 64, words)
 

@@ -214,9 +214,9 @@ cdef void open_window(Port* port, uint64_t address) noexcept nogil:
     # a window serves aligned 8-byte loads, so the host's address must be aligned like ours
     if data == NULL or size < WINDOW or (<uint64_t><size_t>data - base) & 7:
         return
-    port.base = base
-    port.span = size - WINDOW
-    port.data = data
+    port.window.base = base
+    port.window.span = size - WINDOW
+    port.window.data = data
 
 
 cdef int answer(WalkC* log, int kind, int level, uint64_t address, unsigned int size,
@@ -316,6 +316,7 @@ cdef class Memory:
 
     def __cinit__(self):
         self.ram.plain = True
+        window_shut(&self.ram.window)
         self._callables = {}
 
     def __dealloc__(self):
@@ -335,6 +336,7 @@ cdef class Memory:
 
     cdef void _refresh(self) noexcept:
         cdef Py_ssize_t i
+        window_shut(&self.ram.window)
         self.ram.plain = self.ram.n_injections == 0
         for i in range(self.ram.n_regions):
             if self.ram.regions[i].kind >= REGION_C:

@@ -1,6 +1,7 @@
 """The Smmu for Cython users: translate_c and the structs of smmufast.h, without the GIL."""
 
 from smmufast._memory cimport Memory, Ram
+from smmufast._translate cimport Memo
 from smmufast._types cimport Hw, Outcome, Request, WalkC
 
 
@@ -11,8 +12,13 @@ cdef struct Core:
     void* owner
 
 
+cdef enum:
+    MEMOS = 16  # decoded contexts that scalar calls keep, checked against what was fetched
+
+
 cdef class Smmu:
     cdef Core core
+    cdef Memo[MEMOS] memos
     cdef readonly Memory memory
     cdef readonly object features
     cdef readonly object strtab_base
@@ -27,6 +33,9 @@ cdef class Smmu:
 cdef class Result:
     cdef Outcome outcome
     cdef Request request
+
+
+cdef class TracedResult(Result):
     cdef WalkC* log
 
 

@@ -20,7 +20,7 @@ from smmufast._config cimport (
 from smmufast._memory cimport (
     FETCH_PENDING, FETCH_RAISED, Memory, Port, Ram, port_open, raise_port, to_address,
 )
-from smmufast._translate cimport translate_many, translate_one
+from smmufast._translate cimport Memo, translate_many, translate_one
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_DISABLED, ACTION_OK, FETCH_NONE,
     MAX_FETCHES, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
@@ -133,7 +133,6 @@ cdef object fetch_of(const WalkC* log, uint32_t i, bint answered):
                  fetch.address, fetch.size, data)
 
 
-@cython.final
 @cython.freelist(64)
 @cython.auto_pickle(False)
 cdef class Result:
@@ -141,9 +140,6 @@ cdef class Result:
 
     def __init__(self):
         raise TypeError("a Result is made by Smmu.translate")
-
-    def __dealloc__(self):
-        free(self.log)
 
     def __bool__(self):
         return self.outcome.action <= ACTION_DISABLED
@@ -260,10 +256,7 @@ cdef class Result:
     @property
     def fetches(self):
         """Every fetch that was made, in order, as Fetch tuples; None unless trace=True."""
-        cdef uint32_t i
-        if self.log == NULL:
-            return None
-        return [fetch_of(self.log, i, True) for i in range(self.log.count)]
+        return None
 
     def explain(self):
         """Return the translation in words: each fetch decoded (with trace=True), then the end."""
@@ -280,6 +273,32 @@ cdef class Result:
         if self.fault is not None:
             text += f" {self.fault.name}{'' if self.outcome.event else ' (not recorded)'}"
         return text + ">"
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class TracedResult(Result):
+    """A Result that holds every fetch which was made."""
+
+    def __dealloc__(self):
+        free(self.log)
+
+    @property
+    def fetches(self):
+        """Every fetch that was made, in order, as Fetch tuples."""
+        cdef uint32_t i
+        return [fetch_of(self.log, i, True) for i in range(self.log.count)]
+
+
+cdef TracedResult traced():
+    """A result with an empty log."""
+    cdef TracedResult result = TracedResult.__new__(TracedResult)
+    result.log = <WalkC*>malloc(sizeof(WalkC))
+    if result.log == NULL:
+        raise MemoryError()
+    result.log.count = 0
+    result.log.used = 0
+    return result
 
 
 cdef str cache_text(unsigned int nibble):
@@ -359,15 +378,12 @@ cdef class Walk:
     @property
     def result(self):
         """The Result, with its fetches; None until the walk is done."""
-        cdef Result result
+        cdef TracedResult result
         if self.status != STATUS_DONE:
             return None
-        result = Result.__new__(Result)
+        result = traced()
         result.request = self.walk.request
         result.outcome = self.walk.result
-        result.log = <WalkC*>malloc(sizeof(WalkC))
-        if result.log == NULL:
-            raise MemoryError()
         result.log[0] = self.walk
         return result
 
@@ -415,8 +431,10 @@ cdef class Walk:
 
 cdef int walk_resume(const Hw* hw, WalkC* walk) noexcept nogil:
     cdef Port port
+    cdef Memo memo
     port_open(&port, NULL, walk, True)
-    if translate_one(hw, &port, &walk.request, &walk.result) == FETCH_PENDING:
+    memo.whole = False
+    if translate_one(hw, &port, &walk.request, &memo, &walk.result) == FETCH_PENDING:
         return STATUS_PENDING
     return STATUS_DONE
 
@@ -677,18 +695,18 @@ cdef class Smmu:
         Exception
             Whatever a Python memory callback raises.
         """
-        cdef Result result = Result.__new__(Result)
+        cdef Result result
+        cdef WalkC* log = NULL
+        if trace:
+            result = traced()
+            log = (<TracedResult>result).log
+        else:
+            result = Result.__new__(Result)
         result.request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         result.request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         result.request.ssid = as_ssid(ssid)
         result.request.access = as_access(write, priv, instr)
-        if trace:
-            result.log = <WalkC*>malloc(sizeof(WalkC))
-            if result.log == NULL:
-                raise MemoryError()
-            result.log.count = 0
-            result.log.used = 0
-        self._run(&result.request, &result.outcome, result.log)
+        self._run(&result.request, &result.outcome, log)
         return result
 
     def pa(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False):
@@ -714,11 +732,20 @@ cdef class Smmu:
     cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1:
         """The scalar driver; with the GIL, which only callbacks may let go."""
         cdef Port port
+        cdef Ram* ram = self.core.ram
+        cdef Memo* memo = &self.memos[(request.sid ^ request.ssid) % MEMOS]
+        cdef Memo own
         cdef int status
-        port_open(&port, self.core.ram, log, False)
-        self.core.ram.users += 1
-        status = translate_one(&self.core.hw, &port, request, outcome)
-        self.core.ram.users -= 1
+        port_open(&port, ram, log, False)
+        if ram.plain and log == NULL:
+            port.window = ram.window
+            translate_one(&self.core.hw, &port, request, memo, outcome)
+            ram.window = port.window
+            return 0
+        own.whole = False  # a callback may come back here
+        ram.users += 1
+        status = translate_one(&self.core.hw, &port, request, &own, outcome)
+        ram.users -= 1
         if status:
             raise_port(&port)
         return 0
@@ -1002,8 +1029,10 @@ cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) 
     cdef Port port
     if not request_legal(request):
         return STATUS_EINVAL
+    cdef Memo memo
     port_open(&port, core.ram, NULL, False)
-    return api_end(&port, translate_one(&core.hw, &port, request, outcome))
+    memo.whole = False
+    return api_end(&port, translate_one(&core.hw, &port, request, &memo, outcome))
 
 
 cdef int api_translate_batch(SmmuC* handle, const BatchC* batch) noexcept nogil:

@@ -16,7 +16,7 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int8_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from smmufast._bits cimport le64, likely, load64, prefetch, swap64, unlikely
+from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
     CR0_EVENTQEN, CR0_SMMUEN, CR2_RECINVSID, STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, cd_decode,
     cd_first, effective_access, l1cd_next, l1std_next, ste_aborts, ste_check, ste_overrides,
@@ -111,17 +111,34 @@ cdef inline void end_unmapped(
 
 # --- configuration lookup (15.1) ---
 
-cdef inline int lookup(
-        const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Context* context,
-        uint64_t* address) noexcept nogil:
-    """Decode what a (StreamID, SubstreamID) pair meets.
+# A decoded context and the words that it was decoded from: decoding is a function of them, so
+# it is done again only when what was fetched differs.
+cdef struct Memo:
+    uint64_t[8] ste
+    uint64_t[8] cd
+    bint whole       # ste, cd and context belong together
+    Context context
 
-    0; or an event, SILENT_ABORT, or a negative stop.  `address` is that of the last fetch.
+
+cdef inline bint same_words(const uint64_t* a, const uint64_t* b) noexcept nogil:
+    return not ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])
+                | (a[4] ^ b[4]) | (a[5] ^ b[5]) | (a[6] ^ b[6]) | (a[7] ^ b[7]))
+
+
+cdef inline int lookup(
+        const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Memo* memo, int* index,
+        uint64_t* address) noexcept nogil:
+    """Fetch and decode what a (StreamID, SubstreamID) pair meets, into memo.context.
+
+    0; or an event, SILENT_ABORT, or a negative stop.  `index` is that of the CD, or
+    STAGE1_BYPASS, and then the context holds the STE's overrides alone.  `address` is that of
+    the last fetch.
     """
     cdef uint64_t l1 = 0
     cdef uint64_t[8] ste
     cdef uint64_t[8] cd
-    cdef int kind, status, event, index
+    cdef int kind, status, event
+    cdef bint known
     kind = stream_first(hw, sid, address)
     if kind == 0:
         return EVENT_C_BAD_STREAMID
@@ -139,28 +156,28 @@ cdef inline int lookup(
     status = fetch64(port, FETCH_STE, address[0], ste)
     if status:
         return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
-    if not ste_v(ste):
-        return EVENT_C_BAD_STE
-    if ste_aborts(ste):
-        return SILENT_ABORT
-    event = ste_check(hw, ste)
-    if event:
+    known = memo.whole and same_words(ste, memo.ste)
+    if not known:
+        memo.whole = False
+        if not ste_v(ste):
+            return EVENT_C_BAD_STE
+        if ste_aborts(ste):
+            return SILENT_ABORT
+        event = ste_check(hw, ste)
+        if event:
+            return event
+        ste_overrides(hw, ste, &memo.context)
+    event = substream(hw, ste, ssid, index)
+    if event or index[0] == STAGE1_BYPASS:
         return event
-    ste_overrides(hw, ste, context)
-    event = substream(hw, ste, ssid, &index)
-    if event:
-        return event
-    context.bypass = index == STAGE1_BYPASS
-    if context.bypass:
-        return 0
-    kind = cd_first(hw, ste, <uint32_t>index, address)
+    kind = cd_first(hw, ste, <uint32_t>index[0], address)
     if address[0] & hw.oas_over:
         return EVENT_F_CD_FETCH
     if kind == FETCH_L1CD:
         status = fetch8(port, FETCH_L1CD, NO_LEVEL, address[0], &l1)
         if status:
             return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-        event = l1cd_next(hw, ste, l1, <uint32_t>index, address)
+        event = l1cd_next(hw, ste, l1, <uint32_t>index[0], address)
         if event:
             return event
         if address[0] & hw.oas_over:
@@ -168,7 +185,15 @@ cdef inline int lookup(
     status = fetch64(port, FETCH_CD, address[0], cd)
     if status:
         return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-    return cd_decode(hw, ste, cd, context)
+    if known and same_words(cd, memo.cd):
+        return 0
+    memo.whole = False
+    event = cd_decode(hw, ste, cd, &memo.context)
+    if event == 0:
+        memo.ste = ste
+        memo.cd = cd
+        memo.whole = True
+    return event
 
 
 # --- stage 1 (15.2) ---
@@ -177,7 +202,7 @@ cdef inline int leaf_fault(
         const Context* context, const Half* half, unsigned int upper, unsigned int access,
         Leaf* leaf) noexcept nogil:
     """What a leaf gives: address size before access flag before permission."""
-    cdef uint64_t address = leaf_address(leaf.d, half.format, leaf.shift)
+    cdef uint64_t address = leaf_address(leaf.d, half, leaf.shift)
     if address & context.over:
         return EVENT_F_ADDR_SIZE
     if not (context.affd or access_flag(leaf.d)):
@@ -207,7 +232,7 @@ cdef inline int walk(
     shift = half.shift
     leaf.tables = 0
     while True:
-        leaf.address = entry_address(table, ia, shift, half.stride)
+        leaf.address = entry_address(half, table, ia, shift)
         status = fetch8(port, FETCH_TT, level, leaf.address, &d)
         if unlikely(status):
             return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
@@ -218,7 +243,7 @@ cdef inline int walk(
             return EVENT_F_TRANSLATION
         if kind == DESC_LEAF:
             break
-        table = next_table(d, half.format, half.granule)
+        table = next_table(d, half)
         if table & context.over:
             return EVENT_F_ADDR_SIZE
         leaf.tables |= hierarchical(d) & half.keep
@@ -251,30 +276,34 @@ cdef inline void end_disabled(const Hw* hw, const Request* request,
 
 
 cdef inline int translate_one(
-        const Hw* hw, Port* port, const Request* request, Outcome* outcome) noexcept nogil:
-    """Translate one request: 0, or a negative stop that leaves no outcome."""
-    cdef Context context
+        const Hw* hw, Port* port, const Request* request, Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request: 0, or a negative stop that leaves no outcome.
+
+    Two calls that run at once, or inside each other, do not share a memo.
+    """
+    cdef const Context* context = &memo.context
     cdef Leaf leaf
     cdef uint64_t address = 0
     cdef unsigned int access
-    cdef int event
+    cdef int event, index
     cdef const Half* half
     end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
     if not hw.cr0 & CR0_SMMUEN:
         end_disabled(hw, request, outcome)
         return 0
-    event = lookup(hw, port, request.sid, request.ssid, &context, &address)
+    event = lookup(hw, port, request.sid, request.ssid, memo, &index, &address)
     if event:
         if event < 0:
             return event
         if event != SILENT_ABORT:
             end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, address)
         return 0
-    access = effective_access(&context, request.access)
-    if context.bypass:
-        end_bypass(hw, request, &context, access, outcome)
+    access = effective_access(context, request.access)
+    if index == STAGE1_BYPASS:
+        end_bypass(hw, request, context, access, outcome)
         return 0
-    event = walk(&context, port, request.iova, access, &leaf)
+    event = walk(context, port, request.iova, access, &leaf)
     if event < 0:
         return event
     outcome.stage = 1
@@ -287,7 +316,7 @@ cdef inline int translate_one(
     else:
         half = &context.half[half_of(request.iova, context.two_ttbs)]
         outcome.action = ACTION_OK
-        outcome.pa = leaf.address | (request.iova & ((<uint64_t>1 << leaf.shift) - 1))
+        outcome.pa = leaf.address | (request.iova & low_mask(leaf.shift))
         outcome.level = leaf.level
         outcome.page_lg2 = leaf.shift
         outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
@@ -316,14 +345,14 @@ cdef struct Slot:
     uint64_t block            # the last block that uses it, counted from 1; 0: never
     bint walks                # lookup succeeded and stage 1 translates
     uint8_t[2][16] perm       # permitted() by half and leaf_permissions()
-    Context context
+    Memo memo
 
 
 # One request between the two passes over its block.
 cdef struct Flight:
-    const uint8_t* entry      # host address of the level-3 descriptor
+    const uint8_t* entry      # STATE_ENTRY: host address of the level-3 descriptor
+    uint64_t d                # STATE_LEAF: the leaf
     uint64_t va
-    uint64_t d
     uint64_t tables
     Slot* slot
     uint8_t state
@@ -392,7 +421,7 @@ cdef inline void store_outcome(const BatchC* batch, size_t i, const Outcome* o) 
 
 
 cdef inline int batch_scalar(
-        const Hw* hw, Port* port, const BatchC* batch, size_t i) noexcept nogil:
+        const Hw* hw, Port* port, Memo* memo, const BatchC* batch, size_t i) noexcept nogil:
     """One request of a batch by the scalar driver."""
     cdef Request request
     cdef Outcome outcome
@@ -401,7 +430,7 @@ cdef inline int batch_scalar(
     request.sid = load_u32(&batch.sid, i)
     request.ssid = load_u32(&batch.ssid, i)
     request.access = load_u8(&batch.access, i)
-    status = translate_one(hw, port, &request, &outcome)
+    status = translate_one(hw, port, &request, memo, &outcome)
     if status == 0:
         store_outcome(batch, i, &outcome)
     return status
@@ -418,6 +447,7 @@ cdef inline Slot* slot_of(
     cdef Slot* slot = &slots[(hashed >> 16) % SLOTS]
     cdef uint64_t address
     cdef unsigned int leaf
+    cdef int index
     if not (slot.block and slot.sid == sid and slot.ssid == ssid):
         if slot.block == block:
             return NULL
@@ -426,13 +456,13 @@ cdef inline Slot* slot_of(
         slot.sid = sid
         slot.ssid = ssid
         slot.walks = (
-            lookup(hw, port, sid, ssid, &slot.context, &address) == 0
-            and not slot.context.bypass
+            lookup(hw, port, sid, ssid, &slot.memo, &index, &address) == 0
+            and index != STAGE1_BYPASS
         )
         if slot.walks:
             for leaf in range(16):
-                slot.perm[0][leaf] = permitted(leaf, slot.context.regime, 0)
-                slot.perm[1][leaf] = permitted(leaf, slot.context.regime, 1)
+                slot.perm[0][leaf] = permitted(leaf, slot.memo.context.regime, 0)
+                slot.perm[1][leaf] = permitted(leaf, slot.memo.context.regime, 1)
     slot.block = block
     return slot
 
@@ -444,36 +474,31 @@ cdef inline void set_out(
 
     Whatever is not an ordinary walk is left to the scalar driver.
     """
-    cdef const Context* context = &slot.context
-    cdef unsigned int upper, shift
-    cdef const Half* half
-    cdef uint64_t ia, table, tables = 0, offset, address, d = 0
+    cdef const Context* context = &slot.memo.context
+    cdef unsigned int upper = half_of(va, context.two_ttbs)
+    cdef const Half* half = &context.half[upper]
+    cdef uint64_t ia, table, tables, offset, address, d = 0
     cdef int level
+    cdef unsigned int shift
     flight.state = STATE_SCALAR
-    if slot == NULL or not slot.walks:
-        return
     flight.slot = slot
     flight.va = va
     flight.access = effective_access(context, access)
-    if slot == near.slot and va >> near.reach == near.tag:
-        upper = half_of(va, context.two_ttbs)
-        half = &context.half[upper]
-        level = 3
-        shift = half.granule
+    if va >> near.reach == near.tag and near.slot == slot:
         table = near.table
         tables = near.tables
-        ia = va & half.index_mask
+        ia = va
+        shift = half.granule
     else:
-        upper = half_of(va, context.two_ttbs)
-        half = &context.half[upper]
         if not half.enabled or not in_range(va, half.range_mask, upper):
             return
         ia = va & half.index_mask
         table = half.table
+        tables = 0
         level = half.level
         shift = half.shift
         while level < 3:
-            address = entry_address(table, ia, shift, half.stride)
+            address = entry_address(half, table, ia, shift)
             if fetch8(port, FETCH_TT, level, address, &d):
                 return
             if context.swap:
@@ -487,7 +512,7 @@ cdef inline void set_out(
                 flight.shift = shift
                 flight.state = STATE_LEAF
                 return
-            table = next_table(d, half.format, half.granule)
+            table = next_table(d, half)
             if table & context.over:
                 return
             tables |= hierarchical(d) & half.keep
@@ -499,13 +524,13 @@ cdef inline void set_out(
             near.tag = va >> near.reach
             near.table = table
             near.tables = tables
-    address = entry_address(table, ia, shift, half.stride)
+    address = entry_address(half, table, ia, shift)
     flight.tables = tables
     flight.level = 3
     flight.shift = shift
-    offset = address - port.base
-    if likely(offset <= port.span):
-        flight.entry = port.data + offset
+    offset = address - port.window.base
+    if likely(offset <= port.window.span):
+        flight.entry = port.window.data + offset
         prefetch(flight.entry)
         flight.state = STATE_ENTRY
     elif fetch8(port, FETCH_TT, 3, address, &d) == FETCH_OK:
@@ -515,45 +540,53 @@ cdef inline void set_out(
 
 
 cdef inline int arrive(
-        const Hw* hw, Port* port, const BatchC* batch, size_t i, Flight* flight) noexcept nogil:
-    """Second pass: read the leaf and write the columns; what faults goes to the scalar driver."""
+        const Hw* hw, Port* port, const BatchC* batch, bint more, size_t i,
+        Flight* flight) noexcept nogil:
+    """Second pass: read the leaf and write the columns.
+
+    0, or 1 when the request faults and is left to the scalar driver.  `more`: columns other
+    than pa, action and event are wanted.
+    """
     cdef const Slot* slot = flight.slot
-    cdef const Context* context = &slot.context
+    cdef const Context* context = &slot.memo.context
     cdef const Half* half
     cdef unsigned int upper, perm, attr
     cdef uint64_t d, address
     if unlikely(flight.state == STATE_SCALAR):
-        return batch_scalar(hw, port, batch, i)
+        return 1
     upper = half_of(flight.va, context.two_ttbs)
     half = &context.half[upper]
-    d = flight.d
-    if flight.state == STATE_ENTRY:
+    if likely(flight.state == STATE_ENTRY):
         d = le64(load64(flight.entry))
         if context.swap:
             d = swap64(d)
-        if (d & 3) != 3:
-            return batch_scalar(hw, port, batch, i)
-    address = leaf_address(d, half.format, flight.shift)
+        if unlikely((d & 3) != 3):
+            return 1
+    else:
+        d = flight.d
+    address = leaf_address(d, half, flight.shift)
     perm = slot.perm[upper][leaf_permissions(d, flight.tables)]
-    if unlikely(address & context.over or not (context.affd or access_flag(d))
+    if unlikely((address & context.over) or not (context.affd or access_flag(d))
                 or not perm & needed(flight.access)):
-        return batch_scalar(hw, port, batch, i)
-    store_u64(&batch.pa, i, address | (flight.va & ((<uint64_t>1 << flight.shift) - 1)))
+        return 1
+    store_u64(&batch.pa, i, address | (flight.va & low_mask(flight.shift)))
     store_u8(&batch.action, i, ACTION_OK)
     store_u8(&batch.event, i, 0)
-    store_u8(&batch.fault, i, 0)
-    store_u8(&batch.perm, i, perm)
-    store_u8(&batch.level, i, <uint8_t>flight.level)
-    store_u8(&batch.page_lg2, i, flight.shift)
-    if batch.attr.data != NULL or batch.sh.data != NULL:
-        attr = stage1_attr(context.attr, mair_byte(context.mair, d))
-        store_u8(&batch.attr, i, attr)
-        store_u8(&batch.sh, i, shareability(attr, leaf_sh(d, half)))
-    store_record(&batch.record, i, NULL)
+    if more:
+        store_u8(&batch.fault, i, 0)
+        store_u8(&batch.perm, i, perm)
+        store_u8(&batch.level, i, <uint8_t>flight.level)
+        store_u8(&batch.page_lg2, i, flight.shift)
+        if batch.attr.data != NULL or batch.sh.data != NULL:
+            attr = stage1_attr(context.attr, mair_byte(context.mair, d))
+            store_u8(&batch.attr, i, attr)
+            store_u8(&batch.sh, i, shareability(attr, leaf_sh(d, half)))
+        store_record(&batch.record, i, NULL)
     return 0
 
 
-cdef inline int translate_many(const Hw* hw, Ram* ram, Port* port, const BatchC* batch) noexcept nogil:
+cdef inline int translate_many(
+        const Hw* hw, Ram* ram, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch: 0, or FETCH_RAISED with the exception in the port.
 
     Memory that is not plain sees the requests one by one, in their order.
@@ -561,37 +594,54 @@ cdef inline int translate_many(const Hw* hw, Ram* ram, Port* port, const BatchC*
     cdef Slot[SLOTS] slots
     cdef Flight[BLOCK] flights
     cdef Near near
+    cdef Memo memo
     cdef Slot* slot = NULL
     cdef size_t start, i, count
     cdef uint64_t block = 1
     cdef uint32_t sid, ssid
     cdef int status
+    cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
+    cdef bint more = (
+        batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
+        or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
+        or batch.record.data != NULL
+    )
     port_open(port, ram, NULL, False)
-    if not ram.plain or not hw.cr0 & CR0_SMMUEN:
+    memo.whole = False
+    if not ram.plain or not hw.cr0 & CR0_SMMUEN or batch.n == 0:
         for i in range(batch.n):
-            status = batch_scalar(hw, port, batch, i)
+            status = batch_scalar(hw, port, &memo, batch, i)
             if status:
                 return status
         return 0
-    memset(slots, 0, sizeof(slots))
+    for i in range(SLOTS):
+        slots[i].block = 0
+        slots[i].memo.whole = False
     near.slot = NULL
     near.reach = 0
+    near.tag = near.table = near.tables = 0
     start = 0
     while start < batch.n:
         count = batch.n - start
         if count > BLOCK:
             count = BLOCK
         for i in range(count):
-            sid = load_u32(&batch.sid, start + i)
-            ssid = load_u32(&batch.ssid, start + i)
-            if slot == NULL or slot.sid != sid or slot.ssid != ssid or slot.block != block:
-                slot = slot_of(hw, port, slots, sid, ssid, block, &near)
-            set_out(&flights[i], port, slot, load_u64(&batch.iova, start + i),
-                    load_u8(&batch.access, start + i), &near)
+            if not one_pair or slot == NULL:
+                sid = load_u32(&batch.sid, start + i)
+                ssid = load_u32(&batch.ssid, start + i)
+                if (slot == NULL or slot.sid != sid or slot.ssid != ssid
+                        or slot.block != block):
+                    slot = slot_of(hw, port, slots, sid, ssid, block, &near)
+            if slot != NULL and slot.walks:
+                set_out(&flights[i], port, slot, load_u64(&batch.iova, start + i),
+                        load_u8(&batch.access, start + i), &near)
+            else:
+                flights[i].state = STATE_SCALAR
         for i in range(count):
-            status = arrive(hw, port, batch, start + i, &flights[i])
-            if status:
-                return status
+            if unlikely(arrive(hw, port, batch, more, start + i, &flights[i])):
+                status = batch_scalar(hw, port, &memo, batch, start + i)
+                if status:
+                    return status
         start += count
         block += 1
     return 0

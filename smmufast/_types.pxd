@@ -153,8 +153,12 @@ cdef struct Half:
     uint8_t shift          # lowest input bit that indexes the first table
     int8_t level           # of the first table
     uint8_t blocks         # bit level+1: a block is legal there
-    uint8_t format         # of the output address: FORMAT_...
-    uint8_t sh             # of mapped memory when the format is FORMAT_DS
+    uint64_t entry_mask    # of an entry's offset in its table
+    uint64_t low_address   # descriptor bits that are address bits in place
+    uint64_t high_address  # descriptor bits that are address bits elsewhere
+    uint8_t high_shift     # by so much
+    uint8_t own_sh         # leaves have an SH field
+    uint8_t sh             # of mapped memory where they have none
 
 
 # What a transaction of one (StreamID, SubstreamID) pair meets: STE and CD, decoded.
@@ -172,4 +176,3 @@ cdef struct Context:
     uint8_t access_or
     uint8_t attr           # entering stage 1: the device's, after the STE's overrides
     uint8_t sh
-    uint8_t bypass         # stage 1 is bypassed

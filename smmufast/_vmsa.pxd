@@ -19,10 +19,6 @@ cdef enum:
     DESC_INVALID = 0
     DESC_TABLE = 1
     DESC_LEAF = 2
-    # where a descriptor keeps address bits above 47
-    FORMAT_48 = 0   # nowhere
-    FORMAT_64K = 1  # [51:48] in bits [15:12]
-    FORMAT_DS = 2   # [49:48] in place, [51:50] in bits [9:8]
     # what a translation regime does to permissions
     REGIME_SINGLE = 1  # EL2, EL3: no privilege split
     REGIME_WXN = 2
@@ -93,10 +89,25 @@ cdef inline unsigned int block_levels(
     return (1 << 3) | (1 << 2 if oas >= 52 else 0)
 
 
-cdef inline unsigned int address_format(unsigned int granule, bint ds) noexcept nogil:
+cdef inline void address_format(Half* half, unsigned int granule, bint ds) noexcept nogil:
+    """Where descriptors keep their address: bits above 47 have no place, or one of two.
+
+    64 KiB: [51:48] in bits [15:12].  4 and 16 KiB with DS: [49:48] in place, [51:50] in bits
+    [9:8], and SH moves to the context.
+    """
+    half.low_address = 0x0000FFFFFFFFFFFFULL
+    half.high_address = 0
+    half.high_shift = 0
+    half.own_sh = True
     if granule == 16:
-        return FORMAT_64K
-    return FORMAT_DS if ds else FORMAT_48
+        half.high_address = 0xF000
+        half.high_shift = 36
+    elif ds:
+        half.low_address = 0x0003FFFFFFFFFFFFULL
+        half.high_address = 0x300
+        half.high_shift = 42
+        half.own_sh = False
+    half.low_address &= ~low_mask(granule)
 
 
 # --- the input address (D8.2.4, IHI 0070 3.4.1) ---
@@ -118,9 +129,9 @@ cdef inline bint in_range(uint64_t va, uint64_t mask, unsigned int upper) noexce
 
 
 cdef inline uint64_t entry_address(
-        uint64_t table, uint64_t ia, unsigned int shift, unsigned int stride) noexcept nogil:
+        const Half* half, uint64_t table, uint64_t ia, unsigned int shift) noexcept nogil:
     """Where the descriptor of `ia` lies in a table whose entries cover 2^shift bytes."""
-    return table + (((ia >> shift) & low_mask(stride)) << 3)
+    return table + (ia >> (shift - 3) & half.entry_mask)
 
 
 # --- descriptors (D8.3) ---
@@ -137,25 +148,15 @@ cdef inline unsigned int descriptor_kind(
     return DESC_LEAF if blocks >> (level + 1) & 1 else DESC_INVALID
 
 
-cdef inline uint64_t address_bits(uint64_t d, unsigned int format) noexcept nogil:
-    """The descriptor's address field, low bits unmasked."""
-    if format == FORMAT_48:
-        return d & 0x0000FFFFFFFFF000ULL
-    if format == FORMAT_64K:
-        return (d & 0x0000FFFFFFFF0000ULL) | (d & 0xF000) << 36
-    return (d & 0x0003FFFFFFFFF000ULL) | (d & 0x300) << 42
-
-
-cdef inline uint64_t next_table(
-        uint64_t d, unsigned int format, unsigned int granule) noexcept nogil:
+cdef inline uint64_t next_table(uint64_t d, const Half* half) noexcept nogil:
     """Address of the table that a table descriptor names: aligned to the granule."""
-    return address_bits(d, format) & ~low_mask(granule)
+    return (d & half.low_address) | (d & half.high_address) << half.high_shift
 
 
 cdef inline uint64_t leaf_address(
-        uint64_t d, unsigned int format, unsigned int shift) noexcept nogil:
+        uint64_t d, const Half* half, unsigned int shift) noexcept nogil:
     """Output address of the block or page of 2^shift bytes."""
-    return address_bits(d, format) & ~low_mask(shift)
+    return next_table(d, half) & ~low_mask(shift)
 
 
 cdef inline bint access_flag(uint64_t d) noexcept nogil:
@@ -314,7 +315,7 @@ cdef inline unsigned int shareability(unsigned int attr, unsigned int sh) noexce
 
 cdef inline unsigned int leaf_sh(uint64_t d, const Half* half) noexcept nogil:
     """SH of a leaf; with the 52-bit format of 4 and 16 KiB it is the CD's."""
-    return half.sh if half.format == FORMAT_DS else <unsigned int>(d >> 8 & 3)
+    return <unsigned int>(d >> 8 & 3) if half.own_sh else half.sh
 
 
 cdef inline unsigned int override_type(unsigned int code, unsigned int hints,
