@@ -768,8 +768,6 @@ def random_bytes_system(rng):
             sid &= ~3
         if rng.random() < 0.05:
             sid = rng.getrandbits(32)
-        return Request(
-            sid, ssid, iova, rng.random() < 0.4, rng.random() < 0.5, rng.random() < 0.2
-        )
+        return Request(sid, ssid, iova, rng.random() < 0.4, rng.random() < 0.5, rng.random() < 0.2)
 
     return System(memory, features, regs, draw)
