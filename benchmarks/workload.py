@@ -1,0 +1,355 @@
+"""Tables and requests for the benchmarks, and the check that all baselines agree on them."""
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import walk_numpy
+import walk_python
+from walk_python import Registers, Words
+
+BASE = 0x8000_0000
+IOVA_BASE = 0x5500_0000_0000
+PA_BASE = 0x20_0000_0000
+
+# What lies where in a table image, from BASE on.
+LINEAR_STES = 0x0_0000
+L1STDS = 0x1_0000
+L2_STES = 0x2_0000
+CDS = 0x3_0000
+L1CDS = 0x4_0000
+L2_CDS = 0x5_0000
+TRANSLATION_TABLES = 0x6_0000
+
+STREAMS_LG2 = 10
+SPLIT = 8
+SUBSTREAMS_LG2 = 10
+
+SID = 3
+SID_SUBSTREAMS = 5
+
+STRTAB_LINEAR = (BASE + LINEAR_STES, STREAMS_LG2)
+STRTAB_TWO_LEVEL = (BASE + L1STDS, 1 << 16 | SPLIT << 6 | STREAMS_LG2)
+
+PAGE = 0b11 | 1 << 6 | 3 << 8 | 1 << 10 | 1 << 11  # valid page: AP[1], ISH, AF, nG
+TABLE = 0b11
+
+
+def permutation(n_lg2):
+    """Return a fixed bijection of [0, 2**n_lg2) as an array."""
+    values = np.arange(1 << n_lg2, dtype=np.uint64)
+    for odd in (0x9E37_79B9_7F4A_7C15, 0xBF58_476D_1CE4_E5B9):
+        values *= np.uint64(odd)
+        values &= np.uint64((1 << n_lg2) - 1)
+        values ^= values >> np.uint64(n_lg2 - n_lg2 // 2)
+    return values
+
+
+def pack_ste(cd_address, s1cdmax=0, s1fmt=0, s1dss=0):
+    """Return the words of an STE whose stage 1 translates."""
+    word0 = 1 | 0b101 << 1 | s1fmt << 4 | cd_address | s1cdmax << 59
+    return [word0, s1dss | 1 << 44, 0, 0, 0, 0, 0, 0]
+
+
+def pack_cd(ttb0, asid=0):
+    """Return the words of a CD: 4 KiB pages, 48-bit input and output, TTB0 only."""
+    word0 = 16 | 0b01 << 8 | 0b01 << 10 | 3 << 12 | 1 << 30 | 1 << 31
+    word0 |= 5 << 32 | 1 << 41 | 1 << 45 | 1 << 46 | 1 << 47 | asid << 48
+    return [word0, ttb0, 0, 0xFF, 0, 0, 0, 0]
+
+
+class Image:
+    """Contiguous virtual pages on permuted physical pages, with the stream table and the CDs.
+
+    Every stream of the two stream tables (linear and two-level, same streams) has an STE and a CD
+    of its own and shares the translation tables. Stream SID_SUBSTREAMS has a two-level CD table
+    with 2**SUBSTREAMS_LG2 substreams.
+
+    Parameters
+    ----------
+    pages_lg2 : int
+        log2 of how many 4 KiB pages are mapped, from IOVA_BASE on; 9 to 27.
+
+    Attributes
+    ----------
+    buffer : ndarray of uint8
+        The bytes of simulated memory from BASE on, aligned to a host page.
+    words : ndarray of uint64
+        The same bytes.
+    pages : int
+    """
+
+    def __init__(self, pages_lg2, *, huge_pages=False):
+        self.pages_lg2 = pages_lg2
+        self.pages = 1 << pages_lg2
+        leaf_tables = self.pages >> 9
+        level2_tables = -(-leaf_tables >> 9) or 1
+        level0 = TRANSLATION_TABLES
+        level1 = level0 + 0x1000
+        level2 = level1 + 0x1000
+        leaves = level2 + 0x1000 * level2_tables
+        self.size = leaves + 8 * self.pages
+        mapped = mmap.mmap(-1, self.size)
+        if huge_pages:
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        self.buffer = np.frombuffer(mapped, np.uint8)
+        self.words = self.buffer.view(np.uint64)
+
+        def put(offset, values):
+            self.words[offset // 8 : offset // 8 + len(values)] = values
+
+        def tables(offset, n):
+            """Return n table descriptors for consecutive tables."""
+            return np.arange(n, dtype=np.uint64) * np.uint64(4096) + np.uint64(
+                BASE + offset | TABLE
+            )
+
+        put(level0 + (IOVA_BASE >> 39 & 511) * 8, tables(level1, 1))
+        put(level1 + (IOVA_BASE >> 30 & 511) * 8, tables(level2, level2_tables))
+        put(level2, tables(leaves, leaf_tables))
+        descriptors = permutation(pages_lg2)
+        descriptors <<= np.uint64(12)
+        descriptors += np.uint64(PA_BASE | PAGE)
+        put(leaves, descriptors)
+        self._put_streams(put, BASE + level0)
+
+    def _put_streams(self, put, ttb):
+        for sid in range(1 << STREAMS_LG2):
+            if sid == SID_SUBSTREAMS:
+                ste = pack_ste(BASE + L1CDS, SUBSTREAMS_LG2, s1fmt=1, s1dss=0)
+            else:
+                ste = pack_ste(BASE + CDS + sid * 64)
+            put(LINEAR_STES + sid * 64, ste)
+            put(L2_STES + sid * 64, ste)
+            put(CDS + sid * 64, pack_cd(ttb, asid=sid))
+        for ssid in range(1 << SUBSTREAMS_LG2):
+            put(L2_CDS + ssid * 64, pack_cd(ttb, asid=ssid))
+        for i in range(1 << STREAMS_LG2 - SPLIT):
+            put(L1STDS + i * 8, [BASE + L2_STES + (i << SPLIT + 6) | SPLIT + 1])
+        for i in range(1 << SUBSTREAMS_LG2 - 6):
+            put(L1CDS + i * 8, [BASE + L2_CDS + i * 4096 | 1])
+
+    def expected(self, iova):
+        """Return the output addresses of mapped addresses, from the permutation alone."""
+        page = (iova - np.uint64(IOVA_BASE)) >> np.uint64(12)
+        return (
+            (permutation(self.pages_lg2)[page] << np.uint64(12))
+            + np.uint64(PA_BASE)
+            + (iova & np.uint64(4095))
+        )
+
+    def sequential(self, n):
+        """Return n addresses, one in each next page, again from the first after the last."""
+        page = np.arange(n, dtype=np.uint64) & np.uint64(self.pages - 1)
+        return (page << np.uint64(12)) + np.uint64(IOVA_BASE)
+
+    def random(self, n, seed=1):
+        """Return n mapped addresses, uniformly at random."""
+        rng = np.random.default_rng(seed)
+        return rng.integers(0, self.pages << 12, n, dtype=np.uint64) + np.uint64(IOVA_BASE)
+
+
+@dataclass
+class Out:
+    """Preallocated results of n requests, in the columns' own types."""
+
+    pa: np.ndarray
+    action: np.ndarray
+    event: np.ndarray
+
+    @classmethod
+    def empty(cls, n):
+        """Return arrays that have been written to, so that the host has given them memory."""
+        return cls(np.ones(n, np.uint64), np.ones(n, np.uint8), np.ones(n, np.uint8))
+
+    def columns(self):
+        """Return the arrays as translate_batch(out=...) takes them."""
+        return {"pa": self.pa, "action": self.action, "event": self.event}
+
+    def arrays(self):
+        """Return the arrays as the baselines take them."""
+        return self.pa, self.action, self.event
+
+    def same(self, other):
+        """Whether all columns are equal."""
+        return all(np.array_equal(a, b) for a, b in zip(self.arrays(), other.arrays(), strict=True))
+
+
+class Baselines:
+    """The three baselines over one memory and one set of registers.
+
+    Parameters
+    ----------
+    module
+        _baseline.
+    words : ndarray of uint64
+        Simulated memory from BASE on.
+    strtab : (int, int)
+        STRTAB_BASE and STRTAB_BASE_CFG.
+    """
+
+    def __init__(self, module, words, strtab, cr2=0b10):
+        self.words = words
+        self.registers = Registers(*strtab, cr2=cr2)
+        self.memory = Words(memoryview(words), BASE)
+        self.c = module.Walker(
+            words.view(np.uint8), BASE, strtab_base=strtab[0], strtab_base_cfg=strtab[1], cr2=cr2
+        )
+
+    def configure(self, sid, ssid=None):
+        """Return the decoded context, for numpy() and python()."""
+        return walk_python.configure(self.memory, self.registers, sid, ssid)
+
+    def numpy(self, context, iova, out, **access):
+        """Fill out with the numpy walk."""
+        walk_numpy.translate_batch(
+            self.words, BASE, context, iova, out.pa, out.action, out.event, **access
+        )
+
+    def python(self, context, iova, out, **access):
+        """Fill out, whose columns are lists or arrays, with the pure-Python walk."""
+        walk_python.translate_batch(
+            self.memory, context, iova, out.pa, out.action, out.event, **access
+        )
+
+
+def check_image(module, image):
+    """Assert that every baseline finds the addresses which the permutation says."""
+    both = np.concatenate([image.random(3000), image.sequential(1000)])
+    last = np.uint64(IOVA_BASE + (image.pages << 12))
+    beyond = np.array([last, IOVA_BASE - 1, 1 << 48, 1 << 55, 0xFFFF << 48], np.uint64)
+    iova = np.concatenate([both, beyond])
+    for strtab in (STRTAB_LINEAR, STRTAB_TWO_LEVEL):
+        baselines = Baselines(module, image.words, strtab)
+        for sid, ssid in ((SID, None), (SID_SUBSTREAMS, 7), (1000, None)):
+            out = check_agreement(baselines, iova, sid, ssid)
+            if not np.array_equal(out.pa[: len(both)], image.expected(both)):
+                raise AssertionError("the baselines agree on wrong addresses")
+            if out.action[: len(both)].any() or not out.event[len(both) :].all():
+                raise AssertionError("the baselines agree on wrong outcomes")
+
+
+def check_agreement(baselines, iova, sid, ssid=None, **access):
+    """Assert that C, numpy and Python agree; return what they found."""
+    c, n, p, one = (Out.empty(len(iova)) for _ in range(4))
+    context = baselines.configure(sid, ssid)
+    baselines.c.batch(sid, iova, *c.arrays(), ssid=ssid, **access)
+    baselines.numpy(context, iova, n, **access)
+    baselines.python(context, iova.tolist(), p, **access)
+    baselines.c.one_by_one(sid, iova, *one.arrays(), ssid=ssid, write=access.get("write", False))
+    requests = Out.empty(len(iova))
+    sids = np.full(len(iova), sid, np.uint32)
+    ssids = None if ssid is None else np.full(len(iova), ssid, np.uint32)
+    write = access.get("write", False)
+    baselines.c.requests(sids, ssids, iova, *requests.arrays(), write=write)
+    for name, other in (("numpy", n), ("pure Python", p)):
+        if not c.same(other):
+            different = np.flatnonzero(
+                (c.pa != other.pa) | (c.action != other.action) | (c.event != other.event)
+            )[0]
+            raise AssertionError(
+                f"C and {name} disagree on {int(iova[different]):#x} {access}: "
+                f"{[int(a[different]) for a in c.arrays()]} and "
+                f"{[int(a[different]) for a in other.arrays()]} in {context}"
+            )
+    if not access.get("priv") and not access.get("instr") and not (c.same(one)
+                                                                  and c.same(requests)):
+        raise AssertionError("C one by one disagrees with C over a decoded context")
+    return c
+
+
+def random_memory(rng, granule, ds, n_tables):
+    """Return words of random tables that mostly point to each other, from BASE on.
+
+    The first 64 KiB are left to the STE and the CD.
+    """
+    per_table = 1 << granule - 3
+    n = n_tables * per_table
+    pool = BASE + 0x1_0000 + (rng.integers(0, n_tables, n, dtype=np.uint64) << np.uint64(granule))
+    attributes = np.uint64(0)
+    for lsb, chance in ((6, 0.8), (7, 0.3), (10, 0.85), (53, 0.3), (54, 0.3), (59, 0.1),
+                        (60, 0.1), (61, 0.1), (62, 0.1), (11, 0.5), (52, 0.5), (55, 0.5)):
+        attributes = attributes | (rng.random(n) < chance).astype(np.uint64) << np.uint64(lsb)
+    far = rng.random(n)
+    pool = np.where(far < 0.04, rng.integers(0, 1 << 48, n, dtype=np.uint64), pool)
+    pool &= np.uint64((1 << 48) - (1 << granule))
+    high = rng.integers(0, 16, n, dtype=np.uint64)
+    high[far > 0.08] = 0
+    if granule == 16:
+        pool |= high << np.uint64(12)
+    elif ds:
+        pool |= (high & np.uint64(3)) << np.uint64(8) | high >> np.uint64(2) << np.uint64(48)
+    else:
+        pool |= high << np.uint64(48)
+    kind = rng.choice(np.array([3, 1, 0, 2], np.uint64), n, p=[0.82, 0.1, 0.05, 0.03])
+    words = np.zeros(0x1_0000 // 8 + n, np.uint64)
+    words[0x1_0000 // 8 :] = pool | attributes | kind
+    return words
+
+
+def random_records(rng, granule, ds, n_tables):
+    """Return an STE and a CD: mostly legal, with every control at random."""
+
+    def often(chance):
+        return int(rng.random() < chance)
+
+    def size():
+        if not often(0.03):
+            return int(rng.integers(12 if ds or granule == 16 else 16, 48))
+        return int(rng.integers(0, 64))
+
+    def table():
+        if often(0.03):
+            return int(rng.integers(0, 1 << 52)) & ~15
+        return BASE + 0x1_0000 + (int(rng.integers(0, n_tables)) << granule)
+
+    config = int(rng.choice([5, 4, 0, 7], p=[0.94, 0.04, 0.01, 0.01]))
+    ste0 = 1 - often(0.02) | config << 1 | BASE + 64
+    ste1 = int(rng.choice([0, 2, 1], p=[0.8, 0.18, 0.02])) << 30 | often(0.01) << 27
+    ste1 |= int(rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])) << 48
+    ste1 |= int(rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])) << 50
+    tg0 = {12: 0, 14: 2, 16: 1}[granule]
+    tg1 = {12: 2, 14: 1, 16: 3}[granule]
+    cd0 = size() | tg0 << 6 | often(0.05) << 14 | size() << 16 | tg1 << 22 | often(0.05) << 30
+    cd0 |= 1 << 31 | int(rng.choice(8, p=[0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.1])) << 32
+    for lsb, chance in ((35, 0.3), (36, 0.4), (38, 0.4), (39, 0.4), (40, 0.4), (41, 0.99),
+                        (42, 0.01), (43, 0.01), (44, 0.01), (45, 0.8), (46, 0.8)):
+        cd0 |= often(chance) << lsb
+    cd1 = table() | often(0.3) << 1 | often(0.1) << 2 | often(0.5) << 59
+    cd2 = table() | often(0.3) << 1 | often(0.1) << 2 | ds << 58
+    return [ste0, ste1], [cd0, cd1, cd2]
+
+
+def check_random(module, contexts=120, addresses=48, seed=0):
+    """Assert that the baselines agree on random tables under random contexts.
+
+    Returns how often each outcome (action, event) was met.
+    """
+    rng = np.random.default_rng(seed)
+    met = {}
+    for i in range(contexts):
+        granule, ds = ((12, 0), (14, 0), (16, 0), (12, 1), (14, 1))[i % 5]
+        n_tables = {12: 24, 14: 8, 16: 4}[granule]
+        words = random_memory(rng, granule, ds, n_tables)
+        ste, cd = random_records(rng, granule, ds, n_tables)
+        words[: len(ste)] = ste
+        words[8 : 8 + len(cd)] = cd
+        baselines = Baselines(module, words, (BASE, 0), cr2=0b10 | int(rng.random() < 0.5))
+        iova = rng.integers(0, 1 << 64, addresses, dtype=np.uint64)
+        bits = 64 - np.array([ste_size(cd[0], 0), ste_size(cd[0], 16)], np.uint64)
+        low = iova[8:] & ((np.uint64(1) << bits[0]) - np.uint64(1))
+        high = iova[8:] | ~((np.uint64(1) << bits[1]) - np.uint64(1))
+        iova[8:] = np.where(rng.random(addresses - 8) < 0.5, low, high)
+        top = rng.random(addresses) < 0.2
+        iova[top] ^= np.uint64(0x5A) << np.uint64(56)
+        for mode in range(8):
+            access = {"write": bool(mode & 1), "priv": bool(mode & 2), "instr": bool(mode & 4)}
+            out = check_agreement(baselines, iova, 0, **access)
+            for outcome in zip(out.action.tolist(), out.event.tolist(), strict=True):
+                met[outcome] = met.get(outcome, 0) + 1
+    return met
+
+
+def ste_size(cd0, lsb):
+    """TxSZ of a CD, kept within what can be shifted by."""
+    return min(max(cd0 >> lsb & 63, 12), 60)
