@@ -40,7 +40,8 @@ def load():
     command.build_temp = str(BUILD / "objects")
     command.ensure_finalized()
     command.run()
-    spec = importlib.util.spec_from_file_location("_baseline", command.get_ext_fullpath("_baseline"))
+    path = command.get_ext_fullpath("_baseline")
+    spec = importlib.util.spec_from_file_location("_baseline", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

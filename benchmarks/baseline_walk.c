@@ -19,31 +19,16 @@ enum { OAS_LG2 = 52, SIDSIZE = 32, SSIDSIZE = 20, MAX_TXSZ = 48, MAX_TXSZ_64K = 
 /* The formats of struct half. */
 enum { FORMAT_4K, FORMAT_16K, FORMAT_64K, FORMAT_4K_52, FORMAT_16K_52 };
 
-/* Where a region holds n bytes at an address, or NULL. The region is at least 64 bytes long. */
-ALWAYS_INLINE const uint8_t *find(const struct memory *memory, uint64_t address, uint64_t n)
+/* ---- STE and CD ------------------------------------------------------------------------- */
+
+/* False: the address is outside the region, which is at least 64 bytes long. */
+static bool read_record(const struct memory *memory, uint64_t address, uint64_t *words, size_t n)
 {
     uint64_t offset = address - memory->base;
 
-    return offset <= memory->size - n ? memory->bytes + offset : NULL;
-}
-
-ALWAYS_INLINE uint64_t load(const uint8_t *bytes)
-{
-    uint64_t value;
-
-    memcpy(&value, bytes, sizeof(value));
-    return value;
-}
-
-/* ---- STE and CD ------------------------------------------------------------------------- */
-
-static bool read_record(const struct memory *memory, uint64_t address, uint64_t *words, size_t n)
-{
-    const uint8_t *bytes = find(memory, address, 8 * n);
-
-    if (!bytes)
+    if (offset > memory->size - 8 * n)
         return false;
-    memcpy(words, bytes, 8 * n);
+    memcpy(words, memory->bytes + offset, 8 * n);
     return true;
 }
 
@@ -257,13 +242,14 @@ void baseline_configure(const struct memory *memory, const struct registers *reg
         refuse(context, registers, C_BAD_CD);
         return;
     }
+    context->beyond_output = ~(uint64_t)0 << context->output_lg2;
     context->kind = BIT(cd[0], 15) ? CONTEXT_UNSUPPORTED : CONTEXT_TRANSLATE;
 }
 
 /* ---- the walk --------------------------------------------------------------------------- */
 
-/* Access bits as the STE's overrides leave them. */
-static unsigned override(const struct context *context, unsigned access)
+/* Returns the access that the STE's overrides leave; finds which halves refuse all of it. */
+static unsigned prepare(struct context *context, unsigned access)
 {
     if (context->privcfg == 2)
         access &= ~ACCESS_PRIVILEGED;
@@ -273,10 +259,13 @@ static unsigned override(const struct context *context, unsigned access)
         access &= ~ACCESS_INSTRUCTION;
     else if (context->instcfg == 3)
         access |= ACCESS_INSTRUCTION;
-    if (!context->two_halves)
-        access |= ACCESS_PRIVILEGED;
     if (access & ACCESS_WRITE)
         access &= ~ACCESS_INSTRUCTION;
+    for (int i = 0; i < 2; i++) {
+        struct half *half = &context->half[i];
+
+        half->disabled = half->epd || (half->e0pd && !(access & ACCESS_PRIVILEGED));
+    }
     return access;
 }
 
@@ -321,14 +310,13 @@ ALWAYS_INLINE unsigned walk(const struct memory *memory, const struct context *c
     uint64_t table = half->ttb;
     uint64_t tables = 0;
     unsigned shift = half->start_shift;
-    uint64_t descriptor, output;
-    const uint8_t *bytes;
+    uint64_t descriptor, output, offset;
 
     for (;;) {
-        bytes = find(memory, table + (input >> shift & index_mask) * 8, 8);
-        if (!bytes)
+        offset = table + (input >> shift & index_mask) * 8 - memory->base;
+        if (offset > memory->size - 8)
             return F_WALK_EABT;
-        descriptor = load(bytes);
+        memcpy(&descriptor, memory->bytes + offset, 8);
         if (!(descriptor & 1))
             return F_TRANSLATION;
         if (granule_lg2 == 16)
@@ -339,7 +327,7 @@ ALWAYS_INLINE unsigned walk(const struct memory *memory, const struct context *c
             output = ADDRESS(descriptor, 47, granule_lg2);
         if (shift == granule_lg2 || !(descriptor & 2))
             break;
-        if (output >> context->output_lg2)
+        if (output & context->beyond_output)
             return F_ADDR_SIZE;
         tables |= descriptor;
         table = output;
@@ -358,7 +346,7 @@ ALWAYS_INLINE unsigned walk(const struct memory *memory, const struct context *c
             return F_TRANSLATION;
         output &= ~(((uint64_t)1 << shift) - 1);
     }
-    if (output >> context->output_lg2)
+    if (output & context->beyond_output)
         return F_ADDR_SIZE;
     if (!BIT(descriptor, 10) && !context->affd)
         return F_ACCESS;
@@ -375,9 +363,7 @@ ALWAYS_INLINE unsigned stage1(const struct memory *memory, const struct context 
     const struct half *half = &context->half[context->two_halves & BIT(iova, 55)];
     int64_t canonical = (int64_t)(iova << half->ignored_top) >> half->ignored_top;
 
-    if (canonical >> half->input_lg2 != half->upper || half->epd)
-        return F_TRANSLATION;
-    if (half->e0pd && !(access & ACCESS_PRIVILEGED))
+    if (canonical >> half->input_lg2 != half->upper || half->disabled)
         return F_TRANSLATION;
     switch (half->format) {
     case FORMAT_4K:
@@ -393,7 +379,16 @@ ALWAYS_INLINE unsigned stage1(const struct memory *memory, const struct context 
     }
 }
 
-/* One address with a decoded context. Returns the action. */
+/* What a stage 1 fault becomes. */
+ALWAYS_INLINE unsigned report(const struct context *context, unsigned fault, uint8_t *event)
+{
+    bool recorded = context->record || fault == F_WALK_EABT;
+
+    *event = context->events_enabled && recorded ? fault : 0;
+    return context->abort || fault == F_WALK_EABT ? ACTION_ABORT : ACTION_RAZ_WI;
+}
+
+/* One address with a decoded context and a prepared access. Returns the action. */
 ALWAYS_INLINE unsigned translate(const struct memory *memory, const struct context *context,
                                  uint64_t iova, unsigned access, uint64_t *pa, uint8_t *event)
 {
@@ -403,14 +398,7 @@ ALWAYS_INLINE unsigned translate(const struct memory *memory, const struct conte
     *event = 0;
     if (context->kind == CONTEXT_TRANSLATE) {
         fault = stage1(memory, context, iova, access, pa);
-        if (!fault)
-            return ACTION_OK;
-        if (fault == F_WALK_EABT) {
-            *event = context->events_enabled ? fault : 0;
-            return ACTION_ABORT;
-        }
-        *event = context->events_enabled && context->record ? fault : 0;
-        return context->abort ? ACTION_ABORT : ACTION_RAZ_WI;
+        return fault ? report(context, fault, event) : ACTION_OK;
     }
     if (context->kind == CONTEXT_BYPASS) {
         if (iova >> OAS_LG2) {
@@ -424,25 +412,36 @@ ALWAYS_INLINE unsigned translate(const struct memory *memory, const struct conte
     return ACTION_ABORT;
 }
 
-int64_t baseline_walk(const struct memory *memory, const struct context *context,
+int64_t baseline_walk(const struct memory *memory_given, const struct context *context_given,
                       const uint64_t *iova, size_t n, unsigned access,
                       uint64_t *pa_out, uint8_t *action_out, uint8_t *event_out)
 {
     /* Copies, so that the compiler sees that the stores below change neither. */
-    const struct memory memory_copy = *memory;
-    const struct context context_copy = *context;
+    const struct memory memory = *memory_given;
+    struct context context = *context_given;
     int64_t successes = 0;
 
-    access = override(context, access);
+    access = prepare(&context, access);
+    if (context.kind != CONTEXT_TRANSLATE) {
+        for (size_t i = 0; i < n; i++) {
+            action_out[i] = translate(&memory, &context, iova[i], access, &pa_out[i],
+                                      &event_out[i]);
+            successes += action_out[i] < ACTION_ABORT;
+        }
+        return successes;
+    }
     for (size_t i = 0; i < n; i++) {
-        uint64_t pa;
-        uint8_t event;
-        unsigned action = translate(&memory_copy, &context_copy, iova[i], access, &pa, &event);
+        uint64_t pa = 0;
+        uint8_t event = 0;
+        unsigned action = ACTION_OK;
+        unsigned fault = stage1(&memory, &context, iova[i], access, &pa);
 
+        if (fault)
+            action = report(&context, fault, &event);
         pa_out[i] = pa;
         action_out[i] = action;
         event_out[i] = event;
-        successes += action < ACTION_ABORT;
+        successes += !fault;
     }
     return successes;
 }
@@ -454,7 +453,8 @@ unsigned baseline_translate(const struct memory *memory, const struct registers 
     struct context context;
 
     baseline_configure(memory, registers, sid, ssid, &context);
-    return translate(memory, &context, iova, override(&context, access), pa_out, event_out);
+    access = prepare(&context, access);
+    return translate(memory, &context, iova, access, pa_out, event_out);
 }
 
 int64_t baseline_requests(const struct memory *memory, const struct registers *registers,
@@ -463,23 +463,17 @@ int64_t baseline_requests(const struct memory *memory, const struct registers *r
                           uint64_t *pa_out, uint8_t *action_out, uint8_t *event_out)
 {
     struct context context;
-    unsigned effective = access;
+    unsigned prepared = access;
     int64_t successes = 0;
 
     for (size_t i = 0; i < n; i++) {
-        uint64_t pa;
-        uint8_t event;
-        unsigned action;
-
         if (i == 0 || sid[i] != sid[i - 1] || (ssid && ssid[i] != ssid[i - 1])) {
             baseline_configure(memory, registers, sid[i], ssid ? ssid[i] : NO_SSID, &context);
-            effective = override(&context, access);
+            prepared = prepare(&context, access);
         }
-        action = translate(memory, &context, iova[i], effective, &pa, &event);
-        pa_out[i] = pa;
-        action_out[i] = action;
-        event_out[i] = event;
-        successes += action < ACTION_ABORT;
+        action_out[i] = translate(memory, &context, iova[i], prepared, &pa_out[i],
+                                  &event_out[i]);
+        successes += action_out[i] < ACTION_ABORT;
     }
     return successes;
 }

@@ -58,9 +58,8 @@ struct half {
     uint8_t start_shift;        /* lowest input bit that the first table's index holds */
     uint8_t ignored_top;        /* 8 with TBI, else 0 */
     uint8_t format;             /* granule and 52-bit form, see baseline_walk.c */
-    bool epd;
-    bool e0pd;
-    bool had;
+    bool epd, e0pd, had;
+    bool disabled;              /* for the access at hand */
 };
 
 enum context_kind { CONTEXT_TRANSLATE, CONTEXT_BYPASS, CONTEXT_ABORT, CONTEXT_UNSUPPORTED };
@@ -70,7 +69,8 @@ struct context {
     struct half half[2];
     enum context_kind kind;
     uint8_t event;              /* why kind is CONTEXT_ABORT; 0: nothing recorded */
-    uint8_t output_lg2;         /* effective IPS */
+    uint64_t beyond_output;     /* the bits that the effective IPS leaves no room for */
+    uint8_t output_lg2;
     uint8_t privcfg, instcfg;
     bool two_halves;            /* EL1 and EL2-E2H worlds; else TTB0 only, all privileged */
     bool affd, wxn, pan, epan;

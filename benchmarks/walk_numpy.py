@@ -146,21 +146,20 @@ def _chunk(memory, base, context, denied, priv, iova):
     event = np.full(len(iova), F_TRANSLATION, np.uint8)
     upper = bit(iova, 55) if len(context.halves) == 2 else np.zeros(len(iova), bool)
     for i, half in enumerate(context.halves):
-        if half.epd or half.e0pd and not priv:
+        if half.epd or (half.e0pd and not priv):
             continue
         top = iova << U64(8) >> U64(8) if half.tbi else iova
         ones = ((1 << (56 if half.tbi else 64) - half.input_bits) - 1) * i
         canonical = (upper == bool(i)) & (top >> U64(half.input_bits) == U64(ones))
         if canonical.all():
             return walk(memory, base, context, half, denied, iova)
-        pa[canonical], event[canonical] = walk(
-            memory, base, context, half, denied, iova[canonical]
-        )
+        pa[canonical], event[canonical] = walk(memory, base, context, half, denied, iova[canonical])
     return pa, event
 
 
-def translate_batch(words, base, context, iova, pa, action, event, write=False, priv=False,
-                    instr=False):
+def translate_batch(
+    words, base, context, iova, pa, action, event, write=False, priv=False, instr=False
+):
     """Translate an array of addresses with a decoded context.
 
     Parameters

@@ -160,14 +160,14 @@ def decode_half(half, txsz, granule, ds, ttb, output_bits):
     wide = ds or granule == 16
     if not (12 if wide else 16) <= txsz <= (47 if granule == 16 else 48):
         return None
-    if ttb >= 1 << output_bits or not wide and ttb >= 1 << 48:
+    if ttb >= 1 << output_bits or (not wide and ttb >= 1 << 48):
         return None
     input_bits = 64 - txsz
     start_shift = granule
     while start_shift + granule - 3 < input_bits:
         start_shift += granule - 3
     alignment = input_bits - start_shift + 3
-    if output_bits == 52 or ds and granule != 16:
+    if output_bits == 52 or (ds and granule != 16):
         alignment = max(alignment, 6)
     return replace(
         half,
@@ -196,7 +196,7 @@ def configure(memory, registers, sid, ssid=None):
     enabled = bool(registers.cr0 & 4)
 
     def refused(event):
-        if not enabled or event == C_BAD_STREAMID and not registers.cr2 & 2:
+        if not enabled or (event == C_BAD_STREAMID and not registers.cr2 & 2):
             event = 0
         return Context(ABORT, event, events_enabled=enabled)
 
@@ -273,8 +273,6 @@ def override(context, write, priv, instr):
     """The access (write, priv, instr) after the STE's overrides."""
     priv = {2: False, 3: True}.get(context.privcfg, priv)
     instr = {2: False, 3: True}.get(context.instcfg, instr)
-    if len(context.halves) == 1:
-        priv = True
     return write, priv, instr and not write
 
 
@@ -291,15 +289,15 @@ def refused_access(context, write, priv, instr, ap1, ap2, uxn, pxn):
     """Whether a leaf with these effective bits denies the access."""
     if len(context.halves) == 1:
         if instr:
-            return uxn or context.wxn and not ap2
+            return uxn or (context.wxn and not ap2)
         return write and ap2
     unprivileged_write = ap1 and not ap2
     if instr:
         if priv:
-            return pxn or unprivileged_write or context.wxn and not ap2
-        return uxn or context.wxn and unprivileged_write
+            return pxn or unprivileged_write or (context.wxn and not ap2)
+        return uxn or (context.wxn and unprivileged_write)
     if priv:
-        if context.pan and (ap1 or context.epan and not uxn):
+        if context.pan and (ap1 or (context.epan and not uxn)):
             return True
     elif not ap1:
         return True
@@ -410,7 +408,7 @@ def translate(memory, context, iova, write=False, priv=False, instr=False):
     half = context.halves[upper]
     significant = (iova & (1 << 56) - 1 if half.tbi else iova) >> half.input_bits
     ones = (1 << (56 if half.tbi else 64) - half.input_bits) - 1
-    if significant != (ones if upper else 0) or half.epd or half.e0pd and not priv:
+    if significant != (ones if upper else 0) or half.epd or (half.e0pd and not priv):
         event, pa = F_TRANSLATION, 0
     else:
         event, pa = walk(memory.words, memory.base, context, half, iova, write, priv, instr)

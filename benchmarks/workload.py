@@ -79,7 +79,7 @@ class Image:
     pages : int
     """
 
-    def __init__(self, pages_lg2, *, huge_pages=False):
+    def __init__(self, pages_lg2):
         self.pages_lg2 = pages_lg2
         self.pages = 1 << pages_lg2
         leaf_tables = self.pages >> 9
@@ -89,9 +89,7 @@ class Image:
         level2 = level1 + 0x1000
         leaves = level2 + 0x1000 * level2_tables
         self.size = leaves + 8 * self.pages
-        mapped = mmap.mmap(-1, self.size)
-        if huge_pages:
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+        mapped = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.buffer = np.frombuffer(mapped, np.uint8)
         self.words = self.buffer.view(np.uint64)
 
@@ -252,8 +250,11 @@ def check_agreement(baselines, iova, sid, ssid=None, **access):
                 f"{[int(a[different]) for a in c.arrays()]} and "
                 f"{[int(a[different]) for a in other.arrays()]} in {context}"
             )
-    if not access.get("priv") and not access.get("instr") and not (c.same(one)
-                                                                  and c.same(requests)):
+    if (
+        not access.get("priv")
+        and not access.get("instr")
+        and not (c.same(one) and c.same(requests))
+    ):
         raise AssertionError("C one by one disagrees with C over a decoded context")
     return c
 
@@ -267,8 +268,20 @@ def random_memory(rng, granule, ds, n_tables):
     n = n_tables * per_table
     pool = BASE + 0x1_0000 + (rng.integers(0, n_tables, n, dtype=np.uint64) << np.uint64(granule))
     attributes = np.uint64(0)
-    for lsb, chance in ((6, 0.8), (7, 0.3), (10, 0.85), (53, 0.3), (54, 0.3), (59, 0.1),
-                        (60, 0.1), (61, 0.1), (62, 0.1), (11, 0.5), (52, 0.5), (55, 0.5)):
+    for lsb, chance in (
+        (6, 0.8),
+        (7, 0.3),
+        (10, 0.85),
+        (53, 0.3),
+        (54, 0.3),
+        (59, 0.1),
+        (60, 0.1),
+        (61, 0.1),
+        (62, 0.1),
+        (11, 0.5),
+        (52, 0.5),
+        (55, 0.5),
+    ):
         attributes = attributes | (rng.random(n) < chance).astype(np.uint64) << np.uint64(lsb)
     far = rng.random(n)
     pool = np.where(far < 0.04, rng.integers(0, 1 << 48, n, dtype=np.uint64), pool)
@@ -299,9 +312,10 @@ def random_records(rng, granule, ds, n_tables):
         return int(rng.integers(0, 64))
 
     def table():
-        if often(0.03):
-            return int(rng.integers(0, 1 << 52)) & ~15
-        return BASE + 0x1_0000 + (int(rng.integers(0, n_tables)) << granule)
+        if often(0.1):
+            return int(rng.integers(0, 1 << int(rng.choice([40, 49, 52])))) & ~15
+        low = 16 * int(rng.integers(0, 8)) * often(0.3)
+        return BASE + 0x1_0000 + (int(rng.integers(0, n_tables)) << granule) + low
 
     config = int(rng.choice([5, 4, 0, 7], p=[0.94, 0.04, 0.01, 0.01]))
     ste0 = 1 - often(0.02) | config << 1 | BASE + 64
@@ -312,8 +326,19 @@ def random_records(rng, granule, ds, n_tables):
     tg1 = {12: 2, 14: 1, 16: 3}[granule]
     cd0 = size() | tg0 << 6 | often(0.05) << 14 | size() << 16 | tg1 << 22 | often(0.05) << 30
     cd0 |= 1 << 31 | int(rng.choice(8, p=[0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.1])) << 32
-    for lsb, chance in ((35, 0.3), (36, 0.4), (38, 0.4), (39, 0.4), (40, 0.4), (41, 0.99),
-                        (42, 0.01), (43, 0.01), (44, 0.01), (45, 0.8), (46, 0.8)):
+    for lsb, chance in (
+        (35, 0.3),
+        (36, 0.4),
+        (38, 0.4),
+        (39, 0.4),
+        (40, 0.4),
+        (41, 0.98),
+        (42, 0.02),
+        (43, 0.02),
+        (44, 0.02),
+        (45, 0.8),
+        (46, 0.8),
+    ):
         cd0 |= often(chance) << lsb
     cd1 = table() | often(0.3) << 1 | often(0.1) << 2 | often(0.5) << 59
     cd2 = table() | often(0.3) << 1 | often(0.1) << 2 | ds << 58

@@ -1,0 +1,36 @@
+"""Benchmarks of smmufast, each against a baseline that is measured in the same run.
+
+With the package installed (and the `test` extra), from the repository's root::
+
+    pytest benchmarks -o python_files='bench_*.py' \
+        --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
+
+or only some of it::
+
+    pytest benchmarks -o python_files='bench_*.py' -k 'random and 64'
+
+Each group is one question, its baseline named first. A row's time is that of a whole call;
+extra_info (in --benchmark-json) has how many translations a call makes. The figures to quote are
+ratios, and those come from another command, which interleaves what it compares::
+
+    python benchmarks/table.py
+
+Before anything is timed, the three baselines (plain C, numpy, pure Python) must agree on random
+tables and random contexts, and everything timed must agree with the plain C walk. The compiled
+baselines are built into build/benchmarks with the library's own compiler flags.
+"""
+
+import pytest
+from questions import Workbench
+
+
+@pytest.fixture(scope="session")
+def bench():
+    """Images, baselines and library objects."""
+    return Workbench()
+
+
+@pytest.fixture(scope="session")
+def empty(bench):
+    """An object whose methods three, three_int and three_none do nothing."""
+    return bench.module.Empty()
