@@ -16,7 +16,7 @@ from smmufast._types cimport (
 from smmufast._vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE,
     REGIME_WXN, address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
-    levels_below_start, range_mask, shareability, table_align_lg2, tsz_max, tsz_min,
+    levels_below_start, needed, range_mask, shareability, table_align_lg2, tsz_max, tsz_min,
 )
 
 
@@ -231,7 +231,7 @@ cdef inline int half_decode(
     address_format(half, granule, ds)
     half.blocks = block_levels(granule, ds, hw.oas)
     half.table = ttb & ~low_mask(
-        table_align_lg2(input_bits, half.shift, ips == 52 or not half.own_sh))
+        table_align_lg2(input_bits, half.shift, ips >= 52 or not half.own_sh))
     half.range_mask = range_mask(input_bits, tbi)
     half.index_mask = low_mask(input_bits)
     half.keep = 0 if had else 0xFULL << 59
@@ -333,6 +333,20 @@ cdef inline unsigned int effective_access(
     if access & ACCESS_WRITE:
         access &= ~<unsigned int>ACCESS_INSTR
     return access
+
+
+cdef inline unsigned int admitted(const Context* context, unsigned int perm) noexcept nogil:
+    """Which of the device's own accesses a leaf admits, given what it permits after overrides."""
+    cdef unsigned int kind, access, found = 0
+    if context.access_or == 0 and context.access_and == (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR):
+        return perm
+    for kind in range(6):
+        access = ACCESS_PRIV if kind >= 3 else 0
+        if kind % 3:
+            access |= ACCESS_WRITE if kind % 3 == 1 else ACCESS_INSTR
+        if perm & needed(effective_access(context, access)):
+            found |= 1 << kind
+    return found
 
 
 cdef inline void override_attr(Context* context, bint allowed, bint mtcfg, unsigned int memattr,

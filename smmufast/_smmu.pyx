@@ -211,10 +211,9 @@ cdef class Result:
 
     @property
     def perm(self):
-        """The accesses that would succeed at this address, as Perm flags.
+        """Which accesses of the device would succeed at this address, as Perm flags.
 
-        They are those after the STE's PRIVCFG and INSTCFG.  For F_PERMISSION they are what the
-        page does permit; for other faults none.
+        For F_PERMISSION they are those that the page does permit; for other faults none.
         """
         return Perm(self.outcome.perm)
 

@@ -18,7 +18,7 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    CR0_EVENTQEN, CR0_SMMUEN, CR2_RECINVSID, STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, cd_decode,
+    CR0_EVENTQEN, CR0_SMMUEN, CR2_RECINVSID, STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, admitted, cd_decode,
     cd_first, effective_access, l1cd_next, l1std_next, ste_aborts, ste_check, ste_overrides,
     stream_first, substream,
 )
@@ -308,7 +308,7 @@ cdef inline int translate_one(
         return event
     outcome.stage = 1
     outcome.asid = context.asid
-    outcome.perm = leaf.perm
+    outcome.perm = admitted(context, leaf.perm)
     if event == EVENT_F_WALK_EABT:
         end_fault(hw, request, outcome, event, access, TERMINATE_A | TERMINATE_R, leaf.address)
     elif event:
@@ -574,7 +574,7 @@ cdef inline int arrive(
     store_u8(&batch.event, i, 0)
     if more:
         store_u8(&batch.fault, i, 0)
-        store_u8(&batch.perm, i, perm)
+        store_u8(&batch.perm, i, admitted(context, perm))
         store_u8(&batch.level, i, <uint8_t>flight.level)
         store_u8(&batch.page_lg2, i, flight.shift)
         if batch.attr.data != NULL or batch.sh.data != NULL:

@@ -101,6 +101,8 @@ def random_features(rng):
             setattr(features, name, 1 - getattr(features, name))
     if not (features.gran4k or features.gran16k or features.gran64k):
         features.gran4k = 1
+    if not (features.gran4k or features.gran16k):
+        features.ds = 0
     if features.ds:
         features.vax = 1
     if rng.random() < 0.01:
@@ -113,8 +115,8 @@ def random_features(rng):
         features.arch_minor = rng.randrange(5)
     if rng.random() < 0.3:
         features.sidsize = rng.choice((1, 4, 6, 7, 8, 9, 16, 24, rng.randrange(33)))
-        if features.sidsize >= 7:
-            features.st_level = 1
+    if features.st_level == 0:
+        features.sidsize = min(features.sidsize, 6)
     if rng.random() < 0.4:
         features.ssidsize = rng.choice((0, 0, 1, 4, 5, 6, 8, 10, 16, 19, 20))
     return features
@@ -686,6 +688,8 @@ class _Builder:
         write, instr = rng.choices(
             ((False, False), (True, False), (False, True), (True, True)), (62, 28, 8, 2)
         )[0]
+        if ssid is not None:
+            ssid &= 0xF_FFFF
         return Request(sid, ssid, iova, write, rng.random() < 0.6, instr)
 
 
@@ -717,6 +721,7 @@ def random_bytes_system(rng):
     features = random_features(rng)
     features.s1p = 1
     features.sidsize = 32
+    features.st_level = 1
     size = 0x20000
     base = rng.choice((0, 0x20000, 0x1_0000_0000 - size))
     words = [rng.getrandbits(64) for _ in range(0x1000)] * (size // 0x8000)
