@@ -401,6 +401,22 @@ def test_16k_36_bits_start_at_level_2_with_a_full_table():
     assert walk_steps(outcome)[0] == (2, bench.tables.base + 0x7FF * 8)
 
 
+@pytest.mark.parametrize(
+    ("tsz", "ds", "ips", "alignment"),
+    [
+        # One bit to resolve: two descriptors; two bits: four.
+        (24, 0, 5, 16), (23, 0, 5, 32), (22, 0, 5, 64), (21, 0, 5, 128),
+        (24, 0, 6, 64), (23, 0, 6, 64), (24, 1, 5, 64), (21, 1, 6, 128),
+    ],
+)  # fmt: skip
+def test_small_first_tables_are_aligned_to_their_size(tsz, ds, ips, alignment):
+    bench = Bench(tsz=tsz, ds=ds)
+    for offset in range(0, 0x100, 16):
+        bench.write_cd(ips=ips, ttb0=bench.tables.base + offset)
+        outcome = bench.translate(0)
+        assert walk_steps(outcome)[0][1] == bench.tables.base + offset // alignment * alignment
+
+
 # First T0SZ of each start level, and the last.
 START_LEVELS = {
     12: {-1: (12, 15), 0: (16, 24), 1: (25, 33), 2: (34, 42), 3: (43, 48)},
@@ -495,6 +511,24 @@ def test_split_selects_the_leaf_table(code, split):
         ("L1STD", None, STREAM_TABLE + 24),
         ("STE", None, leaf + 64 * ((1 << split) - 1)),
     ]
+
+
+def test_two_level_base_is_aligned_to_what_log2size_says():
+    bench = Bench(default_features(sidsize=8))
+    bench.map(0, 0x5000)
+    leaf = bench.allocate(64 << 8, 64 << 8)
+    bench.memory.write(leaf + 64 * SID, ptwriter.encode_ste(**bench.ste))
+    bench.memory.write(STREAM_TABLE, ptwriter.encode_l1std(9, leaf))
+    bench.regs.strtab_base_cfg = 1 << 16 | 8 << 6 | 14
+    # 64 entries, though SIDSIZE leaves only the first.
+    bench.regs.strtab_base = STREAM_TABLE | 0x1C0
+    assert bench.translate().success
+    bench.regs.strtab_base = STREAM_TABLE | 0x200
+    assert bench.fault() == "C_BAD_STREAMID"
+    # 8 entries.
+    bench.regs.strtab_base_cfg = 1 << 16 | 8 << 6 | 11
+    bench.regs.strtab_base = STREAM_TABLE | 0x40
+    assert bench.fault() == "C_BAD_STREAMID"
 
 
 @pytest.mark.parametrize(
@@ -655,8 +689,10 @@ def test_substream_records():
     bench.write_ste(s1cdmax=4)
     bad = bench.translate(ssid=0x12345).event
     assert int.from_bytes(bad, "little") == SID << 32 | 0x12345 << 12 | 0x08
-    disabled = bench.translate().event
-    assert int.from_bytes(disabled, "little") == SID << 32 | 0x06
+    for s1dss, ssid in ((0, None), (2, 0)):
+        bench.write_ste(s1dss=s1dss)
+        disabled = bench.translate(ssid=ssid).event
+        assert int.from_bytes(disabled, "little") == SID << 32 | 0x06
 
 
 @pytest.mark.parametrize(
@@ -679,20 +715,21 @@ def test_context_table_formats(s1fmt, s1cdmax, ssid, l1_offset, cd_offset):
     # Bits below the alignment of the table, and of the 64 KB leaf, are treated as 0.
     l1_lg2 = {1: max(6, s1cdmax - 6 + 3), 2: max(6, s1cdmax - 10 + 3)}.get(s1fmt, s1cdmax + 6)
     low = (1 << l1_lg2) - 64
+    table = CONTEXT_TABLE + (1 << l1_lg2)
     if l1_offset is None:
-        cd_address = CONTEXT_TABLE + cd_offset
+        cd_address = table + cd_offset
     else:
         cd_address = leaf + cd_offset
         l2ptr = leaf | (0xF000 if s1fmt == 2 else 0)
-        bench.memory.write(CONTEXT_TABLE + l1_offset, ptwriter.encode_l1cd(l2ptr))
+        bench.memory.write(table + l1_offset, ptwriter.encode_l1cd(l2ptr))
         bench.memory.ensure(cd_address, 64)
-    bench.write_ste(s1fmt=s1fmt, s1cdmax=s1cdmax, s1contextptr=CONTEXT_TABLE | low)
+    bench.write_ste(s1fmt=s1fmt, s1cdmax=s1cdmax, s1contextptr=table | low)
     bench.memory.write(cd_address, ptwriter.encode_cd(**bench.cd))
     outcome = bench.translate(ssid=ssid)
     assert outcome.pa == 0x5000
     expected = [("STE", None, STREAM_TABLE + 64 * SID, 64)]
     if l1_offset is not None:
-        expected.append(("L1CD", None, CONTEXT_TABLE + l1_offset, 8))
+        expected.append(("L1CD", None, table + l1_offset, 8))
     expected.append(("CD", None, cd_address, 64))
     assert [fetch[:4] for fetch in outcome.fetches[: len(expected)]] == expected
 
@@ -974,6 +1011,29 @@ def test_bypass_stops_at_oas():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("minor", "oas", "bits"),
+    [
+        (0, 0, 32),
+        (0, 6, 48),
+        (0, 7, 48),
+        (1, 6, 52),
+        (3, 7, 52),
+        (4, 6, 52),
+        (4, 7, 56),
+        (3, 4, 44),
+    ],
+)
+def test_oas_codes_by_version(minor, oas, bits):
+    bench = Bench(default_features(arch_minor=minor, oas=oas))
+    bench.write_ste(config=0b100)
+    assert bench.translate((1 << bits) - 1).success
+    assert bench.fault(1 << bits) == "F_ADDR_SIZE"
+    bench.regs.cr0 = 0
+    assert bench.translate((1 << bits) - 1).success
+    assert not bench.translate(1 << bits).success
+
+
 def test_gbpa_decides_while_the_smmu_is_off():
     bench = Bench(default_features(oas=3))
     bench.regs.cr0 = 0b100
@@ -1066,6 +1126,18 @@ def test_features_switch_permission_controls_off():
     assert six(bench) == PR | PX
     bench.map(0, 0x5000, ap=3)
     assert six(bench) == UR | PX
+    bench = Bench(default_features(epan=0))
+    bench.map(0, 0x5000, ap=2)
+    bench.write_cd(pan=1, epan=1)
+    assert six(bench) == UX | PR | PX
+
+
+def test_every_table_on_the_way_restricts():
+    bench = Bench()
+    for level, flags in ((1, {"aptable": 2}), (2, {"pxntable": 1}), (3, {"xntable": 1})):
+        bench.tables.slot(0, level, **flags)
+    bench.map(0, 0x5000, ap=1)
+    assert six(bench) == UR | PR
 
 
 @pytest.mark.parametrize("privcfg", [0, 1, 2, 3])
