@@ -15,6 +15,7 @@ def test_translation(benchmark, bench, question, run):
     """Time one run of a question; the workbench has compared its outcome with plain C."""
     built = question.runs[run](bench)
     benchmark.group = question.group
+    benchmark.name = run
     benchmark.extra_info["items"] = built.items
     benchmark.extra_info["unit"] = question.unit
     benchmark(built.call)

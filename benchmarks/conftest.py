@@ -1,17 +1,18 @@
-"""Benchmarks of smmufast, each against a baseline that is measured in the same run.
+r"""Benchmarks of smmufast, each against a baseline that is measured in the same run.
 
 With the package installed (and the `test` extra), from the repository's root::
 
-    pytest benchmarks -o python_files='bench_*.py' \
-        --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
+    pytest benchmarks -o python_files='bench_*.py' --benchmark-timer=time.process_time \
+        --benchmark-columns=min,median,iqr,rounds
 
 or only some of it::
 
     pytest benchmarks -o python_files='bench_*.py' -k 'random and 64'
 
-Each group is one question, its baseline named first. A row's time is that of a whole call;
-extra_info (in --benchmark-json) has how many translations a call makes. The figures to quote are
-ratios, and those come from another command, which interleaves what it compares::
+Each group is one question. A row's time is that of a whole call; extra_info (in --benchmark-json)
+has how many translations that is. Processor time leaves out what other processes took. The rows of
+a group are timed one after the other, so the figures to quote, which are ratios, come from another
+command, which interleaves what it compares::
 
     python benchmarks/table.py
 

@@ -8,9 +8,12 @@ import sys
 IMPORTS = ("numpy", "smmufast", "sys")
 
 
-def import_seconds(module):
-    """Start an interpreter that imports a module; return its processor time in seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def children_seconds():
+    """Return the processor time in seconds of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def fresh_import(module):
+    """Start an interpreter that imports a module, and wait for its end."""
     subprocess.run([sys.executable, "-P", "-c", f"import {module}"], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -17,7 +17,7 @@ SIZES = {"1 K": 10, "64 K": 16, "1 M": 20, "16 M": 24}
 
 PLAIN_C = "plain C walk"
 NUMPY = "numpy walk"
-PYTHON = "pure-Python walk"
+PYTHON = "pure-Python walk, CD decoded before"
 LIBRARY = "smmufast"
 
 
@@ -98,11 +98,6 @@ def checked(call, out, reference, items):
     if not out.same(reference):
         raise AssertionError("a run disagrees with the plain C walk")
     return Run(call, items)
-
-
-def column(result, name):
-    """Return a column of what translate_batch returns."""
-    return result[name] if isinstance(result, dict) else getattr(result, name)
 
 
 # ---- one address a call -----------------------------------------------------------------------
@@ -284,7 +279,7 @@ def batch_library(pages_lg2, order, *, with_out=True):
                 lambda: smmu.translate_batch(SID, iova, out=columns), out, reference, len(iova)
             )
         result = smmu.translate_batch(SID, iova)
-        if not Out(*(column(result, name) for name in ("pa", "action", "event"))).same(reference):
+        if not Out(result["pa"], result["action"], result["event"]).same(reference):
             raise AssertionError("translate_batch() disagrees with the plain C walk")
         return Run(lambda: smmu.translate_batch(SID, iova), len(iova))
 
@@ -400,6 +395,15 @@ def _questions():
             if label == "64 K":
                 runs[PYTHON] = batch_python(pages_lg2, order)
             yield Question(f"array, {order}, {label} pages", "address", runs)
+    yield Question(
+        "array, random, 64 K pages, 1 in 8 unmapped",
+        "address",
+        {
+            PLAIN_C: batch_c(16, "partly_unmapped"),
+            LIBRARY + " translate_batch(out=)": batch_library(16, "partly_unmapped"),
+            NUMPY: batch_numpy(16, "partly_unmapped"),
+        },
+    )
     for kind, label in (
         ("same", "one stream"),
         ("linear", "changing streams, linear table"),

@@ -146,6 +146,12 @@ class Image:
         rng = np.random.default_rng(seed)
         return rng.integers(0, self.pages << 12, n, dtype=np.uint64) + np.uint64(IOVA_BASE)
 
+    def partly_unmapped(self, n, seed=2):
+        """Return random() with one address in eight, at random, beyond the mapped pages."""
+        iova = self.random(n, seed)
+        iova[np.random.default_rng(seed).random(n) < 1 / 8] += np.uint64(self.pages << 12)
+        return iova
+
 
 @dataclass
 class Out:
