@@ -20,7 +20,7 @@ from smmufast._config cimport (
 from smmufast._memory cimport (
     FETCH_PENDING, FETCH_RAISED, Memory, Port, Ram, port_open, raise_port, to_address,
 )
-from smmufast._translate cimport Memo, translate_many, translate_one
+from smmufast._translate cimport Memo, fill_permissions, translate_many, translate_one
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_DISABLED, ACTION_OK, FETCH_NONE,
     MAX_FETCHES, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
@@ -35,6 +35,7 @@ from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
 from smmufast.features import Features
 
 cnp.import_array()
+fill_permissions()
 
 NO_SUBSTREAM = 0xFFFFFFFF
 """In arrays of SubstreamIDs: the transaction has none."""

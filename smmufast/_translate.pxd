@@ -31,8 +31,8 @@ from smmufast._types cimport (
 )
 from smmufast._vmsa cimport (
     DESC_INVALID, DESC_LEAF, access_flag, contiguous, descriptor_kind, entry_address, half_of,
-    hierarchical, in_range, leaf_address, leaf_permissions, leaf_sh, mair_byte, needed, next_table,
-    not_global, permitted, shareability, stage1_attr,
+    hierarchical, in_range, leaf_address, leaf_bits, leaf_permissions, leaf_sh, mair_byte, needed,
+    next_table, not_global, permitted, shareability, stage1_attr, table_bits,
 )
 
 
@@ -332,42 +332,53 @@ cdef enum:
     BLOCK = 32   # requests whose upper levels are walked before the first leaf is read
     SLOTS = 64   # contexts decoded at a time
 
-    # where a request of a block stands
-    STATE_SCALAR = 0  # the scalar driver does it
-    STATE_ENTRY = 1   # its level-3 descriptor is on the way
-    STATE_LEAF = 2    # its leaf has been read
 
-
-# A decoded context, kept inside one call.
+# A decoded context, kept inside one call, and what follows from it for every request.
 cdef struct Slot:
     uint32_t sid
     uint32_t ssid
     uint64_t block            # the last block that uses it, counted from 1; 0: never
     bint walks                # lookup succeeded and stage 1 translates
-    uint8_t[2][16] perm       # permitted() by half and leaf_permissions()
+    bint simple               # descriptors are little-endian, their addresses all in place
+    uint8_t[8] need           # needed() by the device's access
+    const uint8_t* perm       # permitted() by half and leaf_permissions(): 2 times 16
+    uint64_t[2] table_bits    # by half
+    uint64_t[2] leaf_bits
     Memo memo
 
 
-# One request between the two passes over its block.
-cdef struct Flight:
-    const uint8_t* entry      # STATE_ENTRY: host address of the level-3 descriptor
-    uint64_t d                # STATE_LEAF: the leaf
-    uint64_t va
-    uint64_t tables
-    Slot* slot
-    uint8_t state
-    uint8_t access            # after overrides
-    uint8_t shift
-    int8_t level
+cdef extern from *:
+    """
+    /* permitted() of every regime, half and leaf, filled in when the module is loaded. */
+    static uint8_t smmufast_permissions[64 * 2 * 16];
+    """
+    uint8_t* permissions "smmufast_permissions"
 
 
-# The leaf table of the previous request.
+cdef inline void fill_permissions() noexcept nogil:
+    cdef unsigned int regime, upper, leaf
+    for regime in range(64):
+        for upper in range(2):
+            for leaf in range(16):
+                permissions[regime * 32 + upper * 16 + leaf] = permitted(leaf, regime, upper)
+
+
+# A block of requests between the two passes over it.
+cdef struct Block:
+    const uint8_t* entry[BLOCK]  # where the leaf lies; NULL: the scalar driver does it
+    uint64_t[BLOCK] held         # leaves already read, as they lie in memory
+    uint64_t[BLOCK] tables       # hierarchical attributes
+    uint8_t[BLOCK] shift         # lg2 of the page
+    Slot* slot[BLOCK]
+
+
+# The last two tables of the previous walk: [0] of pages, [1] the one above.
 cdef struct Near:
     Slot* slot                # NULL: none
-    uint64_t tag              # address bits above the table's reach
-    uint64_t table
-    uint64_t tables
-    unsigned int reach
+    uint64_t[2] tag           # address bits above the table's reach
+    uint64_t[2] table
+    uint64_t[2] tables        # hierarchical attributes of the tables above it
+    unsigned int[2] reach
 
 
 cdef inline uint32_t load_u32(const ColumnC* column, size_t i) noexcept nogil:
@@ -436,6 +447,24 @@ cdef inline int batch_scalar(
     return status
 
 
+cdef inline void slot_prepare(Slot* slot) noexcept nogil:
+    """Ask the rules once for what every request of the context needs."""
+    cdef const Context* context = &slot.memo.context
+    cdef const Half* half
+    cdef unsigned int access, upper
+    slot.perm = &permissions[context.regime * 32]
+    for access in range(8):
+        slot.need[access] = needed(effective_access(context, access))
+    slot.simple = not context.swap
+    for upper in range(2):
+        half = &context.half[upper]
+        if half.enabled:
+            slot.table_bits[upper] = table_bits(half, context.over)
+            slot.leaf_bits[upper] = leaf_bits(half, context.over, context.affd)
+            if half.high_address:
+                slot.simple = False
+
+
 cdef inline Slot* slot_of(
         const Hw* hw, Port* port, Slot* slots, uint32_t sid, uint32_t ssid, uint64_t block,
         Near* near) noexcept nogil:
@@ -446,7 +475,6 @@ cdef inline Slot* slot_of(
     cdef uint32_t hashed = (sid * 0x9E3779B1U) ^ ((ssid + 1) * 0x85EBCA6BU)
     cdef Slot* slot = &slots[(hashed >> 16) % SLOTS]
     cdef uint64_t address
-    cdef unsigned int leaf
     cdef int index
     if not (slot.block and slot.sid == sid and slot.ssid == ssid):
         if slot.block == block:
@@ -460,128 +488,207 @@ cdef inline Slot* slot_of(
             and index != STAGE1_BYPASS
         )
         if slot.walks:
-            for leaf in range(16):
-                slot.perm[0][leaf] = permitted(leaf, slot.memo.context.regime, 0)
-                slot.perm[1][leaf] = permitted(leaf, slot.memo.context.regime, 1)
+            slot_prepare(slot)
     slot.block = block
     return slot
 
 
+cdef inline void near_keep(
+        Near* near, int which, Slot* slot, uint64_t va, unsigned int reach, uint64_t table,
+        uint64_t tables) noexcept nogil:
+    """Remember a table, not the first, that covers 2^reach bytes around an address.
+
+    Addresses in its reach are in the range of the half, for the table above it indexes bits
+    beyond the reach.
+    """
+    if near.slot != slot:
+        near.tag[1 - which] = ~<uint64_t>0  # no address has it
+    near.reach[which] = reach
+    near.tag[which] = va >> reach
+    near.table[which] = table
+    near.tables[which] = tables
+    near.slot = slot
+
+
 cdef inline void set_out(
-        Flight* flight, Port* port, Slot* slot, uint64_t va, unsigned int access,
-        Near* near) noexcept nogil:
+        Block* block, size_t i, Port* port, Slot* slot, uint64_t va, Near* near,
+        bint simple) noexcept nogil:
     """First pass: walk down to the last table and ask for its entry.
 
-    Whatever is not an ordinary walk is left to the scalar driver.
+    Whatever is not an ordinary walk is left to the scalar driver.  `simple` is slot.simple.
     """
     cdef const Context* context = &slot.memo.context
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     cdef const Half* half = &context.half[upper]
-    cdef uint64_t ia, table, tables, offset, address, d = 0
-    cdef int level
-    cdef unsigned int shift
-    flight.state = STATE_SCALAR
-    flight.slot = slot
-    flight.va = va
-    flight.access = effective_access(context, access)
-    if va >> near.reach == near.tag and near.slot == slot:
-        table = near.table
-        tables = near.tables
-        ia = va
-        shift = half.granule
+    cdef uint64_t base = port.window.base
+    cdef uint64_t span = port.window.span
+    cdef const uint8_t* data = port.window.data
+    cdef uint64_t expected = slot.table_bits[upper]
+    cdef uint64_t ia, table, tables, offset, address, raw, d
+    cdef unsigned int shift, granule, stride
+    block.entry[i] = NULL
+    block.slot[i] = slot
+    if va >> near.reach[0] == near.tag[0] and near.slot == slot:
+        tables = near.tables[0]
+        address = entry_address(half, near.table[0], va, half.granule)
     else:
-        if not half.enabled or not in_range(va, half.range_mask, upper):
-            return
-        ia = va & half.index_mask
-        table = half.table
-        tables = 0
-        level = half.level
-        shift = half.shift
-        while level < 3:
+        granule = half.granule
+        stride = half.stride
+        if va >> near.reach[1] == near.tag[1] and near.slot == slot:
+            ia = va
+            table = near.table[1]
+            tables = near.tables[1]
+            shift = granule + stride
+        else:
+            if not half.enabled or not in_range(va, half.range_mask, upper):
+                return
+            ia = va & half.index_mask
+            table = half.table
+            tables = 0
+            shift = half.shift
+        while shift != granule:
+            if shift == granule + stride and shift != half.shift:
+                near_keep(near, 1, slot, va, shift + stride, table, tables)
             address = entry_address(half, table, ia, shift)
-            if fetch8(port, FETCH_TT, level, address, &d):
-                return
-            if context.swap:
-                d = swap64(d)
-            if (d & 3) != 3:  # no table: a block, or a fault for the scalar driver
-                if descriptor_kind(d, level, half.blocks) != DESC_LEAF:
+            offset = address - base
+            if likely(offset <= span):
+                raw = load64(data + offset)
+            else:
+                if fetch8(port, FETCH_TT, NO_LEVEL, address, &raw):
                     return
-                flight.d = d
-                flight.tables = tables
-                flight.level = level
-                flight.shift = shift
-                flight.state = STATE_LEAF
+                raw = le64(raw)
+                base = port.window.base
+                span = port.window.span
+                data = port.window.data
+            d = le64(raw)
+            if not simple and context.swap:
+                d = swap64(d)
+            if unlikely((d & expected) != 3):  # no ordinary table: a block, or a fault
+                if descriptor_kind(d, 3 - <int>((shift - granule) // stride),
+                                   half.blocks) == DESC_LEAF:
+                    block.tables[i] = tables & half.keep
+                    block.shift[i] = shift
+                    block.held[i] = raw
+                    block.entry[i] = <const uint8_t*>&block.held[i]
                 return
-            table = next_table(d, half)
-            if table & context.over:
+            table = next_table(d, half) if not simple else d & half.low_address
+            if not simple and table & context.over:
                 return
-            tables |= hierarchical(d) & half.keep
-            level += 1
-            shift -= half.stride
-        if half.level < 3:
-            near.slot = slot
-            near.reach = half.granule + half.stride
-            near.tag = va >> near.reach
-            near.table = table
-            near.tables = tables
-    address = entry_address(half, table, ia, shift)
-    flight.tables = tables
-    flight.level = 3
-    flight.shift = shift
-    offset = address - port.window.base
-    if likely(offset <= port.window.span):
-        flight.entry = port.window.data + offset
-        prefetch(flight.entry)
-        flight.state = STATE_ENTRY
-    elif fetch8(port, FETCH_TT, 3, address, &d) == FETCH_OK:
-        flight.d = swap64(d) if context.swap else d
-        if descriptor_kind(flight.d, 3, half.blocks) == DESC_LEAF:
-            flight.state = STATE_LEAF
+            tables |= hierarchical(d)
+            shift -= stride
+        if half.shift != granule:
+            near_keep(near, 0, slot, va, granule + stride, table, tables)
+        address = entry_address(half, table, ia, granule)
+    block.tables[i] = tables & half.keep
+    block.shift[i] = half.granule
+    offset = address - base
+    if likely(offset <= span):
+        block.entry[i] = data + offset
+        prefetch(data + offset)
+    elif fetch8(port, FETCH_TT, 3, address, &raw) == FETCH_OK:
+        block.held[i] = le64(raw)
+        block.entry[i] = <const uint8_t*>&block.held[i]
 
 
 cdef inline int arrive(
-        const Hw* hw, Port* port, const BatchC* batch, bint more, size_t i,
-        Flight* flight) noexcept nogil:
+        Block* block, size_t i, Slot* slot, uint64_t va, unsigned int access,
+        const BatchC* batch, size_t row, bint more, bint simple) noexcept nogil:
     """Second pass: read the leaf and write the columns.
 
-    0, or 1 when the request faults and is left to the scalar driver.  `more`: columns other
-    than pa, action and event are wanted.
+    0, or 1 when the request is left to the scalar driver.  `more`: columns other than pa,
+    action and event are wanted.
     """
-    cdef const Slot* slot = flight.slot
     cdef const Context* context = &slot.memo.context
-    cdef const Half* half
-    cdef unsigned int upper, perm, attr
+    cdef unsigned int upper = half_of(va, context.two_ttbs)
+    cdef const Half* half = &context.half[upper]
+    cdef unsigned int shift, perm, attr
     cdef uint64_t d, address
-    if unlikely(flight.state == STATE_SCALAR):
+    if unlikely(block.entry[i] == NULL):
         return 1
-    upper = half_of(flight.va, context.two_ttbs)
-    half = &context.half[upper]
-    if likely(flight.state == STATE_ENTRY):
-        d = le64(load64(flight.entry))
-        if context.swap:
-            d = swap64(d)
-        if unlikely((d & 3) != 3):
-            return 1
-    else:
-        d = flight.d
-    address = leaf_address(d, half, flight.shift)
-    perm = slot.perm[upper][leaf_permissions(d, flight.tables)]
-    if unlikely((address & context.over) or not (context.affd or access_flag(d))
-                or not perm & needed(flight.access)):
+    shift = block.shift[i]
+    d = le64(load64(block.entry[i]))
+    if not simple and context.swap:
+        d = swap64(d)
+    # a page's bit 1 is set; a block's is not, as was checked when it was read
+    if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & slot.leaf_bits[upper]):
         return 1
-    store_u64(&batch.pa, i, address | (flight.va & low_mask(flight.shift)))
-    store_u8(&batch.action, i, ACTION_OK)
-    store_u8(&batch.event, i, 0)
+    address = leaf_address(d, half, shift) if not simple else (
+        d & half.low_address & ~low_mask(shift))
+    if not simple and address & context.over:
+        return 1
+    perm = slot.perm[upper << 4 | leaf_permissions(d, block.tables[i])]
+    if unlikely(not perm & slot.need[access]):
+        return 1
+    store_u64(&batch.pa, row, address | (va & low_mask(shift)))
+    store_u8(&batch.action, row, ACTION_OK)
+    store_u8(&batch.event, row, 0)
     if more:
-        store_u8(&batch.fault, i, 0)
-        store_u8(&batch.perm, i, admitted(context, perm))
-        store_u8(&batch.level, i, <uint8_t>flight.level)
-        store_u8(&batch.page_lg2, i, flight.shift)
+        store_u8(&batch.fault, row, 0)
+        store_u8(&batch.perm, row, admitted(context, perm))
+        store_u8(&batch.level, row, 3 - (shift - half.granule) // half.stride)
+        store_u8(&batch.page_lg2, row, shift)
         if batch.attr.data != NULL or batch.sh.data != NULL:
             attr = stage1_attr(context.attr, mair_byte(context.mair, d))
-            store_u8(&batch.attr, i, attr)
-            store_u8(&batch.sh, i, shareability(attr, leaf_sh(d, half)))
-        store_record(&batch.record, i, NULL)
+            store_u8(&batch.attr, row, attr)
+            store_u8(&batch.sh, row, shareability(attr, leaf_sh(d, half)))
+        store_record(&batch.record, row, NULL)
+    return 0
+
+
+cdef inline int run_blocks(
+        const Hw* hw, Port* port, const BatchC* batch, Slot* slots, bint one_pair,
+        bint more) noexcept nogil:
+    """Both passes over every block.  `one_pair`: all requests have one sid and one ssid."""
+    cdef Block block
+    cdef Near near
+    cdef Memo memo
+    cdef Slot* slot = NULL
+    cdef size_t start = 0, i, count
+    cdef uint64_t number = 1
+    cdef uint64_t va
+    cdef uint32_t sid, ssid
+    cdef unsigned int access
+    cdef int status
+    memo.whole = False
+    memset(&near, 0, sizeof(near))
+    if one_pair:
+        slot = slot_of(hw, port, slots, load_u32(&batch.sid, 0), load_u32(&batch.ssid, 0), number,
+                       &near)
+    while start < batch.n:
+        count = batch.n - start
+        if count > BLOCK:
+            count = BLOCK
+        for i in range(count):
+            if not one_pair:
+                sid = load_u32(&batch.sid, start + i)
+                ssid = load_u32(&batch.ssid, start + i)
+                if (slot == NULL or slot.sid != sid or slot.ssid != ssid
+                        or slot.block != number):
+                    slot = slot_of(hw, port, slots, sid, ssid, number, &near)
+            if slot == NULL or not slot.walks:
+                block.entry[i] = NULL
+                block.slot[i] = &slots[0]
+                continue
+            va = load_u64(&batch.iova, start + i)
+            if likely(slot.simple):
+                set_out(&block, i, port, slot, va, &near, True)
+            else:
+                set_out(&block, i, port, slot, va, &near, False)
+        for i in range(count):
+            va = load_u64(&batch.iova, start + i)
+            access = load_u8(&batch.access, start + i) & 7
+            if not one_pair:
+                slot = block.slot[i]
+            if likely(slot.simple):
+                status = arrive(&block, i, slot, va, access, batch, start + i, more, True)
+            else:
+                status = arrive(&block, i, slot, va, access, batch, start + i, more, False)
+            if unlikely(status):
+                status = batch_scalar(hw, port, &memo, batch, start + i)
+                if status:
+                    return status
+        start += count
+        number += 1
     return 0
 
 
@@ -592,13 +699,8 @@ cdef inline int translate_many(
     Memory that is not plain sees the requests one by one, in their order.
     """
     cdef Slot[SLOTS] slots
-    cdef Flight[BLOCK] flights
-    cdef Near near
     cdef Memo memo
-    cdef Slot* slot = NULL
-    cdef size_t start, i, count
-    cdef uint64_t block = 1
-    cdef uint32_t sid, ssid
+    cdef size_t i
     cdef int status
     cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
     cdef bint more = (
@@ -607,8 +709,8 @@ cdef inline int translate_many(
         or batch.record.data != NULL
     )
     port_open(port, ram, NULL, False)
-    memo.whole = False
     if not ram.plain or not hw.cr0 & CR0_SMMUEN or batch.n == 0:
+        memo.whole = False
         for i in range(batch.n):
             status = batch_scalar(hw, port, &memo, batch, i)
             if status:
@@ -616,32 +718,8 @@ cdef inline int translate_many(
         return 0
     for i in range(SLOTS):
         slots[i].block = 0
+        slots[i].simple = False
         slots[i].memo.whole = False
-    near.slot = NULL
-    near.reach = 0
-    near.tag = near.table = near.tables = 0
-    start = 0
-    while start < batch.n:
-        count = batch.n - start
-        if count > BLOCK:
-            count = BLOCK
-        for i in range(count):
-            if not one_pair or slot == NULL:
-                sid = load_u32(&batch.sid, start + i)
-                ssid = load_u32(&batch.ssid, start + i)
-                if (slot == NULL or slot.sid != sid or slot.ssid != ssid
-                        or slot.block != block):
-                    slot = slot_of(hw, port, slots, sid, ssid, block, &near)
-            if slot != NULL and slot.walks:
-                set_out(&flights[i], port, slot, load_u64(&batch.iova, start + i),
-                        load_u8(&batch.access, start + i), &near)
-            else:
-                flights[i].state = STATE_SCALAR
-        for i in range(count):
-            if unlikely(arrive(hw, port, batch, more, start + i, &flights[i])):
-                status = batch_scalar(hw, port, &memo, batch, start + i)
-                if status:
-                    return status
-        start += count
-        block += 1
-    return 0
+    if one_pair and not more:
+        return run_blocks(hw, port, batch, slots, True, False)
+    return run_blocks(hw, port, batch, slots, one_pair, more)

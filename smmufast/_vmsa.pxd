@@ -171,6 +171,19 @@ cdef inline bint contiguous(uint64_t d) noexcept nogil:
     return d >> 52 & 1
 
 
+# Vector forms for a batch: one comparison instead of several rules.  What does not pass is not
+# decided here; the rules above are asked.
+
+cdef inline uint64_t table_bits(const Half* half, uint64_t over) noexcept nogil:
+    """Bits that read 0b11 in a table descriptor whose address in place is within `over`."""
+    return 3 | half.low_address & over
+
+
+cdef inline uint64_t leaf_bits(const Half* half, uint64_t over, bint affd) noexcept nogil:
+    """Bits that read 0b11 and AF in a page descriptor without a fault before permissions."""
+    return 3 | half.low_address & over | (0 if affd else 1 << 10)
+
+
 # --- permissions (D8.4) ---
 
 cdef enum:
@@ -186,15 +199,16 @@ cdef inline uint64_t hierarchical(uint64_t d) noexcept nogil:
 
 
 cdef inline unsigned int leaf_permissions(uint64_t d, uint64_t tables) noexcept nogil:
-    """AP[2:1], UXN and PXN of a leaf after the tables above it: {PXN, UXN, AP2, AP1}.
+    """AP[2:1], UXN and PXN of a leaf after the tables above it: {UXN, PXN, AP2, AP1}.
 
     APTable[0] takes AP[1] away, APTable[1] sets AP[2]; UXNTable and PXNTable add.
     """
-    cdef unsigned int ap1 = <unsigned int>(d >> 6 & ~(tables >> TABLE_AP0) & 1)
-    cdef unsigned int ap2 = <unsigned int>((d >> 7 | tables >> TABLE_AP1) & 1)
-    cdef unsigned int uxn = <unsigned int>((d >> 54 | tables >> TABLE_UXN) & 1)
-    cdef unsigned int pxn = <unsigned int>((d >> 53 | tables >> TABLE_PXN) & 1)
-    return ap1 | ap2 << 1 | uxn << 2 | pxn << 3
+    cdef unsigned int leaf = <unsigned int>(d >> 6 & 3 | d >> 51 & 12)
+    if tables:
+        leaf &= ~<unsigned int>(tables >> TABLE_AP0 & 1)
+        leaf |= <unsigned int>(tables >> (TABLE_AP1 - 1) & 2)
+        leaf |= <unsigned int>(tables >> (TABLE_PXN - 2) & 12)
+    return leaf
 
 
 cdef inline unsigned int permitted(
@@ -205,8 +219,8 @@ cdef inline unsigned int permitted(
     """
     cdef bint ap1 = leaf & 1
     cdef bint writable = not (leaf >> 1 & 1)
-    cdef bint uxn = leaf >> 2 & 1
-    cdef bint pxn = leaf >> 3 & 1
+    cdef bint pxn = leaf >> 2 & 1
+    cdef bint uxn = leaf >> 3 & 1
     cdef bint wxn = (regime & REGIME_WXN) != 0
     cdef bint uw, ux, px
     cdef unsigned int perm = 0
