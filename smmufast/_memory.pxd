@@ -130,6 +130,20 @@ cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words)
     return fetch_slow(port, kind, 4, address, 64, words)
 
 
+cdef inline bint unchanged(const Port* port, uint64_t address, const uint64_t* words) noexcept nogil:
+    """The structure at `address` still is these eight dwords; no when it cannot be read in place."""
+    cdef uint64_t offset = address - port.window.base
+    cdef const uint8_t* p = port.window.data + offset
+    if offset > port.window.span:
+        return False
+    return not (
+        (le64(load64(p)) ^ words[0]) | (le64(load64(p + 8)) ^ words[1])
+        | (le64(load64(p + 16)) ^ words[2]) | (le64(load64(p + 24)) ^ words[3])
+        | (le64(load64(p + 32)) ^ words[4]) | (le64(load64(p + 40)) ^ words[5])
+        | (le64(load64(p + 48)) ^ words[6]) | (le64(load64(p + 56)) ^ words[7])
+    )
+
+
 cdef class Memory:
     cdef Ram ram
     cdef dict _callables

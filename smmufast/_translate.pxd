@@ -23,7 +23,7 @@ from smmufast._config cimport (
     stream_first, substream,
 )
 from smmufast._layout cimport *
-from smmufast._memory cimport FETCH_ABORT, FETCH_OK, Port, Ram, fetch8, fetch64, port_open
+from smmufast._memory cimport FETCH_ABORT, FETCH_OK, Port, Ram, fetch8, fetch64, port_open, unchanged
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, ACTION_DISABLED,
     ACTION_OK, ACTION_RAZ_WI, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_STE, FETCH_TT, NO_LEVEL,
@@ -120,11 +120,6 @@ cdef struct Memo:
     Context context
 
 
-cdef inline bint same_words(const uint64_t* a, const uint64_t* b) noexcept nogil:
-    return not ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])
-                | (a[4] ^ b[4]) | (a[5] ^ b[5]) | (a[6] ^ b[6]) | (a[7] ^ b[7]))
-
-
 cdef inline int lookup(
         const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Memo* memo, int* index,
         uint64_t* address) noexcept nogil:
@@ -135,10 +130,9 @@ cdef inline int lookup(
     the last fetch.
     """
     cdef uint64_t l1 = 0
-    cdef uint64_t[8] ste
-    cdef uint64_t[8] cd
+    cdef uint64_t* ste = memo.ste
     cdef int kind, status, event
-    cdef bint known
+    cdef bint known = memo.whole
     kind = stream_first(hw, sid, address)
     if kind == 0:
         return EVENT_C_BAD_STREAMID
@@ -153,12 +147,12 @@ cdef inline int lookup(
             return event
         if address[0] & hw.oas_over:
             return EVENT_F_STE_FETCH
-    status = fetch64(port, FETCH_STE, address[0], ste)
-    if status:
-        return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
-    known = memo.whole and same_words(ste, memo.ste)
-    if not known:
+    if not (known and unchanged(port, address[0], ste)):
+        known = False
         memo.whole = False
+        status = fetch64(port, FETCH_STE, address[0], ste)
+        if status:
+            return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
         if not ste_v(ste):
             return EVENT_C_BAD_STE
         if ste_aborts(ste):
@@ -182,21 +176,40 @@ cdef inline int lookup(
             return event
         if address[0] & hw.oas_over:
             return EVENT_F_CD_FETCH
-    status = fetch64(port, FETCH_CD, address[0], cd)
-    if status:
-        return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-    if known and same_words(cd, memo.cd):
+    if known and unchanged(port, address[0], memo.cd):
         return 0
     memo.whole = False
-    event = cd_decode(hw, ste, cd, &memo.context)
-    if event == 0:
-        memo.ste = ste
-        memo.cd = cd
-        memo.whole = True
+    status = fetch64(port, FETCH_CD, address[0], memo.cd)
+    if status:
+        return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
+    event = cd_decode(hw, ste, memo.cd, &memo.context)
+    memo.whole = event == 0
     return event
 
 
 # --- stage 1 (15.2) ---
+
+cdef extern from *:
+    """
+    /* permitted() of every regime, half and leaf, filled in when the module is loaded. */
+    static uint8_t smmufast_permissions[64 * 2 * 16];
+    """
+    uint8_t* permissions "smmufast_permissions"
+
+
+cdef inline void fill_permissions() noexcept nogil:
+    cdef unsigned int regime, upper, leaf
+    for regime in range(64):
+        for upper in range(2):
+            for leaf in range(16):
+                permissions[regime * 32 + upper * 16 + leaf] = permitted(leaf, regime, upper)
+
+
+cdef inline unsigned int leaf_perm(
+        const Context* context, unsigned int upper, uint64_t d, uint64_t tables) noexcept nogil:
+    """permitted(), looked up."""
+    return permissions[context.regime * 32 + upper * 16 + leaf_permissions(d, tables)]
+
 
 cdef inline int leaf_fault(
         const Context* context, const Half* half, unsigned int upper, unsigned int access,
@@ -208,7 +221,7 @@ cdef inline int leaf_fault(
     if not (context.affd or access_flag(leaf.d)):
         return EVENT_F_ACCESS
     leaf.address = address
-    leaf.perm = permitted(leaf_permissions(leaf.d, leaf.tables), context.regime, upper)
+    leaf.perm = leaf_perm(context, upper, leaf.d, leaf.tables)
     return 0 if leaf.perm & needed(access) else EVENT_F_PERMISSION
 
 
@@ -341,26 +354,9 @@ cdef struct Slot:
     bint walks                # lookup succeeded and stage 1 translates
     bint simple               # descriptors are little-endian, their addresses all in place
     uint8_t[8] need           # needed() by the device's access
-    const uint8_t* perm       # permitted() by half and leaf_permissions(): 2 times 16
     uint64_t[2] table_bits    # by half
     uint64_t[2] leaf_bits
     Memo memo
-
-
-cdef extern from *:
-    """
-    /* permitted() of every regime, half and leaf, filled in when the module is loaded. */
-    static uint8_t smmufast_permissions[64 * 2 * 16];
-    """
-    uint8_t* permissions "smmufast_permissions"
-
-
-cdef inline void fill_permissions() noexcept nogil:
-    cdef unsigned int regime, upper, leaf
-    for regime in range(64):
-        for upper in range(2):
-            for leaf in range(16):
-                permissions[regime * 32 + upper * 16 + leaf] = permitted(leaf, regime, upper)
 
 
 # A block of requests between the two passes over it.
@@ -452,7 +448,6 @@ cdef inline void slot_prepare(Slot* slot) noexcept nogil:
     cdef const Context* context = &slot.memo.context
     cdef const Half* half
     cdef unsigned int access, upper
-    slot.perm = &permissions[context.regime * 32]
     for access in range(8):
         slot.need[access] = needed(effective_access(context, access))
     slot.simple = not context.swap
@@ -616,7 +611,7 @@ cdef inline int arrive(
         d & half.low_address & ~low_mask(shift))
     if not simple and address & context.over:
         return 1
-    perm = slot.perm[upper << 4 | leaf_permissions(d, block.tables[i])]
+    perm = leaf_perm(context, upper, d, block.tables[i])
     if unlikely(not perm & slot.need[access]):
         return 1
     store_u64(&batch.pa, row, address | (va & low_mask(shift)))

@@ -150,7 +150,10 @@ cdef inline unsigned int descriptor_kind(
 
 cdef inline uint64_t next_table(uint64_t d, const Half* half) noexcept nogil:
     """Address of the table that a table descriptor names: aligned to the granule."""
-    return (d & half.low_address) | (d & half.high_address) << half.high_shift
+    cdef uint64_t address = d & half.low_address
+    if half.high_address:
+        address |= (d & half.high_address) << half.high_shift
+    return address
 
 
 cdef inline uint64_t leaf_address(
