@@ -298,12 +298,10 @@ cdef inline bint pasid_alloc_many(
     False, and nothing done, if fewer than n are free in first .. last.
     """
     cdef uint32_t done = 0
-    cdef uint32_t cursor = p.cursor
     if pasid_count(p, first, last, n) < n:
         return False
-    if p.cyclic and first < cursor <= last:
-        done = pasid_take_many(p, cursor, last, n, out)
-        last = cursor - 1
+    if p.cyclic and first < p.cursor <= last:
+        done = pasid_take_many(p, p.cursor, last, n, out)
     if done < n:
         pasid_take_many(p, first, last, n - done, out + done)
     return True

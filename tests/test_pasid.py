@@ -590,6 +590,17 @@ def test_free_many_finds_a_duplicate_wherever_it_stands(n):
     assert len(pasids) == 320 - n
 
 
+@pytest.mark.parametrize("place", range(1, 63))
+def test_free_many_reads_every_id_of_a_whole_word(place):
+    pasids = PasidAllocator(320, first=0)
+    pasids.alloc_many(320)
+    ids = np.arange(64, 128, dtype=np.uint32)
+    ids[place] = 300
+    pasids.free_many(ids)
+    assert 64 + place in pasids
+    assert 300 not in pasids
+
+
 def test_a_failed_free_many_leaves_the_search_intact():
     pasids = PasidAllocator(1 << 13, first=0)
     pasids.alloc_many(1 << 13)
