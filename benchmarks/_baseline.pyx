@@ -145,6 +145,11 @@ cdef class Row:
 cdef class Empty:
     """Methods that take three integers and do nothing: what a Python call costs by itself."""
 
+    cdef uint64_t value
+
+    def __cinit__(self):
+        self.value = 1 << 19
+
     def three(self, uint32_t a, uint64_t b, int c):
         """Return a new Row."""
         cdef Row row = Row.__new__(Row)
@@ -160,3 +165,10 @@ cdef class Empty:
     def three_none(self, uint32_t a, uint64_t b, int c):
         """Return None."""
         return None
+
+    def draw(self):
+        """Take nothing, return an integer that is not one of those Python keeps ready."""
+        return self.value
+
+    def drop(self, value, /):
+        """Take one object, return None."""
