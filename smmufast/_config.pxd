@@ -16,7 +16,8 @@ from smmufast._types cimport (
 from smmufast._vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE,
     REGIME_WXN, address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
-    levels_below_start, needed, range_mask, shareability, table_align_lg2, tsz_max, tsz_min,
+    hierarchical_bits, leaf_bits, levels_below_start, needed, range_mask, shareability, table_align_lg2,
+    table_bits, tsz_max, tsz_min,
 )
 
 
@@ -209,7 +210,7 @@ cdef inline int l1cd_next(const Hw* hw, const uint64_t* ste, uint64_t l1cd, uint
 
 cdef inline int half_decode(
         const Hw* hw, Half* half, unsigned int granule, unsigned int tsz, bint ds, bint tbi,
-        bint had, uint64_t ttb, unsigned int ips, unsigned int sh) noexcept nogil:
+        bint had, bint affd, uint64_t ttb, unsigned int ips, unsigned int sh) noexcept nogil:
     """One TTB of a CD; C_BAD_CD when its granule, size or address is ILLEGAL (5.4.1)."""
     cdef unsigned int input_bits, below, stride
     if not hw.granules >> granule & 1:  # granule 0 is a reserved code
@@ -234,7 +235,9 @@ cdef inline int half_decode(
         table_align_lg2(input_bits, half.shift, ips >= 52 or not half.own_sh))
     half.range_mask = range_mask(input_bits, tbi)
     half.index_mask = low_mask(input_bits)
-    half.keep = 0 if had else 0xFULL << 59
+    half.keep = hierarchical_bits(had)
+    half.table_bits = table_bits(half, ~low_mask(ips))
+    half.leaf_bits = leaf_bits(half, ~low_mask(ips), affd)
     half.sh = sh
     return 0
 
@@ -269,18 +272,20 @@ cdef inline int cd_decode(
     ips = size_bits(<unsigned int>cd_ips(cd), hw.minor)
     if ips > hw.oas:
         ips = hw.oas
-    context.half[0].enabled = False
-    context.half[1].enabled = False
+    context.half[0].enabled = context.half[1].enabled = False
+    context.half[0].high_address = context.half[1].high_address = 0
     if enabled0:
         event = half_decode(hw, &context.half[0], granule_of_tg0(cd_tg0(cd)),
                             <unsigned int>cd_t0sz(cd), ds, cd_tbi0(cd), hw.had and cd_had0(cd),
-                            cd_ttb0(cd), ips, <unsigned int>cd_sh0(cd))
+                            cd_affd(cd), cd_ttb0(cd), ips,
+                            <unsigned int>cd_sh0(cd))
         if event:
             return event
     if enabled1:
         event = half_decode(hw, &context.half[1], granule_of_tg1(cd_tg1(cd)),
                             <unsigned int>cd_t1sz(cd), ds, cd_tbi1(cd), hw.had and cd_had1(cd),
-                            cd_ttb1(cd), ips, <unsigned int>cd_sh1(cd))
+                            cd_affd(cd), cd_ttb1(cd), ips,
+                            <unsigned int>cd_sh1(cd))
         if event:
             return event
     context.half[0].unprivileged = not (two and hw.e0pd and cd_e0pd0(cd))
@@ -309,11 +314,20 @@ cdef inline int cd_decode(
 
 # --- overrides by STE and GBPA (13.1, 6.3.14) ---
 
+cdef inline unsigned int effective_access(
+        const Context* context, unsigned int access) noexcept nogil:
+    """The access after overrides; a write is always Data."""
+    access = (access & context.access_and) | context.access_or
+    if access & ACCESS_WRITE:
+        access &= ~<unsigned int>ACCESS_INSTR
+    return access
+
+
 cdef inline void override_access(
         Context* context, unsigned int privcfg, unsigned int instcfg) noexcept nogil:
     """PRIVCFG and INSTCFG: 0b10 clears, 0b11 sets, 0b0x leaves the device's own."""
     cdef unsigned int keep = ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR
-    cdef unsigned int force = 0
+    cdef unsigned int force = 0, access
     if privcfg & 2:
         keep &= ~<unsigned int>ACCESS_PRIV
         if privcfg & 1:
@@ -324,15 +338,8 @@ cdef inline void override_access(
             force |= ACCESS_INSTR
     context.access_and = keep
     context.access_or = force
-
-
-cdef inline unsigned int effective_access(
-        const Context* context, unsigned int access) noexcept nogil:
-    """The access after overrides; a write is always Data."""
-    access = (access & context.access_and) | context.access_or
-    if access & ACCESS_WRITE:
-        access &= ~<unsigned int>ACCESS_INSTR
-    return access
+    for access in range(8):
+        context.need[access] = needed(effective_access(context, access))
 
 
 cdef inline unsigned int admitted(const Context* context, unsigned int perm) noexcept nogil:
@@ -344,7 +351,7 @@ cdef inline unsigned int admitted(const Context* context, unsigned int perm) noe
         access = ACCESS_PRIV if kind >= 3 else 0
         if kind % 3:
             access |= ACCESS_WRITE if kind % 3 == 1 else ACCESS_INSTR
-        if perm & needed(effective_access(context, access)):
+        if perm & context.need[access]:
             found |= 1 << kind
     return found
 

@@ -5,7 +5,7 @@ cimport numpy as cnp
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
-from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_CheckExact
+from cpython.long cimport PyLong_AsUnsignedLong, PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stddef cimport ptrdiff_t
@@ -91,8 +91,9 @@ cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFF
     """An argument as a number up to `last`, or an error that names it."""
     cdef uint64_t number
     if PyLong_CheckExact(value):
-        number = PyLong_AsUnsignedLongLong(value)
-        if number == 0xFFFFFFFFFFFFFFFFULL and PyErr_Occurred():
+        # not ...LongLong, which CPython 3.11 converts byte by byte
+        number = PyLong_AsUnsignedLong(value)
+        if number == <unsigned long>-1 and PyErr_Occurred():
             PyErr_Clear()
             number = to_address(name, value)
     else:
@@ -108,15 +109,8 @@ cdef inline uint32_t as_ssid(value) except? 0xFFFFFFFF:
     return <uint32_t>as_u64("ssid", value, 0xFFFFF)
 
 
-cdef inline uint32_t as_access(write, priv, instr) except? 0xFFFFFFFF:
-    cdef uint32_t access = 0
-    if write:
-        access |= ACCESS_WRITE
-    if priv:
-        access |= ACCESS_PRIV
-    if instr:
-        access |= ACCESS_INSTR
-    return access
+cdef inline uint32_t as_access(bint write, bint priv, bint instr) noexcept:
+    return write * ACCESS_WRITE | priv * ACCESS_PRIV | instr * ACCESS_INSTR
 
 
 # --- results ---
@@ -666,8 +660,8 @@ cdef class Smmu:
         """Translate one request: STATUS_DONE, STATUS_EINVAL or STATUS_EPYTHON."""
         return api_translate(<SmmuC*>&self.core, request, outcome)
 
-    def translate(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False,
-                  trace=False):
+    def translate(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
+                  bint instr=False, bint trace=False):
         """Translate one access of a device.
 
         Parameters
@@ -709,7 +703,8 @@ cdef class Smmu:
         self._run(&result.request, &result.outcome, log)
         return result
 
-    def pa(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False):
+    def pa(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
+           bint instr=False):
         """Translate one access and return its physical address alone.
 
         Arguments as in `translate`.  A terminated access raises the Fault of its event.
@@ -874,7 +869,8 @@ cdef class Smmu:
             self.core.ram.users -= 1
         return out
 
-    def translate_range(self, sid, iova, size, *, ssid=None, write=False, priv=False, instr=False):
+    def translate_range(self, sid, iova, size, *, ssid=None, bint write=False, bint priv=False,
+                        bint instr=False):
         """Translate a DMA burst of `size` bytes into physical segments.
 
         Pages that follow each other in physical memory with the same type and permissions are
@@ -947,7 +943,8 @@ cdef class Smmu:
         segments.array = array
         return segments
 
-    def start_walk(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False):
+    def start_walk(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
+                   bint instr=False):
         """Start a translation whose fetches the host performs; arguments as in `translate`.
 
         Returns

@@ -31,8 +31,8 @@ from smmufast._types cimport (
 )
 from smmufast._vmsa cimport (
     DESC_INVALID, DESC_LEAF, access_flag, contiguous, descriptor_kind, entry_address, half_of,
-    hierarchical, in_range, leaf_address, leaf_bits, leaf_permissions, leaf_sh, mair_byte, needed,
-    next_table, not_global, permitted, shareability, stage1_attr, table_bits,
+    in_range, leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, not_global, permitted,
+    shareability, stage1_attr,
 )
 
 
@@ -83,10 +83,10 @@ cdef inline void end_fault(
         recorded = False
     if not hw.cr0 & CR0_EVENTQEN:
         recorded = False
-    outcome.pa = 0
+    end_unmapped(
+        outcome, ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI, 0, 0, 0, 0)
     outcome.fault = event
     outcome.event = event if recorded else 0
-    outcome.action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
     fault_record(outcome.record, event, request, access, fetch_address)
 
 
@@ -212,7 +212,7 @@ cdef inline unsigned int leaf_perm(
 
 
 cdef inline int leaf_fault(
-        const Context* context, const Half* half, unsigned int upper, unsigned int access,
+        const Context* context, const Half* half, unsigned int upper, unsigned int need,
         Leaf* leaf) noexcept nogil:
     """What a leaf gives: address size before access flag before permission."""
     cdef uint64_t address = leaf_address(leaf.d, half, leaf.shift)
@@ -222,28 +222,30 @@ cdef inline int leaf_fault(
         return EVENT_F_ACCESS
     leaf.address = address
     leaf.perm = leaf_perm(context, upper, leaf.d, leaf.tables)
-    return 0 if leaf.perm & needed(access) else EVENT_F_PERMISSION
+    return 0 if leaf.perm & need else EVENT_F_PERMISSION
 
 
 cdef inline int walk(
         const Context* context, Port* port, uint64_t va, unsigned int access,
         Leaf* leaf) noexcept nogil:
-    """Walk the tables of one address: 0, an event, or a negative stop."""
+    """Walk the tables of one address: 0, an event, or a negative stop.
+
+    `access` is the device's own.
+    """
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     cdef const Half* half = &context.half[upper]
-    cdef uint64_t ia, table, d = 0
+    cdef uint64_t ia, table, tables = 0, d = 0
     cdef int level, status
     cdef unsigned int shift, kind
     leaf.perm = 0
     if not half.enabled or not in_range(va, half.range_mask, upper):
         return EVENT_F_TRANSLATION
-    if not (half.unprivileged or access & ACCESS_PRIV):
+    if not (half.unprivileged or effective_access(context, access) & ACCESS_PRIV):
         return EVENT_F_TRANSLATION
     ia = va & half.index_mask
     table = half.table
     level = half.level
     shift = half.shift
-    leaf.tables = 0
     while True:
         leaf.address = entry_address(half, table, ia, shift)
         status = fetch8(port, FETCH_TT, level, leaf.address, &d)
@@ -251,30 +253,32 @@ cdef inline int walk(
             return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
         if context.swap:
             d = swap64(d)
-        kind = descriptor_kind(d, level, half.blocks)
-        if kind == DESC_INVALID:
-            return EVENT_F_TRANSLATION
-        if kind == DESC_LEAF:
-            break
         table = next_table(d, half)
-        if table & context.over:
-            return EVENT_F_ADDR_SIZE
-        leaf.tables |= hierarchical(d) & half.keep
-        level += 1
-        shift -= half.stride
+        if level < 3 and (d & half.table_bits) == 3 and not (
+                half.high_address and table & context.over):
+            tables |= d
+            level += 1
+            shift -= half.stride
+            continue
+        kind = descriptor_kind(d, level, half.blocks)
+        if likely(kind == DESC_LEAF):
+            break
+        return EVENT_F_TRANSLATION if kind == DESC_INVALID else EVENT_F_ADDR_SIZE
+    leaf.tables = tables & half.keep
     leaf.d = d
     leaf.level = level
     leaf.shift = shift
-    return leaf_fault(context, half, upper, access, leaf)
+    return leaf_fault(context, half, upper, context.need[access], leaf)
 
 
 # --- the scalar driver ---
 
 cdef inline void end_bypass(const Hw* hw, const Request* request, const Context* context,
-                            unsigned int access, Outcome* outcome) noexcept nogil:
+                            Outcome* outcome) noexcept nogil:
     """Stage 1 bypassed: the address must fit OAS, else abort and record whatever CD says."""
     if request.iova & hw.oas_over:
-        end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE, access, TERMINATE_A | TERMINATE_R, 0)
+        end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE,
+                  effective_access(context, request.access), TERMINATE_A | TERMINATE_R, 0)
     else:
         end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
 
@@ -283,9 +287,10 @@ cdef inline void end_disabled(const Hw* hw, const Request* request,
                               Outcome* outcome) noexcept nogil:
     """SMMUEN=0: GBPA decides, and nothing is recorded (6.3.14)."""
     if hw.gbpa_abort or request.iova & hw.oas_over:
-        return
-    end_unmapped(
-        outcome, ACTION_DISABLED, request.iova, 0x3F, hw.gbpa_attr, hw.gbpa_sh)
+        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    else:
+        end_unmapped(
+            outcome, ACTION_DISABLED, request.iova, 0x3F, hw.gbpa_attr, hw.gbpa_sh)
 
 
 cdef inline int translate_one(
@@ -296,12 +301,10 @@ cdef inline int translate_one(
     Two calls that run at once, or inside each other, do not share a memo.
     """
     cdef const Context* context = &memo.context
+    cdef const Half* half
     cdef Leaf leaf
     cdef uint64_t address = 0
-    cdef unsigned int access
     cdef int event, index
-    cdef const Half* half
-    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
     if not hw.cr0 & CR0_SMMUEN:
         end_disabled(hw, request, outcome)
         return 0
@@ -309,33 +312,37 @@ cdef inline int translate_one(
     if event:
         if event < 0:
             return event
-        if event != SILENT_ABORT:
+        if event == SILENT_ABORT:
+            end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        else:
             end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, address)
         return 0
-    access = effective_access(context, request.access)
     if index == STAGE1_BYPASS:
-        end_bypass(hw, request, context, access, outcome)
+        end_bypass(hw, request, context, outcome)
         return 0
-    event = walk(context, port, request.iova, access, &leaf)
+    event = walk(context, port, request.iova, request.access, &leaf)
     if event < 0:
         return event
-    outcome.stage = 1
-    outcome.asid = context.asid
-    outcome.perm = admitted(context, leaf.perm)
-    if event == EVENT_F_WALK_EABT:
-        end_fault(hw, request, outcome, event, access, TERMINATE_A | TERMINATE_R, leaf.address)
-    elif event:
-        end_fault(hw, request, outcome, event, access, context.terminate, 0)
+    if event:
+        end_fault(
+            hw, request, outcome, event, effective_access(context, request.access),
+            TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT else context.terminate,
+            leaf.address)
     else:
         half = &context.half[half_of(request.iova, context.two_ttbs)]
-        outcome.action = ACTION_OK
         outcome.pa = leaf.address | (request.iova & low_mask(leaf.shift))
+        outcome.action = ACTION_OK
+        outcome.event = 0
+        outcome.fault = 0
         outcome.level = leaf.level
         outcome.page_lg2 = leaf.shift
         outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
         outcome.sh = shareability(outcome.attr, leaf_sh(leaf.d, half))
         outcome.ng = not_global(leaf.d)
         outcome.contiguous = contiguous(leaf.d)
+    outcome.stage = 1
+    outcome.asid = context.asid
+    outcome.perm = admitted(context, leaf.perm)
     return 0
 
 
@@ -353,9 +360,6 @@ cdef struct Slot:
     uint64_t block            # the last block that uses it, counted from 1; 0: never
     bint walks                # lookup succeeded and stage 1 translates
     bint simple               # descriptors are little-endian, their addresses all in place
-    uint8_t[8] need           # needed() by the device's access
-    uint64_t[2] table_bits    # by half
-    uint64_t[2] leaf_bits
     Memo memo
 
 
@@ -443,23 +447,6 @@ cdef inline int batch_scalar(
     return status
 
 
-cdef inline void slot_prepare(Slot* slot) noexcept nogil:
-    """Ask the rules once for what every request of the context needs."""
-    cdef const Context* context = &slot.memo.context
-    cdef const Half* half
-    cdef unsigned int access, upper
-    for access in range(8):
-        slot.need[access] = needed(effective_access(context, access))
-    slot.simple = not context.swap
-    for upper in range(2):
-        half = &context.half[upper]
-        if half.enabled:
-            slot.table_bits[upper] = table_bits(half, context.over)
-            slot.leaf_bits[upper] = leaf_bits(half, context.over, context.affd)
-            if half.high_address:
-                slot.simple = False
-
-
 cdef inline Slot* slot_of(
         const Hw* hw, Port* port, Slot* slots, uint32_t sid, uint32_t ssid, uint64_t block,
         Near* near) noexcept nogil:
@@ -482,8 +469,9 @@ cdef inline Slot* slot_of(
             lookup(hw, port, sid, ssid, &slot.memo, &index, &address) == 0
             and index != STAGE1_BYPASS
         )
-        if slot.walks:
-            slot_prepare(slot)
+        slot.simple = slot.walks and not (
+            slot.memo.context.swap or slot.memo.context.half[0].high_address
+            or slot.memo.context.half[1].high_address)
     slot.block = block
     return slot
 
@@ -518,7 +506,7 @@ cdef inline void set_out(
     cdef uint64_t base = port.window.base
     cdef uint64_t span = port.window.span
     cdef const uint8_t* data = port.window.data
-    cdef uint64_t expected = slot.table_bits[upper]
+    cdef uint64_t expected = half.table_bits
     cdef uint64_t ia, table, tables, offset, address, raw, d
     cdef unsigned int shift, granule, stride
     block.entry[i] = NULL
@@ -569,7 +557,7 @@ cdef inline void set_out(
             table = next_table(d, half) if not simple else d & half.low_address
             if not simple and table & context.over:
                 return
-            tables |= hierarchical(d)
+            tables |= d
             shift -= stride
         if half.shift != granule:
             near_keep(near, 0, slot, va, granule + stride, table, tables)
@@ -605,14 +593,14 @@ cdef inline int arrive(
     if not simple and context.swap:
         d = swap64(d)
     # a page's bit 1 is set; a block's is not, as was checked when it was read
-    if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & slot.leaf_bits[upper]):
+    if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
         return 1
     address = leaf_address(d, half, shift) if not simple else (
         d & half.low_address & ~low_mask(shift))
     if not simple and address & context.over:
         return 1
     perm = leaf_perm(context, upper, d, block.tables[i])
-    if unlikely(not perm & slot.need[access]):
+    if unlikely(not perm & context.need[access]):
         return 1
     store_u64(&batch.pa, row, address | (va & low_mask(shift)))
     store_u8(&batch.action, row, ACTION_OK)

@@ -145,7 +145,9 @@ cdef struct Half:
     uint64_t table         # address of the first table, aligned
     uint64_t range_mask    # address bits that must all equal the half's sign
     uint64_t index_mask    # input bits that index the tables
-    uint64_t keep          # descriptor bits 63:59 that are inherited (0 with HAD)
+    uint64_t keep          # descriptor bits [62:59] that are inherited (0 with HAD)
+    uint64_t table_bits    # table_bits() and leaf_bits() of _vmsa.pxd
+    uint64_t leaf_bits
     uint8_t enabled        # not EPD
     uint8_t unprivileged   # not E0PD
     uint8_t granule        # lg2
@@ -174,5 +176,6 @@ cdef struct Context:
     uint8_t terminate      # CD.A, CD.R as TERMINATE_... bits
     uint8_t access_and     # PRIVCFG and INSTCFG, applied as (access & and) | or
     uint8_t access_or
+    uint8_t[8] need        # PERM_ bit that each access of the device needs
     uint8_t attr           # entering stage 1: the device's, after the STE's overrides
     uint8_t sh

@@ -174,8 +174,7 @@ cdef inline bint contiguous(uint64_t d) noexcept nogil:
     return d >> 52 & 1
 
 
-# Vector forms for a batch: one comparison instead of several rules.  What does not pass is not
-# decided here; the rules above are asked.
+# Several rules in one comparison.  What does not pass is not decided here: the rules above are.
 
 cdef inline uint64_t table_bits(const Half* half, uint64_t over) noexcept nogil:
     """Bits that read 0b11 in a table descriptor whose address in place is within `over`."""
@@ -196,9 +195,9 @@ cdef enum:
     TABLE_AP1 = 62
 
 
-cdef inline uint64_t hierarchical(uint64_t d) noexcept nogil:
-    """What a table descriptor takes away from everything below it: bits [62:59]."""
-    return d & (0xFULL << 59)
+cdef inline uint64_t hierarchical_bits(bint had) noexcept nogil:
+    """Bits of a table descriptor that take away from everything below it: [62:59]."""
+    return 0 if had else 0xFULL << 59
 
 
 cdef inline unsigned int leaf_permissions(uint64_t d, uint64_t tables) noexcept nogil:
