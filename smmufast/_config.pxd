@@ -295,6 +295,8 @@ cdef inline int cd_decode(
     context.asid = <unsigned short>cd_asid(cd) if two else 0
     context.two_ttbs = two
     context.swap = cd_endi(cd)
+    context.simple = not (
+        cd_endi(cd) or context.half[0].high_address or context.half[1].high_address)
     context.affd = cd_affd(cd)
     context.regime = REGIME_WXN if cd_wxn(cd) else 0
     if not two:

@@ -130,7 +130,14 @@ cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words)
     return fetch_slow(port, kind, 4, address, 64, words)
 
 
-cdef inline bint unchanged(const Port* port, uint64_t address, const uint64_t* words) noexcept nogil:
+cdef inline bint unchanged8(const Port* port, uint64_t address, uint64_t value) noexcept nogil:
+    """The dword at `address` still is this one; no when it cannot be read in place."""
+    cdef uint64_t offset = address - port.window.base
+    return offset <= port.window.span and le64(load64(port.window.data + offset)) == value
+
+
+cdef inline bint unchanged64(
+        const Port* port, uint64_t address, const uint64_t* words) noexcept nogil:
     """The structure at `address` still is these eight dwords; no when it cannot be read in place."""
     cdef uint64_t offset = address - port.window.base
     cdef const uint8_t* p = port.window.data + offset

@@ -23,7 +23,9 @@ from smmufast._config cimport (
     stream_first, substream,
 )
 from smmufast._layout cimport *
-from smmufast._memory cimport FETCH_ABORT, FETCH_OK, Port, Ram, fetch8, fetch64, port_open, unchanged
+from smmufast._memory cimport (
+    FETCH_ABORT, FETCH_OK, Port, Ram, fetch8, fetch64, port_open, unchanged8, unchanged64,
+)
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, ACTION_DISABLED,
     ACTION_OK, ACTION_RAZ_WI, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_STE, FETCH_TT, NO_LEVEL,
@@ -111,13 +113,34 @@ cdef inline void end_unmapped(
 
 # --- configuration lookup (15.1) ---
 
-# A decoded context and the words that it was decoded from: decoding is a function of them, so
-# it is done again only when what was fetched differs.
+# A decoded context and everything that was fetched for it.  It is a function of these, so as
+# long as they are what memory holds it need not be decoded again.
 cdef struct Memo:
+    bint whole            # all of it belongs together
+    uint32_t sid
+    uint32_t ssid
+    uint64_t l1std_at     # addresses; 0 where the table has one level
+    uint64_t ste_at
+    uint64_t l1cd_at
+    uint64_t cd_at
+    uint64_t l1std
+    uint64_t l1cd
     uint64_t[8] ste
     uint64_t[8] cd
-    bint whole       # ste, cd and context belong together
     Context context
+
+
+cdef inline bint memo_holds(
+        const Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
+    """The memo is this pair's, and memory still holds what it was decoded from."""
+    if not memo.whole or memo.sid != sid or memo.ssid != ssid:
+        return False
+    if memo.l1std_at and not unchanged8(port, memo.l1std_at, memo.l1std):
+        return False
+    if memo.l1cd_at and not unchanged8(port, memo.l1cd_at, memo.l1cd):
+        return False
+    return (unchanged64(port, memo.ste_at, memo.ste)
+            and unchanged64(port, memo.cd_at, memo.cd))
 
 
 cdef inline int lookup(
@@ -129,60 +152,59 @@ cdef inline int lookup(
     STAGE1_BYPASS, and then the context holds the STE's overrides alone.  `address` is that of
     the last fetch.
     """
-    cdef uint64_t l1 = 0
-    cdef uint64_t* ste = memo.ste
     cdef int kind, status, event
-    cdef bint known = memo.whole
+    memo.whole = False
+    memo.sid = sid
+    memo.ssid = ssid
+    memo.l1std_at = memo.l1cd_at = 0
     kind = stream_first(hw, sid, address)
     if kind == 0:
         return EVENT_C_BAD_STREAMID
     if address[0] & hw.oas_over:
         return EVENT_F_STE_FETCH
     if kind == FETCH_L1STD:
-        status = fetch8(port, FETCH_L1STD, NO_LEVEL, address[0], &l1)
+        memo.l1std_at = address[0]
+        status = fetch8(port, FETCH_L1STD, NO_LEVEL, address[0], &memo.l1std)
         if status:
             return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
-        event = l1std_next(hw, l1, sid, address)
+        event = l1std_next(hw, memo.l1std, sid, address)
         if event:
             return event
         if address[0] & hw.oas_over:
             return EVENT_F_STE_FETCH
-    if not (known and unchanged(port, address[0], ste)):
-        known = False
-        memo.whole = False
-        status = fetch64(port, FETCH_STE, address[0], ste)
-        if status:
-            return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
-        if not ste_v(ste):
-            return EVENT_C_BAD_STE
-        if ste_aborts(ste):
-            return SILENT_ABORT
-        event = ste_check(hw, ste)
-        if event:
-            return event
-        ste_overrides(hw, ste, &memo.context)
-    event = substream(hw, ste, ssid, index)
+    memo.ste_at = address[0]
+    status = fetch64(port, FETCH_STE, address[0], memo.ste)
+    if status:
+        return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
+    if not ste_v(memo.ste):
+        return EVENT_C_BAD_STE
+    if ste_aborts(memo.ste):
+        return SILENT_ABORT
+    event = ste_check(hw, memo.ste)
+    if event:
+        return event
+    ste_overrides(hw, memo.ste, &memo.context)
+    event = substream(hw, memo.ste, ssid, index)
     if event or index[0] == STAGE1_BYPASS:
         return event
-    kind = cd_first(hw, ste, <uint32_t>index[0], address)
+    kind = cd_first(hw, memo.ste, <uint32_t>index[0], address)
     if address[0] & hw.oas_over:
         return EVENT_F_CD_FETCH
     if kind == FETCH_L1CD:
-        status = fetch8(port, FETCH_L1CD, NO_LEVEL, address[0], &l1)
+        memo.l1cd_at = address[0]
+        status = fetch8(port, FETCH_L1CD, NO_LEVEL, address[0], &memo.l1cd)
         if status:
             return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-        event = l1cd_next(hw, ste, l1, <uint32_t>index[0], address)
+        event = l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>index[0], address)
         if event:
             return event
         if address[0] & hw.oas_over:
             return EVENT_F_CD_FETCH
-    if known and unchanged(port, address[0], memo.cd):
-        return 0
-    memo.whole = False
+    memo.cd_at = address[0]
     status = fetch64(port, FETCH_CD, address[0], memo.cd)
     if status:
         return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-    event = cd_decode(hw, ste, memo.cd, &memo.context)
+    event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
     memo.whole = event == 0
     return event
 
@@ -225,49 +247,112 @@ cdef inline int leaf_fault(
     return 0 if leaf.perm & need else EVENT_F_PERMISSION
 
 
+# Where a walk is: a table whose entries cover 2^shift bytes, and what led there.
+cdef struct Descent:
+    uint64_t table
+    uint64_t tables        # hierarchical attributes above it, to be masked with half.keep
+    uint64_t above         # the table above it, 0 if it is where the descent started
+    uint64_t tables_above
+    uint64_t address       # of the last descriptor read
+    uint64_t raw           # the last descriptor, as it lies in memory
+    unsigned int shift
+
+
+# How a descent ends, besides FETCH_ABORT and negative stops.
+cdef enum:
+    AT_PAGES = 0     # in a table of level 3; nothing of it was read
+    AT_OTHER = 2     # at a descriptor that is no ordinary table: a leaf, or a fault
+
+
+cdef inline int level_of(const Half* half, unsigned int shift) noexcept nogil:
+    """The level whose entries cover 2^shift bytes."""
+    return 3 - <int>((shift - half.granule) // half.stride)
+
+
+cdef inline uint64_t descriptor(const Context* context, uint64_t raw, bint simple) noexcept nogil:
+    """A descriptor in host order, from its bytes in memory."""
+    return swap64(le64(raw)) if not simple and context.swap else le64(raw)
+
+
+cdef inline int descend(
+        const Context* context, const Half* half, Port* port, uint64_t ia, Descent* at,
+        bint simple) noexcept nogil:
+    """Follow ordinary tables from at.table down to level 3.  `simple` is context.simple."""
+    cdef uint64_t base = port.window.base
+    cdef uint64_t span = port.window.span
+    cdef const uint8_t* data = port.window.data
+    cdef uint64_t expected = half.table_bits
+    cdef uint64_t offset, d
+    cdef unsigned int granule = half.granule
+    cdef unsigned int stride = half.stride
+    cdef int status
+    at.above = at.tables_above = 0
+    while at.shift != granule:
+        at.address = entry_address(half, at.table, ia, at.shift)
+        offset = at.address - base
+        if likely(offset <= span):
+            at.raw = load64(data + offset)
+        else:
+            status = fetch8(port, FETCH_TT, level_of(half, at.shift), at.address, &at.raw)
+            if status:
+                return status
+            at.raw = le64(at.raw)
+            base = port.window.base
+            span = port.window.span
+            data = port.window.data
+        d = descriptor(context, at.raw, simple)
+        if unlikely((d & expected) != 3):
+            return AT_OTHER
+        if not simple and next_table(d, half) & context.over:
+            return AT_OTHER
+        at.above = at.table
+        at.tables_above = at.tables
+        at.table = d & half.low_address if simple else next_table(d, half)
+        at.tables |= d
+        at.shift -= stride
+    return AT_PAGES
+
+
 cdef inline int walk(
-        const Context* context, Port* port, uint64_t va, unsigned int access,
-        Leaf* leaf) noexcept nogil:
+        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
+        bint simple) noexcept nogil:
     """Walk the tables of one address: 0, an event, or a negative stop.
 
-    `access` is the device's own.
+    `access` is the device's own, `simple` is context.simple.
     """
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     cdef const Half* half = &context.half[upper]
-    cdef uint64_t ia, table, tables = 0, d = 0
-    cdef int level, status
-    cdef unsigned int shift, kind
+    cdef Descent at
+    cdef int status
+    cdef uint64_t d = 0
     leaf.perm = 0
     if not half.enabled or not in_range(va, half.range_mask, upper):
         return EVENT_F_TRANSLATION
     if not (half.unprivileged or effective_access(context, access) & ACCESS_PRIV):
         return EVENT_F_TRANSLATION
-    ia = va & half.index_mask
-    table = half.table
-    level = half.level
-    shift = half.shift
-    while True:
-        leaf.address = entry_address(half, table, ia, shift)
-        status = fetch8(port, FETCH_TT, level, leaf.address, &d)
-        if unlikely(status):
-            return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
-        if context.swap:
-            d = swap64(d)
-        table = next_table(d, half)
-        if level < 3 and (d & half.table_bits) == 3 and not (
-                half.high_address and table & context.over):
-            tables |= d
-            level += 1
-            shift -= half.stride
-            continue
-        kind = descriptor_kind(d, level, half.blocks)
-        if likely(kind == DESC_LEAF):
-            break
-        return EVENT_F_TRANSLATION if kind == DESC_INVALID else EVENT_F_ADDR_SIZE
-    leaf.tables = tables & half.keep
+    va &= half.index_mask
+    at.table = half.table
+    at.tables = 0
+    at.shift = half.shift
+    status = descend(context, half, port, va, &at, simple)
+    leaf.level = 3
+    leaf.address = at.address
+    if status == AT_PAGES:
+        leaf.address = entry_address(half, at.table, va, at.shift)
+        status = fetch8(port, FETCH_TT, 3, leaf.address, &d)
+        d = descriptor(context, le64(d), simple)
+    elif status == AT_OTHER:
+        status = FETCH_OK
+        d = descriptor(context, at.raw, simple)
+        leaf.level = level_of(half, at.shift)
+    if unlikely(status):
+        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+    status = descriptor_kind(d, leaf.level, half.blocks)
+    if unlikely(status != DESC_LEAF):
+        return EVENT_F_TRANSLATION if status == DESC_INVALID else EVENT_F_ADDR_SIZE
+    leaf.tables = at.tables & half.keep
     leaf.d = d
-    leaf.level = level
-    leaf.shift = shift
+    leaf.shift = at.shift
     return leaf_fault(context, half, upper, context.need[access], leaf)
 
 
@@ -304,11 +389,12 @@ cdef inline int translate_one(
     cdef const Half* half
     cdef Leaf leaf
     cdef uint64_t address = 0
-    cdef int event, index
+    cdef int event = 0, index = 0
     if not hw.cr0 & CR0_SMMUEN:
         end_disabled(hw, request, outcome)
         return 0
-    event = lookup(hw, port, request.sid, request.ssid, memo, &index, &address)
+    if not memo_holds(port, memo, request.sid, request.ssid):
+        event = lookup(hw, port, request.sid, request.ssid, memo, &index, &address)
     if event:
         if event < 0:
             return event
@@ -320,7 +406,10 @@ cdef inline int translate_one(
     if index == STAGE1_BYPASS:
         end_bypass(hw, request, context, outcome)
         return 0
-    event = walk(context, port, request.iova, request.access, &leaf)
+    if likely(context.simple):
+        event = walk(context, port, request.iova, request.access, &leaf, True)
+    else:
+        event = walk(context, port, request.iova, request.access, &leaf, False)
     if event < 0:
         return event
     if event:
@@ -359,7 +448,6 @@ cdef struct Slot:
     uint32_t ssid
     uint64_t block            # the last block that uses it, counted from 1; 0: never
     bint walks                # lookup succeeded and stage 1 translates
-    bint simple               # descriptors are little-endian, their addresses all in place
     Memo memo
 
 
@@ -379,6 +467,12 @@ cdef struct Near:
     uint64_t[2] table
     uint64_t[2] tables        # hierarchical attributes of the tables above it
     unsigned int[2] reach
+
+
+cdef inline void near_forget(Near* near) noexcept nogil:
+    near.slot = NULL
+    near.reach[0] = near.reach[1] = 1
+    near.tag[0] = near.tag[1] = ~<uint64_t>0  # no address has it
 
 
 cdef inline uint32_t load_u32(const ColumnC* column, size_t i) noexcept nogil:
@@ -461,36 +555,38 @@ cdef inline Slot* slot_of(
     if not (slot.block and slot.sid == sid and slot.ssid == ssid):
         if slot.block == block:
             return NULL
-        if near.slot == slot:
-            near.slot = NULL
+        near_forget(near)
         slot.sid = sid
         slot.ssid = ssid
         slot.walks = (
             lookup(hw, port, sid, ssid, &slot.memo, &index, &address) == 0
             and index != STAGE1_BYPASS
         )
-        slot.simple = slot.walks and not (
-            slot.memo.context.swap or slot.memo.context.half[0].high_address
-            or slot.memo.context.half[1].high_address)
     slot.block = block
     return slot
 
 
 cdef inline void near_keep(
-        Near* near, int which, Slot* slot, uint64_t va, unsigned int reach, uint64_t table,
-        uint64_t tables) noexcept nogil:
-    """Remember a table, not the first, that covers 2^reach bytes around an address.
+        Near* near, Slot* slot, const Half* half, uint64_t va, const Descent* at) noexcept nogil:
+    """Remember the last two tables of a walk, unless they are the first.
 
-    Addresses in its reach are in the range of the half, for the table above it indexes bits
-    beyond the reach.
+    Addresses in a table's reach are in the range of the half then, for the table above it
+    indexes bits beyond the reach.
     """
-    if near.slot != slot:
-        near.tag[1 - which] = ~<uint64_t>0  # no address has it
-    near.reach[which] = reach
-    near.tag[which] = va >> reach
-    near.table[which] = table
-    near.tables[which] = tables
+    cdef unsigned int reach = half.granule + half.stride
+    if reach > half.shift:
+        return
     near.slot = slot
+    near.reach[0] = reach
+    near.tag[0] = va >> reach
+    near.table[0] = at.table
+    near.tables[0] = at.tables
+    reach += half.stride
+    if at.above and reach <= half.shift:
+        near.reach[1] = reach
+        near.tag[1] = va >> reach
+        near.table[1] = at.above
+        near.tables[1] = at.tables_above
 
 
 cdef inline void set_out(
@@ -498,77 +594,56 @@ cdef inline void set_out(
         bint simple) noexcept nogil:
     """First pass: walk down to the last table and ask for its entry.
 
-    Whatever is not an ordinary walk is left to the scalar driver.  `simple` is slot.simple.
+    Whatever is not an ordinary walk is left to the scalar driver.  `simple` is
+    context.simple.
     """
     cdef const Context* context = &slot.memo.context
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     cdef const Half* half = &context.half[upper]
-    cdef uint64_t base = port.window.base
-    cdef uint64_t span = port.window.span
-    cdef const uint8_t* data = port.window.data
-    cdef uint64_t expected = half.table_bits
-    cdef uint64_t ia, table, tables, offset, address, raw, d
-    cdef unsigned int shift, granule, stride
+    cdef Descent at
+    cdef uint64_t ia, offset, raw = 0
+    cdef int status
     block.entry[i] = NULL
     block.slot[i] = slot
-    if va >> near.reach[0] == near.tag[0] and near.slot == slot:
-        tables = near.tables[0]
-        address = entry_address(half, near.table[0], va, half.granule)
+    if near.slot != slot:
+        near_forget(near)
+    if va >> near.reach[0] == near.tag[0]:
+        ia = va
+        at.table = near.table[0]
+        at.tables = near.tables[0]
+        at.shift = half.granule
     else:
-        granule = half.granule
-        stride = half.stride
-        if va >> near.reach[1] == near.tag[1] and near.slot == slot:
+        if va >> near.reach[1] == near.tag[1]:
             ia = va
-            table = near.table[1]
-            tables = near.tables[1]
-            shift = granule + stride
+            at.table = near.table[1]
+            at.tables = near.tables[1]
+            at.shift = half.granule + half.stride
         else:
             if not half.enabled or not in_range(va, half.range_mask, upper):
                 return
             ia = va & half.index_mask
-            table = half.table
-            tables = 0
-            shift = half.shift
-        while shift != granule:
-            if shift == granule + stride and shift != half.shift:
-                near_keep(near, 1, slot, va, shift + stride, table, tables)
-            address = entry_address(half, table, ia, shift)
-            offset = address - base
-            if likely(offset <= span):
-                raw = load64(data + offset)
-            else:
-                if fetch8(port, FETCH_TT, NO_LEVEL, address, &raw):
-                    return
-                raw = le64(raw)
-                base = port.window.base
-                span = port.window.span
-                data = port.window.data
-            d = le64(raw)
-            if not simple and context.swap:
-                d = swap64(d)
-            if unlikely((d & expected) != 3):  # no ordinary table: a block, or a fault
-                if descriptor_kind(d, 3 - <int>((shift - granule) // stride),
-                                   half.blocks) == DESC_LEAF:
-                    block.tables[i] = tables & half.keep
-                    block.shift[i] = shift
-                    block.held[i] = raw
-                    block.entry[i] = <const uint8_t*>&block.held[i]
-                return
-            table = next_table(d, half) if not simple else d & half.low_address
-            if not simple and table & context.over:
-                return
-            tables |= d
-            shift -= stride
-        if half.shift != granule:
-            near_keep(near, 0, slot, va, granule + stride, table, tables)
-        address = entry_address(half, table, ia, granule)
-    block.tables[i] = tables & half.keep
-    block.shift[i] = half.granule
-    offset = address - base
-    if likely(offset <= span):
-        block.entry[i] = data + offset
-        prefetch(data + offset)
-    elif fetch8(port, FETCH_TT, 3, address, &raw) == FETCH_OK:
+            at.table = half.table
+            at.tables = 0
+            at.shift = half.shift
+        status = descend(context, half, port, ia, &at, simple)
+        if unlikely(status != AT_PAGES):
+            if status == AT_OTHER and descriptor_kind(
+                    descriptor(context, at.raw, simple), level_of(half, at.shift),
+                    half.blocks) == DESC_LEAF:
+                block.tables[i] = at.tables & half.keep
+                block.shift[i] = at.shift
+                block.held[i] = at.raw
+                block.entry[i] = <const uint8_t*>&block.held[i]
+            return
+        near_keep(near, slot, half, va, &at)
+    block.tables[i] = at.tables & half.keep
+    block.shift[i] = at.shift
+    at.address = entry_address(half, at.table, ia, at.shift)
+    offset = at.address - port.window.base
+    if likely(offset <= port.window.span):
+        block.entry[i] = port.window.data + offset
+        prefetch(block.entry[i])
+    elif fetch8(port, FETCH_TT, 3, at.address, &raw) == FETCH_OK:
         block.held[i] = le64(raw)
         block.entry[i] = <const uint8_t*>&block.held[i]
 
@@ -589,9 +664,7 @@ cdef inline int arrive(
     if unlikely(block.entry[i] == NULL):
         return 1
     shift = block.shift[i]
-    d = le64(load64(block.entry[i]))
-    if not simple and context.swap:
-        d = swap64(d)
+    d = descriptor(context, load64(block.entry[i]), simple)
     # a page's bit 1 is set; a block's is not, as was checked when it was read
     if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
         return 1
@@ -608,7 +681,7 @@ cdef inline int arrive(
     if more:
         store_u8(&batch.fault, row, 0)
         store_u8(&batch.perm, row, admitted(context, perm))
-        store_u8(&batch.level, row, 3 - (shift - half.granule) // half.stride)
+        store_u8(&batch.level, row, level_of(half, shift))
         store_u8(&batch.page_lg2, row, shift)
         if batch.attr.data != NULL or batch.sh.data != NULL:
             attr = stage1_attr(context.attr, mair_byte(context.mair, d))
@@ -633,7 +706,7 @@ cdef inline int run_blocks(
     cdef unsigned int access
     cdef int status
     memo.whole = False
-    memset(&near, 0, sizeof(near))
+    near_forget(&near)
     if one_pair:
         slot = slot_of(hw, port, slots, load_u32(&batch.sid, 0), load_u32(&batch.ssid, 0), number,
                        &near)
@@ -653,7 +726,7 @@ cdef inline int run_blocks(
                 block.slot[i] = &slots[0]
                 continue
             va = load_u64(&batch.iova, start + i)
-            if likely(slot.simple):
+            if likely(slot.memo.context.simple):
                 set_out(&block, i, port, slot, va, &near, True)
             else:
                 set_out(&block, i, port, slot, va, &near, False)
@@ -662,7 +735,7 @@ cdef inline int run_blocks(
             access = load_u8(&batch.access, start + i) & 7
             if not one_pair:
                 slot = block.slot[i]
-            if likely(slot.simple):
+            if likely(slot.memo.context.simple):
                 status = arrive(&block, i, slot, va, access, batch, start + i, more, True)
             else:
                 status = arrive(&block, i, slot, va, access, batch, start + i, more, False)
@@ -701,7 +774,7 @@ cdef inline int translate_many(
         return 0
     for i in range(SLOTS):
         slots[i].block = 0
-        slots[i].simple = False
+        slots[i].memo.context.simple = False
         slots[i].memo.whole = False
     if one_pair and not more:
         return run_blocks(hw, port, batch, slots, True, False)

@@ -170,6 +170,7 @@ cdef struct Context:
     uint64_t mair
     uint16_t asid
     uint8_t two_ttbs       # bit 55 selects, and privilege matters
+    uint8_t simple         # descriptors are little-endian, their addresses all in place
     uint8_t swap           # big-endian descriptors
     uint8_t affd
     uint8_t regime         # REGIME_... bits for permissions
