@@ -82,7 +82,7 @@ cdef inline int l1std_next(
     """Where the level-2 array that an L1STD names holds the STE of this StreamID."""
     cdef unsigned int span = <unsigned int>l1std_span(&l1std)
     cdef uint64_t index = sid & low_mask(hw.split)
-    if span == 0 or span > hw.split + 1 or index >> (span - 1):
+    if span == 0 or span - 1 > hw.split or index >> (span - 1):
         return EVENT_C_BAD_STREAMID
     address[0] = (l1std_l2ptr(&l1std) & hw.pointer_mask & ~low_mask(span + 5)) + (index << 6)
     return 0

@@ -286,7 +286,7 @@ cdef inline int descend(
     cdef unsigned int granule = half.granule
     cdef unsigned int stride = half.stride
     cdef int status
-    at.above = at.tables_above = 0
+    at.above = at.tables_above = at.address = at.raw = 0
     while at.shift != granule:
         at.address = entry_address(half, at.table, ia, at.shift)
         offset = at.address - base
@@ -326,6 +326,7 @@ cdef inline int walk(
     cdef int status
     cdef uint64_t d = 0
     leaf.perm = 0
+    leaf.address = 0
     if not half.enabled or not in_range(va, half.range_mask, upper):
         return EVENT_F_TRANSLATION
     if not (half.unprivileged or effective_access(context, access) & ACCESS_PRIV):
@@ -473,6 +474,7 @@ cdef inline void near_forget(Near* near) noexcept nogil:
     near.slot = NULL
     near.reach[0] = near.reach[1] = 1
     near.tag[0] = near.tag[1] = ~<uint64_t>0  # no address has it
+    near.table[0] = near.table[1] = near.tables[0] = near.tables[1] = 0
 
 
 cdef inline uint32_t load_u32(const ColumnC* column, size_t i) noexcept nogil:
@@ -522,7 +524,7 @@ cdef inline void store_outcome(const BatchC* batch, size_t i, const Outcome* o) 
     store_u8(&batch.page_lg2, i, o.page_lg2)
     store_u8(&batch.attr, i, o.attr)
     store_u8(&batch.sh, i, o.sh)
-    store_record(&batch.record, i, o.record if o.event else NULL)
+    store_record(&batch.record, i, <const uint64_t*>o.record if o.event else NULL)
 
 
 cdef inline int batch_scalar(
@@ -757,7 +759,7 @@ cdef inline int translate_many(
     cdef Slot[SLOTS] slots
     cdef Memo memo
     cdef size_t i
-    cdef int status
+    cdef int k, status
     cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
     cdef bint more = (
         batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
@@ -772,10 +774,9 @@ cdef inline int translate_many(
             if status:
                 return status
         return 0
-    for i in range(SLOTS):
-        slots[i].block = 0
-        slots[i].memo.context.simple = False
-        slots[i].memo.whole = False
+    for k in range(SLOTS):
+        slots[k].block = 0
+        slots[k].memo.context.simple = False
     if one_pair and not more:
         return run_blocks(hw, port, batch, slots, True, False)
     return run_blocks(hw, port, batch, slots, one_pair, more)
