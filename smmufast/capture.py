@@ -1,0 +1,1028 @@
+"""Captures: memory images and registers on disk, with what another implementation made of them.
+
+Not architectural, except for the notes on fair comparison below.  A capture is a directory of one
+of two kinds.  Numbers in JSON are integers or strings of hexadecimal digits after ``0x``.
+
+Kind "linux": one configuration
+-------------------------------
+``meta.json``
+    An object.  ``regs``: registers by name; STRTAB_BASE, STRTAB_BASE_CFG, CR0, IDR0, IDR1, IDR3
+    and IDR5 are needed, AIDR (default 1), CR2 (default 0) and GBPA (default 0x1000) are read,
+    others are kept.  The RAM: ``ram_base`` and ``ram_size`` in bytes, or ``regions``, a list of
+    [base, size].  Anything else is kept.
+``pages.npz``
+    ``page_addr`` uint64[N], multiples of 4096; ``pages`` uint8[N, 4096].  RAM that no page covers
+    reads as zero; outside RAM a read is an external abort.
+``requests.jsonl.gz``
+    One successful translation a line: ``sid``, ``iova``, ``pa``, ``perm``, ``stage``, ``level``,
+    ``page_shift``; ``bypass`` true for one that was not translated.  ``perm`` is what the page
+    permits: 1 read, 2 write, 4 execute.  The line is replayed as a read if bit 0 is set, else as a
+    write, and each access that ``perm`` denies must give F_PERMISSION.
+``events.jsonl.gz``
+    One event a line: ``sid``, ``iova``, ``rnw``, ``hex`` (the record in memory order);
+    ``action``, "abort" if absent.
+``queues.npz``
+    As ``pages.npz``: pages of the command and event queues.  May be absent.
+
+Lines of both lists may have ``ssid``, ``instr`` and ``priv``.  Where ``priv`` is given, records
+are compared to the last bit, and ``perm`` has three bits.  Where it is absent, the implementation
+that was recorded took every access as privileged data although its records say PnU=0: such lines
+are replayed so, and PnU and InD are not compared.
+
+Kind "cases": many configurations
+---------------------------------
+``pages.npz``
+    ``pages`` uint8[K, 4096].
+``cases.jsonl.gz``
+    First ``{"header": {"idr": {...}, "ram": [lo, hi], ...}}``, then a configuration a line:
+    ``id``, ``cr0``, ``regs``, ``pages`` ([address, index] pairs) and ``reqs``.  A request has
+    ``sid``, ``iova``, ``rnw``, and ``out``: ``k`` is "ok" (pa, perm, stage), "event" (name, rec),
+    "fault_silent", "abort", "bypass" or "disable".  ``arch_differs`` {cause, arch, why} replaces
+    ``out``; ``rec_differs`` lists fields of the record, "NAME:VALUE", to replace.
+
+Comparing fairly
+----------------
+These apply to lines without ``priv``; they undo what the recorded implementation does otherwise
+than the architecture (IHI 0070 7.3).  PnU and InD are not compared.  Records of class CD and TT
+may hold RnW=1 for a write: RnW is that of the transaction.  F_CD_FETCH holds its address in bits
+[191:128]: it is moved to FetchAddr.  IPA[11:0] and TTRnW are not compared.  Configurations of kind
+"cases" run with CR2.RECINVSID=1.  "disable" is recorded for addresses beyond OAS too, where the
+architecture has an abort without an event (6.3.14): such requests have the cause "bypass_oas
+(SMMUEN=0)".
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.lib import format as npy
+
+from smmufast import layout
+from smmufast._memory import Memory
+from smmufast._smmu import NO_SUBSTREAM, Smmu, modelled
+from smmufast.faults import ACTIONS
+from smmufast.features import Features
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["ANY", "REQUEST", "UNTOLD", "Capture", "CaptureError", "Configuration", "Expected"]
+
+PAGE = 4096
+MAX_PAGES = 1 << 18
+"""Pages that one file may hold (1 GiB)."""
+MAX_TEXT = 1 << 30
+"""Bytes that one list may unpack to."""
+MAX_LINE = 1 << 26
+"""Bytes of one line of a list."""
+MAX_RAM = 1 << 52
+"""Bytes of one region of RAM."""
+
+ANY = "any"
+"""In `Expected.fault`: some fault, of a kind that the capture does not tell."""
+UNTOLD = "untold"
+"""In `Expected.fault`: the capture does not tell whether there was one."""
+
+REQUEST = np.dtype(
+    [
+        ("sid", "<u4"),
+        ("ssid", "<u4"),
+        ("iova", "<u8"),
+        ("write", "?"),
+        ("priv", "?"),
+        ("instr", "?"),
+    ]
+)
+"""A request in an array; ssid 0xFFFFFFFF is none."""
+
+_U32 = (1 << 32) - 1
+_U64 = (1 << 64) - 1
+_HEX = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
+_NEEDED = ("STRTAB_BASE", "STRTAB_BASE_CFG", "CR0", "IDR0", "IDR1", "IDR3", "IDR5")
+_DEFAULTS = {"AIDR": 1, "CR2": 0, "GBPA": 0x1000}
+_CR0 = layout.REGISTERS["CR0"]
+_EVENTQEN = _CR0.field("EVENTQEN").mask
+_SMMUEN = _CR0.field("SMMUEN").mask
+_RECINVSID = layout.REGISTERS["CR2"].field("RECINVSID").mask
+
+
+class CaptureError(ValueError):
+    """A capture that cannot be read: which file, which line, and what is wrong.
+
+    Attributes
+    ----------
+    path : str
+    line : int or None
+        Counted from 1; None when the file has no lines or the whole of it is meant.
+    """
+
+    def __init__(self, path: str, line: int | None, problem: str) -> None:
+        """Name the file, the line and the problem."""
+        self.path = path
+        self.line = line
+        super().__init__(f"{path}{'' if line is None else f':{line}'}: {problem}")
+
+
+class Expected(NamedTuple):
+    """What a request of a capture should give; None stands for what is not told.
+
+    Attributes
+    ----------
+    action : str
+        One of ACTIONS.
+    fault : str or None
+        Name of the fault, None for no fault, ANY or UNTOLD.
+    recorded : bool
+        Whether the fault is recorded.
+    pa : int or None
+    perm : int or None
+        Accesses permitted with the request's privilege: 1 read, 2 write, 4 execute.
+    perm_bits : int
+        Bits of `perm` that are told.
+    stage : int or None
+        0 bypass, 1, 2, or 3 for both.
+    level : int or None
+    page_lg2 : int or None
+    record, mask : bytes or None
+        The event record in memory order, corrected to the architecture, and its bits that can be
+        compared.
+    cause : str or None
+        Why the recorded implementation and the architecture differ; the values here are the
+        architecture's.
+    line : int
+        Where it stands in its file.
+    """
+
+    action: str
+    fault: str | None = None
+    recorded: bool = False
+    pa: int | None = None
+    perm: int | None = None
+    perm_bits: int = 3
+    stage: int | None = None
+    level: int | None = None
+    page_lg2: int | None = None
+    record: bytes | None = None
+    mask: bytes | None = None
+    cause: str | None = None
+    line: int = 0
+
+
+# --- reading files --------------------------------------------------------------------------------
+
+
+class _Line:
+    """A JSON object and where it stands; its members are asked for by type."""
+
+    __slots__ = ("number", "path", "values")
+
+    def __init__(self, path: str, number: int | None, values: Any) -> None:
+        self.path = path
+        self.number = number
+        if not isinstance(values, dict):
+            self.bad(f"{_kind(values)} found; an object is wanted")
+        self.values: dict[str, Any] = values
+
+    def bad(self, problem: str) -> NoReturn:
+        raise CaptureError(self.path, self.number, problem)
+
+    def get(self, name: str) -> Any:
+        if name not in self.values:
+            self.bad(f"{name} is missing")
+        return self.values[name]
+
+    def number_of(self, name: str, value: Any, last: int, first: int = 0) -> int:
+        if type(value) is str and _HEX.fullmatch(value):
+            value = int(value, 16)
+        if type(value) is not int:
+            self.bad(f"{name}: {_kind(value)} found; a number is wanted")
+        if not first <= value <= last:
+            # a number of a million digits is not printed
+            shown = f"{value:#x}" if value.bit_length() <= 128 else "a huge number"
+            self.bad(f"{name}: {shown} found; {first} to {last:#x} allowed")
+        return value
+
+    def integer(self, name: str, last: int, first: int = 0) -> int:
+        return self.number_of(name, self.get(name), last, first)
+
+    def flag(self, name: str) -> bool:
+        """Return an optional member that is 0 or 1, or false or true."""
+        value = self.values.get(name, 0)
+        return value if type(value) is bool else bool(self.number_of(name, value, 1))
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            self.bad(f"{name}: {_kind(value)} found; a string is wanted")
+        return value
+
+    def list(self, name: str, length: int | None = None) -> list[Any]:
+        value = self.get(name)
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            size = "" if length is None else f" of {length}"
+            self.bad(f"{name}: {_kind(value)} found; a list{size} is wanted")
+        return value
+
+    def inner(self, name: str) -> _Line:
+        """Return a member that is an object itself."""
+        value = self.get(name)
+        if not isinstance(value, dict):
+            self.bad(f"{name}: {_kind(value)} found; an object is wanted")
+        return _Line(self.path, self.number, value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    return {str: "a string", bool: "a truth value", float: "a fraction", int: "a number"}.get(
+        type(value), "null"
+    )
+
+
+def _parse(path: str, number: int | None, text: bytes) -> _Line:
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise CaptureError(path, number, "not JSON: nested too deeply") from None
+    except ValueError as error:
+        # also an unknown encoding, and a number of too many digits
+        reason = getattr(error, "msg", None) or str(error).partition(";")[0]
+        raise CaptureError(path, number, f"not JSON: {reason}") from None
+    return _Line(path, number, values)
+
+
+def _open_error(path: str, error: OSError) -> CaptureError:
+    return CaptureError(path, None, error.strerror or str(error))
+
+
+def _lines(path: str) -> Iterator[_Line]:
+    """Yield the objects of a compressed list."""
+    number = 0
+    total = 0
+    try:
+        with gzip.open(path, "rb") as file:
+            while text := file.readline(MAX_LINE + 1):
+                number += 1
+                total += len(text)
+                if len(text) > MAX_LINE:
+                    raise CaptureError(path, number, f"longer than {MAX_LINE} bytes")
+                if total > MAX_TEXT:
+                    raise CaptureError(path, number, f"the list unpacks to over {MAX_TEXT} bytes")
+                if text.strip():
+                    yield _parse(path, number, text)
+    except EOFError:
+        raise CaptureError(path, number + 1, "the compressed data is cut off") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise CaptureError(path, number + 1, f"the compressed data is damaged: {error}") from None
+    except OSError as error:
+        raise _open_error(path, error) from None
+
+
+def _arrays(path: str, **wanted: tuple[str, int]) -> list[NDArray[Any]]:
+    """Read arrays of an .npz file, given the dtype and the size of a row in bytes of each.
+
+    Sizes are checked before anything is unpacked, and no objects are read.
+    """
+    found = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = set(archive.namelist())
+            for name, (dtype, row) in wanted.items():
+                if f"{name}.npy" not in members:
+                    raise CaptureError(path, None, f"there is no array {name}")
+                with archive.open(f"{name}.npy") as file:
+                    found.append(_array(path, name, file, np.dtype(dtype), row))
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise CaptureError(path, None, f"the archive is damaged: {error}") from None
+    except (NotImplementedError, RuntimeError) as error:
+        # a compression or an encryption that zipfile does not know
+        raise CaptureError(path, None, f"the archive cannot be unpacked: {error}") from None
+    except OSError as error:
+        raise _open_error(path, error) from None
+    return found
+
+
+def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> NDArray[Any]:
+    width = row // dtype.itemsize
+    try:
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, given = read(file)
+    except ValueError as error:
+        raise CaptureError(path, None, f"{name}: {str(error).partition(chr(10))[0]}") from None
+    if given != dtype or given.hasobject:
+        raise CaptureError(path, None, f"{name}: dtype {given} found; {dtype} is wanted")
+    if shape[1:] != (() if width == 1 else (width,)) or not shape or fortran:
+        size = "(N,)" if width == 1 else f"(N, {width}), in rows,"
+        raise CaptureError(path, None, f"{name}: shape {shape} found; {size} is wanted")
+    if shape[0] > MAX_PAGES:
+        raise CaptureError(path, None, f"{name}: {shape[0]} pages found; {MAX_PAGES} allowed")
+    data = file.read(shape[0] * row)
+    if len(data) != shape[0] * row:
+        raise CaptureError(
+            path, None, f"{name}: {len(data)} bytes found; shape {shape} has {shape[0] * row}"
+        )
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+# --- expected outcomes ----------------------------------------------------------------------------
+
+
+def _absolute(name: str) -> int:
+    field = layout.EVENT.field(name)
+    return field.mask << 64 * field.dword
+
+
+_ALL = (1 << 256) - 1
+_PNU_IND = _absolute("PnU") | _absolute("InD")
+_TTRNW = _absolute("TTRnW")
+_DWORD2 = _U64 << 128
+_DWORD3 = _U64 << 192
+_IPA_LOW = (PAGE - 1) << 192
+_CLASS_TT = 1
+_CLASS_IN = 2
+
+
+def _record(line: _Line, name: str) -> bytes:
+    text = line.text(name)
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        line.bad(f"{name}: not hexadecimal bytes")
+    if len(raw) != 32:
+        line.bad(f"{name}: {len(raw)} bytes found; an event record has 32")
+    if raw[0] not in layout.EVENTS:
+        line.bad(f"{name}: event number {raw[0]:#x} found; there is no such event")
+    return raw
+
+
+def _fair(line: _Line, raw: bytes, write: bool, differs: Sequence[Any]) -> tuple[bytes, bytes]:
+    """Return a record as the architecture has it, and its bits that can be compared."""
+    rec = layout.EVENTS[raw[0]]
+    word = int.from_bytes(raw, "little")
+    mask = _ALL
+    if raw[0] == layout.Event.F_CD_FETCH and not word & _DWORD3:
+        word = word & ~_DWORD2 | (word & _DWORD2) << 64
+    changed = {}
+    for item in differs:
+        name, _, value = item.partition(":") if isinstance(item, str) else ("", "", "")
+        try:
+            field = rec.field(name)
+            changed[field.name] = number = int(value, 0)
+            new = layout.pack(rec, **{field.name: number}) & field.mask << 64 * field.dword
+        except ValueError:
+            line.bad(f"rec_differs: {item!r} is not a field of {rec.name} and its value")
+        word = word & ~(field.mask << 64 * field.dword) | new
+    fields = layout.unpack(rec, word)
+    if "CLASS" in fields:
+        if fields["CLASS"] != _CLASS_IN and write:
+            word &= ~_absolute("RnW")
+        if fields["CLASS"] == _CLASS_TT and "TTRnW" in fields:
+            mask &= ~_TTRNW
+    if "PnU" in fields:
+        mask &= ~_PNU_IND
+    if "IPA" in fields:
+        if fields["S2"]:
+            mask &= ~_IPA_LOW
+        elif "S2" in changed:
+            word &= ~_DWORD3
+    return word.to_bytes(32, "little"), mask.to_bytes(32, "little")
+
+
+_EXACT = _ALL.to_bytes(32, "little")
+
+
+def _outcome(
+    line: _Line, out: _Line, iova: int, write: bool, queue: bool, oas_bits: int, **more: Any
+) -> Expected:
+    """Return what an ``out`` or ``arch`` of kind "cases" says."""
+    kind = out.text("k")
+    told = {"line": line.number, **more}
+    if kind == "ok":
+        stage = out.integer("stage", 3, 1) if "stage" in out.values else None
+        # the perm of a nested translation is stage 1's alone
+        perm = out.integer("perm", 3) if "perm" in out.values and stage != 3 else None
+        return Expected("ok", pa=out.integer("pa", _U64), perm=perm, stage=stage, **told)
+    if kind in ("bypass", "disable"):
+        if kind == "disable" and iova >> oas_bits:
+            told["cause"] = "bypass_oas (SMMUEN=0)"
+            return Expected("abort", **told)
+        action = "bypass" if kind == "bypass" else "disabled"
+        return Expected(action, pa=iova, stage=0, **told)
+    if kind == "abort":
+        return Expected("abort", None if queue else UNTOLD, **told)
+    if kind == "fault_silent":
+        return Expected("abort", ANY if queue else UNTOLD, **told)
+    if kind != "event":
+        out.bad(f"k: {kind!r} found; ok, event, fault_silent, abort, bypass or disable is wanted")
+    name = out.text("name")
+    if name not in layout.Event.__members__:
+        out.bad(f"name: {name!r} found; there is no such event")
+    told |= {"fault": name, "recorded": queue}
+    if "rec" not in out.values:
+        return Expected("abort", **told)
+    raw = _record(out, "rec")
+    if raw[0] != layout.Event[name]:
+        out.bad(f"rec: that of event {raw[0]:#x} found; name says {name}")
+    differs = line.list("rec_differs") if "rec_differs" in line.values else ()
+    record, mask = _fair(line, raw, write, differs)
+    return Expected("abort", record=record, mask=mask, **told)
+
+
+class _Requests:
+    """Requests and what is expected of them, as they are read."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int, int, bool, bool, bool]] = []
+        self.expected: list[Expected] = []
+
+    def array(self) -> NDArray[Any]:
+        array = np.array(self.rows, REQUEST)
+        array.flags.writeable = False
+        return array
+
+    def add(self, row: tuple[int, int, int, bool, bool, bool], expected: Expected) -> None:
+        self.rows.append(row)
+        self.expected.append(expected)
+
+    def add_case(self, line: _Line, inner: Any, queue: bool, oas_bits: int) -> None:
+        request = _Line(line.path, line.number, inner)
+        sid = request.integer("sid", _U32)
+        iova = request.integer("iova", _U64)
+        write = not request.integer("rnw", 1)
+        if "arch_differs" in request.values:
+            differs = request.inner("arch_differs")
+            cause = differs.text("cause")
+            out = differs.inner("arch")
+            expected = _outcome(request, out, iova, write, queue, oas_bits, cause=cause)
+        else:
+            expected = _outcome(request, request.inner("out"), iova, write, queue, oas_bits)
+        self.add((sid, NO_SUBSTREAM, iova, write, True, False), expected)
+
+    def _common(self, line: _Line) -> tuple[int, int, int, bool, bool, bool]:
+        """Return sid, ssid, iova, priv, instr and whether the access is told."""
+        ssid = line.integer("ssid", 0xFFFFF) if line.values.get("ssid") is not None else None
+        told = "priv" in line.values
+        return (
+            line.integer("sid", _U32),
+            NO_SUBSTREAM if ssid is None else ssid,
+            line.integer("iova", _U64),
+            line.flag("priv") if told else True,
+            line.flag("instr"),
+            told,
+        )
+
+    def add_translation(self, line: _Line, enabled: bool) -> None:
+        sid, ssid, iova, priv, instr, told = self._common(line)
+        bits = 7 if told else 3
+        perm = line.integer("perm", 7)
+        pa = line.integer("pa", _U64)
+        if line.flag("bypass"):
+            expected = Expected(
+                "bypass" if enabled else "disabled", pa=pa, stage=0, line=line.number or 0
+            )
+        else:
+            expected = Expected(
+                "ok",
+                pa=pa,
+                perm=perm & bits,
+                perm_bits=bits,
+                stage=line.integer("stage", 3),
+                level=line.integer("level", 3, -1),
+                page_lg2=line.integer("page_shift", 63),
+                line=line.number or 0,
+            )
+            if not perm & (4 if instr else 3):
+                line.bad(f"perm: {perm} found; it permits no access that could be replayed")
+        self.add((sid, ssid, iova, not instr and not perm & 1, priv, instr), expected)
+
+    def add_event(self, line: _Line) -> None:
+        sid, ssid, iova, priv, instr, told = self._common(line)
+        write = not line.flag("rnw") if "rnw" in line.values else line.bad("rnw is missing")
+        action = line.text("action") if "action" in line.values else "abort"
+        if action not in ("abort", "raz_wi"):
+            line.bad(f"action: {action!r} found; abort or raz_wi is wanted")
+        raw = _record(line, "hex")
+        record, mask = (raw, _EXACT) if told else _fair(line, raw, write, ())
+        expected = Expected(
+            action,
+            layout.Event(raw[0]).name,
+            True,
+            record=record,
+            mask=mask,
+            line=line.number or 0,
+        )
+        self.add((sid, ssid, iova, write, priv, instr), expected)
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+class Configuration:
+    """Memory, registers and requests of one state of an SMMU.
+
+    Attributes
+    ----------
+    id : str
+    registers : dict of str to int
+        By name, as recorded.
+    features : Features
+        As recorded.
+    masked : dict of str to int
+        Features that were recorded and that this version does not model, with the codes recorded;
+        `smmu` leaves them out.
+    regions : tuple of (int, int)
+        Base and size of the RAM, in bytes, ascending.
+    page_addresses : uint64[N]
+    requests : array of REQUEST
+        Read-only.
+    expected : list of Expected
+        One for each request.
+    source : str
+        The file that the requests come from.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        registers: dict[str, int],
+        features: Features,
+        regions: tuple[tuple[int, int], ...],
+        page_addresses: NDArray[np.uint64],
+        pages: NDArray[np.uint8],
+        rows: NDArray[np.intp] | None,
+        requests: _Requests,
+        source: str,
+        sources: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        """Take what `Capture.load` has read and checked."""
+        self.id = id
+        self.registers = registers
+        self.features = features
+        self.masked: dict[str, int] = modelled(features)[1]
+        self.regions = regions
+        self.page_addresses = page_addresses
+        self.requests = requests.array()
+        self.expected = requests.expected
+        self.source = source
+        self._sources = sources
+        self._pages = pages
+        self._rows = rows
+
+    def where(self, index: int) -> str:
+        """Return the file and line that a request stands in."""
+        path = self.source
+        for first, other in self._sources:
+            if index >= first:
+                path = other
+        return f"{os.path.basename(path)}:{self.expected[index].line}"
+
+    def page(self, index: int) -> NDArray[np.uint8]:
+        """Return the contents of the page at ``page_addresses[index]``: uint8[4096]."""
+        return self._pages[index if self._rows is None else self._rows[index]]
+
+    def memory(self) -> Memory:
+        """Return a new Memory that holds the pages; other RAM reads as zero."""
+        memory = Memory()
+        for base, size in self.regions:
+            memory.add_private(base, size)
+        for i, address in enumerate(self.page_addresses.tolist()):
+            page = self.page(i)
+            for base, size in self.regions:
+                first, end = max(base, address), min(base + size, address + PAGE)
+                if first < end:
+                    memory.write(first, page[first - address : end - address])
+        return memory
+
+    def smmu(self, memory: Memory | None = None) -> Smmu:
+        """Return a Smmu with the recorded registers, by default over a new `memory()`.
+
+        Its features are those recorded without `masked`.
+        """
+        return Smmu(
+            self.memory() if memory is None else memory,
+            modelled(self.features)[0],
+            strtab_base=self.registers["STRTAB_BASE"],
+            strtab_base_cfg=self.registers["STRTAB_BASE_CFG"],
+            cr0=self.registers["CR0"],
+            cr2=self.registers["CR2"],
+            gbpa=self.registers["GBPA"],
+        )
+
+    def __repr__(self) -> str:
+        """Name it and say how large it is."""
+        masked = "".join(f" masked {name}={value}" for name, value in self.masked.items())
+        return (
+            f"<Configuration {self.id}: {len(self.page_addresses)} pages, "
+            f"{len(self.requests)} requests{masked}>"
+        )
+
+
+def _registers(line: _Line, given: Mapping[str, Any], needed: Iterable[str]) -> dict[str, int]:
+    registers = dict(_DEFAULTS)
+    for name, value in given.items():
+        record = layout.REGISTERS.get(name)
+        last = _U64 if record is None or record.bytes == 8 else _U32
+        registers[name] = line.number_of(name, value, last)
+    for name in needed:
+        if name not in registers:
+            line.bad(f"register {name} is missing")
+    return registers
+
+
+def _features(line: _Line, registers: Mapping[str, int]) -> Features:
+    try:
+        return Features.from_idr(*(registers[n] for n in ("IDR0", "IDR1", "IDR3", "IDR5", "AIDR")))
+    except ValueError as error:
+        line.bad(f"identification registers: {error}")
+
+
+def _regions(line: _Line, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    regions = tuple(sorted(pairs))
+    end = 0
+    for base, size in regions:
+        if base % 8 or not 0 < size <= MAX_RAM or base + size > _U64 + 1:
+            line.bad(
+                f"RAM of {size:#x} bytes at {base:#x}: it must start at a multiple of 8, and "
+                f"have 1 to {MAX_RAM:#x} bytes"
+            )
+        if base < end:
+            line.bad(f"RAM at {base:#x} overlaps the region before it")
+        end = base + size
+    if not regions:
+        line.bad("regions: there is no RAM")
+    return regions
+
+
+def _check_pages(
+    path: str,
+    number: int | None,
+    addresses: NDArray[np.uint64],
+    regions: tuple[tuple[int, int], ...],
+) -> None:
+    """Raise unless every page is aligned, touches RAM and is given once."""
+    bad = addresses % np.uint64(PAGE) != 0
+    if bad.any():
+        raise CaptureError(
+            path, number, f"page at {int(addresses[bad][0]):#x}: not a multiple of {PAGE}"
+        )
+    touches = np.zeros(len(addresses), bool)
+    for base, size in regions:
+        last = np.uint64(base + size - 1)
+        touches |= (addresses <= last) & (addresses >= np.uint64(base // PAGE * PAGE))
+    if not touches.all():
+        raise CaptureError(
+            path,
+            number,
+            f"page at {int(addresses[~touches][0]):#x}: outside RAM, "
+            "which is " + ", ".join(f"{b:#x} to {b + s - 1:#x}" for b, s in regions),
+        )
+    values, counts = np.unique(addresses, return_counts=True)
+    if len(values) != len(addresses):
+        raise CaptureError(path, number, f"page at {int(values[counts > 1][0]):#x}: given twice")
+
+
+class Capture:
+    """A capture: a sequence of configurations with what is expected of them.
+
+    Attributes
+    ----------
+    path : str
+    kind : str
+        "linux" (one configuration) or "cases" (many).
+    meta : dict
+        ``meta.json``, or the header of the list.
+    """
+
+    def __init__(
+        self, path: str, kind: str, meta: dict[str, Any], configurations: list[Configuration]
+    ) -> None:
+        """Take what `load` has read."""
+        self.path = path
+        self.kind = kind
+        self.meta = meta
+        self._configurations = configurations
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return os.path.basename(os.path.abspath(self.path))
+
+    @property
+    def masked(self) -> dict[str, int]:
+        """Features recorded that this version does not model, as in `Configuration.masked`."""
+        return self._configurations[0].masked
+
+    def __len__(self) -> int:
+        """Count the configurations."""
+        return len(self._configurations)
+
+    def __getitem__(self, index: int) -> Configuration:
+        """Return one configuration."""
+        return self._configurations[index]
+
+    def __iter__(self) -> Iterator[Configuration]:
+        """Iterate over the configurations."""
+        return iter(self._configurations)
+
+    def configuration(self, id: str) -> Configuration:
+        """Return the configuration of that id, KeyError if there is none."""
+        for configuration in self._configurations:
+            if configuration.id == id:
+                return configuration
+        raise KeyError(id)
+
+    def __repr__(self) -> str:
+        """Name it and say how large it is."""
+        requests = sum(len(c.requests) for c in self)
+        return f"<Capture {self.name}: {len(self)} configurations, {requests} requests>"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Capture:
+        """Read a capture of either kind.
+
+        Raises
+        ------
+        CaptureError
+            It cannot be read: the message names the file, the line and what is wrong.
+        """
+        path = os.fspath(path)
+        if os.path.exists(os.path.join(path, "cases.jsonl.gz")):
+            return cls._load_cases(path)
+        if os.path.exists(os.path.join(path, "meta.json")):
+            return cls._load_linux(path)
+        if not os.path.isdir(path):
+            raise CaptureError(path, None, "there is no such directory")
+        raise CaptureError(path, None, "no capture: neither meta.json nor cases.jsonl.gz is there")
+
+    @classmethod
+    def _load_linux(cls, path: str) -> Capture:
+        where = os.path.join(path, "meta.json")
+        try:
+            with open(where, "rb") as file:
+                meta = _parse(where, None, file.read(MAX_LINE))
+        except OSError as error:
+            raise _open_error(where, error) from None
+        registers = _registers(meta, meta.inner("regs").values, _NEEDED)
+        features = _features(meta, registers)
+        if "regions" in meta.values:
+            pairs = []
+            for item in meta.list("regions"):
+                if not isinstance(item, list) or len(item) != 2:
+                    meta.bad(f"regions: {_kind(item)} found; lists of base and size are wanted")
+                base, size = (meta.number_of("regions", value, _U64) for value in item)
+                pairs.append((base, size))
+        else:
+            pairs = [(meta.integer("ram_base", _U64), meta.integer("ram_size", _U64))]
+        regions = _regions(meta, pairs)
+        where = os.path.join(path, "pages.npz")
+        addresses, pages = _arrays(where, page_addr=("<u8", 8), pages=("u1", PAGE))
+        if len(addresses) != len(pages):
+            raise CaptureError(where, None, f"{len(addresses)} addresses for {len(pages)} pages")
+        _check_pages(where, None, addresses, regions)
+        where = os.path.join(path, "queues.npz")
+        if os.path.exists(where):
+            queue_addresses, _ = _arrays(where, page_addr=("<u8", 8), pages=("u1", PAGE))
+            _check_pages(where, None, queue_addresses, regions)
+        requests = _Requests()
+        source = os.path.join(path, "requests.jsonl.gz")
+        for line in _lines(source):
+            requests.add_translation(line, bool(registers["CR0"] & _SMMUEN))
+        events = os.path.join(path, "events.jsonl.gz")
+        sources = [(len(requests.rows), events)]
+        for line in _lines(events):
+            requests.add_event(line)
+        name = os.path.basename(os.path.abspath(path))
+        configuration = Configuration(
+            name, registers, features, regions, addresses, pages, None, requests, source, sources
+        )
+        return cls(path, "linux", meta.values, [configuration])
+
+    @classmethod
+    def _load_cases(cls, path: str) -> Capture:
+        where = os.path.join(path, "pages.npz")
+        (pages,) = _arrays(where, pages=("u1", PAGE))
+        where = os.path.join(path, "cases.jsonl.gz")
+        lines = _lines(where)
+        first = next(lines, None)
+        if first is None:
+            raise CaptureError(where, None, "empty; a header is wanted")
+        header = first.inner("header")
+        identification = header.inner("idr").values
+        registers = _registers(header, identification, ("IDR0", "IDR1", "IDR3", "IDR5"))
+        features = _features(header, registers)
+        low, high = (header.number_of("ram", v, _U64) for v in header.list("ram", 2))
+        regions = _regions(header, [(low, high - low)])
+        configurations = []
+        ids = set()
+        for line in lines:
+            id = line.text("id")
+            if id in ids:
+                line.bad(f"id: {id!r} is that of an earlier configuration")
+            ids.add(id)
+            mine = {"CR0": line.integer("cr0", _U32), "CR2": _RECINVSID}
+            mine = _registers(line, identification | line.inner("regs").values | mine, _NEEDED)
+            pairs = line.list("pages")
+            addresses = np.empty(len(pairs), np.uint64)
+            rows = np.empty(len(pairs), np.intp)
+            for i, pair in enumerate(pairs):
+                if not isinstance(pair, list) or len(pair) != 2:
+                    line.bad(f"pages: {_kind(pair)} found; lists of address and index are wanted")
+                addresses[i] = line.number_of("pages", pair[0], _U64)
+                rows[i] = line.number_of("pages", pair[1], len(pages) - 1)
+            _check_pages(where, line.number, addresses, regions)
+            requests = _Requests()
+            queue = bool(mine["CR0"] & _EVENTQEN)
+            for request in line.list("reqs"):
+                requests.add_case(line, request, queue, features.oas_bits)
+            configurations.append(
+                Configuration(id, mine, features, regions, addresses, pages, rows, requests, where)
+            )
+        if not configurations:
+            raise CaptureError(where, None, "a header and no configuration")
+        return cls(path, "cases", header.values, configurations)
+
+    @classmethod
+    def save(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        smmu: Smmu | None = None,
+        memory: Memory | None = None,
+        registers: Mapping[str, int] | None = None,
+        requests: Iterable[Mapping[str, Any]] = (),
+        events: Iterable[Mapping[str, Any]] = (),
+        pages: Iterable[int] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Capture:
+        """Write a capture of kind "linux" into a new directory, and return it as `load` does.
+
+        Parameters
+        ----------
+        path : path
+            A directory that does not exist or is empty.
+        smmu : Smmu, optional
+            Whose memory, registers and features are written.
+        memory, registers : Memory, mapping, optional
+            In place of `smmu`: registers by name, as the format needs them.
+        requests, events : iterable of mapping
+            Lines of the format.  A request without ``pa`` is translated now and what comes of
+            it is written: it needs ``sid`` and ``iova`` and may have ``ssid``, ``write``,
+            ``priv`` and ``instr``.
+        pages : iterable of int, optional
+            Addresses of the pages to write.  By default those that the registers lead to: stream
+            table, context descriptors and stage-1 tables.  Pages of zeros are left out.
+        meta : mapping, optional
+            More members of ``meta.json``.
+
+        Raises
+        ------
+        FileExistsError
+            The directory holds something.
+        ValueError
+            The pages cannot be found because the tables are of a kind that is not modelled or are
+            larger than 1 GiB; or a request ends without an event, which the format cannot hold.
+        """
+        from smmufast import streams
+
+        if smmu is None:
+            if memory is None or registers is None:
+                raise TypeError("smmu, or memory and registers, needed")
+            line = _Line("registers", None, {})
+            given = _registers(line, registers, _NEEDED)
+            features = _features(line, given)
+            kept, masked = modelled(features)
+            smmu = Smmu(
+                memory,
+                kept,
+                strtab_base=given["STRTAB_BASE"],
+                strtab_base_cfg=given["STRTAB_BASE_CFG"],
+                cr0=given["CR0"],
+                cr2=given["CR2"],
+                gbpa=given["GBPA"],
+            )
+        else:
+            if memory is not None or registers is not None:
+                raise TypeError("memory, registers: given beside smmu, which has its own")
+            memory = smmu.memory
+            given = _registers_of(smmu)
+            masked = {}
+        translated, terminated = _answer(smmu, requests)
+        if pages is None:
+            pages = streams.pages(smmu, masked)
+        addresses = sorted({int(page) for page in pages})
+        for address in addresses:
+            if address % PAGE:
+                raise ValueError(f"pages: {address:#x} given; multiples of {PAGE} needed")
+        contents = []
+        kept_addresses = []
+        for address in addresses:
+            data = _page(memory, address)
+            if data.strip(b"\0"):
+                kept_addresses.append(address)
+                contents.append(np.frombuffer(data, np.uint8))
+        regions = [(region.base, region.size) for region in memory.regions]
+        values: dict[str, Any] = dict(meta or {})
+        values["regs"] = {name: hex(value) for name, value in given.items()}
+        if len(regions) == 1:
+            values |= {"ram_base": hex(regions[0][0]), "ram_size": regions[0][1]}
+        else:
+            values["regions"] = [[hex(base), hex(size)] for base, size in regions]
+        path = os.fspath(path)
+        os.makedirs(path, exist_ok=True)
+        if os.listdir(path):
+            raise FileExistsError(f"{path}: the directory is not empty")
+        with open(os.path.join(path, "meta.json"), "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1)
+        np.savez_compressed(
+            os.path.join(path, "pages.npz"),
+            page_addr=np.array(kept_addresses, np.uint64),
+            pages=np.array(contents, np.uint8).reshape(-1, PAGE),
+        )
+        _write_lines(os.path.join(path, "requests.jsonl.gz"), translated)
+        _write_lines(os.path.join(path, "events.jsonl.gz"), [*events, *terminated])
+        return cls.load(path)
+
+
+def _registers_of(smmu: Smmu) -> dict[str, int]:
+    features = smmu.features
+    return {
+        "CR0": smmu.cr0,
+        "CR2": smmu.cr2,
+        "GBPA": smmu.gbpa,
+        "STRTAB_BASE": smmu.strtab_base,
+        "STRTAB_BASE_CFG": smmu.strtab_base_cfg,
+        "IDR0": features.idr0,
+        "IDR1": features.idr1,
+        "IDR3": features.idr3,
+        "IDR5": features.idr5,
+        "AIDR": features.aidr,
+    }
+
+
+def _page(memory: Memory, address: int) -> bytes:
+    """Return a page of memory; what no region holds is zero."""
+    data = bytearray(PAGE)
+    for region in memory.regions:
+        first = max(region.base, address)
+        end = min(region.base + region.size, address + PAGE)
+        if first < end:
+            data[first - address : end - address] = memory.read(first, end - first)
+    return bytes(data)
+
+
+def _write_lines(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        for line in lines:
+            file.write(json.dumps(dict(line)).encode() + b"\n")
+
+
+def _answer(
+    smmu: Smmu, requests: Iterable[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Translate the requests that have no outcome; lines of requests and of events."""
+    translated: list[Mapping[str, Any]] = []
+    terminated: list[Mapping[str, Any]] = []
+    for request in requests:
+        if "pa" in request:
+            translated.append(request)
+            continue
+        sid, iova, ssid = request["sid"], request["iova"], request.get("ssid")
+        write, priv, instr = (bool(request.get(name)) for name in ("write", "priv", "instr"))
+        instr &= not write  # a write is always data
+        result = smmu.translate(sid, iova, ssid=ssid, write=write, priv=priv, instr=instr)
+        line = {"sid": sid, "iova": hex(iova), "priv": int(priv), "instr": int(instr)}
+        if ssid is not None:
+            line["ssid"] = ssid
+        if result:
+            translated.append(
+                line
+                | {
+                    "pa": hex(result.pa),
+                    "perm": int(result.perm) >> (3 if priv else 0) & 7,
+                    "stage": int(result.action == "ok"),
+                    "level": -1 if result.level is None else result.level,
+                    "page_shift": result.page_lg2 or 0,
+                    "bypass": int(result.action != "ok"),
+                }
+            )
+        elif result.event is None:
+            raise ValueError(
+                f"requests: {result!r} ends without an event; such an outcome cannot be written"
+            )
+        else:
+            line |= {"rnw": int(not write), "hex": result.event.record.hex()}
+            if result.action not in ACTIONS[:4]:
+                line["action"] = result.action
+            terminated.append(line)
+    return translated, terminated
