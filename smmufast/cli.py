@@ -1,0 +1,546 @@
+"""The command `smmufast`: replay captures, walk them, list their streams.
+
+Exit statuses: 0 done, and every outcome agrees; 1 some outcome differs; 2 bad input or usage;
+3 nothing differs, but requests were left out as unsupported; 130 interrupted; 141 the reader of
+the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smmufast.capture import Capture, Configuration
+    from smmufast.replay import Difference, Replay, Tally
+
+__all__ = ["main"]
+
+# Modules that need numpy or are compiled are imported where they are used: --help needs none.
+
+AGREES, DIFFERS, BAD_INPUT, UNSUPPORTED, INTERRUPTED, NO_READER = 0, 1, 2, 3, 130, 141
+
+_STATUSES = """\
+exit status:
+  0  done, and every outcome agrees
+  1  some outcome differs
+  2  bad input or usage
+  3  nothing differs, but requests were left out as unsupported
+"""
+
+
+class UsageError(Exception):
+    """Arguments that do not go with the capture."""
+
+
+def _number(text: str) -> int:
+    try:
+        number = int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number (0x... is hexadecimal)"
+        ) from None
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _positive(text: str) -> int:
+    if number := _number(text):
+        return number
+    raise argparse.ArgumentTypeError("at least 1 is needed")
+
+
+class _Version(argparse.Action):
+    """Print the version, which is looked up only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from smmufast import __version__
+
+        print(f"smmufast {__version__}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="smmufast",
+        description="An Arm SMMUv3 model: replay captures, walk them, list their streams.",
+        epilog=_STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=text[0].lower() + text[1:].rstrip("."),
+            description=text,
+            epilog=_STATUSES if name == "replay" else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.add_argument("capture", metavar="CAPTURE", help="directory of the capture")
+        made.add_argument("--json", action="store_true", help="print one JSON document")
+        return made
+
+    made = command("replay", "Translate every recorded request and compare each outcome.")
+    made.add_argument(
+        "--repeat",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="translate each stream's requests N times in batches",
+    )
+    made.add_argument(
+        "--random",
+        type=_number,
+        default=0,
+        metavar="N",
+        help="translate N more addresses at random places of the pages hit",
+    )
+    made.add_argument("--seed", type=_number, default=1, metavar="N", help="of --random")
+    made.add_argument(
+        "--differences",
+        type=_number,
+        default=3,
+        metavar="N",
+        help="explain the first N differences (default 3)",
+    )
+    made.add_argument(
+        "--allow-unsupported",
+        action="store_true",
+        help="do not fail on requests that this version cannot do",
+    )
+
+    made = command("walk", "Translate one access and explain every step.")
+    made.add_argument("--sid", type=_number, required=True, metavar="S", help="StreamID")
+    made.add_argument("--ssid", type=_number, metavar="P", help="SubstreamID (PASID)")
+    made.add_argument("--iova", type=_number, required=True, metavar="A", help="input address")
+    made.add_argument("--write", action="store_true", help="a write instead of a read")
+    made.add_argument("--priv", action="store_true", help="a privileged access")
+    made.add_argument("--instr", action="store_true", help="an instruction read")
+    made.add_argument("--config", metavar="ID", help="configuration, if the capture has several")
+
+    made = command("streams", "List the streams with their STEs and CDs, equal ones as one.")
+    made.add_argument("--config", metavar="ID", help="one configuration only")
+    made.add_argument(
+        "--limit",
+        type=_positive,
+        default=100_000,
+        metavar="N",
+        help="stop after N lines (default 100000)",
+    )
+    return parser
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    json.dump(value, sys.stdout, indent=1)
+    print()
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, its first column to the left; by rich on a terminal."""
+    rows = list(rows)
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            for i, name in enumerate(head):
+                table.add_column(name, justify="right" if i else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+class _Progress:
+    """A bar on the terminal that appears when the work takes long."""
+
+    WIDTH = 40
+
+    def __init__(self) -> None:
+        self.due = time.monotonic() + 0.5
+        self.shown = False
+
+    def __call__(self, done: int, work: int) -> None:
+        now = time.monotonic()
+        if now < self.due or not work:
+            return
+        self.due = now + 0.1
+        filled = self.WIDTH * done // work
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        sys.stderr.write(f"\r[{bar}] {100 * done // work:3d} %")
+        sys.stderr.flush()
+        self.shown = True
+
+    def clear(self) -> None:
+        if self.shown:
+            sys.stderr.write("\r" + " " * (self.WIDTH + 8) + "\r")
+            sys.stderr.flush()
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _masked_text(masked: dict[str, int]) -> str:
+    names = ", ".join(f"{name.upper()}={value}" for name, value in masked.items())
+    return f"The recorded SMMU has {names}, which this version does not model: left out."
+
+
+# --- replay ---------------------------------------------------------------------------------------
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from smmufast.capture import Capture
+    from smmufast.replay import replay
+
+    capture = Capture.load(arguments.capture)
+    if not any(len(configuration.requests) for configuration in capture):
+        raise UsageError(f"{arguments.capture}: no requests are recorded, nothing to replay")
+    progress = _Progress() if sys.stderr.isatty() else None
+    try:
+        found = replay(
+            capture,
+            repeat=arguments.repeat,
+            random=arguments.random,
+            seed=arguments.seed,
+            keep=arguments.differences,
+            progress=progress,
+        )
+    finally:
+        if progress is not None:
+            progress.clear()
+    if found.total.differing or found.random_differing:
+        status = DIFFERS
+    else:
+        left_out = found.total.unsupported and not arguments.allow_unsupported
+        status = UNSUPPORTED if left_out else AGREES
+    if arguments.json:
+        _print_json(found.as_dict() | {"status": status})
+    else:
+        _print_replay(found)
+    return status
+
+
+def _page_sizes(tally: Tally) -> str:
+    units = ("", "K", "M", "G", "T", "P")
+    return ", ".join(
+        f"{1 << lg2 % 10}{units[lg2 // 10]}: {count}"
+        for lg2, count in sorted(tally.page_lg2.items())
+    )
+
+
+def _counts(tally: Tally) -> tuple[str, str, str, str]:
+    return (str(tally.requests), str(tally.agreeing), str(tally.differing), str(tally.unsupported))
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate / 1e6:.1f}"
+
+
+def _print_replay(found: Replay) -> None:
+    capture, total = found.capture, found.total
+    print(
+        f"{capture.name}: {_plural(len(capture), 'configuration')}, "
+        f"{_plural(total.requests, 'request')}"
+    )
+    if capture.masked:
+        print(_masked_text(capture.masked))
+    print()
+    counts = ("requests", "agreeing", "differing", "unsupported")
+    _table(
+        ("stream", *counts, "page sizes", "million/s"),
+        (
+            (f"{sid:#x}", *_counts(tally), _page_sizes(tally), _rate(tally.rate))
+            for sid, tally in sorted(found.streams.items())
+        ),
+    )
+    if found.causes:
+        print()
+        _table(
+            ("cause", *counts),
+            ((cause, *_counts(tally)) for cause, tally in sorted(found.causes.items())),
+        )
+    for difference in found.differences:
+        _print_difference(difference)
+    print()
+    if found.random:
+        rate = _rate(found.random / found.random_seconds) if found.random_seconds else "?"
+        print(
+            f"{_plural(found.random, 'random translation')}: {found.random_differing} differ; "
+            f"{rate} million/s"
+        )
+    needs = "".join(f"; {count} need {need}" for need, count in sorted(found.unsupported.items()))
+    print(
+        f"{_plural(total.requests, 'request')}: {total.agreeing} agree, {total.differing} differ, "
+        f"{total.unsupported} unsupported{needs}"
+    )
+
+
+def _print_difference(difference: Difference) -> None:
+    shown = difference.as_dict()
+    cause = f" (cause {shown['cause']})" if shown["cause"] else ""
+    print(f"\nDifference: configuration {shown['configuration']}, {shown['where']}{cause}")
+    for reason in shown["reasons"]:
+        print(f"  {reason}")
+    for line in shown["explain"].splitlines():
+        print(f"  | {line}".rstrip())
+
+
+# --- walk -----------------------------------------------------------------------------------------
+
+
+def _chosen(capture: Capture, id: str | None) -> Configuration:
+    if id is not None:
+        try:
+            return capture.configuration(id)
+        except KeyError:
+            raise UsageError(f"--config: {capture.name} has no configuration {id!r}") from None
+    if len(capture) > 1:
+        raise UsageError(
+            f"--config is needed: {capture.name} has {len(capture)} configurations, "
+            f"{capture[0].id} to {capture[-1].id}"
+        )
+    return capture[0]
+
+
+def _walk(arguments: argparse.Namespace) -> int:
+    from smmufast.capture import Capture
+    from smmufast.explain import explain
+
+    for name, value, bits in (
+        ("--sid", arguments.sid, 32),
+        ("--ssid", arguments.ssid or 0, 20),
+        ("--iova", arguments.iova, 64),
+    ):
+        if value >> bits:
+            raise UsageError(f"{name}: {value:#x} does not fit {bits} bits")
+    configuration = _chosen(Capture.load(arguments.capture), arguments.config)
+    smmu = configuration.smmu()
+    result = smmu.translate(
+        arguments.sid,
+        arguments.iova,
+        ssid=arguments.ssid,
+        write=arguments.write,
+        priv=arguments.priv,
+        instr=arguments.instr,
+        trace=True,
+    )
+    if not arguments.json:
+        if configuration.masked:
+            print(_masked_text(configuration.masked) + "\n")
+        print(explain(result, smmu))
+        return AGREES
+    fault = result.fault
+    _print_json(
+        {
+            "configuration": configuration.id,
+            "masked": configuration.masked,
+            "request": {
+                "sid": arguments.sid,
+                "ssid": arguments.ssid,
+                "iova": arguments.iova,
+                "write": arguments.write,
+                "priv": arguments.priv,
+                "instr": arguments.instr,
+            },
+            "fetches": [
+                {
+                    "kind": f.kind,
+                    "level": f.level,
+                    "address": f.address,
+                    "size": f.size,
+                    "data": None if f.data is None else f.data.hex(),
+                }
+                for f in result.fetches
+            ],
+            "action": result.action,
+            "pa": result.pa,
+            "level": result.level,
+            "page_size": result.page_size,
+            "perm": int(result.perm),
+            "memory_type": result.memory_type,
+            "fault": None
+            if fault is None
+            else {
+                "name": fault.name,
+                "recorded": result.event is not None,
+                "record": fault.record.hex(),
+                "fields": fault.fields,
+            },
+            "explain": explain(result, smmu),
+        }
+    )
+    return AGREES
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first:#x}" if first == last else f"{first:#x}-{last:#x}"
+
+
+def _streams_of(configuration: Configuration, left: int) -> tuple[dict[str, Any], int]:
+    """Return the streams of a configuration as plain values, and how many lines are left."""
+    from smmufast import streams
+    from smmufast.explain import describe_cd, describe_ste
+
+    smmu = configuration.smmu()
+    present = sorted(configuration.page_addresses.tolist())
+    table = streams.stream_table(smmu)
+    runs = []
+    more = False
+    for run in streams.streams(smmu, present):
+        if more := left <= 0:
+            break
+        left -= 1
+        found = []
+        for context in streams.contexts(smmu, run, present):
+            if more := left <= 0:
+                break
+            left -= 1
+            text = None if context.cd is None else describe_cd(context.cd)
+            found.append(
+                {
+                    "first_ssid": context.first,
+                    "last_ssid": context.last,
+                    "address": context.address,
+                    "cd": text,
+                    "problem": context.problem,
+                    "data": None if context.cd is None else context.cd.hex(),
+                }
+            )
+        runs.append(
+            {
+                "first_sid": run.first,
+                "last_sid": run.last,
+                "address": run.address,
+                "ste": None if run.ste is None else describe_ste(run.ste),
+                "problem": run.problem,
+                "data": None if run.ste is None else run.ste.hex(),
+                "contexts": found,
+            }
+        )
+    return {
+        "configuration": configuration.id,
+        "enabled": bool(smmu.cr0 & 1),
+        "table": None if table is None else table._asdict(),
+        "streams": runs,
+        "more": more,
+    }, left
+
+
+def _print_streams(found: dict[str, Any]) -> None:
+    table = found["table"]
+    if table is None:
+        print(f"{found['configuration']}: the stream table is beyond the physical address size")
+        return
+    shape = f"two levels, split {table['split']}" if table["two_level"] else "linear"
+    print(
+        f"{found['configuration']}: stream table at {table['base']:#x}, {shape}, "
+        f"2^{table['log2size']} StreamIDs"
+        f"{'' if found['enabled'] else '; not used: CR0.SMMUEN=0'}"
+    )
+    for run in found["streams"]:
+        where = "" if run["address"] is None else f"at {run['address']:#x}  "
+        span = _span(run["first_sid"], run["last_sid"])
+        print(f"{span:<16} STE {where}{run['ste'] or run['problem']}")
+        for context in run["contexts"]:
+            ssid = ""
+            if context["first_ssid"] is not None:
+                ssid = f"ssid {_span(context['first_ssid'], context['last_ssid'])} "
+            where = "" if context["address"] is None else f"at {context['address']:#x}  "
+            print(f"{'':16} {ssid}CD {where}{context['cd'] or context['problem']}")
+    if found["more"]:
+        print("There are more: see --limit.")
+
+
+def _streams(arguments: argparse.Namespace) -> int:
+    from smmufast.capture import Capture
+
+    capture = Capture.load(arguments.capture)
+    chosen = capture if arguments.config is None else [_chosen(capture, arguments.config)]
+    left = arguments.limit
+    documents = []
+    for i, configuration in enumerate(chosen):
+        found, left = _streams_of(configuration, left)
+        if arguments.json:
+            documents.append(found)
+        else:
+            if i:
+                print()
+            _print_streams(found)
+        if found["more"]:
+            break
+    if arguments.json:
+        _print_json({"capture": capture.path, "configurations": documents})
+    return AGREES
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def _say(problem: object) -> None:
+    text = " ".join(str(problem).split())
+    print(f"smmufast: error: {text}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; `argv` are the words after its name."""
+    try:
+        arguments = _parser().parse_args(argv)
+        run = {"replay": _replay, "walk": _walk, "streams": _streams}[arguments.command]
+        status = _run(run, arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # what is left in the buffer must not fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+
+
+def _run(run: Any, arguments: argparse.Namespace) -> int:
+    try:
+        from smmufast.capture import CaptureError
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("smmufast._"):
+            raise
+        _say(
+            f"{os.path.dirname(__file__)} is not compiled: install it, and run it outside of the "
+            "source directory or with python -P"
+        )
+        return BAD_INPUT
+    try:
+        return int(run(arguments))
+    except (CaptureError, UsageError) as error:
+        _say(error)
+    except MemoryError:
+        _say("not enough memory for this capture")
+    return BAD_INPUT
