@@ -222,6 +222,8 @@ class _Line:
         value = self.get(name)
         if not isinstance(value, str):
             self.bad(f"{name}: {_kind(value)} found; a string is wanted")
+        if not value.isprintable():
+            self.bad(f"{name}: {value!r} has characters that cannot be shown")
         return value
 
     def list(self, name: str, length: int | None = None) -> list[Any]:
@@ -318,14 +320,16 @@ def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> N
         version = npy.read_magic(file)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, given = read(file)
-    except ValueError as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
+        raise
+    except Exception as error:  # numpy does not say what a damaged header may raise
         raise CaptureError(path, None, f"{name}: {str(error).partition(chr(10))[0]}") from None
     if given != dtype or given.hasobject:
         raise CaptureError(path, None, f"{name}: dtype {given} found; {dtype} is wanted")
     if shape[1:] != (() if width == 1 else (width,)) or not shape or fortran:
         size = "(N,)" if width == 1 else f"(N, {width}), in rows,"
         raise CaptureError(path, None, f"{name}: shape {shape} found; {size} is wanted")
-    if shape[0] > MAX_PAGES:
+    if not 0 <= shape[0] <= MAX_PAGES:
         raise CaptureError(path, None, f"{name}: {shape[0]} pages found; {MAX_PAGES} allowed")
     data = file.read(shape[0] * row)
     if len(data) != shape[0] * row:

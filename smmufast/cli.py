@@ -157,6 +157,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         try:
             from rich.console import Console
             from rich.table import Table
+            from rich.text import Text
         except ImportError:
             pass
         else:
@@ -164,7 +165,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             for i, name in enumerate(head):
                 table.add_column(name, justify="right" if i else "left", overflow="fold")
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*map(Text, row))
             Console().print(table)
             return
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

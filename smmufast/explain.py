@@ -717,7 +717,7 @@ class _Story:
         what = "abort" if self.result.action == "abort" else "reads give zero, writes are ignored"
         self.say(f"Outcome: {fault.name} ({_EVENTS.get(fault.name, 'a fault')}); {what}.")
         if self.traced:
-            reasons = getattr(self, f"why_{fault.name.lower()}", list)()
+            reasons: list[str] = getattr(self, f"why_{fault.name.lower()}", list)()
             for reason in reasons:
                 self.say(f"Because {reason}.", 2)
         fields = fault.fields

@@ -29,7 +29,7 @@ CHUNK = 1 << 16
 
 _COLUMNS = ("pa", "action", "fault", "record")
 _PERMISSION = layout.Event.F_PERMISSION
-_ACCESSES = (
+_ACCESSES: tuple[tuple[int, str, dict[str, bool]], ...] = (
     (1, "read", {}),
     (2, "write", {"write": True}),
     (4, "instruction read", {"instr": True}),

@@ -139,9 +139,10 @@ def _pieces(
     Contents are None where a read aborts, and empty for zeros that were not read: `present` are
     the pages that may hold something else, ascending.
     """
-    if present is None and size > LARGEST:
-        raise ValueError(f"the table at {base:#x} has {size:#x} bytes; name the pages to look at")
     at, end = base, base + size
+    backed = sum(max(min(last, end) - max(first, base), 0) for first, last in _spans(memory))
+    if present is None and backed > LARGEST:
+        raise ValueError(f"the table at {base:#x} has {backed:#x} bytes; name the pages to look at")
     for first, last in _spans(memory):
         first = base + -(-(max(first, at) - base) // entry) * entry
         last = base + (min(last, end) - base) // entry * entry

@@ -1,0 +1,884 @@
+"""Captures: what others recorded is what the library gives, and bad files are refused."""
+
+import gzip
+import io
+import json
+import zipfile
+
+import captures
+import numpy as np
+import pytest
+import tablegen
+
+import smmufast
+from smmufast import layout, streams
+from smmufast.capture import ANY, UNTOLD, Capture, CaptureError
+from smmufast.replay import replay
+
+FOUND = captures.found()
+
+# (requests and events that agree, those that need stage 2) of the captures that are known.
+KNOWN = {
+    "linux-7.3-4k-s1": (6395 + 892, 0),
+    "linux-6.12-4k-s1": (6132 + 892, 0),
+    "linux-7.3-16k-s1": (8818 + 1753, 0),
+    "linux-7.3-4k-passthrough": (8830 + 892, 0),
+    "linux-7.3-4k-s2": (0, 5949 + 810),
+    "cases-nested-2lvl": (6725, 5614),
+    "cases-nested-linear": (4844, 4763),
+    "cases-s1only-2lvl": (3279, 0),
+    "cases-s2only-linear": (1831, 2156),
+}
+STAGE1 = [name for name in KNOWN if name.startswith("linux-") and not name.endswith("s2")]
+
+
+def test_captures_are_found(capsys):
+    with capsys.disabled():
+        print(f" [{len(FOUND)} captures, the shipped one included]", end="")
+    assert captures.SHIPPED in FOUND
+    assert all(path.is_dir() for path in FOUND)
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_request_of_every_capture_agrees(path):
+    capture = Capture.load(path)
+    found = replay(capture, random=5000)
+    assert [difference.as_dict() for difference in found.differences] == []
+    assert found.total.differing == found.random_differing == 0
+    assert set(found.unsupported) <= {"stage 2"}
+    if not capture.masked:
+        assert found.total.unsupported == 0
+    if path.name in KNOWN:
+        assert (found.total.agreeing, found.total.unsupported) == KNOWN[path.name]
+    if any(tally.page_lg2 for tally in found.streams.values()):
+        assert found.random == 5000
+    for tallies in (found.streams, found.causes):
+        for tally in tallies.values():
+            assert tally.requests == tally.agreeing + tally.unsupported > 0
+    assert sum(tally.requests for tally in found.streams.values()) == found.total.requests
+
+
+@pytest.mark.skipif(
+    not {path.name for path in FOUND}.issuperset(STAGE1), reason="the four captures are not here"
+)
+def test_four_kernels_have_30175_translations_and_4429_events():
+    translations = events = 0
+    for path in FOUND[1:]:
+        if path.name in STAGE1:
+            (configuration,) = Capture.load(path)
+            recorded = [expected.record is not None for expected in configuration.expected]
+            events += sum(recorded)
+            translations += len(recorded) - sum(recorded)
+    assert (translations, events) == (30_175, 4_429)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FOUND if p.name.startswith("linux-")], ids=lambda p: p.parent.name + p.name
+)
+def test_tables_lead_to_every_recorded_page_and_no_other(path):
+    capture = Capture.load(path)
+    (configuration,) = capture
+    smmu = configuration.smmu()
+    if path.name.endswith("s2"):
+        with pytest.raises(ValueError, match="uses stage 2, which this version does not model"):
+            streams.pages(smmu, capture.masked)
+        return
+    recorded = [
+        address
+        for i, address in enumerate(configuration.page_addresses.tolist())
+        if configuration.page(i).any()
+    ]
+    assert streams.pages(smmu, capture.masked) == sorted(recorded)
+
+
+def test_the_shipped_capture_has_the_form_that_is_documented():
+    capture = Capture.load(captures.SHIPPED)
+    assert (capture.kind, len(capture), capture.name) == ("linux", 1, "linux-7.3-4k-s1")
+    configuration = capture[0]
+    assert capture.configuration("linux-7.3-4k-s1") is configuration
+    with pytest.raises(KeyError):
+        capture.configuration("another")
+    assert configuration.features.s2p == 1
+    assert configuration.masked == capture.masked == {"s2p": 1}
+    assert configuration.smmu().features == configuration.features.replace(s2p=0)
+    assert configuration.features.arch_minor == 1
+    assert "masked s2p=1" in repr(configuration)
+    lines = captures.read_lines(captures.SHIPPED / "requests.jsonl.gz")
+    events = captures.read_lines(captures.SHIPPED / "events.jsonl.gz")
+    assert len(configuration.requests) == len(configuration.expected) == len(lines) + len(events)
+    for line, request, expected in zip(
+        lines, configuration.requests.tolist(), configuration.expected, strict=False
+    ):
+        assert request == (
+            line["sid"],
+            smmufast.NO_SUBSTREAM,
+            int(line["iova"], 16),
+            not line["perm"] & 1,
+            True,
+            False,
+        )
+        assert (expected.action, expected.pa) == ("ok", int(line["pa"], 16))
+        assert (expected.perm, expected.level, expected.page_lg2, expected.stage) == (
+            line["perm"],
+            line["level"],
+            line["page_shift"],
+            1,
+        )
+    for line, expected in zip(events, configuration.expected[len(lines) :], strict=True):
+        assert expected.record.hex() == line["hex"]
+        assert expected.fault == layout.Event(line["type"]).name
+        # all of the record counts but PnU and InD
+        assert int.from_bytes(expected.mask, "little") == (1 << 256) - 1 & ~(0b11 << 97)
+    assert configuration.where(0) == "requests.jsonl.gz:1"
+    assert configuration.where(len(lines) + 4) == "events.jsonl.gz:5"
+    with pytest.raises(ValueError, match="read-only"):
+        configuration.requests["sid"][0] = 1
+
+
+def test_ram_reads_as_zero_and_the_rest_aborts():
+    (configuration,) = Capture.load(captures.SHIPPED)
+    memory = configuration.memory()
+    ((base, size),) = configuration.regions
+    assert memory.read(base, 8) == bytes(8)
+    assert memory.read(base + size - 8, 8) == bytes(8)
+    for address in (base - 8, base + size):
+        with pytest.raises(smmufast.ExternalAbort):
+            memory.read(address, 8)
+    address = int(configuration.page_addresses[5])
+    assert memory.read(address, 4096) == configuration.page(5).tobytes()
+    # each memory is its own
+    configuration.memory().write(address, b"\xff" * 4096)
+    assert memory.read(address, 4096) == configuration.page(5).tobytes()
+
+
+# --- kind "cases" ---------------------------------------------------------------------------------
+
+
+def event(name, record=None, **more):
+    return {"k": "event", "name": name, "rec": record or record_of(name, **more), "nrec": 1}
+
+
+def record_of(name, **fields):
+    record = layout.EVENTS[layout.Event[name]]
+    fields = {"StreamID": captures.SID} | fields
+    return layout.to_bytes(record, layout.pack(record, **fields)).hex()
+
+
+def request(out, iova=0x1000, rnw=1, sid=captures.SID, **more):
+    return {"sid": sid, "iova": hex(iova), "rnw": rnw, "fam": "", "tag": "", "out": out} | more
+
+
+def one(tmp_path, *requests, smmu=True, more=None, **header):
+    """A capture of one configuration with these requests."""
+    path = captures.cases(
+        tmp_path / "cases",
+        (captures.small_system() if smmu else None, list(requests), more or {}),
+        **header,
+    )
+    return Capture.load(path)
+
+
+OK = {"k": "ok", "pa": "0x50001000", "perm": 3, "stage": 1}
+
+
+def test_outcomes_of_every_kind(tmp_path):
+    capture = one(
+        tmp_path,
+        request(OK, 0x1000),
+        request(event("F_PERMISSION", CLASS=2, InputAddr=0x10), 0x10, 0),
+        request({"k": "abort"}, sid=5),
+        request({"k": "bypass"}, 0x77, sid=4),
+        request(event("C_BAD_STREAMID", StreamID=16), sid=16),
+    )
+    assert capture.kind == "cases"
+    (configuration,) = capture
+    assert [expected.action for expected in configuration.expected] == [
+        "ok",
+        "abort",
+        "abort",
+        "bypass",
+        "abort",
+    ]
+    assert configuration.requests.tolist()[1] == (3, smmufast.NO_SUBSTREAM, 0x10, True, True, False)
+    assert configuration.registers["CR2"] == 2
+    found = replay(capture)
+    assert found.differences == []
+    assert found.total.agreeing == 5
+
+
+def test_what_the_architecture_says_replaces_what_was_recorded(tmp_path):
+    differs = {"cause": "prio", "arch": {"k": "event", "name": "F_ACCESS"}, "why": ""}
+    capture = one(
+        tmp_path,
+        request(OK, 0x3000, arch_differs=differs),
+        request({"k": "abort"}, arch_differs=differs | {"arch": {"k": "ok", "pa": "0x50001000"}}),
+    )
+    first, second = capture[0].expected
+    assert (first.fault, first.record, first.cause) == ("F_ACCESS", None, "prio")
+    assert (second.pa, second.perm, second.cause) == (0x5000_1000, None, "prio")
+    found = replay(capture)
+    assert found.total.agreeing == found.causes["prio"].agreeing == 2
+
+
+def test_a_silent_fault_is_some_fault_that_is_not_recorded(tmp_path):
+    silent = {"k": "fault_silent"}
+    capture = one(tmp_path, request(silent, 0x9000), request(silent, sid=5), request(silent))
+    assert [expected.fault for expected in capture[0].expected] == [ANY] * 3
+    reasons = [difference.reasons for difference in replay(capture).differences]
+    assert reasons == [
+        ["event: nothing recorded expected, an event recorded found (F_TRANSLATION)"],
+        ["fault: some fault expected, none found"],
+        ["action: abort expected, ok found"],
+    ]
+
+
+def test_without_an_event_queue_only_the_abort_counts(tmp_path):
+    capture = one(
+        tmp_path,
+        request({"k": "fault_silent"}, sid=5),
+        request({"k": "abort"}, 0x9000),
+        request(OK),
+        more={"cr0": "0x9"},
+    )
+    assert [expected.fault for expected in capture[0].expected] == [UNTOLD, UNTOLD, None]
+    assert replay(capture).total.agreeing == 3
+
+
+def test_disabled_lets_pass_what_fits_the_address_size(tmp_path):
+    out = {"k": "disable"}
+    capture = one(
+        tmp_path, request(out, 0xFFF_FFFF_FFFF), request(out, 1 << 44), more={"cr0": "0xc"}
+    )
+    assert [expected.action for expected in capture[0].expected] == ["disabled", "abort"]
+    assert capture[0].expected[1].cause == "bypass_oas (SMMUEN=0)"
+    assert replay(capture).total.agreeing == 2
+
+
+def test_records_are_corrected_to_the_architecture(tmp_path):
+    stage2 = {"S2": 1, "CLASS": 1, "InputAddr": 0x10, "RnW": 1, "IPA": 0x5000}
+    with_low_bits = int.from_bytes(bytes.fromhex(record_of("F_PERMISSION", **stage2)), "little")
+    with_low_bits |= 0x123 << 192
+    capture = one(
+        tmp_path,
+        # the address of F_CD_FETCH stands where InputAddr is in other records
+        request(
+            event("F_CD_FETCH", (9 | 3 << 32 | 0x8000_0040 << 128).to_bytes(32, "little").hex())
+        ),
+        # class TT: RnW=1 for a write; the IPA has low bits; TTRnW is never set
+        request(event("F_PERMISSION", with_low_bits.to_bytes(32, "little").hex()), 0x10, 0),
+        request(
+            event("F_TRANSLATION", **(stage2 | {"RnW": 0})),
+            0x10,
+            0,
+            rec_differs=["CLASS:2", "S2:0"],
+        ),
+        request(
+            event("F_TRANSLATION", CLASS=2, InputAddr=0x10),
+            0x10,
+            0,
+            rec_differs=["S2:1", "IPA:0xabcd000"],
+        ),
+    )
+    fields, masks = [], []
+    for expected in capture[0].expected:
+        fields.append(layout.unpack(expected.fault, expected.record))
+        masks.append((1 << 256) - 1 & ~int.from_bytes(expected.mask, "little"))
+    assert fields[0]["FetchAddr"] == 0x8000_0040
+    assert masks[0] == 0
+    assert (fields[1]["RnW"], fields[1]["IPA"]) == (0, 0x5000)
+    assert masks[1] == 0b11 << 97 | 1 << 108 | 0xFFF << 192
+    assert (fields[2]["CLASS"], fields[2]["S2"], fields[2]["IPA"]) == (2, 0, 0)
+    assert masks[2] == 0b11 << 97
+    assert (fields[3]["S2"], fields[3]["IPA"]) == (1, 0xABC_D000)
+    assert masks[3] == 0b11 << 97 | 0xFFF << 192
+
+
+def test_a_stream_that_needs_stage_2_is_counted_apart_whatever_is_expected(tmp_path):
+    for name, system in (
+        ("stage 2", captures.small_system(config=0b110)),
+        ("nested", captures.small_system(config=0b111)),
+    ):
+        requests = [request(OK), request(event("C_BAD_STE")), request({"k": "bypass"}, sid=4)]
+        path = captures.cases(tmp_path / name, (system, requests, {}))
+        found = replay(Capture.load(path))
+        assert found.unsupported == {"stage 2": 2}
+        assert found.streams[captures.SID].unsupported == 2
+        assert (found.total.agreeing, found.total.differing) == (1, 0)
+        assert not found
+        # where the recorded SMMU has no stage 2 either, the STE is illegal by rule
+        idr = captures.QEMU_IDR | {"IDR0": "0xd44101a"}
+        path = captures.cases(tmp_path / f"{name}, none", (system, requests[1:], {}), idr=idr)
+        found = replay(Capture.load(path))
+        assert (found.total.agreeing, found.total.unsupported) == (2, 0)
+        assert found
+
+
+# --- replay ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "reason"),
+    [
+        (0, {"pa": 0x5000_0124}, "pa: 0x50000124 expected, 0x50000123 found"),
+        (0, {"level": 2}, "level: 2 expected, 3 found"),
+        (0, {"page_lg2": 21}, "page size: 2^21 expected, 2^12 found"),
+        (0, {"perm": 0o7}, "permission: 0o7 expected, 0o5 found"),
+        (0, {"perm": 0o4}, "read: F_PERMISSION expected, ok found"),
+        (0, {"action": "bypass"}, "action: bypass expected, ok found"),
+        (0, {"action": "abort", "fault": "F_ACCESS"}, "action: abort expected, ok found"),
+        (4, {"action": "raz_wi"}, "action: raz_wi expected, abort found (F_PERMISSION)"),
+        (4, {"recorded": False}, "event: nothing recorded expected, an event recorded found"),
+        (4, {"fault": "F_ACCESS"}, "fault: F_ACCESS expected, F_PERMISSION found"),
+        (4, {"fault": None}, "fault: none expected, F_PERMISSION found"),
+    ],
+)
+def test_each_difference_is_found_and_named(tmp_path, index, changes, reason):
+    capture = captures.small_capture(tmp_path / "small")
+    expected = capture[0].expected
+    assert expected[index].action == ("ok" if index == 0 else "abort")
+    assert replay(capture)
+    expected[index] = expected[index]._replace(**changes)
+    found = replay(capture)
+    assert not found
+    assert (found.total.differing, found.total.agreeing) == (1, 7)
+    assert found.streams[captures.SID].differing == 1
+    (difference,) = found.differences
+    assert difference.index == index
+    assert any(reason in text for text in difference.reasons), difference.reasons
+    assert difference.result.fetches
+    assert difference.as_dict()["explain"].startswith("A ")
+
+
+@pytest.mark.parametrize("bit", [*range(0, 256, 5), 97, 98, 99])
+def test_every_bit_of_a_record_counts_unless_it_is_masked(tmp_path, bit):
+    capture = captures.small_capture(tmp_path / "small")
+    expected = capture[0].expected
+    index = next(i for i, e in enumerate(expected) if e.fault == "F_TRANSLATION")
+    word = int.from_bytes(expected[index].record, "little") ^ 1 << bit
+    expected[index] = expected[index]._replace(record=word.to_bytes(32, "little"))
+    assert replay(capture).total.differing == 1
+    mask = (1 << 256) - 1 & ~(1 << bit)
+    expected[index] = expected[index]._replace(mask=mask.to_bytes(32, "little"))
+    assert replay(capture).total.differing == 0
+
+
+class Lying:
+    """A Smmu whose batches are wrong in one row."""
+
+    def __init__(self, smmu, column):
+        self.smmu = smmu
+        self.translate = smmu.translate
+        self.column = column
+
+    def translate_batch(self, sid, iova, *, out, **access):
+        self.smmu.translate_batch(sid, iova, out=out, **access)
+        if self.column in out and sid[0] == captures.SID:
+            out[self.column][0] = (
+                out[self.column][0].tobytes()[::-1]
+                if (self.column == "record")
+                else out[self.column][0] + 1
+            )
+
+
+@pytest.mark.parametrize("column", ["pa", "action", "fault"])
+def test_a_batch_that_differs_from_the_calls_is_found(tmp_path, column):
+    capture = captures.small_capture(tmp_path / "small")
+    smmu = Lying(capture[0].smmu(), column)
+    capture[0].smmu = lambda: smmu
+    found = replay(capture, repeat=2)
+    assert found.total.differing == 1
+    assert found.differences[0].reasons == ["translate_batch gives another outcome"]
+    assert found.total.agreeing == 7
+
+
+def test_random_requests_are_compared_and_all_are_made(tmp_path):
+    path = captures.cases(
+        tmp_path / "cases",
+        (captures.small_system(), [request(OK), request({"k": "bypass"}, sid=4)], {}),
+        (
+            captures.small_system(),
+            [request(event("F_TRANSLATION", CLASS=2, InputAddr=0x9000, RnW=1), 0x9000)],
+            {},
+        ),
+    )
+    capture = Capture.load(path)
+    seen = []
+    found = replay(capture, random=1001, repeat=3, progress=lambda *step: seen.append(step))
+    assert (found.random, found.random_differing) == (1001, 0)
+    assert found.random_seconds > 0
+    assert seen[-1] == (3 + 9 + 1001, 3 + 9 + 1001)
+    assert found.streams[captures.SID].translations == 6
+
+    class Shifted(Lying):
+        def translate_batch(self, sid, iova, *, out, **access):
+            self.smmu.translate_batch(sid, iova, out=out, **access)
+            if "fault" not in out:
+                out["pa"] += np.uint64(4096)
+
+    first = capture[0].smmu()
+    capture[0].smmu = lambda: Shifted(first, "pa")
+    found = replay(capture, random=100)
+    assert (found.random, found.random_differing, found.total.differing) == (100, 100, 0)
+    assert not found
+
+
+# --- save -----------------------------------------------------------------------------------------
+
+
+def test_a_hand_made_memory_comes_back_as_it_was(tmp_path):
+    smmu = captures.small_system()
+    capture = captures.small_capture(tmp_path / "small")
+    (configuration,) = capture
+    assert configuration.regions == (captures.RAM,)
+    assert configuration.masked == {}
+    again = configuration.smmu()
+    for name in ("strtab_base", "strtab_base_cfg", "cr0", "cr2", "gbpa", "features"):
+        assert getattr(again, name) == getattr(smmu, name)
+    for address in configuration.page_addresses.tolist():
+        assert again.memory.read(address, 4096) == smmu.memory.read(address, 4096)
+    assert set(configuration.page_addresses.tolist()) == {
+        captures.STREAM_TABLE,
+        captures.CONTEXTS,
+        captures.TABLES,
+        captures.TABLES + 0x1000,
+        captures.TABLES + 0x2000,
+    }
+    # what came of the requests: lines of both lists, in order
+    lines = captures.read_lines(tmp_path / "small" / "requests.jsonl.gz")
+    assert [(line["pa"], line["perm"], line["priv"], line["bypass"]) for line in lines] == [
+        ("0x50000123", 0o5, 0, 0),
+        ("0x50001456", 0o3, 1, 0),
+        ("0x50002456", 0o7, 0, 0),
+        ("0x1234", 0o7, 0, 1),
+    ]
+    events = [expected.fault for expected in configuration.expected[4:]]
+    assert events == ["F_PERMISSION", "F_ACCESS", "F_TRANSLATION", "C_BAD_STE"]
+    assert all(expected.mask == b"\xff" * 32 for expected in configuration.expected[4:])
+    assert replay(capture).total.agreeing == 8
+
+
+def test_a_capture_saved_again_is_the_same(tmp_path):
+    (configuration,) = capture = Capture.load(captures.SHIPPED)
+    saved = Capture.save(
+        tmp_path / "again",
+        memory=configuration.memory(),
+        registers=configuration.registers,
+        requests=captures.read_lines(captures.SHIPPED / "requests.jsonl.gz"),
+        events=captures.read_lines(captures.SHIPPED / "events.jsonl.gz"),
+        meta={"kver": capture.meta["kver"]},
+    )
+    assert saved.meta["kver"] == capture.meta["kver"]
+    assert saved[0].features == configuration.features
+    assert saved[0].expected == configuration.expected
+    assert (saved[0].requests == configuration.requests).all()
+    assert saved[0].regions == configuration.regions
+    assert replay(saved).total.agreeing == len(configuration.requests)
+
+
+def test_random_systems_come_back_from_their_captures(tmp_path):
+    kinds = set()
+    for number, (smmu, system) in enumerate(
+        captures.random_systems(tablegen.random_system, 11, 60)
+    ):
+        requests = []
+        for drawn in system.requests(40):
+            access = drawn._asdict()
+            sid, iova = access.pop("sid"), access.pop("iova")
+            result = smmu.translate(sid, iova, **access)
+            if result or result.event is not None:
+                requests.append(drawn._asdict())
+                kinds.add(result.event.name if result.event else result.action)
+        saved = Capture.save(tmp_path / str(number), smmu=smmu, requests=requests)
+        found = replay(saved)
+        assert found.differences == [], system.regs
+        assert found.total.agreeing == len(requests)
+    assert kinds >= {
+        "ok",
+        "bypass",
+        "C_BAD_STREAMID",
+        "C_BAD_STE",
+        "C_BAD_CD",
+        "F_TRANSLATION",
+        "F_PERMISSION",
+        "F_ADDR_SIZE",
+        "C_BAD_SUBSTREAMID",
+    }
+
+
+def test_regions_that_hold_part_of_a_page_are_kept(tmp_path):
+    whole = captures.small_system()
+    memory = smmufast.Memory()
+    # the stream table without its last eight entries, and one byte less than a page of contexts
+    memory.add(bytearray(whole.memory.read(captures.STREAM_TABLE, 512)), captures.STREAM_TABLE)
+    memory.add(bytearray(whole.memory.read(captures.CONTEXTS, 64)), captures.CONTEXTS)
+    memory.add_private(captures.TABLES, 0x10_0000)
+    memory.write(captures.TABLES, whole.memory.read(captures.TABLES, 0x3000))
+    smmu = smmufast.Smmu(memory, whole.features, strtab_base=whole.strtab_base, strtab_base_cfg=4)
+    requests = [{"sid": captures.SID, "iova": 0x1000}, {"sid": 8, "iova": 0}]
+    saved = Capture.save(tmp_path / "parts", smmu=smmu, requests=requests)
+    assert saved[0].regions == tuple((region.base, region.size) for region in memory.regions)
+    assert [expected.fault for expected in saved[0].expected] == [None, "F_STE_FETCH"]
+    assert replay(saved).total.agreeing == 2
+
+
+def test_pages_may_be_named(tmp_path):
+    smmu = captures.small_system()
+    named = [captures.STREAM_TABLE, captures.CONTEXTS, captures.TABLES + 0x9000]
+    saved = Capture.save(tmp_path / "named", smmu=smmu, pages=named)
+    assert saved[0].page_addresses.tolist() == named[:2]  # the third is zero
+    assert len(saved[0].requests) == 0
+    with pytest.raises(ValueError, match="pages: 0x40000800 given; multiples of 4096 needed"):
+        Capture.save(tmp_path / "odd", smmu=smmu, pages=[0x4000_0800])
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    smmu = captures.small_system()
+    with pytest.raises(ValueError, match="ends without an event"):
+        Capture.save(tmp_path / "silent", smmu=smmu, requests=[{"sid": 5, "iova": 0}])
+    with pytest.raises(TypeError, match="smmu, or memory and registers, needed"):
+        Capture.save(tmp_path / "nothing")
+    with pytest.raises(TypeError, match="given beside smmu"):
+        Capture.save(tmp_path / "both", smmu=smmu, memory=smmu.memory)
+    with pytest.raises(CaptureError, match="register CR0 is missing"):
+        Capture.save(
+            tmp_path / "registers",
+            memory=smmu.memory,
+            registers={"STRTAB_BASE": 0, "STRTAB_BASE_CFG": 0},
+        )
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    with pytest.raises(FileExistsError, match="not empty"):
+        Capture.save(tmp_path / "taken", smmu=smmu)
+    huge = smmufast.Memory()
+    huge.add_private()
+    smmu = smmufast.Smmu(huge, strtab_base_cfg=32)
+    with pytest.raises(ValueError, match="name the pages"):
+        Capture.save(tmp_path / "huge", smmu=smmu)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def npz_raw(name, header, size=0):
+    """An archive whose array has a header of our own and so many zeros."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        text = header.encode() + b"\n"
+        archive.writestr(
+            f"{name}.npy",
+            b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(size),
+        )
+    return file.getvalue()
+
+
+def packed(*lines):
+    return gzip.compress("".join(line + "\n" for line in lines).encode())
+
+
+def meta(**changes):
+    values = json.loads((captures.SHIPPED / "meta.json").read_text())
+    values["regs"] |= changes.pop("regs", {})
+    values |= changes
+    return json.dumps({k: v for k, v in values.items() if v is not None}).encode()
+
+
+PAGES = np.zeros((1, 4096), np.uint8)
+ADDRESS = np.array([0x4000_0000], np.uint64)
+LINE = {"sid": 1, "iova": "0x1", "pa": "0x1", "perm": 3, "stage": 1, "level": 3, "page_shift": 12}
+
+
+def line(**changes):
+    return json.dumps({k: v for k, v in (LINE | changes).items() if v is not None})
+
+
+LINUX_BAD = {
+    "meta missing": ("meta.json", None, "no capture: neither meta.json nor cases.jsonl.gz"),
+    "meta not json": ("meta.json", b"{", "meta.json: not JSON"),
+    "meta empty": ("meta.json", b"", "meta.json: not JSON"),
+    "meta deep": ("meta.json", b"[" * 100_000, "nested too deeply"),
+    "meta a list": ("meta.json", b"[]", "a list of 0 found; an object is wanted"),
+    "meta not text": ("meta.json", b"\xff\xfe\xfa", "not JSON"),
+    "meta many digits": ("meta.json", b'{"regs": ' + b"9" * 5000 + b"}", "not JSON"),
+    "no registers": ("meta.json", meta(regs={}).replace(b'"regs"', b'"reg"'), "regs is missing"),
+    "no IDR0": ("meta.json", meta().replace(b"IDR0", b"IDR9"), "register IDR0 is missing"),
+    "register a fraction": ("meta.json", meta(regs={"CR0": 1.5}), "CR0: a fraction found"),
+    "register text": ("meta.json", meta(regs={"CR0": "on"}), "CR0: a string found"),
+    "register true": ("meta.json", meta(regs={"CR0": True}), "CR0: a truth value found"),
+    "register large": ("meta.json", meta(regs={"CR0": "0x100000000"}), "CR0: 0x100000000 found"),
+    "register huge": ("meta.json", meta(regs={"CR0": 10**4000}), "CR0: a huge number found"),
+    "register negative": ("meta.json", meta(regs={"CR0": -1}), "CR0: -0x1 found"),
+    "reserved OAS": ("meta.json", meta(regs={"IDR1": "0x3f"}), "identification registers: "),
+    "no RAM size": ("meta.json", meta(ram_size=None), "ram_size is missing"),
+    "RAM empty": ("meta.json", meta(ram_size=0), "RAM of 0x0 bytes"),
+    "RAM absurd": ("meta.json", meta(ram_size=1 << 60), "RAM of 0x1000000000000000 bytes"),
+    "RAM odd": ("meta.json", meta(ram_base=4), "it must start at a multiple of 8"),
+    "RAM wraps": ("meta.json", meta(ram_base="0xfffffffffffff000"), "RAM of 0x20000000 bytes"),
+    "regions a number": ("meta.json", meta(regions=7), "regions: a number found"),
+    "regions of one": ("meta.json", meta(regions=[[1]]), "lists of base and size are wanted"),
+    "regions overlap": ("meta.json", meta(regions=[[0, 64], [32, 64]]), "overlaps"),
+    "no regions": ("meta.json", meta(regions=[]), "there is no RAM"),
+    "pages missing": ("pages.npz", None, "pages.npz: No such file or directory"),
+    "pages no archive": ("pages.npz", b"PK", "the archive is damaged"),
+    "pages cut": ("pages.npz", npz(page_addr=ADDRESS, pages=PAGES)[:-30], "archive is damaged"),
+    "no addresses": ("pages.npz", npz(pages=PAGES), "there is no array page_addr"),
+    "addresses int64": (
+        "pages.npz",
+        npz(page_addr=ADDRESS.astype(np.int64), pages=PAGES),
+        "page_addr: dtype int64 found; uint64 is wanted",
+    ),
+    "addresses big-endian": (
+        "pages.npz",
+        npz(page_addr=ADDRESS.astype(">u8"), pages=PAGES),
+        "dtype >u8 found",
+    ),
+    "objects": (
+        "pages.npz",
+        npz(page_addr=np.array([{}], object), pages=PAGES),
+        "page_addr: dtype object found",
+    ),
+    "addresses 2-D": ("pages.npz", npz(page_addr=ADDRESS[None], pages=PAGES), "shape (1, 1) found"),
+    "addresses 0-D": ("pages.npz", npz(page_addr=ADDRESS[0], pages=PAGES), "shape () found"),
+    "pages short": ("pages.npz", npz(page_addr=ADDRESS, pages=PAGES[:, :100]), "(1, 100) found"),
+    "pages in columns": (
+        "pages.npz",
+        npz(
+            page_addr=np.repeat(ADDRESS, 2), pages=np.asfortranarray(np.zeros((2, 4096), np.uint8))
+        ),
+        "in rows, is wanted",
+    ),
+    "pages fewer": (
+        "pages.npz",
+        npz(page_addr=ADDRESS, pages=PAGES[:0]),
+        "1 addresses for 0 pages",
+    ),
+    "page odd": (
+        "pages.npz",
+        npz(page_addr=ADDRESS + np.uint64(64), pages=PAGES),
+        "page at 0x40000040: not a multiple of 4096",
+    ),
+    "page outside": (
+        "pages.npz",
+        npz(page_addr=ADDRESS * np.uint64(2), pages=PAGES),
+        "page at 0x80000000: outside RAM",
+    ),
+    "page twice": (
+        "pages.npz",
+        npz(page_addr=np.repeat(ADDRESS, 2), pages=np.repeat(PAGES, 2, 0)),
+        "page at 0x40000000: given twice",
+    ),
+    "header nonsense": ("pages.npz", npz_raw("page_addr", "{'descr': "), "page_addr: "),
+    "header of a bomb": (
+        "pages.npz",
+        npz_raw(
+            "page_addr", "{'descr': '<u8', 'fortran_order': False, 'shape': (1099511627776,), }"
+        ),
+        "1099511627776 pages found; 262144 allowed",
+    ),
+    "header negative": (
+        "pages.npz",
+        npz_raw("page_addr", "{'descr': '<u8', 'fortran_order': False, 'shape': (-1,), }", 8192),
+        "-1 pages found",
+    ),
+    "array cut": (
+        "pages.npz",
+        npz_raw("page_addr", "{'descr': '<u8', 'fortran_order': False, 'shape': (9,), }", 8),
+        "8 bytes found; shape (9,) has 72",
+    ),
+    "queues broken": ("queues.npz", b"no archive", "queues.npz: the archive is damaged"),
+    "requests missing": ("requests.jsonl.gz", None, "requests.jsonl.gz: No such file"),
+    "requests plain": (
+        "requests.jsonl.gz",
+        b'{"sid": 1}\n',
+        "requests.jsonl.gz:1: the compressed data is damaged",
+    ),
+    "requests cut": (
+        "requests.jsonl.gz",
+        packed(line(), line())[:-12],
+        "the compressed data is cut off",
+    ),
+    "requests not json": (
+        "requests.jsonl.gz",
+        packed(line(), "{"),
+        "requests.jsonl.gz:2: not JSON",
+    ),
+    "requests a list": ("requests.jsonl.gz", packed("[1]"), "a list of 1 found"),
+    "sid missing": ("requests.jsonl.gz", packed(line(), line(sid=None)), "gz:2: sid is missing"),
+    "sid large": ("requests.jsonl.gz", packed(line(sid=1 << 32)), "sid: 0x100000000 found"),
+    "iova negative": ("requests.jsonl.gz", packed(line(iova=-1)), "iova: -0x1 found"),
+    "iova not hex": ("requests.jsonl.gz", packed(line(iova="0xg")), "iova: a string found"),
+    "ssid large": ("requests.jsonl.gz", packed(line(ssid=1 << 20)), "ssid: 0x100000 found"),
+    "perm none": ("requests.jsonl.gz", packed(line(perm=0)), "permits no access"),
+    "perm large": ("requests.jsonl.gz", packed(line(perm=8)), "perm: 0x8 found"),
+    "level": ("requests.jsonl.gz", packed(line(level=4)), "level: 0x4 found; -1 to 0x3 allowed"),
+    "bypass": ("requests.jsonl.gz", packed(line(bypass=2)), "bypass: 0x2 found"),
+    "event short": (
+        "events.jsonl.gz",
+        packed('{"sid":1,"iova":1,"rnw":1,"hex":"10"}'),
+        "hex: 1 bytes found; an event record has 32",
+    ),
+    "event not hex": (
+        "events.jsonl.gz",
+        packed('{"sid":1,"iova":1,"rnw":1,"hex":"zz"}'),
+        "hex: not hexadecimal bytes",
+    ),
+    "event unknown": (
+        "events.jsonl.gz",
+        packed('{"sid":1,"iova":1,"rnw":1,"hex":"%s"}' % ("ff" * 32)),
+        "event number 0xff found",
+    ),
+    "event without rnw": (
+        "events.jsonl.gz",
+        packed('{"sid":1,"iova":1,"hex":"00"}'),
+        "rnw is missing",
+    ),
+    "event action": (
+        "events.jsonl.gz",
+        packed('{"sid":1,"iova":1,"rnw":1,"hex":"","action":"ok"}'),
+        "action: 'ok' found",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINUX_BAD)
+def test_bad_linux_captures_are_refused_by_file_and_line(tmp_path, name):
+    file, content, problem = LINUX_BAD[name]
+    good = {
+        "meta.json": meta(),
+        "pages.npz": npz(page_addr=ADDRESS, pages=PAGES),
+        "requests.jsonl.gz": packed(line()),
+        "events.jsonl.gz": packed(),
+    }
+    for other, data in good.items():
+        (tmp_path / other).write_bytes(data)
+    assert len(Capture.load(tmp_path)[0].requests) == 1
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(CaptureError) as caught:
+        Capture.load(tmp_path)
+    assert problem in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+HEADER = {"header": {"idr": captures.QEMU_IDR, "ram": [0, 1 << 32]}}
+CASE = {
+    "id": "a",
+    "cr0": 1,
+    "regs": {"STRTAB_BASE": 0, "STRTAB_BASE_CFG": 0},
+    "pages": [],
+    "reqs": [],
+}
+
+
+def case(**changes):
+    return json.dumps({k: v for k, v in (CASE | changes).items() if v is not None})
+
+
+def header(**changes):
+    return json.dumps({"header": HEADER["header"] | changes})
+
+
+def case_request(**changes):
+    return case(reqs=[request(OK) | changes])
+
+
+CASES_BAD = {
+    "empty": ([], "cases.jsonl.gz: empty; a header is wanted"),
+    "no header": ([case()], "cases.jsonl.gz:1: header is missing"),
+    "only a header": ([header()], "a header and no configuration"),
+    "no idr": ([header(idr={}), case()], "gz:1: register IDR0 is missing"),
+    "ram of one": ([header(ram=[1]), case()], "ram: a list of 1 found; a list of 2 is wanted"),
+    "ram backwards": ([header(ram=[4096, 0]), case()], "gz:1: RAM of -0x1000 bytes"),
+    "no id": ([header(), case(id=None)], "gz:2: id is missing"),
+    "id unprintable": ([header(), case(id="\x1b[2J")], "has characters that cannot be shown"),
+    "id twice": ([header(), case(), case()], "gz:3: id: 'a' is that of an earlier"),
+    "no cr0": ([header(), case(cr0=None)], "gz:2: cr0 is missing"),
+    "no base": ([header(), case(regs={})], "gz:2: register STRTAB_BASE is missing"),
+    "pages flat": ([header(), case(pages=[1])], "gz:2: pages: a number found"),
+    "pages index": ([header(), case(pages=[[0, 9]])], "gz:2: pages: 0x9 found; 0 to 0x0 allowed"),
+    "pages odd": ([header(), case(pages=[[8, 0]])], "gz:2: page at 0x8: not a multiple of 4096"),
+    "pages outside": ([header(), case(pages=[[1 << 32, 0]])], "gz:2: page at 0x100000000: outside"),
+    "pages twice": ([header(), case(pages=[[0, 0], [0, 0]])], "gz:2: page at 0x0: given twice"),
+    "reqs a number": ([header(), case(reqs=1)], "gz:2: reqs: a number found"),
+    "request a number": ([header(), case(reqs=[1])], "gz:2: a number found"),
+    "rnw": ([header(), case_request(rnw=2)], "gz:2: rnw: 0x2 found"),
+    "out": ([header(), case_request(out="ok")], "gz:2: out: a string found; an object is wanted"),
+    "kind": ([header(), case_request(out={"k": "fine"})], "gz:2: k: 'fine' found"),
+    "ok without pa": ([header(), case_request(out={"k": "ok"})], "gz:2: pa is missing"),
+    "event name": ([header(), case_request(out={"k": "event", "name": "F"})], "name: 'F' found"),
+    "event of another": (
+        [header(), case_request(out=event("C_BAD_STE") | {"name": "C_BAD_CD"})],
+        "name says C_BAD_CD",
+    ),
+    "differs": ([header(), case_request(arch_differs={"cause": "x"})], "gz:2: arch is missing"),
+    "field": (
+        [header(), case_request(out=event("C_BAD_STE"), rec_differs=["IPA:1"])],
+        "rec_differs: 'IPA:1' is not a field of C_BAD_STE",
+    ),
+    "field value": (
+        [header(), case_request(out=event("F_ACCESS"), rec_differs=["CLASS:9"])],
+        "rec_differs: 'CLASS:9' is not a field",
+    ),
+    "field a number": (
+        [header(), case_request(out=event("F_ACCESS"), rec_differs=[1])],
+        "rec_differs: 1 is not a field",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES_BAD)
+def test_bad_cases_are_refused_by_file_and_line(tmp_path, name):
+    lines, problem = CASES_BAD[name]
+    (tmp_path / "pages.npz").write_bytes(npz(pages=PAGES))
+    captures.write_lines(tmp_path / "cases.jsonl.gz", [header(), case_request()])
+    assert len(Capture.load(tmp_path)[0].requests) == 1
+    captures.write_lines(tmp_path / "cases.jsonl.gz", lines)
+    with pytest.raises(CaptureError) as caught:
+        Capture.load(tmp_path)
+    assert problem in str(caught.value)
+
+
+def test_a_list_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    captures.small_capture(tmp_path / "small")
+    monkeypatch.setattr("smmufast.capture.MAX_TEXT", 200)
+    with pytest.raises(CaptureError, match=r"requests.jsonl.gz:2: the list unpacks to over 200"):
+        Capture.load(tmp_path / "small")
+    monkeypatch.setattr("smmufast.capture.MAX_LINE", 50)
+    with pytest.raises(CaptureError, match=r"longer than 50 bytes|not JSON"):
+        Capture.load(tmp_path / "small")
+
+
+def test_what_is_no_capture_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing", captures.SHIPPED / "meta.json"):
+        with pytest.raises(CaptureError, match=r"no capture|no such directory"):
+            Capture.load(path)
+
+
+def test_damaged_files_never_raise_anything_else(tmp_path):
+    """Every byte of a small capture is damaged in turn."""
+    captures.small_capture(tmp_path / "small")
+    rng = np.random.default_rng(5)
+    refused = 0
+    for file in sorted((tmp_path / "small").iterdir()):
+        data = file.read_bytes()
+        for place in rng.integers(0, len(data), 150).tolist():
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << rng.integers(0, 8)
+            file.write_bytes(damaged)
+            try:
+                replay(Capture.load(tmp_path / "small"))
+            except CaptureError:
+                refused += 1
+        file.write_bytes(data)
+    assert refused > 100
+    assert replay(Capture.load(tmp_path / "small"))
