@@ -5,6 +5,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint64_t
@@ -718,12 +719,17 @@ cdef object raise_port(Port* port):
     raise error
 
 
+cdef object to_integer(str name, value):
+    """An int from anything that is an integer, or an error that names the argument."""
+    try:
+        return PyNumber_Index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+
+
 cdef uint64_t to_address(str name, value) except? 0xFFFFFFFFFFFFFFFF:
     """A 64-bit number from any integer, or an error that names the argument."""
-    try:
-        number = value.__index__()
-    except AttributeError:
-        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+    number = to_integer(name, value)
     if not 0 <= number <= 0xFFFFFFFFFFFFFFFF:
         raise ValueError(f"{name}: {number:#x} given; 0 to 2^64 - 1 allowed")
     return number
