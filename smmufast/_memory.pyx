@@ -46,6 +46,7 @@ cdef enum:
     CHUNK_TABLE_LG2 = 14  # two tables of 2^14: 2^52 bytes
 
 cdef uint64_t ONE_MAP_MAX = <uint64_t>1 << 46  # the largest map that a host grants
+cdef int64_t MOST_FETCHES = 0x7FFFFFFFFFFFFFFF
 
 MemoryRegion = namedtuple("MemoryRegion", "base size kind readonly")
 MemoryRegion.__doc__ = """One region: base and size in bytes, kind (a word), readonly."""
@@ -660,20 +661,24 @@ cdef class Memory:
             injection.last = injection.first + (length - 1)
         injection.kind = FETCH_NONE
         if kind is not None:
-            if kind not in FETCH_KINDS:
+            if kind not in FETCH_KINDS[1:]:
                 raise ValueError(f"kind: {kind!r} given; one of {', '.join(FETCH_KINDS[1:])} needed")
             injection.kind = FETCH_KINDS.index(kind)
         injection.level = NO_LEVEL
         if level is not None:
-            if not -1 <= level <= 3:
+            if not -1 <= to_integer("level", level) <= 3:
                 raise ValueError(f"level: {level} given; -1 to 3 allowed")
             injection.level = level
-        injection.nth = 1 if nth is None else nth
-        injection.count = (1 if nth is not None else 0x7FFFFFFFFFFFFFFF) if count is None else count
-        if injection.nth < 1:
-            raise ValueError(f"nth: {nth} given; 1 or more needed")
-        if injection.count < 1:
-            raise ValueError(f"count: {count} given; 1 or more needed")
+        injection.nth = 1
+        injection.count = MOST_FETCHES if nth is None else 1
+        if nth is not None:
+            if not 1 <= to_integer("nth", nth) <= MOST_FETCHES:
+                raise ValueError(f"nth: {nth} given; 1 to 2^63 - 1 allowed")
+            injection.nth = nth
+        if count is not None:
+            if not 1 <= to_integer("count", count) <= MOST_FETCHES:
+                raise ValueError(f"count: {count} given; 1 to 2^63 - 1 allowed")
+            injection.count = count
         grown = <Injection*>realloc(
             self.ram.injections, (self.ram.n_injections + 1) * sizeof(Injection))
         if grown == NULL:
