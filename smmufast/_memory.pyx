@@ -321,6 +321,9 @@ cdef class Memory:
         window_shut(&self.ram.window)
         self._callables = {}
 
+    def __init__(self):
+        pass  # takes no arguments: __cinit__ alone would ignore them
+
     def __dealloc__(self):
         cdef Py_ssize_t i
         for i in range(self.ram.n_regions):
