@@ -581,6 +581,8 @@ cdef class Memory:
         cdef uint8_t* target
         cdef Region* region
         cdef int dry
+        if not PyObject_CheckBuffer(data):
+            raise TypeError(f"data: {type(data).__name__} given; bytes needed")
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         self.ram.users += 1
         try:
