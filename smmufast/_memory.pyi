@@ -1,0 +1,58 @@
+from collections.abc import Callable
+from typing import Literal, NamedTuple, SupportsIndex, TypeAlias, final, overload
+
+from typing_extensions import Buffer, CapsuleType
+
+from smmufast.faults import FETCH_KINDS as FETCH_KINDS
+from smmufast.faults import ExternalAbort as ExternalAbort
+
+_Read: TypeAlias = Callable[[int, int], Buffer | None]
+_Write: TypeAlias = Callable[[int, bytes], Literal[True] | None]
+
+class MemoryRegion(NamedTuple):
+    base: int
+    size: int
+    kind: str
+    readonly: bool
+
+@final
+class Memory:
+    def __init__(self) -> None: ...
+    def add(
+        self, buffer: Buffer, base: SupportsIndex, *, readonly: bool | None = None
+    ) -> None: ...
+    def add_private(
+        self,
+        base: SupportsIndex = 0,
+        size: SupportsIndex = 4503599627370496,
+        *,
+        huge_pages: bool = False,
+    ) -> None: ...
+    @overload
+    def add_callback(
+        self, base: SupportsIndex, size: SupportsIndex, read: _Read, write: _Write | None = None
+    ) -> None: ...
+    @overload
+    def add_callback(
+        self, base: SupportsIndex, size: SupportsIndex, read: CapsuleType, write: None = None
+    ) -> None: ...
+    def remove(self, base: SupportsIndex) -> None: ...
+    @property
+    def regions(self) -> list[MemoryRegion]: ...
+    def read(self, address: SupportsIndex, size: SupportsIndex) -> bytes: ...
+    def write(self, address: SupportsIndex, data: Buffer) -> None: ...
+    def read_u64(self, address: SupportsIndex, *, big_endian: bool = False) -> int: ...
+    def write_u64(
+        self, address: SupportsIndex, value: SupportsIndex, *, big_endian: bool = False
+    ) -> None: ...
+    def inject_error(
+        self,
+        *,
+        address: SupportsIndex | None = None,
+        size: SupportsIndex = 8,
+        kind: Literal["L1STD", "STE", "L1CD", "CD", "TT"] | None = None,
+        level: SupportsIndex | None = None,
+        nth: SupportsIndex | None = None,
+        count: SupportsIndex | None = None,
+    ) -> int: ...
+    def clear_errors(self) -> None: ...

@@ -1,0 +1,195 @@
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, Literal, NoReturn, SupportsIndex, TypeAlias, TypeVar, final, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+from smmufast._memory import Memory
+from smmufast.faults import ACTIONS as ACTIONS
+from smmufast.faults import FAULTS as FAULTS
+from smmufast.faults import FETCH_KINDS as FETCH_KINDS
+from smmufast.faults import Event, Fetch, Perm
+from smmufast.features import Features
+
+NO_SUBSTREAM: Final = 4294967295
+COLUMNS: Final[dict[str, np.dtype[Any]]]
+
+_Action: TypeAlias = Literal["ok", "bypass", "disabled", "abort", "raz_wi"]
+_Column: TypeAlias = Literal[
+    "pa", "action", "event", "fault", "perm", "level", "page_lg2", "attr", "sh", "record"
+]
+_Flag: TypeAlias = bool | np.bool
+_Integers: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | NDArray[np.integer | np.bool]
+_Flags: TypeAlias = _Flag | Sequence[_Flag] | NDArray[np.bool]
+_Out = TypeVar("_Out", bound=NDArray[np.void] | dict[str, NDArray[Any]])
+
+def modelled(features: Features) -> tuple[Features, dict[str, int]]: ...
+
+class Result:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    def __bool__(self) -> bool: ...
+    @property
+    def sid(self) -> int: ...
+    @property
+    def ssid(self) -> int | None: ...
+    @property
+    def iova(self) -> int: ...
+    @property
+    def write(self) -> bool: ...
+    @property
+    def action(self) -> _Action: ...
+    @property
+    def pa(self) -> int | None: ...
+    @property
+    def fault(self) -> Event | None: ...
+    @property
+    def event(self) -> Event | None: ...
+    @property
+    def level(self) -> int | None: ...
+    @property
+    def page_lg2(self) -> int | None: ...
+    @property
+    def page_size(self) -> int | None: ...
+    @property
+    def perm(self) -> Perm: ...
+    @property
+    def attr(self) -> int: ...
+    @property
+    def memory_type(self) -> str | None: ...
+    @property
+    def shareability(self) -> int: ...
+    @property
+    def asid(self) -> int | None: ...
+    @property
+    def is_global(self) -> bool | None: ...
+    @property
+    def contiguous(self) -> bool | None: ...
+    @property
+    def fetches(self) -> list[Fetch] | None: ...
+    def explain(self) -> str: ...
+
+@final
+class TracedResult(Result):
+    @property
+    def fetches(self) -> list[Fetch]: ...
+
+@final
+class Segments:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    @property
+    def array(self) -> NDArray[np.void]: ...
+    @property
+    def result(self) -> Result | None: ...
+    @property
+    def event(self) -> Event | None: ...
+    def __bool__(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[int, int, int]]: ...
+
+@final
+class Walk:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    @property
+    def request(self) -> Fetch | None: ...
+    @property
+    def done(self) -> bool: ...
+    @property
+    def result(self) -> Result | None: ...
+    def supply(self, data: Buffer | int | None) -> None: ...
+
+@final
+class Smmu:
+    def __init__(
+        self,
+        memory: Memory,
+        features: Features | None = None,
+        *,
+        strtab_base: SupportsIndex = 0,
+        strtab_base_cfg: SupportsIndex = 0,
+        cr0: SupportsIndex = 5,
+        cr2: SupportsIndex = 2,
+        gbpa: SupportsIndex = 4096,
+    ) -> None: ...
+    @property
+    def memory(self) -> Memory: ...
+    @property
+    def features(self) -> Features: ...
+    @property
+    def strtab_base(self) -> int: ...
+    @property
+    def strtab_base_cfg(self) -> int: ...
+    @property
+    def cr0(self) -> int: ...
+    @property
+    def cr2(self) -> int: ...
+    @property
+    def gbpa(self) -> int: ...
+    def translate(
+        self,
+        sid: SupportsIndex,
+        iova: SupportsIndex,
+        *,
+        ssid: SupportsIndex | None = None,
+        write: _Flag = False,
+        priv: _Flag = False,
+        instr: _Flag = False,
+        trace: bool = False,
+    ) -> Result: ...
+    def pa(
+        self,
+        sid: SupportsIndex,
+        iova: SupportsIndex,
+        *,
+        ssid: SupportsIndex | None = None,
+        write: _Flag = False,
+        priv: _Flag = False,
+        instr: _Flag = False,
+    ) -> int: ...
+    @overload
+    def translate_batch(
+        self,
+        sid: _Integers,
+        iova: _Integers,
+        *,
+        ssid: _Integers | None = None,
+        write: _Flags = False,
+        priv: _Flags = False,
+        instr: _Flags = False,
+        out: None = None,
+        columns: Iterable[_Column] | None = None,
+    ) -> NDArray[np.void]: ...
+    @overload
+    def translate_batch(
+        self,
+        sid: _Integers,
+        iova: _Integers,
+        *,
+        ssid: _Integers | None = None,
+        write: _Flags = False,
+        priv: _Flags = False,
+        instr: _Flags = False,
+        out: _Out,
+        columns: None = None,
+    ) -> _Out: ...
+    def translate_range(
+        self,
+        sid: SupportsIndex,
+        iova: SupportsIndex,
+        size: SupportsIndex,
+        *,
+        ssid: SupportsIndex | None = None,
+        write: _Flag = False,
+        priv: _Flag = False,
+        instr: _Flag = False,
+    ) -> Segments: ...
+    def start_walk(
+        self,
+        sid: SupportsIndex,
+        iova: SupportsIndex,
+        *,
+        ssid: SupportsIndex | None = None,
+        write: _Flag = False,
+        priv: _Flag = False,
+        instr: _Flag = False,
+    ) -> Walk: ...
