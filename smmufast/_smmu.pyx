@@ -1032,11 +1032,23 @@ cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) 
     return api_end(&port, translate_one(&core.hw, &port, request, &memo, outcome))
 
 
+cdef bint accesses_legal(const BatchC* batch) noexcept nogil:
+    """No access has bits that have no meaning."""
+    cdef const uint8_t* access = <const uint8_t*>batch.access.data
+    cdef size_t i
+    cdef size_t n = batch.n if batch.access.stride else (batch.n > 0)
+    for i in range(n):
+        if access[<ptrdiff_t>i * batch.access.stride] > (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR):
+            return False
+    return True
+
+
 cdef int api_translate_batch(SmmuC* handle, const BatchC* batch) noexcept nogil:
     cdef Core* core = <Core*>handle
     cdef Port port
     if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
-            or batch.access.data == NULL or not ssids_legal(batch)):
+            or batch.access.data == NULL or not ssids_legal(batch)
+            or not accesses_legal(batch)):
         return STATUS_EINVAL
     return api_end(&port, translate_many(&core.hw, core.ram, &port, batch))
 
