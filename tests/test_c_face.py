@@ -1,0 +1,340 @@
+"""The C and Cython faces: a consumer of each kind is compiled against the package and run."""
+
+import gc
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+from small import BASE, Request
+
+import smmufast
+from smmufast import NO_SUBSTREAM, Memory, Smmu
+
+SOURCES = Path(__file__).parent / "consumer"
+DONE, EINVAL, EPYTHON = 0, -1, -2
+
+
+def environment():
+    """Variables for a process that must import the very package that is tested."""
+    parent = str(Path(smmufast.__file__).parents[1])
+    path = [parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def load(name, directory):
+    path = directory / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Where the consumers were built, as a user would build them."""
+    directory = tmp_path_factory.mktemp("consumer") / "build"
+    shutil.copytree(SOURCES, directory)
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=directory, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain(built):
+    return load("plain_consumer", built)
+
+
+@pytest.fixture(scope="module")
+def cython(built):
+    return load("cython_consumer", built)
+
+
+def access_of(request):
+    return request.write | request.priv << 1 | request.instr << 2
+
+
+def c_arguments(request):
+    ssid = NO_SUBSTREAM if request.ssid is None else request.ssid
+    return request.sid, ssid, request.iova, access_of(request)
+
+
+def c_columns(requests, **outputs):
+    """Columns in the order of smmufast_batch; outputs by name, the others are not wanted."""
+    columns = small.columns(requests)
+    access = np.array([access_of(r) for r in requests], np.uint8)
+    inputs = (columns["sid"], columns["ssid"], columns["iova"], access)
+    return (*inputs, *(outputs.get(name) for name in small.ALL))
+
+
+def expected(requests=small.REQUESTS):
+    smmu, _ = small.system()
+    return [small.row(result) for result in small.translate_each(smmu, requests)]
+
+
+# --- Cython ---
+
+
+def test_a_cython_loop_gives_what_python_gives(cython):
+    smmu, _ = small.system()
+    sid, ssid, iova, access = c_columns(small.REQUESTS)[:4]
+    pa, action, event = (np.zeros(len(sid), t) for t in (np.uint64, np.uint8, np.uint8))
+    assert cython.translate_all(smmu, sid, ssid, iova, access, pa, action, event) == 0
+    found = zip(pa.tolist(), action.tolist(), event.tolist(), strict=True)
+    assert list(found) == [row[:3] for row in expected()]
+
+
+@pytest.mark.parametrize(
+    ("ssid", "access", "status"),
+    [
+        (NO_SUBSTREAM, 0, DONE),
+        (0xFFFFF, 7, DONE),
+        (0x100000, 0, EINVAL),
+        (NO_SUBSTREAM - 1, 0, EINVAL),
+        (0, 8, EINVAL),
+    ],
+)
+def test_translate_c_refuses_what_is_out_of_range_and_does_nothing(cython, ssid, access, status):
+    smmu, _ = small.system()
+    assert cython.status_of(smmu, ssid, access) == (status, status == EINVAL)
+
+
+def test_cython_users_have_the_types(cython):
+    smmu, _ = small.system()
+    assert cython.memory_of(smmu) is smmu.memory
+    result, walk = smmu.translate(1, 0), smmu.start_walk(1, 0)
+    assert cython.are_typed(result, walk) == (True, True)
+    assert cython.are_typed(walk, result) == (False, False)
+    with pytest.raises(TypeError):
+        cython.memory_of(smmu.memory)
+
+
+# --- plain C ---
+
+
+def test_the_capsule_says_its_version(plain):
+    abi, size, known = plain.version()
+    assert abi == 1
+    assert size == known
+
+
+def test_c_translate_gives_what_python_gives(plain):
+    smmu, _ = small.system()
+    found = [plain.translate(smmu, *c_arguments(r)) for r in small.REQUESTS]
+    assert found == [(DONE, row) for row in expected()]
+
+
+def test_c_walks_from_a_copy_give_what_python_reads_in_place(plain):
+    smmu, image = small.system()
+    copy = bytes(image)
+    image[:] = bytes(len(image))  # the walk never looks at the Smmu's own memory
+    straight, _ = small.system()
+    for request, row in zip(small.REQUESTS, expected(), strict=True):
+        status, result, fetches = plain.walk(smmu, BASE, copy, *c_arguments(request))
+        assert (status, result) == (DONE, row)
+        trace = straight.translate(request.sid, request.iova, **request.access, trace=True).fetches
+        kinds = ("", "L1STD", "STE", "L1CD", "CD", "TT")
+        assert [
+            (kinds[kind], None if level == 4 else level, address, size, bool(aborted))
+            for kind, level, address, size, aborted in fetches
+        ] == [(f.kind, f.level, f.address, f.size, f.data is None) for f in trace]
+
+
+def test_c_batch_gives_what_python_gives(plain):
+    smmu, _ = small.system()
+    outputs = {
+        name: np.full(len(small.REQUESTS), 0x55, smmufast.COLUMNS[name])
+        if name != "record" else np.frombuffer(bytearray(b"U" * 32 * len(small.REQUESTS)), "V32")
+        for name in small.ALL
+    }  # fmt: skip
+    assert plain.batch(smmu, c_columns(small.REQUESTS, **outputs)) == DONE
+    found = [
+        (*map(int, line[:-1]), bytes(line[-1]))
+        for line in zip(*(outputs[name].tolist() for name in small.ALL), strict=True)
+    ]
+    assert found == expected()
+
+
+@pytest.mark.parametrize("name", small.ALL)
+def test_a_c_batch_fills_only_the_columns_that_are_wanted(plain, name):
+    smmu, _ = small.system()
+    out = np.zeros(len(small.REQUESTS), smmufast.COLUMNS[name])
+    assert plain.batch(smmu, c_columns(small.REQUESTS, **{name: out})) == DONE
+    column = small.ALL.index(name)
+    found = [bytes(v) if name == "record" else int(v) for v in out.tolist()]
+    assert found == [row[column] for row in expected()]
+
+
+def test_a_c_batch_repeats_single_inputs(plain):
+    smmu, _ = small.system()
+    iova = np.arange(small.RW, small.RW + 0x100, dtype=np.uint64)
+    pa = np.zeros(0x100, np.uint64)
+    one = (np.uint32(1), np.uint32(NO_SUBSTREAM), iova, np.uint8(0))
+    assert plain.batch(smmu, (*one, pa, *[None] * 9)) == DONE
+    assert pa.tolist() == list(range(0x4000_1000, 0x4000_1100))
+
+
+@pytest.mark.parametrize("over", ["buffer", "callback"])
+def test_c_threads_translate_at_once(plain, over):
+    image = bytes(small.build())
+    memory = Memory()
+    if over == "buffer":
+        memory.add(image, BASE)
+    else:
+        memory.add_callback(BASE, len(image), plain.host(BASE, image))
+    smmu = Smmu(memory, **small.registers())
+    requests = small.REQUESTS * 10
+    translations, differences = plain.race(smmu, BASE, image, c_columns(requests), 2, 20)
+    assert (translations, differences) == (2 * 20 * len(requests), 0)
+
+
+def test_arguments_out_of_range_are_einval_and_nothing_is_done(plain):
+    smmu, _ = small.system()
+    smmu.memory.inject_error(kind="STE")
+    found = plain.misuse(smmu)
+    assert found == {
+        "translate ssid": EINVAL, "walk_start ssid": EINVAL,
+        "translate access": EINVAL, "walk_start access": EINVAL, "result untouched": 1,
+        "walk_start": 1, "walk_supply abort": DONE, "walk_supply done": EINVAL,
+        "walk still done": 1,
+        "batch sid": EINVAL, "batch ssid": EINVAL, "batch iova": EINVAL, "batch access": EINVAL,
+        "batch ssid value": EINVAL, "batch access value": EINVAL, "batch untouched": 1,
+        "batch empty": DONE, "batch untouched when empty": 1, "batch": DONE, "batch written": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("thing", [None, 5, Memory(), Smmu])
+def test_acquiring_what_is_no_smmu_is_a_type_error(plain, thing):
+    with pytest.raises(TypeError, match=f"object: {type(thing).__name__} given; Smmu needed"):
+        plain.hold(thing)
+
+
+def test_a_held_smmu_lives_and_its_memory_does_not_change(plain):
+    smmu, image = small.system()
+    memory = smmu.memory
+    handle = plain.hold(smmu)
+    second = plain.hold(smmu)
+    del smmu
+    gc.collect()
+    assert plain.translate_held(handle, 1, small.RW)[1][0] == 0x4000_1000
+    image[small.LEVEL3 + 8] = 0  # the bytes may change
+    assert plain.translate_held(handle, 1, small.RW)[1][2] == 0x10
+    del handle
+    with pytest.raises(BufferError, match="in use"):
+        memory.remove(BASE)
+    del second
+    memory.remove(BASE)
+
+
+def test_a_smmu_that_is_held_and_let_go_is_freed(plain):
+    memory = Memory()
+    image = bytearray(small.build())
+    memory.add(image, BASE)
+    plain.hold(Smmu(memory, **small.registers()))
+    del memory
+    gc.collect()
+    image.append(0)  # nobody holds the buffer any more
+    assert len(image) == small.SIZE + 1
+
+
+# --- memory that C answers for ---
+
+
+def test_memory_behind_c_callbacks_gives_what_a_buffer_gives(plain):
+    image = small.build()
+    host = plain.host(BASE, image)
+    memory = Memory()
+    memory.add_callback(BASE, small.SIZE, host)
+    smmu = Smmu(memory, **small.registers())
+    assert small.batch_rows(smmu) == expected()
+    before = plain.reads(host)
+    result = smmu.translate(1, small.RW, trace=True)
+    assert plain.reads(host) - before == len(result.fetches) == 5
+    memory.write(BASE + small.LEVEL3 + 8, bytes(8))
+    assert memory.read_u64(BASE + small.LEVEL3 + 8) == 0
+    assert smmu.translate(1, small.RW).event.name == "F_TRANSLATION"
+
+
+def test_the_host_behind_c_callbacks_lives_as_long_as_its_region(plain):
+    memory = Memory()
+    memory.add_callback(BASE, small.SIZE, plain.host(BASE, small.build()))
+    gc.collect()
+    smmu = Smmu(memory, **small.registers())
+    assert smmu.pa(1, small.RW) == 0x4000_1000
+
+
+def test_a_region_beyond_what_c_answers_for_is_an_abort(plain):
+    memory = Memory()
+    memory.add_callback(BASE, 1 << 40, plain.host(BASE, small.build()))
+    smmu = Smmu(memory, **small.registers())
+    event = smmu.translate(small.BEYOND_MEMORY, 0).event
+    assert (event.name, event.fetch_address) == ("F_STE_FETCH", BASE + 64 * small.BEYOND_MEMORY)
+
+
+# --- Python memory under the C face ---
+
+
+def test_a_python_callback_answers_c_threads(plain):
+    image = bytes(small.build())
+    memory = Memory()
+    memory.add_callback(BASE, small.SIZE, lambda a, n: image[a - BASE : a - BASE + n])
+    smmu = Smmu(memory, **small.registers())
+    requests = small.REQUESTS
+    translations, differences = plain.race(smmu, BASE, image, c_columns(requests), 2, 3)
+    assert (translations, differences) == (2 * 3 * len(requests), 0)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_exception_of_a_python_callback_is_epython_and_is_reported(plain, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda info: seen.append(info.exc_value))
+
+    def read(address, n):
+        raise ZeroDivisionError("the board is gone")
+
+    memory = Memory()
+    memory.add_callback(BASE, small.SIZE, read)
+    smmu = Smmu(memory, **small.registers())
+    status, _ = plain.translate(smmu, *c_arguments(Request(1, small.RW)))
+    assert status == EPYTHON
+    pa = np.zeros(2, np.uint64)
+    columns = c_columns([Request(1, small.RW)] * 2, pa=pa)
+    assert plain.batch(smmu, columns) == EPYTHON
+    assert [str(error) for error in seen] == ["the board is gone"] * 2
+    memory.remove(BASE)
+
+
+# --- the header ---
+
+
+def test_the_include_directory_holds_the_header_and_the_declarations():
+    directory = Path(smmufast.get_include())
+    for name in ("smmufast.h", "__init__.pxd", "_smmu.pxd", "_memory.pxd", "_types.pxd"):
+        assert (directory / name).is_file()
+
+
+@pytest.mark.parametrize("language", ["c", "c++"])
+def test_the_header_stands_alone(language, tmp_path):
+    compiler = sysconfig.get_config_var("CXX" if language == "c++" else "CC").split()
+    if language == "c++" and shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler {compiler[0]}; smmufast needs a C compiler only")
+    source = tmp_path / ("user.cpp" if language == "c++" else "user.c")
+    source.write_text(
+        '#include "smmufast.h"\n#include "smmufast.h"\n'
+        "int main(void) { return sizeof(smmufast_request) != 24 || sizeof(smmufast_result) != 56; }\n"
+    )
+    program = tmp_path / "user"
+    command = [*compiler, "-x", language, "-Wall", "-Wextra", "-Wpedantic", "-Werror",
+               f"-I{smmufast.get_include()}", str(source), "-o", str(program)]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert subprocess.run([program]).returncode == 0
