@@ -577,8 +577,8 @@ cdef class Smmu:
     <Result bypass sid=0x0 iova=0x1234 pa=0x1234>
     """
 
-    def __init__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
-                 cr0=0b101, cr2=0b10, gbpa=0x1000):
+    def __cinit__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
+                  cr0=0b101, cr2=0b10, gbpa=0x1000):
         cdef Hw* hw = &self.core.hw
         if features is None:
             features = Features()
@@ -588,8 +588,6 @@ cdef class Smmu:
         if taken:
             raise ValueError("features: " + ", ".join(f"{k}={v}" for k, v in taken.items())
                              + " given; this version does not model that (see smmufast.modelled)")
-        if self.core.owner != NULL:
-            raise RuntimeError("a Smmu is initialised once")
         self.memory = memory
         self.features = features
         self.strtab_base = as_u64("strtab_base", strtab_base, 0xFFFFFFFFFFFFFFFF)

@@ -330,7 +330,8 @@ def test_the_header_stands_alone(language, tmp_path):
     source = tmp_path / ("user.cpp" if language == "c++" else "user.c")
     source.write_text(
         '#include "smmufast.h"\n#include "smmufast.h"\n'
-        "int main(void) { return sizeof(smmufast_request) != 24 || sizeof(smmufast_result) != 56; }\n"
+        "int main(void)\n"
+        "{ return sizeof(smmufast_request) != 24 || sizeof(smmufast_result) != 56; }\n"
     )
     program = tmp_path / "user"
     command = [*compiler, "-x", language, "-Wall", "-Wextra", "-Wpedantic", "-Werror",
