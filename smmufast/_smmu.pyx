@@ -35,6 +35,10 @@ from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
 from smmufast.features import Features
 
 cnp.import_array()
+
+cdef extern from "Python.h":
+    # as declared here, an error is left for the caller to see
+    uint64_t PyLong_AsUnsignedLongLong(object value) noexcept
 fill_permissions()
 
 NO_SUBSTREAM = 0xFFFFFFFF
