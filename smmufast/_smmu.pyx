@@ -2,7 +2,9 @@
 
 cimport cython
 cimport numpy as cnp
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
 from cpython.long cimport PyLong_AsUnsignedLong, PyLong_CheckExact
@@ -27,6 +29,8 @@ from smmufast._types cimport (
     ApiC, BatchC, ColumnC, FetchC, Hw, Outcome, Request, SmmuC, WalkC,
 )
 from smmufast._vmsa cimport entering_attr, shareability
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -413,6 +417,8 @@ cdef class Walk:
             if data < 0 or data >> (8 * size):
                 raise ValueError(f"data: {data:#x} given; a number of {size} bytes needed")
             data = data.to_bytes(size, "little")
+        if not PyObject_CheckBuffer(data):
+            raise TypeError(f"data: {type(data).__name__} given; bytes, a number or None needed")
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             if <size_t>view.len != size:
@@ -464,14 +470,18 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     cdef cnp.ndarray array
     if isinstance(value, (int, np.integer)) and not isinstance(value, np.ndarray):
         return None
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if array.ndim == 0:
         return None
     if array.ndim != 1:
         raise ValueError(f"{name}: an array of {array.ndim} dimensions given; 1 needed")
     if array.dtype != dtype:
         if array.dtype.kind not in "biu" or dtype.kind == "b" and array.dtype.kind != "b":
-            raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} or another integer needed")
+            raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} "
+                            f"{'' if dtype.kind == 'b' else 'or another integer '}needed")
         if array.size and (array.dtype.kind == "i" and array.min() < 0
                            or array.max() > np.iinfo(dtype).max):
             raise ValueError(f"{name}: values from {array.min():#x} to {array.max():#x} given; "
@@ -828,10 +838,15 @@ cdef class Smmu:
                 flags[k] = <const uint8_t*>cnp.PyArray_DATA(array)
                 strides[k] = cnp.PyArray_STRIDE(array, 0)
         if out is None:
+            if isinstance(columns, (str, bytes)) or columns is not None and not isinstance(
+                    columns, Iterable):
+                raise TypeError(f"columns: {type(columns).__name__} given; names needed")
             names = DEFAULT_COLUMNS if columns is None else tuple(columns)
             for name in names:
                 if name not in COLUMNS:
                     raise ValueError(f"columns: {name!r} given; {', '.join(COLUMNS)} known")
+            if len(set(names)) != len(names):
+                raise ValueError(f"columns: {', '.join(names)} given; each at most once")
             out = np.empty(n, np.dtype([(name, COLUMNS[name]) for name in names], align=True))
         elif columns is not None:
             raise TypeError("columns: given beside out, whose own columns are filled")
@@ -842,6 +857,8 @@ cdef class Smmu:
                 point_out(&batch, name, out[name], n)
         elif isinstance(out, dict):
             for name, array in out.items():
+                if name not in COLUMNS:
+                    raise ValueError(f"out: column {name!r} given; {', '.join(COLUMNS)} known")
                 point_out(&batch, name, array, n)
         else:
             raise TypeError(f"out: {type(out).__name__} given; a structured array or a dict needed")
