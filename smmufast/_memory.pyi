@@ -1,12 +1,15 @@
 from collections.abc import Callable
-from typing import Literal, NamedTuple, SupportsIndex, TypeAlias, final, overload
+from typing import Any, Literal, NamedTuple, Never, SupportsIndex, TypeAlias, final, overload
 
+from numpy.typing import NDArray
 from typing_extensions import Buffer, CapsuleType
 
 from smmufast.faults import FETCH_KINDS as FETCH_KINDS
 from smmufast.faults import ExternalAbort as ExternalAbort
 
-_Read: TypeAlias = Callable[[int, int], Buffer | None]
+# numpy's arrays have a buffer, which their stubs say from Python 3.12 on only
+_Bytes: TypeAlias = Buffer | NDArray[Any]
+_Read: TypeAlias = Callable[[int, int], _Bytes | None]
 _Write: TypeAlias = Callable[[int, bytes], Literal[True] | None]
 
 class MemoryRegion(NamedTuple):
@@ -17,9 +20,9 @@ class MemoryRegion(NamedTuple):
 
 @final
 class Memory:
-    def __init__(self) -> None: ...
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def add(
-        self, buffer: Buffer, base: SupportsIndex, *, readonly: bool | None = None
+        self, buffer: _Bytes, base: SupportsIndex, *, readonly: bool | None = None
     ) -> None: ...
     def add_private(
         self,
@@ -40,7 +43,7 @@ class Memory:
     @property
     def regions(self) -> list[MemoryRegion]: ...
     def read(self, address: SupportsIndex, size: SupportsIndex) -> bytes: ...
-    def write(self, address: SupportsIndex, data: Buffer) -> None: ...
+    def write(self, address: SupportsIndex, data: _Bytes) -> None: ...
     def read_u64(self, address: SupportsIndex, *, big_endian: bool = False) -> int: ...
     def write_u64(
         self, address: SupportsIndex, value: SupportsIndex, *, big_endian: bool = False

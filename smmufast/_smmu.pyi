@@ -1,9 +1,21 @@
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, Literal, NoReturn, SupportsIndex, TypeAlias, TypeVar, final, overload
+from typing import (
+    Any,
+    Final,
+    Literal,
+    Never,
+    NoReturn,
+    Self,
+    SupportsIndex,
+    TypeAlias,
+    TypeVar,
+    final,
+    overload,
+)
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from smmufast._memory import Memory
 from smmufast.faults import ACTIONS as ACTIONS
@@ -26,8 +38,9 @@ _Out = TypeVar("_Out", bound=NDArray[np.void] | dict[str, NDArray[Any]])
 
 def modelled(features: Features) -> tuple[Features, dict[str, int]]: ...
 
+@disjoint_base
 class Result:
-    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def __bool__(self) -> bool: ...
     @property
     def sid(self) -> int: ...
@@ -96,12 +109,12 @@ class Walk:
     def done(self) -> bool: ...
     @property
     def result(self) -> Result | None: ...
-    def supply(self, data: Buffer | int | None) -> None: ...
+    def supply(self, data: Buffer | NDArray[Any] | int | None) -> None: ...
 
 @final
 class Smmu:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         memory: Memory,
         features: Features | None = None,
         *,
@@ -110,7 +123,7 @@ class Smmu:
         cr0: SupportsIndex = 5,
         cr2: SupportsIndex = 2,
         gbpa: SupportsIndex = 4096,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def memory(self) -> Memory: ...
     @property
