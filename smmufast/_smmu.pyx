@@ -210,7 +210,7 @@ cdef class Result:
     @property
     def page_size(self):
         """Size of the block or page in bytes; None without a translation."""
-        return 1 << self.outcome.page_lg2 if self.outcome.page_lg2 else None
+        return <uint64_t>1 << self.outcome.page_lg2 if self.outcome.page_lg2 else None
 
     @property
     def perm(self):

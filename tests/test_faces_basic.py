@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import small
+from ptwriter import encode_cd, encode_ste, leaf_descriptor, table_descriptor
 from small import BASE, Request
 
 from smmufast import (
@@ -81,6 +82,21 @@ def test_a_page_says_all_about_itself(smmu):
     assert (block.attr, block.memory_type) == (0xFF, "Normal-iWB-RA-WA-oWB-RA-WA")
     assert (block.shareability, block.is_global) == (0, True)
     assert smmu.translate(small.STAGE1, small.RUN + 0x2000).contiguous is True
+
+
+@pytest.mark.parametrize(
+    ("level", "lg2"), [(3, 12), (2, 21), (1, 30), (0, 39)]
+)
+def test_the_size_of_a_page_is_in_bytes_however_large(smmu, level, lg2):
+    walk = smmu.start_walk(0, 0x123)
+    walk.supply(encode_ste(v=1, config=5))
+    walk.supply(encode_cd(v=1, aa64=1, a=1, r=1, t0sz=16, epd1=1, ips=6, ds=1))
+    for _ in range(level):
+        walk.supply(table_descriptor(12, 0x1000))
+    walk.supply(leaf_descriptor(12, level, 1 << 50, ds=True, ap=1))
+    assert (walk.result.level, walk.result.page_lg2) == (level, lg2)
+    assert walk.result.page_size == 2**lg2
+    assert walk.result.pa == 1 << 50 | 0x123
 
 
 def test_what_is_not_translated_says_so(smmu):
