@@ -140,9 +140,10 @@ cdef inline bint unchanged64(
         const Port* port, uint64_t address, const uint64_t* words) noexcept nogil:
     """The structure at `address` still is these eight dwords; no when it cannot be read in place."""
     cdef uint64_t offset = address - port.window.base
-    cdef const uint8_t* p = port.window.data + offset
+    cdef const uint8_t* p
     if offset > port.window.span:
         return False
+    p = port.window.data + offset
     return not (
         (le64(load64(p)) ^ words[0]) | (le64(load64(p + 8)) ^ words[1])
         | (le64(load64(p + 16)) ^ words[2]) | (le64(load64(p + 24)) ^ words[3])
