@@ -1,6 +1,7 @@
 """Build of the compiled modules; everything else is in pyproject.toml.
 
-SMMUFAST_DEBUG=1 builds with Cython's bounds checks and with C assertions.
+SMMUFAST_DEBUG=1 builds with Cython's bounds checks and with C assertions.  An -O in CFLAGS is
+kept (the build for sanitizers has one).
 """
 
 import os
@@ -20,6 +21,8 @@ INLINE = [
     "--param=inline-unit-growth=300",
     "--param=large-stack-frame-growth=10000",
 ]
+# An -O in CFLAGS is kept, as sanitizer and coverage builds want.
+OPTIMISE = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3", *INLINE]
 
 extensions = [
     Extension(
@@ -28,9 +31,7 @@ extensions = [
         include_dirs=[numpy.get_include(), "smmufast"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         undef_macros=["NDEBUG"] if DEBUG else [],
-        extra_compile_args=[
-            "-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function", *INLINE
-        ],
+        extra_compile_args=[*OPTIMISE, "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"],
         depends=["smmufast/smmufast.h"],
     )
     for name in MODULES
