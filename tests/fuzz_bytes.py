@@ -1,0 +1,456 @@
+"""Random bytes as stream tables, CDs and page tables: every outcome is defined, all faces agree.
+
+    python -P tests/fuzz_bytes.py [--rounds N | --seconds N] [--seed S]
+
+Each round is one system, named by its seed: random Features and registers, memory in pieces of
+exactly the size that is added (so that a sanitizer sees a read beyond it), requests through every
+face, injected errors, and memory that is taken away between calls.  sanitize.py runs this under
+AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import itertools
+import random
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":  # python -P leaves this folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import small
+import tablegen
+
+import smmufast
+from smmufast import ACTIONS, COLUMNS, ExternalAbort, Fault, Features, Memory, Smmu
+
+ALL_ONES = (1 << 64) - 1
+EVENTS = {0, *smmufast.faults.FAULTS}
+CODES = [field.name for field in fields(Features)]
+
+
+# --- memory of exact size ---
+
+
+def exact(data):
+    """A writable buffer on the heap that ends where the data ends."""
+    buffer = (ctypes.c_char * len(data))()
+    ctypes.memmove(buffer, bytes(data), len(data))
+    return buffer
+
+
+def odd(data, shift):
+    """As exact, at an address that is not a multiple of 8."""
+    return memoryview(exact(bytes(shift) + bytes(data)))[shift:]
+
+
+def add_piece(rng, memory, base, data):
+    """Add one piece of memory in one of the ways that there are."""
+    kind = rng.random()
+    if kind < 0.6:
+        memory.add(exact(data), base)
+    elif kind < 0.75:
+        memory.add(odd(data, rng.randrange(1, 8)), base)
+    elif kind < 0.85:
+        memory.add(bytes(data), base)
+    elif kind < 0.95:
+        memory.add_private(base, len(data))
+        memory.write(base, data)
+    else:
+        data = bytes(data)
+        refused = base + 8 * rng.randrange(1 + len(data) // 8)
+
+        def read(address, n):
+            return None if address == refused else data[address - base : address - base + n]
+
+        memory.add_callback(base, len(data), read)
+
+
+def add_pieces(rng, memory, base, data):
+    """Add a run of memory, whole or cut at multiples of 8; its end may be missing."""
+    if rng.random() < 0.3:
+        data = data[: max(1, len(data) - rng.randrange(1, 130))]
+    cuts = []
+    if rng.random() < 0.4 and len(data) >= 8:
+        cuts = sorted(8 * rng.randrange(1, 1 + len(data) // 8) for _ in range(rng.randrange(1, 4)))
+    edges = [0, *dict.fromkeys(c for c in cuts if c < len(data)), len(data)]
+    for first, end in itertools.pairwise(edges):
+        add_piece(rng, memory, base + first, data[first:end])
+
+
+# --- systems ---
+
+
+def random_features(rng):
+    """Any Features that can be, as far as they are modelled."""
+    while True:
+        codes = {}
+        for name in CODES:
+            if rng.random() < 0.15:
+                codes[name] = rng.choice((0, 1, 1, 2, 3, 5, 6, rng.randrange(33)))
+        if codes.get("sidsize", 32) >= 7:
+            codes["st_level"] = 1
+        with contextlib.suppress(ValueError):
+            return smmufast.modelled(Features(**codes))[0]
+
+
+def features_of_registers(rng):
+    """Features of identification registers that hold anything."""
+    while True:
+        with contextlib.suppress(ValueError):
+            words = [rng.getrandbits(32) for _ in range(4)]
+            return smmufast.modelled(Features.from_idr(*words, rng.randrange(5)))[0]
+
+
+def noise(rng):
+    """(runs of memory, registers): words that are random, and pointers among them."""
+    size = rng.choice((8, 64, 200, 0x1000, 0x1000, 0x4000, 0x8000)) + rng.choice((0, 0, 1, 7, 8))
+    base = rng.choice((0, 0x4000_0000, 0xF_FFF0_0000, (1 << 52) - 0x1_0000, 0x1000))
+    base = min(base, (1 << 64) - size) & ~7
+    words = np.frombuffer(rng.randbytes(size // 8 * 8 + 8), np.uint64).copy()
+    inside = (1 << max(0, (size - 1).bit_length())) - 1
+
+    def pointer(mask):
+        return base + (rng.getrandbits(40) & inside & mask)
+
+    if rng.random() < 0.85:
+        for slot in range(0, len(words) - 8, 8):
+            kind = rng.randrange(5)
+            if kind == 0:  # a stream table entry
+                words[slot] = (
+                    pointer(~63) | 1 | rng.choice((5, 5, 5, 5, 4, 0, 7)) << 1
+                    | rng.randrange(4) << 4 | rng.choice((0, 0, 0, 2, 8, 20, 31)) << 59
+                )  # fmt: skip
+                words[slot + 1] &= np.uint64(ALL_ONES ^ (1 << 27 | 1 << 30))
+            elif kind == 1:  # a context descriptor
+                low = (
+                    rng.randrange(12, 49) | rng.randrange(12, 49) << 16 | 1 << 31
+                    | rng.randrange(4) << 6 | rng.randrange(4) << 22
+                    | rng.choice((0, 1 << 14, 1 << 30)) | rng.randrange(8) << 32
+                    | rng.getrandbits(9) << 35 | 1 << 41 | 1 << 46 | rng.getrandbits(1) << 45
+                    | rng.getrandbits(1) << 15
+                )  # fmt: skip
+                words[slot] = low
+                words[slot + 1] = pointer(~15) | rng.getrandbits(4)
+                words[slot + 2] = pointer(~15)
+            elif kind < 4:  # descriptors
+                for i in range(slot, slot + 8):
+                    words[i] = (
+                        pointer(~0xFFF) | rng.choice((0, 0, rng.getrandbits(12) << 52))
+                        | rng.getrandbits(10) << 2 | rng.choice((3, 3, 3, 1, 0))
+                    )  # fmt: skip
+    data = bytearray(words.tobytes()[:size])
+    registers = {
+        "strtab_base": rng.choice((base, base, base, pointer(~63), rng.getrandbits(64))),
+        "strtab_base_cfg": rng.choice((
+            rng.randrange(12), 1 << 16 | rng.choice((6, 8, 10)) << 6 | rng.randrange(16),
+            rng.getrandbits(32),
+        )),
+    }  # fmt: skip
+    return [(base, data)], registers
+
+
+def damaged(rng):
+    """(runs of memory, registers): the small system with some bits inverted."""
+    image = small.build()
+    used = [
+        *range(small.STES, small.STES + 0x300), *range(small.CDS, small.CDS + 0x300),
+        small.L1STD, small.L1CDS + 8, *range(small.LEVEL1, small.LEVEL1 + 8),
+        *range(small.LEVEL2, small.LEVEL2 + 16), *range(small.LEVEL3, small.LEVEL3 + 80),
+    ]  # fmt: skip
+    for _ in range(rng.randrange(12)):
+        image[rng.choice(used)] ^= 1 << rng.randrange(8)
+    registers = rng.choice((small.registers, small.registers_two_level))()
+    if rng.random() < 0.2:
+        registers["strtab_base_cfg"] ^= 1 << rng.randrange(20)
+    return [(small.BASE, image[: rng.choice((small.SIZE, 0x6050, 0x6048, 0x1040))])], registers
+
+
+def generated(rng):
+    """(runs of memory, registers, features, requests) of the random systems that twin.py uses."""
+    if rng.random() < 0.7:
+        system = tablegen.random_system(rng)
+    else:
+        system = tablegen.random_bytes_system(rng)
+    features = Features(**{name: getattr(system.features, name) for name in CODES})
+    requests = [
+        small.Request(r.sid, r.iova, r.ssid, r.write, r.priv, r.instr) for r in system.requests(60)
+    ]
+    return system.regions(), dict(vars(system.regs)), features, requests
+
+
+def random_requests(rng, registers, count):
+    """Requests that reach something, mostly."""
+    found = list(small.REQUESTS) if rng.random() < 0.5 else []
+    bits = registers["strtab_base_cfg"] & 63
+    for _ in range(count):
+        iova = rng.getrandbits(rng.choice((12, 16, 21, 30, 39, 48, 52, 56, 64)))
+        if rng.random() < 0.3:
+            iova ^= ALL_ONES
+        sid = rng.getrandbits(max(1, min(32, rng.choice((3, 3, 4, 4, bits, 32)))))
+        ssid = rng.choice((None, None, None, 0, 1, rng.getrandbits(20)))
+        flags = (rng.random() < 0.3, rng.random() < 0.5, rng.random() < 0.2)
+        found.append(small.Request(sid, iova, ssid, *flags))
+    return found
+
+
+# --- what must hold ---
+
+
+def check_defined(smmu, request, result):
+    """An outcome is one of those that the architecture has, and its parts fit each other."""
+    row = small.row(result)
+    pa, action, event, fault, perm, level, page_lg2, attr, sh, record = row
+    assert ACTIONS[action] == result.action
+    assert fault in EVENTS
+    assert event in (0, fault)
+    assert 0 <= perm < 64
+    assert sh in (0, 2, 3)
+    oas = smmu.features.oas_bits
+    if result:
+        assert fault == 0
+        assert not pa >> oas
+        assert record == bytes(32)
+    else:
+        assert pa == 0
+        assert (level, page_lg2) == (4, 0)
+    if result.action == "ok":
+        assert -1 <= level <= 3
+        assert 12 <= page_lg2 <= 48
+        assert pa & (1 << page_lg2) - 1 == request.iova & (1 << page_lg2) - 1
+        assert perm
+    elif result:
+        assert pa == request.iova
+    if fault:
+        assert result.fault.sid == request.sid
+        assert str(result.fault)
+    assert repr(result)
+    assert (result.memory_type is None) == (not result)
+    assert result.page_size == (2**page_lg2 if page_lg2 else None)
+    _ = (result.asid, result.is_global, result.contiguous, attr)
+    return row
+
+
+def read_or_none(memory, fetch):
+    try:
+        return memory.read(fetch.address, fetch.size)
+    except ExternalAbort:
+        return None
+
+
+def check_request(smmu, request):
+    """One request through every face that takes one; its row."""
+    result = smmu.translate(request.sid, request.iova, **request.access)
+    row = check_defined(smmu, request, result)
+    traced = smmu.translate(request.sid, request.iova, **request.access, trace=True)
+    assert small.row(traced) == row, "trace"
+    assert len(traced.fetches) <= 10
+    walk = smmu.start_walk(request.sid, request.iova, **request.access)
+    while (fetch := walk.request) is not None:
+        walk.supply(read_or_none(smmu.memory, fetch))
+    assert small.row(walk.result) == row, "walk"
+    assert walk.result.fetches == traced.fetches, "fetches"
+    try:
+        assert smmu.pa(request.sid, request.iova, **request.access) == row[0], "pa"
+    except Fault as fault:
+        assert small.row(fault.result) == row, "result of pa"
+    return row
+
+
+def check_range(rng, smmu, request, row):
+    size = min(rng.choice((1, 64, 4096, 1 << 16, 1 << 20)), (1 << 64) - request.iova)
+    burst = smmu.translate_range(request.sid, request.iova, size, **request.access)
+    if row[1] <= 2:
+        assert next(iter(burst))[:2] == (request.iova, row[0]), "range"
+    else:
+        assert small.row(burst.result) == row, "range"
+    total = sum(length for _, _, length in burst)
+    assert total == size if burst else total < size
+
+
+def exact_array(values, dtype, rng):
+    """An array on the heap that ends where its last value ends; aligned or not."""
+    values = np.asarray(values, dtype)
+    return np.frombuffer(odd(values.tobytes(), rng.randrange(8)), dtype)
+
+
+def exact_out(rng, n):
+    """A structured array of every column, packed, at any address; or backwards, or a dict."""
+    dtype = np.dtype([(name, COLUMNS[name]) for name in small.ALL])
+    out = np.frombuffer(odd(rng.randbytes(dtype.itemsize * n), rng.randrange(8)), dtype)
+    return out[::-1] if rng.random() < 0.3 else out
+
+
+def check_batch(rng, smmu, requests, expected):
+    n = len(requests)
+    arguments = small.columns(requests)
+    arguments = {name: exact_array(a, a.dtype, rng) for name, a in arguments.items()}
+    if not arguments["write"].any() and rng.random() < 0.8:
+        for name in ("write", "priv", "instr"):
+            arguments[name] = False
+    out = exact_out(rng, n)
+    assert smmu.translate_batch(**arguments, out=out) is out
+    assert small.rows(out) == expected, "batch"
+    columns = {name: exact_array(np.zeros(n, COLUMNS[name]), COLUMNS[name], rng)
+               for name in rng.sample(small.ALL[:-1], 3)}  # fmt: skip
+    smmu.translate_batch(**arguments, out=columns)
+    for name, array in columns.items():
+        assert array.tolist() == [row[small.ALL.index(name)] for row in expected], name
+
+
+def check_batches_by_access(rng, smmu, requests, rows):
+    """Requests of the same stream and access, many at once: what batches reuse is used."""
+    groups = collections.defaultdict(list)
+    for request, row in zip(requests, rows, strict=True):
+        groups[request.sid, request.ssid, request.write, request.priv, request.instr].append(
+            (request.iova, row)
+        )
+    for (sid, ssid, write, priv, instr), members in groups.items():
+        members *= rng.randrange(1, 4)
+        rng.shuffle(members)
+        found = smmu.translate_batch(
+            sid, exact_array([iova for iova, _ in members], np.uint64, rng),
+            ssid=ssid, write=write, priv=priv, instr=instr, columns=small.ALL,
+        )  # fmt: skip
+        assert small.rows(found) == [row for _, row in members], "batch by access"
+
+
+def nonsense_walk(rng, smmu, request):
+    """A walk that is told anything at all."""
+    walk = smmu.start_walk(request.sid, request.iova, **request.access)
+    steps = 0
+    while (fetch := walk.request) is not None:
+        data = bytearray(rng.randbytes(fetch.size))
+        if fetch.size == 64 and rng.random() < 0.7:
+            data[0:1] = b"\x0b"  # as an STE: valid, stage 1
+            if fetch.kind == "CD":
+                data[:8] = (0x4202_8000_0000 | rng.randrange(12, 48) | rng.getrandbits(2) << 6
+                            | 1 << 30 | 6 << 32).to_bytes(8, "little")  # fmt: skip
+        elif rng.random() < 0.8:
+            data[0] |= 3
+        walk.supply(exact(data) if rng.random() < 0.95 else None)
+        steps += 1
+    assert steps <= 10
+    check_defined(smmu, request, walk.result)
+    assert len(walk.result.fetches) == steps
+
+
+def play_with_errors(rng, smmu, requests):
+    """Injected errors: whatever they hit, a batch is the requests one by one."""
+    injections = [
+        {
+            "kind": rng.choice((None, "STE", "CD", "TT", "L1STD", "L1CD")),
+            "level": rng.choice((None, None, None, -1, 1, 3)),
+            "nth": rng.choice((None, 1, rng.randrange(1, 30))),
+            "count": rng.choice((None, 1, 5)),
+        }
+        for _ in range(rng.randrange(1, 3))
+    ]
+    found = []
+    for one_by_one in (False, True):
+        for injection in injections:
+            smmu.memory.inject_error(**injection)
+        if one_by_one:
+            found.append([small.row(r) for r in small.translate_each(smmu, requests)])
+        else:
+            found.append(small.batch_rows(smmu, requests))
+        smmu.memory.clear_errors()
+    assert found[0] == found[1], f"injected {injections}"
+
+
+def play_with_memory(rng, smmu, requests):
+    """Reads and writes of the host, and regions that come and go between translations."""
+    memory = smmu.memory
+    regions = memory.regions
+    for region in regions:
+        for edge in (region.base, region.base + region.size):
+            for _ in range(3):
+                address = max(0, edge - rng.randrange(80))
+                size = rng.randrange(160)
+                with contextlib.suppress(ExternalAbort):
+                    data = memory.read(address, size)
+                    assert len(data) == size
+                    with contextlib.suppress(PermissionError):
+                        memory.write(address, exact(data) if size else b"")
+    order = list(regions)
+    rng.shuffle(order)
+    for region in order:
+        for request in rng.sample(requests, 3):
+            smmu.translate(request.sid, request.iova, **request.access)
+        memory.remove(region.base)
+        for request in rng.sample(requests, 3):
+            check_request(smmu, request)
+        small.batch_rows(smmu, requests[:20])
+    assert memory.regions == []
+
+
+def round_of(seed):
+    """One system and everything that is done with it; Counter of its outcomes."""
+    rng = random.Random(seed)
+    kind = rng.random()
+    if kind < 0.25:
+        runs, registers, features, requests = generated(rng)
+    else:
+        runs, registers = noise(rng) if kind < 0.75 else damaged(rng)
+        features = Features() if rng.random() < 0.4 else (
+            random_features(rng) if rng.random() < 0.7 else features_of_registers(rng)
+        )  # fmt: skip
+        requests = random_requests(rng, registers, 30)
+        registers |= {
+            "cr0": rng.choice((5, 5, 5, 1, 0, rng.getrandbits(32))), "cr2": rng.randrange(8),
+            "gbpa": rng.getrandbits(32),
+        }  # fmt: skip
+    memory = Memory()
+    for base, data in runs:
+        add_pieces(rng, memory, base, data)
+    smmu = Smmu(memory, features, **registers)
+    rows = [check_request(smmu, request) for request in requests]
+    check_batch(rng, smmu, requests, rows)
+    check_batches_by_access(rng, smmu, requests, rows)
+    for request, row in zip(requests[:10], rows, strict=False):
+        check_range(rng, smmu, request, row)
+    for request in requests[:3]:
+        nonsense_walk(rng, smmu, request)
+    play_with_errors(rng, smmu, requests[:20])
+    play_with_memory(rng, smmu, requests)
+    return collections.Counter((ACTIONS[row[1]], row[3]) for row in rows)
+
+
+def run(rounds=None, seconds=None, seed=0, tell=None):
+    """Play rounds from a seed on; (rounds, Counter of outcomes).  A failure names its seed."""
+    outcomes = collections.Counter()
+    start = time.monotonic()
+    done = 0
+    while done < rounds if seconds is None else time.monotonic() - start < seconds:
+        try:
+            outcomes += round_of(seed + done)
+        except BaseException as error:
+            error.add_note(f"fuzz_bytes: seed {seed + done}")
+            raise
+        done += 1
+        if tell and done % 500 == 0:
+            tell(f"{done} systems, {outcomes.total()} requests")
+    return done, outcomes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=200, help="systems to try (200)")
+    parser.add_argument("--seconds", type=float, help="try for so long instead")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first system (0)")
+    arguments = parser.parse_args()
+    done, outcomes = run(arguments.rounds, arguments.seconds, arguments.seed, print)
+    print(f"{done} systems from seed {arguments.seed}: {outcomes.total()} requests, all defined")
+    for (action, fault), count in sorted(outcomes.items()):
+        name = smmufast.layout.Event(fault).name if fault else ""
+        print(f"{count:8} {action:8} {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Build smmufast with AddressSanitizer and UndefinedBehaviorSanitizer and run a program with it.
+
+    python -P tests/sanitize.py                                  # fuzz_bytes.py, 200 systems
+    python -P tests/sanitize.py -- tests/fuzz_bytes.py --seconds 600 --seed 12345
+    python -P tests/sanitize.py -- -m pytest tests/test_memory.py
+
+What follows -- is given to Python, which imports the instrumented build; it is made apart from the
+sources and thrown away (--keep DIRECTORY keeps it, and uses what is there).  Any finding ends the
+program with a report and an exit status that is not 0.  The `test` extra and gcc are needed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+FLAGS = (
+    "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+)
+LIBRARIES = ("libasan.so", "libubsan.so")
+
+
+def build(directory):
+    """Install an instrumented build into directory/site, from a copy of the sources."""
+    sources = directory / "sources"
+    shutil.copytree(
+        ROOT / "smmufast", sources / "smmufast",
+        ignore=shutil.ignore_patterns("*.c", "*.so", "__pycache__"),
+    )  # fmt: skip
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    subprocess.run(
+        [
+            sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-build-isolation",
+            "--no-deps", "--no-index", "--disable-pip-version-check", "--no-warn-script-location",
+            "--target", directory / "site", sources,
+        ],
+        env=os.environ | {"CFLAGS": FLAGS, "LDFLAGS": FLAGS, "SMMUFAST_DEBUG": "1"}, check=True,
+        cwd=directory, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def check_instrumented(site):
+    """Every compiled module calls both sanitizers; else a run would prove nothing."""
+    modules = list((site / "smmufast").glob("*.so"))
+    if not modules:
+        raise SystemExit(f"sanitize: no compiled module in {site}")
+    for path in modules:
+        code = path.read_bytes()
+        for name in (b"__asan_report_load8", b"__ubsan_handle_"):
+            if name not in code:
+                raise SystemExit(f"sanitize: {path.name} does not call {name.decode()}")
+
+
+def environment(site):
+    """Variables of a Python that runs the instrumented build."""
+    compiler = sysconfig.get_config_var("CC").split()[0]
+    libraries = []
+    for name in LIBRARIES:
+        found = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if not Path(found).is_absolute():
+            raise SystemExit(f"sanitize: {compiler} has no {name}")
+        libraries.append(found)
+    return os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        # Python leaks by design; a request for 2^52 bytes is to fail as it does without sanitizers
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1"
+        ":allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",  # else small objects have no red zones
+        "PYTHONPATH": os.pathsep.join((str(site), str(TESTS))),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep or reuse the build")
+    parser.add_argument("program", nargs="*", help="arguments of Python, after --")
+    arguments = parser.parse_args()
+    program = arguments.program or [str(TESTS / "fuzz_bytes.py")]
+    with tempfile.TemporaryDirectory(prefix="smmufast-sanitize-") as temporary:
+        directory = (arguments.keep or Path(temporary)).resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "site").exists():
+            build(directory)
+        check_instrumented(directory / "site")
+        done = subprocess.run(
+            [sys.executable, "-P", *program], env=environment(directory / "site"), cwd=ROOT
+        )
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
