@@ -5,7 +5,21 @@ devices through the tables that lie in it.  `PasidAllocator` hands out PASIDs.  
 and writes recorded systems.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from smmufast._memory import Memory, MemoryRegion
+from smmufast._pasid import (
+    PasidAllocated,
+    PasidAllocator,
+    PasidDuplicate,
+    PasidError,
+    PasidExhausted,
+    PasidNotAllocated,
+    PasidNotReserved,
+    PasidOutOfRange,
+    PasidRangeEmpty,
+    PasidReserved,
+)
 from smmufast._smmu import (
     COLUMNS,
     NO_SUBSTREAM,
@@ -24,6 +38,8 @@ __all__ = [
     "ACTIONS",
     "COLUMNS",
     "NO_SUBSTREAM",
+    "Capture",
+    "CaptureError",
     "Event",
     "ExternalAbort",
     "Fault",
@@ -31,6 +47,16 @@ __all__ = [
     "Fetch",
     "Memory",
     "MemoryRegion",
+    "PasidAllocated",
+    "PasidAllocator",
+    "PasidDuplicate",
+    "PasidError",
+    "PasidExhausted",
+    "PasidNotAllocated",
+    "PasidNotReserved",
+    "PasidOutOfRange",
+    "PasidRangeEmpty",
+    "PasidReserved",
     "Perm",
     "Result",
     "Segments",
@@ -39,6 +65,19 @@ __all__ = [
     "get_include",
     "modelled",
 ]
+
+
+if TYPE_CHECKING:
+    from smmufast.capture import Capture, CaptureError
+
+
+def __getattr__(name: str) -> Any:
+    # Captures need json, gzip and zip files, which most hosts never use.
+    if name in ("Capture", "CaptureError"):
+        from smmufast import capture
+
+        return getattr(capture, name)
+    raise AttributeError(f"module 'smmufast' has no attribute {name!r}")
 
 
 def get_include() -> str:
