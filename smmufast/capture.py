@@ -593,7 +593,8 @@ class Configuration:
 
     def page(self, index: int) -> NDArray[np.uint8]:
         """Return the contents of the page at ``page_addresses[index]``: uint8[4096]."""
-        return self._pages[index if self._rows is None else self._rows[index]]
+        page: NDArray[np.uint8] = self._pages[index if self._rows is None else self._rows[index]]
+        return page
 
     def memory(self) -> Memory:
         """Return a new Memory that holds the pages; other RAM reads as zero."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from smmufast import layout
 from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
-from smmufast.capture import ANY, UNTOLD, Capture, Configuration, Expected
+from smmufast.capture import ANY, REQUEST, UNTOLD, Capture, Configuration, Expected
 from smmufast.faults import ACTIONS
 from smmufast.streams import unmodelled
 
@@ -400,9 +400,7 @@ def _need(smmu: Smmu, sid: int, ssid: int | None, masked: dict[str, int]) -> str
 
 
 def _request(configuration: Configuration, index: int) -> dict[str, Any]:
-    request = dict(
-        zip(configuration.requests.dtype.names, configuration.requests[index].item(), strict=True)
-    )
+    request = dict(zip(REQUEST.names or (), configuration.requests[index].item(), strict=True))
     if request["ssid"] == NO_SUBSTREAM:
         request["ssid"] = None
     return request

@@ -93,7 +93,7 @@ def _address(walk: Walk) -> int | None:
 
 def _reason(walk: Walk) -> str:
     result = walk.result
-    return result.fault.name if result.fault is not None else result.action
+    return str(result.action if result.fault is None else result.fault.name)
 
 
 def _enabled(smmu: Smmu) -> Smmu:
@@ -273,7 +273,7 @@ def _streams(smmu: Smmu, present: Sequence[int] | None) -> Iterator[Run]:
             yield Run(sid, (end << table.split) - 1, None, None, problem, (data,))
             continue
         address = walk.request.address
-        used = _lowest(table.split, lambda k, s=sid, d=data: _ask(smmu, s | 1 << k, (d,)).done)
+        used = _used(smmu, sid, data, table.split)
         for sid in range(first << table.split, end << table.split, 1 << table.split):
             yield from _array(smmu, address, sid, 1 << used, (data,), present)
             if used < table.split:
@@ -281,6 +281,11 @@ def _streams(smmu: Smmu, present: Sequence[int] | None) -> Iterator[Run]:
                 yield Run(
                     sid + (1 << used), sid + (1 << table.split) - 1, None, None, problem, (data,)
                 )
+
+
+def _used(smmu: Smmu, sid: int, l1std: bytes, split: int) -> int:
+    """Return how many StreamID bits index the level-2 table of an L1STD."""
+    return _lowest(split, lambda k: _ask(smmu, sid | 1 << k, (l1std,)).done)
 
 
 def _array(
