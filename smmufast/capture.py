@@ -59,6 +59,7 @@ import os
 import re
 import zipfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -85,6 +86,9 @@ MAX_LINE = 1 << 26
 """Bytes of one line of a list."""
 MAX_RAM = 1 << 52
 """Bytes of one region of RAM."""
+
+MAX_REGIONS = 4096
+"""Regions of RAM."""
 
 ANY = "any"
 """In `Expected.fault`: some fault, of a kind that the capture does not tell."""
@@ -601,12 +605,15 @@ class Configuration:
         memory = Memory()
         for base, size in self.regions:
             memory.add_private(base, size)
+        starts = [base for base, _ in self.regions]
         for i, address in enumerate(self.page_addresses.tolist()):
             page = self.page(i)
-            for base, size in self.regions:
+            k = bisect_left(starts, address + PAGE)
+            while k > 0 and sum(self.regions[k - 1]) > address:
+                k -= 1
+                base, size = self.regions[k]
                 first, end = max(base, address), min(base + size, address + PAGE)
-                if first < end:
-                    memory.write(first, page[first - address : end - address])
+                memory.write(first, page[first - address : end - address])
         return memory
 
     def smmu(self, memory: Memory | None = None) -> Smmu:
@@ -664,8 +671,8 @@ def _regions(line: _Line, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, 
         if base < end:
             line.bad(f"RAM at {base:#x} overlaps the region before it")
         end = base + size
-    if not regions:
-        line.bad("regions: there is no RAM")
+    if not 0 < len(regions) <= MAX_REGIONS:
+        line.bad(f"regions: {len(regions)} found; 1 to {MAX_REGIONS} allowed")
     return regions
 
 
@@ -681,16 +688,17 @@ def _check_pages(
         raise CaptureError(
             path, number, f"page at {int(addresses[bad][0]):#x}: not a multiple of {PAGE}"
         )
-    touches = np.zeros(len(addresses), bool)
-    for base, size in regions:
-        last = np.uint64(base + size - 1)
-        touches |= (addresses <= last) & (addresses >= np.uint64(base // PAGE * PAGE))
+    starts = np.array([base for base, _ in regions], np.uint64)
+    lasts = np.array([base + size - 1 for base, size in regions], np.uint64)
+    # the last region that starts before the page ends must end after it starts
+    before = np.searchsorted(starts, addresses | np.uint64(PAGE - 1), "right") - 1
+    touches = (before >= 0) & (lasts[before] >= addresses)
     if not touches.all():
         raise CaptureError(
             path,
             number,
             f"page at {int(addresses[~touches][0]):#x}: outside RAM, "
-            "which is " + ", ".join(f"{b:#x} to {b + s - 1:#x}" for b, s in regions),
+            "which is " + ", ".join(f"{b:#x} to {b + s - 1:#x}" for b, s in regions[:4]),
         )
     values, counts = np.unique(addresses, return_counts=True)
     if len(values) != len(addresses):

@@ -623,7 +623,7 @@ LINUX_BAD = {
     "regions a number": ("meta.json", meta(regions=7), "regions: a number found"),
     "regions of one": ("meta.json", meta(regions=[[1]]), "lists of base and size are wanted"),
     "regions overlap": ("meta.json", meta(regions=[[0, 64], [32, 64]]), "overlaps"),
-    "no regions": ("meta.json", meta(regions=[]), "there is no RAM"),
+    "no regions": ("meta.json", meta(regions=[]), "regions: 0 found; 1 to 4096 allowed"),
     "pages missing": ("pages.npz", None, "pages.npz: No such file or directory"),
     "pages no archive": ("pages.npz", b"PK", "the archive is damaged"),
     "pages cut": ("pages.npz", npz(page_addr=ADDRESS, pages=PAGES)[:-30], "archive is damaged"),
