@@ -115,7 +115,7 @@ def test_tables_and_entries_are_those_of_the_walk():
             tables += 1
         if result.action == "ok":
             (base,) = re.findall(r"(?:page|block) of \d+ \w+ at (0x\w+)\.", text)
-            assert int(base, 16) == result.pa & -(1 << result.page_lg2)
+            assert int(base, 16) == result.pa & -result.page_size
             pages += 1
             permitted = re.search(r"Permitted: unprivileged: (.*); privileged: (.*)\.", text)
             perm = 0
