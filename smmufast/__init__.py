@@ -5,32 +5,27 @@ devices through the tables that lie in it.  `PasidAllocator` hands out PASIDs.  
 and writes recorded systems.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from smmufast._memory import Memory, MemoryRegion
-from smmufast._pasid import (
-    PasidAllocated,
-    PasidAllocator,
-    PasidDuplicate,
-    PasidError,
-    PasidExhausted,
-    PasidNotAllocated,
-    PasidNotReserved,
-    PasidOutOfRange,
-    PasidRangeEmpty,
-    PasidReserved,
-)
-from smmufast._smmu import (
-    COLUMNS,
-    NO_SUBSTREAM,
-    Result,
-    Segments,
-    Smmu,
-    Walk,
-    modelled,
-)
-from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
-from smmufast.features import Features
+if _TYPE_CHECKING:
+    from smmufast._memory import Memory, MemoryRegion
+    from smmufast._pasid import (
+        PasidAllocated,
+        PasidAllocator,
+        PasidDuplicate,
+        PasidError,
+        PasidExhausted,
+        PasidNotAllocated,
+        PasidNotReserved,
+        PasidOutOfRange,
+        PasidRangeEmpty,
+        PasidReserved,
+    )
+    from smmufast._smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk, modelled
+    from smmufast.capture import Capture, CaptureError
+    from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
+    from smmufast.features import Features
 
 __version__ = "0.1.0"
 
@@ -67,17 +62,31 @@ __all__ = [
 ]
 
 
-if TYPE_CHECKING:
-    from smmufast.capture import Capture, CaptureError
+# Where each name lives.  A module is imported when one of its names is first used: the command
+# line starts without numpy, and a host without captures never loads what reads them.
+_HOMES = {
+    "_memory": ("Memory", "MemoryRegion"),
+    "_pasid": tuple(name for name in __all__ if name.startswith("Pasid")),
+    "_smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk", "modelled"),
+    "capture": ("Capture", "CaptureError"),
+    "faults": ("ACTIONS", "Event", "ExternalAbort", "Fault", "Fetch", "Perm"),
+    "features": ("Features",),
+}
 
 
-def __getattr__(name: str) -> Any:
-    # Captures need json, gzip and zip files, which most hosts never use.
-    if name in ("Capture", "CaptureError"):
-        from smmufast import capture
+def __getattr__(name: str) -> _Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            import importlib
 
-        return getattr(capture, name)
+            value = getattr(importlib.import_module(f"smmufast.{module}"), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module 'smmufast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def get_include() -> str:

@@ -16,8 +16,8 @@ from smmufast._types cimport (
 from smmufast._vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE,
     REGIME_WXN, address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
-    hierarchical_bits, leaf_bits, levels_below_start, needed, range_mask, shareability, table_align_lg2,
-    table_bits, tsz_max, tsz_min,
+    hierarchical_bits, leaf_bits, levels_below_start, needed, range_mask, shareability,
+    table_align_lg2, table_bits, tsz_max, tsz_min,
 )
 
 

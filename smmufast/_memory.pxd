@@ -138,7 +138,7 @@ cdef inline bint unchanged8(const Port* port, uint64_t address, uint64_t value) 
 
 cdef inline bint unchanged64(
         const Port* port, uint64_t address, const uint64_t* words) noexcept nogil:
-    """The structure at `address` still is these eight dwords; no when it cannot be read in place."""
+    """The structure at `address` still is these eight dwords; no if it cannot be read in place."""
     cdef uint64_t offset = address - port.window.base
     cdef const uint8_t* p
     if offset > port.window.span:

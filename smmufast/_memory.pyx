@@ -491,7 +491,8 @@ cdef class Memory:
                 raise ValueError("read: the capsule's read function is NULL")
         else:
             if not callable(read):
-                raise TypeError(f"read: {type(read).__name__} given; a callable or a capsule needed")
+                raise TypeError(
+                    f"read: {type(read).__name__} given; a callable or a capsule needed")
             if write is not None and not callable(write):
                 raise TypeError(f"write: {type(write).__name__} given; a callable needed")
         region = self._insert(address, length)
@@ -667,7 +668,8 @@ cdef class Memory:
         injection.kind = FETCH_NONE
         if kind is not None:
             if kind not in FETCH_KINDS[1:]:
-                raise ValueError(f"kind: {kind!r} given; one of {', '.join(FETCH_KINDS[1:])} needed")
+                raise ValueError(
+                    f"kind: {kind!r} given; one of {', '.join(FETCH_KINDS[1:])} needed")
             injection.kind = FETCH_KINDS.index(kind)
         injection.level = NO_LEVEL
         if level is not None:

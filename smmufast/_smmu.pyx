@@ -7,7 +7,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
-from cpython.long cimport PyLong_AsUnsignedLong, PyLong_CheckExact
+from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stddef cimport ptrdiff_t
@@ -20,12 +20,12 @@ from smmufast._config cimport (
     pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
 )
 from smmufast._memory cimport (
-    FETCH_PENDING, FETCH_RAISED, Memory, Port, Ram, port_open, raise_port, to_address,
+    FETCH_PENDING, Memory, Port, Ram, port_open, raise_port, to_address,
 )
 from smmufast._translate cimport Memo, fill_permissions, translate_many, translate_one
 from smmufast._types cimport (
-    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_DISABLED, ACTION_OK, FETCH_NONE,
-    MAX_FETCHES, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
+    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, FETCH_NONE, MAX_FETCHES,
+    NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
     ApiC, BatchC, ColumnC, FetchC, Hw, Outcome, Request, SmmuC, WalkC,
 )
 from smmufast._vmsa cimport entering_attr, shareability
@@ -72,7 +72,6 @@ cdef tuple UNMODELLED = (
     ("mteperm", 0),
 )
 
-cdef tuple SHAREABILITY = ("non-shareable", "reserved", "outer shareable", "inner shareable")
 cdef tuple DEVICES = ("Device-nGnRnE", "Device-nGnRE", "Device-nGRE", "Device-GRE")
 
 
@@ -95,12 +94,17 @@ def modelled(features):
     return features.replace(**{name: values[name] for name in taken}), taken
 
 
+cdef extern from "Python.h":
+    # cpython.long raises its OverflowError, which names no argument
+    unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
+
+
 cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
     """An argument as a number up to `last`, or an error that names it."""
     cdef uint64_t number
     if PyLong_CheckExact(value):
         # not ...LongLong, which CPython 3.11 converts byte by byte
-        number = PyLong_AsUnsignedLong(value)
+        number = as_unsigned_long(value)
         if number == <unsigned long>-1 and PyErr_Occurred():
             PyErr_Clear()
             number = to_address(name, value)
@@ -260,10 +264,13 @@ cdef class Result:
         """Every fetch that was made, in order, as Fetch tuples; None unless trace=True."""
         return None
 
-    def explain(self):
-        """Return the translation in words: each fetch decoded (with trace=True), then the end."""
+    def explain(self, Smmu smmu=None):
+        """Return the translation in words: each fetch decoded (with trace=True), then the end.
+
+        With the Smmu that made it, the condition that made an STE or CD illegal is named.
+        """
         from smmufast.explain import explain
-        return explain(self)
+        return explain(self, smmu)
 
     def __repr__(self):
         text = f"<Result {self.action} sid={self.sid:#x}"
@@ -1094,4 +1101,3 @@ api.translate_batch = api_translate_batch
 api.walk_start = api_walk_start
 api.walk_supply = api_walk_supply
 _C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)
-

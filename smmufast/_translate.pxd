@@ -18,9 +18,9 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    CR0_EVENTQEN, CR0_SMMUEN, CR2_RECINVSID, STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, admitted, cd_decode,
-    cd_first, effective_access, l1cd_next, l1std_next, ste_aborts, ste_check, ste_overrides,
-    stream_first, substream,
+    CR0_EVENTQEN, CR0_SMMUEN, CR2_RECINVSID, STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, admitted,
+    cd_decode, cd_first, effective_access, l1cd_next, l1std_next, ste_aborts, ste_check,
+    ste_overrides, stream_first, substream,
 )
 from smmufast._layout cimport *
 from smmufast._memory cimport (

@@ -3,6 +3,8 @@
 Sections: IHI 0070 7.3 (event records), 5.5 (fault control).
 """
 
+# ruff: noqa: N818 - aborts and faults are the terms of the bus and of the architecture
+
 from __future__ import annotations
 
 import enum
@@ -134,11 +136,11 @@ class Event:
         return hash(self.record)
 
 
-class ExternalAbort(LookupError):  # noqa: N818 - the bus's own term
+class ExternalAbort(LookupError):
     """A physical address that no region holds, or a callback that refused."""
 
 
-class Fault(Exception):  # noqa: N818 - the architecture's own term
+class Fault(Exception):
     """A translation that `Smmu.pa` could not make; `result` says all about it."""
 
     result: Result

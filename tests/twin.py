@@ -151,10 +151,8 @@ def check_faces(smmu, system, request, outcome, row):
 def check_system(seed, count=PER_SYSTEM):
     """Compare one random system; AssertionError names the seed and the request."""
     rng = random.Random(seed)
-    if seed % 10 == 9:
-        system = tablegen.random_bytes_system(rng)
-    else:
-        system = tablegen.random_system(rng)
+    make = tablegen.random_bytes_system if seed % 10 == 9 else tablegen.random_system
+    system = make(rng)
     smmu = library(system)
     requests = system.requests(count)
     cache = reference.ContextCache()
