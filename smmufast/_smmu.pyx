@@ -42,7 +42,8 @@ cnp.import_array()
 
 cdef extern from "Python.h":
     # as declared here, an error is left for the caller to see
-    uint64_t PyLong_AsUnsignedLongLong(object value) noexcept
+    unsigned long PyLong_AsUnsignedLong(object value) noexcept
+
 fill_permissions()
 
 NO_SUBSTREAM = 0xFFFFFFFF
