@@ -6,7 +6,8 @@
 
 What follows -- is given to Python, which imports the instrumented build; it is made apart from the
 sources and thrown away (--keep DIRECTORY keeps it, and uses what is there).  Any finding ends the
-program with a report and an exit status that is not 0.  The `test` extra and gcc are needed.
+program with a report and an exit status that is not 0.  The `test` extra and gcc with its
+sanitizers are needed.
 """
 
 import argparse
@@ -23,7 +24,6 @@ ROOT = TESTS.parent
 FLAGS = (
     "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 )
-LIBRARIES = ("libasan.so", "libubsan.so")
 
 
 def build(directory):
@@ -58,19 +58,24 @@ def check_instrumented(site):
                 raise SystemExit(f"sanitize: {path.name} does not call {name.decode()}")
 
 
-def environment(site):
-    """Variables of a Python that runs the instrumented build."""
-    compiler = sysconfig.get_config_var("CC").split()[0]
-    libraries = []
-    for name in LIBRARIES:
-        found = subprocess.run(
+def libraries():
+    """The sanitizers' run-time libraries, which the interpreter must load first."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC")).split()[0]
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        path = subprocess.run(
             [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        if not Path(found).is_absolute():
+        if not Path(path).is_absolute():
             raise SystemExit(f"sanitize: {compiler} has no {name}")
-        libraries.append(found)
+        found.append(path)
+    return found
+
+
+def environment(site):
+    """Variables of a Python that runs the instrumented build."""
     return os.environ | {
-        "LD_PRELOAD": " ".join(libraries),
+        "LD_PRELOAD": " ".join(libraries()),
         # Python leaks by design; a request for 2^52 bytes is to fail as it does without sanitizers
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1"
         ":allocator_may_return_null=1",
