@@ -1017,7 +1017,7 @@ def _answer(
         line = {"sid": sid, "iova": hex(iova), "priv": int(priv), "instr": int(instr)}
         if ssid is not None:
             line["ssid"] = ssid
-        if result:
+        if result.pa is not None:
             translated.append(
                 line
                 | {

@@ -377,7 +377,7 @@ def _walk(arguments: argparse.Namespace) -> int:
                     "size": f.size,
                     "data": None if f.data is None else f.data.hex(),
                 }
-                for f in result.fetches
+                for f in result.fetches or ()
             ],
             "action": result.action,
             "pa": result.pa,

@@ -680,10 +680,11 @@ class _Story:
         result = self.result
         lg2 = result.page_lg2 or 0
         offset = result.iova & ((1 << lg2) - 1)
-        self.say(f"Outcome: physical address {result.pa:#x}.")
+        pa = result.pa or 0
+        self.say(f"Outcome: physical address {pa:#x}.")
         self.say(
             f"It is {offset:#x} into the {_size(lg2)} "
-            f"{'page' if result.level == 3 else 'block'} at {result.pa - offset:#x} "
+            f"{'page' if result.level == 3 else 'block'} at {pa - offset:#x} "
             f"(level {result.level}).",
             2,
         )

@@ -349,7 +349,9 @@ class _Run:
             rows = requests[indices]
             out = np.zeros(len(rows), scalar.dtype)
             columns = {name: out[name] for name in _COLUMNS}
-            access = {name: rows[name] for name in ("ssid", "write", "priv", "instr")}
+            access: dict[str, Any] = {
+                name: rows[name] for name in ("ssid", "write", "priv", "instr")
+            }
             tally = self.tally(int(rows["sid"][0]))
             for _ in range(self.repeat):
                 start = time.perf_counter()
@@ -379,7 +381,9 @@ class _Run:
             iova = rows["iova"] & ~mask | offset & mask
             out = np.zeros(count, [("pa", "u8"), ("action", "u1")])
             columns = {name: out[name] for name in ("pa", "action")}
-            access = {name: rows[name] for name in ("ssid", "write", "priv", "instr")}
+            access: dict[str, Any] = {
+                name: rows[name] for name in ("ssid", "write", "priv", "instr")
+            }
             began = time.perf_counter()
             smmu.translate_batch(rows["sid"], iova, out=columns, **access)
             self.found.random_seconds += time.perf_counter() - began
@@ -394,7 +398,7 @@ class _Run:
 def _need(smmu: Smmu, sid: int, ssid: int | None, masked: dict[str, int]) -> str | None:
     """Return what a stream's STE, or its CD, asks for that was masked."""
     result = smmu.translate(sid, 0, ssid=ssid, trace=True)
-    found = {fetch.kind: fetch.data for fetch in result.fetches}
+    found = {fetch.kind: fetch.data for fetch in result.fetches or ()}
     ste = found.get("STE")
     return None if ste is None else unmodelled(ste, found.get("CD"), masked)
 

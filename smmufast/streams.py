@@ -88,11 +88,21 @@ def _ask(smmu: Smmu, sid: int, answers: Sequence[bytes], **access: Any) -> Walk:
 
 
 def _address(walk: Walk) -> int | None:
-    return None if walk.done else walk.request.address
+    return None if walk.request is None else walk.request.address
+
+
+def _asked(walk: Walk) -> tuple[int, int]:
+    """Level (4 when it is no table's) and address of the fetch that a walk waits for."""
+    request = walk.request
+    if request is None:
+        raise RuntimeError("the walk is done")
+    return 4 if request.level is None else request.level, request.address
 
 
 def _reason(walk: Walk) -> str:
     result = walk.result
+    if result is None:
+        raise RuntimeError("the walk is not done")
     return str(result.action if result.fault is None else result.fault.name)
 
 
@@ -272,7 +282,7 @@ def _streams(smmu: Smmu, present: Sequence[int] | None) -> Iterator[Run]:
             problem = f"no level-2 table (Span={span}, {_reason(walk)})"
             yield Run(sid, (end << table.split) - 1, None, None, problem, (data,))
             continue
-        address = walk.request.address
+        _, address = _asked(walk)
         used = _used(smmu, sid, data, table.split)
         for sid in range(first << table.split, end << table.split, 1 << table.split):
             yield from _array(smmu, address, sid, 1 << used, (data,), present)
@@ -318,7 +328,7 @@ def contexts(smmu: Smmu, run: Run, present: Sequence[int] | None = None) -> Iter
     if ask(1).done:
         if first.done:
             return
-        address = first.request.address
+        _, address = _asked(first)
         try:
             yield ContextRun(None, None, address, smmu.memory.read(address, _ENTRY), None, path)
         except ExternalAbort:
@@ -347,7 +357,7 @@ def contexts(smmu: Smmu, run: Run, present: Sequence[int] | None = None) -> Iter
             problem = f"no table of context descriptors ({_reason(walk)})"
             yield ContextRun(*span, None, None, problem, (*path, data))
             continue
-        base = walk.request.address - _ENTRY
+        base = _asked(walk)[1] - _ENTRY
         for ssid in range(i << leaf, j << leaf, 1 << leaf):
             yield from _contexts(smmu, base, ssid, 1 << leaf, (*path, data), present)
 
@@ -438,8 +448,7 @@ class _Pages:
         swap: bool,
     ) -> None:
         """Add a table and those below it; `below` is the lowest input bit already used."""
-        request = self.walk(sid, path, ssid, iova).request
-        level, address = request.level, request.address
+        level, address = _asked(self.walk(sid, path, ssid, iova))
         if level not in self.geometry:
             moving = []
             for bit in range(below):
