@@ -10,11 +10,12 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "benchmarks"
 
-# The library's own flags (setup.py): the compilers must differ in nothing.
+# The library's own (setup.py), as a test checks: the compilers must differ in nothing.
 FLAGS = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"]
 DIRECTIVES = {
     "language_level": 3,
     "binding": True,
+    "embedsignature": False,
     "boundscheck": False,
     "wraparound": False,
     "cdivision": True,

@@ -1,251 +1,269 @@
-"""PASID allocation, each question beside methods that do nothing, so that ratios are of one run.
+"""PASID allocation, beside methods that do nothing and numpy's copying of as many integers."""
 
-Run with ``pytest benchmarks -o python_files='bench_*.py'``. A time is that of CALLS calls (or pairs
-of calls) from Python; in the groups about bulk calls it is that of one call, and `ns_per_id` in the
-saved results is its median by ID, of which the empty method there shows how much is the harness.
-"""
-
+from functools import partial
 from itertools import repeat
-from statistics import median
-from time import perf_counter
 
 import numpy as np
-import pytest
-
-from smmufast._pasid import PasidAllocator
+from questions import LIBRARY, Question, Run
 
 CALLS = 1000
 SIZE = 1 << 20
 FILLS = {
-    "empty": 0,
-    "half full": SIZE // 2,
+    "0 % full": 0,
+    "50 % full": SIZE // 2,
     "99.9 % full": SIZE * 999 // 1000,
     "one left": SIZE - 2,
 }
+BULKS = {"1 K": 1 << 10, "512 K": 1 << 19}
 
 
-def filled(count):
-    """Return an allocator of all PASIDs with the lowest `count` of them allocated."""
-    pasids = PasidAllocator()
-    pasids.alloc_many(count)
-    return pasids
+def allocator(**keywords):
+    """Return an allocator of all PASIDs but 0."""
+    from smmufast._pasid import PasidAllocator
 
-
-# Methods of the same signatures as those measured, and methods of three integers.
-SAME, THREE = "the same signature", "three integers"
-
-
-def empty_pairs(empty, signature):
-    """Return a function that calls two methods that do nothing, CALLS times."""
-    if signature == SAME:
-
-        def pairs():
-            for _ in repeat(None, CALLS):
-                empty.drop(empty.draw())
-
-    else:
-
-        def pairs():
-            for _ in repeat(None, CALLS):
-                empty.three_none(1, 2, empty.three_int(1 << 19, 2, 3))
-
-    return pairs
-
-
-def empty_calls(empty, signature):
-    """Return a function that calls a method that does nothing, CALLS times."""
-    if signature == SAME:
-
-        def calls():
-            for _ in repeat(None, CALLS):
-                empty.drop(4711)
-
-    else:
-
-        def calls():
-            for _ in repeat(None, CALLS):
-                empty.three(4711, 2, 3)
-
-    return calls
-
-
-def run(benchmark, function, *baselines):
-    """Measure in short rounds, each beside one of every baseline, so that drift cancels out.
-
-    The ratios in the saved results are medians over the rounds.
-    """
-    times = [[] for _ in baselines]
-
-    def setup():
-        for baseline, mine in zip(baselines, times, strict=True):
-            start = perf_counter()
-            baseline()
-            mine.append(perf_counter() - start)
-
-    benchmark.pedantic(function, setup=setup, rounds=200)
-    for signature, mine in zip((SAME, THREE), times, strict=False):
-        ratios = [a / b for a, b in zip(benchmark.stats.stats.data, mine, strict=True)]
-        benchmark.extra_info[f"times an empty method of {signature}"] = median(ratios)
-
-
-@pytest.fixture
-def two_empty(empty):
-    """Return the baselines of a pair of calls."""
-    return empty_pairs(empty, SAME), empty_pairs(empty, THREE)
-
-
-@pytest.fixture
-def one_empty(empty):
-    """Return the baselines of one call."""
-    return empty_calls(empty, SAME), empty_calls(empty, THREE)
-
-
-@pytest.mark.benchmark(group="alloc() and free()")
-@pytest.mark.parametrize("signature", [SAME, THREE])
-def test_empty_pair(benchmark, empty, signature):
-    run(benchmark, empty_pairs(empty, signature))
-
-
-@pytest.mark.benchmark(group="alloc() and free()")
-@pytest.mark.parametrize("cyclic", [False, True], ids=["lowest first", "cyclic"])
-@pytest.mark.parametrize("fill", FILLS)
-def test_pair(benchmark, two_empty, fill, cyclic):
-    pasids = PasidAllocator(cyclic=cyclic)
-    pasids.alloc_many(FILLS[fill])
-
-    def pairs():
-        for _ in repeat(None, CALLS):
-            pasids.free(pasids.alloc())
-
-    run(benchmark, pairs, *two_empty)
-    assert len(pasids) == FILLS[fill]
-
-
-@pytest.mark.benchmark(group="alloc() in a range, or with an owner, and free()")
-@pytest.mark.parametrize("signature", [SAME, THREE])
-def test_empty_pair_for_ranges(benchmark, empty, signature):
-    run(benchmark, empty_pairs(empty, signature))
-
-
-@pytest.mark.benchmark(group="alloc() in a range, or with an owner, and free()")
-@pytest.mark.parametrize("fill", FILLS)
-def test_range_pair(benchmark, two_empty, fill):
-    pasids = filled(FILLS[fill])
-
-    def pairs():
-        for _ in repeat(None, CALLS):
-            pasids.free(pasids.alloc(1000, SIZE - 1))
-
-    run(benchmark, pairs, *two_empty)
-
-
-@pytest.mark.benchmark(group="alloc() in a range, or with an owner, and free()")
-def test_owner_pair(benchmark, two_empty):
-    pasids = filled(SIZE // 2)
-    owner = object()
-
-    def pairs():
-        for _ in repeat(None, CALLS):
-            pasids.free(pasids.alloc(owner=owner))
-
-    run(benchmark, pairs, *two_empty)
-
-
-@pytest.mark.benchmark(group="find() and in")
-@pytest.mark.parametrize("signature", [SAME, THREE])
-def test_empty_call(benchmark, empty, signature):
-    run(benchmark, empty_calls(empty, signature))
-
-
-@pytest.mark.benchmark(group="find() and in")
-@pytest.mark.parametrize("owner", [None, "owner"])
-def test_find(benchmark, one_empty, owner):
-    pasids = PasidAllocator()
-    pasids.alloc_many(SIZE // 2, owner=owner)
-
-    def calls():
-        for _ in repeat(None, CALLS):
-            pasids.find(4711)
-
-    run(benchmark, calls, *one_empty)
-    assert pasids.find(4711) is owner
-
-
-@pytest.mark.benchmark(group="find() and in")
-def test_contains(benchmark, one_empty):
-    pasids = filled(SIZE // 2)
-
-    def calls():
-        for _ in repeat(None, CALLS):
-            4711 in pasids  # noqa: B015
-
-    run(benchmark, calls, *one_empty)
+    return PasidAllocator(SIZE, **keywords)
 
 
 def scattered():
-    """Return a full allocator in which every other ID, at random, was freed again."""
-    pasids = filled(SIZE - 1)
-    taken = np.random.default_rng(1).integers(0, 2, SIZE - 1).astype(bool)
-    pasids.free_many((np.flatnonzero(taken) + 1).astype(np.uint32))
+    """Return an allocator half of whose IDs, at random, are allocated."""
+    pasids = allocator()
+    ids = pasids.alloc_many(SIZE - 1)
+    pasids.free_many(ids[np.random.default_rng(1).random(SIZE - 1) < 0.5])
     return pasids
 
 
-STATES = {"empty": PasidAllocator, "half scattered": scattered}
+# ---- calls ------------------------------------------------------------------------------------
 
 
-def bulk(benchmark, setup, call, count):
-    benchmark.pedantic(call, setup=setup, rounds=50, warmup_rounds=2)
-    benchmark.extra_info["ids"] = count
-    benchmark.extra_info["ns_per_id"] = benchmark.stats.stats.median / count * 1e9
+def three_integers(first, second):
+    """Call two methods that take three integers; the second is given what the first returns."""
+    for _ in repeat(None, CALLS):
+        second(1, 2, first(1, 1 << 19, 3))
 
 
-@pytest.mark.benchmark(group="alloc_many()")
-@pytest.mark.parametrize("count", [1024, 1 << 19])
-def test_copy_of_as_many_integers(benchmark, count):
-    # What writing that much costs anyhow.
-    ids, out = np.arange(count, dtype=np.uint32), np.zeros(count, np.uint32)
-    bulk(benchmark, None, lambda: np.copyto(out, ids), count)
+def plain(alloc, free):
+    """Allocate and free."""
+    for _ in repeat(None, CALLS):
+        free(alloc())
 
 
-@pytest.mark.benchmark(group="alloc_many()")
-def test_empty_method_for_alloc_many(benchmark, empty):
-    bulk(benchmark, None, lambda: empty.three(1, 2, 3), 1)
+def ranged(alloc, free):
+    """Allocate in a range, and free."""
+    for _ in repeat(None, CALLS):
+        free(alloc(1000, 0xF_FFFF))
 
 
-@pytest.mark.benchmark(group="alloc_many()")
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("count", [1024, 1 << 19])
-def test_alloc_many(benchmark, state, count):
-    pasids = STATES[state]()
-    count = min(count, pasids.available)
-    out = np.zeros(count, np.uint32)
-
-    def setup():
-        if out.any():
-            pasids.free_many(out)
-
-    bulk(benchmark, setup, lambda: pasids.alloc_many(count, out=out), count)
-    assert all(pasid in pasids for pasid in out[:1000].tolist())
+def owned(alloc, free):
+    """Allocate for an owner, and free."""
+    for _ in repeat(None, CALLS):
+        free(alloc(owner="owner"))
 
 
-@pytest.mark.benchmark(group="free_many()")
-@pytest.mark.parametrize("order", ["ascending", "shuffled"])
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("count", [1024, 1 << 19])
-def test_free_many(benchmark, state, order, count):
-    pasids = STATES[state]()
-    count = min(count, pasids.available)
-    ids = np.zeros(count, np.uint32)
-    free = pasids.available
-    order = slice(None) if order == "ascending" else np.random.default_rng(1).permutation(count)
-
-    def setup():
-        return (pasids.alloc_many(count, out=ids)[order],), {}
-
-    bulk(benchmark, setup, pasids.free_many, count)
-    assert pasids.available == free
+def three_integers_once(method):
+    """Call a method that takes three integers."""
+    for _ in repeat(None, CALLS):
+        method(1, 4711, 3)
 
 
-@pytest.mark.benchmark(group="free_many()")
-def test_empty_method_for_free_many(benchmark, empty):
-    bulk(benchmark, None, lambda: empty.drop(None), 1)
+def once(method):
+    """Call a method that takes one ID."""
+    for _ in repeat(None, CALLS):
+        method(4711)
+
+
+def contains(pasids):
+    """Ask whether an ID is allocated."""
+    for _ in repeat(None, CALLS):
+        4711 in pasids  # noqa: B015
+
+
+def empty(loop, *names):
+    """Call methods that do nothing."""
+
+    def build(bench):
+        nothing = bench.module.Empty()
+        return Run(partial(loop, *(getattr(nothing, name) for name in names)), CALLS)
+
+    return build
+
+
+def pair(loop, fill, *, cyclic=False):
+    """Allocate an ID and free it, while the lowest `fill` of them are allocated."""
+
+    def build(_bench):
+        pasids = allocator(cyclic=cyclic)
+        pasids.alloc_many(fill)
+        found = []
+
+        def alloc(*arguments, **keywords):
+            found.append(pasids.alloc(*arguments, **keywords))
+            return found[-1]
+
+        loop(alloc, pasids.free)
+        lowest = max(fill + 1, 1000) if loop is ranged else fill + 1
+        if min(found) != lowest or (not cyclic and max(found) != lowest):
+            raise AssertionError(f"alloc() gives {min(found)} to {max(found)}, not {lowest}")
+        if len(pasids) != fill or found[-1] in pasids:
+            raise AssertionError("free() does not free")
+        return Run(partial(loop, pasids.alloc, pasids.free), CALLS)
+
+    return build
+
+
+def look_up(loop, owner=None):
+    """Look an allocated ID up."""
+
+    def build(_bench):
+        pasids = allocator()
+        pasids.alloc_many(SIZE // 2, owner=owner)
+        if pasids.find(4711) is not owner or 4711 not in pasids or SIZE - 1 in pasids:
+            raise AssertionError("an allocated ID is not found")
+        return Run(partial(loop, pasids.find if loop is once else pasids), CALLS)
+
+    return build
+
+
+# ---- bulk -------------------------------------------------------------------------------------
+
+
+def rows_of(count):
+    """Return how many arrays of `count` IDs make a call long enough to time."""
+    return max(1, (1 << 18) // count)
+
+
+def bulk_copy(count):
+    """Copy as many integers as there are IDs: what writing them costs anyhow."""
+
+    def build(_bench):
+        rows = rows_of(count)
+        ids = np.arange(rows * count, dtype=np.uint32).reshape(rows, count)
+        pairs = list(zip(np.ones_like(ids), ids, strict=True))
+
+        def call():
+            for out, row in pairs:
+                np.copyto(out, row)
+
+        return Run(call, ids.size)
+
+    return build
+
+
+def bulk_alloc(make, count):
+    """Allocate `count` IDs at a time, into an array."""
+
+    def build(_bench):
+        pasids = make()
+        before = set(pasids)
+        n = min(count, pasids.available)
+        ids = np.zeros((rows_of(count), n), np.uint32)
+        outs = list(ids)
+        alloc_many = pasids.alloc_many
+
+        def call():
+            for out in outs:
+                alloc_many(n, out=out)
+
+        def reset():
+            if ids.any():
+                pasids.free_many(ids.ravel())
+
+        call()
+        if not (np.diff(ids.ravel().astype(np.int64)) > 0).all():
+            raise AssertionError("alloc_many() does not give ascending IDs")
+        if set(pasids) != before | set(ids.ravel().tolist()) or not before.isdisjoint(ids.ravel()):
+            raise AssertionError("alloc_many() gives other IDs than it takes")
+        return Run(call, ids.size, reset)
+
+    return build
+
+
+def bulk_free(make, count, *, shuffled):
+    """Free `count` IDs at a time."""
+
+    def build(_bench):
+        pasids = make()
+        before = len(pasids)
+        n = min(count, pasids.available)
+        ids = pasids.alloc_many(rows_of(count) * n).reshape(-1, n)
+        scratch = np.zeros(ids.size, np.uint32)
+        order = np.random.default_rng(1).permutation(n) if shuffled else np.arange(n)
+        arrays = list(np.ascontiguousarray(ids[:, order]))
+        free_many = pasids.free_many
+
+        def call():
+            for array in arrays:
+                free_many(array)
+
+        def reset():
+            if len(pasids) == before:
+                pasids.alloc_many(scratch.size, out=scratch)
+
+        call()
+        if len(pasids) != before:
+            raise AssertionError("free_many() does not free all IDs")
+        reset()
+        if not np.array_equal(scratch, ids.ravel()):
+            raise AssertionError("alloc_many() does not give the same IDs again")
+        return Run(call, ids.size, reset)
+
+    return build
+
+
+def _questions():
+    bases = {
+        "two empty methods, three integers": empty(three_integers, "three_int", "three_none"),
+        "two empty methods, arguments of alloc() and free()": empty(plain, "draw", "drop"),
+    }
+    for call, loop, cyclic in (
+        ("alloc()", plain, False),
+        ("cyclic alloc()", plain, True),
+        ("alloc(min, max)", ranged, False),
+        ("alloc(owner=)", owned, False),
+    ):
+        yield Question(
+            f"PASID {call} and free()",
+            "pair",
+            bases
+            | {
+                f"{LIBRARY}, {name}": pair(loop, fill, cyclic=cyclic)
+                for name, fill in FILLS.items()
+            },
+            main=call == "alloc()",
+        )
+    yield Question(
+        "PASID look-up",
+        "call",
+        {
+            "empty method, three integers": empty(three_integers_once, "three"),
+            "empty method, one object": empty(once, "drop"),
+            f"{LIBRARY} find(), an owner": look_up(once, owner="owner"),
+            f"{LIBRARY} find(), no owner": look_up(once),
+            f"{LIBRARY} in": look_up(contains),
+        },
+    )
+    states = {"0 % full": allocator, "50 % full, scattered": scattered}
+    for label, count in BULKS.items():
+        yield Question(
+            f"PASID alloc_many(), {label} IDs",
+            "ID",
+            {"numpy copy": bulk_copy(count)}
+            | {f"{LIBRARY}, {name}": bulk_alloc(make, count) for name, make in states.items()},
+        )
+        yield Question(
+            f"PASID free_many(), {label} IDs",
+            "ID",
+            {"numpy copy": bulk_copy(count)}
+            | {
+                f"{LIBRARY}, {name}, {order}": bulk_free(make, count, shuffled=order == "shuffled")
+                for name, make in states.items()
+                for order in ("ascending", "shuffled")
+            },
+        )
+
+
+QUESTIONS = tuple(_questions())
+
+
+def test_pasid(measure, question, run):
+    """Time pairs of calls, look-ups, and calls for many IDs."""
+    measure(question, run)

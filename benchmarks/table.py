@@ -2,14 +2,18 @@
 
 From the repository's root, with the package installed::
 
-    python benchmarks/table.py [--rounds N] [--only TEXT] [--cpu N]
+    python benchmarks/table.py --rounds 15
+
+A minute on an idle machine. `--only TEXT` asks a few questions, `--markdown FILE` writes the table
+to a file too.
 
 The process pins itself to one processor. In each round everything that answers one question is
-timed in turn, baseline included, starting elsewhere each time, and a ratio is taken within the
+timed in turn, baseline included, in another order each time, and a ratio is taken within the
 round, so that a machine whose speed drifts changes both sides. Times are processor time of the
 process, which leaves out the time that other processes held the processor; a run that used
 several threads would be charged for all of them. The ratio shown is the median over rounds with
-its quartiles, then the ratio of the shortest times.
+its quartiles, then the ratio of the shortest times. A baseline's row has the quartiles of its own
+times ÷ their median, and is marked where they are far apart.
 """
 
 import argparse
@@ -22,12 +26,21 @@ import sys
 import time
 from pathlib import Path
 
+import bench_pasid
+import bench_start
+import bench_translate
 import numpy
-from imports import IMPORTS, children_seconds, fresh_import
-from questions import LIBRARY, QUESTIONS, Workbench
+from questions import LIBRARY, Workbench
 
-SAMPLE_NS = 10_000_000
+QUESTIONS = sorted(
+    bench_translate.QUESTIONS + bench_pasid.QUESTIONS + bench_start.QUESTIONS,
+    key=lambda question: not question.main,
+)
+
+SAMPLE_SECONDS = 0.01
 MIN_ROUNDS = 7
+SPREAD = 0.1  # between a baseline's quartiles; a larger one is marked
+MARK = "†"
 
 
 def idlest_cpu():
@@ -48,74 +61,83 @@ def idlest_cpu():
     return max(allowed, key=lambda cpu: after.get(cpu, 0) - before.get(cpu, 0))
 
 
-def elapsed(call, times):
-    """Return the processor time in ns that a number of calls take."""
-    start = time.process_time_ns()
+def elapsed(run, clock, times):
+    """Return the processor time in seconds that a number of calls take."""
+    if run.reset is None:
+        start = clock()
+        for _ in range(times):
+            run.call()
+        return clock() - start
+    total = 0
     for _ in range(times):
-        call()
-    return time.process_time_ns() - start
+        run.reset()
+        start = clock()
+        run.call()
+        total += clock() - start
+    return total
 
 
-def repeats(call):
+def repeats(run, clock):
     """Return how many calls make a sample long enough for the clock, after warming up."""
-    call()
+    elapsed(run, clock, 1)
     times = 1
-    while (taken := elapsed(call, times)) < SAMPLE_NS // 2:
-        times = max(times * 2, times * SAMPLE_NS // max(taken, SAMPLE_NS // 64))
+    while (taken := elapsed(run, clock, times)) < SAMPLE_SECONDS / 2:
+        times = max(times * 2, int(times * SAMPLE_SECONDS / max(taken, SAMPLE_SECONDS / 64)))
     return times
 
 
 def interleaved(samplers, rounds):
-    """Call each sampler once in each round; return the samples of each."""
+    """Call each sampler once in each round, in varying order; return the samples of each."""
     samples = [[] for _ in samplers]
     gc.collect()
     gc.disable()
     try:
         for i in range(rounds):
-            for j in range(len(samplers)):
-                j = (i + j) % len(samplers)
+            for k in range(len(samplers)):
+                j = (i + k if i % 2 else i - k) % len(samplers)
                 samples[j].append(samplers[j]())
     finally:
         gc.enable()
     return samples
 
 
-def rows(group, names, samples, unit):
+def rows(question, names, samples):
     """Yield the lines of one question: first its baseline."""
     base = samples[0]
     for i, (name, taken) in enumerate(zip(names, samples, strict=True)):
-        ratios = [a / b for a, b in zip(taken, base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        by_min = min(taken) / min(base)
-        bold = "**" if LIBRARY in name else ""
-        figures = f"{format_ns(statistics.median(taken))} | {format_ns(min(taken))}"
+        figures = f"{format_time(statistics.median(taken))} | {format_time(min(taken))}"
         if i == 0:
-            yield f"| {group}; per {unit} | {name} | {figures} | 1 | 1 |"
+            low, middle, high = statistics.quantiles(base, n=4)
+            mark = MARK if high - low >= SPREAD * middle else ""
+            what = f"{question.group}; per {question.unit} | {name}"
+            ratio = f"1 ({low / middle:.2f}–{high / middle:.2f}){mark} | 1"
         else:
-            yield (
-                f"| | {bold}{name}{bold} | {figures} "
-                f"| {bold}{middle:.2f}{bold} ({low:.2f}–{high:.2f}) | {by_min:.2f} |"
-            )
+            ratios = [a / b for a, b in zip(taken, base, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            bold = "**" if LIBRARY in name else ""
+            what = f" | {bold}{name}{bold}"
+            ratio = f"{bold}{middle:.2f}{bold} ({low:.2f}–{high:.2f})"
+            ratio += f" | {min(taken) / min(base):.2f}"
+        yield f"| {what} | {figures} | {ratio} |"
 
 
-def format_ns(value):
+def format_time(seconds):
     """Return a time with three digits and its unit."""
-    for unit, scale in (("ns", 1), ("µs", 1e3), ("ms", 1e6)):
-        if value < 1000 * scale or unit == "ms":
-            return f"{value / scale:.3g} {unit}"
+    for unit, scale in (("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * scale or unit == "ms":
+            return f"{seconds / scale:.3g} {unit}"
 
 
 def measure(question, bench, rounds, library):
     """Return the lines of one question."""
-    names = [name for name in question.runs if library or not name.startswith(LIBRARY)]
+    names = [name for name in question.runs if library or LIBRARY not in name]
     runs = [question.runs[name](bench) for name in names]
 
     def sampler(run):
-        times = repeats(run.call)
-        return lambda: elapsed(run.call, times) / times / run.items
+        times = repeats(run, question.clock)
+        return lambda: elapsed(run, question.clock, times) / times / run.items
 
-    samples = interleaved([sampler(run) for run in runs], rounds)
-    return rows(question.group, names, samples, question.unit)
+    return rows(question, names, interleaved([sampler(run) for run in runs], rounds))
 
 
 def machine():
@@ -130,41 +152,41 @@ def machine():
     return f"{model}, {python}, numpy {numpy.__version__}"
 
 
-def import_ns(module):
-    """Return the processor time in ns of an interpreter that imports a module."""
-    start = children_seconds()
-    fresh_import(module)
-    return (children_seconds() - start) * 1e9
-
-
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Print library ÷ baseline as a Markdown table.")
     parser.add_argument("--rounds", type=int, default=15, help="at least 7 (default 15)")
     parser.add_argument("--only", default="", help="only questions whose name has this text")
     parser.add_argument("--cpu", type=int, help="the processor to run on (default: the idlest)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
     parser.add_argument(
         "--baselines", action="store_true", help="leave the library out: it need not be installed"
     )
     options = parser.parse_args()
     rounds = max(options.rounds, MIN_ROUNDS)
+    asked = [question for question in QUESTIONS if options.only in question.group]
+    if not asked:
+        parser.error(f"--only {options.only}: no question has that in its name")
     bench = Workbench()
     cpu = idlest_cpu() if options.cpu is None else options.cpu
     os.sched_setaffinity(0, {cpu})
-    print(f"{machine()}; {rounds} rounds, interleaved, processor time.\n")
-    print("| question | what | median | min | ÷ baseline: median (quartiles) | by min |")
-    print("|---|---|---:|---:|---:|---:|", flush=True)
-    for question in QUESTIONS:
-        if options.only in question.group:
-            for line in measure(question, bench, rounds, not options.baselines):
-                print(line, flush=True)
-    group = "import in a fresh interpreter"
-    if options.only in group:
-        names = [name for name in IMPORTS if not (options.baselines and name == LIBRARY)]
-        samplers = [lambda name=name: import_ns(name) for name in names]
-        samples = interleaved(samplers, rounds)
-        for line in rows(group, [f"import {name}" for name in names], samples, "process"):
-            print(line, flush=True)
+    lines = []
+
+    def emit(line):
+        lines.append(line + "\n")
+        print(line, flush=True)
+
+    emit(f"{machine()}; {rounds} rounds, interleaved, processor time.")
+    emit(
+        f"{MARK}: the baseline's quartiles are {SPREAD * 100:.0f} % of its median apart or more.\n"
+    )
+    emit("| question | what | median | min | ÷ baseline: median (quartiles) | by min |")
+    emit("|---|---|---:|---:|---:|---:|")
+    for question in asked:
+        for line in measure(question, bench, rounds, not options.baselines):
+            emit(line)
+    if options.markdown:
+        options.markdown.write_text("".join(lines), encoding="utf-8")
     return 0
 
 

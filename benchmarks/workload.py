@@ -35,9 +35,9 @@ PAGE = 0b11 | 1 << 6 | 3 << 8 | 1 << 10 | 1 << 11  # valid page: AP[1], ISH, AF,
 TABLE = 0b11
 
 
-def permutation(n_lg2):
-    """Return a fixed bijection of [0, 2**n_lg2) as an array."""
-    values = np.arange(1 << n_lg2, dtype=np.uint64)
+def permuted(pages, n_lg2):
+    """Return a fixed bijection of [0, 2**n_lg2) at an array of pages."""
+    values = pages.copy()
     for odd in (0x9E37_79B9_7F4A_7C15, 0xBF58_476D_1CE4_E5B9):
         values *= np.uint64(odd)
         values &= np.uint64((1 << n_lg2) - 1)
@@ -105,10 +105,9 @@ class Image:
         put(level0 + (IOVA_BASE >> 39 & 511) * 8, tables(level1, 1))
         put(level1 + (IOVA_BASE >> 30 & 511) * 8, tables(level2, level2_tables))
         put(level2, tables(leaves, leaf_tables))
-        descriptors = permutation(pages_lg2)
-        descriptors <<= np.uint64(12)
-        descriptors += np.uint64(PA_BASE | PAGE)
-        put(leaves, descriptors)
+        for first in range(0, self.pages, 1 << 20):  # by pieces: temporary arrays stay small
+            pages = np.arange(first, min(first + (1 << 20), self.pages), dtype=np.uint64)
+            put(leaves + 8 * first, self._output(pages) + np.uint64(PAGE))
         self._put_streams(put, BASE + level0)
 
     def _put_streams(self, put, ttb):
@@ -127,14 +126,13 @@ class Image:
         for i in range(1 << SUBSTREAMS_LG2 - 6):
             put(L1CDS + i * 8, [BASE + L2_CDS + i * 4096 | 1])
 
+    def _output(self, pages):
+        return (permuted(pages, self.pages_lg2) << np.uint64(12)) + np.uint64(PA_BASE)
+
     def expected(self, iova):
         """Return the output addresses of mapped addresses, from the permutation alone."""
-        page = (iova - np.uint64(IOVA_BASE)) >> np.uint64(12)
-        return (
-            (permutation(self.pages_lg2)[page] << np.uint64(12))
-            + np.uint64(PA_BASE)
-            + (iova & np.uint64(4095))
-        )
+        pages = (iova - np.uint64(IOVA_BASE)) >> np.uint64(12)
+        return self._output(pages) + (iova & np.uint64(4095))
 
     def sequential(self, n):
         """Return n addresses, one in each next page, again from the first after the last."""
