@@ -128,6 +128,9 @@ cdef inline uint32_t as_access(bint write, bint priv, bint instr) noexcept:
 
 # --- results ---
 
+cdef object new_tuple = tuple.__new__  # without the Python function that Fetch(...) calls
+
+
 cdef object fetch_of(const WalkC* log, uint32_t i, bint answered):
     cdef const FetchC* fetch = &log.fetch[i]
     cdef uint64_t[8] words
@@ -137,8 +140,9 @@ cdef object fetch_of(const WalkC* log, uint32_t i, bint answered):
         for k in range(fetch.size // 8):
             words[k] = le64(log.data[fetch.words + k])
         data = PyBytes_FromStringAndSize(<char*>words, fetch.size)
-    return Fetch(FETCH_KINDS[fetch.kind], None if fetch.level == NO_LEVEL else fetch.level,
-                 fetch.address, fetch.size, data)
+    return new_tuple(Fetch, (
+        FETCH_KINDS[fetch.kind], None if fetch.level == NO_LEVEL else fetch.level,
+        fetch.address, fetch.size, data))
 
 
 @cython.freelist(64)
