@@ -22,7 +22,9 @@ from smmufast._config cimport (
 from smmufast._memory cimport (
     FETCH_PENDING, Memory, Port, Ram, port_open, raise_port, to_address,
 )
-from smmufast._translate cimport Memo, fill_permissions, translate_many, translate_one
+from smmufast._translate cimport (
+    Memo, fill_permissions, translate_many, translate_one, translate_stage1,
+)
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, FETCH_NONE, MAX_FETCHES,
     NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
@@ -579,6 +581,104 @@ cdef enum:
     FLAGS = 4096       # requests whose access bytes are made at a time
 
 
+# --- bursts ---
+
+cdef enum:
+    BURST_PAGES = 4096   # pages between looks for signals
+
+# How burst_run ends, besides negative stops.
+cdef enum:
+    BURST_DONE = 0
+    BURST_MORE = 1
+    BURST_STOPPED = 2    # at a page that fails
+    BURST_NO_ROOM = 3
+
+
+# A row of Segments.array.
+cdef struct Row:
+    uint64_t iova
+    uint64_t pa
+    uint64_t length
+
+
+# A burst under way: the segments so far, and the outcome of the last page.
+cdef struct Burst:
+    uint64_t rest       # bytes to go
+    Row* rows
+    size_t count
+    size_t capacity
+    Outcome outcome
+
+
+cdef int burst_add(Burst* burst, uint64_t iova, const Outcome* page,
+                   uint64_t length) noexcept nogil:
+    """Append a page to the last segment, or as a new one: BURST_MORE, or BURST_NO_ROOM."""
+    cdef Row* row
+    cdef Row* grown
+    cdef size_t capacity
+    if (burst.count and burst.outcome.perm == page.perm and burst.outcome.attr == page.attr
+            and burst.outcome.sh == page.sh):
+        row = &burst.rows[burst.count - 1]
+        if row.pa + row.length == page.pa:
+            row.length += length
+            return BURST_MORE
+    if burst.count == burst.capacity:
+        capacity = 2 * burst.capacity + 8
+        grown = <Row*>realloc(burst.rows, capacity * sizeof(Row))
+        if grown == NULL:
+            return BURST_NO_ROOM
+        burst.rows = grown
+        burst.capacity = capacity
+    row = &burst.rows[burst.count]
+    row.iova = iova
+    row.pa = page.pa
+    row.length = length
+    burst.count += 1
+    return BURST_MORE
+
+
+cdef int burst_run(const Hw* hw, Port* port, Memo* memo, Request* request,
+                   Burst* burst) noexcept nogil:
+    """Translate the next pages of a burst; `request` is that of the next page.
+
+    In plain memory the context is looked up once for all of them; elsewhere every page makes
+    all its fetches.
+    """
+    cdef Outcome page
+    cdef uint64_t room
+    cdef bint known = False
+    cdef int status, _page
+    for _page in range(BURST_PAGES):
+        if burst.rest == 0:
+            return BURST_DONE
+        if known:
+            status = translate_stage1(hw, port, request, &memo.context, &page)
+        else:
+            status = translate_one(hw, port, request, memo, &page)
+            known = port.ram.plain and page.stage == 1
+        if status:
+            return status
+        if page.action > ACTION_DISABLED:
+            burst.outcome = page
+            return BURST_STOPPED
+        if page.page_lg2:
+            room = (<uint64_t>1 << page.page_lg2) - (request.iova & low_mask(page.page_lg2))
+        else:  # untranslated as far as addresses are legal
+            room = ~hw.oas_over - request.iova + 1
+        if room > burst.rest:
+            room = burst.rest
+        status = burst_add(burst, request.iova, &page, room)
+        if status != BURST_MORE:
+            return status
+        burst.outcome = page
+        request.iova += room
+        burst.rest -= room
+    return BURST_MORE
+
+
+# --- the Smmu ---
+
+
 @cython.final
 @cython.auto_pickle(False)
 cdef class Smmu:
@@ -914,63 +1014,45 @@ cdef class Smmu:
             An argument is out of range, or the burst would wrap around 2^64.
         """
         cdef Request request
-        cdef Outcome outcome, before
-        cdef uint64_t rest, room, start
-        cdef uint64_t* rows = NULL
-        cdef uint64_t* grown
-        cdef size_t count = 0, capacity = 0, pages = 0
+        cdef Burst burst
+        cdef Port port
+        cdef Memo memo
+        cdef int status = BURST_MORE
         cdef Segments segments = Segments.__new__(Segments)
         cdef Result result
         cdef cnp.ndarray array
-        request.iova = start = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+        memset(&burst, 0, sizeof(burst))
+        request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
-        rest = as_u64("size", size, 0xFFFFFFFFFFFFFFFF)
-        if rest and start + (rest - 1) < start:
-            raise ValueError(f"size: {rest:#x} given; the burst at {start:#x} would wrap around")
+        burst.rest = as_u64("size", size, 0xFFFFFFFFFFFFFFFF)
+        if burst.rest and request.iova + (burst.rest - 1) < request.iova:
+            raise ValueError(f"size: {burst.rest:#x} given; the burst at {request.iova:#x} "
+                             f"would wrap around")
+        port_open(&port, self.core.ram, NULL, False)
+        memo.whole = False
+        self.core.ram.users += 1
         try:
-            while rest:
-                self._run(&request, &outcome, NULL)
-                if outcome.action > ACTION_DISABLED:
-                    result = Result.__new__(Result)
-                    result.request = request
-                    result.outcome = outcome
-                    segments.result = result
-                    break
-                if outcome.page_lg2:
-                    room = (<uint64_t>1 << outcome.page_lg2) - (
-                        request.iova & low_mask(outcome.page_lg2))
-                else:  # untranslated as far as addresses are legal
-                    room = ~self.core.hw.oas_over - request.iova + 1
-                if room > rest:
-                    room = rest
-                if (count and rows[3 * count - 2] + rows[3 * count - 1] == outcome.pa
-                        and before.perm == outcome.perm and before.attr == outcome.attr
-                        and before.sh == outcome.sh):
-                    rows[3 * count - 1] += room
-                else:
-                    if count == capacity:
-                        capacity = 2 * capacity + 8
-                        grown = <uint64_t*>realloc(rows, capacity * 24)
-                        if grown == NULL:
-                            raise MemoryError()
-                        rows = grown
-                    rows[3 * count] = request.iova
-                    rows[3 * count + 1] = outcome.pa
-                    rows[3 * count + 2] = room
-                    count += 1
-                before = outcome
-                request.iova += room
-                rest -= room
-                pages += 1
-                if pages % 4096 == 0:
-                    PyErr_CheckSignals()
-            array = np.empty(count, SEGMENT)
-            if count:
-                memcpy(cnp.PyArray_DATA(array), rows, count * 24)
+            while status == BURST_MORE:
+                with nogil:
+                    status = burst_run(&self.core.hw, &port, &memo, &request, &burst)
+                if status == BURST_NO_ROOM:
+                    raise MemoryError()
+                if status < 0:
+                    raise_port(&port)
+                PyErr_CheckSignals()
+            array = np.empty(burst.count, SEGMENT)
+            if burst.count:
+                memcpy(cnp.PyArray_DATA(array), burst.rows, burst.count * sizeof(Row))
         finally:
-            free(rows)
+            self.core.ram.users -= 1
+            free(burst.rows)
+        if status == BURST_STOPPED:
+            result = Result.__new__(Result)
+            result.request = request
+            result.outcome = burst.outcome
+            segments.result = result
         segments.array = array
         return segments
 

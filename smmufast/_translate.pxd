@@ -379,34 +379,13 @@ cdef inline void end_disabled(const Hw* hw, const Request* request,
             outcome, ACTION_DISABLED, request.iova, 0x3F, hw.gbpa_attr, hw.gbpa_sh)
 
 
-cdef inline int translate_one(
-        const Hw* hw, Port* port, const Request* request, Memo* memo,
+cdef inline int translate_stage1(
+        const Hw* hw, Port* port, const Request* request, const Context* context,
         Outcome* outcome) noexcept nogil:
-    """Translate one request: 0, or a negative stop that leaves no outcome.
-
-    Two calls that run at once, or inside each other, do not share a memo.
-    """
-    cdef const Context* context = &memo.context
+    """Translate one request in a decoded context: 0, or a negative stop without an outcome."""
     cdef const Half* half
     cdef Leaf leaf
-    cdef uint64_t address = 0
-    cdef int event = 0, index = 0
-    if not hw.cr0 & CR0_SMMUEN:
-        end_disabled(hw, request, outcome)
-        return 0
-    if not memo_holds(port, memo, request.sid, request.ssid):
-        event = lookup(hw, port, request.sid, request.ssid, memo, &index, &address)
-    if event:
-        if event < 0:
-            return event
-        if event == SILENT_ABORT:
-            end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
-        else:
-            end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, address)
-        return 0
-    if index == STAGE1_BYPASS:
-        end_bypass(hw, request, context, outcome)
-        return 0
+    cdef int event
     if likely(context.simple):
         event = walk(context, port, request.iova, request.access, &leaf, True)
     else:
@@ -434,6 +413,34 @@ cdef inline int translate_one(
     outcome.asid = context.asid
     outcome.perm = admitted(context, leaf.perm)
     return 0
+
+
+cdef inline int translate_one(
+        const Hw* hw, Port* port, const Request* request, Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request: 0, or a negative stop that leaves no outcome.
+
+    Two calls that run at once, or inside each other, do not share a memo.
+    """
+    cdef uint64_t address = 0
+    cdef int event = 0, index = 0
+    if not hw.cr0 & CR0_SMMUEN:
+        end_disabled(hw, request, outcome)
+        return 0
+    if not memo_holds(port, memo, request.sid, request.ssid):
+        event = lookup(hw, port, request.sid, request.ssid, memo, &index, &address)
+    if event:
+        if event < 0:
+            return event
+        if event == SILENT_ABORT:
+            end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        else:
+            end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, address)
+        return 0
+    if index == STAGE1_BYPASS:
+        end_bypass(hw, request, &memo.context, outcome)
+        return 0
+    return translate_stage1(hw, port, request, &memo.context, outcome)
 
 
 # --- the batch driver ---
