@@ -11,7 +11,16 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "benchmarks"
 
 # The library's own (setup.py), as a test checks: the compilers must differ in nothing.
-FLAGS = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"]
+FLAGS = [
+    "-O3",
+    "--param=max-inline-insns-single=1500",
+    "--param=large-function-growth=2000",
+    "--param=inline-unit-growth=300",
+    "--param=large-stack-frame-growth=10000",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wno-unused-function",
+]
 DIRECTIVES = {
     "language_level": 3,
     "binding": True,

@@ -19,7 +19,7 @@ BULKS = {"1 K": 1 << 10, "512 K": 1 << 19}
 
 def allocator(**keywords):
     """Return an allocator of all PASIDs but 0."""
-    from smmufast._pasid import PasidAllocator
+    from smmufast import PasidAllocator
 
     return PasidAllocator(SIZE, **keywords)
 

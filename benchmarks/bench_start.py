@@ -1,4 +1,4 @@
-"""What a fresh interpreter costs that imports smmufast, against numpy, which it needs."""
+"""What a fresh interpreter costs: an import, against numpy's, and the start of the command."""
 
 import resource
 import subprocess
@@ -31,8 +31,16 @@ QUESTIONS = (
         "process",
         {
             "import numpy": interpreter("-c", "import numpy"),
-            f"import {LIBRARY}": interpreter("-c", f"import {LIBRARY}"),
-            "nothing imported": interpreter("-c", "pass"),
+            f"from {LIBRARY} import Smmu": interpreter("-c", f"from {LIBRARY} import Smmu"),
+        },
+        clock=children_seconds,
+    ),
+    Question(
+        "start of the command",
+        "process",
+        {
+            "python -c pass": interpreter("-c", "pass"),
+            f"{LIBRARY} --help": interpreter("-m", LIBRARY, "--help"),
         },
         clock=children_seconds,
     ),

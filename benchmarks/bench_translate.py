@@ -51,9 +51,9 @@ def plain(method, addresses):
 
 
 def traced(method, addresses):
-    """Ask for the fetches too."""
+    """Ask for the fetches too, each of which is an object."""
     for iova in addresses:
-        method(SID, iova, trace=True)
+        method(SID, iova, trace=True).fetches  # noqa: B018
 
 
 def by_stream(method, requests):
@@ -98,6 +98,7 @@ def scalar(loop, name, requests=scalar_addresses):
         def kept(*arguments, **keywords):
             result = method(*arguments, **keywords)
             found.append(getattr(result, "pa", result))
+            return result
 
         loop(kept, requests(bench))
         if found != scalar_expected(bench):
