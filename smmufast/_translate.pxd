@@ -113,13 +113,20 @@ cdef inline void end_unmapped(
 
 # --- configuration lookup (15.1) ---
 
+cdef extern from *:
+    """
+    #define smmufast_nowhere UINT64_MAX /* no structure lies there */
+    """
+    const uint64_t NOWHERE "smmufast_nowhere"
+
+
 # A decoded context and everything that was fetched for it.  It is a function of these, so as
 # long as they are what memory holds it need not be decoded again.
 cdef struct Memo:
     bint whole            # all of it belongs together
     uint32_t sid
     uint32_t ssid
-    uint64_t l1std_at     # addresses; 0 where the table has one level
+    uint64_t l1std_at     # addresses; NOWHERE where the table has one level
     uint64_t ste_at
     uint64_t l1cd_at
     uint64_t cd_at
@@ -135,9 +142,9 @@ cdef inline bint memo_holds(
     """The memo is this pair's, and memory still holds what it was decoded from."""
     if not memo.whole or memo.sid != sid or memo.ssid != ssid:
         return False
-    if memo.l1std_at and not unchanged8(port, memo.l1std_at, memo.l1std):
+    if memo.l1std_at != NOWHERE and not unchanged8(port, memo.l1std_at, memo.l1std):
         return False
-    if memo.l1cd_at and not unchanged8(port, memo.l1cd_at, memo.l1cd):
+    if memo.l1cd_at != NOWHERE and not unchanged8(port, memo.l1cd_at, memo.l1cd):
         return False
     return (unchanged64(port, memo.ste_at, memo.ste)
             and unchanged64(port, memo.cd_at, memo.cd))
@@ -156,7 +163,7 @@ cdef inline int lookup(
     memo.whole = False
     memo.sid = sid
     memo.ssid = ssid
-    memo.l1std_at = memo.l1cd_at = 0
+    memo.l1std_at = memo.l1cd_at = NOWHERE
     kind = stream_first(hw, sid, address)
     if kind == 0:
         return EVENT_C_BAD_STREAMID
