@@ -512,6 +512,12 @@ def resident():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def mapped():
+    """Bytes of address space that this process has."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.parametrize("huge_pages", [False, True])
 @pytest.mark.parametrize(
     ("base", "size"),
@@ -595,6 +601,21 @@ def test_structures_that_lie_across_two_chunks_are_read_whole(inside):
         assert smmu.pa(request.sid, request.iova, **request.access) == pa
     requests = list(small.PHYSICAL)
     assert [line[0] for line in small.batch_rows(smmu, requests)] == [*small.PHYSICAL.values()]
+
+
+def test_the_last_chunk_ends_where_its_region_ends():
+    memory = Memory()
+    table = (1 << 47) + 2 * CHUNK
+    memory.add_private(0, table + 0x400)  # 16 STEs, then nothing
+    memory.write(table, small.build()[:0x400])
+    smmu = Smmu(memory, strtab_base=table, strtab_base_cfg=8)
+    for _ in range(2):
+        assert smmu.pa(small.BYPASSED, 5) == 5
+        event = smmu.translate(16, 5).event
+        assert (event.name, event.fetch_address) == ("F_STE_FETCH", table + 0x400)
+    sids = [small.BYPASSED, 15, 16, 17, small.BYPASSED, 31]
+    events = smmu.translate_batch(sids, 5)["event"].tolist()
+    assert events == [0, 4, STE_FETCH, STE_FETCH, 0, STE_FETCH]
 
 
 def test_untouched_memory_is_an_invalid_stream_table_not_an_abort():
@@ -784,6 +805,20 @@ def test_an_exception_of_a_callback_reaches_the_caller_and_nothing_is_spoilt(fac
     assert face(smmu) is not None
     smmu.memory.add(bytearray(8), 0)  # no walk is left behind that forbids it
     smmu.memory.remove(0)
+
+
+@pytest.mark.parametrize("face", FACES.values(), ids=FACES)
+def test_an_exception_of_a_callback_is_let_go(face):
+    smmu, host = callback_system()
+    error = HostError()
+    host.error = (0, error)
+    with pytest.raises(HostError):
+        face(smmu)
+    host.error = None
+    alive = weakref.ref(error)
+    del error
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_exception_in_a_batch_keeps_the_rows_before_it():
@@ -1284,7 +1319,7 @@ def test_a_host_that_holds_the_memory_that_calls_it_is_collected():
 
 
 def test_many_memories_come_and_go():
-    before = resident()
+    before, space = resident(), mapped()
     for _ in range(300):
         memory = Memory()
         memory.add_private(0, 1 << 47)
@@ -1295,6 +1330,7 @@ def test_many_memories_come_and_go():
     del memory
     gc.collect()
     assert resident() - before < 32 << 20
+    assert mapped() - space < 1 << 30
 
 
 def test_a_memory_is_not_pickled_and_says_why():
