@@ -374,7 +374,7 @@ def test_a_smmu_needs_a_memory_and_features():
      {"d128": 1}, {"s2p": 1, "ats": 1}],
     ids=str,
 )  # fmt: skip
-def test_features_that_are_not_modelled_are_refused(asked):
+def test_a_feature_that_is_not_modelled_is_refused_by_name(asked):
     features = Features(**asked)
     with pytest.raises(ValueError, match="does not model") as caught:
         Smmu(Memory(), features)
