@@ -40,6 +40,9 @@ from smmufast import layout
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
 from smmufast.features import Features
 
+cdef extern from "numpy/arrayobject.h":
+    cnp.dtype PyArray_DescrNew(cnp.dtype descr)
+
 cnp.import_array()
 
 cdef extern from "Python.h":
@@ -65,8 +68,15 @@ COLUMNS = {
 }
 """The columns of a batch and their dtypes."""
 
-cdef tuple DEFAULT_COLUMNS = ("pa", "action", "event")
-cdef object SEGMENT = np.dtype([("iova", "u8"), ("pa", "u8"), ("length", "u8")])
+
+cdef object row_dtype(tuple names):
+    """The dtype of rows that have some of the columns."""
+    return np.dtype([(name, COLUMNS[name]) for name in names], align=True)
+
+
+# Arrays that a caller may keep get copies of these: the names in a dtype can be assigned to.
+cdef cnp.dtype DEFAULT_ROW = row_dtype(("pa", "action", "event"))
+cdef cnp.dtype SEGMENT = np.dtype([("iova", "u8"), ("pa", "u8"), ("length", "u8")])
 
 # What this version does not model: field, the value it must have.
 cdef tuple UNMODELLED = (
@@ -482,17 +492,22 @@ cdef int walk_answer(const Hw* hw, WalkC* walk, const void* data) noexcept nogil
 cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     """An input as a 1-D array of one dtype, or None for a scalar; `n` is the common length."""
     cdef cnp.ndarray array
-    if isinstance(value, (int, np.integer)) and not isinstance(value, np.ndarray):
+    if PyLong_CheckExact(value):
         return None
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    if cnp.PyArray_CheckExact(value):
+        array = value
+    else:
+        if isinstance(value, (int, np.integer)) and not isinstance(value, np.ndarray):
+            return None
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     if array.ndim == 0:
         return None
     if array.ndim != 1:
         raise ValueError(f"{name}: an array of {array.ndim} dimensions given; 1 needed")
-    if array.dtype != dtype:
+    if array.dtype is not dtype and array.dtype != dtype:
         if array.dtype.kind not in "biu" or dtype.kind == "b" and array.dtype.kind != "b":
             raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} "
                             f"{'' if dtype.kind == 'b' else 'or another integer '}needed")
@@ -546,8 +561,9 @@ cdef int point_out(BatchC* batch, str name, array, Py_ssize_t n) except -1:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"out[{name!r}]: {type(array).__name__} given; a numpy array needed")
     found = array
-    if found.dtype != COLUMNS[name]:
-        raise TypeError(f"out[{name!r}]: dtype {found.dtype} given; {COLUMNS[name]} needed")
+    dtype = COLUMNS[name]
+    if found.dtype is not dtype and found.dtype != dtype:
+        raise TypeError(f"out[{name!r}]: dtype {found.dtype} given; {dtype} needed")
     if found.ndim != 1 or found.shape[0] != n:
         raise ValueError(f"out[{name!r}]: shape {array.shape} given; ({n},) needed")
     if not cnp.PyArray_ISWRITEABLE(found):
@@ -949,17 +965,19 @@ cdef class Smmu:
             if array is not None:
                 flags[k] = <const uint8_t*>cnp.PyArray_DATA(array)
                 strides[k] = cnp.PyArray_STRIDE(array, 0)
-        if out is None:
+        if out is None and columns is None:
+            out = np.empty(n, PyArray_DescrNew(DEFAULT_ROW))
+        elif out is None:
             if isinstance(columns, (str, bytes)) or columns is not None and not isinstance(
                     columns, Iterable):
                 raise TypeError(f"columns: {type(columns).__name__} given; names needed")
-            names = DEFAULT_COLUMNS if columns is None else tuple(columns)
+            names = tuple(columns)
             for name in names:
                 if name not in COLUMNS:
                     raise ValueError(f"columns: {name!r} given; {', '.join(COLUMNS)} known")
             if len(set(names)) != len(names):
                 raise ValueError(f"columns: {', '.join(names)} given; each at most once")
-            out = np.empty(n, np.dtype([(name, COLUMNS[name]) for name in names], align=True))
+            out = np.empty(n, row_dtype(names))
         elif columns is not None:
             raise TypeError("columns: given beside out, whose own columns are filled")
         if isinstance(out, np.ndarray):
@@ -1042,7 +1060,7 @@ cdef class Smmu:
                 if status < 0:
                     raise_port(&port)
                 PyErr_CheckSignals()
-            array = np.empty(burst.count, SEGMENT)
+            array = np.empty(burst.count, PyArray_DescrNew(SEGMENT))
             if burst.count:
                 memcpy(cnp.PyArray_DATA(array), burst.rows, burst.count * sizeof(Row))
         finally:

@@ -185,3 +185,13 @@ def test_a_signal_is_handled_within_a_burst():
     assert seen == [1]
     smmu.memory.remove(BASE)
     assert smmu.translate_range(0, 0, 1).event.name == "F_STE_FETCH"
+
+
+def test_fields_renamed_in_one_result_keep_their_names_in_the_next():
+    smmu = smmu_over(plain(image()))
+    for _ in range(2):
+        array = smmu.translate_range(0, 0, 0x1000).array
+        rows = smmu.translate_batch(0, np.zeros(1, np.uint64))
+        assert array.dtype.names == ("iova", "pa", "length")
+        assert rows.dtype.names == ("pa", "action", "event")
+        array.dtype.names = rows.dtype.names = ("a", "b", "c")
