@@ -155,9 +155,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     rows = list(rows)
     if sys.stdout.isatty():
         try:
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
+            from rich.console import Console  # type: ignore[import-not-found,unused-ignore]
+            from rich.table import Table  # type: ignore[import-not-found,unused-ignore]
+            from rich.text import Text  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             pass
         else:

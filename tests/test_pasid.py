@@ -5,7 +5,6 @@ import doctest
 import gc
 import pickle
 import random
-import subprocess
 import sys
 import threading
 import weakref
@@ -914,12 +913,3 @@ def test_the_examples_in_the_docstrings_are_true():
     result = doctest.testmod(_pasid)
     assert result.attempted > 10
     assert result.failed == 0
-
-
-def test_the_stub_agrees_with_the_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy.stubtest", "smmufast._pasid"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
