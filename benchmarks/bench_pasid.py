@@ -148,6 +148,26 @@ def bulk_copy(count):
     return build
 
 
+def bulk_scatter(count):
+    """Clear as many elements of an array, shuffled: what going to each ID's place costs."""
+
+    def build(_bench):
+        taken = np.ones(SIZE, bool)
+        ids = np.random.default_rng(1).permutation(rows_of(count) * count).astype(np.uint32)
+        arrays = list(ids.reshape(-1, count))
+
+        def call():
+            for array in arrays:
+                taken[array] = False
+
+        call()
+        if taken.sum() != SIZE - ids.size:
+            raise AssertionError("numpy clears other elements than it is told")
+        return Run(call, ids.size)
+
+    return build
+
+
 def bulk_alloc(make, count):
     """Allocate `count` IDs at a time, into an array."""
 
@@ -252,7 +272,10 @@ def _questions():
         yield Question(
             f"PASID free_many(), {label} IDs",
             "ID",
-            {"numpy copy": bulk_copy(count)}
+            {
+                "numpy copy": bulk_copy(count),
+                "numpy, taken[ids] = False, shuffled": bulk_scatter(count),
+            }
             | {
                 f"{LIBRARY}, {name}, {order}": bulk_free(make, count, shuffled=order == "shuffled")
                 for name, make in states.items()

@@ -4,8 +4,8 @@ From the repository's root, with the package installed::
 
     python benchmarks/table.py --rounds 15
 
-A minute on an idle machine. `--only TEXT` asks a few questions, `--markdown FILE` writes the table
-to a file too.
+A minute on an idle machine. `--main` or `--only TEXT` ask fewer questions, `--markdown FILE` writes
+the table to a file too.
 
 The process pins itself to one processor. In each round everything that answers one question is
 timed in turn, baseline included, in another order each time, and a ratio is taken within the
@@ -157,6 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description="Print library ÷ baseline as a Markdown table.")
     parser.add_argument("--rounds", type=int, default=15, help="at least 7 (default 15)")
     parser.add_argument("--only", default="", help="only questions whose name has this text")
+    parser.add_argument("--main", action="store_true", help="only the questions to look at first")
     parser.add_argument("--cpu", type=int, help="the processor to run on (default: the idlest)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
     parser.add_argument(
@@ -164,7 +165,11 @@ def main():
     )
     options = parser.parse_args()
     rounds = max(options.rounds, MIN_ROUNDS)
-    asked = [question for question in QUESTIONS if options.only in question.group]
+    asked = [
+        question
+        for question in QUESTIONS
+        if options.only in question.group and (question.main or not options.main)
+    ]
     if not asked:
         parser.error(f"--only {options.only}: no question has that in its name")
     bench = Workbench()
