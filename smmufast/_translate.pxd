@@ -482,6 +482,8 @@ cdef struct Near:
     uint64_t[2] table
     uint64_t[2] tables        # hierarchical attributes of the tables above it
     unsigned int[2] reach
+    unsigned int moved        # walks of this block that ended in another last table
+    bint trusted              # few of the last block did, so [0] is asked first
 
 
 cdef inline void near_forget(Near* near) noexcept nogil:
@@ -592,6 +594,7 @@ cdef inline void near_keep(
     cdef unsigned int reach = half.granule + half.stride
     if reach > half.shift:
         return
+    near.moved += va >> reach != near.tag[0]
     near.slot = slot
     near.reach[0] = reach
     near.tag[0] = va >> reach
@@ -623,7 +626,7 @@ cdef inline void set_out(
     block.slot[i] = slot
     if near.slot != slot:
         near_forget(near)
-    if va >> near.reach[0] == near.tag[0]:
+    if near.trusted and va >> near.reach[0] == near.tag[0]:
         ia = va
         at.table = near.table[0]
         at.tables = near.tables[0]
@@ -723,6 +726,8 @@ cdef inline int run_blocks(
     cdef int status
     memo.whole = False
     near_forget(&near)
+    near.moved = 0
+    near.trusted = False
     if one_pair:
         slot = slot_of(hw, port, slots, load_u32(&batch.sid, 0), load_u32(&batch.ssid, 0), number,
                        &near)
@@ -746,6 +751,9 @@ cdef inline int run_blocks(
                 set_out(&block, i, port, slot, va, &near, True)
             else:
                 set_out(&block, i, port, slot, va, &near, False)
+        # a test that half the requests pass costs more than the walk that it saves
+        near.trusted = near.moved <= BLOCK // 8
+        near.moved = 0
         for i in range(count):
             va = load_u64(&batch.iova, start + i)
             access = load_u8(&batch.access, start + i) & 7
