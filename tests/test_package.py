@@ -83,6 +83,7 @@ def test_stubs_say_what_the_compiled_modules_hold(typed, tmp_path):
     assert f"no issues found in {len(modules)} modules" in said
 
 
+CONFIG = ("--config-file", ROOT / "pyproject.toml")
 USES = """\
 from typing import assert_type
 
@@ -140,14 +141,14 @@ MISUSES = (
 
 def test_types_hold_within_the_package_and_for_its_users(typed, tmp_path):
     (tmp_path / "uses.py").write_text(USES)
-    python("-m", "mypy", "--strict", "-p", "smmufast", "-m", "uses", **typed)
+    python("-m", "mypy", *CONFIG, "--strict", "-p", "smmufast", "-m", "uses", **typed)
 
 
 def test_types_tell_mistakes(typed, tmp_path):
     # an ignore that is not needed is an error: each line must be one
     lines = [f"{line}  # type: ignore" for line in MISUSES]
     (tmp_path / "misuses.py").write_text("\n".join(["from smmufast import *", *lines]))
-    python("-m", "mypy", "--warn-unused-ignores", "-m", "misuses", **typed)
+    python("-m", "mypy", *CONFIG, "--warn-unused-ignores", "-m", "misuses", **typed)
 
 
 # --- docstrings ---
