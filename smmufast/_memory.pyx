@@ -496,7 +496,6 @@ cdef class Memory:
             if write is not None and not callable(write):
                 raise TypeError(f"write: {type(write).__name__} given; a callable needed")
         region = self._insert(address, length)
-        self._callables[address] = (read, write)
         if capsule:
             region.kind = REGION_C
             region.callbacks = callbacks
@@ -507,6 +506,8 @@ cdef class Memory:
             region.writer = <void*>write
             region.writable = write is not None
         self._refresh()
+        # last, for it may collect garbage, whose finalizers may add regions
+        self._callables[address] = (read, write)
 
     def remove(self, base):
         """Remove the region that starts at `base`; KeyError if there is none."""

@@ -17,13 +17,13 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, low_mask
 from smmufast._config cimport (
-    pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
+    CR0_SMMUEN, pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
 )
 from smmufast._memory cimport (
     FETCH_PENDING, Memory, Port, Ram, port_open, raise_port, to_address,
 )
 from smmufast._translate cimport (
-    Memo, fill_permissions, translate_many, translate_one, translate_stage1,
+    Memo, fill_permissions, translate_each, translate_one, translate_plain, translate_stage1,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, FETCH_NONE, MAX_FETCHES,
@@ -44,10 +44,6 @@ cdef extern from "numpy/arrayobject.h":
     cnp.dtype PyArray_DescrNew(cnp.dtype descr)
 
 cnp.import_array()
-
-cdef extern from "Python.h":
-    # as declared here, an error is left for the caller to see
-    unsigned long PyLong_AsUnsignedLong(object value) noexcept
 
 fill_permissions()
 
@@ -306,6 +302,13 @@ cdef class Result:
 cdef class TracedResult(Result):
     """A Result that holds every fetch which was made."""
 
+    def __cinit__(self):
+        self.log = <WalkC*>malloc(sizeof(WalkC))
+        if self.log == NULL:
+            raise MemoryError()
+        self.log.count = 0
+        self.log.used = 0
+
     def __dealloc__(self):
         free(self.log)
 
@@ -318,13 +321,7 @@ cdef class TracedResult(Result):
 
 cdef TracedResult traced():
     """A result with an empty log."""
-    cdef TracedResult result = TracedResult.__new__(TracedResult)
-    result.log = <WalkC*>malloc(sizeof(WalkC))
-    if result.log == NULL:
-        raise MemoryError()
-    result.log.count = 0
-    result.log.used = 0
-    return result
+    return TracedResult.__new__(TracedResult)
 
 
 cdef str cache_text(unsigned int nibble):
@@ -431,6 +428,7 @@ cdef class Walk:
         """
         cdef Py_buffer view
         cdef unsigned int size
+        cdef uint32_t asked = self.walk.count
         if self.status == STATUS_DONE:
             raise RuntimeError("the walk is done: no fetch waits for data")
         if data is None:
@@ -447,6 +445,8 @@ cdef class Walk:
         try:
             if <size_t>view.len != size:
                 raise ValueError(f"data: {view.len} bytes given; {size} needed")
+            if asked != self.walk.count:  # conversions run the caller's code
+                raise RuntimeError("the fetch was answered meanwhile")
             self.status = walk_answer(&self.smmu.core.hw, &self.walk, view.buf)
         finally:
             PyBuffer_Release(&view)
@@ -590,6 +590,30 @@ cdef bint ssids_legal(const BatchC* batch) noexcept nogil:
         if ssid > 0xFFFFF and ssid != NO_SSID:
             return False
     return True
+
+
+# Two functions, so that a callback which starts another batch finds no slots on the stack.
+
+cdef int batch_plain(const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
+    return translate_plain(hw, port, batch)
+
+
+cdef int batch_each(const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
+    return translate_each(hw, port, batch)
+
+
+ctypedef int (*Driver)(const Hw*, Port*, const BatchC*) noexcept nogil
+
+cdef Driver each = batch_each
+cdef Driver plain = batch_plain
+
+
+cdef int batch_run(const Core* core, Port* port, const BatchC* batch) noexcept nogil:
+    """Translate a batch: 0, or FETCH_RAISED with the exception in the port."""
+    port_open(port, core.ram, NULL, False)
+    if core.ram.plain and core.hw.cr0 & CR0_SMMUEN and batch.n != 0:
+        return plain(&core.hw, port, batch)
+    return each(&core.hw, port, batch)
 
 
 cdef enum:
@@ -780,8 +804,8 @@ cdef class Smmu:
         hw.two_level = st_level == 1 and config["FMT"] == 1
         hw.split = split_of(config["SPLIT"])
         if hw.two_level:
-            # the register's own LOG2SIZE aligns the table; beyond 2^52 bytes all is 0
-            hw.strtab = strtab_two_level_base(address, min(config["LOG2SIZE"], 60), hw.split)
+            # the register's own LOG2SIZE aligns the table
+            hw.strtab = strtab_two_level_base(address, config["LOG2SIZE"], hw.split)
         else:
             hw.strtab = strtab_linear_base(address, hw.log2size)
 
@@ -925,6 +949,7 @@ cdef class Smmu:
         cdef bint by_row
         cdef int k, status = 0
         cdef Port port
+        cdef list held = []  # the caller may drop them while the lock is released
         memset(&batch, 0, sizeof(batch))
         sids = column_in("sid", sid, U32, &n)
         iovas = column_in("iova", iova, U64, &n)
@@ -984,11 +1009,14 @@ cdef class Smmu:
             if out.dtype.names is None:
                 raise TypeError(f"out: dtype {out.dtype} given; a structured one needed")
             for name in out.dtype.names:
-                point_out(&batch, name, out[name], n)
+                array = out[name]
+                held.append(array)
+                point_out(&batch, name, array, n)
         elif isinstance(out, dict):
             for name, array in out.items():
                 if name not in COLUMNS:
                     raise ValueError(f"out: column {name!r} given; {', '.join(COLUMNS)} known")
+                held.append(array)
                 point_out(&batch, name, array, n)
         else:
             raise TypeError(f"out: {type(out).__name__} given; a structured array or a dict needed")
@@ -1009,7 +1037,7 @@ cdef class Smmu:
                     piece.access.data = accesses
                     piece.access.stride = 1
                 with nogil:
-                    status = translate_many(&self.core.hw, self.core.ram, &port, &piece)
+                    status = batch_run(&self.core, &port, &piece)
                 if status:
                     raise_port(&port)
                 done += size
@@ -1181,7 +1209,7 @@ cdef int api_translate_batch(SmmuC* handle, const BatchC* batch) noexcept nogil:
             or batch.access.data == NULL or not ssids_legal(batch)
             or not accesses_legal(batch)):
         return STATUS_EINVAL
-    return api_end(&port, translate_many(&core.hw, core.ram, &port, batch))
+    return api_end(&port, batch_run(core, &port, batch))
 
 
 cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:

@@ -472,6 +472,7 @@ cdef struct Block:
     uint64_t[BLOCK] held         # leaves already read, as they lie in memory
     uint64_t[BLOCK] tables       # hierarchical attributes
     uint8_t[BLOCK] shift         # lg2 of the page
+    uint8_t[BLOCK] upper         # the half, as it was when the request was first read
     Slot* slot[BLOCK]
 
 
@@ -552,7 +553,7 @@ cdef inline int batch_scalar(
     request.iova = load_u64(&batch.iova, i)
     request.sid = load_u32(&batch.sid, i)
     request.ssid = load_u32(&batch.ssid, i)
-    request.access = load_u8(&batch.access, i)
+    request.access = load_u8(&batch.access, i) & 7  # a caller may write there meanwhile
     status = translate_one(hw, port, &request, memo, &outcome)
     if status == 0:
         store_outcome(batch, i, &outcome)
@@ -624,6 +625,7 @@ cdef inline void set_out(
     cdef int status
     block.entry[i] = NULL
     block.slot[i] = slot
+    block.upper[i] = upper
     if near.slot != slot:
         near_forget(near)
     if near.trusted and va >> near.reach[0] == near.tag[0]:
@@ -676,12 +678,13 @@ cdef inline int arrive(
     action and event are wanted.
     """
     cdef const Context* context = &slot.memo.context
-    cdef unsigned int upper = half_of(va, context.two_ttbs)
-    cdef const Half* half = &context.half[upper]
-    cdef unsigned int shift, perm, attr
+    cdef const Half* half
+    cdef unsigned int upper, shift, perm, attr
     cdef uint64_t d, address
     if unlikely(block.entry[i] == NULL):
         return 1
+    upper = block.upper[i]
+    half = &context.half[upper]
     shift = block.shift[i]
     d = descriptor(context, load64(block.entry[i]), simple)
     # a page's bit 1 is set; a block's is not, as was checked when it was read
@@ -772,33 +775,34 @@ cdef inline int run_blocks(
     return 0
 
 
-cdef inline int translate_many(
-        const Hw* hw, Ram* ram, Port* port, const BatchC* batch) noexcept nogil:
-    """Translate a batch: 0, or FETCH_RAISED with the exception in the port.
-
-    Memory that is not plain sees the requests one by one, in their order.
-    """
+cdef inline int translate_plain(
+        const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
+    """Translate a batch of at least one request, in plain memory and with SMMUEN=1."""
     cdef Slot[SLOTS] slots
-    cdef Memo memo
-    cdef size_t i
-    cdef int k, status
+    cdef int k
     cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
     cdef bint more = (
         batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
         or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
         or batch.record.data != NULL
     )
-    port_open(port, ram, NULL, False)
-    if not ram.plain or not hw.cr0 & CR0_SMMUEN or batch.n == 0:
-        memo.whole = False
-        for i in range(batch.n):
-            status = batch_scalar(hw, port, &memo, batch, i)
-            if status:
-                return status
-        return 0
     for k in range(SLOTS):
         slots[k].block = 0
         slots[k].memo.context.simple = False
     if one_pair and not more:
         return run_blocks(hw, port, batch, slots, True, False)
     return run_blocks(hw, port, batch, slots, one_pair, more)
+
+
+cdef inline int translate_each(
+        const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
+    """Translate a batch one by one: memory that is not plain sees the requests in their order."""
+    cdef Memo memo
+    cdef size_t i
+    cdef int status
+    memo.whole = False
+    for i in range(batch.n):
+        status = batch_scalar(hw, port, &memo, batch, i)
+        if status:
+            return status
+    return 0
