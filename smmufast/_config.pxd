@@ -22,10 +22,6 @@ from smmufast._vmsa cimport (
 
 
 cdef enum:
-    CR0_SMMUEN = 1
-    CR0_EVENTQEN = 4
-    CR2_E2H = 1
-    CR2_RECINVSID = 2
     TERMINATE_A = 1   # abort, else RAZ/WI
     TERMINATE_R = 2   # record
     STAGE1_BYPASS = -1
@@ -107,7 +103,7 @@ cdef inline int ste_world(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """StreamWorld of a Non-secure stream: EL1 where STRW is IGNORED."""
     if not hw.s1p or not hw.hyp or ste_config(ste) != 5 or ste_strw(ste) == 0:
         return WORLD_NS_EL1
-    return WORLD_EL2_E2H if hw.cr2 & CR2_E2H else WORLD_EL2
+    return WORLD_EL2_E2H if cr2_e2h(hw.cr2) else WORLD_EL2
 
 
 cdef inline bint substreams(const Hw* hw, const uint64_t* ste) noexcept nogil:

@@ -9,7 +9,7 @@ from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from smmufast._bits cimport le64, likely, load64
-from smmufast._types cimport CallbacksC, WalkC
+from smmufast._types cimport NO_LEVEL, CallbacksC, WalkC
 
 
 cdef enum:
@@ -78,7 +78,7 @@ cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned 
 
 cdef object raise_port(Port* port)  # the exception that a callback left there
 
-cdef uint64_t to_address(str name, value) except? 0xFFFFFFFFFFFFFFFF
+cdef uint64_t to_address(str name, value, uint64_t last=*) except? 0xFFFFFFFFFFFFFFFF
 
 
 cdef inline void window_shut(Window* window) noexcept nogil:
@@ -127,7 +127,7 @@ cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words)
         for i in range(8):
             words[i] = le64(load64(port.window.data + offset + 8 * i))
         return FETCH_OK
-    return fetch_slow(port, kind, 4, address, 64, words)
+    return fetch_slow(port, kind, NO_LEVEL, address, 64, words)
 
 
 cdef inline bint unchanged8(const Port* port, uint64_t address, uint64_t value) noexcept nogil:

@@ -52,7 +52,7 @@ class Memory:
         self,
         *,
         address: SupportsIndex | None = None,
-        size: SupportsIndex = 8,
+        size: SupportsIndex | None = None,
         kind: Literal["L1STD", "STE", "L1CD", "CD", "TT"] | None = None,
         level: SupportsIndex | None = None,
         nth: SupportsIndex | None = None,

@@ -119,6 +119,9 @@ cdef int read_python(Port* port, Region* region, uint64_t address, uint8_t* buf,
         data = (<object>region.reader)(address, n)
         if data is None:
             return FETCH_ABORT
+        if not PyObject_CheckBuffer(data):
+            raise TypeError(f"read callback at {address:#x}: {type(data).__name__} returned; "
+                            "bytes or None needed")
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             if <uint64_t>view.len != n:
@@ -306,8 +309,8 @@ cdef class Memory:
     Regions are the host's own buffers, read and written in place; private memory that costs
     only what is touched; and callbacks.  A read outside every region is an external abort.
     Addresses and sizes are in bytes; a base is a multiple of 8.  While a batch translation
-    runs in another thread, and inside a callback, changing the set of regions raises
-    BufferError.
+    runs in another thread, and inside a callback of a Python face, changing the set of regions
+    raises BufferError.
 
     >>> memory = Memory()
     >>> memory.add(bytearray(4096), 0x4000_0000)
@@ -411,6 +414,11 @@ cdef class Memory:
             raise BufferError(f"buffer: {error}; C-contiguous bytes needed"
                               f"{'' if readonly else ', writable'}") from None
         try:
+            if view.len == 0:
+                raise ValueError("buffer: 0 bytes given; at least 1 needed")
+            if address + (<uint64_t>view.len - 1) < address:
+                raise ValueError(f"buffer: {view.len:#x} bytes given; the region at base "
+                                 f"{address:#x} would wrap around 2^64")
             region = self._insert(address, <uint64_t>view.len)
         except BaseException:
             PyBuffer_Release(&view)
@@ -469,7 +477,8 @@ cdef class Memory:
         read : callable or capsule
             ``read(address, n)`` returns n bytes, or None for an external abort.  Or a capsule
             named ``smmufast.callbacks`` over a ``smmufast_callbacks`` struct (smmufast.h),
-            which is copied; its functions are called without the global lock.
+            which is copied; its functions are called with or without the global lock and must
+            not wait for it.
         write : callable, optional
             ``write(address, data)`` returns True when done, None for an external abort.
             Without it the region is read-only.
@@ -556,7 +565,7 @@ cdef class Memory:
                 break
             rest -= part + 1
             at = region.last + 1
-        if n > <uint64_t>0x7FFFFFFFFFFFFFFF:
+        if n > <uint64_t>1 << 62:
             raise MemoryError()
         data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
         port.ram = &self.ram
@@ -585,7 +594,10 @@ cdef class Memory:
         cdef int dry
         if not PyObject_CheckBuffer(data):
             raise TypeError(f"data: {type(data).__name__} given; bytes needed")
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except (BufferError, ValueError) as error:
+            raise BufferError(f"data: {error}; C-contiguous bytes needed") from None
         self.ram.users += 1
         try:
             n = view.len
@@ -634,7 +646,7 @@ cdef class Memory:
         number = int(to_address("value", value))
         self.write(address, number.to_bytes(8, "big" if big_endian else "little"))
 
-    def inject_error(self, *, address=None, size=8, kind=None, level=None, nth=None, count=None):
+    def inject_error(self, *, address=None, size=None, kind=None, level=None, nth=None, count=None):
         """Make fetches of the SMMU end in an external abort; reads by the host are not affected.
 
         A fetch matches when it touches [address, address + size), is of the kind and, for
@@ -642,6 +654,8 @@ cdef class Memory:
 
         Parameters
         ----------
+        address, size : int, optional
+            In bytes; the size is 8 unless given.
         kind : {"L1STD", "STE", "L1CD", "CD", "TT"}, optional
         level : int, optional
             -1 to 3.
@@ -662,10 +676,12 @@ cdef class Memory:
         injection.last = 0xFFFFFFFFFFFFFFFFULL
         if address is not None:
             injection.first = to_address("address", address)
-            length = to_address("size", size)
+            length = 8 if size is None else to_address("size", size)
             if length == 0 or length - 1 > 0xFFFFFFFFFFFFFFFF - injection.first:
                 raise ValueError(f"size: {length:#x} given; 1 byte up to the end of the space")
             injection.last = injection.first + (length - 1)
+        elif size is not None:
+            raise ValueError(f"size: {size} given without an address")
         injection.kind = FETCH_NONE
         if kind is not None:
             if kind not in FETCH_KINDS[1:]:
@@ -740,9 +756,10 @@ cdef object to_integer(str name, value):
         raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
 
 
-cdef uint64_t to_address(str name, value) except? 0xFFFFFFFFFFFFFFFF:
-    """A 64-bit number from any integer, or an error that names the argument."""
+cdef uint64_t to_address(
+        str name, value, uint64_t last=0xFFFFFFFFFFFFFFFFULL) except? 0xFFFFFFFFFFFFFFFF:
+    """A number up to `last` from any integer, or an error that names the argument."""
     number = to_integer(name, value)
-    if not 0 <= number <= 0xFFFFFFFFFFFFFFFF:
-        raise ValueError(f"{name}: {number:#x} given; 0 to 2^64 - 1 allowed")
+    if not 0 <= number <= last:
+        raise ValueError(f"{name}: {number:#x} given; 0 to {last:#x} allowed")
     return number

@@ -17,8 +17,9 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, low_mask
 from smmufast._config cimport (
-    CR0_SMMUEN, pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
+    pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
 )
+from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport (
     FETCH_PENDING, Memory, Port, Ram, port_open, raise_port, to_address,
 )
@@ -33,6 +34,8 @@ from smmufast._types cimport (
 from smmufast._vmsa cimport entering_attr, shareability
 
 from collections.abc import Iterable
+
+from types import MappingProxyType
 
 import numpy as np
 
@@ -50,7 +53,7 @@ fill_permissions()
 NO_SUBSTREAM = 0xFFFFFFFF
 """In arrays of SubstreamIDs: the transaction has none."""
 
-COLUMNS = {
+cdef dict DTYPES = {
     "pa": np.dtype(np.uint64),
     "action": np.dtype(np.uint8),
     "event": np.dtype(np.uint8),
@@ -62,12 +65,13 @@ COLUMNS = {
     "sh": np.dtype(np.uint8),
     "record": np.dtype("V32"),
 }
+COLUMNS = MappingProxyType(DTYPES)
 """The columns of a batch and their dtypes."""
 
 
 cdef object row_dtype(tuple names):
     """The dtype of rows that have some of the columns."""
-    return np.dtype([(name, COLUMNS[name]) for name in names], align=True)
+    return np.dtype([(name, DTYPES[name]) for name in names], align=True)
 
 
 # Arrays that a caller may keep get copies of these: the names in a dtype can be assigned to.
@@ -116,9 +120,9 @@ cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFF
         number = as_unsigned_long(value)
         if number == <unsigned long>-1 and PyErr_Occurred():
             PyErr_Clear()
-            number = to_address(name, value)
+            number = to_address(name, value, last)
     else:
-        number = to_address(name, value)
+        number = to_address(name, value, last)
     if number > last:
         raise ValueError(f"{name}: {number:#x} given; 0 to {last:#x} allowed")
     return number
@@ -259,12 +263,12 @@ cdef class Result:
 
     @property
     def asid(self):
-        """ASID of the context that translated, None when stage 1 did not."""
+        """ASID of the context descriptor, 0 in worlds without; None when none was reached."""
         return self.outcome.asid if self.outcome.stage else None
 
     @property
     def is_global(self):
-        """Whether the page is global (nG=0); None without a translation."""
+        """Whether the page is global (nG=0, or no ASID); None without a translation."""
         return None if self.outcome.level == NO_LEVEL else not self.outcome.ng
 
     @property
@@ -508,6 +512,8 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     if array.ndim != 1:
         raise ValueError(f"{name}: an array of {array.ndim} dimensions given; 1 needed")
     if array.dtype is not dtype and array.dtype != dtype:
+        if array.size == 0 and not isinstance(value, np.ndarray):
+            array = array.astype(dtype)  # an empty sequence says nothing of its kind
         if array.dtype.kind not in "biu" or dtype.kind == "b" and array.dtype.kind != "b":
             raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} "
                             f"{'' if dtype.kind == 'b' else 'or another integer '}needed")
@@ -561,7 +567,7 @@ cdef int point_out(BatchC* batch, str name, array, Py_ssize_t n) except -1:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"out[{name!r}]: {type(array).__name__} given; a numpy array needed")
     found = array
-    dtype = COLUMNS[name]
+    dtype = DTYPES[name]
     if found.dtype is not dtype and found.dtype != dtype:
         raise TypeError(f"out[{name!r}]: dtype {found.dtype} given; {dtype} needed")
     if found.ndim != 1 or found.shape[0] != n:
@@ -611,7 +617,7 @@ cdef Driver plain = batch_plain
 cdef int batch_run(const Core* core, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch: 0, or FETCH_RAISED with the exception in the port."""
     port_open(port, core.ram, NULL, False)
-    if core.ram.plain and core.hw.cr0 & CR0_SMMUEN and batch.n != 0:
+    if core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0:
         return plain(&core.hw, port, batch)
     return each(&core.hw, port, batch)
 
@@ -775,8 +781,6 @@ cdef class Smmu:
         hw.stall_model = features.stall_model
         hw.term_model = features.term_model
         hw.httu = features.httu
-        hw.ats = features.ats
-        hw.ns1ats = features.ns1ats
         hw.attr_perms_ovr = features.attr_perms_ovr
         hw.attr_types_ovr = features.attr_types_ovr
         hw.had = features.had
@@ -1183,12 +1187,13 @@ cdef int api_end(Port* port, int status) noexcept nogil:
 cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) noexcept nogil:
     cdef Core* core = <Core*>handle
     cdef Port port
-    if not request_legal(request):
-        return STATUS_EINVAL
     cdef Memo memo
+    cdef Request own = request[0]  # what is checked is what is used
+    if not request_legal(&own):
+        return STATUS_EINVAL
     port_open(&port, core.ram, NULL, False)
     memo.whole = False
-    return api_end(&port, translate_one(&core.hw, &port, request, &memo, outcome))
+    return api_end(&port, translate_one(&core.hw, &port, &own, &memo, outcome))
 
 
 cdef bint accesses_legal(const BatchC* batch) noexcept nogil:
@@ -1213,9 +1218,10 @@ cdef int api_translate_batch(SmmuC* handle, const BatchC* batch) noexcept nogil:
 
 
 cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:
-    if not request_legal(request):
+    cdef Request own = request[0]
+    if not request_legal(&own):
         return STATUS_EINVAL
-    return walk_begin(&(<Core*>handle).hw, request, walk)
+    return walk_begin(&(<Core*>handle).hw, &own, walk)
 
 
 cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept nogil:

@@ -18,7 +18,7 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    CR0_EVENTQEN, CR0_SMMUEN, CR2_RECINVSID, STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, admitted,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, ste_aborts, ste_check,
     ste_overrides, stream_first, substream,
 )
@@ -81,9 +81,9 @@ cdef inline void end_fault(
         unsigned int terminate, uint64_t fetch_address) noexcept nogil:
     """Terminate with a fault: CD.A and CD.R (5.5), CR2.RECINVSID and CR0.EVENTQEN decide how."""
     cdef bint recorded = (terminate & TERMINATE_R) != 0
-    if event == EVENT_C_BAD_STREAMID and not hw.cr2 & CR2_RECINVSID:
+    if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
         recorded = False
-    if not hw.cr0 & CR0_EVENTQEN:
+    if not cr0_eventqen(hw.cr0):
         recorded = False
     end_unmapped(
         outcome, ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI, 0, 0, 0, 0)
@@ -414,7 +414,7 @@ cdef inline int translate_stage1(
         outcome.page_lg2 = leaf.shift
         outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
         outcome.sh = shareability(outcome.attr, leaf_sh(leaf.d, half))
-        outcome.ng = not_global(leaf.d)
+        outcome.ng = not_global(leaf.d) and context.two_ttbs  # no ASID: nG is ignored
         outcome.contiguous = contiguous(leaf.d)
     outcome.stage = 1
     outcome.asid = context.asid
@@ -431,7 +431,7 @@ cdef inline int translate_one(
     """
     cdef uint64_t address = 0
     cdef int event = 0, index = 0
-    if not hw.cr0 & CR0_SMMUEN:
+    if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
     if not memo_holds(port, memo, request.sid, request.ssid):

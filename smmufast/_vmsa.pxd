@@ -8,6 +8,7 @@ _translate.pxd.  `ia` is the input address, `d` a descriptor in host byte order.
 from libc.stdint cimport uint8_t, uint64_t
 
 from smmufast._bits cimport low_mask
+from smmufast._layout cimport pte_s1_af, pte_s1_contiguous, pte_s1_ng
 from smmufast._types cimport (
     PERM_PR, PERM_PW, PERM_PX, PERM_UR, PERM_UW, PERM_UX, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE,
     Half,
@@ -163,15 +164,15 @@ cdef inline uint64_t leaf_address(
 
 
 cdef inline bint access_flag(uint64_t d) noexcept nogil:
-    return d >> 10 & 1
+    return pte_s1_af(d)
 
 
 cdef inline bint not_global(uint64_t d) noexcept nogil:
-    return d >> 11 & 1
+    return pte_s1_ng(d)
 
 
 cdef inline bint contiguous(uint64_t d) noexcept nogil:
-    return d >> 52 & 1
+    return pte_s1_contiguous(d)
 
 
 # Several rules in one comparison.  What does not pass is not decided here: the rules above are.

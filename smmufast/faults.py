@@ -73,7 +73,11 @@ class Event:
     @property
     def fields(self) -> dict[str, int]:
         """Every field of this kind of record, by the name that the architecture gives it."""
-        return layout.unpack(layout.event_record(self.number), self.record)
+        try:
+            kind: str | layout.Record = layout.event_record(self.number)
+        except ValueError:
+            kind = "EVENT"  # no event has this number: every field that some event has
+        return layout.unpack(kind, self.record)
 
     @property
     def number(self) -> int:
@@ -82,8 +86,11 @@ class Event:
 
     @property
     def name(self) -> str:
-        """Event name as the architecture spells it."""
-        return layout.Event(self.number).name
+        """Event name as the architecture spells it, or the number if it has none."""
+        try:
+            return layout.Event(self.number).name
+        except ValueError:
+            return f"{self.number:#04x}"
 
     @property
     def sid(self) -> int:
@@ -141,14 +148,21 @@ class ExternalAbort(LookupError):
 
 
 class Fault(Exception):
-    """A translation that `Smmu.pa` could not make; `result` says all about it."""
+    """A translation that `Smmu.pa` could not make; `result` says all about it.
 
-    result: Result
+    A copy that was pickled has no result.
+    """
 
-    def __init__(self, message: str, result: Result) -> None:
+    result: Result | None
+
+    def __init__(self, message: str, result: Result | None) -> None:
         """Keep the result beside the message."""
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self) -> tuple[type[Fault], tuple[str, None]]:
+        """Pickle without the result, which belongs to this process."""
+        return type(self), (str(self), None)
 
 
 class BadStreamId(Fault, LookupError):

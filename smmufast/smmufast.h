@@ -82,10 +82,10 @@ typedef struct smmufast_result {
     uint8_t page_lg2;   /* log2 of the leaf's size in bytes; 0 when there is none */
     uint8_t attr;       /* memory type as one MAIR byte */
     uint8_t sh;         /* 0 non-, 2 outer, 3 inner shareable */
-    uint16_t asid;      /* of the context descriptor */
+    uint16_t asid;      /* of the context descriptor; 0 when stage is 0 */
     uint8_t ng;         /* the leaf's nG bit */
     uint8_t contiguous; /* the leaf's Contiguous bit */
-    uint8_t stage;      /* 1 when stage 1 translated, else 0 */
+    uint8_t stage;      /* 1 when stage 1 translated or faulted, else 0 */
     uint8_t reserved[3];
     uint64_t record[4]; /* the event record, little-endian dwords; valid when fault != 0 */
 } smmufast_result;
@@ -124,7 +124,8 @@ typedef struct smmufast_callbacks {
 } smmufast_callbacks;
 
 /* Columns of a batch; a NULL pointer is a column that is not wanted.
- * Strides are in bytes; a stride of 0 repeats one value (inputs only). */
+ * Strides are in bytes; a stride of 0 repeats one value (inputs only).
+ * Outputs must not overlap inputs, but for a column in the very place of another. */
 typedef struct smmufast_column {
     void *data;
     ptrdiff_t stride;

@@ -225,11 +225,11 @@ ADDERS = {
         (0x1100, 0x101, "base: .*overlaps .*0x1200, 0x12ff"),
         (0x800, 0x2000, "base: .*overlaps"),
         (0x1208, 8, "base: .*overlaps"),
-        (0x2000, 0, "size: 0 given"),
-        (0x1000, 0, "size: 0 given"),
+        (0x2000, 0, "(size|buffer): 0 "),
+        (0x1000, 0, "(size|buffer): 0 "),
         (0x2004, 8, "base: 0x2004 given; a multiple of 8"),
         (0x2001, 8, "base: 0x2001"),
-        ((1 << 64) - 8, 9, "size: 0x9 given; .*wrap around"),
+        ((1 << 64) - 8, 9, "(size|buffer): 0x9 .*wrap around"),
         (-8, 8, "base: -0x8 given"),
         (1 << 64, 8, "base: 0x10000000000000000 given"),
     ],
@@ -276,7 +276,6 @@ def test_private_memory_has_a_legal_size(size):
         ("address", lambda memory, bad: memory.read_u64(bad)),
         ("address", lambda memory, bad: memory.write_u64(bad, 1)),
         ("value", lambda memory, bad: memory.write_u64(0, bad)),
-        ("size", lambda memory, bad: memory.inject_error(address=0, size=bad)),
     ],
 )
 def test_an_argument_that_is_no_integer_is_named(name, call, bad):
@@ -849,7 +848,7 @@ def test_a_callback_must_return_as_many_bytes_as_asked(answer, words):
 def test_a_callback_must_return_bytes():
     memory = Memory()
     memory.add_callback(BASE, SIZE, lambda address, n: 5)
-    with pytest.raises(TypeError, match="bytes-like"):
+    with pytest.raises(TypeError, match="int returned; bytes or None needed"):
         Smmu(memory, **small.registers()).translate(1, 0)
 
 
