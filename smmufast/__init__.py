@@ -74,15 +74,26 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> _Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            import importlib
+_MODULES = (*_HOMES, "explain", "layout", "replay", "streams")
 
-            value = getattr(importlib.import_module(f"smmufast.{module}"), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module 'smmufast' has no attribute {name!r}")
+
+def __getattr__(name: str) -> _Any:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None and name not in _MODULES:
+        raise AttributeError(f"module 'smmufast' has no attribute {name!r}")
+    import importlib
+
+    try:
+        module = importlib.import_module(f"smmufast.{home or name}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("smmufast._"):
+            raise
+        raise ImportError(
+            f"{__path__[0]} is not compiled: install it, and run it outside of the source "
+            "directory or with python -P"
+        ) from None
+    value = globals()[name] = module if home is None else getattr(module, name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -48,7 +48,7 @@ cdef enum:
 cdef uint64_t ONE_MAP_MAX = <uint64_t>1 << 46  # the largest map that a host grants
 cdef int64_t MOST_FETCHES = 0x7FFFFFFFFFFFFFFF
 
-MemoryRegion = namedtuple("MemoryRegion", "base size kind readonly")
+MemoryRegion = namedtuple("MemoryRegion", "base size kind readonly", module="smmufast")
 MemoryRegion.__doc__ = """One region: base and size in bytes, kind (a word), readonly."""
 
 cdef tuple REGION_KINDS = ("buffer", "private", "private", "callback", "callback")
@@ -689,6 +689,8 @@ cdef class Memory:
                     f"kind: {kind!r} given; one of {', '.join(FETCH_KINDS[1:])} needed")
             injection.kind = FETCH_KINDS.index(kind)
         injection.level = NO_LEVEL
+        if level is not None and kind is not None and kind != "TT":
+            raise ValueError(f"level: {level} given with kind {kind!r}; 'TT' alone has levels")
         if level is not None:
             if not -1 <= to_integer("level", level) <= 3:
                 raise ValueError(f"level: {level} given; -1 to 3 allowed")

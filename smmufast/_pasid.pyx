@@ -212,7 +212,7 @@ cdef class PasidAllocator:
 
     Examples
     --------
-    >>> from smmufast._pasid import PasidAllocator
+    >>> from smmufast import PasidAllocator
     >>> pasids = PasidAllocator(1 << 16)
     >>> pasids.alloc()
     1
@@ -335,7 +335,7 @@ cdef class PasidAllocator:
         Examples
         --------
         >>> import numpy as np
-        >>> from smmufast._pasid import PasidAllocator
+        >>> from smmufast import PasidAllocator
         >>> pasids = PasidAllocator(64)
         >>> out = np.empty(4, np.uint32)
         >>> pasids.alloc_many(4, min=10, out=out) is out
@@ -489,7 +489,7 @@ cdef class PasidAllocator:
 
         Examples
         --------
-        >>> from smmufast._pasid import PasidAllocator
+        >>> from smmufast import PasidAllocator
         >>> pasids = PasidAllocator(1 << 20)
         >>> pasids.reserve(1, 0x3ff)
         >>> pasids.reserved

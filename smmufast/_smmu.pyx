@@ -190,7 +190,10 @@ cdef class Result:
 
     @property
     def action(self):
-        """What becomes of the transaction: "ok", "bypass", "disabled", "abort" or "raz_wi"."""
+        """What becomes of the transaction: "ok", "bypass", "disabled", "abort" or "raz_wi".
+
+        Disabled: CR0.SMMUEN=0 and GBPA lets it pass.  raz_wi: reads as zero, writes ignored.
+        """
         return ACTIONS[self.outcome.action]
 
     @property
@@ -384,7 +387,12 @@ cdef class Walk:
     """A translation whose fetches the host performs, one at a time.
 
     `request` is the Fetch to perform next, None when the walk is done; answer it by `supply`.
-    `result` is the Result, None until then.
+    `result` is the Result, None until then::
+
+        walk = smmu.start_walk(sid, iova)
+        while not walk.done:
+            fetch = walk.request
+            walk.supply(read(fetch.address, fetch.size))   # None: an external abort
     """
 
     def __init__(self):
@@ -730,6 +738,9 @@ cdef int burst_run(const Hw* hw, Port* port, Memo* memo, Request* request,
 cdef class Smmu:
     """An SMMUv3 (Non-secure, stage 1) over a Memory; nothing is cached between calls.
 
+    Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=0b101, cr2=0b10,
+    gbpa=0x1000).  Registers are fixed: make another Smmu over the same Memory to change one.
+
     Parameters
     ----------
     memory : Memory
@@ -875,7 +886,8 @@ cdef class Smmu:
            bint instr=False):
         """Translate one access and return its physical address alone.
 
-        Arguments as in `translate`.  A terminated access raises the Fault of its event.
+        Arguments as in `translate`.  A terminated access raises the Fault of its event:
+        `smmufast.faults.FAULTS` has them by event number.
         """
         cdef Request request
         cdef Outcome outcome
@@ -927,7 +939,8 @@ cdef class Smmu:
         out : structured array or dict of 1-D arrays, optional
             Where results go: the columns it has are those that are computed.  With it, and with
             inputs of the dtypes above, nothing is allocated.  It may be an input itself, row by
-            row; it must not overlap the inputs otherwise.
+            row.  Otherwise it must not overlap the inputs: that is not checked, and rows would
+            be wrong.
         columns : sequence of str, optional
             Without `out`: the columns wanted, by default pa, action and event.
 
@@ -935,7 +948,8 @@ cdef class Smmu:
         index into ACTIONS), ``event`` and ``fault`` (uint8, event number, 0 for none),
         ``perm`` (uint8, Perm), ``level`` (int8, 4 without a translation), ``page_lg2`` (uint8,
         0 likewise), ``attr`` and ``sh`` (uint8), ``record`` (32 bytes, zero when nothing is
-        recorded).
+        recorded).  ``action >= ACTIONS.index("abort")`` are the accesses that are terminated,
+        ``layout.Event(number).name`` names an event, ``Event(row["record"])`` decodes a record.
 
         Returns
         -------

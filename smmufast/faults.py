@@ -8,7 +8,7 @@ Sections: IHI 0070 7.3 (event records), 5.5 (fault control).
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from smmufast import layout
 
@@ -66,9 +66,10 @@ class Event:
 
     def __init__(self, record: bytes) -> None:
         """Take the record as it lies in memory."""
+        record = bytes(record)
         if len(record) != 32:
             raise ValueError(f"record: {len(record)} bytes given; 32 needed")
-        self.record = bytes(record)
+        self.record = record
 
     @property
     def fields(self) -> dict[str, int]:
@@ -150,15 +151,15 @@ class ExternalAbort(LookupError):
 class Fault(Exception):
     """A translation that `Smmu.pa` could not make; `result` says all about it.
 
-    A copy that was pickled has no result.
+    A copy that was pickled has None instead.
     """
 
-    result: Result | None
+    result: Result
 
     def __init__(self, message: str, result: Result | None) -> None:
         """Keep the result beside the message."""
         super().__init__(message)
-        self.result = result
+        self.result = cast("Result", result)
 
     def __reduce__(self) -> tuple[type[Fault], tuple[str, None]]:
         """Pickle without the result, which belongs to this process."""

@@ -353,6 +353,9 @@ def play_with_errors(rng, smmu, requests):
         }
         for _ in range(rng.randrange(1, 3))
     ]
+    for injection in injections:
+        if injection["kind"] != "TT":
+            injection["level"] = None  # other structures have none
     found = []
     for one_by_one in (False, True):
         for injection in injections:

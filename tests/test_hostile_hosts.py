@@ -73,7 +73,7 @@ def test_a_fetch_is_answered_once_even_by_an_answer_that_answers():
             walk.supply(bytes(64))
             return bytes(64)
 
-    with pytest.raises(RuntimeError, match="answered meanwhile|done"):
+    with pytest.raises(RuntimeError, match=r"answered meanwhile|done"):
         walk.supply(Answer(5))
     assert walk.result.fault.name == "C_BAD_STE"
 
@@ -139,3 +139,18 @@ def test_a_size_needs_an_address():
 def test_the_limit_named_is_that_of_the_argument():
     with pytest.raises(ValueError, match=r"sid: -0x1 given; 0 to 0xffffffff allowed"):
         bypass().translate(-1, 0)
+
+
+def test_only_translation_tables_have_levels():
+    with pytest.raises(ValueError, match="level: 2 given with kind 'CD'; 'TT' alone has levels"):
+        Memory().inject_error(kind="CD", level=2)
+
+
+def test_the_capsule_is_found_before_anything_was_imported():
+    program = (
+        "import ctypes; import_ = ctypes.pythonapi.PyCapsule_Import; "
+        "import_.restype = ctypes.c_void_p; "
+        "print(bool(import_(b'smmufast._smmu._C_API', 0)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

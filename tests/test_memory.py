@@ -1120,7 +1120,6 @@ STE_FETCH, CD_FETCH, WALK_EABT = 0x03, 0x09, 0x0B
         ({"level": 3}, [WALK_EABT] * 4),
         ({"level": 0}, [0] * 4),
         ({"level": -1}, [0] * 4),
-        ({"kind": "STE", "level": 3}, [0] * 4),
         ({"nth": 1}, [STE_FETCH, 0, 0, 0]),
         ({"nth": 2}, [CD_FETCH, 0, 0, 0]),
         ({"nth": 5}, [WALK_EABT, 0, 0, 0]),
