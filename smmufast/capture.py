@@ -1006,10 +1006,21 @@ def _answer(
     """Translate the requests that have no outcome; lines of requests and of events."""
     translated: list[Mapping[str, Any]] = []
     terminated: list[Mapping[str, Any]] = []
-    for request in requests:
+    for number, request in enumerate(requests):
+        if not isinstance(request, Mapping):
+            raise TypeError(f"requests[{number}]: {type(request).__name__} given; a dict needed")
         if "pa" in request:
             translated.append(request)
             continue
+        for name in ("sid", "iova"):
+            if name not in request:
+                raise ValueError(f"requests[{number}]: no {name}")
+        unknown = set(request) - {"sid", "iova", "ssid", "write", "priv", "instr"}
+        if unknown:
+            raise ValueError(
+                f"requests[{number}]: {min(unknown)!r} given; sid, iova, ssid, write, priv and "
+                "instr are known, or pa with what was recorded"
+            )
         sid, iova, ssid = request["sid"], request["iova"], request.get("ssid")
         write, priv, instr = (bool(request.get(name)) for name in ("write", "priv", "instr"))
         instr &= not write  # a write is always data

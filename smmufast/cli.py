@@ -263,6 +263,11 @@ def _rate(rate: float | None) -> str:
     return "" if rate is None else f"{rate / 1e6:.1f}"
 
 
+def _stream_rate(tally: Tally) -> str:
+    """Millions a second, where there were enough to tell."""
+    return _rate(tally.rate) if tally.translations >= 1000 else "-"
+
+
 def _print_replay(found: Replay) -> None:
     capture, total = found.capture, found.total
     print(
@@ -276,7 +281,7 @@ def _print_replay(found: Replay) -> None:
     _table(
         ("stream", *counts, "page sizes", "million/s"),
         (
-            (f"{sid:#x}", *_counts(tally), _page_sizes(tally), _rate(tally.rate))
+            (f"{sid:#x}", *_counts(tally), _page_sizes(tally), _stream_rate(tally))
             for sid, tally in sorted(found.streams.items())
         ),
     )

@@ -1134,9 +1134,9 @@ def format(rec: str | Record, data: Any, *, zeros: bool = False) -> str:
     """Return a record as text, one field a line: bits, value, meaning.
 
     An EVENT or a CMD is shown as the event or command that its number says. Fields that are zero
-    are left out, except V, unless `zeros` is true. ``(alternative)`` marks a field that shares
-    bits with another, ``(one source)`` and ``(unchecked)`` a doubtful position. Bits set outside
-    every field are shown last.
+    are left out, except V and RnW, unless `zeros` is true. ``(alternative)`` marks a field that
+    shares bits with another, ``(one source)`` and ``(unchecked)`` a doubtful position. Bits set
+    outside every field are shown last.
 
     >>> print(format("L1CD", 0xB000_0001))
     L1CD: level-1 context descriptor
@@ -1156,7 +1156,7 @@ def format(rec: str | Record, data: Any, *, zeros: bool = False) -> str:
     for f in rec.fields:
         value = _extract(f, word)
         rest &= ~_absolute(f)
-        if not (value or zeros or f.name == "V"):
+        if not (value or zeros or f.name in ("V", "RnW")):
             continue
         meaning = f.doc
         if name := f.name_of(value):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import ptwriter
+from twin import smmu_of
 
 import smmufast
 from smmufast.capture import Capture
@@ -121,20 +122,9 @@ def cases(path, *configurations, idr=None, ram=("0x40000000", "0x50000000")):
     return path
 
 
-def library(system):
-    """A Smmu over the bytes of a random system of tablegen."""
-    memory = smmufast.Memory()
-    for base, data in system.regions():
-        memory.add(data, base)
-    features = smmufast.Features(
-        **{name: getattr(system.features, name) for name in smmufast.Features.__dataclass_fields__}
-    )
-    return smmufast.Smmu(memory, features, **vars(system.regs))
-
-
 def random_systems(maker, seed, count):
     """(Smmu, System) of `count` random systems."""
     rng = random.Random(seed)
     for _ in range(count):
         system = maker(rng)
-        yield library(system), system
+        yield smmu_of(system), system

@@ -14,14 +14,14 @@ import smmufast
 def test_every_call_sees_the_bytes_of_the_moment(seed):
     rng = random.Random(seed)
     system = tablegen.random_system(rng)
-    kept = twin.library(system)
+    kept = twin.smmu_of(system)
     requests = system.requests(12)
     regions = [data for _, data in system.regions()]
     for step in range(400):
         request = rng.choice(requests)
         call = request._asdict()
         sid, iova = call.pop("sid"), call.pop("iova")
-        fetches = twin.library(system).translate(sid, iova, trace=True, **call).fetches
+        fetches = twin.smmu_of(system).translate(sid, iova, trace=True, **call).fetches
         if fetches and step % 3 == 0:
             # a bit of something that this very translation reads, most often one that matters
             fetch = rng.choice(fetches)
@@ -31,7 +31,7 @@ def test_every_call_sees_the_bytes_of_the_moment(seed):
         else:
             data = rng.choice(regions)
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        fresh = twin.result_row(twin.library(system).translate(sid, iova, **call))
+        fresh = twin.result_row(twin.smmu_of(system).translate(sid, iova, **call))
         assert twin.result_row(kept.translate(sid, iova, **call)) == fresh, (seed, step)
 
 

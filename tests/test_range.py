@@ -59,7 +59,7 @@ def test_bursts_over_random_tables_are_those_of_page_after_page():
     for seed in range(60):
         rng = random.Random(seed)
         system = tablegen.random_system(rng)
-        smmu = twin.library(system)
+        smmu = twin.smmu_of(system)
         for request in system.requests(40):
             call = request._asdict()
             sid, iova = call.pop("sid"), call.pop("iova")

@@ -326,7 +326,7 @@ class Bench:
         request = {"ssid": None, "write": False, "priv": False, "instr": False} | access
         request = tablegen.Request(sid=sid, iova=iova, **request)
         row = twin.expected_row(outcome)
-        smmu = twin.library(self)
+        smmu = twin.smmu_of(self)
         assert twin.row_of(twin.batch(smmu, [request])[0]) == row
         twin.check_pairs(smmu, [request], [row])
         twin.check_faces(smmu, self, request, outcome, row)

@@ -33,7 +33,7 @@ DETAILED = 7  # every so many requests are also compared face by face
 FEATURES = [field.name for field in fields(smmufast.Features)]
 
 
-def library(system):
+def smmu_of(system):
     """A Smmu over the very bytes of a random system."""
     memory = smmufast.Memory()
     for base, data in system.regions():
@@ -153,7 +153,7 @@ def check_system(seed, count=PER_SYSTEM):
     rng = random.Random(seed)
     make = tablegen.random_bytes_system if seed % 10 == 9 else tablegen.random_system
     system = make(rng)
-    smmu = library(system)
+    smmu = smmu_of(system)
     requests = system.requests(count)
     cache = reference.ContextCache()
     outcomes = [
