@@ -632,7 +632,7 @@ cdef int batch_run(const Core* core, Port* port, const BatchC* batch) noexcept n
 
 cdef enum:
     PIECE = 1 << 20    # requests between looks for signals
-    FLAGS = 4096       # requests whose access bytes are made at a time
+    FLAGS = 512        # requests whose access bytes are made at a time
 
 
 # --- bursts ---
