@@ -32,6 +32,7 @@ cdef struct Region:
     CallbacksC callbacks   # REGION_C
     void* reader           # REGION_PYTHON: borrowed, the Memory owns them
     void* writer
+    void* swapper
     Py_buffer view         # REGION_BUFFER
 
 
@@ -75,6 +76,11 @@ cdef struct Port:
 cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned int size,
                     uint64_t* words) noexcept nogil
 
+
+cdef int port_read(Port* port, uint64_t address, void* into, size_t n) noexcept nogil
+cdef int port_write(Port* port, uint64_t address, const void* data, size_t n) noexcept nogil
+cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t expected,
+                    uint64_t desired, uint64_t* found) noexcept nogil
 
 cdef object raise_port(Port* port)  # the exception that a callback left there
 

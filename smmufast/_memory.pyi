@@ -11,6 +11,7 @@ from smmufast.faults import ExternalAbort as ExternalAbort
 _Bytes: TypeAlias = Buffer | NDArray[Any]
 _Read: TypeAlias = Callable[[int, int], _Bytes | None]
 _Write: TypeAlias = Callable[[int, bytes], Literal[True] | None]
+_Swap: TypeAlias = Callable[[int, bytes, bytes], bytes | None]
 
 class MemoryRegion(NamedTuple):
     base: int
@@ -33,7 +34,16 @@ class Memory:
     ) -> None: ...
     @overload
     def add_callback(
-        self, base: SupportsIndex, size: SupportsIndex, read: _Read, write: _Write | None = None
+        self, base: SupportsIndex, size: SupportsIndex, read: _Read, write: None = None
+    ) -> None: ...
+    @overload
+    def add_callback(
+        self,
+        base: SupportsIndex,
+        size: SupportsIndex,
+        read: _Read,
+        write: _Write,
+        swap: _Swap | None = None,
     ) -> None: ...
     @overload
     def add_callback(
@@ -53,7 +63,8 @@ class Memory:
         *,
         address: SupportsIndex | None = None,
         size: SupportsIndex | None = None,
-        kind: Literal["L1STD", "STE", "L1CD", "CD", "TT"] | None = None,
+        kind: Literal["L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update"]
+        | None = None,
         level: SupportsIndex | None = None,
         nth: SupportsIndex | None = None,
         count: SupportsIndex | None = None,

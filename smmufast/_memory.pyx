@@ -8,7 +8,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
@@ -33,12 +33,15 @@ cdef extern from *:
     #define smmufast_add_fetch(p, v) __atomic_add_fetch((p), (v), __ATOMIC_RELAXED)
     #define smmufast_load_ptr(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define smmufast_store_ptr(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define smmufast_swap(p, e, d) __atomic_compare_exchange_n( \
+        (uint64_t *)(p), (e), (d), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
     """
     int64_t add_fetch "smmufast_add_fetch"(int64_t* p, int64_t v) noexcept nogil
     uint8_t* load_chunk "smmufast_load_ptr"(uint8_t** p) noexcept nogil
     uint8_t** load_leaf "smmufast_load_ptr"(uint8_t*** p) noexcept nogil
     void store_chunk "smmufast_store_ptr"(uint8_t** p, uint8_t* v) noexcept nogil
     void store_leaf "smmufast_store_ptr"(uint8_t*** p, uint8_t** v) noexcept nogil
+    bint swap_atomic "smmufast_swap"(uint8_t* p, uint64_t* expected, uint64_t desired) noexcept nogil
 
 
 cdef enum:
@@ -158,9 +161,10 @@ cdef int read_piece(Port* port, Region* region, uint64_t address, uint8_t* buf,
     return FETCH_OK
 
 
-cdef int ram_read(Port* port, uint64_t address, uint8_t* buf, uint64_t n) noexcept nogil:
+cdef int port_read(Port* port, uint64_t address, void* into, size_t n) noexcept nogil:
     """Read n bytes, across regions if need be: 0, FETCH_ABORT or FETCH_RAISED."""
     cdef Region* region
+    cdef uint8_t* buf = <uint8_t*>into
     cdef uint64_t part
     cdef int status
     if n and address + (n - 1) < address:
@@ -225,32 +229,36 @@ cdef void open_window(Port* port, uint64_t address) noexcept nogil:
 
 
 cdef int answer(WalkC* log, int kind, int level, uint64_t address, unsigned int size,
-                uint64_t* words, uint32_t* asked) noexcept nogil:
-    """The log's answer to the next fetch of a resumable walk, or FETCH_PENDING."""
+                uint64_t* words, unsigned int count, uint32_t* asked) noexcept nogil:
+    """The log's answer to the next fetch of a resumable walk, or FETCH_PENDING.
+
+    The first words are the data; those beyond `size` say what to swap.
+    """
     cdef FetchC* fetch = &log.fetch[asked[0]]
     if asked[0] < log.count:
+        asked[0] += 1
         if fetch.aborted:
-            asked[0] += 1
             return FETCH_ABORT
         memcpy(words, &log.data[fetch.words], size)
-        asked[0] += 1
         return FETCH_OK
-    if log.count == MAX_FETCHES or log.used + size // 8 > MAX_WORDS:
+    if log.count == MAX_FETCHES or log.used + count > MAX_WORDS:
         return FETCH_ABORT
     fetch.address = address
     fetch.size = <unsigned short>size
     fetch.kind = <uint8_t>kind
     fetch.level = <signed char>level
     fetch.aborted = 0
-    fetch.words = <uint8_t>log.used
+    fetch.words = <uint16_t>log.used
+    if 8 * count > size:
+        memcpy(&log.data[log.used], words, 8 * count)
     return FETCH_PENDING
 
 
 cdef void record(WalkC* log, int kind, int level, uint64_t address, unsigned int size,
-                 const uint64_t* words, bint aborted) noexcept nogil:
+                 const uint64_t* words, unsigned int count, bint aborted) noexcept nogil:
     """Append a fetch to the log of a traced translation."""
     cdef FetchC* fetch
-    if log.count == MAX_FETCHES or log.used + size // 8 > MAX_WORDS:
+    if log.count == MAX_FETCHES or log.used + count > MAX_WORDS:
         return
     fetch = &log.fetch[log.count]
     fetch.address = address
@@ -258,11 +266,10 @@ cdef void record(WalkC* log, int kind, int level, uint64_t address, unsigned int
     fetch.kind = <uint8_t>kind
     fetch.level = <signed char>level
     fetch.aborted = aborted
-    fetch.words = <uint8_t>log.used
+    fetch.words = <uint16_t>log.used
     log.count += 1
-    if not aborted:
-        memcpy(&log.data[log.used], words, size)
-        log.used += size // 8
+    memcpy(&log.data[log.used], words, 8 * count)
+    log.used += count
 
 
 cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned int size,
@@ -271,32 +278,178 @@ cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned 
     cdef int status
     cdef unsigned int i
     if port.script:
-        return answer(port.log, kind, level, address, size, words, &port.asked)
+        return answer(port.log, kind, level, address, size, words, size // 8, &port.asked)
     if port.ram.n_injections and injected(port.ram, kind, level, address, size):
         status = FETCH_ABORT
     else:
-        status = ram_read(port, address, <uint8_t*>words, size)
+        status = port_read(port, address, words, size)
     if status == FETCH_OK:
         for i in range(size // 8):
             words[i] = le64(words[i])
         if port.ram.plain and port.log == NULL:
             open_window(port, address)
     if port.log != NULL and status >= 0:
-        record(port.log, kind, level, address, size, words, status != FETCH_OK)
+        record(port.log, kind, level, address, size, words, size // 8, status != FETCH_OK)
+    return status
+
+
+# --- writing without Python ---
+
+cdef int write_python(Region* region, uint64_t address, const uint8_t* buf, uint64_t n) except -1:
+    """FETCH_OK or FETCH_ABORT."""
+    done = (<object>region.writer)(address, PyBytes_FromStringAndSize(<const char*>buf, n))
+    if done is True:
+        return FETCH_OK
+    if done is None:
+        return FETCH_ABORT
+    raise TypeError(
+        f"write callback at {address:#x}: returned {done!r}; True (done) or None (abort) needed")
+
+
+cdef int write_raising(Port* port, Region* region, uint64_t address, const uint8_t* buf,
+                       uint64_t n) noexcept with gil:
+    """write_python, its exception left in the port."""
+    try:
+        return write_python(region, address, buf, n)
+    except BaseException as error:
+        Py_INCREF(error)
+        port.exception = <void*>error
+        return FETCH_RAISED
+
+
+cdef int write_piece(Port* port, Region* region, uint64_t address, const uint8_t* buf,
+                     uint64_t n) noexcept nogil:
+    """Write n bytes of one writable region, at most one chunk."""
+    cdef uint64_t offset = address - region.base
+    cdef uint8_t* target
+    if region.data != NULL:
+        memmove(region.data + offset, buf, n)
+    elif region.kind == REGION_CHUNKED:
+        target = make_chunk(region, offset)
+        if target == NULL:
+            return FETCH_ABORT
+        memmove(target + (offset & ((1 << CHUNK_LG2) - 1)), buf, n)
+    elif region.kind == REGION_C:
+        if region.callbacks.write(region.callbacks.ctx, address, buf, n):
+            return FETCH_ABORT
+    else:
+        return write_raising(port, region, address, buf, n)
+    return FETCH_OK
+
+
+cdef int port_write(Port* port, uint64_t address, const void* data, size_t n) noexcept nogil:
+    """Write n bytes, across regions if need be: 0, FETCH_ABORT or FETCH_RAISED.
+
+    Nothing is written unless every byte lies in a writable region.
+    """
+    cdef Region* region
+    cdef const uint8_t* buf = <const uint8_t*>data
+    cdef uint64_t at = address, rest = n, part
+    cdef int status
+    if n and address + (n - 1) < address:
+        return FETCH_ABORT
+    while rest:
+        region = find_region(port.ram, at)
+        if region == NULL or not region.writable:
+            return FETCH_ABORT
+        part = piece_size(region, at, rest)
+        at += part
+        rest -= part
+    at, rest = address, n
+    while rest:
+        region = find_region(port.ram, at)
+        part = piece_size(region, at, rest)
+        status = write_piece(port, region, at, buf, part)
+        if status:
+            return status
+        at += part
+        buf += part
+        rest -= part
+    return FETCH_OK
+
+
+cdef int swap_python(Port* port, Region* region, uint64_t address, uint64_t expected,
+                     uint64_t desired, uint64_t* found) noexcept with gil:
+    try:
+        old = (<object>region.swapper)(
+            address, PyBytes_FromStringAndSize(<char*>&expected, 8),
+            PyBytes_FromStringAndSize(<char*>&desired, 8))
+        if old is None:
+            return FETCH_ABORT
+        if not isinstance(old, bytes) or len(old) != 8:
+            raise TypeError(f"swap callback at {address:#x}: returned {old!r}; the 8 bytes that "
+                            "were there, or None (abort) needed")
+        memcpy(found, PyBytes_AS_STRING(old), 8)
+        return FETCH_OK
+    except BaseException as error:
+        Py_INCREF(error)
+        port.exception = <void*>error
+        return FETCH_RAISED
+
+
+cdef int swap_region(Port* port, Region* region, uint64_t address, uint64_t expected,
+                     uint64_t desired, uint64_t* found) noexcept nogil:
+    """Compare and swap 8 aligned bytes of one writable region; numbers as they lie in memory.
+
+    One atomic operation in plain memory whose host address is aligned as ours is, and where a
+    callback region has a function for it; else a read and a write.
+    """
+    cdef uint64_t offset = address - region.base
+    cdef uint8_t* target = NULL
+    cdef int status
+    if region.data != NULL:
+        target = region.data + offset
+    elif region.kind == REGION_CHUNKED:
+        target = make_chunk(region, offset)
+        if target == NULL:
+            return FETCH_ABORT
+        target += offset & ((1 << CHUNK_LG2) - 1)
+    elif region.kind == REGION_C and region.callbacks.swap != NULL:
+        return FETCH_ABORT if region.callbacks.swap(
+            region.callbacks.ctx, address, expected, desired, found) else FETCH_OK
+    elif region.kind == REGION_PYTHON and region.swapper != NULL:
+        return swap_python(port, region, address, expected, desired, found)
+    if target != NULL and not <size_t>target & 7:
+        found[0] = expected
+        swap_atomic(target, found, desired)
+        return FETCH_OK
+    status = read_piece(port, region, address, <uint8_t*>found, 8)
+    if status or found[0] != expected:
+        return status
+    return write_piece(port, region, address, <uint8_t*>&desired, 8)
+
+
+cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t expected,
+                    uint64_t desired, uint64_t* found) noexcept nogil:
+    """Compare and swap one 8-byte descriptor; all numbers are little-endian.
+
+    `found` is what was there: the swap took place if it is `expected`.
+    """
+    cdef Region* region
+    cdef uint64_t[3] words
+    cdef int status
+    words[0] = 0
+    words[1] = expected
+    words[2] = desired
+    if port.script:
+        status = answer(port.log, kind, level, address, 8, words, 3, &port.asked)
+        found[0] = words[0]
+        return status
+    region = find_region(port.ram, address)
+    if region == NULL or not region.writable or region.last - address < 7:
+        status = FETCH_ABORT
+    elif port.ram.n_injections and injected(port.ram, kind, level, address, 8):
+        status = FETCH_ABORT
+    else:
+        status = swap_region(port, region, address, le64(expected), le64(desired), words)
+        words[0] = le64(words[0])
+    found[0] = words[0]
+    if port.log != NULL and status >= 0:
+        record(port.log, kind, level, address, 8, words, 3, status != FETCH_OK)
     return status
 
 
 # --- the owner ---
-
-cdef int write_python(Region* region, uint64_t address, const uint8_t* buf, uint64_t n) except -1:
-    done = (<object>region.writer)(address, PyBytes_FromStringAndSize(<const char*>buf, n))
-    if done is True:
-        return 0
-    if done is None:
-        raise ExternalAbort(f"address {address:#x}: the write callback refused {n} bytes")
-    raise TypeError(
-        f"write callback at {address:#x}: returned {done!r}; True (done) or None (abort) needed")
-
 
 cdef inline str span_text(uint64_t base, uint64_t last):
     return f"[{base:#x}, {last:#x}]"
@@ -467,7 +620,7 @@ cdef class Memory:
         region.kind = REGION_CHUNKED if chunks != NULL else REGION_PRIVATE
         region.data = NULL if chunks != NULL else <uint8_t*>data
 
-    def add_callback(self, base, size, read, write=None):
+    def add_callback(self, base, size, read, write=None, swap=None):
         """Add a region whose accesses the host performs itself.
 
         Parameters
@@ -476,12 +629,17 @@ cdef class Memory:
             In bytes.
         read : callable or capsule
             ``read(address, n)`` returns n bytes, or None for an external abort.  Or a capsule
-            named ``smmufast.callbacks`` over a ``smmufast_callbacks`` struct (smmufast.h),
+            named ``smmufast.callbacks2`` over a ``smmufast_callbacks`` struct (smmufast.h),
             which is copied; its functions are called with or without the global lock and must
             not wait for it.
         write : callable, optional
             ``write(address, data)`` returns True when done, None for an external abort.
             Without it the region is read-only.
+        swap : callable, optional
+            ``swap(address, expected, desired)``, the last two of 8 bytes, stores `desired` if
+            `expected` is there, as one atomic step, and returns the 8 bytes that were there;
+            None for an external abort.  Without it a hardware update of a descriptor is a read
+            and a write.
 
         An exception that a callable raises ends the translation and reaches its caller.
         """
@@ -491,11 +649,11 @@ cdef class Memory:
         cdef uint64_t length = to_address("size", size)
         cdef bint capsule = PyCapsule_CheckExact(read)
         if capsule:
-            if not PyCapsule_IsValid(read, "smmufast.callbacks"):
-                raise ValueError("read: a capsule of another name; 'smmufast.callbacks' needed")
-            if write is not None:
-                raise TypeError("write: given beside a capsule, which holds both functions")
-            callbacks = (<CallbacksC*>PyCapsule_GetPointer(read, "smmufast.callbacks"))[0]
+            if not PyCapsule_IsValid(read, "smmufast.callbacks2"):
+                raise ValueError("read: a capsule of another name; 'smmufast.callbacks2' needed")
+            if write is not None or swap is not None:
+                raise TypeError("write, swap: given beside a capsule, which holds all functions")
+            callbacks = (<CallbacksC*>PyCapsule_GetPointer(read, "smmufast.callbacks2"))[0]
             if callbacks.read == NULL:
                 raise ValueError("read: the capsule's read function is NULL")
         else:
@@ -504,6 +662,9 @@ cdef class Memory:
                     f"read: {type(read).__name__} given; a callable or a capsule needed")
             if write is not None and not callable(write):
                 raise TypeError(f"write: {type(write).__name__} given; a callable needed")
+            if swap is not None and (write is None or not callable(swap)):
+                raise TypeError(f"swap: {type(swap).__name__} given"
+                                f"{' without write' if write is None else ''}; a callable needed")
         region = self._insert(address, length)
         if capsule:
             region.kind = REGION_C
@@ -514,9 +675,10 @@ cdef class Memory:
             region.reader = <void*>read
             region.writer = <void*>write
             region.writable = write is not None
+            region.swapper = NULL if swap is None else <void*>swap
         self._refresh()
         # last, for it may collect garbage, whose finalizers may add regions
-        self._callables[address] = (read, write)
+        self._callables[address] = (read, write, swap)
 
     def remove(self, base):
         """Remove the region that starts at `base`; KeyError if there is none."""
@@ -571,7 +733,7 @@ cdef class Memory:
         port.ram = &self.ram
         port.exception = NULL
         self.ram.users += 1
-        status = ram_read(&port, where, <uint8_t*>PyBytes_AS_STRING(data), n)
+        status = port_read(&port, where, PyBytes_AS_STRING(data), n)
         self.ram.users -= 1
         if status == FETCH_RAISED:
             raise_port(&port)
@@ -627,7 +789,9 @@ cdef class Memory:
                         if region.callbacks.write(region.callbacks.ctx, at, source, part):
                             raise ExternalAbort(f"address {at:#x}: the callback refused a write")
                     elif region.kind == REGION_PYTHON:
-                        write_python(region, at, source, part)
+                        if write_python(region, at, source, part):
+                            raise ExternalAbort(
+                                f"address {at:#x}: the write callback refused {part} bytes")
                     else:
                         memmove(target, source, part)
                     at += part
@@ -656,7 +820,7 @@ cdef class Memory:
         ----------
         address, size : int, optional
             In bytes; the size is 8 unless given.
-        kind : {"L1STD", "STE", "L1CD", "CD", "TT"}, optional
+        kind : {"L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update"}, optional
         level : int, optional
             -1 to 3.
         nth : int, optional
@@ -689,8 +853,8 @@ cdef class Memory:
                     f"kind: {kind!r} given; one of {', '.join(FETCH_KINDS[1:])} needed")
             injection.kind = FETCH_KINDS.index(kind)
         injection.level = NO_LEVEL
-        if level is not None and kind is not None and kind != "TT":
-            raise ValueError(f"level: {level} given with kind {kind!r}; 'TT' alone has levels")
+        if level is not None and kind is not None and "TT" not in kind:
+            raise ValueError(f"level: {level} given with kind {kind!r}; only tables have levels")
         if level is not None:
             if not -1 <= to_integer("level", level) <= 3:
                 raise ValueError(f"level: {level} given; -1 to 3 allowed")

@@ -1,15 +1,9 @@
 """The Smmu for Cython users: translate_c and the structs of smmufast.h, without the GIL."""
 
-from smmufast._memory cimport Memory, Ram
+from smmufast._core cimport Core
+from smmufast._memory cimport Memory
 from smmufast._translate cimport Memo
-from smmufast._types cimport Hw, Outcome, Request, WalkC
-
-
-# What the C face holds on to: it outlives no Smmu.
-cdef struct Core:
-    Hw hw
-    Ram* ram
-    void* owner
+from smmufast._types cimport Outcome, Request, WalkC
 
 
 cdef enum:

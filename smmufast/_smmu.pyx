@@ -19,6 +19,7 @@ from smmufast._bits cimport le64, low_mask
 from smmufast._config cimport (
     pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
 )
+from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport (
     FETCH_PENDING, Memory, Port, Ram, port_open, raise_port, to_address,
@@ -27,7 +28,7 @@ from smmufast._translate cimport (
     Memo, fill_permissions, translate_each, translate_one, translate_plain, translate_stage1,
 )
 from smmufast._types cimport (
-    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, FETCH_NONE, MAX_FETCHES,
+    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES,
     NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
     ApiC, BatchC, ColumnC, FetchC, Hw, Outcome, Request, SmmuC, WalkC,
 )
@@ -147,14 +148,16 @@ cdef object fetch_of(const WalkC* log, uint32_t i, bint answered):
     cdef const FetchC* fetch = &log.fetch[i]
     cdef uint64_t[8] words
     cdef int k
-    data = None
+    data = swap = None
     if answered and not fetch.aborted:
         for k in range(fetch.size // 8):
             words[k] = le64(log.data[fetch.words + k])
         data = PyBytes_FromStringAndSize(<char*>words, fetch.size)
+    if fetch.kind >= FETCH_TT_UPDATE:
+        swap = (log.data[fetch.words + 1], log.data[fetch.words + 2])
     return new_tuple(Fetch, (
         FETCH_KINDS[fetch.kind], None if fetch.level == NO_LEVEL else fetch.level,
-        fetch.address, fetch.size, data))
+        fetch.address, fetch.size, data, swap))
 
 
 @cython.freelist(64)
@@ -494,7 +497,7 @@ cdef int walk_answer(const Hw* hw, WalkC* walk, const void* data) noexcept nogil
         for i in range(fetch.size // 8):
             memcpy(&word, <const char*>data + 8 * i, 8)
             walk.data[walk.used + i] = le64(word)
-        walk.used += fetch.size // 8
+    walk.used += fetch.size // 8 + (2 if fetch.kind >= FETCH_TT_UPDATE else 0)
     walk.count += 1
     return walk_resume(hw, walk)
 
@@ -794,6 +797,18 @@ cdef class Smmu:
         hw.httu = features.httu
         hw.attr_perms_ovr = features.attr_perms_ovr
         hw.attr_types_ovr = features.attr_types_ovr
+        hw.ats = features.ats
+        hw.pri = features.pri
+        hw.ril = features.ril
+        hw.vmw = features.vmw
+        hw.sev = features.sev
+        hw.msi = features.msi
+        hw.ns1ats = features.ns1ats
+        hw.atsrecerr = features.atsrecerr
+        hw.pps = features.pps
+        hw.pasidtt = features.pasidtt
+        hw.xnx = features.xnx
+        hw.fwb = features.fwb
         hw.had = features.had
         hw.e0pd = features.e0pd
         hw.epan = features.epan
@@ -1134,7 +1149,7 @@ cdef class Smmu:
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
-        request.reserved = 0
+        request.kind = 0
         walk.smmu = self
         walk.status = walk_begin(&self.core.hw, &request, &walk.walk)
         return walk

@@ -19,6 +19,7 @@ cdef extern from "smmufast.h":
         ACTION_DISABLED "SMMUFAST_DISABLED"
         ACTION_ABORT "SMMUFAST_ABORT"
         ACTION_RAZ_WI "SMMUFAST_RAZ_WI"
+        ACTION_STALL "SMMUFAST_STALL"
         PERM_UR "SMMUFAST_UR"
         PERM_UW "SMMUFAST_UW"
         PERM_UX "SMMUFAST_UX"
@@ -31,6 +32,9 @@ cdef extern from "smmufast.h":
         FETCH_L1CD "SMMUFAST_FETCH_L1CD"
         FETCH_CD "SMMUFAST_FETCH_CD"
         FETCH_TT "SMMUFAST_FETCH_TT"
+        FETCH_S2TT "SMMUFAST_FETCH_S2TT"
+        FETCH_TT_UPDATE "SMMUFAST_FETCH_TT_UPDATE"
+        FETCH_S2TT_UPDATE "SMMUFAST_FETCH_S2TT_UPDATE"
         STATUS_DONE "SMMUFAST_DONE"
         STATUS_PENDING "SMMUFAST_PENDING"
         STATUS_EINVAL "SMMUFAST_EINVAL"
@@ -43,22 +47,26 @@ cdef extern from "smmufast.h":
         uint32_t sid
         uint32_t ssid
         uint32_t access
-        uint32_t reserved
+        uint32_t kind
 
     ctypedef struct Outcome "smmufast_result":
         uint64_t pa
+        uint64_t ipa
         uint8_t action
         uint8_t event
         uint8_t fault
         uint8_t perm
+        uint8_t perm_s1
         int8_t level
         uint8_t page_lg2
         uint8_t attr
         uint8_t sh
+        uint8_t stage
         uint16_t asid
+        uint16_t vmid
+        uint16_t stag
         uint8_t ng
         uint8_t contiguous
-        uint8_t stage
         uint64_t[4] record
 
     ctypedef struct FetchC "smmufast_fetch":
@@ -67,7 +75,7 @@ cdef extern from "smmufast.h":
         uint8_t kind
         int8_t level
         uint8_t aborted
-        uint8_t words
+        uint16_t words
 
     ctypedef struct WalkC "smmufast_walk":
         Request request
@@ -81,6 +89,8 @@ cdef extern from "smmufast.h":
         int (*read)(void* ctx, uint64_t address, void* buf, size_t n) noexcept nogil
         int (*write)(void* ctx, uint64_t address, const void* buf, size_t n) noexcept nogil
         void* ctx
+        int (*swap)(void* ctx, uint64_t address, uint64_t expected, uint64_t desired,
+                    uint64_t* found) noexcept nogil
 
     ctypedef struct ColumnC "smmufast_column":
         void* data
@@ -135,6 +145,7 @@ cdef struct Hw:
     uint8_t minor          # architecture version 3.minor
     uint8_t s1p, s2p, hyp, asid16, vmid16, cd2l, ssidsize, ttf, ttendian
     uint8_t stall_model, term_model, httu
+    uint8_t ats, pri, ril, vmw, sev, msi, ns1ats, atsrecerr, pps, pasidtt, xnx, fwb
     uint8_t attr_perms_ovr, attr_types_ovr
     uint8_t had, e0pd, epan, stt, ds, vax
     uint32_t granules      # bit 12, 14, 16: the granule is implemented

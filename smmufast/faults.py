@@ -15,10 +15,10 @@ from smmufast import layout
 if TYPE_CHECKING:
     from smmufast._smmu import Result
 
-ACTIONS = ("ok", "bypass", "disabled", "abort", "raz_wi")
+ACTIONS = ("ok", "bypass", "disabled", "abort", "raz_wi", "stall")
 """What becomes of a transaction, by the number that batch columns hold."""
 
-FETCH_KINDS = ("", "L1STD", "STE", "L1CD", "CD", "TT")
+FETCH_KINDS = ("", "L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update")
 """Kinds of fetch, by number; index 0 is no fetch."""
 
 
@@ -34,11 +34,12 @@ class Perm(enum.IntFlag):
 
 
 class Fetch(NamedTuple):
-    """One read that a walk makes.
+    """One read that a walk makes, or one hardware update of a descriptor.
 
     `kind` is one of FETCH_KINDS; `level` is that of a translation table, else None; `address`
     and `size` are in bytes; `data` is what was read in memory order, None for an external abort
-    or when it is not known yet.
+    or when it is not known yet.  An update is a compare-and-swap: `swap` is (expected, desired),
+    little-endian numbers as they lie in memory, and `data` is what was there.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Fetch(NamedTuple):
     address: int
     size: int
     data: bytes | None
+    swap: tuple[int, int] | None = None
 
     @property
     def value(self) -> int | None:

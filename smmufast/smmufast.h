@@ -19,9 +19,9 @@
 extern "C" {
 #endif
 
-#define SMMUFAST_ABI 1
+#define SMMUFAST_ABI 2
 #define SMMUFAST_CAPSULE "smmufast._smmu._C_API"
-#define SMMUFAST_CALLBACKS "smmufast.callbacks"
+#define SMMUFAST_CALLBACKS "smmufast.callbacks2"
 #define SMMUFAST_NO_SSID 0xFFFFFFFFu
 
 /* smmufast_request.access: what the device does. */
@@ -37,7 +37,8 @@ enum {
     SMMUFAST_BYPASS = 1,   /* the stream bypasses translation: pa == iova */
     SMMUFAST_DISABLED = 2, /* CR0.SMMUEN=0 and GBPA lets it pass: pa == iova */
     SMMUFAST_ABORT = 3,    /* terminated with a bus abort */
-    SMMUFAST_RAZ_WI = 4    /* terminated: reads as zero, writes are ignored */
+    SMMUFAST_RAZ_WI = 4,   /* terminated: reads as zero, writes are ignored */
+    SMMUFAST_STALL = 5     /* held until CMD_RESUME or CMD_STALL_TERM */
 };
 
 /* smmufast_result.perm: which accesses this translation admits. */
@@ -53,7 +54,10 @@ enum {
     SMMUFAST_FETCH_STE = 2,
     SMMUFAST_FETCH_L1CD = 3,
     SMMUFAST_FETCH_CD = 4,
-    SMMUFAST_FETCH_TT = 5
+    SMMUFAST_FETCH_TT = 5,         /* a descriptor of stage 1 */
+    SMMUFAST_FETCH_S2TT = 6,       /* of stage 2 */
+    SMMUFAST_FETCH_TT_UPDATE = 7,  /* hardware update of a stage-1 descriptor: a swap */
+    SMMUFAST_FETCH_S2TT_UPDATE = 8
 };
 
 /* What the functions return. */
@@ -69,40 +73,47 @@ typedef struct smmufast_request {
     uint32_t sid;
     uint32_t ssid;   /* 20 bits, or SMMUFAST_NO_SSID */
     uint32_t access; /* SMMUFAST_WRITE | SMMUFAST_PRIV | SMMUFAST_INSTR */
-    uint32_t reserved;
+    uint32_t kind;   /* 0 */
 } smmufast_request;
 
 typedef struct smmufast_result {
-    uint64_t pa;        /* valid unless action is ABORT or RAZ_WI */
+    uint64_t pa;        /* valid when action is OK, BYPASS or DISABLED */
+    uint64_t ipa;       /* input of stage 2; valid when action is OK and stage & 2 */
     uint8_t action;     /* SMMUFAST_OK ... */
     uint8_t event;      /* number of the recorded event, 0 if none */
     uint8_t fault;      /* number of the fault, recorded or not, 0 if none */
-    uint8_t perm;       /* SMMUFAST_UR ... */
+    uint8_t perm;       /* SMMUFAST_UR ...: what both stages permit */
+    uint8_t perm_s1;    /* what stage 1 permits; all when it does not translate */
     int8_t level;       /* level of the leaf, -1..3; 4 when there is none */
     uint8_t page_lg2;   /* log2 of the leaf's size in bytes; 0 when there is none */
     uint8_t attr;       /* memory type as one MAIR byte */
     uint8_t sh;         /* 0 non-, 2 outer, 3 inner shareable */
-    uint16_t asid;      /* of the context descriptor; 0 when stage is 0 */
-    uint8_t ng;         /* the leaf's nG bit */
-    uint8_t contiguous; /* the leaf's Contiguous bit */
-    uint8_t stage;      /* 1 when stage 1 translated or faulted, else 0 */
-    uint8_t reserved[3];
+    uint8_t stage;      /* 1: stage 1 took part, 2: stage 2 did, 3: both */
+    uint16_t asid;      /* of the context descriptor; 0 without stage 1 */
+    uint16_t vmid;      /* S2VMID where it tags translations, else 0 */
+    uint16_t stag;      /* of a stalled transaction; valid when event != 0 */
+    uint8_t ng;         /* the stage-1 leaf's nG bit */
+    uint8_t contiguous; /* the leaf's Contiguous bit, stage 1's if it translates */
     uint64_t record[4]; /* the event record, little-endian dwords; valid when fault != 0 */
 } smmufast_result;
 
-/* One read that a walk makes. */
+/* One read that a walk makes, or one hardware update.
+ *
+ * An update is a compare-and-swap of 8 bytes: data[words + 1] is expected,
+ * data[words + 2] is stored if that is what is found; the answer is what was
+ * found, whether it was replaced or not. */
 typedef struct smmufast_fetch {
     uint64_t address;
     uint16_t size;   /* bytes: 8 or 64 */
     uint8_t kind;    /* SMMUFAST_FETCH_... */
     int8_t level;    /* of a translation table, else 4 */
-    uint8_t aborted; /* the read ended in an external abort */
-    uint8_t words;   /* where its data starts in smmufast_walk.data */
-    uint16_t reserved;
+    uint8_t aborted; /* the access ended in an external abort */
+    uint8_t reserved;
+    uint16_t words;  /* where its data starts in smmufast_walk.data */
 } smmufast_fetch;
 
-#define SMMUFAST_MAX_FETCHES 64
-#define SMMUFAST_MAX_WORDS 160
+#define SMMUFAST_MAX_FETCHES 128
+#define SMMUFAST_MAX_WORDS 384
 
 /* A resumable walk.  Its state is what it has been told so far: each fetch and
  * its data.  Read fetch[count] while pending, and result when done. */
@@ -121,6 +132,10 @@ typedef struct smmufast_callbacks {
     int (*read)(void *ctx, uint64_t address, void *buf, size_t n);
     int (*write)(void *ctx, uint64_t address, const void *buf, size_t n); /* may be NULL */
     void *ctx;
+    /* Store `desired` in the 8 bytes at `address` if they are `expected`, as one atomic step;
+     * `found` is what was there.  NULL: an update is a read and a write. */
+    int (*swap)(void *ctx, uint64_t address, uint64_t expected, uint64_t desired,
+                uint64_t *found);
 } smmufast_callbacks;
 
 /* Columns of a batch; a NULL pointer is a column that is not wanted.

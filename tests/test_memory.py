@@ -924,7 +924,7 @@ class Callbacks(ctypes.Structure):
     _fields_ = (("read", READ), ("write", READ), ("ctx", ctypes.c_void_p))
 
 
-def capsule(callbacks, name=b"smmufast.callbacks"):
+def capsule(callbacks, name=b"smmufast.callbacks2"):
     new = ctypes.pythonapi.PyCapsule_New
     new.restype = ctypes.py_object
     new.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -1002,7 +1002,7 @@ def test_a_capsule_is_checked():
     memory = Memory()
     with pytest.raises(ValueError, match="read: a capsule of another name"):
         memory.add_callback(BASE, SIZE, capsule(host.callbacks, b"other"))
-    with pytest.raises(TypeError, match="write: given beside a capsule"):
+    with pytest.raises(TypeError, match="write, swap: given beside a capsule"):
         memory.add_callback(BASE, SIZE, capsule(host.callbacks), print)
     host.callbacks.read = READ()
     with pytest.raises(ValueError, match="read: the capsule's read function is NULL"):
