@@ -5,25 +5,26 @@ Sections: IHI 0070 3.3 (stream table, CD table), 5.1-5.4 (structures, ILLEGAL co
 fetched: it gives an event number, 0 meaning none.  Words are little-endian dwords.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from smmufast._bits cimport low_mask
 from smmufast._layout cimport *
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_STE, NO_SSID,
-    Context, Half, Hw,
+    Context, Half, Hw, Second,
 )
 from smmufast._vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE,
     REGIME_WXN, address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
     hierarchical_bits, leaf_bits, levels_below_start, needed, range_mask, shareability,
-    table_align_lg2, table_bits, tsz_max, tsz_min,
+    stage2_level, stage2_size_legal, table_align_lg2, table_bits, tsz_max, tsz_min,
 )
 
 
 cdef enum:
     TERMINATE_A = 1   # abort, else RAZ/WI
     TERMINATE_R = 2   # record
+    TERMINATE_S = 4   # stall, whatever the others say
     STAGE1_BYPASS = -1
 
 
@@ -111,13 +112,33 @@ cdef inline bint substreams(const Hw* hw, const uint64_t* ste) noexcept nogil:
     return hw.ssidsize != 0 and ste_s1cdmax(ste) != 0
 
 
+cdef inline uint16_t ste_vmid(const Hw* hw, const uint64_t* ste) noexcept nogil:
+    """The VMID that tags translations of the stream; 0 where S2VMID is IGNORED."""
+    if ste_config(ste) == 4 or not hw.s2p or ste_world(hw, ste) != WORLD_NS_EL1:
+        return 0
+    return <uint16_t>ste_s2vmid(ste)
+
+
+cdef inline bint eats_illegal(const Hw* hw, const uint64_t* ste) noexcept nogil:
+    """Full ATS needs a stage 2 that does not stall; split-stage ATS both stages as well."""
+    cdef unsigned int eats = <unsigned int>ste_eats(ste)
+    if not hw.ats or ste_config(ste) == 4:
+        return False
+    if eats == 2:
+        return ste_config(ste) != 7 or ste_s2s(ste) or hw.ns1ats
+    return eats == 1 and ste_stage2(ste) and ste_s2s(ste)
+
+
 cdef inline int ste_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
-    """V=0 and the ILLEGAL conditions of an STE whose Config is not 0b0xx (5.2.2)."""
+    """V=0 and the ILLEGAL conditions of an STE whose Config is not 0b0xx (5.2.2).
+
+    Those of stage 2 are in stage2_decode.
+    """
     if ste_stage1(ste) and not hw.s1p:
         return EVENT_C_BAD_STE
-    # Stage 2 is not modelled yet: Hw.s2p is 0, so every Config 0b11x ends here.  Its own
-    # conditions (EATS, S2TG, S2T0SZ, S2SL0, S2TTB, ...) take their place after this line.
     if ste_stage2(ste) and not hw.s2p:
+        return EVENT_C_BAD_STE
+    if eats_illegal(hw, ste):
         return EVENT_C_BAD_STE
     if hw.s1p and hw.hyp and ste_config(ste) == 5 and ste_strw(ste) & 1:
         return EVENT_C_BAD_STE
@@ -128,11 +149,11 @@ cdef inline int ste_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
             return EVENT_C_BAD_STE
         if substreams(hw, ste) and not hw.cd2l and ste_s1fmt(ste) in (1, 2):
             return EVENT_C_BAD_STE
-        # v3.0 leaves a pointer beyond OAS to the fetch (cd_fetch_fits)
-        if hw.minor >= 1 and ste_s1contextptr(ste) & hw.pointer_mask & hw.oas_over:
+        # v3.0 leaves a pointer beyond OAS to the fetch, nested translation leaves it to stage 2
+        if (hw.minor >= 1 and not ste_stage2(ste)
+                and ste_s1contextptr(ste) & hw.pointer_mask & hw.oas_over):
             return EVENT_C_BAD_STE
-    if (ste_config(ste) != 4 and hw.s2p and not hw.vmid16 and ste_s2vmid(ste) >> 8
-            and ste_world(hw, ste) == WORLD_NS_EL1):
+    if not hw.vmid16 and ste_vmid(hw, ste) >> 8:
         return EVENT_C_BAD_STE
     return 0
 
@@ -196,9 +217,106 @@ cdef inline int l1cd_next(const Hw* hw, const uint64_t* ste, uint64_t l1cd, uint
     cdef uint64_t base = l1cd_l2ptr(&l1cd) & hw.pointer_mask & ~low_mask(leaf + 6)
     if not l1cd_v(&l1cd):
         return EVENT_C_BAD_SUBSTREAMID
-    if base & hw.oas_over and hw.minor >= 1:
+    if base & hw.oas_over and hw.minor >= 1 and not ste_stage2(ste):  # else an IPA
         return EVENT_C_BAD_SUBSTREAMID
     address[0] = base + ((index & low_mask(leaf)) << 6)
+    return 0
+
+
+# --- translation table bases (5.2, 5.4) ---
+
+cdef inline void half_shape(
+        const Hw* hw, Half* half, unsigned int granule, unsigned int below,
+        unsigned int input_bits, bint ds, uint64_t ttb, unsigned int output_bits,
+        bint affd) noexcept nogil:
+    """What follows from a granule, how many levels lie below the first, and the sizes."""
+    half.granule = granule
+    half.stride = granule - 3
+    half.shift = granule + below * half.stride
+    half.level = 3 - <int>below
+    half.entry_mask = low_mask(half.stride) << 3
+    address_format(half, granule, ds)
+    half.blocks = block_levels(granule, ds, hw.oas)
+    half.table = ttb & ~low_mask(
+        table_align_lg2(input_bits, half.shift, output_bits >= 52 or not half.own_sh))
+    half.index_mask = low_mask(input_bits)
+    half.over = ~low_mask(output_bits)
+    half.table_bits = table_bits(half, half.over)
+    half.leaf_bits = leaf_bits(half, half.over, affd)
+
+
+cdef inline bint ttb_fits(
+        uint64_t ttb, unsigned int granule, bint ds, unsigned int output_bits) noexcept nogil:
+    """A table base is within the output size, and within 48 bits but for 52-bit formats."""
+    return not (ttb >> output_bits or granule != 16 and not ds and ttb >> 48)
+
+
+cdef inline unsigned int effective_size(const Hw* hw, unsigned int code) noexcept nogil:
+    """Bits of an IPS or S2PS code, capped by OAS."""
+    cdef unsigned int bits = size_bits(code, hw.minor)
+    return hw.oas if bits > hw.oas else bits
+
+
+cdef inline bint httu_illegal(const Hw* hw, bint ha, bint hd) noexcept nogil:
+    """Hardware update asked for beyond IDR0.HTTU."""
+    return hw.httu == 0 and (ha or hd) or hw.httu == 1 and hd
+
+
+cdef inline bint endian_illegal(const Hw* hw, bint big) noexcept nogil:
+    """A descriptor endianness that IDR0.TTENDIAN lacks."""
+    return hw.ttendian == 3 and not big or hw.ttendian == 2 and big
+
+
+cdef inline bint stall_illegal(const Hw* hw, bint stalls) noexcept nogil:
+    """Stalling where IDR0.STALL_MODEL has none, or terminating where it is forced."""
+    return hw.stall_model == 1 and stalls or hw.stall_model == 2 and not stalls
+
+
+cdef inline int stage2_decode(
+        const Hw* hw, const uint64_t* ste, Second* second) noexcept nogil:
+    """Stage 2 of an STE with Config 0b11x; C_BAD_STE when it is ILLEGAL (5.2.2)."""
+    cdef Half* half = &second.half
+    cdef unsigned int granule = granule_of_tg0(ste_s2tg(ste))  # the same codes
+    cdef unsigned int tsz = <unsigned int>ste_s2t0sz(ste)
+    cdef bint ds = hw.ds and ste_s2ds(ste) and granule != 16
+    cdef unsigned int least = 12 if granule == 16 or ds else 16
+    cdef unsigned int bits = effective_size(hw, <unsigned int>ste_s2ps(ste))
+    cdef uint64_t ttb = ste_s2ttb(ste) & low_mask(48 if hw.minor == 0 else 52)
+    cdef int level
+    if not ste_s2aa64(ste) or not hw.ttf & 2:  # AArch32 tables are not modelled: Hw.ttf is 2
+        return EVENT_C_BAD_STE
+    if stall_illegal(hw, ste_s2s(ste)) or endian_illegal(hw, ste_s2endi(ste)):
+        return EVENT_C_BAD_STE
+    if httu_illegal(hw, ste_s2ha(ste), ste_s2hd(ste)):
+        return EVENT_C_BAD_STE
+    if not hw.granules >> granule & 1:  # granule 0 is a reserved code
+        return EVENT_C_BAD_STE
+    if tsz < least or tsz < 64 - <unsigned int>hw.oas or tsz > tsz_max(granule, hw.stt):
+        return EVENT_C_BAD_STE
+    level = stage2_level(granule, <unsigned int>ste_s2sl0(ste), hw.ds and ste_s2sl0_2(ste), ds,
+                         hw.stt, hw.oas)
+    if level == 4 or not stage2_size_legal(64 - tsz, granule, level):
+        return EVENT_C_BAD_STE
+    if not ttb_fits(ttb, granule, ds, bits):
+        return EVENT_C_BAD_STE
+    second.ha = ste_s2ha(ste)
+    second.hd = second.ha and ste_s2hd(ste)
+    second.affd = ste_s2affd(ste) and not second.ha
+    half_shape(hw, half, granule, <unsigned int>(3 - level), 64 - tsz, ds, ttb, bits, second.affd)
+    half.range_mask = ~low_mask(64 - tsz)
+    half.keep = 0
+    half.enabled = half.unprivileged = True
+    half.sh = <uint8_t>ste_s2sh0(ste)
+    half.swap = ste_s2endi(ste)
+    second.simple = not (half.swap or half.high_address)
+    second.xnx = hw.xnx
+    second.fwb = hw.fwb and ste_s2fwb(ste)
+    second.ptw = ste_s2ptw(ste)
+    second.terminate = TERMINATE_A
+    if ste_s2r(ste):
+        second.terminate |= TERMINATE_R
+    if ste_s2s(ste):
+        second.terminate |= TERMINATE_S
     return 0
 
 
@@ -206,35 +324,23 @@ cdef inline int l1cd_next(const Hw* hw, const uint64_t* ste, uint64_t l1cd, uint
 
 cdef inline int half_decode(
         const Hw* hw, Half* half, unsigned int granule, unsigned int tsz, bint ds, bint tbi,
-        bint had, bint affd, uint64_t ttb, unsigned int ips, unsigned int sh) noexcept nogil:
+        bint had, bint affd, uint64_t ttb, unsigned int ips, unsigned int sh,
+        bint swap) noexcept nogil:
     """One TTB of a CD; C_BAD_CD when its granule, size or address is ILLEGAL (5.4.1)."""
-    cdef unsigned int input_bits, below, stride
     if not hw.granules >> granule & 1:  # granule 0 is a reserved code
         return EVENT_C_BAD_CD
     if tsz < tsz_min(granule, ds, hw.vax) or tsz > tsz_max(granule, hw.stt):
         return EVENT_C_BAD_CD
     ttb &= low_mask(48 if hw.minor == 0 else 52)
-    if ttb >> ips or (granule != 16 and not ds and ttb >> 48):
+    if not ttb_fits(ttb, granule, ds, ips):
         return EVENT_C_BAD_CD
-    input_bits = 64 - tsz
-    stride = granule - 3
-    below = levels_below_start(input_bits, granule, stride)
+    half_shape(hw, half, granule, levels_below_start(64 - tsz, granule, granule - 3), 64 - tsz, ds,
+               ttb, ips, affd)
     half.enabled = True
-    half.granule = granule
-    half.stride = stride
-    half.shift = granule + below * stride
-    half.level = 3 - <int>below
-    half.entry_mask = low_mask(stride) << 3
-    address_format(half, granule, ds)
-    half.blocks = block_levels(granule, ds, hw.oas)
-    half.table = ttb & ~low_mask(
-        table_align_lg2(input_bits, half.shift, ips >= 52 or not half.own_sh))
-    half.range_mask = range_mask(input_bits, tbi)
-    half.index_mask = low_mask(input_bits)
+    half.range_mask = range_mask(64 - tsz, tbi)
     half.keep = hierarchical_bits(had)
-    half.table_bits = table_bits(half, ~low_mask(ips))
-    half.leaf_bits = leaf_bits(half, ~low_mask(ips), affd)
     half.sh = sh
+    half.swap = swap
     return 0
 
 
@@ -250,50 +356,47 @@ cdef inline int cd_decode(
     cdef int event
     if not cd_v(cd):
         return EVENT_C_BAD_CD
-    if cd_s(cd) and (hw.stall_model == 1 or ste_s1stalld(ste)):
-        return EVENT_C_BAD_CD
-    if not cd_s(cd) and hw.stall_model == 2:
+    if stall_illegal(hw, cd_s(cd)) or cd_s(cd) and ste_s1stalld(ste):
         return EVENT_C_BAD_CD
     if not cd_a(cd) and hw.term_model:
         return EVENT_C_BAD_CD
     if not cd_aa64(cd) or not hw.ttf & 2:  # AArch32 tables are not modelled: Hw.ttf is 2
         return EVENT_C_BAD_CD
-    if (enabled0 or enabled1) and (hw.ttendian == 3 and not cd_endi(cd)
-                                   or hw.ttendian == 2 and cd_endi(cd)):
+    if (enabled0 or enabled1) and endian_illegal(hw, cd_endi(cd)):
         return EVENT_C_BAD_CD
-    if (cd_ha(cd) or cd_hd(cd)) and hw.httu == 0 or cd_hd(cd) and hw.httu == 1:
+    if httu_illegal(hw, cd_ha(cd), cd_hd(cd)):
         return EVENT_C_BAD_CD
     if two and not hw.asid16 and cd_asid(cd) >> 8:
         return EVENT_C_BAD_CD
-    ips = size_bits(<unsigned int>cd_ips(cd), hw.minor)
-    if ips > hw.oas:
-        ips = hw.oas
+    ips = effective_size(hw, <unsigned int>cd_ips(cd))
+    context.ha = cd_ha(cd)
+    context.hd = context.ha and cd_hd(cd)
+    context.affd = cd_affd(cd) and not context.ha
     context.half[0].enabled = context.half[1].enabled = False
     context.half[0].high_address = context.half[1].high_address = 0
     if enabled0:
         event = half_decode(hw, &context.half[0], granule_of_tg0(cd_tg0(cd)),
                             <unsigned int>cd_t0sz(cd), ds, cd_tbi0(cd), hw.had and cd_had0(cd),
-                            cd_affd(cd), cd_ttb0(cd), ips,
-                            <unsigned int>cd_sh0(cd))
+                            context.affd, cd_ttb0(cd), ips,
+                            <unsigned int>cd_sh0(cd), cd_endi(cd))
         if event:
             return event
     if enabled1:
         event = half_decode(hw, &context.half[1], granule_of_tg1(cd_tg1(cd)),
                             <unsigned int>cd_t1sz(cd), ds, cd_tbi1(cd), hw.had and cd_had1(cd),
-                            cd_affd(cd), cd_ttb1(cd), ips,
-                            <unsigned int>cd_sh1(cd))
+                            context.affd, cd_ttb1(cd), ips,
+                            <unsigned int>cd_sh1(cd), cd_endi(cd))
         if event:
             return event
     context.half[0].unprivileged = not (two and hw.e0pd and cd_e0pd0(cd))
     context.half[1].unprivileged = not (hw.e0pd and cd_e0pd1(cd))
-    context.over = ~low_mask(ips)
     context.mair = cd_mair0(cd) | cd_mair1(cd) << 32
     context.asid = <unsigned short>cd_asid(cd) if two else 0
     context.two_ttbs = two
-    context.swap = cd_endi(cd)
+    context.world = world
     context.simple = not (
-        cd_endi(cd) or context.half[0].high_address or context.half[1].high_address)
-    context.affd = cd_affd(cd)
+        cd_endi(cd) or context.half[0].high_address or context.half[1].high_address
+        or context.hd)
     context.regime = REGIME_WXN if cd_wxn(cd) else 0
     if not two:
         context.regime |= REGIME_SINGLE
@@ -306,7 +409,9 @@ cdef inline int cd_decode(
             context.regime |= REGIME_E0PD0
         if not context.half[1].unprivileged:
             context.regime |= REGIME_E0PD1
-    context.terminate = (TERMINATE_A if cd_a(cd) else 0) | (TERMINATE_R if cd_r(cd) else 0)
+    context.terminate = (
+        (TERMINATE_A if cd_a(cd) else 0) | (TERMINATE_R if cd_r(cd) else 0)
+        | (TERMINATE_S if cd_s(cd) else 0))
     return 0
 
 

@@ -25,7 +25,7 @@ from smmufast._memory cimport (
     FETCH_PENDING, Memory, Port, Ram, port_open, raise_port, to_address,
 )
 from smmufast._translate cimport (
-    Memo, fill_permissions, translate_each, translate_one, translate_plain, translate_stage1,
+    Memo, fill_permissions, translate_each, translate_known, translate_one, translate_plain,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES,
@@ -81,7 +81,7 @@ cdef cnp.dtype SEGMENT = np.dtype([("iova", "u8"), ("pa", "u8"), ("length", "u8"
 
 # What this version does not model: field, the value it must have.
 cdef tuple UNMODELLED = (
-    ("s2p", 0), ("httu", 0), ("stall_model", 1), ("ats", 0), ("pri", 0), ("ttf", 2), ("mpam", 0),
+    ("ttf", 2), ("mpam", 0), ("btm", 0), ("atos", 0), ("vatos", 0), ("ecmdq", 0), ("rme_impl", 0),
     ("d128", 0), ("s1pi", 0), ("s2pi", 0), ("s2po", 0), ("the", 0), ("aie", 0), ("dpt", 0),
     ("mteperm", 0),
 )
@@ -709,10 +709,10 @@ cdef int burst_run(const Hw* hw, Port* port, Memo* memo, Request* request,
         if burst.rest == 0:
             return BURST_DONE
         if known:
-            status = translate_stage1(hw, port, request, &memo.context, &page)
+            status = translate_known(hw, port, request, memo, &page)
         else:
             status = translate_one(hw, port, request, memo, &page)
-            known = port.ram.plain and page.stage == 1
+            known = port.ram.plain and memo.whole
         if status:
             return status
         if page.action > ACTION_DISABLED:

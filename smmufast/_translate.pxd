@@ -7,9 +7,8 @@ script: the chain is a pure function of what was fetched, so it is run again wit
 more).  translate_many is the batch driver: blocks of requests, the upper levels of all walked
 before the first leaf is read.
 
-Stage 2, when it comes, stands in three places: before the fetches of L1CD and CD and before
-each fetch of a stage-1 descriptor (the address there is an IPA), and after stage 1 in
-translate_one.
+Stage 2 stands in three places: before the fetches of L1CD and CD (cd_place), before each
+fetch of a stage-1 descriptor (walk_nested), and after stage 1 (translate_stage2).
 """
 
 from libc.stddef cimport ptrdiff_t
@@ -18,46 +17,76 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, admitted,
-    cd_decode, cd_first, effective_access, l1cd_next, l1std_next, ste_aborts, ste_check,
-    ste_overrides, stream_first, substream,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
+    cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
+    ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream,
 )
 from smmufast._layout cimport *
 from smmufast._memory cimport (
-    FETCH_ABORT, FETCH_OK, Port, Ram, fetch8, fetch64, port_open, unchanged8, unchanged64,
+    FETCH_ABORT, FETCH_OK, Port, Ram, fetch8, fetch64, port_open, port_swap8, unchanged8,
+    unchanged64,
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, ACTION_DISABLED,
-    ACTION_OK, ACTION_RAZ_WI, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_STE, FETCH_TT, NO_LEVEL,
-    NO_SSID, BatchC, ColumnC, Context, Half, Hw, Outcome, Request,
+    ACTION_OK, ACTION_RAZ_WI, ACTION_STALL, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_S2TT,
+    FETCH_S2TT_UPDATE, FETCH_STE, FETCH_TT, FETCH_TT_UPDATE, NO_LEVEL, NO_SSID, PERM_PR, PERM_PW,
+    BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, access_flag, contiguous, descriptor_kind, entry_address, half_of,
-    in_range, leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, not_global, permitted,
-    shareability, stage1_attr,
+    DESC_INVALID, DESC_LEAF, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
+    descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
+    leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, not_global, permitted,
+    shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
 )
 
 
+# Beside event numbers.
 cdef enum:
-    SILENT_ABORT = 256  # beside event numbers: STE.Config=0b0xx
+    SILENT_ABORT = 256  # STE.Config=0b0xx
+    CHANGED = 257       # a descriptor changed between its read and its update: walk again
+    RETRIES = 8         # walks that lose that race before the update counts as failed
 
 
 # What a walk found, whether it faulted or not.
 cdef struct Leaf:
     uint64_t d         # the descriptor, in host order
+    uint64_t desired   # what hardware update makes of it
     uint64_t tables    # hierarchical attributes above it
-    uint64_t address   # output address of the page, or where the descriptor was fetched
+    uint64_t entry     # where the last descriptor was fetched
+    uint64_t address   # output address of the page
     uint8_t shift      # lg2 of the page
     int8_t level
     uint8_t perm
 
 
+# What a fault's record says beside the event and the transaction (7.3).
+cdef struct Syndrome:
+    uint64_t address   # FetchAddr, or the IPA of a stage-2 fault
+    uint8_t s2
+    uint8_t cls        # CLASS
+    uint8_t ttrnw
+
+
+cdef enum:
+    CLASS_CD = 0
+    CLASS_TT = 1
+    CLASS_IN = 2
+
+
 # --- ends ---
+
+cdef inline void syndrome_set(
+        Syndrome* syndrome, uint64_t address, bint s2, unsigned int cls) noexcept nogil:
+    syndrome.address = address
+    syndrome.s2 = s2
+    syndrome.cls = cls
+    syndrome.ttrnw = False
+
 
 cdef inline void fault_record(
         uint64_t* w, int event, const Request* request, unsigned int access,
-        uint64_t fetch_address) noexcept nogil:
-    """The 32-byte record of a stage-1 event (7.3); what is not said is 0."""
+        const Syndrome* syndrome) noexcept nogil:
+    """The 32-byte record of an event (7.3); what is not said is 0."""
     memset(w, 0, 32)
     event_set_id(w, event)
     event_set_streamid(w, request.sid)
@@ -67,29 +96,38 @@ cdef inline void fault_record(
         event_set_ssv(w, event != EVENT_C_BAD_SUBSTREAMID)
         event_set_substreamid(w, request.ssid)
     if event == EVENT_F_STE_FETCH or event == EVENT_F_CD_FETCH or event == EVENT_F_WALK_EABT:
-        event_set_fetchaddr(w, fetch_address & ~<uint64_t>7)
+        event_set_fetchaddr(w, syndrome.address & ~<uint64_t>7)
     if event >= EVENT_F_WALK_EABT:
         event_set_pnu(w, (access & ACCESS_PRIV) != 0)
         event_set_ind(w, (access & ACCESS_INSTR) != 0)
         event_set_rnw(w, (access & ACCESS_WRITE) == 0)
-        event_set_class(w, 1 if event == EVENT_F_WALK_EABT else 2)
+        event_set_s2(w, syndrome.s2)
+        event_set_class(w, syndrome.cls)
         event_set_inputaddr(w, request.iova)
+        if event != EVENT_F_WALK_EABT and syndrome.s2:
+            event_set_ipa(w, syndrome.address & ~<uint64_t>0xFFF)
+            event_set_ttrnw(w, syndrome.ttrnw)
 
 
 cdef inline void end_fault(
         const Hw* hw, const Request* request, Outcome* outcome, int event, unsigned int access,
-        unsigned int terminate, uint64_t fetch_address) noexcept nogil:
-    """Terminate with a fault: CD.A and CD.R (5.5), CR2.RECINVSID and CR0.EVENTQEN decide how."""
+        unsigned int terminate, const Syndrome* syndrome) noexcept nogil:
+    """Terminate or stall with a fault (5.5): A, R and S decide how, and CR2.RECINVSID."""
     cdef bint recorded = (terminate & TERMINATE_R) != 0
+    cdef unsigned int action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
     if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
         recorded = False
+    if terminate & TERMINATE_S:
+        action = ACTION_STALL
+        recorded = True
     if not cr0_eventqen(hw.cr0):
         recorded = False
-    end_unmapped(
-        outcome, ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI, 0, 0, 0, 0)
+    end_unmapped(outcome, action, 0, 0, 0, 0)
     outcome.fault = event
     outcome.event = event if recorded else 0
-    fault_record(outcome.record, event, request, access, fetch_address)
+    fault_record(outcome.record, event, request, access, syndrome)
+    if terminate & TERMINATE_S:
+        event_set_stall(outcome.record, True)
 
 
 cdef inline void end_unmapped(
@@ -97,162 +135,25 @@ cdef inline void end_unmapped(
         unsigned int sh) noexcept nogil:
     """An outcome without a translation and without a fault; the rest is filled in later."""
     outcome.pa = pa
+    outcome.ipa = 0
     outcome.action = action
     outcome.event = 0
     outcome.fault = 0
     outcome.perm = perm
+    outcome.perm_s1 = perm
     outcome.level = NO_LEVEL
     outcome.page_lg2 = 0
     outcome.attr = attr
     outcome.sh = sh
     outcome.asid = 0
+    outcome.vmid = 0
+    outcome.stag = 0
     outcome.ng = 0
     outcome.contiguous = 0
     outcome.stage = 0
 
 
-# --- configuration lookup (15.1) ---
-
-cdef extern from *:
-    """
-    #define smmufast_nowhere UINT64_MAX /* no structure lies there */
-    """
-    const uint64_t NOWHERE "smmufast_nowhere"
-
-
-# A decoded context and everything that was fetched for it.  It is a function of these, so as
-# long as they are what memory holds it need not be decoded again.
-cdef struct Memo:
-    bint whole            # all of it belongs together
-    uint32_t sid
-    uint32_t ssid
-    uint64_t l1std_at     # addresses; NOWHERE where the table has one level
-    uint64_t ste_at
-    uint64_t l1cd_at
-    uint64_t cd_at
-    uint64_t l1std
-    uint64_t l1cd
-    uint64_t[8] ste
-    uint64_t[8] cd
-    Context context
-
-
-cdef inline bint memo_holds(
-        const Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
-    """The memo is this pair's, and memory still holds what it was decoded from."""
-    if not memo.whole or memo.sid != sid or memo.ssid != ssid:
-        return False
-    if memo.l1std_at != NOWHERE and not unchanged8(port, memo.l1std_at, memo.l1std):
-        return False
-    if memo.l1cd_at != NOWHERE and not unchanged8(port, memo.l1cd_at, memo.l1cd):
-        return False
-    return (unchanged64(port, memo.ste_at, memo.ste)
-            and unchanged64(port, memo.cd_at, memo.cd))
-
-
-cdef inline int lookup(
-        const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Memo* memo, int* index,
-        uint64_t* address) noexcept nogil:
-    """Fetch and decode what a (StreamID, SubstreamID) pair meets, into memo.context.
-
-    0; or an event, SILENT_ABORT, or a negative stop.  `index` is that of the CD, or
-    STAGE1_BYPASS, and then the context holds the STE's overrides alone.  `address` is that of
-    the last fetch.
-    """
-    cdef int kind, status, event
-    memo.whole = False
-    memo.sid = sid
-    memo.ssid = ssid
-    memo.l1std_at = memo.l1cd_at = NOWHERE
-    kind = stream_first(hw, sid, address)
-    if kind == 0:
-        return EVENT_C_BAD_STREAMID
-    if address[0] & hw.oas_over:
-        return EVENT_F_STE_FETCH
-    if kind == FETCH_L1STD:
-        memo.l1std_at = address[0]
-        status = fetch8(port, FETCH_L1STD, NO_LEVEL, address[0], &memo.l1std)
-        if status:
-            return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
-        event = l1std_next(hw, memo.l1std, sid, address)
-        if event:
-            return event
-        if address[0] & hw.oas_over:
-            return EVENT_F_STE_FETCH
-    memo.ste_at = address[0]
-    status = fetch64(port, FETCH_STE, address[0], memo.ste)
-    if status:
-        return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
-    if not ste_v(memo.ste):
-        return EVENT_C_BAD_STE
-    if ste_aborts(memo.ste):
-        return SILENT_ABORT
-    event = ste_check(hw, memo.ste)
-    if event:
-        return event
-    ste_overrides(hw, memo.ste, &memo.context)
-    event = substream(hw, memo.ste, ssid, index)
-    if event or index[0] == STAGE1_BYPASS:
-        return event
-    kind = cd_first(hw, memo.ste, <uint32_t>index[0], address)
-    if address[0] & hw.oas_over:
-        return EVENT_F_CD_FETCH
-    if kind == FETCH_L1CD:
-        memo.l1cd_at = address[0]
-        status = fetch8(port, FETCH_L1CD, NO_LEVEL, address[0], &memo.l1cd)
-        if status:
-            return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-        event = l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>index[0], address)
-        if event:
-            return event
-        if address[0] & hw.oas_over:
-            return EVENT_F_CD_FETCH
-    memo.cd_at = address[0]
-    status = fetch64(port, FETCH_CD, address[0], memo.cd)
-    if status:
-        return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-    event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-    memo.whole = event == 0
-    return event
-
-
-# --- stage 1 (15.2) ---
-
-cdef extern from *:
-    """
-    /* permitted() of every regime, half and leaf, filled in when the module is loaded. */
-    static uint8_t smmufast_permissions[64 * 2 * 16];
-    """
-    uint8_t* permissions "smmufast_permissions"
-
-
-cdef inline void fill_permissions() noexcept nogil:
-    cdef unsigned int regime, upper, leaf
-    for regime in range(64):
-        for upper in range(2):
-            for leaf in range(16):
-                permissions[regime * 32 + upper * 16 + leaf] = permitted(leaf, regime, upper)
-
-
-cdef inline unsigned int leaf_perm(
-        const Context* context, unsigned int upper, uint64_t d, uint64_t tables) noexcept nogil:
-    """permitted(), looked up."""
-    return permissions[context.regime * 32 + upper * 16 + leaf_permissions(d, tables)]
-
-
-cdef inline int leaf_fault(
-        const Context* context, const Half* half, unsigned int upper, unsigned int need,
-        Leaf* leaf) noexcept nogil:
-    """What a leaf gives: address size before access flag before permission."""
-    cdef uint64_t address = leaf_address(leaf.d, half, leaf.shift)
-    if address & context.over:
-        return EVENT_F_ADDR_SIZE
-    if not (context.affd or access_flag(leaf.d)):
-        return EVENT_F_ACCESS
-    leaf.address = address
-    leaf.perm = leaf_perm(context, upper, leaf.d, leaf.tables)
-    return 0 if leaf.perm & need else EVENT_F_PERMISSION
-
+# --- tables of one stage ---
 
 # Where a walk is: a table whose entries cover 2^shift bytes, and what led there.
 cdef struct Descent:
@@ -276,15 +177,18 @@ cdef inline int level_of(const Half* half, unsigned int shift) noexcept nogil:
     return 3 - <int>((shift - half.granule) // half.stride)
 
 
-cdef inline uint64_t descriptor(const Context* context, uint64_t raw, bint simple) noexcept nogil:
-    """A descriptor in host order, from its bytes in memory."""
-    return swap64(le64(raw)) if not simple and context.swap else le64(raw)
+cdef inline uint64_t descriptor(const Half* half, uint64_t raw, bint simple) noexcept nogil:
+    """A descriptor in host order, from its bytes in memory; the reverse is the same."""
+    return swap64(le64(raw)) if not simple and half.swap else le64(raw)
 
 
 cdef inline int descend(
-        const Context* context, const Half* half, Port* port, uint64_t ia, Descent* at,
+        const Half* half, Port* port, int kind, uint64_t ia, Descent* at,
         bint simple) noexcept nogil:
-    """Follow ordinary tables from at.table down to level 3.  `simple` is context.simple."""
+    """Follow ordinary tables from at.table down to level 3; their addresses are physical.
+
+    `simple`: descriptors are little-endian and hold the address in place.
+    """
     cdef uint64_t base = port.window.base
     cdef uint64_t span = port.window.span
     cdef const uint8_t* data = port.window.data
@@ -300,17 +204,17 @@ cdef inline int descend(
         if likely(offset <= span):
             at.raw = load64(data + offset)
         else:
-            status = fetch8(port, FETCH_TT, level_of(half, at.shift), at.address, &at.raw)
+            status = fetch8(port, kind, level_of(half, at.shift), at.address, &at.raw)
             if status:
                 return status
             at.raw = le64(at.raw)
             base = port.window.base
             span = port.window.span
             data = port.window.data
-        d = descriptor(context, at.raw, simple)
+        d = descriptor(half, at.raw, simple)
         if unlikely((d & expected) != 3):
             return AT_OTHER
-        if not simple and next_table(d, half) & context.over:
+        if not simple and next_table(d, half) & half.over:
             return AT_OTHER
         at.above = at.table
         at.tables_above = at.tables
@@ -320,38 +224,28 @@ cdef inline int descend(
     return AT_PAGES
 
 
-cdef inline int walk(
-        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
-        bint simple) noexcept nogil:
-    """Walk the tables of one address: 0, an event, or a negative stop.
+cdef inline void leaf_none(Leaf* leaf) noexcept nogil:
+    """Nothing was found."""
+    leaf.d = leaf.desired = leaf.tables = leaf.entry = leaf.address = 0
+    leaf.shift = leaf.perm = 0
+    leaf.level = NO_LEVEL
 
-    `access` is the device's own, `simple` is context.simple.
-    """
-    cdef unsigned int upper = half_of(va, context.two_ttbs)
-    cdef const Half* half = &context.half[upper]
-    cdef Descent at
-    cdef int status
+
+cdef inline int find_leaf(
+        const Half* half, Port* port, int kind, uint64_t ia, Descent* at, Leaf* leaf,
+        bint simple) noexcept nogil:
+    """Walk from at.table to the leaf of an address: 0, an event, or a negative stop."""
     cdef uint64_t d = 0
-    leaf.perm = 0
-    leaf.address = 0
-    if not half.enabled or not in_range(va, half.range_mask, upper):
-        return EVENT_F_TRANSLATION
-    if not (half.unprivileged or effective_access(context, access) & ACCESS_PRIV):
-        return EVENT_F_TRANSLATION
-    va &= half.index_mask
-    at.table = half.table
-    at.tables = 0
-    at.shift = half.shift
-    status = descend(context, half, port, va, &at, simple)
+    cdef int status = descend(half, port, kind, ia, at, simple)
     leaf.level = 3
-    leaf.address = at.address
+    leaf.entry = at.address
     if status == AT_PAGES:
-        leaf.address = entry_address(half, at.table, va, at.shift)
-        status = fetch8(port, FETCH_TT, 3, leaf.address, &d)
-        d = descriptor(context, le64(d), simple)
+        leaf.entry = entry_address(half, at.table, ia, at.shift)
+        status = fetch8(port, kind, 3, leaf.entry, &d)
+        d = descriptor(half, le64(d), simple)
     elif status == AT_OTHER:
         status = FETCH_OK
-        d = descriptor(context, at.raw, simple)
+        d = descriptor(half, at.raw, simple)
         leaf.level = level_of(half, at.shift)
     if unlikely(status):
         return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
@@ -361,20 +255,454 @@ cdef inline int walk(
     leaf.tables = at.tables & half.keep
     leaf.d = d
     leaf.shift = at.shift
-    return leaf_fault(context, half, upper, context.need[access], leaf)
+    return 0
+
+
+cdef inline int update(
+        const Half* half, Port* port, int kind, const Leaf* leaf) noexcept nogil:
+    """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, an event, a stop."""
+    cdef uint64_t expected = le64(descriptor(half, leaf.d, False))
+    cdef uint64_t found = 0
+    cdef int status = port_swap8(
+        port, kind, leaf.level, leaf.entry, expected,
+        le64(descriptor(half, leaf.desired, False)), &found)
+    if status:
+        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+    return 0 if found == expected else CHANGED
+
+
+# --- stage 2 ---
+
+cdef inline int stage2_fault(
+        const Second* second, unsigned int need, bint dirty, bint for_walk,
+        Leaf* leaf) noexcept nogil:
+    """What a leaf of stage 2 gives: address size before access flag before permission."""
+    cdef uint64_t d = leaf.d
+    leaf.desired = d
+    leaf.address = leaf_address(d, &second.half, leaf.shift)
+    if leaf.address & second.half.over:
+        return EVENT_F_ADDR_SIZE
+    if not access_flag(d):
+        if second.ha:
+            leaf.desired = with_access_flag(d)
+        elif not second.affd:
+            return EVENT_F_ACCESS
+    if second.hd and clean_s2(d):
+        d = dirty_s2(d)
+    leaf.perm = stage2_permitted(d, second.xnx)
+    if not leaf.perm & need or for_walk and second.ptw and stage2_device(d, second.fwb):
+        return EVENT_F_PERMISSION
+    if dirty and d != leaf.d:
+        leaf.desired = dirty_s2(leaf.desired)
+    return 0
+
+
+cdef inline int stage2_once(
+        const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
+        bint for_walk, Leaf* leaf, bint simple) noexcept nogil:
+    cdef const Half* half = &second.half
+    cdef Descent at
+    cdef int event, status
+    leaf_none(leaf)
+    if ipa & half.range_mask:
+        return EVENT_F_TRANSLATION
+    at.table = first_table(half, ipa)
+    at.tables = 0
+    at.shift = half.shift
+    event = find_leaf(half, port, FETCH_S2TT, ipa, &at, leaf, simple)
+    if event:
+        return event
+    event = stage2_fault(second, need, dirty, for_walk, leaf)
+    if (second.ha and (event == 0 or event == EVENT_F_PERMISSION)
+            and unlikely(leaf.desired != leaf.d)):
+        status = update(half, port, FETCH_S2TT_UPDATE, leaf)
+        if status:
+            return status
+        leaf.d = leaf.desired
+    return event
+
+
+cdef inline int stage2(
+        const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
+        unsigned int cls, Leaf* leaf, uint64_t* address, Syndrome* syndrome) noexcept nogil:
+    """Translate an IPA by stage 2: 0, an event with its syndrome, or a negative stop.
+
+    `need` is the PERM_ bit that the access needs, `dirty` says that it writes, `cls` what it
+    is for: for a table walk or a CD fetch S2PTW counts.
+    """
+    cdef int event = CHANGED, _try
+    cdef bint for_walk = cls != CLASS_IN
+    for _try in range(RETRIES):
+        if likely(second.simple):
+            event = stage2_once(second, port, ipa, need, dirty, for_walk, leaf, True)
+        else:
+            event = stage2_once(second, port, ipa, need, dirty, for_walk, leaf, False)
+        if likely(event != CHANGED):
+            break
+    if likely(event == 0):
+        address[0] = leaf.address | ipa & low_mask(leaf.shift)
+        return 0
+    if event == CHANGED:
+        event = EVENT_F_WALK_EABT
+    syndrome_set(syndrome, leaf.entry if event == EVENT_F_WALK_EABT else ipa, True, cls)
+    syndrome.ttrnw = event == EVENT_F_PERMISSION and cls == CLASS_TT
+    return event
+
+
+# --- configuration lookup (15.1) ---
+
+cdef extern from *:
+    """
+    #define smmufast_nowhere UINT64_MAX /* no structure lies there */
+    """
+    const uint64_t NOWHERE "smmufast_nowhere"
+
+
+# A decoded context and everything that was fetched for it.  It is a function of these, so as
+# long as they are what memory holds it need not be decoded again.
+cdef struct Memo:
+    bint whole            # all of it belongs together
+    int index             # of the CD, or STAGE1_BYPASS
+    uint32_t sid
+    uint32_t ssid
+    uint64_t l1std_at     # addresses; NOWHERE where there is no such structure
+    uint64_t ste_at
+    uint64_t l1cd_at
+    uint64_t cd_at
+    uint64_t l1cd_ipa     # under stage 2, what was translated into l1cd_at and cd_at
+    uint64_t cd_ipa
+    uint64_t l1std
+    uint64_t l1cd
+    uint64_t[8] ste
+    uint64_t[8] cd
+    Context context
+
+
+cdef inline bint same_place(
+        const Memo* memo, Port* port, uint64_t ipa, uint64_t address) noexcept nogil:
+    """Stage 2 still puts a structure where it was."""
+    cdef Leaf leaf
+    cdef Syndrome syndrome
+    cdef uint64_t found = 0
+    return stage2(&memo.context.second, port, ipa, PERM_PR, False, CLASS_CD, &leaf, &found,
+                  &syndrome) == 0 and found == address
+
+
+cdef inline bint memo_holds(
+        Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
+    """The memo is this pair's, and memory still holds what it was decoded from."""
+    if not memo.whole or memo.sid != sid or memo.ssid != ssid:
+        return False
+    if memo.l1std_at != NOWHERE and not unchanged8(port, memo.l1std_at, memo.l1std):
+        return False
+    if not unchanged64(port, memo.ste_at, memo.ste):
+        return False
+    if memo.l1cd_at != NOWHERE:
+        if memo.context.second.on and not same_place(memo, port, memo.l1cd_ipa, memo.l1cd_at):
+            return False
+        if not unchanged8(port, memo.l1cd_at, memo.l1cd):
+            return False
+    if memo.cd_at != NOWHERE:
+        if memo.context.second.on and not same_place(memo, port, memo.cd_ipa, memo.cd_at):
+            return False
+        return unchanged64(port, memo.cd_at, memo.cd)
+    return True
+
+
+cdef inline int cd_place(
+        const Hw* hw, Port* port, const Memo* memo, uint64_t* address,
+        Syndrome* syndrome) noexcept nogil:
+    """Where an L1CD or a CD lies in memory: stage 2 says, else the address must be an output."""
+    cdef Leaf leaf
+    if memo.context.second.on:
+        return stage2(&memo.context.second, port, address[0], PERM_PR, False, CLASS_CD, &leaf,
+                      address, syndrome)
+    syndrome.address = address[0]
+    return EVENT_F_CD_FETCH if address[0] & hw.oas_over else 0
+
+
+cdef inline int lookup(
+        const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Memo* memo,
+        Syndrome* syndrome) noexcept nogil:
+    """Fetch and decode what a (StreamID, SubstreamID) pair meets, into memo.context.
+
+    0; or an event, SILENT_ABORT, or a negative stop.  memo.index is that of the CD, or
+    STAGE1_BYPASS, and then the context holds the STE's overrides and stage 2 alone.
+    """
+    cdef Context* context = &memo.context
+    cdef uint64_t address = 0
+    cdef int kind, status, event
+    memo.whole = False
+    memo.sid = sid
+    memo.ssid = ssid
+    memo.l1std_at = memo.l1cd_at = memo.cd_at = NOWHERE
+    context.second.on = False
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    kind = stream_first(hw, sid, &address)
+    if kind == 0:
+        return EVENT_C_BAD_STREAMID
+    syndrome.address = address
+    if address & hw.oas_over:
+        return EVENT_F_STE_FETCH
+    if kind == FETCH_L1STD:
+        memo.l1std_at = address
+        status = fetch8(port, FETCH_L1STD, NO_LEVEL, address, &memo.l1std)
+        if status:
+            return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
+        event = l1std_next(hw, memo.l1std, sid, &address)
+        if event:
+            return event
+        syndrome.address = address
+        if address & hw.oas_over:
+            return EVENT_F_STE_FETCH
+    memo.ste_at = address
+    status = fetch64(port, FETCH_STE, address, memo.ste)
+    if status:
+        return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
+    if not ste_v(memo.ste):
+        return EVENT_C_BAD_STE
+    if ste_aborts(memo.ste):
+        return SILENT_ABORT
+    event = ste_check(hw, memo.ste)
+    if event == 0 and ste_stage2(memo.ste):
+        event = stage2_decode(hw, memo.ste, &context.second)
+    if event:
+        return event
+    ste_overrides(hw, memo.ste, context)
+    event = substream(hw, memo.ste, ssid, &memo.index)
+    if event:
+        return event
+    context.second.on = ste_stage2(memo.ste)
+    context.vmid = ste_vmid(hw, memo.ste)
+    context.asid = 0
+    context.world = WORLD_NS_EL1
+    if memo.index == STAGE1_BYPASS:
+        context.simple = False
+        memo.whole = True
+        return 0
+    kind = cd_first(hw, memo.ste, <uint32_t>memo.index, &address)
+    if kind == FETCH_L1CD:
+        memo.l1cd_ipa = address
+        event = cd_place(hw, port, memo, &address, syndrome)
+        if event:
+            return event
+        memo.l1cd_at = address
+        syndrome.address = address
+        status = fetch8(port, FETCH_L1CD, NO_LEVEL, address, &memo.l1cd)
+        if status:
+            return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
+        event = l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>memo.index, &address)
+        if event:
+            return event
+    memo.cd_ipa = address
+    event = cd_place(hw, port, memo, &address, syndrome)
+    if event:
+        return event
+    memo.cd_at = address
+    syndrome.address = address
+    status = fetch64(port, FETCH_CD, address, memo.cd)
+    if status:
+        return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
+    event = cd_decode(hw, memo.ste, memo.cd, context)
+    memo.whole = event == 0
+    return event
+
+
+# --- stage 1 (15.2) ---
+
+cdef extern from *:
+    """
+    /* permitted() of every regime, half and leaf, filled in when the module is loaded. */
+    static uint8_t smmufast_permissions[64 * 2 * 16];
+    """
+    uint8_t* permissions "smmufast_permissions"
+
+
+cdef inline void fill_permissions() noexcept nogil:
+    cdef unsigned int regime, upper, leaf
+    for regime in range(64):
+        for upper in range(2):
+            for leaf in range(16):
+                permissions[regime * 32 + upper * 16 + leaf] = permitted(leaf, regime, upper)
+
+
+cdef inline unsigned int leaf_perm(
+        const Context* context, unsigned int upper, uint64_t d, uint64_t tables,
+        bint simple) noexcept nogil:
+    """permitted(), looked up; what the hardware may mark dirty counts as writable."""
+    if not simple and context.hd and clean_s1(d):
+        d = dirty_s1(d)
+    return permissions[context.regime * 32 + upper * 16 + leaf_permissions(d, tables)]
+
+
+cdef inline int leaf_fault(
+        const Context* context, const Half* half, unsigned int upper, unsigned int access,
+        Leaf* leaf, bint simple) noexcept nogil:
+    """What a leaf gives: address size before access flag before permission."""
+    cdef uint64_t address = leaf_address(leaf.d, half, leaf.shift)
+    leaf.desired = leaf.d
+    if address & half.over:
+        return EVENT_F_ADDR_SIZE
+    if not access_flag(leaf.d):
+        if context.ha:
+            leaf.desired = with_access_flag(leaf.d)
+        elif not context.affd:
+            return EVENT_F_ACCESS
+    leaf.address = address
+    leaf.perm = leaf_perm(context, upper, leaf.d, leaf.tables, simple)
+    if not leaf.perm & context.need[access]:
+        return EVENT_F_PERMISSION
+    if not simple and context.hd and access & ACCESS_WRITE and clean_s1(leaf.d):
+        leaf.desired = dirty_s1(leaf.desired)
+    return 0
+
+
+cdef inline int half_fault(
+        const Context* context, uint64_t va, unsigned int upper,
+        unsigned int access) noexcept nogil:
+    """F_TRANSLATION where no table translates the address: its half, its range, E0PD."""
+    cdef const Half* half = &context.half[upper]
+    if not half.enabled or not in_range(va, half.range_mask, upper):
+        return EVENT_F_TRANSLATION
+    if not (half.unprivileged or effective_access(context, access) & ACCESS_PRIV):
+        return EVENT_F_TRANSLATION
+    return 0
+
+
+cdef inline int walk_once(
+        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
+        bint simple) noexcept nogil:
+    cdef unsigned int upper = half_of(va, context.two_ttbs)
+    cdef const Half* half = &context.half[upper]
+    cdef Descent at
+    cdef int event, status
+    leaf_none(leaf)
+    event = half_fault(context, va, upper, access)
+    if event:
+        return event
+    at.table = half.table
+    at.tables = 0
+    at.shift = half.shift
+    event = find_leaf(half, port, FETCH_TT, va & half.index_mask, &at, leaf, simple)
+    if unlikely(event):
+        return event
+    event = leaf_fault(context, half, upper, access, leaf, simple)
+    if unlikely(context.ha) and leaf.desired != leaf.d and (
+            event == 0 or event == EVENT_F_PERMISSION):
+        status = update(half, port, FETCH_TT_UPDATE, leaf)
+        if status:
+            return status
+    return event
+
+
+cdef inline int walk(
+        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
+        Syndrome* syndrome, bint simple) noexcept nogil:
+    """Walk the tables of one address: 0, an event, or a negative stop.
+
+    `access` is the device's own, `simple` is context.simple.
+    """
+    cdef int event = walk_once(context, port, va, access, leaf, simple)
+    cdef int _try
+    if unlikely(event == CHANGED):
+        for _try in range(RETRIES - 1):
+            event = walk_once(context, port, va, access, leaf, simple)
+            if event != CHANGED:
+                break
+        else:
+            event = EVENT_F_WALK_EABT
+    if unlikely(event > 0):
+        syndrome_set(syndrome, leaf.entry, False,
+                     CLASS_TT if event == EVENT_F_WALK_EABT else CLASS_IN)
+    return event
+
+
+# --- nested: every descriptor of stage 1 lies at an IPA ---
+
+cdef inline int update_nested(
+        const Context* context, Port* port, const Half* half, const Leaf* leaf, Leaf* outer,
+        uint64_t ipa, Syndrome* syndrome) noexcept nogil:
+    """Update a stage-1 descriptor: stage 2, whose leaf `outer` maps it, must let it be written."""
+    cdef const Second* second = &context.second
+    cdef int status
+    if not outer.perm & PERM_PW:
+        syndrome_set(syndrome, ipa, True, CLASS_TT)
+        return EVENT_F_PERMISSION
+    if second.hd and clean_s2(outer.d):
+        outer.desired = dirty_s2(outer.d)
+        status = update(&second.half, port, FETCH_S2TT_UPDATE, outer)
+        if status:
+            syndrome_set(syndrome, outer.entry, True, CLASS_TT)
+            return status
+    status = update(half, port, FETCH_TT_UPDATE, leaf)
+    if status:
+        syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
+    return status
+
+
+cdef inline int walk_nested_once(
+        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
+        Syndrome* syndrome) noexcept nogil:
+    cdef unsigned int upper = half_of(va, context.two_ttbs)
+    cdef const Half* half = &context.half[upper]
+    cdef Leaf outer
+    cdef uint64_t ia = va & half.index_mask
+    cdef uint64_t table = half.table, tables = 0, d = 0, ipa
+    cdef unsigned int shift = half.shift
+    cdef int event, status, kind
+    leaf_none(leaf)
+    leaf_none(&outer)
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    event = half_fault(context, va, upper, access)
+    if event:
+        return event
+    while True:
+        ipa = entry_address(half, table, ia, shift)
+        event = stage2(&context.second, port, ipa, PERM_PR, False, CLASS_TT, &outer, &leaf.entry,
+                       syndrome)
+        if event:
+            return event
+        leaf.level = level_of(half, shift)
+        status = fetch8(port, FETCH_TT, leaf.level, leaf.entry, &d)
+        if status:
+            syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
+            return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+        d = descriptor(half, le64(d), False)
+        kind = descriptor_kind(d, leaf.level, half.blocks)
+        if kind == DESC_INVALID:
+            return EVENT_F_TRANSLATION
+        if kind == DESC_LEAF:
+            break
+        table = next_table(d, half)
+        if table & half.over:
+            return EVENT_F_ADDR_SIZE
+        tables |= d
+        shift -= half.stride
+    leaf.d = d
+    leaf.tables = tables & half.keep
+    leaf.shift = shift
+    event = leaf_fault(context, half, upper, access, leaf, False)
+    if context.ha and leaf.desired != leaf.d:
+        if event == 0 or event == EVENT_F_PERMISSION and outer.perm & PERM_PW:
+            status = update_nested(context, port, half, leaf, &outer, ipa, syndrome)
+            if status:
+                return status
+    return event
+
+
+cdef inline int walk_nested(
+        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
+        Syndrome* syndrome) noexcept nogil:
+    """Walk the stage-1 tables of one address, each descriptor through stage 2."""
+    cdef int event = CHANGED, _try
+    for _try in range(RETRIES):
+        event = walk_nested_once(context, port, va, access, leaf, syndrome)
+        if likely(event != CHANGED):
+            return event
+    return EVENT_F_WALK_EABT  # the syndrome is that of the last update
 
 
 # --- the scalar driver ---
-
-cdef inline void end_bypass(const Hw* hw, const Request* request, const Context* context,
-                            Outcome* outcome) noexcept nogil:
-    """Stage 1 bypassed: the address must fit OAS, else abort and record whatever CD says."""
-    if request.iova & hw.oas_over:
-        end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE,
-                  effective_access(context, request.access), TERMINATE_A | TERMINATE_R, 0)
-    else:
-        end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
-
 
 cdef inline void end_disabled(const Hw* hw, const Request* request,
                               Outcome* outcome) noexcept nogil:
@@ -386,39 +714,155 @@ cdef inline void end_disabled(const Hw* hw, const Request* request,
             outcome, ACTION_DISABLED, request.iova, 0x3F, hw.gbpa_attr, hw.gbpa_sh)
 
 
+cdef inline void end_translated(
+        const Context* context, const Half* half, uint64_t ia, const Leaf* leaf,
+        Outcome* outcome) noexcept nogil:
+    """A successful stage 1 as if it were the only one."""
+    outcome.pa = leaf.address | (ia & low_mask(leaf.shift))
+    outcome.ipa = 0
+    outcome.action = ACTION_OK
+    outcome.event = 0
+    outcome.fault = 0
+    outcome.level = leaf.level
+    outcome.page_lg2 = leaf.shift
+    outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
+    outcome.sh = shareability(outcome.attr, leaf_sh(leaf.d, half))
+    outcome.ng = not_global(leaf.d) and context.two_ttbs  # no ASID: nG is ignored
+    outcome.contiguous = contiguous(leaf.d)
+    outcome.stag = 0
+
+
 cdef inline int translate_stage1(
         const Hw* hw, Port* port, const Request* request, const Context* context,
         Outcome* outcome) noexcept nogil:
-    """Translate one request in a decoded context: 0, or a negative stop without an outcome."""
-    cdef const Half* half
+    """Translate one request in a decoded context without stage 2.
+
+    0, or a negative stop without an outcome.
+    """
     cdef Leaf leaf
+    cdef Syndrome syndrome
     cdef int event
     if likely(context.simple):
-        event = walk(context, port, request.iova, request.access, &leaf, True)
+        event = walk(context, port, request.iova, request.access, &leaf, &syndrome, True)
     else:
-        event = walk(context, port, request.iova, request.access, &leaf, False)
+        event = walk(context, port, request.iova, request.access, &leaf, &syndrome, False)
     if event < 0:
         return event
     if event:
         end_fault(
             hw, request, outcome, event, effective_access(context, request.access),
             TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT else context.terminate,
-            leaf.address)
+            &syndrome)
     else:
-        half = &context.half[half_of(request.iova, context.two_ttbs)]
-        outcome.pa = leaf.address | (request.iova & low_mask(leaf.shift))
-        outcome.action = ACTION_OK
-        outcome.event = 0
-        outcome.fault = 0
-        outcome.level = leaf.level
-        outcome.page_lg2 = leaf.shift
-        outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
-        outcome.sh = shareability(outcome.attr, leaf_sh(leaf.d, half))
-        outcome.ng = not_global(leaf.d) and context.two_ttbs  # no ASID: nG is ignored
-        outcome.contiguous = contiguous(leaf.d)
+        end_translated(context, &context.half[half_of(request.iova, context.two_ttbs)],
+                       request.iova, &leaf, outcome)
     outcome.stage = 1
     outcome.asid = context.asid
+    outcome.vmid = context.vmid
+    outcome.perm = outcome.perm_s1 = admitted(context, leaf.perm)
+    return 0
+
+
+cdef inline int translate_stage2(
+        const Hw* hw, Port* port, const Request* request, const Context* context, bint nested,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request in a decoded context with stage 2, after stage 1 if `nested`."""
+    cdef const Second* second = &context.second
+    cdef const Half* half
+    cdef Leaf first, leaf
+    cdef Syndrome syndrome
+    cdef uint64_t ipa = request.iova, pa = 0
+    cdef unsigned int attr = context.attr, sh = context.sh
+    cdef unsigned int terminate
+    cdef int event = 0
+    leaf_none(&leaf)
+    leaf_none(&first)
+    first.perm = 0x3F
+    if nested:
+        event = walk_nested(context, port, request.iova, request.access, &first, &syndrome)
+        ipa = first.address | (request.iova & low_mask(first.shift))
+    elif ipa & hw.oas_over:
+        # stage 1 bypassed: the address must fit IAS, else abort and record in any case
+        syndrome_set(&syndrome, 0, False, CLASS_IN)
+        end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE,
+                  effective_access(context, request.access), TERMINATE_A | TERMINATE_R, &syndrome)
+        outcome.stage = 2
+        outcome.vmid = context.vmid
+        return 0
+    if event == 0:
+        event = stage2(second, port, ipa, context.need[request.access],
+                       (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
+        leaf.perm &= first.perm
+    else:
+        leaf.perm = first.perm
+    if event < 0:
+        return event
+    if event:
+        if event == EVENT_F_WALK_EABT:
+            terminate = TERMINATE_A | TERMINATE_R
+        else:
+            terminate = second.terminate if syndrome.s2 else context.terminate
+        end_fault(hw, request, outcome, event, effective_access(context, request.access),
+                  terminate, &syndrome)
+        if event != EVENT_F_PERMISSION or syndrome.cls != CLASS_IN:
+            first.perm = leaf.perm = 0
+    else:
+        if nested:
+            half = &context.half[half_of(request.iova, context.two_ttbs)]
+            end_translated(context, half, request.iova, &first, outcome)
+            attr = outcome.attr
+            sh = leaf_sh(first.d, half)
+        else:
+            end_unmapped(outcome, ACTION_OK, 0, 0, 0, 0)
+            outcome.contiguous = contiguous(leaf.d)
+        outcome.pa = pa
+        outcome.ipa = ipa
+        if not nested or leaf.shift < first.shift:
+            outcome.level = leaf.level
+            outcome.page_lg2 = leaf.shift
+        outcome.attr = stage2_attr(leaf.d, second.fwb, attr)
+        outcome.sh = shareability(outcome.attr, combine_sh(sh, leaf_sh(leaf.d, &second.half)))
+    outcome.stage = 3 if nested else 2
+    outcome.asid = context.asid
+    outcome.vmid = context.vmid
     outcome.perm = admitted(context, leaf.perm)
+    outcome.perm_s1 = admitted(context, first.perm)
+    return 0
+
+
+cdef inline void end_lookup(
+        const Hw* hw, const Request* request, const Context* context, int event,
+        const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
+    """Configuration lookup failed; stage 2 of a CD fetch is the one part that may be told how."""
+    if event == SILENT_ABORT:
+        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    elif context.second.on and syndrome.s2:
+        end_fault(hw, request, outcome, event, effective_access(context, request.access),
+                  TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT
+                  else context.second.terminate, syndrome)
+        outcome.stage = 2
+        outcome.vmid = context.vmid
+    else:
+        end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, syndrome)
+
+
+cdef inline int translate_known(
+        const Hw* hw, Port* port, const Request* request, const Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request in a decoded context: 0, or a negative stop."""
+    cdef const Context* context = &memo.context
+    cdef Syndrome syndrome
+    if unlikely(context.second.on):
+        return translate_stage2(
+            hw, port, request, context, memo.index != STAGE1_BYPASS, outcome)
+    if likely(memo.index != STAGE1_BYPASS):
+        return translate_stage1(hw, port, request, context, outcome)
+    if request.iova & hw.oas_over:
+        syndrome_set(&syndrome, 0, False, CLASS_IN)
+        end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE,
+                  effective_access(context, request.access), TERMINATE_A | TERMINATE_R, &syndrome)
+    else:
+        end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
     return 0
 
 
@@ -429,25 +873,19 @@ cdef inline int translate_one(
 
     Two calls that run at once, or inside each other, do not share a memo.
     """
-    cdef uint64_t address = 0
-    cdef int event = 0, index = 0
+    cdef Syndrome syndrome
+    cdef int event
     if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
     if not memo_holds(port, memo, request.sid, request.ssid):
-        event = lookup(hw, port, request.sid, request.ssid, memo, &index, &address)
-    if event:
-        if event < 0:
-            return event
-        if event == SILENT_ABORT:
-            end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
-        else:
-            end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, address)
-        return 0
-    if index == STAGE1_BYPASS:
-        end_bypass(hw, request, &memo.context, outcome)
-        return 0
-    return translate_stage1(hw, port, request, &memo.context, outcome)
+        event = lookup(hw, port, request.sid, request.ssid, memo, &syndrome)
+        if unlikely(event):
+            if event < 0:
+                return event
+            end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
+            return 0
+    return translate_known(hw, port, request, memo, outcome)
 
 
 # --- the batch driver ---
@@ -473,6 +911,7 @@ cdef struct Block:
     uint64_t[BLOCK] tables       # hierarchical attributes
     uint8_t[BLOCK] shift         # lg2 of the page
     uint8_t[BLOCK] upper         # the half, as it was when the request was first read
+    bint[BLOCK] other            # slot is not that of the request
     Slot* slot[BLOCK]
 
 
@@ -569,8 +1008,7 @@ cdef inline Slot* slot_of(
     """
     cdef uint32_t hashed = (sid * 0x9E3779B1U) ^ ((ssid + 1) * 0x85EBCA6BU)
     cdef Slot* slot = &slots[(hashed >> 16) % SLOTS]
-    cdef uint64_t address
-    cdef int index
+    cdef Syndrome syndrome
     if not (slot.block and slot.sid == sid and slot.ssid == ssid):
         if slot.block == block:
             return NULL
@@ -578,8 +1016,8 @@ cdef inline Slot* slot_of(
         slot.sid = sid
         slot.ssid = ssid
         slot.walks = (
-            lookup(hw, port, sid, ssid, &slot.memo, &index, &address) == 0
-            and index != STAGE1_BYPASS
+            lookup(hw, port, sid, ssid, &slot.memo, &syndrome) == 0
+            and slot.memo.index != STAGE1_BYPASS and not slot.memo.context.second.on
         )
     slot.block = block
     return slot
@@ -646,10 +1084,10 @@ cdef inline void set_out(
             at.table = half.table
             at.tables = 0
             at.shift = half.shift
-        status = descend(context, half, port, ia, &at, simple)
+        status = descend(half, port, FETCH_TT, ia, &at, simple)
         if unlikely(status != AT_PAGES):
             if status == AT_OTHER and descriptor_kind(
-                    descriptor(context, at.raw, simple), level_of(half, at.shift),
+                    descriptor(half, at.raw, simple), level_of(half, at.shift),
                     half.blocks) == DESC_LEAF:
                 block.tables[i] = at.tables & half.keep
                 block.shift[i] = at.shift
@@ -686,17 +1124,19 @@ cdef inline int arrive(
     upper = block.upper[i]
     half = &context.half[upper]
     shift = block.shift[i]
-    d = descriptor(context, load64(block.entry[i]), simple)
+    d = descriptor(half, load64(block.entry[i]), simple)
     # a page's bit 1 is set; a block's is not, as was checked when it was read
     if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
         return 1
     address = leaf_address(d, half, shift) if not simple else (
         d & half.low_address & ~low_mask(shift))
-    if not simple and address & context.over:
+    if not simple and address & half.over:
         return 1
-    perm = leaf_perm(context, upper, d, block.tables[i])
+    perm = leaf_perm(context, upper, d, block.tables[i], simple)
     if unlikely(not perm & context.need[access]):
         return 1
+    if not simple and context.hd and access & ACCESS_WRITE and clean_s1(d):
+        return 1  # to be marked dirty
     store_u64(&batch.pa, row, address | (va & low_mask(shift)))
     store_u8(&batch.action, row, ACTION_OK)
     store_u8(&batch.event, row, 0)
@@ -745,9 +1185,10 @@ cdef inline int run_blocks(
                 if (slot == NULL or slot.sid != sid or slot.ssid != ssid
                         or slot.block != number):
                     slot = slot_of(hw, port, slots, sid, ssid, number, &near)
+            block.other[i] = slot == NULL
             if slot == NULL or not slot.walks:
                 block.entry[i] = NULL
-                block.slot[i] = &slots[0]
+                block.slot[i] = &slots[0] if slot == NULL else slot
                 continue
             va = load_u64(&batch.iova, start + i)
             if likely(slot.memo.context.simple):
@@ -767,7 +1208,10 @@ cdef inline int run_blocks(
             else:
                 status = arrive(&block, i, slot, va, access, batch, start + i, more, False)
             if unlikely(status):
-                status = batch_scalar(hw, port, &memo, batch, start + i)
+                # the memo of a slot that walks is in use by the rest of the block
+                status = batch_scalar(
+                    hw, port, &memo if slot.walks or block.other[i] else &slot.memo, batch,
+                    start + i)
                 if status:
                     return status
         start += count

@@ -151,10 +151,11 @@ cdef struct Hw:
     uint32_t granules      # bit 12, 14, 16: the granule is implemented
 
 
-# The half of the address space that one TTB of a context translates.
+# What one table base translates: a half of a context's address space, or stage 2's input.
 cdef struct Half:
     uint64_t table         # address of the first table, aligned
     uint64_t range_mask    # address bits that must all equal the half's sign
+    uint64_t over          # address bits beyond the effective output size
     uint64_t index_mask    # input bits that index the tables
     uint64_t keep          # descriptor bits [62:59] that are inherited (0 with HAD)
     uint64_t table_bits    # table_bits() and leaf_bits() of _vmsa.pxd
@@ -172,22 +173,38 @@ cdef struct Half:
     uint8_t high_shift     # by so much
     uint8_t own_sh         # leaves have an SH field
     uint8_t sh             # of mapped memory where they have none
+    uint8_t swap           # big-endian descriptors
+
+
+# Stage 2 as an STE sets it.
+cdef struct Second:
+    Half half
+    uint8_t on             # the STE enables it; the rest is valid then
+    uint8_t simple         # as Context.simple
+    uint8_t affd
+    uint8_t ha, hd         # hardware update of the access flag, of the dirty state
+    uint8_t xnx            # XN has two bits
+    uint8_t fwb            # MemAttr in forced write-back coding
+    uint8_t ptw            # table walks do not touch Device memory
+    uint8_t terminate      # as Context.terminate
 
 
 # What a transaction of one (StreamID, SubstreamID) pair meets: STE and CD, decoded.
 cdef struct Context:
     Half[2] half
-    uint64_t over          # address bits beyond the effective IPS
     uint64_t mair
     uint16_t asid
+    uint16_t vmid          # S2VMID where it tags translations
+    uint8_t world          # WORLD_...
     uint8_t two_ttbs       # bit 55 selects, and privilege matters
-    uint8_t simple         # descriptors are little-endian, their addresses all in place
-    uint8_t swap           # big-endian descriptors
+    uint8_t simple         # descriptors are little-endian, address in place, as they are
     uint8_t affd
+    uint8_t ha, hd         # hardware update of the access flag, of the dirty state
     uint8_t regime         # REGIME_... bits for permissions
-    uint8_t terminate      # CD.A, CD.R as TERMINATE_... bits
+    uint8_t terminate      # CD.A, CD.R, CD.S as TERMINATE_... bits
     uint8_t access_and     # PRIVCFG and INSTCFG, applied as (access & and) | or
     uint8_t access_or
     uint8_t[8] need        # PERM_ bit that each access of the device needs
-    uint8_t attr           # entering stage 1: the device's, after the STE's overrides
+    uint8_t attr           # entering translation: the device's, after the STE's overrides
     uint8_t sh
+    Second second

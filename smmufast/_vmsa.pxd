@@ -1,4 +1,4 @@
-"""VMSAv8-64, stage 1: the rules that make an address of a table descriptor.
+"""VMSAv8-64, stages 1 and 2: the rules that make an address of a table descriptor.
 
 Sections: DDI 0487 D8 (translation tables, permissions, memory attributes) as IHI 0070
 sections 3.4, 5.4 and 13 use it.  Each function is one rule on values; loops are in
@@ -90,6 +90,42 @@ cdef inline unsigned int block_levels(
     return (1 << 3) | (1 << 2 if oas >= 52 else 0)
 
 
+cdef inline int stage2_level(
+        unsigned int granule, unsigned int sl0, bint sl0_2, bint ds, bint stt,
+        unsigned int oas) noexcept nogil:
+    """The level where stage 2 starts, that S2SL0 and S2SL0_2 code; 4 when reserved."""
+    if sl0_2 and (granule != 12 or sl0 != 0):
+        return 4
+    if granule == 12:
+        if sl0 == 0:
+            return -1 if sl0_2 and ds else 2
+        if sl0 == 1:
+            return 1
+        if sl0 == 2:
+            return 0 if oas >= 44 else 4
+        return 3 if stt else 4
+    if sl0 < 2:
+        return 3 - <int>sl0
+    if sl0 == 2:
+        return 1 if oas >= (42 if granule == 14 else 44) else 4
+    return 0 if granule == 14 and ds else 4
+
+
+cdef inline bint stage2_size_legal(
+        unsigned int input_bits, unsigned int granule, int level) noexcept nogil:
+    """The first level resolves at least one bit, and at most 16 tables are concatenated."""
+    cdef int stride = <int>granule - 3
+    cdef int resolved = <int>input_bits - <int>granule - (3 - level) * stride
+    cdef bint concatenates = not (
+        level == -1 or granule == 14 and level == 0 or granule == 16 and level == 1)
+    return 1 <= resolved <= stride + (4 if concatenates else 0)
+
+
+cdef inline uint64_t first_table(const Half* half, uint64_t ipa) noexcept nogil:
+    """The table of stage 2's first level that translates this IPA: one of those concatenated."""
+    return half.table + (ipa >> (half.shift + half.stride) << half.granule)
+
+
 cdef inline void address_format(Half* half, unsigned int granule, bint ds) noexcept nogil:
     """Where descriptors keep their address: bits above 47 have no place, or one of two.
 
@@ -175,6 +211,30 @@ cdef inline bint contiguous(uint64_t d) noexcept nogil:
     return pte_s1_contiguous(d)
 
 
+# --- hardware update of access flag and dirty state (D8.5; HTTU) ---
+
+cdef inline uint64_t with_access_flag(uint64_t d) noexcept nogil:
+    return d | 1 << 10
+
+
+cdef inline bint clean_s1(uint64_t d) noexcept nogil:
+    """Read-only by AP[2] alone, which DBM lets the hardware clear."""
+    return (d & (<uint64_t>1 << 51 | 1 << 7)) == (<uint64_t>1 << 51 | 1 << 7)
+
+
+cdef inline uint64_t dirty_s1(uint64_t d) noexcept nogil:
+    return d & ~(<uint64_t>1 << 7)
+
+
+cdef inline bint clean_s2(uint64_t d) noexcept nogil:
+    """Not writable by S2AP[1] alone, which DBM lets the hardware set."""
+    return (d & (<uint64_t>1 << 51 | 1 << 7)) == <uint64_t>1 << 51
+
+
+cdef inline uint64_t dirty_s2(uint64_t d) noexcept nogil:
+    return d | 1 << 7
+
+
 # Several rules in one comparison.  What does not pass is not decided here: the rules above are.
 
 cdef inline uint64_t table_bits(const Half* half, uint64_t over) noexcept nogil:
@@ -249,6 +309,21 @@ cdef inline unsigned int permitted(
         perm |= PERM_UW
     if ux:
         perm |= PERM_UX
+    return perm
+
+
+cdef inline unsigned int stage2_permitted(uint64_t d, bint xnx) noexcept nogil:
+    """The accesses that a stage-2 leaf admits, by S2AP and XN; XN alone governs execution."""
+    cdef unsigned int xn = <unsigned int>(d >> 53 & 3)
+    cdef unsigned int perm = 0
+    if d >> 6 & 1:
+        perm = PERM_UR | PERM_PR
+    if d >> 7 & 1:
+        perm |= PERM_UW | PERM_PW
+    if xn == 0 or xn == 1 and not xnx:
+        return perm | PERM_UX | PERM_PX
+    if xnx and xn & 1:
+        perm |= PERM_UX if xn == 1 else PERM_PX
     return perm
 
 
@@ -365,3 +440,49 @@ cdef inline unsigned int entering_attr(
         hints = alloccfg >> 1 & 3
         transient = alloccfg & 1
     return override_type(memattr if mtcfg else 15, hints, transient)
+
+
+cdef inline bint stage2_device(uint64_t d, bint fwb) noexcept nogil:
+    """A stage-2 leaf makes whatever it maps Device; reserved codes of MemAttr do."""
+    cdef unsigned int code = <unsigned int>(d >> 2)
+    if fwb:
+        return code & 7 <= 4
+    return code & 12 == 0 or code & 3 == 0
+
+
+cdef inline unsigned int weaker(unsigned int nibble, unsigned int code) noexcept nogil:
+    """One level's cacheability after stage 2 (01 NC, 10 WT, 11 WB): hints stay, NC is strictest."""
+    if code == 1 or not cacheable(nibble):
+        return 4
+    return nibble & ~<unsigned int>4 if code == 2 else nibble
+
+
+cdef inline unsigned int forced(unsigned int nibble) noexcept nogil:
+    """One level forced to write-back: hints stay, read and write allocate where there are none."""
+    return nibble | 4 if cacheable(nibble) else 15
+
+
+cdef inline unsigned int stage2_attr(uint64_t d, bint fwb, unsigned int attr) noexcept nogil:
+    """Memory type after stage 2, from that which enters it: combined, or by S2FWB (13.1.3)."""
+    cdef unsigned int code = <unsigned int>(d >> 2 & 15)
+    cdef unsigned int device
+    if stage2_device(d, fwb):
+        if fwb:
+            device = (code & 3) << 2 if code & 4 == 0 else 0
+        else:
+            device = code << 2 if code < 4 else 0
+        return attr if is_device(attr) and attr < device else device
+    if fwb:
+        if code & 7 == 6:
+            return 0xFF if is_device(attr) else forced(attr >> 4) << 4 | forced(attr & 15)
+        return 0x44 if code & 7 == 5 and not is_device(attr) else attr
+    if is_device(attr):
+        return attr
+    return weaker(attr >> 4, code >> 2) << 4 | weaker(attr & 15, code & 3)
+
+
+cdef inline unsigned int combine_sh(unsigned int a, unsigned int b) noexcept nogil:
+    """The stronger shareability: outer over inner over none; code 01 is none."""
+    if a == SH_OUTER or b == SH_OUTER:
+        return SH_OUTER
+    return SH_INNER if a == SH_INNER or b == SH_INNER else SH_NON
