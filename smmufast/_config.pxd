@@ -311,7 +311,7 @@ cdef inline int stage2_decode(
     second.simple = not (half.swap or half.high_address)
     second.xnx = hw.xnx
     second.fwb = hw.fwb and ste_s2fwb(ste)
-    second.ptw = ste_s2ptw(ste)
+    second.ptw = ste_s2ptw(ste) and not hw.ignore_s2ptw
     second.terminate = TERMINATE_A
     if ste_s2r(ste):
         second.terminate |= TERMINATE_R

@@ -123,6 +123,7 @@ class Smmu:
         cr0: SupportsIndex = 5,
         cr2: SupportsIndex = 2,
         gbpa: SupportsIndex = 4096,
+        ignore_s2ptw: _Flag = False,
     ) -> Self: ...
     @property
     def memory(self) -> Memory: ...

@@ -753,6 +753,9 @@ cdef class Smmu:
     strtab_base, strtab_base_cfg, cr0, cr2, gbpa : int
         Registers (IHI 0070 6.3).  By default CR0 is SMMUEN and EVENTQEN, CR2 is RECINVSID, GBPA
         lets transactions pass with their own attributes.
+    ignore_s2ptw : bool
+        Let table walks touch what stage 2 makes Device memory even with STE.S2PTW=1.  Not
+        architectural: implementations without memory attributes do so.
 
     >>> from smmufast import Memory, Smmu
     >>> memory = Memory()
@@ -764,7 +767,7 @@ cdef class Smmu:
     """
 
     def __cinit__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
-                  cr0=0b101, cr2=0b10, gbpa=0x1000):
+                  cr0=0b101, cr2=0b10, gbpa=0x1000, bint ignore_s2ptw=False):
         cdef Hw* hw = &self.core.hw
         if features is None:
             features = Features()
@@ -783,6 +786,7 @@ cdef class Smmu:
         self.gbpa = as_u64("gbpa", gbpa, 0xFFFFFFFF)
         self.core.ram = &memory.ram
         self.core.owner = <void*>self
+        hw.ignore_s2ptw = ignore_s2ptw
         hw.s1p = features.s1p
         hw.s2p = features.s2p
         hw.hyp = features.hyp

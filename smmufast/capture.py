@@ -45,10 +45,11 @@ Comparing fairly
 These apply to lines without ``priv``; they undo what the recorded implementation does otherwise
 than the architecture (IHI 0070 7.3).  PnU and InD are not compared.  Records of class CD and TT
 may hold RnW=1 for a write: RnW is that of the transaction.  F_CD_FETCH holds its address in bits
-[191:128]: it is moved to FetchAddr.  IPA[11:0] and TTRnW are not compared.  Configurations of kind
-"cases" run with CR2.RECINVSID=1.  "disable" is recorded for addresses beyond OAS too, where the
-architecture has an abort without an event (6.3.14): such requests have the cause "bypass_oas
-(SMMUEN=0)".
+[191:128]: it is moved to FetchAddr.  IPA[11:0] and TTRnW are not compared, nor is IPA where S2=0,
+for it is UNKNOWN there.  Configurations of kind "cases" run with CR2.RECINVSID=1, and ignore
+STE.S2PTW, since their implementation has no memory attributes.  "disable" is recorded for
+addresses beyond OAS too, where the architecture has an abort without an event (6.3.14): such
+requests have the cause "bypass_oas (SMMUEN=0)".
 """
 
 from __future__ import annotations
@@ -400,10 +401,8 @@ def _fair(line: _Line, raw: bytes, write: bool, differs: Sequence[Any]) -> tuple
     if "PnU" in fields:
         mask &= ~_PNU_IND
     if "IPA" in fields:
-        if fields["S2"]:
-            mask &= ~_IPA_LOW
-        elif "S2" in changed:
-            word &= ~_DWORD3
+        # UNKNOWN for a fault of stage 1
+        mask &= ~(_IPA_LOW if fields["S2"] else _DWORD3)
     return word.to_bytes(32, "little"), mask.to_bytes(32, "little")
 
 
@@ -551,6 +550,8 @@ class Configuration:
         `smmu` leaves them out.
     regions : tuple of (int, int)
         Base and size of the RAM, in bytes, ascending.
+    ignore_s2ptw : bool
+        For `Smmu`: the recorded implementation has no memory attributes.
     page_addresses : uint64[N]
     requests : array of REQUEST
         Read-only.
@@ -572,6 +573,7 @@ class Configuration:
         requests: _Requests,
         source: str,
         sources: Sequence[tuple[int, str]] = (),
+        ignore_s2ptw: bool = False,
     ) -> None:
         """Take what `Capture.load` has read and checked."""
         self.id = id
@@ -579,6 +581,7 @@ class Configuration:
         self.features = features
         self.masked: dict[str, int] = modelled(features)[1]
         self.regions = regions
+        self.ignore_s2ptw = ignore_s2ptw
         self.page_addresses = page_addresses
         self.requests = requests.array()
         self.expected = requests.expected
@@ -629,6 +632,7 @@ class Configuration:
             cr0=self.registers["CR0"],
             cr2=self.registers["CR2"],
             gbpa=self.registers["GBPA"],
+            ignore_s2ptw=self.ignore_s2ptw,
         )
 
     def __repr__(self) -> str:
@@ -859,7 +863,18 @@ class Capture:
             for request in line.list("reqs"):
                 requests.add_case(line, request, queue, features.oas_bits)
             configurations.append(
-                Configuration(id, mine, features, regions, addresses, pages, rows, requests, where)
+                Configuration(
+                    id,
+                    mine,
+                    features,
+                    regions,
+                    addresses,
+                    pages,
+                    rows,
+                    requests,
+                    where,
+                    ignore_s2ptw=True,
+                )
             )
         if not configurations:
             raise CaptureError(where, None, "a header and no configuration")
