@@ -1,8 +1,9 @@
-"""The slow, obvious twin of the hardware half: stage 1, written as the specification reads.
+"""The slow, obvious twin of the hardware half, written as the specification reads.
 
-Follows IHI 0070G.b: 3.3 (stream table lookup, substreams), 3.4 (address sizes), 5.5 (fault
-configuration), 5.1-5.4 (L1STD, STE, L1CD, CD), 6.3 (registers), 7.3 (event records and
-their priority), 13 (attributes); and DDI 0487 D8 (VMSAv8-64 stage 1).
+Follows IHI 0070G.b: 3.3 (stream table lookup, substreams), 3.4 (address sizes), 3.12 (stalls),
+3.13 (updates of access flag and dirty state), 5.5 (fault configuration), 5.1-5.4 (L1STD, STE,
+L1CD, CD), 6.3 (registers), 7.3 (event records and their priority), 13 (attributes); and DDI 0487
+D8 (VMSAv8-64, both stages).
 
 It imports nothing from the library.  Bit numbers are those of the specification's field tables,
 counted from bit 0 of the whole structure.
@@ -32,7 +33,15 @@ EVENT_NUMBERS = {
 }
 
 # Event CLASS codes.
-CLASS_TT, CLASS_IN = 0b01, 0b10
+CLASS_CD, CLASS_TT, CLASS_IN = 0b00, 0b01, 0b10
+
+# Kinds of accesses to memory, numbered from 1.
+FETCH_KINDS = ("L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update")
+
+# Bits of a descriptor.
+AF = 1 << 10
+AP2 = S2AP1 = 1 << 7  # read-only at stage 1, writable at stage 2
+DBM = 1 << 51
 
 # Shareability codes.
 NSH, OSH, ISH = 0b00, 0b10, 0b11
@@ -91,7 +100,7 @@ def features_from_idr(idr0, idr1, idr3, idr5, aidr):
 
 
 def default_features(**fields):
-    """Everything that stage 1 offers; keywords replace single fields."""
+    """Everything that stage 1 offers, no stage 2; keywords replace single fields."""
     features = features_from_idr(0, 0, 0, 0, 3)
     vars(features).update(
         s1p=1, ttf=2, cohacc=1, hyp=1, asid16=1, vmid16=1, cd2l=1, stall_model=1, st_level=1,
@@ -124,22 +133,20 @@ def pointer_msb(arch_minor):
 
 
 _MODELLED = (
-    "s1p", "hyp", "asid16", "cd2l", "ttendian", "term_model", "st_level", "sidsize", "ssidsize",
-    "attr_perms_ovr", "attr_types_ovr", "had", "stt", "e0pd", "epan", "oas",
-    "gran4k", "gran16k", "gran64k", "ds", "vax", "arch_minor",
+    "s2p", "s1p", "hyp", "ats", "ns1ats", "asid16", "vmid16", "cd2l", "ttendian", "stall_model",
+    "term_model", "st_level", "sidsize", "ssidsize", "attr_perms_ovr", "attr_types_ovr", "had",
+    "xnx", "fwb", "stt", "e0pd", "epan", "oas", "gran4k", "gran16k", "gran64k", "ds", "vax",
+    "arch_minor",
 )  # fmt: skip
 
 
 def effective_features(features):
-    """What is modelled of features: stage 1 of AArch64 tables, no HTTU, stall, ATS, v3.4 options.
+    """What is modelled of features: AArch64 tables, no access flags of tables, no v3.4 options.
 
-    Adds oas_bits and pointer_msb.
+    Adds oas_bits and pointer_msb.  PTWNNC has no say in outcomes.
     """
     effective = SimpleNamespace(**{name: getattr(features, name) for name in _MODELLED})
-    effective.s2p = 0
-    effective.ttf = 0b10
-    effective.httu = 0
-    effective.stall_model = 0b01
+    effective.httu = min(features.httu, 0b10)
     effective.oas_bits = address_size_bits(features.oas, features.arch_minor)
     effective.pointer_msb = pointer_msb(features.arch_minor)
     return effective
@@ -153,15 +160,22 @@ def effective_features(features):
 class Outcome:
     """One translation's end.
 
-    action: "ok", "bypass", "disabled", "abort" or "raz_wi"; success is true for the first three.
+    action: "ok", "bypass", "disabled", "abort", "raz_wi" or "stall"; success is true for the
+        first three.
     pa: output address, None unless success.
     fault: name of the event that describes what went wrong, recorded or not; None if none does.
-    event: the 32-byte record in memory order, None when none is written.
-    level, page_lg2: of the leaf, None unless action is "ok".
-    perm: mask of UR .. PX: the bit of an access is set exactly when the same call made with that
-        access would succeed.  0 for faults other than F_PERMISSION.
+    event: the 32-byte record in memory order, None when none is written.  The STAG is 0.
+    level, page_lg2: of the leaf, of the stage with the smaller page, None unless action is "ok".
+    perm: mask of UR .. PX, the accesses that both stages permit, as the device makes them: before
+        the STE's overrides.  0 for faults other than F_PERMISSION of stage 1, or of stage 2 for
+        the address itself.
+    perm_s1: what stage 1 alone permits, likewise; everything where it does not translate.
     attr: memory type in MAIR form; sh: shareability code.  None unless success.
-    fetches: (kind, level, address, size, data or None) in order.
+    fetches: (kind, level, address, size, data or None) in order; an update has one member more,
+        (expected, desired) as little-endian numbers, and its data is what was found.
+    stage: bit 0: stage 1 took part, bit 1: stage 2 did, in the translation or in its fault.
+    ipa: input of stage 2, 0 unless it gave an output.
+    asid, vmid, ng, contiguous: of the translation, 0 where there are none.
     """
 
     success: bool
@@ -172,14 +186,21 @@ class Outcome:
     level: int | None = None
     page_lg2: int | None = None
     perm: int = 0
+    perm_s1: int = 0
     attr: int | None = None
     sh: int | None = None
     fetches: list = field(default_factory=list)
+    stage: int = 0
+    ipa: int = 0
+    asid: int = 0
+    vmid: int = 0
+    ng: int = 0
+    contiguous: int = 0
 
 
 def event_record(
     name, sid, ssid=None, *, write=None, priv=False, instr=False, event_class=0, iova=0,
-    fetch_address=0,
+    fetch_address=0, stage2=False, ipa=0, descriptor_read=False, stall=False,
 ):  # fmt: skip
     """Record of an event (7.3).  write=None leaves out the transaction's direction bits."""
     record = EVENT_NUMBERS[name] | sid << 32
@@ -189,9 +210,13 @@ def event_record(
         record |= 1 << 11 | (ssid & 0xFFFFF) << 12
     if write is not None:
         record |= int(priv) << 97 | int(instr) << 98 | int(not write) << 99
+    record |= int(stall) << 95
+    record |= int(stage2) << 103
     record |= event_class << 104
+    record |= int(descriptor_read) << 108  # TTRnW
     record |= iova << 128
     record |= in_place(fetch_address, 55, 3) << 192
+    record |= in_place(ipa, 55, 12) << 192
     return record.to_bytes(32, "little")
 
 
@@ -204,14 +229,33 @@ class ConfigurationError(Exception):
         self.fetch_address = fetch_address
 
 
-class StageOneError(Exception):
-    """What stops a transaction during stage 1 of its address."""
+class TranslationError(Exception):
+    """What stops a transaction in one of the stages.
 
-    def __init__(self, name, fetch_address=0, perm=0):
+    stage2, event_class: which stage, and of what: a CD, a stage-1 descriptor, the input.
+    ipa: what stage 2 was asked for.  fetch_address: of a read that aborted.
+    allowed: for F_PERMISSION, the accesses that this stage allows.
+    descriptor_read: F_PERMISSION of stage 2 for a stage-1 descriptor, which was to be read.
+    bypassed: an input address that is too large while stage 1 does not translate it.
+    """
+
+    def __init__(
+        self, name, *, stage2=False, event_class=CLASS_IN, ipa=0, fetch_address=0, allowed=0,
+        descriptor_read=False, bypassed=False,
+    ):  # fmt: skip
         super().__init__(name)
         self.name = name
+        self.stage2 = stage2
+        self.event_class = event_class
+        self.ipa = ipa
         self.fetch_address = fetch_address
-        self.perm = perm
+        self.allowed = allowed
+        self.descriptor_read = descriptor_read
+        self.bypassed = bypassed
+
+
+class DescriptorChangedError(Exception):
+    """A descriptor that was to be updated has changed since it was read."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,7 +324,7 @@ def memory_to_mair(memory):
 
 
 def memory_from_memattr(code):
-    """MemAttr of an STE or GBPA: coding of stage 2, reserved codes Device-nGnRnE.  No hints."""
+    """MemAttr of stage 2, an STE or GBPA; reserved codes are Device-nGnRnE.  No hints."""
     outer, inner = code >> 2, code & 0b11
     if outer == 0:
         return MemoryType(inner << 2)
@@ -344,21 +388,108 @@ def stage1_memory(entering, memory):
     )
 
 
+def stronger_level(one, two):
+    """The less cacheable kind of two levels, with the hints of the first."""
+    kind = min(one.kind, two.kind, key=("NC", "WT", "WB").index)
+    return with_hints(Level(kind), one.read_alloc, one.write_alloc, one.transient)
+
+
+def stage2_memory(before, memattr, fwb):
+    """Type after stage 2, from the type that entered it and the leaf's MemAttr."""
+    if not fwb:
+        mine = memory_from_memattr(memattr)
+        if before.device is not None and mine.device is not None:
+            return MemoryType(min(before.device, mine.device))
+        if before.device is not None:
+            return before
+        if mine.device is not None:
+            return mine
+        return MemoryType(
+            None,
+            stronger_level(before.outer, mine.outer),
+            stronger_level(before.inner, mine.inner),
+        )
+
+    code = memattr & 0b111
+    if code == 0b100:
+        return DEVICE_NGNRNE
+    if code < 0b100:
+        mine = code << 2
+        return MemoryType(mine if before.device is None else min(before.device, mine))
+    if code == 0b101:
+        if before.device is not None:
+            return before
+        return MemoryType(None, NON_CACHEABLE, NON_CACHEABLE)
+    if code == 0b110:
+        if cacheable(before):
+            return MemoryType(
+                None, before.outer._replace(kind="WB"), before.inner._replace(kind="WB")
+            )
+        return MemoryType(None, Level("WB", 1, 1, 0), Level("WB", 1, 1, 0))
+    return before
+
+
+def stage2_is_device(memattr, fwb):
+    """Whether stage 2 makes the SMMU's own reads, which are Normal, Device."""
+    if fwb:
+        return memattr & 0b111 <= 0b100
+    return memory_from_memattr(memattr).device is not None
+
+
+def combined_sh(memory, one, two):
+    """Shareability of both stages' final type: the stronger."""
+    if OSH in (one, two):
+        sh = OSH
+    elif ISH in (one, two):
+        sh = ISH
+    else:
+        sh = NSH
+    return consistent_sh(memory, sh)
+
+
 # ------------------------------------------------------------------------------------------------
-# Configuration: StreamID to STE (3.3.1, 5.1, 5.2)
+# Memory
 
 
 class Fetcher:
-    """Reads memory and keeps the list of what was read."""
+    """Reads and updates memory and keeps the list of what was done.
 
-    def __init__(self, read):
+    read, store: see translate.  cache: emptied whenever memory is changed.
+    """
+
+    def __init__(self, read, store, cache, fetches=()):
         self.read = read
-        self.fetches = []
+        self.store = store
+        self.cache = cache
+        self.fetches = list(fetches)
+        self.updates = 0
 
     def __call__(self, kind, level, address, size):
         data = self.read(address, size)
         self.fetches.append((kind, level, address, size, data))
         return data
+
+    def swap(self, kind, level, address, byteorder, expected, desired):
+        """Replace a descriptor that is still what was read.  Returns False if memory aborts."""
+        expected = expected.to_bytes(8, byteorder)
+        desired = desired.to_bytes(8, byteorder)
+        found = self.read(address, 8)
+        as_they_lie = int.from_bytes(expected, "little"), int.from_bytes(desired, "little")
+        self.fetches.append((kind, level, address, 8, found, as_they_lie))
+        if found is None:
+            return False
+        if found != expected:
+            raise DescriptorChangedError
+        if self.store is None:
+            raise TypeError("tables that are updated need store")
+        self.store(address, desired)
+        self.updates += 1
+        self.cache.streams.clear()
+        return True
+
+
+# ------------------------------------------------------------------------------------------------
+# Configuration: StreamID to STE (3.3.1, 5.1, 5.2)
 
 
 def fetch_structure(fetch, features, kind, address, size, event):
@@ -416,9 +547,27 @@ def check_ste(features, ste):
     if config == 0b100:
         return
 
-    # Config is 101 from here on.
-    if features.hyp and bits(ste, 95, 94) & 0b01:  # STRW
+    eats = bits(ste, 93, 92) if features.ats else 0b00
+    s2s = bits(ste, 185, 185)
+    if eats == 0b10 and (config != 0b111 or s2s or features.ns1ats):
         raise ConfigurationError("C_BAD_STE")
+    if eats == 0b01 and config & 0b010 and s2s:
+        raise ConfigurationError("C_BAD_STE")
+    strw_used = config == 0b101 and features.hyp
+    if strw_used and bits(ste, 95, 94) & 0b01:
+        raise ConfigurationError("C_BAD_STE")
+    # S2VMID is used by the world NS-EL1, with stage 1 alone too.
+    el1 = not (strw_used and bits(ste, 95, 94))
+    if features.s2p and el1 and bits(ste, 143, 136) and not features.vmid16:
+        raise ConfigurationError("C_BAD_STE")
+    if config & 0b001:
+        check_ste_stage1(features, ste, config)
+    if config & 0b010:
+        check_ste_stage2(features, ste)
+
+
+def check_ste_stage1(features, ste, config):
+    """Refuse an STE whose fields of stage 1 are ILLEGAL."""
     if bits(ste, 91, 91) and features.stall_model != 0b00:  # S1STALLD
         raise ConfigurationError("C_BAD_STE")
     if features.ssidsize:
@@ -429,14 +578,92 @@ def check_ste(features, ste):
         if s1cdmax and s1fmt in (0b01, 0b10) and not features.cd2l:
             raise ConfigurationError("C_BAD_STE")
     s1contextptr = in_place(ste, features.pointer_msb, 6)
-    # In v3.0 such a pointer fails when it is used.
-    if s1contextptr >> features.oas_bits and features.arch_minor >= 1:
+    # In v3.0 such a pointer fails when it is used; so does, in stage 2, one that is an IPA.
+    if config == 0b101 and s1contextptr >> features.oas_bits and features.arch_minor >= 1:
         raise ConfigurationError("C_BAD_STE")
+
+
+# Start level of stage 2 by granule and S2SL0; with S2SL0_2, -1.
+_STAGE2_LEVELS = {
+    12: {0b00: 2, 0b01: 1, 0b10: 0, 0b11: 3},
+    14: {0b00: 3, 0b01: 2, 0b10: 1, 0b11: 0},
+    16: {0b00: 3, 0b01: 2, 0b10: 1},
+}
+
+
+def stage2_start(features, ste):
+    """(granule_lg2, ds, start level) of stage 2; the level None where S2SL0 is reserved."""
+    granule_lg2 = {0b00: 12, 0b01: 16, 0b10: 14}.get(bits(ste, 175, 174))  # S2TG
+    s2sl0 = bits(ste, 167, 166)
+    s2sl0_2 = bits(ste, 194, 194) if features.ds else 0
+    ds = bool(features.ds and bits(ste, 195, 195) and granule_lg2 != 16)  # S2DS
+    level = _STAGE2_LEVELS.get(granule_lg2, {}).get(s2sl0)
+    if s2sl0_2:
+        if granule_lg2 != 12 or s2sl0 != 0b00:
+            level = None
+        elif ds:
+            level = -1
+    return granule_lg2, ds, level
+
+
+def check_ste_stage2(features, ste):
+    """Refuse an STE whose fields of stage 2 are ILLEGAL."""
+    bad = ConfigurationError("C_BAD_STE")
+    if not bits(ste, 179, 179):  # S2AA64=0, and TTF has no AArch32 tables
+        raise bad
+    s2s = bits(ste, 185, 185)
+    if (s2s and features.stall_model == 0b01) or (not s2s and features.stall_model == 0b10):
+        raise bad
+    s2ha, s2hd = bits(ste, 184, 184), bits(ste, 183, 183)
+    if (s2ha or s2hd) and features.httu == 0b00:
+        raise bad
+    if s2hd and features.httu == 0b01:
+        raise bad
+    s2endi = bits(ste, 180, 180)
+    if (features.ttendian == 0b10 and s2endi) or (features.ttendian == 0b11 and not s2endi):
+        raise bad
+
+    granule_lg2, ds, level = stage2_start(features, ste)
+    supported = {12: features.gran4k, 14: features.gran16k, 16: features.gran64k}
+    if not supported.get(granule_lg2) or level is None:
+        raise bad
+    t0sz = bits(ste, 165, 160)
+    largest = 39 if not features.stt else 47 if granule_lg2 == 16 else 48
+    smallest = max(12 if granule_lg2 == 16 or ds else 16, 64 - features.oas_bits)
+    if not smallest <= t0sz <= largest:
+        raise bad
+
+    # What a start level needs besides.
+    if granule_lg2 == 12 and level == 3 and not features.stt:
+        raise bad
+    if granule_lg2 == 14 and level == 0 and not ds:
+        raise bad
+    physical_bits_needed = {(12, 0): 44, (14, 1): 42, (16, 1): 44}
+    if features.oas_bits < physical_bits_needed.get((granule_lg2, level), 0):
+        raise bad
+    # The start level resolves some bits, four more than one table has at most.
+    per_level = granule_lg2 - 3
+    resolved = 64 - t0sz - (granule_lg2 + (3 - level) * per_level)
+    concatenated = (granule_lg2, level) not in ((12, -1), (14, 0), (16, 1))
+    if not 1 <= resolved <= (per_level + 4 if concatenated else per_level):
+        raise bad
+
+    ttb = in_place(bits(ste, 247, 192), 47 if features.arch_minor == 0 else 51, 4)
+    if ttb >> stage2_output_bits(features, ste):
+        raise bad
+    if granule_lg2 != 16 and not ds and ttb >> 48:
+        raise bad
+
+
+def stage2_output_bits(features, ste):
+    """The effective S2PS."""
+    return min(address_size_bits(bits(ste, 178, 176), features.arch_minor), features.oas_bits)
 
 
 def stream_world(features, regs, ste):
     """StreamWorld of a stage-1 stream."""
-    if not features.hyp or bits(ste, 95, 94) == 0b00:
+    nested = bits(ste, 2, 2)
+    if nested or not features.hyp or bits(ste, 95, 94) == 0b00:
         return NS_EL1
     return EL2_E2H if bits(regs.cr2, 0, 0) else EL2
 
@@ -465,7 +692,14 @@ def choose_substream(features, ste, ssid):
     raise ConfigurationError("F_STREAM_DISABLED")
 
 
-def find_cd(fetch, features, ste, index):
+def fetch_context_structure(fetch, features, stage2, kind, address, size):
+    """An L1CD or CD as an integer; its address is an IPA where there is a stage 2."""
+    if stage2 is not None:
+        address = stage2_access(fetch, stage2, address, CLASS_CD).pa
+    return fetch_structure(fetch, features, kind, address, size, "F_CD_FETCH")
+
+
+def find_cd(fetch, features, ste, stage2, index):
     """The CD at an index of the STE's table, as a 512-bit integer."""
     pointer = in_place(ste, features.pointer_msb, 6)
     s1cdmax = bits(ste, 63, 59) if features.ssidsize else 0
@@ -478,19 +712,20 @@ def find_cd(fetch, features, ste, index):
         leaf_lg2 = 6 if s1fmt == 0b01 else 10  # CDs in a leaf table
         table_lg2 = max(6, s1cdmax - leaf_lg2 + 3)  # bytes of the L1 table
         address = align_down(pointer, table_lg2) + (index >> leaf_lg2) * 8
-        l1cd = fetch_structure(fetch, features, "L1CD", address, 8, "F_CD_FETCH")
+        l1cd = fetch_context_structure(fetch, features, stage2, "L1CD", address, 8)
         if not bits(l1cd, 0, 0):
             raise ConfigurationError("C_BAD_SUBSTREAMID")
         leaf = align_down(in_place(l1cd, features.pointer_msb, 12), leaf_lg2 + 6)
-        if leaf >> features.oas_bits and features.arch_minor >= 1:
+        too_large = leaf >> features.oas_bits and features.arch_minor >= 1
+        if too_large and stage2 is None:
             raise ConfigurationError("C_BAD_SUBSTREAMID")
         address = leaf + (index & ((1 << leaf_lg2) - 1)) * 64
-    return fetch_structure(fetch, features, "CD", address, 64, "F_CD_FETCH")
+    return fetch_context_structure(fetch, features, stage2, "CD", address, 64)
 
 
 @dataclass(slots=True)
 class Region:
-    """The half of an address space that one TTB translates."""
+    """The half of an address space that one TTB translates; all of it at stage 2."""
 
     enabled: bool  # not EPD
     granule_lg2: int = 0
@@ -514,13 +749,68 @@ class Context:
     ips_bits: int
     byteorder: str
     affd: bool
+    ha: bool
+    hd: bool
     wxn: bool
     pan: bool
     epan: bool
     record: bool
     abort: bool
+    stall: bool
+    asid: int  # 0 in worlds without
     memory: list  # MemoryType by AttrIndx, hints combined
     attr: list  # the same as MAIR bytes
+
+
+@dataclass(slots=True)
+class Stage2:
+    """The fields of an STE that say how stage 2 translates."""
+
+    region: Region
+    oas_bits: int
+    output_bits: int
+    byteorder: str
+    affd: bool
+    ha: bool
+    hd: bool
+    device_reads_fault: bool  # S2PTW
+    fwb: bool
+    xnx: bool
+    record: bool
+    stall: bool
+
+
+def decode_stage2(features, ste):
+    """The stage 2 of an STE that was checked."""
+    granule_lg2, ds, level = stage2_start(features, ste)
+    output_bits = stage2_output_bits(features, ste)
+    input_bits = 64 - bits(ste, 165, 160)
+    resolved = input_bits - (granule_lg2 + (3 - level) * (granule_lg2 - 3))
+    ttb = in_place(bits(ste, 247, 192), 47 if features.arch_minor == 0 else 51, 4)
+    alignment = max(resolved + 3, 6 if output_bits >= 52 or ds else 4)
+    ha, hd = bits(ste, 184, 184), bits(ste, 183, 183)
+    return Stage2(
+        region=Region(
+            enabled=True,
+            granule_lg2=granule_lg2,
+            ds=ds,
+            input_bits=input_bits,
+            start_level=level,
+            base=align_down(ttb, alignment),
+            sh=bits(ste, 173, 172),
+        ),
+        oas_bits=features.oas_bits,
+        output_bits=output_bits,
+        byteorder="big" if bits(ste, 180, 180) else "little",
+        affd=bool(bits(ste, 181, 181)),
+        ha=bool(ha),
+        hd=bool(ha and hd),
+        device_reads_fault=bool(bits(ste, 182, 182)),
+        fwb=bool(features.fwb and bits(ste, 89, 89)),
+        xnx=bool(features.xnx),
+        record=bool(bits(ste, 186, 186)),
+        stall=bool(bits(ste, 185, 185)),
+    )
 
 
 def tables_start(granule_lg2, input_bits):
@@ -582,20 +872,25 @@ def decode_region(features, cd, number, ips_bits, e2h_or_el1):
     )
 
 
-def decode_cd(features, world, cd, entering):
+def decode_cd(features, world, cd, entering, s1stalld):
     """Check a CD (5.4) and decode it."""
     bad = ConfigurationError("C_BAD_CD")
     two_ttbs = world != EL2
     if not bits(cd, 31, 31):  # V
         raise bad
     abort, stall = bits(cd, 46, 46), bits(cd, 44, 44)
-    if stall and features.stall_model == 0b01:
+    if stall and (features.stall_model == 0b01 or s1stalld):
+        raise bad
+    if not stall and features.stall_model == 0b10:
         raise bad
     if not abort and features.term_model:
         raise bad
     if not bits(cd, 41, 41):  # AA64=0, and TTF has no AArch32 tables
         raise bad
-    if bits(cd, 43, 42) and features.httu == 0:  # HA, HD
+    ha, hd = bits(cd, 43, 43), bits(cd, 42, 42)
+    if (ha or hd) and features.httu == 0b00:
+        raise bad
+    if hd and features.httu == 0b01:
         raise bad
     if two_ttbs and bits(cd, 63, 56) and not features.asid16:  # ASID[15:8]
         raise bad
@@ -622,11 +917,15 @@ def decode_cd(features, world, cd, entering):
         ips_bits=ips_bits,
         byteorder="big" if endi else "little",
         affd=bool(bits(cd, 35, 35)),
+        ha=bool(ha),
+        hd=bool(ha and hd),
         wxn=bool(bits(cd, 36, 36)),
         pan=bool(bits(cd, 40, 40)) and two_ttbs,
         epan=bool(features.epan and bits(cd, 123, 123)),
         record=bool(bits(cd, 45, 45)),
         abort=bool(abort),
+        stall=bool(stall),
+        asid=bits(cd, 63, 48) if two_ttbs else 0,
         memory=memory,
         attr=[memory_to_mair(one) for one in memory],
     )
@@ -640,7 +939,10 @@ class Stream:
     instcfg: int
     entering: MemoryType
     entering_sh: int
-    context: Context | None  # None: stage 1 is bypassed
+    vmid: int
+    stage2: Stage2 | None = None
+    context: Context | None = None  # None: stage 1 is bypassed
+    cd_fault: TranslationError | None = None  # of stage 2, on the way to the CD
 
     def overridden(self, write, priv, instr):
         """(priv, instr) after INSTCFG and PRIVCFG.  A write is always Data."""
@@ -658,6 +960,9 @@ def configure(fetch, features, regs, sid, ssid):
     ste = find_ste(fetch, features, regs, sid)
     check_ste(features, ste)
     index = choose_substream(features, ste, ssid)
+    config = bits(ste, 3, 1)
+    world = stream_world(features, regs, ste)
+    tagged = features.s2p and config != 0b100 and world == NS_EL1
     entering, entering_sh = input_attributes(
         features.attr_types_ovr,
         memattr=bits(ste, 99, 96),
@@ -670,40 +975,31 @@ def configure(fetch, features, regs, sid, ssid):
         instcfg=bits(ste, 115, 114) if features.attr_perms_ovr else 0,
         entering=entering,
         entering_sh=entering_sh,
-        context=None,
+        vmid=bits(ste, 143, 128) if tagged else 0,
     )
+    if config & 0b010:
+        stream.stage2 = decode_stage2(features, ste)
     if index is not None:
-        cd = find_cd(fetch, features, ste, index)
-        stream.context = decode_cd(features, stream_world(features, regs, ste), cd, entering)
+        try:
+            cd = find_cd(fetch, features, ste, stream.stage2, index)
+        except TranslationError as fault:
+            stream.cd_fault = fault
+        else:
+            stream.context = decode_cd(features, world, cd, entering, bits(ste, 91, 91))
     return stream
 
 
 # ------------------------------------------------------------------------------------------------
-# Stage 1 (DDI 0487 D8)
+# Both stages (DDI 0487 D8)
 
 
-def select_region(context, iova, priv):
-    """The region of an input address, checked against its size."""
-    upper = context.two_ttbs and bits(iova, 55, 55)
-    region = context.regions[1 if upper else 0]
-    if not region.enabled:
-        raise StageOneError("F_TRANSLATION")
-    above = bits(iova, region.top_bit, region.input_bits)
-    ones = (1 << (region.top_bit - region.input_bits + 1)) - 1
-    if above != (ones if upper else 0):
-        raise StageOneError("F_TRANSLATION")
-    if region.e0pd and not priv:
-        raise StageOneError("F_TRANSLATION")
-    return region
-
-
-def block_allowed(context, region, level):
+def block_allowed(region, level, oas_bits):
     """Whether a descriptor of a level above 3 may be a block."""
     if region.granule_lg2 == 12:
         return level in (1, 2) or (level == 0 and region.ds)
     if region.granule_lg2 == 14:
         return level == 2 or (level == 1 and region.ds)
-    return level == 2 or (level == 1 and context.oas_bits >= 52)
+    return level == 2 or (level == 1 and oas_bits >= 52)
 
 
 def output_address(region, descriptor, low_bits):
@@ -715,11 +1011,158 @@ def output_address(region, descriptor, low_bits):
     return in_place(descriptor, 47, low_bits)
 
 
-def allowed_accesses(context, region, leaf, tables):
+def access_bit(write, priv, instr):
+    """The bit of one kind of access."""
+    bit = UW if write else UX if instr else UR
+    return bit << 3 if priv else bit
+
+
+@dataclass(slots=True)
+class Page:
+    """What one stage found for an address."""
+
+    descriptor: int
+    address: int  # of the descriptor, in physical memory
+    level: int
+    shift: int  # log2 of the page or block
+    output: int  # address of the page or block
+    pa: int = 0  # output of the address itself
+    allowed: int = 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+def stage2_walk(fetch, stage2, ipa, event_class):
+    """The leaf of an IPA, checked for its address size."""
+
+    def fault(name, **more):
+        return TranslationError(name, stage2=True, event_class=event_class, ipa=ipa, **more)
+
+    region = stage2.region
+    if ipa >> region.input_bits:
+        raise fault("F_TRANSLATION")
+    granule_lg2 = region.granule_lg2
+    per_level = granule_lg2 - 3
+    table = region.base
+    level = region.start_level
+    shift = granule_lg2 + (3 - level) * per_level
+    index = ipa >> shift  # the first table may be several, one after the other
+    while True:
+        address = table + index * 8
+        data = fetch("S2TT", level, address, 8)
+        if data is None:
+            raise fault("F_WALK_EABT", fetch_address=address)
+        descriptor = int.from_bytes(data, stage2.byteorder)
+        kind = descriptor & 0b11
+        if kind == 0b11 and level < 3:
+            table = output_address(region, descriptor, granule_lg2)
+            if table >> stage2.output_bits:
+                raise fault("F_ADDR_SIZE")
+            level += 1
+            shift -= per_level
+            index = (ipa >> shift) & ((1 << per_level) - 1)
+            continue
+        page = kind == 0b11
+        block = kind == 0b01 and level < 3 and block_allowed(region, level, stage2.oas_bits)
+        if not (page or block):
+            raise fault("F_TRANSLATION")
+        break
+
+    output = output_address(region, descriptor, shift)
+    if output >> stage2.output_bits:
+        raise fault("F_ADDR_SIZE")
+    pa = output | (ipa & ((1 << shift) - 1))
+    return Page(descriptor, address, level, shift, output, pa)
+
+
+def stage2_allowed(stage2, leaf):
+    """Accesses that a leaf of stage 2 allows; PRIV and INST matter only to execution."""
+    allowed = 0
+    if bits(leaf, 6, 6):  # S2AP[0]
+        allowed |= UR | PR
+    if leaf & S2AP1 or (stage2.hd and leaf & DBM):
+        allowed |= UW | PW
+    if stage2.xnx:
+        allowed |= {0b00: UX | PX, 0b01: UX, 0b10: 0, 0b11: PX}[bits(leaf, 54, 53)]
+    elif not bits(leaf, 54, 54):
+        allowed |= UX | PX
+    return allowed
+
+
+def stage2_access(fetch, stage2, ipa, event_class, write=False, priv=True, instr=False):
+    """Translate an IPA for one access; those to CDs and stage-1 descriptors are Data reads."""
+
+    def fault(name, **more):
+        return TranslationError(name, stage2=True, event_class=event_class, ipa=ipa, **more)
+
+    page = stage2_walk(fetch, stage2, ipa, event_class)
+    leaf = page.descriptor
+    page.allowed = stage2_allowed(stage2, leaf)
+    permitted = bool(page.allowed & access_bit(write, priv, instr))
+    if event_class != CLASS_IN and stage2.device_reads_fault:
+        permitted = permitted and not stage2_is_device(bits(leaf, 5, 2), stage2.fwb)
+
+    desired = leaf
+    if not leaf & AF:
+        if stage2.ha:
+            desired |= AF
+        elif not stage2.affd:
+            raise fault("F_ACCESS")
+    if write and permitted:
+        desired |= S2AP1
+    if desired != leaf:
+        stage2_update(fetch, stage2, page, desired, event_class, ipa)
+    if not permitted:
+        descriptor_read = event_class == CLASS_TT
+        raise fault("F_PERMISSION", allowed=page.allowed, descriptor_read=descriptor_read)
+    return page
+
+
+def stage2_update(fetch, stage2, page, desired, event_class, ipa):
+    """Write a stage-2 descriptor."""
+    leaf = page.descriptor
+    if not fetch.swap("S2TT update", page.level, page.address, stage2.byteorder, leaf, desired):
+        raise TranslationError(
+            "F_WALK_EABT", stage2=True, event_class=event_class, fetch_address=page.address, ipa=ipa
+        )
+    page.descriptor = desired
+
+
+def stage2_write_descriptor(fetch, stage2, page, ipa):
+    """Ask stage 2 whether a stage-1 descriptor, which was read through it, may be written."""
+    if not page.allowed & PW:
+        raise TranslationError("F_PERMISSION", stage2=True, event_class=CLASS_TT, ipa=ipa)
+    if not page.descriptor & S2AP1:
+        stage2_update(fetch, stage2, page, page.descriptor | S2AP1, CLASS_TT, ipa)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+def select_region(context, iova, priv):
+    """The region of an input address, checked against its size."""
+    upper = context.two_ttbs and bits(iova, 55, 55)
+    region = context.regions[1 if upper else 0]
+    if not region.enabled:
+        raise TranslationError("F_TRANSLATION")
+    above = bits(iova, region.top_bit, region.input_bits)
+    ones = (1 << (region.top_bit - region.input_bits + 1)) - 1
+    if above != (ones if upper else 0):
+        raise TranslationError("F_TRANSLATION")
+    if region.e0pd and not priv:
+        raise TranslationError("F_TRANSLATION")
+    return region
+
+
+def stage1_allowed(context, region, leaf, tables):
     """Accesses that a leaf allows; tables is the OR of the table descriptors above it."""
     if not region.hierarchical:
         tables = 0
-    read_only = bits(leaf, 7, 7) or bits(tables, 62, 62)  # AP[2], APTable[1]
+    writable_clean = context.hd and leaf & DBM
+    read_only = (leaf & AP2 and not writable_clean) or bits(tables, 62, 62)  # APTable[1]
     xn54 = bits(leaf, 54, 54) or bits(tables, 60, 60)  # UXN or XN, and its table bit
     if not context.two_ttbs:
         allowed = PR
@@ -746,27 +1189,12 @@ def allowed_accesses(context, region, leaf, tables):
     return allowed | (PX if priv_exec else 0)
 
 
-def access_bit(write, priv, instr):
-    """The bit of one kind of access."""
-    bit = UW if write else UX if instr else UR
-    return bit << 3 if priv else bit
+def stage1_access(fetch, stream, iova, write, priv, instr):
+    """Translate an input address; priv and instr are those after the overrides.
 
-
-def reported_perm(stream, allowed):
-    """Perm as the device sees it: each access goes through the STE's overrides first."""
-    if not (stream.privcfg | stream.instcfg) & 0b10:
-        return allowed
-    perm = 0
-    for priv in (False, True):
-        for write, instr in ((False, False), (True, False), (False, True)):
-            if allowed & access_bit(write, *stream.overridden(write, priv, instr)):
-                perm |= access_bit(write, priv, instr)
-    return perm
-
-
-def walk(fetch, stream, iova, write, priv, instr):
-    """Translate one address; priv and instr are those after the overrides."""
-    context = stream.context
+    Returns (page, region).
+    """
+    context, stage2 = stream.context, stream.stage2
     region = select_region(context, iova, priv)
     granule_lg2 = region.granule_lg2
     per_level = granule_lg2 - 3
@@ -776,46 +1204,52 @@ def walk(fetch, stream, iova, write, priv, instr):
     level = region.start_level
     while True:
         shift = granule_lg2 + (3 - level) * per_level
-        address = table + ((va >> shift) & ((1 << per_level) - 1)) * 8
+        descriptor_ipa = address = table + ((va >> shift) & ((1 << per_level) - 1)) * 8
+        if stage2 is not None:
+            mapped = stage2_access(fetch, stage2, descriptor_ipa, CLASS_TT)
+            address = mapped.pa
         data = fetch("TT", level, address, 8)
         if data is None:
-            raise StageOneError("F_WALK_EABT", fetch_address=address)
+            raise TranslationError("F_WALK_EABT", event_class=CLASS_TT, fetch_address=address)
         descriptor = int.from_bytes(data, context.byteorder)
         kind = descriptor & 0b11
         if kind == 0b11 and level < 3:
             table = output_address(region, descriptor, granule_lg2)
             if table >> context.ips_bits:
-                raise StageOneError("F_ADDR_SIZE")
+                raise TranslationError("F_ADDR_SIZE")
             tables |= descriptor
             level += 1
             continue
         page = kind == 0b11
-        block = kind == 0b01 and level < 3 and block_allowed(context, region, level)
+        block = kind == 0b01 and level < 3 and block_allowed(region, level, context.oas_bits)
         if not (page or block):
-            raise StageOneError("F_TRANSLATION")
+            raise TranslationError("F_TRANSLATION")
         break
 
     output = output_address(region, descriptor, shift)
     if output >> context.ips_bits:
-        raise StageOneError("F_ADDR_SIZE")
-    if not bits(descriptor, 10, 10) and not context.affd:
-        raise StageOneError("F_ACCESS")
-    allowed = allowed_accesses(context, region, descriptor, tables)
-    perm = reported_perm(stream, allowed)
-    if not allowed & access_bit(write, priv, instr):
-        raise StageOneError("F_PERMISSION", perm=perm)
-    index = bits(descriptor, 4, 2)
-    sh = region.sh if region.ds else bits(descriptor, 9, 8)
-    return Outcome(
-        success=True,
-        action="ok",
-        pa=output | (va & ((1 << shift) - 1)),
-        level=level,
-        page_lg2=shift,
-        perm=perm,
-        attr=context.attr[index],
-        sh=consistent_sh(context.memory[index], sh),
-    )
+        raise TranslationError("F_ADDR_SIZE")
+    allowed = stage1_allowed(context, region, descriptor, tables)
+    permitted = bool(allowed & access_bit(write, priv, instr))
+
+    desired = descriptor
+    if not descriptor & AF:
+        if context.ha:
+            desired |= AF
+        elif not context.affd:
+            raise TranslationError("F_ACCESS")
+    if write and permitted:
+        desired &= ~AP2
+    # Where this stage refuses the access, stage 2 is not made to fault for the update.
+    if desired != descriptor and (permitted or stage2 is None or mapped.allowed & PW):
+        if stage2 is not None:
+            stage2_write_descriptor(fetch, stage2, mapped, descriptor_ipa)
+        if not fetch.swap("TT update", level, address, context.byteorder, descriptor, desired):
+            raise TranslationError("F_WALK_EABT", event_class=CLASS_TT, fetch_address=address)
+    if not permitted:
+        raise TranslationError("F_PERMISSION", allowed=allowed)
+    pa = output | (va & ((1 << shift) - 1))
+    return Page(descriptor, address, level, shift, output, pa, allowed), region
 
 
 # ------------------------------------------------------------------------------------------------
@@ -823,10 +1257,10 @@ def walk(fetch, stream, iova, write, priv, instr):
 
 
 class ContextCache:
-    """Decoded configuration by (sid, ssid), for many translations of one unchanging system.
+    """Decoded configuration by (sid, ssid), for many translations of one system.
 
     Good for one memory, one set of features and one set of registers: make a new one when any of
-    them changes.
+    them is changed by others than translate.
     """
 
     def __init__(self):
@@ -851,20 +1285,111 @@ def disabled(features, regs, iova):
         action="disabled",
         pa=iova,
         perm=ALL_ACCESSES,
+        perm_s1=ALL_ACCESSES,
         attr=memory_to_mair(memory),
         sh=sh,
     )
 
 
+def reported_perm(stream, allowed):
+    """Perm as the device sees it: each access goes through the STE's overrides first."""
+    if not (stream.privcfg | stream.instcfg) & 0b10:
+        return allowed
+    perm = 0
+    for priv in (False, True):
+        for write, instr in ((False, False), (True, False), (False, True)):
+            if allowed & access_bit(write, *stream.overridden(write, priv, instr)):
+                perm |= access_bit(write, priv, instr)
+    return perm
+
+
+def translate_address(fetch, features, stream, iova, write, priv, instr):
+    """Both stages of one address, as far as the STE enables them: (outcome, fault or None)."""
+    context, stage2 = stream.context, stream.stage2
+    outcome = Outcome(success=True, action="ok", pa=iova, vmid=stream.vmid)
+    if stream.cd_fault is not None:
+        return outcome, stream.cd_fault
+    allowed = ALL_ACCESSES
+    memory, sh = stream.entering, stream.entering_sh
+    page = None
+    if context is not None:
+        outcome.stage |= 0b01
+        try:
+            page, region = stage1_access(fetch, stream, iova, write, priv, instr)
+        except TranslationError as fault:
+            if fault.name == "F_PERMISSION" and not fault.stage2:
+                outcome.perm = outcome.perm_s1 = reported_perm(stream, fault.allowed)
+            return outcome, fault
+        leaf = page.descriptor
+        allowed = page.allowed
+        outcome.pa = page.pa
+        outcome.asid = context.asid
+        outcome.ng = bits(leaf, 11, 11) if context.two_ttbs else 0
+        index = bits(leaf, 4, 2)
+        memory = context.memory[index]
+        sh = consistent_sh(memory, region.sh if region.ds else bits(leaf, 9, 8))
+    elif iova >> features.oas_bits:
+        return outcome, TranslationError("F_ADDR_SIZE", bypassed=True)
+    outcome.perm_s1 = outcome.perm = reported_perm(stream, allowed)
+
+    if stage2 is not None:
+        ipa = outcome.pa
+        outcome.stage |= 0b10
+        try:
+            second = stage2_access(fetch, stage2, ipa, CLASS_IN, write, priv, instr)
+        except TranslationError as fault:
+            both = fault.name == "F_PERMISSION"
+            outcome.perm = reported_perm(stream, allowed & fault.allowed) if both else 0
+            outcome.perm_s1 = outcome.perm_s1 if both else 0
+            return outcome, fault
+        leaf2 = second.descriptor
+        outcome.ipa = ipa
+        outcome.pa = second.pa
+        outcome.perm = reported_perm(stream, allowed & second.allowed)
+        memory = stage2_memory(memory, bits(leaf2, 5, 2), stage2.fwb)
+        ds = stage2.region.ds
+        sh2 = stage2.region.sh if ds else bits(leaf2, 9, 8)
+        sh = combined_sh(memory, sh, NSH if sh2 == 0b01 else sh2)
+        if page is None:
+            outcome.contiguous = bits(leaf2, 52, 52)
+        if page is None or second.shift < page.shift:
+            outcome.level, outcome.page_lg2 = second.level, second.shift
+
+    if page is not None:
+        outcome.contiguous = bits(page.descriptor, 52, 52)
+        if outcome.level is None:
+            outcome.level, outcome.page_lg2 = page.level, page.shift
+    elif stage2 is None:
+        outcome.action = "bypass"
+    outcome.attr = memory_to_mair(memory)
+    outcome.sh = sh
+    return outcome, None
+
+
+def fault_action(stream, fault):
+    """(action, recorded) of a fault: what CD.A, R, S or STE.S2R, S2S say (5.5)."""
+    if fault.name == "F_WALK_EABT" or fault.bypassed:
+        return "abort", True
+    if fault.stage2:
+        if stream.stage2.stall:
+            return "stall", True
+        return "abort", stream.stage2.record
+    if stream.context.stall:
+        return "stall", True
+    return "abort" if stream.context.abort else "raz_wi", stream.context.record
+
+
 def translate(
-    read, features, regs, sid, iova, ssid=None, write=False, priv=False, instr=False, cache=None
-):
+    read, features, regs, sid, iova, ssid=None, write=False, priv=False, instr=False, cache=None,
+    store=None,
+):  # fmt: skip
     """Translate one transaction.
 
     read: (address, size) -> bytes, or None for an external abort.
     features: object with the feature codes as attributes (see features_from_idr).
     regs: object with strtab_base, strtab_base_cfg, cr0, cr2, gbpa.
     cache: ContextCache, to decode the configuration of a stream once.
+    store: (address, bytes), for tables that have their access flags or dirty state updated.
     """
     if cache is None:
         cache = ContextCache()
@@ -876,15 +1401,16 @@ def translate(
 
     found = cache.streams.get((sid, ssid))
     if found is None:
-        fetch = Fetcher(read)
+        fetch = Fetcher(read, store, cache)
         try:
             stream = configure(fetch, features, regs, sid, ssid)
         except ConfigurationError as fault:
             stream = fault
-        found = cache.streams[sid, ssid] = (stream, fetch.fetches)
-    stream, fetches = found
-    fetch = Fetcher(read)
-    fetch.fetches = list(fetches)
+        if not fetch.updates:
+            cache.streams[sid, ssid] = (stream, list(fetch.fetches))
+    else:
+        stream, fetches = found
+        fetch = Fetcher(read, store, cache, fetches)
     events_on = bits(regs.cr0, 2, 2)
 
     if isinstance(stream, ConfigurationError):
@@ -903,44 +1429,31 @@ def translate(
         )
 
     priv, instr = stream.overridden(write, priv, instr)
-    context = stream.context
-    if context is None:
-        if not iova >> features.oas_bits:
-            return Outcome(
-                success=True,
-                action="bypass",
-                pa=iova,
-                perm=ALL_ACCESSES,
-                attr=memory_to_mair(stream.entering),
-                sh=stream.entering_sh,
-                fetches=fetch.fetches,
-            )
-        fault, recorded, aborts = StageOneError("F_ADDR_SIZE"), True, True
-    else:
+    while True:
         try:
-            outcome = walk(fetch, stream, iova, write, priv, instr)
-        except StageOneError as caught:
-            fault = caught
-        else:
-            outcome.fetches = fetch.fetches
-            return outcome
-        if fault.name == "F_WALK_EABT":
-            recorded, aborts = True, True
-        else:
-            recorded, aborts = context.record, context.abort
+            outcome, fault = translate_address(fetch, features, stream, iova, write, priv, instr)
+            break
+        except DescriptorChangedError:
+            continue
+    outcome.fetches = fetch.fetches
+    if fault is None:
+        return outcome
 
-    event = None
+    outcome.success = False
+    outcome.pa = None
+    outcome.fault = fault.name
+    if stream.stage2 is not None:
+        outcome.stage |= 0b10
+    outcome.action, recorded = fault_action(stream, fault)
     if recorded and events_on:
-        event = event_record(
+        aborted_read = fault.name == "F_WALK_EABT"
+        outcome.event = event_record(
             fault.name, sid, ssid, write=write, priv=priv, instr=instr, iova=iova,
-            event_class=CLASS_TT if fault.name == "F_WALK_EABT" else CLASS_IN,
+            event_class=fault.event_class,
+            stage2=fault.stage2,
             fetch_address=fault.fetch_address,
+            ipa=0 if aborted_read else in_place(fault.ipa, features.oas_bits - 1, 12),
+            descriptor_read=fault.descriptor_read,
+            stall=outcome.action == "stall",
         )  # fmt: skip
-    return Outcome(
-        success=False,
-        action="abort" if aborts else "raz_wi",
-        fault=fault.name,
-        event=event,
-        perm=fault.perm,
-        fetches=fetch.fetches,
-    )
+    return outcome
