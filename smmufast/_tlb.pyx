@@ -1,0 +1,1075 @@
+# cython: language_level=3
+"""Caches: the class that owns what _tlb.pxd describes, with geometry, contents and counters.
+
+Not architectural: sizes, policies and what stays in a cache are properties of one implementation.
+"""
+
+cimport cython
+cimport numpy as cnp
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.long cimport PyLong_AsLongLong
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from smmufast._bits cimport low_mask
+from smmufast._cache cimport (
+    LINE, PLRU_WAYS_MAX, POLICY_PLRU, CacheC, Counters, cache_bytes, cache_close,
+    cache_drop, cache_open, order_words, slot_first, slot_second, tags_of,
+)
+from smmufast._layout cimport (
+    CMD_CFGI_CD, CMD_CFGI_CD_ALL, CMD_CFGI_STE, CMD_CFGI_STE_RANGE, WORLD_NS_EL1,
+)
+from smmufast._memory cimport to_address
+
+from typing import NamedTuple
+
+import numpy as np
+
+from smmufast.faults import Perm
+from smmufast.layout import Opcode, StreamWorld
+
+cnp.import_array()
+
+POLICIES = ("lru", "plru", "fifo", "random")
+"""Replacement policies: true LRU, tree pseudo-LRU, FIFO, random with a seed."""
+
+KINDS = ("", "stage 1", "stage 2", "combined")
+"""Kinds of an entry, by number: stage 1 alone, stage 2 alone, both in one; index 0 is none."""
+
+NESTED = ("combined", "split")
+"""How nested translations are cached: input address to PA at once, or each stage by itself."""
+
+CACHES = ("ste", "cd", "tlb", "walk1", "walk2")
+"""The caches of Caches, in the order of its counters."""
+
+cdef tuple COUNTERS = (
+    "hits", "misses", "fills", "evictions", "replacements", "invalidations")
+cdef object COUNTERS_DTYPE = np.dtype([("cache", "U8"), *((name, "u8") for name in COUNTERS)])
+
+cdef enum:
+    SLOTS_MAX = 1 << 24     # entries of one cache
+
+
+class Geometry(NamedTuple):
+    """Size and replacement of one cache.
+
+    `sets` is a power of two and `ways` at least 1, together at most 2**24 entries; sets=1 makes
+    a cache fully associative. `policy` is one of POLICIES: "plru" wants a power of two of at most
+    64 ways. `seed`, a number of 64 bits, is that of "random".
+    """
+
+    sets: int
+    ways: int
+    policy: str = "lru"
+    seed: int = 0
+
+
+class TlbEntry(NamedTuple):
+    """A translation in the TLB.
+
+    `start` is the first input address that it covers, canonical in 64 bits, and `output` where
+    that goes; it covers 2**lg2 bytes. `ipa`, of combined entries, lies between. `kind` is one of
+    KINDS. `vmid`, `asid` and `is_global` (the leaf has nG=0) are tags as far as `kind` and `world`
+    have such tags; `sid` and `ssid` tell which transaction filled it. Each stage has what it
+    admits (`perm1`, `perm2`) and its page's `lg2_s1`, `level_s1` and `granule_s1` (log2), or
+    0 when it is absent; `level` is that of the smaller page. `clean1` and `clean2`: writable
+    through DBM, not dirty yet. `attr` is a MAIR byte. `extra` is the filler's own.
+    """
+
+    start: int
+    output: int
+    lg2: int = 12
+    kind: str = "stage 1"
+    world: StreamWorld = StreamWorld.NS_EL1
+    vmid: int = 0
+    asid: int = 0
+    is_global: bool = False
+    ipa: int = 0
+    sid: int = 0
+    ssid: int = 0
+    level: int = 3
+    perm1: Perm = Perm(0x3F)
+    perm2: Perm = Perm(0x3F)
+    attr: int = 0xFF
+    sh: int = 0
+    clean1: bool = False
+    clean2: bool = False
+    contiguous: bool = False
+    lg2_s1: int = 0
+    lg2_s2: int = 0
+    level_s1: int = 3
+    level_s2: int = 3
+    granule_s1: int = 12
+    granule_s2: int = 12
+    aset: int = 0
+    extra: int = 0
+
+
+class WalkEntry(NamedTuple):
+    """A table in a walk cache.
+
+    The table at address `table` translates the 2**lg2 bytes from the input address `start` on;
+    it is one of `level`. `output`, of combined entries, is where stage 2 has it. `bits` are the
+    hierarchical attributes of the descriptors above. The rest is as in TlbEntry.
+    """
+
+    start: int
+    table: int
+    lg2: int = 21
+    kind: str = "stage 1"
+    world: StreamWorld = StreamWorld.NS_EL1
+    vmid: int = 0
+    asid: int = 0
+    output: int = 0
+    bits: int = 0
+    sid: int = 0
+    ssid: int = 0
+    level: int = 3
+    granule: int = 12
+    extra: int = 0
+
+
+class SteEntry(NamedTuple):
+    """An STE in the configuration cache: its StreamID and its 64 bytes."""
+
+    sid: int
+    data: bytes
+
+
+class CdEntry(NamedTuple):
+    """A CD in the configuration cache: StreamID, SubstreamID (0 without) and its 64 bytes."""
+
+    sid: int
+    ssid: int
+    data: bytes
+
+
+# --- arguments ---
+
+cdef object listed(object names):
+    return ", ".join(repr(name) for name in names if name)
+
+
+cdef int number_of(str what, object value, tuple names) except -1:
+    if isinstance(value, str) and value in names and value:
+        return names.index(value)
+    raise ValueError(f"{what}: {value!r} given; one of {listed(names)} needed")
+
+
+cdef int world_of(object world) except -1:
+    try:
+        return StreamWorld[world] if isinstance(world, str) else StreamWorld(world)
+    except (KeyError, ValueError):
+        raise ValueError(f"world: {world!r} given; one of "
+                         f"{listed([w.name for w in StreamWorld])} needed") from None
+
+
+cdef uint64_t field(str name, object value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
+    return to_address(name, value, last)
+
+
+cdef int8_t level_of(str name, object value) except? 99:
+    if not -1 <= value <= 3:
+        raise ValueError(f"{name}: {value} given; -1 to 3 allowed")
+    return value
+
+
+cdef int check_kind(int kind, int world) except -1:
+    if kind != KIND_S1 and world != WORLD_NS_EL1:
+        raise ValueError(f"kind: {KINDS[kind]!r} given; stage 2 is in the world NS_EL1 only")
+    return 0
+
+
+cdef int check_start(uint64_t start, unsigned int lg2) except -1:
+    if start & low_mask(lg2):
+        raise ValueError(f"start: {start:#x} given; a multiple of 2**{lg2} (lg2) needed")
+    return 0
+
+
+cdef unsigned int lg2_of(object value) except? 99:
+    cdef uint64_t lg2 = field("lg2", value, LG2_MAX)
+    if lg2 < LG2_MIN:
+        raise ValueError(f"lg2: {lg2} given; {LG2_MIN} to {LG2_MAX} allowed")
+    return lg2
+
+
+cdef object geometry_of(str name, object given):
+    """A Geometry of checked numbers, or None."""
+    if given is None:
+        return None
+    try:
+        given = Geometry(*given)
+    except TypeError:
+        raise TypeError(f"{name}: {given!r} given; a Geometry (sets, ways, policy, seed) "
+                        "or None needed") from None
+    cdef uint64_t sets = field(f"{name}.sets", given.sets, SLOTS_MAX)
+    cdef uint64_t ways = field(f"{name}.ways", given.ways, SLOTS_MAX)
+    cdef uint64_t seed = field(f"{name}.seed", given.seed, ~<uint64_t>0)
+    cdef int policy = number_of(f"{name}.policy", given.policy, POLICIES)
+    if sets == 0 or sets & (sets - 1):
+        raise ValueError(f"{name}.sets: {sets} given; a power of two needed")
+    if ways == 0 or sets * ways > SLOTS_MAX:
+        raise ValueError(
+            f"{name}.ways: {ways} given; 1 to {SLOTS_MAX // sets} allowed with {sets} sets")
+    if policy == POLICY_PLRU and (ways & (ways - 1) or ways > PLRU_WAYS_MAX):
+        raise ValueError(f"{name}.ways: {ways} given; a power of two of at most "
+                         f"{PLRU_WAYS_MAX} needed with the policy 'plru'")
+    return Geometry(sets, ways, POLICIES[policy], seed)
+
+
+cdef int read_entry(object given, Entry* e) except -1:
+    """A TLB entry from a TlbEntry, checked."""
+    if not isinstance(given, TlbEntry):
+        raise TypeError(f"entry: {type(given).__name__} given; a TlbEntry needed")
+    memset(e, 0, sizeof(Entry))
+    e.kind = number_of("kind", given.kind, KINDS)
+    e.world = world_of(given.world)
+    check_kind(e.kind, e.world)
+    e.lg2 = lg2_of(given.lg2)
+    e.page = field("start", given.start, ~<uint64_t>0)
+    check_start(e.page, e.lg2)
+    e.page >>= e.lg2
+    e.address = field("output", given.output, ~<uint64_t>0)
+    e.ipa = field("ipa", given.ipa, ~<uint64_t>0)
+    e.sid = field("sid", given.sid, 0xFFFFFFFF)
+    e.ssid = field("ssid", given.ssid, 0xFFFFFFFF)
+    e.asid = field("asid", given.asid, 0xFFFF)
+    e.vmid = field("vmid", given.vmid, 0xFFFF)
+    e.is_global = bool(given.is_global)
+    e.level = level_of("level", given.level)
+    e.perm1 = field("perm1", int(given.perm1), 0x3F)
+    e.perm2 = field("perm2", int(given.perm2), 0x3F)
+    e.attr = field("attr", given.attr, 0xFF)
+    e.sh = field("sh", given.sh, 3)
+    e.flags = (
+        (ENTRY_CLEAN1 if given.clean1 else 0) | (ENTRY_CLEAN2 if given.clean2 else 0)
+        | (ENTRY_CONTIGUOUS if given.contiguous else 0)
+    )
+    e.lg2_s1 = field("lg2_s1", given.lg2_s1, LG2_MAX)
+    e.lg2_s2 = field("lg2_s2", given.lg2_s2, LG2_MAX)
+    e.level_s1 = level_of("level_s1", given.level_s1)
+    e.level_s2 = level_of("level_s2", given.level_s2)
+    e.granule_s1 = field("granule_s1", given.granule_s1, 16)
+    e.granule_s2 = field("granule_s2", given.granule_s2, 16)
+    e.aset = bool(given.aset)
+    e.extra = field("extra", given.extra, ~<uint64_t>0)
+    return 0
+
+
+cdef object entry_shown(const Entry* e):
+    return TlbEntry(
+        start=e.page << e.lg2, output=e.address, lg2=e.lg2, kind=KINDS[e.kind],
+        world=StreamWorld(e.world), vmid=e.vmid, asid=e.asid, is_global=e.is_global != 0,
+        ipa=e.ipa, sid=e.sid, ssid=e.ssid, level=e.level, perm1=Perm(e.perm1),
+        perm2=Perm(e.perm2), attr=e.attr, sh=e.sh, clean1=e.flags & ENTRY_CLEAN1 != 0,
+        clean2=e.flags & ENTRY_CLEAN2 != 0, contiguous=e.flags & ENTRY_CONTIGUOUS != 0,
+        lg2_s1=e.lg2_s1, lg2_s2=e.lg2_s2, level_s1=e.level_s1, level_s2=e.level_s2,
+        granule_s1=e.granule_s1, granule_s2=e.granule_s2, aset=e.aset, extra=e.extra)
+
+
+cdef int read_walk_entry(object given, Table* e) except -1:
+    if not isinstance(given, WalkEntry):
+        raise TypeError(f"entry: {type(given).__name__} given; a WalkEntry needed")
+    memset(e, 0, sizeof(Table))
+    e.kind = number_of("kind", given.kind, KINDS)
+    e.world = world_of(given.world)
+    check_kind(e.kind, e.world)
+    e.lg2 = lg2_of(given.lg2)
+    e.prefix = field("start", given.start, ~<uint64_t>0)
+    check_start(e.prefix, e.lg2)
+    e.prefix >>= e.lg2
+    e.table = field("table", given.table, ~<uint64_t>0)
+    e.output = field("output", given.output, ~<uint64_t>0)
+    e.bits = field("bits", given.bits, ~<uint64_t>0)
+    e.sid = field("sid", given.sid, 0xFFFFFFFF)
+    e.ssid = field("ssid", given.ssid, 0xFFFFFFFF)
+    e.asid = field("asid", given.asid, 0xFFFF)
+    e.vmid = field("vmid", given.vmid, 0xFFFF)
+    e.level = level_of("level", given.level)
+    e.granule = field("granule", given.granule, 16)
+    e.extra = field("extra", given.extra, ~<uint64_t>0)
+    return 0
+
+
+cdef object walk_entry_shown(const Table* e):
+    return WalkEntry(
+        start=e.prefix << e.lg2, table=e.table, lg2=e.lg2, kind=KINDS[e.kind],
+        world=StreamWorld(e.world), vmid=e.vmid, asid=e.asid, output=e.output, bits=e.bits,
+        sid=e.sid, ssid=e.ssid, level=e.level, granule=e.granule, extra=e.extra)
+
+
+cdef int read_record(str name, object given, uint64_t* words) except -1:
+    """The 64 bytes of an STE or CD, as dwords in host byte order."""
+    cdef const uint8_t[::1] view
+    data = bytes(given) if isinstance(given, (bytes, bytearray, memoryview)) else None
+    if data is None or len(data) != 64:
+        raise ValueError(f"{name}: 64 bytes needed")
+    for i in range(8):
+        words[i] = int.from_bytes(data[8 * i:8 * i + 8], "little")
+    return 0
+
+
+cdef int opcode_of(object op) except -1:
+    try:
+        return Opcode[op.upper()] if isinstance(op, str) else Opcode(op)
+    except (KeyError, ValueError):
+        raise ValueError(f"op: {op!r} given; an Opcode or its name needed") from None
+
+
+cdef bytes record_shown(const uint64_t* words):
+    return b"".join([(<object>words[i]).to_bytes(8, "little") for i in range(8)])
+
+
+# --- one cache ---
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Cache:
+    """One of the caches of a Caches: its geometry, counters and entries.
+
+    `len()` is the number of entries; iterating yields them as they are now, by slot: the ways of
+    set 0, then those of set 1.
+    """
+
+    cdef Caches caches
+    cdef int number
+
+    def __init__(self):
+        raise TypeError("a Cache is a part of Caches")
+
+    cdef CacheC* get(self) noexcept:
+        return &self.caches.c.cache[self.number]
+
+    @property
+    def name(self):
+        """Which cache it is: one of CACHES."""
+        return CACHES[self.number]
+
+    @property
+    def geometry(self):
+        """Sets, ways, policy and seed."""
+        return self.caches.geometries[self.number]
+
+    @property
+    def hits(self):
+        """Look-ups that found an entry."""
+        return self.get().counters.hits
+
+    @property
+    def misses(self):
+        """Look-ups that found none."""
+        return self.get().counters.misses
+
+    @property
+    def fills(self):
+        """Entries that were put in."""
+        return self.get().counters.fills
+
+    @property
+    def evictions(self):
+        """Entries that gave way to a fill of another one in a full set."""
+        return self.get().counters.evictions
+
+    @property
+    def replacements(self):
+        """Entries that went because a fill could answer the same request."""
+        return self.get().counters.replacements
+
+    @property
+    def invalidations(self):
+        """Entries that commands invalidated."""
+        return self.get().counters.invalidations
+
+    @property
+    def nbytes(self):
+        """Memory of tags, replacement state and entries, in bytes."""
+        return cache_bytes(self.get())
+
+    def __len__(self):
+        return self.get().live
+
+    def __iter__(self):
+        cdef CacheC* c = self.get()
+        cdef uint64_t slot
+        cdef list found = []
+        for slot in range(<uint64_t>c.sets * c.ways):
+            if slot_second(c, slot):
+                found.append(self._entry(c, slot))
+        return iter(found)
+
+    cdef object _entry(self, const CacheC* c, uint64_t slot):
+        if self.number == CACHE_TLB:
+            return entry_shown(&(<Entry*>c.entries)[slot])
+        if self.number >= CACHE_WALK1:
+            return walk_entry_shown(&(<Table*>c.entries)[slot])
+        data = record_shown(config_words(c, slot))
+        if self.number == CACHE_STE:
+            return SteEntry(slot_first(c, slot), data)
+        return CdEntry(slot_first(c, slot), slot_second(c, slot) & ~KEY_VALID, data)
+
+    def __repr__(self):
+        cdef CacheC* c = self.get()
+        return (f"<Cache {self.name}: {c.sets} sets of {c.ways} ways, {self.geometry.policy}, "
+                f"{c.live} entries>")
+
+
+cdef Cache view_of(Caches caches, int number):
+    cdef Cache view
+    if caches.c.cache[number].ways == 0:
+        return None
+    view = Cache.__new__(Cache)
+    view.caches = caches
+    view.number = number
+    return view
+
+
+# --- state as bytes ---
+
+cdef uint64_t STATE_MARK = 0x31454843414D4D53ULL  # of this layout and byte order
+
+
+# What is kept of a cache beside its replacement state and its entries.
+cdef struct Kept:
+    uint64_t clock
+    uint64_t random
+    uint64_t live
+    Counters counters
+
+
+cdef class Reader:
+    """Takes pieces off the front of bytes."""
+
+    cdef bytes data
+    cdef Py_ssize_t at
+
+    cdef int take(self, void* out, Py_ssize_t n) except -1:
+        if len(self.data) - self.at < n:
+            raise ValueError(f"state: {len(self.data)} bytes given, which end too early")
+        memcpy(out, PyBytes_AS_STRING(self.data) + self.at, n)
+        self.at += n
+        return 0
+
+
+cdef bytes piece(const void* data, Py_ssize_t n):
+    return PyBytes_FromStringAndSize(<const char*>data, n)
+
+
+cdef bytes state_of(CachesC* c):
+    cdef list pieces = [piece(&STATE_MARK, 8), piece(&c.config_generation, 8),
+                        piece(&c.tlb_generation, 8)]
+    cdef CacheC* cache
+    cdef Kept kept
+    cdef uint64_t slot, second
+    for number in range(N_CACHES):
+        cache = &c.cache[<int>number]
+        kept.clock = cache.clock
+        kept.random = cache.random
+        kept.live = cache.live
+        kept.counters = cache.counters
+        pieces.append(piece(&kept, sizeof(Kept)))
+        pieces.append(piece(cache.order, order_words(cache) * 8))
+        for slot in range(<uint64_t>cache.sets * cache.ways):
+            second = slot_second(cache, slot)
+            if second:
+                pieces.append(piece(&slot, 8))
+                if number == CACHE_STE or number == CACHE_CD:
+                    pieces.append(piece(
+                        &cache.tags[slot + slot // cache.ways * cache.ways], 8))
+                    pieces.append(piece(&second, 8))
+                pieces.append(piece(cache.entries + slot * cache.stride, cache.stride))
+    return b"".join(pieces)
+
+
+cdef int refuse(str why, int number, uint64_t slot) except -1:
+    raise ValueError(f"state: {why} in slot {slot} of {CACHES[number]}")
+
+
+cdef int admit_config(CachesC* c, int number, uint64_t slot, Reader reader) except -1:
+    cdef CacheC* cache = &c.cache[number]
+    cdef uint64_t first, second, wanted
+    cdef uint64_t[8] words
+    reader.take(&first, 8)
+    reader.take(&second, 8)
+    reader.take(words, sizeof(words))
+    if first >> 32 or not second & KEY_VALID or second & ~KEY_VALID >> (
+            20 if number == CACHE_CD else 0):
+        refuse("a tag that cannot be", number, slot)
+    if number == CACHE_STE:
+        wanted = first & (cache.sets - 1)
+    else:
+        wanted = cd_set(cache, <uint32_t>first, <uint32_t>second)
+    if slot // cache.ways != wanted:
+        refuse("an entry of another set", number, slot)
+    if cache_find(cache, wanted, first, second) >= 0:
+        refuse("a second entry of one tag", number, slot)
+    cache_put(cache, slot, first, second)
+    memcpy(config_words(cache, slot), words, sizeof(words))
+    return 0
+
+
+cdef int admit_translation(CachesC* c, uint64_t slot, Reader reader) except -1:
+    cdef CacheC* cache = &c.cache[CACHE_TLB]
+    cdef Entry e
+    cdef Filter rivals
+    cdef uint64_t key, sizes
+    reader.take(&e, sizeof(Entry))
+    if not (KIND_S1 <= e.kind <= KIND_COMBINED and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX
+            and e.lg2_s1 <= LG2_MAX and e.lg2_s2 <= LG2_MAX and e.perm1 < 64 and e.perm2 < 64
+            and not e.page >> (64 - e.lg2)):
+        refuse("a translation that cannot be", CACHE_TLB, slot)
+    if slot // cache.ways != e.page & (cache.sets - 1):
+        refuse("an entry of another set", CACHE_TLB, slot)
+    key = entry_key(c, &e)
+    sizes = tlb_rivals(c, &e, key, &rivals)
+    if tlb_drop(c, sizes, &rivals):
+        refuse("a second entry for one request", CACHE_TLB, slot)
+    tlb_admit(c, slot, &e, key)
+    return 0
+
+
+cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader reader) except -1:
+    cdef CacheC* cache = &c.cache[number]
+    cdef Table e
+    cdef uint64_t set
+    reader.take(&e, sizeof(Table))
+    if not (KIND_S1 <= e.kind <= KIND_COMBINED and (e.kind == KIND_S2) == (number == CACHE_WALK2)
+            and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX and not e.prefix >> (64 - e.lg2)):
+        refuse("a table that cannot be", number, slot)
+    set = e.prefix & (cache.sets - 1)
+    if slot // cache.ways != set:
+        refuse("an entry of another set", number, slot)
+    if cache_find(cache, set, e.prefix, walk_key(c, &e)) >= 0:
+        refuse("a second entry of one tag", number, slot)
+    walk_admit(c, cache, slot, &e)
+    return 0
+
+
+cdef int take_state(CachesC* c, Reader reader) except -1:
+    """Fill empty caches from a state."""
+    cdef uint64_t mark, config_generation, tlb_generation, slot, last, words
+    cdef CacheC* cache
+    cdef Kept kept
+    cdef bytes order
+    cdef int number
+    reader.take(&mark, 8)
+    if mark != STATE_MARK:
+        raise ValueError("state: not one of Caches of this version and byte order")
+    reader.take(&config_generation, 8)
+    reader.take(&tlb_generation, 8)
+    for number in range(N_CACHES):
+        cache = &c.cache[number]
+        reader.take(&kept, sizeof(Kept))
+        words = order_words(cache)
+        order = reader.data[reader.at:reader.at + words * 8]
+        reader.take(cache.order, words * 8)
+        last = 0
+        for i in range(kept.live):
+            reader.take(&slot, 8)
+            if slot >= <uint64_t>cache.sets * cache.ways or (i and slot <= last):
+                raise ValueError(f"state: slot {slot} of {CACHES[number]} out of order")
+            last = slot
+            if number == CACHE_TLB:
+                admit_translation(c, slot, reader)
+            elif number >= CACHE_WALK1:
+                admit_table(c, number, slot, reader)
+            else:
+                admit_config(c, number, slot, reader)
+        memcpy(cache.order, PyBytes_AS_STRING(order), words * 8)
+        cache.clock = kept.clock
+        cache.random = kept.random or 1
+        cache.counters = kept.counters
+    if reader.at != len(reader.data):
+        raise ValueError(f"state: {len(reader.data)} bytes given, {reader.at} needed")
+    c.config_generation = config_generation
+    c.tlb_generation = tlb_generation
+    return 0
+
+
+# --- all caches ---
+
+cdef int release(CachesC* c) except -1:
+    cdef int number
+    if c != NULL:
+        for number in range(N_CACHES):
+            cache_close(&c.cache[number])
+        free(c)
+    return 0
+
+
+cdef CachesC* made(list geometries, bint split) except NULL:
+    """New, empty caches."""
+    cdef size_t* strides = [
+        sizeof(ConfigEntry), sizeof(ConfigEntry), sizeof(Entry), sizeof(Table), sizeof(Table)]
+    cdef CachesC* c = <CachesC*>calloc(1, sizeof(CachesC))
+    cdef int number
+    if c == NULL:
+        raise MemoryError()
+    c.split = split
+    caches_set_masks(c)
+    for number in range(N_CACHES):
+        geometry = geometries[number]
+        if geometry is None:
+            continue
+        if not cache_open(&c.cache[number], geometry.sets, geometry.ways,
+                          POLICIES.index(geometry.policy), geometry.seed, strides[number]):
+            release(c)
+            raise MemoryError(f"no memory for {CACHES[number]} of {geometry}")
+    return c
+
+
+def _restored(ste, cd, tlb, walk1, walk2, nested):
+    return Caches(ste=ste, cd=cd, tlb=tlb, walk1=walk1, walk2=walk2, nested=nested)
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Caches:
+    """The caches of one SMMU: what is in them, and what hits, misses and commands do to them.
+
+    Not architectural. Each cache is set-associative, of its own geometry, or absent; without any
+    argument all are.
+
+    Parameters
+    ----------
+    ste, cd : Geometry, optional
+        The configuration caches: STEs by StreamID, CDs by StreamID and SubstreamID. The set is
+        that of the low bits of the StreamID; for CDs, of StreamID exclusive-or SubstreamID.
+    tlb : Geometry, optional
+        Translations of every size. The set is that of the low bits of the page number: of the
+        input address above the entry's own size.
+    walk1, walk2 : Geometry, optional
+        Walk caches: tables of stage 1 and of stage 2, by what they translate. The set is that of
+        the low bits of the input address above the table's reach.
+    nested : {"combined", "split"}
+        How the TLB keeps nested translations: as one entry of both stages, or as one of each.
+
+    Attributes
+    ----------
+    ste, cd, tlb, walk1, walk2 : Cache or None
+        The caches; None is an absent one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a geometry is none, or cannot be.
+
+    Notes
+    -----
+    A geometry may be given as a tuple: ``tlb=(1024, 4)`` is ``tlb=Geometry(1024, 4, "lru", 0)``.
+
+    Caches belong to one Smmu, which makes all its calls one after the other. None of the methods
+    here may run while another thread uses that Smmu.
+
+    `lookup()`, `fill()`, `tlbi()` and their like do what the translation and the commands do, for
+    hosts that use the caches by themselves.
+
+    Pickles, copies and `__getstate__()` hold everything, counters and replacement state
+    included: a copy goes on as the original would.
+
+    Examples
+    --------
+    >>> from smmufast._tlb import Caches, TlbEntry
+    >>> caches = Caches(tlb=(64, 4))
+    >>> caches.lookup(0x1234_5678, asid=7) is None
+    True
+    >>> caches.fill(TlbEntry(0x1234_5000, 0x8000_0000, asid=7, perm1=0x3))
+    >>> found = caches.lookup(0x1234_5678, asid=7)
+    >>> hex(found.output), found.perm1
+    ('0x80000000', <Perm.UR|UW: 3>)
+    >>> caches.tlbi("TLBI_NH_VA", asid=7, address=0x1234_5000)
+    1
+    >>> caches.tlb.hits, caches.tlb.misses, caches.tlb.invalidations, len(caches.tlb)
+    (1, 1, 1, 0)
+    """
+
+    def __cinit__(self, *, ste=None, cd=None, tlb=None, walk1=None, walk2=None,
+                  nested="combined"):
+        given = (ste, cd, tlb, walk1, walk2)
+        self.geometries = tuple(
+            [geometry_of(name, geometry) for name, geometry in zip(CACHES, given, strict=True)])
+        if nested not in NESTED:
+            raise ValueError(f"nested: {nested!r} given; one of {listed(NESTED)} needed")
+        self.c = made(list(self.geometries), nested == "split")
+
+    def __dealloc__(self):
+        release(self.c)
+
+    @classmethod
+    def small(cls, *, nested="combined"):
+        """Caches of the size of a small SMMU: a TLB of 64 entries, few of the others.
+
+        >>> from smmufast._tlb import Caches
+        >>> Caches.small().tlb.geometry
+        Geometry(sets=16, ways=4, policy='lru', seed=0)
+        """
+        return cls(ste=(4, 2), cd=(4, 2), tlb=(16, 4), walk1=(4, 4), walk2=(4, 4), nested=nested)
+
+    @classmethod
+    def server(cls, *, nested="combined"):
+        """Caches of the size of a server's SMMU: a TLB of 4096 entries.
+
+        >>> from smmufast._tlb import Caches
+        >>> [cache.name for cache in (Caches.server().tlb, Caches.server().walk2)]
+        ['tlb', 'walk2']
+        """
+        return cls(ste=(64, 4), cd=(64, 4), tlb=(1024, 4), walk1=(64, 4), walk2=(64, 4),
+                   nested=nested)
+
+    @property
+    def ste(self):
+        """The configuration cache of STEs, or None."""
+        return view_of(self, CACHE_STE)
+
+    @property
+    def cd(self):
+        """The configuration cache of CDs, or None."""
+        return view_of(self, CACHE_CD)
+
+    @property
+    def tlb(self):
+        """The TLB, or None."""
+        return view_of(self, CACHE_TLB)
+
+    @property
+    def walk1(self):
+        """The walk cache of stage 1, or None."""
+        return view_of(self, CACHE_WALK1)
+
+    @property
+    def walk2(self):
+        """The walk cache of stage 2, or None."""
+        return view_of(self, CACHE_WALK2)
+
+    @property
+    def nested(self):
+        """How nested translations are kept: "combined" or "split"."""
+        return NESTED[self.c.split]
+
+    @property
+    def nbytes(self):
+        """Memory of all caches, in bytes."""
+        cdef int number
+        cdef uint64_t total = sizeof(CachesC)
+        for number in range(N_CACHES):
+            total += cache_bytes(&self.c.cache[number])
+        return total
+
+    @property
+    def counters(self):
+        """The counters of every cache that there is, as a new dict of dicts: by cache, by name."""
+        return {
+            row["cache"].item(): {name: int(row[name]) for name in COUNTERS}
+            for row in self.counters_array()
+        }
+
+    def counters_array(self):
+        """Return the counters as a structured array with one row per cache that there is.
+
+        Returns
+        -------
+        numpy.ndarray
+            Fields "cache" (its name), "hits", "misses", "fills", "evictions", "replacements" and
+            "invalidations", each as the attribute of Cache.
+        """
+        rows = []
+        cdef int number
+        cdef Counters* n
+        for number in range(N_CACHES):
+            n = &self.c.cache[number].counters
+            if self.c.cache[number].ways:
+                rows.append((CACHES[number], n.hits, n.misses, n.fills, n.evictions,
+                             n.replacements, n.invalidations))
+        return np.array(rows, COUNTERS_DTYPE)
+
+    def reset_counters(self):
+        """Set every counter to 0; entries and replacement state stay."""
+        cdef int number
+        for number in range(N_CACHES):
+            memset(&self.c.cache[number].counters, 0, sizeof(Counters))
+
+    def invalidate_all(self):
+        """Drop every entry of every cache, counted as invalidations.
+
+        Returns
+        -------
+        int
+            How many entries went.
+        """
+        return caches_invalidate_all(self.c)
+
+    def __len__(self):
+        """Return the number of entries in all caches."""
+        cdef int number
+        cdef uint64_t total = 0
+        for number in range(N_CACHES):
+            total += self.c.cache[number].live
+        return total
+
+    def __bool__(self):
+        return True
+
+    def __repr__(self):
+        views = (self.ste, self.cd, self.tlb, self.walk1, self.walk2)
+        shown = [
+            f"{view.name} {len(view)}/{view.geometry.sets * view.geometry.ways}"
+            for view in views if view is not None
+        ]
+        return f"<Caches: {', '.join(shown) or 'none'}>"
+
+    # --- TLB ---
+
+    def lookup(self, address, *, kind="stage 1", world=StreamWorld.NS_EL1, vmid=0, asid=0):
+        """Look an address up in the TLB; counts one hit or one miss.
+
+        Parameters
+        ----------
+        address : int
+            The input address, canonical in 64 bits; with kind="stage 2" an IPA.
+        kind : {"stage 1", "stage 2", "combined"}
+            The kind of entry that is wanted; other kinds do not answer.
+        world : StreamWorld or str
+            The translation regime.
+        vmid, asid : int
+            Tags of the request, compared as far as the kind and the world have them.
+
+        Returns
+        -------
+        TlbEntry or None
+        """
+        cdef int number = number_of("kind", kind, KINDS)
+        cdef int regime = world_of(world)
+        check_kind(number, regime)
+        cdef uint16_t v = field("vmid", vmid, 0xFFFF)
+        cdef uint16_t a = field("asid", asid, 0xFFFF)
+        cdef uint64_t at = field("address", address, ~<uint64_t>0)
+        cdef Entry* found = tlb_probe(self.c, number, regime, v, a, at)
+        return None if found == NULL else entry_shown(found)
+
+    def fill(self, entry, /):
+        """Put a translation into the TLB; nothing happens without one.
+
+        Entries that could answer one of its requests go: those of the same tags that cover one of
+        its addresses, whatever their size. A global entry answers for every ASID.
+
+        Parameters
+        ----------
+        entry : TlbEntry
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no TlbEntry or one of its fields cannot be.
+        """
+        cdef Entry e
+        read_entry(entry, &e)
+        tlb_fill(self.c, &e)
+
+    # --- walk caches ---
+
+    def lookup_walk(self, address, *, kind="stage 1", world=StreamWorld.NS_EL1, vmid=0, asid=0):
+        """Look the deepest table of an address up in a walk cache; counts one hit or one miss.
+
+        Parameters
+        ----------
+        address, kind, world, vmid, asid
+            As for `lookup()`. The kind "stage 2" is looked up in `walk2`, others in `walk1`.
+
+        Returns
+        -------
+        WalkEntry or None
+        """
+        cdef int number = number_of("kind", kind, KINDS)
+        cdef int regime = world_of(world)
+        check_kind(number, regime)
+        cdef uint16_t v = field("vmid", vmid, 0xFFFF)
+        cdef uint16_t a = field("asid", asid, 0xFFFF)
+        cdef uint64_t at = field("address", address, ~<uint64_t>0)
+        cdef Table* found = walk_probe(self.c, number, regime, v, a, at)
+        return None if found == NULL else walk_entry_shown(found)
+
+    def fill_walk(self, entry, /):
+        """Put a table into the walk cache of its stage; nothing happens without one.
+
+        Parameters
+        ----------
+        entry : WalkEntry
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no WalkEntry or one of its fields cannot be.
+        """
+        cdef Table e
+        read_walk_entry(entry, &e)
+        walk_fill(self.c, &e)
+
+    # --- configuration caches ---
+
+    def lookup_ste(self, sid):
+        """Look an STE up: its 64 bytes, or None; counts one hit or one miss."""
+        cdef uint64_t[8] words
+        cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
+        return record_shown(words) if ste_probe(self.c, stream, words) else None
+
+    def fill_ste(self, sid, data):
+        """Put an STE of 64 bytes into its cache."""
+        cdef uint64_t[8] words
+        cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
+        read_record("data", data, words)
+        ste_fill(self.c, stream, words)
+
+    def lookup_cd(self, sid, ssid=0):
+        """Look a CD up: its 64 bytes, or None; counts one hit or one miss."""
+        cdef uint64_t[8] words
+        cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
+        cdef uint32_t index = field("ssid", ssid, 0xFFFFF)
+        return record_shown(words) if cd_probe(self.c, stream, index, words) else None
+
+    def fill_cd(self, sid, ssid, data):
+        """Put a CD of 64 bytes into its cache."""
+        cdef uint64_t[8] words
+        cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
+        cdef uint32_t index = field("ssid", ssid, 0xFFFFF)
+        read_record("data", data, words)
+        cd_fill(self.c, stream, index, words)
+
+    # --- commands ---
+
+    def tlbi(self, op, *, vmid=0, asid=0, address=None, last=None, leaf=False, granule=0,
+             level=0, vmid_mask=0xFFFF):
+        """Invalidate as a TLBI command of the Non-secure queue does (IHI 0070, 4.4).
+
+        Parameters
+        ----------
+        op : Opcode, int or str
+            The command, such as "TLBI_NH_VA".
+        vmid, asid : int
+            For the commands that have them.
+        address, last : int, optional
+            For commands by address: the first and the last address, both included. Without
+            `last` it is one address; without `address`, all.
+        leaf : bool
+            For commands by address: tables in walk caches stay.
+        granule : int
+            log2 of the granule (12, 14, 16); entries of another one stay. 0: of any.
+        level : int
+            1 to 3: translations of leaves at another level stay. 0: of any.
+        vmid_mask : int
+            The bits of VMIDs that are compared.
+
+        Returns
+        -------
+        int
+            How many entries went, of the TLB and of the walk caches.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `op` is no such command or an argument is out of its range.
+        """
+        cdef Invalidation inv
+        cdef Filter f
+        memset(&inv, 0, sizeof(Invalidation))
+        inv.op = opcode_of(op)
+        inv.vmid = field("vmid", vmid, 0xFFFF)
+        inv.vmid_mask = field("vmid_mask", vmid_mask, 0xFFFF)
+        inv.asid = field("asid", asid, 0xFFFF)
+        inv.leaf = bool(leaf)
+        inv.all_addresses = address is None
+        if granule not in (0, 12, 14, 16):
+            raise ValueError(f"granule: {granule} given; 12, 14, 16, or 0 for any needed")
+        inv.granule = granule
+        inv.level = field("level", level, 3)
+        if address is not None:
+            inv.first = field("address", address, ~<uint64_t>0)
+            inv.last = inv.first
+            if last is not None:
+                inv.last = field("last", last, ~<uint64_t>0)
+                if inv.last < inv.first:
+                    raise ValueError(f"last: {last:#x} given; at least address "
+                                     f"({address:#x}) needed")
+        elif last is not None:
+            raise ValueError("last: given without address")
+        if not filter_of(&inv, &f):
+            raise ValueError(f"op: {op!r} given; a TLBI command of the Non-secure queue needed")
+        return tlbi(self.c, &inv)
+
+    def cfgi(self, op, *, sid=0, ssid=0, leaf=False, range=31):
+        """Invalidate as a CFGI command does (IHI 0070, 4.3).
+
+        Parameters
+        ----------
+        op : Opcode, int or str
+            "CFGI_STE", "CFGI_STE_RANGE", "CFGI_ALL", "CFGI_CD" or "CFGI_CD_ALL".
+        sid, ssid : int
+            For the commands that have them.
+        leaf : bool
+            Makes no difference: descriptors of level 1 are not cached.
+        range : int
+            Of CFGI_STE_RANGE: 2**(range + 1) aligned StreamIDs; 31 are all, as for CFGI_ALL,
+            which is the same opcode.
+
+        Returns
+        -------
+        int
+            How many entries went.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `op` is no such command or an argument is out of its range.
+        """
+        cdef int number = opcode_of(op)
+        cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
+        cdef uint32_t index = field("ssid", ssid, 0xFFFFF)
+        cdef unsigned int lg2_count = <unsigned int>field("range", range, 31) + 1
+        if number == CMD_CFGI_STE:
+            return cfgi_ste(self.c, stream, bool(leaf))
+        if number == CMD_CFGI_STE_RANGE:
+            return cfgi_range(self.c, stream, lg2_count)
+        if number == CMD_CFGI_CD:
+            return cfgi_cd(self.c, stream, index, bool(leaf))
+        if number == CMD_CFGI_CD_ALL:
+            return cfgi_cd_all(self.c, stream)
+        raise ValueError(f"op: {op!r} given; a CFGI command of STEs or CDs needed")
+
+    # --- copies ---
+
+    def copy(self):
+        """Return independent caches in the same state."""
+        other = _restored(*self.geometries, self.nested)
+        other.__setstate__(self.__getstate__())
+        return other
+
+    def __getstate__(self):
+        """Return everything but the geometry, as bytes; equal states behave alike."""
+        return state_of(self.c)
+
+    def __setstate__(self, state):
+        """Take the state of caches of the same geometry.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is no such state; nothing is changed.
+        """
+        cdef Reader reader
+        cdef CachesC* c
+        cdef CachesC old
+        if type(state) is not bytes:
+            raise TypeError(f"state: {type(state).__name__} given; bytes needed")
+        reader = Reader.__new__(Reader)
+        reader.data = state
+        c = made(list(self.geometries), self.c.split)
+        try:
+            take_state(c, reader)
+            # the struct stays where it is: others hold its address
+            old = self.c[0]
+            self.c[0] = c[0]
+            c[0] = old
+        finally:
+            release(c)
+
+    def __reduce__(self):
+        return _restored, (*self.geometries, self.nested), self.__getstate__()
