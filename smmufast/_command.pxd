@@ -1,0 +1,281 @@
+"""Commands: what sixteen bytes of the Non-secure command queue ask for, or that they are illegal.
+
+Sections: IHI 0070 4.1 (opcodes, CERROR_ILL), 4.2-4.4 (prefetch, configuration, TLB), 4.5 (ATS and
+PRI), 4.6 (stalls), 4.7 (CMD_SYNC), 6.3.9 (CR0.VMW).  Only the words and the features decide; what
+an effect does to caches, stalls and queues is written where these are.  RES0 bits are ignored.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from smmufast._bits cimport low_mask
+from smmufast._layout cimport *
+from smmufast._types cimport Hw
+
+
+cdef enum:
+    EFFECT_NONE        # nothing to do: also of a command that is ignored, or illegal
+    EFFECT_PREFETCH
+    EFFECT_CFGI_STE
+    EFFECT_CFGI_RANGE
+    EFFECT_CFGI_ALL
+    EFFECT_CFGI_CD
+    EFFECT_CFGI_CD_ALL
+    EFFECT_TLBI
+    EFFECT_ATC_INV
+    EFFECT_PRI_RESP
+    EFFECT_RESUME
+    EFFECT_STALL_TERM
+    EFFECT_SYNC
+
+
+# What a legal command does; members that its kind does not name are 0.
+cdef struct Effect:
+    uint8_t kind           # EFFECT_...
+    uint8_t op             # the opcode
+    bint leaf              # CFGI_STE, CFGI_CD, TLBI by address: last level only
+    bint ssv               # ATC_INV, PRI_RESP, PREFETCH: ssid is valid
+    bint global_           # ATC_INV: all substreams
+    bint abort             # RESUME without retry: terminate with abort, else RAZ/WI
+    bint retry             # RESUME
+    uint32_t sid           # CFGI_RANGE: the first of the range
+    uint32_t ssid
+    uint8_t range_lg2      # CFGI_RANGE: 2^range_lg2 StreamIDs
+    uint16_t vmid          # TLBI by VMID: only the bits of vmid_mask
+    uint16_t vmid_mask     # bits that are compared; 0: entries of every VMID
+    uint16_t asid          # TLBI by ASID
+    uint64_t first         # TLBI, ATC_INV: the bytes, first to last
+    uint64_t last
+    bint all_addresses     # TLBI, ATC_INV: every address; first and last are 0 and 2^64-1
+    uint8_t granule        # range TLBI: lg2 of TG; 0: not a range
+    uint8_t level          # range TLBI: level of the leaves; 0: any
+    uint16_t stag          # RESUME
+    uint16_t prg_index     # PRI_RESP
+    uint8_t resp
+    uint8_t cs             # SYNC: CMD_CS_..., as implemented
+    uint8_t size_lg2       # ATC_INV: lg2 of the bytes; PREFETCH_ADDR: of the number of addresses
+    uint64_t msi_address   # SYNC by interrupt; 0: the wired one
+    uint32_t msi_data
+
+
+# --- legality (4.1.3) ---
+
+cdef inline bint command_implemented(const Hw* hw, unsigned int op) noexcept nogil:
+    """Whether the Non-secure queue has this opcode; others are CERROR_ILL."""
+    # No MPAM, no device permission table and no implementation defined command is modelled:
+    # CFGI_VMS_PIDM, DPTI_* and 0x80 to 0x8F are as reserved.
+    if (op == CMD_CFGI_CD or op == CMD_CFGI_CD_ALL or op == CMD_TLBI_NH_ALL
+            or op == CMD_TLBI_NH_ASID or op == CMD_TLBI_NH_VA or op == CMD_TLBI_NH_VAA):
+        return hw.s1p
+    if op == CMD_TLBI_EL2_ALL:
+        return hw.hyp and hw.s1p
+    if op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA or op == CMD_TLBI_EL2_VAA:
+        return hw.hyp
+    if op == CMD_TLBI_S12_VMALL or op == CMD_TLBI_S2_IPA:
+        return hw.s2p
+    if op == CMD_ATC_INV:
+        return hw.ats
+    if op == CMD_PRI_RESP:
+        return hw.pri
+    if op == CMD_RESUME or op == CMD_STALL_TERM:
+        return hw.stall_model != 1
+    return (op == CMD_PREFETCH_CONFIG or op == CMD_PREFETCH_ADDR or op == CMD_CFGI_STE
+            or op == CMD_CFGI_STE_RANGE or op == CMD_TLBI_NSNH_ALL or op == CMD_SYNC)
+
+
+cdef inline bint command_has_ssec(unsigned int op) noexcept nogil:
+    """The StreamID may be marked as Secure, which the Non-secure queue refuses."""
+    return (CMD_PREFETCH_CONFIG <= op <= CMD_CFGI_VMS_PIDM or op == CMD_RESUME
+            or op == CMD_STALL_TERM)
+
+
+# --- TLB invalidation (4.4) ---
+
+cdef inline uint16_t vmid_compared(const Hw* hw) noexcept nogil:
+    """Bits of a VMID that TLB invalidation compares: none without stage 2; CR0.VMW masks low ones.
+    """
+    cdef unsigned int wild = <unsigned int>cr0_vmw(hw.cr0) if hw.vmw else 0
+    if not hw.s2p:
+        return 0
+    if wild > 4:
+        wild = 0
+    return <uint16_t>((0xFFFF if hw.vmid16 else 0xFF) & ~low_mask(wild))
+
+
+cdef inline unsigned int tlbi_scale(const Hw* hw, const uint64_t* words) noexcept nogil:
+    """SCALE of a range: five bits, or with DS six of which 39 is the largest value."""
+    cdef unsigned int scale = <unsigned int>cmd_scale(words)
+    if not hw.ds:
+        return scale & 31
+    return 39 if scale > 39 else scale
+
+
+cdef inline int tlbi_span(
+        const Hw* hw, const uint64_t* words, uint64_t address, Effect* effect) noexcept nogil:
+    """The addresses of an invalidation by address: a 4 KiB page, or with RIL a range.
+
+    A page meets every entry that holds it, whatever the entry's size.  A range starts at the
+    address as given, also if that is not aligned for TG and TTL, and ends at 2^64 at the latest.
+    """
+    cdef unsigned int tg = <unsigned int>cmd_tg(words)
+    cdef unsigned int ttl = <unsigned int>cmd_ttl(words)
+    cdef unsigned int num = <unsigned int>cmd_num(words)
+    cdef unsigned int scale = tlbi_scale(hw, words)
+    effect.leaf = cmd_leaf(words)
+    effect.first = address
+    if not hw.ril or tg == CMD_TG_NONE:
+        effect.last = address | 0xFFF
+        return CMDQ_CONS_ERR_NONE
+    if tg == CMD_TG_16K and ttl == CMD_TTL_LEVEL_1 and not hw.ds:
+        ttl = CMD_TTL_ANY  # reserved
+    if num == 0 and scale == 0 and ttl == CMD_TTL_ANY:
+        return CMDQ_CONS_ERR_ILL
+    effect.granule = 10 + 2 * tg
+    effect.level = ttl
+    # 32 * 2^39 * 2^16 is 2^60 bytes at most
+    effect.last = address + ((<uint64_t>(num + 1) << scale << effect.granule) - 1)
+    if effect.last < address:
+        effect.last = ~<uint64_t>0
+    return CMDQ_CONS_ERR_NONE
+
+
+cdef inline int tlbi_decode(
+        const Hw* hw, const uint64_t* words, unsigned int op, Effect* effect) noexcept nogil:
+    """Scope of a TLBI_*: VMID, ASID, addresses; the opcode says the world and the stage."""
+    effect.kind = EFFECT_TLBI
+    if (op == CMD_TLBI_NH_ALL or op == CMD_TLBI_NH_ASID or op == CMD_TLBI_NH_VA
+            or op == CMD_TLBI_NH_VAA or op == CMD_TLBI_S12_VMALL or op == CMD_TLBI_S2_IPA):
+        effect.vmid_mask = vmid_compared(hw)
+        effect.vmid = <uint16_t>cmd_vmid(words) & effect.vmid_mask
+    if (op == CMD_TLBI_NH_ASID or op == CMD_TLBI_NH_VA
+            or op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA):
+        effect.asid = <uint16_t>(cmd_asid(words) & (0xFFFF if hw.asid16 else 0xFF))
+    if (op == CMD_TLBI_NH_VA or op == CMD_TLBI_NH_VAA
+            or op == CMD_TLBI_EL2_VA or op == CMD_TLBI_EL2_VAA):
+        return tlbi_span(hw, words, cmd_address(words), effect)
+    if op == CMD_TLBI_S2_IPA:
+        return tlbi_span(hw, words, cmd_ipa(words) & hw.pointer_mask, effect)
+    effect.all_addresses = True
+    effect.last = ~<uint64_t>0
+    return CMDQ_CONS_ERR_NONE
+
+
+# --- ATS and PRI (4.5) ---
+
+cdef inline int atc_inv_decode(
+        const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
+    """A span of 4096 * 2^Size bytes, aligned; 52 is every address, and more is illegal."""
+    cdef unsigned int size = <unsigned int>cmd_size(words)
+    if size > 52:
+        return CMDQ_CONS_ERR_ILL
+    effect.kind = EFFECT_ATC_INV
+    effect.global_ = effect.ssv and cmd_g(words)
+    effect.size_lg2 = 12 + size
+    if size == 52:
+        effect.all_addresses = True
+        effect.last = ~<uint64_t>0
+    else:
+        effect.first = cmd_address(words) & ~low_mask(12 + size)
+        effect.last = effect.first | low_mask(12 + size)
+    return CMDQ_CONS_ERR_NONE
+
+
+cdef inline int pri_resp_decode(const uint64_t* words, Effect* effect) noexcept nogil:
+    """An answer to a page request group; the fourth code is none."""
+    effect.resp = <uint8_t>cmd_resp(words)
+    if effect.resp == 3:
+        return CMDQ_CONS_ERR_ILL
+    effect.kind = EFFECT_PRI_RESP
+    effect.prg_index = <uint16_t>cmd_prgindex(words)
+    return CMDQ_CONS_ERR_NONE
+
+
+# --- stalls and completion (4.6, 4.7) ---
+
+cdef inline void resume_decode(
+        const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
+    """Retry, or terminate: with abort where the implementation knows no other way."""
+    effect.kind = EFFECT_RESUME
+    effect.stag = <uint16_t>cmd_stag(words)
+    effect.retry = cmd_ac(words)
+    effect.abort = not effect.retry and (cmd_ab(words) or hw.term_model)
+
+
+cdef inline int sync_decode(const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
+    """How completion is signalled: what is not implemented is not signalled, MSIs are wired."""
+    effect.cs = <uint8_t>cmd_cs(words)
+    if effect.cs == 3:
+        return CMDQ_CONS_ERR_ILL
+    effect.kind = EFFECT_SYNC
+    if effect.cs == CMD_CS_SEV and not hw.sev:
+        effect.cs = CMD_CS_NONE
+    if effect.cs == CMD_CS_IRQ and hw.msi:
+        effect.msi_address = cmd_msiaddress(words)
+        effect.msi_data = <uint32_t>cmd_msidata(words)
+    return CMDQ_CONS_ERR_NONE
+
+
+# --- the command ---
+
+cdef inline int command_rules(
+        const Hw* hw, const uint64_t* words, unsigned int op, Effect* effect) noexcept nogil:
+    """The CERROR code of a command; of an illegal one, `effect` may be half filled."""
+    if not command_implemented(hw, op) or command_has_ssec(op) and cmd_ssec(words):
+        return CMDQ_CONS_ERR_ILL
+    if CMD_TLBI_NH_ALL <= op <= CMD_TLBI_NSNH_ALL:
+        return tlbi_decode(hw, words, op, effect)
+    if op == CMD_SYNC:
+        return sync_decode(hw, words, effect)
+    effect.sid = <uint32_t>cmd_streamid(words)
+    if op == CMD_CFGI_STE:
+        effect.kind = EFFECT_CFGI_STE
+        effect.leaf = cmd_leaf(words)
+    elif op == CMD_CFGI_STE_RANGE:
+        effect.range_lg2 = <uint8_t>cmd_range(words) + 1
+        if effect.range_lg2 == 32:
+            effect.kind = EFFECT_CFGI_ALL
+            effect.sid = 0
+        else:
+            effect.kind = EFFECT_CFGI_RANGE
+            effect.sid &= ~<uint32_t>low_mask(effect.range_lg2)
+    elif op == CMD_CFGI_CD:
+        effect.kind = EFFECT_CFGI_CD
+        effect.ssid = <uint32_t>cmd_substreamid(words)
+        effect.leaf = cmd_leaf(words)
+    elif op == CMD_CFGI_CD_ALL:
+        effect.kind = EFFECT_CFGI_CD_ALL
+    elif op == CMD_RESUME:
+        resume_decode(hw, words, effect)
+    elif op == CMD_STALL_TERM:
+        effect.kind = EFFECT_STALL_TERM
+    else:  # of a stream and, where there are substreams, of one of these
+        effect.ssv = cmd_ssv(words) and hw.ssidsize != 0
+        effect.ssid = <uint32_t>cmd_substreamid(words) if effect.ssv else 0
+        if op == CMD_ATC_INV:
+            return atc_inv_decode(hw, words, effect)
+        if op == CMD_PRI_RESP:
+            return pri_resp_decode(words, effect)
+        effect.kind = EFFECT_PREFETCH
+        if op == CMD_PREFETCH_ADDR:
+            effect.size_lg2 = <uint8_t>cmd_prefetchsize(words)
+            effect.first = cmd_address(words)
+            effect.last = effect.first | 0xFFF
+    return CMDQ_CONS_ERR_NONE
+
+
+cdef inline int command_decode(
+        const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
+    """The CERROR code of a command of two dwords, NONE or ILL, and what it does.
+
+    An illegal command does nothing.  ATC_INV and PRI_RESP are ignored while SMMUEN is 0, which
+    counts only for what is legal.
+    """
+    cdef unsigned int op = <unsigned int>cmd_opcode(words)
+    cdef int cerror
+    memset(effect, 0, sizeof(Effect))
+    cerror = command_rules(hw, words, op, effect)
+    if (cerror != CMDQ_CONS_ERR_NONE
+            or (op == CMD_ATC_INV or op == CMD_PRI_RESP) and not cr0_smmuen(hw.cr0)):
+        memset(effect, 0, sizeof(Effect))
+    effect.op = <uint8_t>op
+    return cerror
