@@ -216,12 +216,13 @@ cdef inline uint64_t* config_words(const CacheC* cache, uint64_t slot) noexcept 
 
 cdef inline uint32_t config_probe(
         CacheC* cache, uint64_t set, uint64_t first, uint64_t second,
-        uint64_t* words) noexcept nogil:
+        uint64_t* words, bint quiet) noexcept nogil:
     cdef int64_t slot = cache_find(cache, set, first, second)
     if slot < 0:
-        cache.counters.misses += 1
+        cache.counters.misses += not quiet
         return 0
-    cache_hit(cache, slot)
+    if not quiet:
+        cache_hit(cache, slot)
     memcpy(words, config_words(cache, slot), sizeof(ConfigEntry))
     return <uint32_t>slot + 1
 
@@ -240,12 +241,16 @@ cdef inline uint32_t config_fill(
     return <uint32_t>slot + 1
 
 
-cdef inline uint32_t ste_probe(CachesC* c, uint32_t sid, uint64_t* words) noexcept nogil:
-    """Look an STE up: 0, or a handle for ste_touch() and the STE's dwords."""
+cdef inline uint32_t ste_probe(
+        CachesC* c, uint32_t sid, uint64_t* words, bint quiet=False) noexcept nogil:
+    """Look an STE up: 0, or a handle for ste_touch() and the STE's dwords.
+
+    `quiet`, here and below: nothing is counted, and the replacement is not told.
+    """
     cdef CacheC* cache = &c.cache[CACHE_STE]
     if cache.ways == 0:
         return 0
-    return config_probe(cache, sid & (cache.sets - 1), sid, KEY_VALID, words)
+    return config_probe(cache, sid & (cache.sets - 1), sid, KEY_VALID, words, quiet)
 
 
 cdef inline uint32_t ste_fill(
@@ -266,7 +271,8 @@ cdef inline void ste_touch(CachesC* c, uint32_t handle) noexcept nogil:
 
 
 cdef inline uint32_t cd_probe(
-        CachesC* c, uint32_t sid, uint32_t index, uint64_t* words) noexcept nogil:
+        CachesC* c, uint32_t sid, uint32_t index, uint64_t* words,
+        bint quiet=False) noexcept nogil:
     """Look the CD of a SubstreamID up: 0, or a handle for cd_touch() and the CD's dwords.
 
     Without substreams `index` is 0.
@@ -274,7 +280,8 @@ cdef inline uint32_t cd_probe(
     cdef CacheC* cache = &c.cache[CACHE_CD]
     if cache.ways == 0:
         return 0
-    return config_probe(cache, cd_set(cache, sid, index), sid, KEY_VALID | index, words)
+    return config_probe(
+        cache, cd_set(cache, sid, index), sid, KEY_VALID | index, words, quiet)
 
 
 cdef inline uint32_t cd_fill(
@@ -471,7 +478,7 @@ cdef inline uint64_t tlb_drop(CachesC* c, uint64_t sizes, const Filter* f) noexc
 
 cdef inline Entry* tlb_probe(
         CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
-        uint64_t address) noexcept nogil:
+        uint64_t address, bint quiet=False) noexcept nogil:
     """Look an input address up: the entry, which lives until tlb_generation changes, or NULL.
 
     Counts one hit or one miss.  `kind` is one KIND_...: KIND_S2 takes an IPA.  Addresses are
@@ -493,9 +500,10 @@ cdef inline Entry* tlb_probe(
         if slot < 0 and c.globals and c.key_mask[kind][world] & KEY_GLOBAL:
             slot = cache_find(cache, set, page, global_key(key) | sized)
         if slot >= 0:
-            cache_hit(cache, slot)
+            if not quiet:
+                cache_hit(cache, slot)
             return &(<Entry*>cache.entries)[slot]
-    cache.counters.misses += cache.ways != 0
+    cache.counters.misses += cache.ways != 0 and not quiet
     return NULL
 
 
@@ -575,7 +583,7 @@ cdef inline CacheC* walk_cache(CachesC* c, unsigned int kind) noexcept nogil:
 
 cdef inline Table* walk_probe(
         CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
-        uint64_t address) noexcept nogil:
+        uint64_t address, bint quiet=False) noexcept nogil:
     """The deepest cached table on the walk of an address, or NULL; one hit or one miss.
 
     It lives until the next fill or invalidation.
@@ -593,9 +601,10 @@ cdef inline Table* walk_probe(
         slot = cache_find(
             cache, prefix & (cache.sets - 1), prefix, key | <uint64_t>lg2 << KEY_LG2_SHIFT)
         if slot >= 0:
-            cache_hit(cache, slot)
+            if not quiet:
+                cache_hit(cache, slot)
             return &(<Table*>cache.entries)[slot]
-    cache.counters.misses += cache.ways != 0
+    cache.counters.misses += cache.ways != 0 and not quiet
     return NULL
 
 

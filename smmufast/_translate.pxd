@@ -44,6 +44,7 @@ from smmufast._vmsa cimport (
 cdef enum:
     SILENT_ABORT = 256  # STE.Config=0b0xx
     CHANGED = 257       # a descriptor changed between its read and its update: walk again
+    AT_TABLE = 258      # the descriptor is that of a table
     RETRIES = 8         # walks that lose that race before the update counts as failed
 
 
@@ -259,7 +260,7 @@ cdef inline int find_leaf(
 
 
 cdef inline int update(
-        const Half* half, Port* port, int kind, const Leaf* leaf) noexcept nogil:
+        const Half* half, Port* port, int kind, Leaf* leaf) noexcept nogil:
     """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, an event, a stop."""
     cdef uint64_t expected = le64(descriptor(half, leaf.d, False))
     cdef uint64_t found = 0
@@ -268,7 +269,34 @@ cdef inline int update(
         le64(descriptor(half, leaf.desired, False)), &found)
     if status:
         return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
-    return 0 if found == expected else CHANGED
+    if found != expected:
+        return CHANGED
+    leaf.d = leaf.desired
+    return 0
+
+
+cdef inline int read_descriptor(
+        const Half* half, Port* port, int kind, unsigned int shift, Leaf* leaf,
+        uint64_t* table) noexcept nogil:
+    """Read the descriptor at leaf.entry, in a table whose entries cover 2^shift bytes.
+
+    0 with a leaf; AT_TABLE with the next table; an event; or a negative stop.
+    """
+    cdef uint64_t d = 0
+    cdef int status
+    leaf.level = level_of(half, shift)
+    leaf.shift = shift
+    status = fetch8(port, kind, leaf.level, leaf.entry, &d)
+    if unlikely(status):
+        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+    d = leaf.d = descriptor(half, le64(d), False)
+    status = descriptor_kind(d, leaf.level, half.blocks)
+    if status == DESC_LEAF:
+        return 0
+    if status == DESC_INVALID:
+        return EVENT_F_TRANSLATION
+    table[0] = next_table(d, half)
+    return EVENT_F_ADDR_SIZE if table[0] & half.over else AT_TABLE
 
 
 # --- stage 2 ---
@@ -297,12 +325,40 @@ cdef inline int stage2_fault(
     return 0
 
 
+cdef inline int stage2_end(
+        const Second* second, Port* port, unsigned int need, bint dirty, bint for_walk,
+        Leaf* leaf) noexcept nogil:
+    """What a leaf of stage 2 gives, and its hardware update: 0, an event, CHANGED or a stop."""
+    cdef int event = stage2_fault(second, need, dirty, for_walk, leaf)
+    cdef int status
+    if (second.ha and (event == 0 or event == EVENT_F_PERMISSION)
+            and unlikely(leaf.desired != leaf.d)):
+        status = update(&second.half, port, FETCH_S2TT_UPDATE, leaf)
+        if status:
+            return status
+    return event
+
+
+cdef inline int stage2_answer(
+        int event, uint64_t ipa, unsigned int cls, const Leaf* leaf, uint64_t* address,
+        Syndrome* syndrome) noexcept nogil:
+    """How a stage-2 walk ends for whoever needed it: the address, or the syndrome of the event."""
+    if likely(event == 0):
+        address[0] = leaf.address | ipa & low_mask(leaf.shift)
+        return 0
+    if event == CHANGED:
+        event = EVENT_F_WALK_EABT
+    syndrome_set(syndrome, leaf.entry if event == EVENT_F_WALK_EABT else ipa, True, cls)
+    syndrome.ttrnw = event == EVENT_F_PERMISSION and cls == CLASS_TT
+    return event
+
+
 cdef inline int stage2_once(
         const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
         bint for_walk, Leaf* leaf, bint simple) noexcept nogil:
     cdef const Half* half = &second.half
     cdef Descent at
-    cdef int event, status
+    cdef int event
     leaf_none(leaf)
     if ipa & half.range_mask:
         return EVENT_F_TRANSLATION
@@ -310,16 +366,7 @@ cdef inline int stage2_once(
     at.tables = 0
     at.shift = half.shift
     event = find_leaf(half, port, FETCH_S2TT, ipa, &at, leaf, simple)
-    if event:
-        return event
-    event = stage2_fault(second, need, dirty, for_walk, leaf)
-    if (second.ha and (event == 0 or event == EVENT_F_PERMISSION)
-            and unlikely(leaf.desired != leaf.d)):
-        status = update(half, port, FETCH_S2TT_UPDATE, leaf)
-        if status:
-            return status
-        leaf.d = leaf.desired
-    return event
+    return event if event else stage2_end(second, port, need, dirty, for_walk, leaf)
 
 
 cdef inline int stage2(
@@ -339,14 +386,7 @@ cdef inline int stage2(
             event = stage2_once(second, port, ipa, need, dirty, for_walk, leaf, False)
         if likely(event != CHANGED):
             break
-    if likely(event == 0):
-        address[0] = leaf.address | ipa & low_mask(leaf.shift)
-        return 0
-    if event == CHANGED:
-        event = EVENT_F_WALK_EABT
-    syndrome_set(syndrome, leaf.entry if event == EVENT_F_WALK_EABT else ipa, True, cls)
-    syndrome.ttrnw = event == EVENT_F_PERMISSION and cls == CLASS_TT
-    return event
+    return stage2_answer(event, ipa, cls, leaf, address, syndrome)
 
 
 # --- configuration lookup (15.1) ---
@@ -421,23 +461,12 @@ cdef inline int cd_place(
     return EVENT_F_CD_FETCH if address[0] & hw.oas_over else 0
 
 
-cdef inline int lookup(
-        const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Memo* memo,
-        Syndrome* syndrome) noexcept nogil:
-    """Fetch and decode what a (StreamID, SubstreamID) pair meets, into memo.context.
-
-    0; or an event, SILENT_ABORT, or a negative stop.  memo.index is that of the CD, or
-    STAGE1_BYPASS, and then the context holds the STE's overrides and stage 2 alone.
-    """
-    cdef Context* context = &memo.context
+cdef inline int ste_fetch(
+        const Hw* hw, Port* port, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """Find and read the STE of a StreamID, into memo.ste: 0, an event or a negative stop."""
     cdef uint64_t address = 0
     cdef int kind, status, event
-    memo.whole = False
-    memo.sid = sid
-    memo.ssid = ssid
-    memo.l1std_at = memo.l1cd_at = memo.cd_at = NOWHERE
-    context.second.on = False
-    syndrome_set(syndrome, 0, False, CLASS_IN)
+    memo.l1std_at = NOWHERE
     kind = stream_first(hw, sid, &address)
     if kind == 0:
         return EVENT_C_BAD_STREAMID
@@ -457,8 +486,14 @@ cdef inline int lookup(
             return EVENT_F_STE_FETCH
     memo.ste_at = address
     status = fetch64(port, FETCH_STE, address, memo.ste)
-    if status:
-        return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
+    return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
+
+
+cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
+    """What an STE says of stage 2 and overrides: 0, an event, or SILENT_ABORT."""
+    cdef Context* context = &memo.context
+    cdef int event
+    context.second.on = False
     if not ste_v(memo.ste):
         return EVENT_C_BAD_STE
     if ste_aborts(memo.ste):
@@ -469,19 +504,28 @@ cdef inline int lookup(
     if event:
         return event
     ste_overrides(hw, memo.ste, context)
-    event = substream(hw, memo.ste, ssid, &memo.index)
-    if event:
-        return event
-    context.second.on = ste_stage2(memo.ste)
     context.vmid = ste_vmid(hw, memo.ste)
     context.asid = 0
     context.world = WORLD_NS_EL1
-    if memo.index == STAGE1_BYPASS:
-        context.simple = False
-        memo.whole = True
-        return 0
-    kind = cd_first(hw, memo.ste, <uint32_t>memo.index, &address)
-    if kind == FETCH_L1CD:
+    context.simple = False
+    return 0
+
+
+cdef inline int ste_substream(
+        const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
+    """Which CD, into memo.index: 0 or an event.  From here on stage 2 translates."""
+    cdef int event = substream(hw, memo.ste, ssid, &memo.index)
+    memo.context.second.on = event == 0 and ste_stage2(memo.ste)
+    return event
+
+
+cdef inline int cd_fetch(
+        const Hw* hw, Port* port, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """Find and read the CD of memo.index, into memo.cd: 0, an event or a negative stop."""
+    cdef uint64_t address = 0
+    cdef int status, event
+    memo.l1cd_at = NOWHERE
+    if cd_first(hw, memo.ste, <uint32_t>memo.index, &address) == FETCH_L1CD:
         memo.l1cd_ipa = address
         event = cd_place(hw, port, memo, &address, syndrome)
         if event:
@@ -501,9 +545,34 @@ cdef inline int lookup(
     memo.cd_at = address
     syndrome.address = address
     status = fetch64(port, FETCH_CD, address, memo.cd)
-    if status:
-        return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-    event = cd_decode(hw, memo.ste, memo.cd, context)
+    return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
+
+
+cdef inline int lookup(
+        const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Memo* memo,
+        Syndrome* syndrome) noexcept nogil:
+    """Fetch and decode what a (StreamID, SubstreamID) pair meets, into memo.context.
+
+    0; or an event, SILENT_ABORT, or a negative stop.  memo.index is that of the CD, or
+    STAGE1_BYPASS, and then the context holds the STE's overrides and stage 2 alone.
+    """
+    cdef int event
+    memo.whole = False
+    memo.sid = sid
+    memo.ssid = ssid
+    memo.context.second.on = False
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    event = ste_fetch(hw, port, sid, memo, syndrome)
+    if event == 0:
+        event = ste_decode(hw, memo)
+    if event == 0:
+        event = ste_substream(hw, memo, ssid)
+    if event == 0 and memo.index == STAGE1_BYPASS:
+        memo.l1cd_at = memo.cd_at = NOWHERE
+    elif event == 0:
+        event = cd_fetch(hw, port, memo, syndrome)
+        if event == 0:
+            event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
     memo.whole = event == 0
     return event
 
@@ -620,7 +689,7 @@ cdef inline int walk(
 # --- nested: every descriptor of stage 1 lies at an IPA ---
 
 cdef inline int update_nested(
-        const Context* context, Port* port, const Half* half, const Leaf* leaf, Leaf* outer,
+        const Context* context, Port* port, const Half* half, Leaf* leaf, Leaf* outer,
         uint64_t ipa, Syndrome* syndrome) noexcept nogil:
     """Update a stage-1 descriptor: stage 2, whose leaf `outer` maps it, must let it be written."""
     cdef const Second* second = &context.second
@@ -640,6 +709,28 @@ cdef inline int update_nested(
     return status
 
 
+cdef inline int stage1_end(
+        const Context* context, Port* port, const Half* half, unsigned int upper,
+        unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
+        Syndrome* syndrome) noexcept nogil:
+    """What a leaf of stage 1 gives, and its hardware update: 0, an event, CHANGED or a stop.
+
+    Under stage 2 the leaf lies at `ipa`, which `outer` maps.
+    """
+    cdef int event = leaf_fault(context, half, upper, access, leaf, False)
+    cdef int status = 0
+    if not context.ha or leaf.desired == leaf.d:
+        return event
+    if context.second.on:
+        if event == 0 or event == EVENT_F_PERMISSION and outer.perm & PERM_PW:
+            status = update_nested(context, port, half, leaf, outer, ipa, syndrome)
+    elif event == 0 or event == EVENT_F_PERMISSION:
+        status = update(half, port, FETCH_TT_UPDATE, leaf)
+        if status:
+            syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
+    return status if status else event
+
+
 cdef inline int walk_nested_once(
         const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
         Syndrome* syndrome) noexcept nogil:
@@ -647,9 +738,9 @@ cdef inline int walk_nested_once(
     cdef const Half* half = &context.half[upper]
     cdef Leaf outer
     cdef uint64_t ia = va & half.index_mask
-    cdef uint64_t table = half.table, tables = 0, d = 0, ipa
+    cdef uint64_t table = half.table, tables = 0, ipa
     cdef unsigned int shift = half.shift
-    cdef int event, status, kind
+    cdef int event
     leaf_none(leaf)
     leaf_none(&outer)
     syndrome_set(syndrome, 0, False, CLASS_IN)
@@ -662,32 +753,17 @@ cdef inline int walk_nested_once(
                        syndrome)
         if event:
             return event
-        leaf.level = level_of(half, shift)
-        status = fetch8(port, FETCH_TT, leaf.level, leaf.entry, &d)
-        if status:
-            syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
-            return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
-        d = descriptor(half, le64(d), False)
-        kind = descriptor_kind(d, leaf.level, half.blocks)
-        if kind == DESC_INVALID:
-            return EVENT_F_TRANSLATION
-        if kind == DESC_LEAF:
+        event = read_descriptor(half, port, FETCH_TT, shift, leaf, &table)
+        if event != AT_TABLE:
             break
-        table = next_table(d, half)
-        if table & half.over:
-            return EVENT_F_ADDR_SIZE
-        tables |= d
+        tables |= leaf.d
         shift -= half.stride
-    leaf.d = d
+    if event:
+        if event == EVENT_F_WALK_EABT:
+            syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
+        return event
     leaf.tables = tables & half.keep
-    leaf.shift = shift
-    event = leaf_fault(context, half, upper, access, leaf, False)
-    if context.ha and leaf.desired != leaf.d:
-        if event == 0 or event == EVENT_F_PERMISSION and outer.perm & PERM_PW:
-            status = update_nested(context, port, half, leaf, &outer, ipa, syndrome)
-            if status:
-                return status
-    return event
+    return stage1_end(context, port, half, upper, access, leaf, &outer, ipa, syndrome)
 
 
 cdef inline int walk_nested(
@@ -732,6 +808,72 @@ cdef inline void end_translated(
     outcome.stag = 0
 
 
+cdef inline void finish_stage1(
+        const Hw* hw, const Request* request, const Context* context, int event,
+        const Leaf* leaf, const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
+    """The outcome of a request that stage 1 alone translates."""
+    if unlikely(event):
+        end_fault(
+            hw, request, outcome, event, effective_access(context, request.access),
+            TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT else context.terminate,
+            syndrome)
+    else:
+        end_translated(context, &context.half[half_of(request.iova, context.two_ttbs)],
+                       request.iova, leaf, outcome)
+    outcome.stage = 1
+    outcome.asid = context.asid
+    outcome.vmid = context.vmid
+    outcome.perm = outcome.perm_s1 = admitted(context, leaf.perm)
+
+
+cdef inline void finish_stage2(
+        const Hw* hw, const Request* request, const Context* context, bint nested, int event,
+        const Leaf* first, const Leaf* leaf, uint64_t ipa, uint64_t pa,
+        const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
+    """The outcome of a request that stage 2 translates, after stage 1 if `nested`.
+
+    `first` and `leaf` are what each stage found; `leaf` has no permissions if stage 1 failed.
+    """
+    cdef const Second* second = &context.second
+    cdef const Half* half
+    cdef unsigned int attr = context.attr, sh = context.sh
+    cdef unsigned int perm = 0, perm_s1 = 0
+    cdef unsigned int terminate
+    if event:
+        if event == EVENT_F_WALK_EABT:
+            terminate = TERMINATE_A | TERMINATE_R
+        else:
+            terminate = second.terminate if syndrome.s2 else context.terminate
+        end_fault(hw, request, outcome, event, effective_access(context, request.access),
+                  terminate, syndrome)
+        if event == EVENT_F_PERMISSION and syndrome.cls == CLASS_IN:
+            perm_s1 = first.perm
+            perm = first.perm & leaf.perm if syndrome.s2 else first.perm
+    else:
+        if nested:
+            half = &context.half[half_of(request.iova, context.two_ttbs)]
+            end_translated(context, half, request.iova, first, outcome)
+            attr = outcome.attr
+            sh = leaf_sh(first.d, half)
+        else:
+            end_unmapped(outcome, ACTION_OK, 0, 0, 0, 0)
+            outcome.contiguous = contiguous(leaf.d)
+        outcome.pa = pa
+        outcome.ipa = ipa
+        if not nested or leaf.shift < first.shift:
+            outcome.level = leaf.level
+            outcome.page_lg2 = leaf.shift
+        outcome.attr = stage2_attr(leaf.d, second.fwb, attr)
+        outcome.sh = shareability(outcome.attr, combine_sh(sh, leaf_sh(leaf.d, &second.half)))
+        perm_s1 = first.perm
+        perm = first.perm & leaf.perm
+    outcome.stage = 3 if nested else 2
+    outcome.asid = context.asid
+    outcome.vmid = context.vmid
+    outcome.perm = admitted(context, perm)
+    outcome.perm_s1 = admitted(context, perm_s1)
+
+
 cdef inline int translate_stage1(
         const Hw* hw, Port* port, const Request* request, const Context* context,
         Outcome* outcome) noexcept nogil:
@@ -748,85 +890,51 @@ cdef inline int translate_stage1(
         event = walk(context, port, request.iova, request.access, &leaf, &syndrome, False)
     if event < 0:
         return event
-    if event:
-        end_fault(
-            hw, request, outcome, event, effective_access(context, request.access),
-            TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT else context.terminate,
-            &syndrome)
-    else:
-        end_translated(context, &context.half[half_of(request.iova, context.two_ttbs)],
-                       request.iova, &leaf, outcome)
-    outcome.stage = 1
-    outcome.asid = context.asid
-    outcome.vmid = context.vmid
-    outcome.perm = outcome.perm_s1 = admitted(context, leaf.perm)
+    finish_stage1(hw, request, context, event, &leaf, &syndrome, outcome)
     return 0
+
+
+cdef inline int untranslatable(
+        const Hw* hw, const Request* request, Syndrome* syndrome) noexcept nogil:
+    """Stage 1 bypassed: the address must fit IAS or OAS, which are equal."""
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    return EVENT_F_ADDR_SIZE if request.iova & hw.oas_over else 0
+
+
+cdef inline void end_untranslatable(
+        const Hw* hw, const Request* request, const Context* context, const Syndrome* syndrome,
+        Outcome* outcome) noexcept nogil:
+    """That fault aborts and is recorded, whatever the configuration says."""
+    end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE, effective_access(context, request.access),
+              TERMINATE_A | TERMINATE_R, syndrome)
+    outcome.stage = 2 if context.second.on else 0
+    outcome.vmid = context.vmid if context.second.on else 0
 
 
 cdef inline int translate_stage2(
         const Hw* hw, Port* port, const Request* request, const Context* context, bint nested,
         Outcome* outcome) noexcept nogil:
     """Translate one request in a decoded context with stage 2, after stage 1 if `nested`."""
-    cdef const Second* second = &context.second
-    cdef const Half* half
     cdef Leaf first, leaf
     cdef Syndrome syndrome
     cdef uint64_t ipa = request.iova, pa = 0
-    cdef unsigned int attr = context.attr, sh = context.sh
-    cdef unsigned int terminate
     cdef int event = 0
     leaf_none(&leaf)
     leaf_none(&first)
-    first.perm = 0x3F
     if nested:
         event = walk_nested(context, port, request.iova, request.access, &first, &syndrome)
         ipa = first.address | (request.iova & low_mask(first.shift))
-    elif ipa & hw.oas_over:
-        # stage 1 bypassed: the address must fit IAS, else abort and record in any case
-        syndrome_set(&syndrome, 0, False, CLASS_IN)
-        end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE,
-                  effective_access(context, request.access), TERMINATE_A | TERMINATE_R, &syndrome)
-        outcome.stage = 2
-        outcome.vmid = context.vmid
-        return 0
-    if event == 0:
-        event = stage2(second, port, ipa, context.need[request.access],
-                       (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
-        leaf.perm &= first.perm
     else:
-        leaf.perm = first.perm
+        first.perm = 0x3F
+        if untranslatable(hw, request, &syndrome):
+            end_untranslatable(hw, request, context, &syndrome, outcome)
+            return 0
+    if event == 0:
+        event = stage2(&context.second, port, ipa, context.need[request.access],
+                       (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
     if event < 0:
         return event
-    if event:
-        if event == EVENT_F_WALK_EABT:
-            terminate = TERMINATE_A | TERMINATE_R
-        else:
-            terminate = second.terminate if syndrome.s2 else context.terminate
-        end_fault(hw, request, outcome, event, effective_access(context, request.access),
-                  terminate, &syndrome)
-        if event != EVENT_F_PERMISSION or syndrome.cls != CLASS_IN:
-            first.perm = leaf.perm = 0
-    else:
-        if nested:
-            half = &context.half[half_of(request.iova, context.two_ttbs)]
-            end_translated(context, half, request.iova, &first, outcome)
-            attr = outcome.attr
-            sh = leaf_sh(first.d, half)
-        else:
-            end_unmapped(outcome, ACTION_OK, 0, 0, 0, 0)
-            outcome.contiguous = contiguous(leaf.d)
-        outcome.pa = pa
-        outcome.ipa = ipa
-        if not nested or leaf.shift < first.shift:
-            outcome.level = leaf.level
-            outcome.page_lg2 = leaf.shift
-        outcome.attr = stage2_attr(leaf.d, second.fwb, attr)
-        outcome.sh = shareability(outcome.attr, combine_sh(sh, leaf_sh(leaf.d, &second.half)))
-    outcome.stage = 3 if nested else 2
-    outcome.asid = context.asid
-    outcome.vmid = context.vmid
-    outcome.perm = admitted(context, leaf.perm)
-    outcome.perm_s1 = admitted(context, first.perm)
+    finish_stage2(hw, request, context, nested, event, &first, &leaf, ipa, pa, &syndrome, outcome)
     return 0
 
 
@@ -857,10 +965,8 @@ cdef inline int translate_known(
             hw, port, request, context, memo.index != STAGE1_BYPASS, outcome)
     if likely(memo.index != STAGE1_BYPASS):
         return translate_stage1(hw, port, request, context, outcome)
-    if request.iova & hw.oas_over:
-        syndrome_set(&syndrome, 0, False, CLASS_IN)
-        end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE,
-                  effective_access(context, request.access), TERMINATE_A | TERMINATE_R, &syndrome)
+    if untranslatable(hw, request, &syndrome):
+        end_untranslatable(hw, request, context, &syndrome, outcome)
     else:
         end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
     return 0
