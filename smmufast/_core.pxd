@@ -1,6 +1,7 @@
 """What one Smmu is made of, as the drivers see it."""
 
 from smmufast._memory cimport Ram
+from smmufast._tlb cimport CachesC
 from smmufast._types cimport Hw
 
 
@@ -9,3 +10,4 @@ cdef struct Core:
     Hw hw             # features and registers, digested
     Ram* ram
     void* owner       # the Smmu
+    CachesC* caches   # NULL: nothing is cached

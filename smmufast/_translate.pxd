@@ -8,7 +8,7 @@ more).  translate_many is the batch driver: blocks of requests, the upper levels
 before the first leaf is read.
 
 Stage 2 stands in three places: before the fetches of L1CD and CD (cd_place), before each
-fetch of a stage-1 descriptor (walk_nested), and after stage 1 (translate_stage2).
+fetch of a stage-1 descriptor (walk_steps), and after stage 1 (translate_stage2).
 """
 
 from libc.stddef cimport ptrdiff_t
@@ -26,6 +26,10 @@ from smmufast._memory cimport (
     FETCH_ABORT, FETCH_OK, Port, Ram, fetch8, fetch64, port_open, port_swap8, unchanged8,
     unchanged64,
 )
+from smmufast._tlb cimport (
+    ENTRY_CLEAN1, ENTRY_CLEAN2, ENTRY_CONTIGUOUS, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry,
+    Table, tlb_fill, tlb_probe, walk_fill, walk_probe,
+)
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, ACTION_DISABLED,
     ACTION_OK, ACTION_RAZ_WI, ACTION_STALL, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_S2TT,
@@ -35,7 +39,8 @@ from smmufast._types cimport (
 from smmufast._vmsa cimport (
     DESC_INVALID, DESC_LEAF, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
     descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
-    leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, not_global, permitted,
+    leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, no_translation, not_global,
+    permitted,
     shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
 )
 
@@ -46,6 +51,13 @@ cdef enum:
     CHANGED = 257       # a descriptor changed between its read and its update: walk again
     AT_TABLE = 258      # the descriptor is that of a table
     RETRIES = 8         # walks that lose that race before the update counts as failed
+
+
+cdef extern from *:
+    """
+    #define smmufast_nowhere UINT64_MAX /* no structure lies there */
+    """
+    const uint64_t NOWHERE "smmufast_nowhere"
 
 
 # What a walk found, whether it faulted or not.
@@ -66,6 +78,17 @@ cdef struct Syndrome:
     uint8_t s2
     uint8_t cls        # CLASS
     uint8_t ttrnw
+
+
+# The caches that a chain goes through, and for whom.  Where a chain takes a View*, NULL is a
+# chain without caches.
+cdef struct View:
+    CachesC* c
+    uint32_t sid       # of the transaction
+    uint32_t ssid
+    bint quiet         # leave the caches as they are: the chain will be run again
+    bint stage2_only   # stage 1 does not translate
+    bint nt            # blocks with nT are not cached
 
 
 cdef enum:
@@ -301,6 +324,13 @@ cdef inline int read_descriptor(
 
 # --- stage 2 ---
 
+cdef inline bint stage2_denies(
+        const Second* second, unsigned int need, bint for_walk, const Leaf* leaf) noexcept nogil:
+    """F_PERMISSION: the access is not permitted, or S2PTW keeps table walks out of Device."""
+    return (not leaf.perm & need
+            or for_walk and second.ptw and stage2_device(leaf.d, second.fwb))
+
+
 cdef inline int stage2_fault(
         const Second* second, unsigned int need, bint dirty, bint for_walk,
         Leaf* leaf) noexcept nogil:
@@ -318,7 +348,7 @@ cdef inline int stage2_fault(
     if second.hd and clean_s2(d):
         d = dirty_s2(d)
     leaf.perm = stage2_permitted(d, second.xnx)
-    if not leaf.perm & need or for_walk and second.ptw and stage2_device(d, second.fwb):
+    if stage2_denies(second, need, for_walk, leaf):
         return EVENT_F_PERMISSION
     if dirty and d != leaf.d:
         leaf.desired = dirty_s2(leaf.desired)
@@ -369,18 +399,157 @@ cdef inline int stage2_once(
     return event if event else stage2_end(second, port, need, dirty, for_walk, leaf)
 
 
+cdef inline uint64_t said(uint64_t d) noexcept nogil:
+    """What a cached translation keeps of its leaf: attributes, nG and Contiguous."""
+    return d & 0xFFF | (d >> 52 & 1) << 12
+
+
+cdef inline uint64_t as_said(uint64_t kept) noexcept nogil:
+    """A leaf descriptor that says the same."""
+    return kept & 0xFFF | (kept >> 12 & 1) << 52
+
+
+cdef inline void keep_table(
+        View* view, const Context* context, const Half* half, unsigned int kind,
+        uint64_t address, unsigned int shift, uint64_t table, uint64_t tables) noexcept nogil:
+    """Let a walk cache have a table that translates 2^shift bytes around an address."""
+    cdef Table e
+    if view.quiet:
+        return
+    memset(&e, 0, sizeof(e))
+    e.prefix = address >> shift
+    e.table = table
+    e.bits = tables
+    e.sid = view.sid
+    e.ssid = view.ssid
+    e.asid = context.asid
+    e.vmid = context.vmid
+    e.kind = kind
+    e.world = context.world
+    e.lg2 = shift
+    e.level = level_of(half, shift - half.stride)
+    e.granule = half.granule
+    walk_fill(view.c, &e)
+
+
+cdef inline const Table* cached_table(
+        View* view, const Context* context, const Half* half, unsigned int kind,
+        uint64_t address) noexcept nogil:
+    """The deepest table on the walk of an address that is cached, below the first; NULL if none."""
+    cdef const Table* e = walk_probe(
+        view.c, kind, context.world, context.vmid, context.asid, address, view.quiet)
+    if e == NULL or e.granule != half.granule or e.lg2 > half.shift:
+        return NULL
+    return e
+
+
+cdef inline void keep_entry(
+        View* view, const Context* context, unsigned int kind, uint64_t input,
+        const Half* half, const Leaf* first, const Leaf* second, uint64_t ipa,
+        uint64_t pa) noexcept nogil:
+    """Let the TLB have a translation, by what the leaves of its stages say."""
+    cdef Entry e
+    cdef uint64_t within
+    if (view.quiet or view.nt and (kind & KIND_S1 and no_translation(first.d, first.level)
+                                   or kind & KIND_S2 and no_translation(second.d, second.level))):
+        return
+    memset(&e, 0, sizeof(e))
+    e.kind = kind
+    e.sid = view.sid
+    e.ssid = view.ssid
+    e.vmid = context.vmid
+    e.world = context.world
+    e.perm1 = e.perm2 = 0x3F
+    if kind & KIND_S1:
+        e.asid = context.asid
+        e.is_global = not not_global(first.d)
+        e.lg2 = e.lg2_s1 = first.shift
+        e.level = e.level_s1 = first.level
+        e.granule_s1 = half.granule
+        e.perm1 = first.perm
+        e.extra = said(first.d)
+        if context.hd and clean_s1(first.d):
+            e.flags |= ENTRY_CLEAN1
+    if kind & KIND_S2:
+        e.lg2_s2 = second.shift
+        e.level_s2 = second.level
+        e.granule_s2 = context.second.half.granule
+        e.perm2 = second.perm
+        e.extra |= said(second.d) << 16
+        if context.second.hd and clean_s2(second.d):
+            e.flags |= ENTRY_CLEAN2
+        if kind == KIND_S2 or second.shift < first.shift:
+            e.lg2 = second.shift
+            e.level = second.level
+    if contiguous(second.d if kind == KIND_S2 else first.d):
+        e.flags |= ENTRY_CONTIGUOUS
+    within = low_mask(e.lg2)
+    e.page = input >> e.lg2
+    e.address = pa & ~within
+    if kind == KIND_COMBINED:
+        e.ipa = ipa & ~within
+    tlb_fill(view.c, &e)
+
+
+cdef inline int stage2_cached(
+        View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
+        bint dirty, unsigned int cls, Leaf* leaf) noexcept nogil:
+    cdef const Second* second = &context.second
+    cdef const Half* half = &second.half
+    cdef const Table* found
+    cdef const Entry* e
+    cdef uint64_t table
+    cdef unsigned int shift = half.shift
+    cdef bint keeps = view.c.split or view.stage2_only and cls == CLASS_IN
+    cdef int event
+    leaf_none(leaf)
+    if ipa & half.range_mask:
+        return EVENT_F_TRANSLATION
+    if keeps:
+        e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, ipa, view.quiet)
+        if e != NULL and not (dirty and e.flags & ENTRY_CLEAN2):
+            leaf.d = as_said(e.extra >> 16)
+            leaf.address = e.address
+            leaf.shift = e.lg2
+            leaf.level = e.level
+            leaf.perm = e.perm2
+            leaf.entry = NOWHERE
+            return EVENT_F_PERMISSION if stage2_denies(second, need, cls != CLASS_IN, leaf) else 0
+    table = first_table(half, ipa)
+    found = cached_table(view, context, half, KIND_S2, ipa)
+    if found != NULL:
+        table = found.table
+        shift = found.lg2 - half.stride
+    while True:
+        leaf.entry = entry_address(half, table, ipa, shift)
+        event = read_descriptor(half, port, FETCH_S2TT, shift, leaf, &table)
+        if event != AT_TABLE:
+            break
+        keep_table(view, context, half, KIND_S2, ipa, shift, table, 0)
+        shift -= half.stride
+    if event == 0:
+        event = stage2_end(second, port, need, dirty, cls != CLASS_IN, leaf)
+    if event == 0 and keeps:
+        keep_entry(view, context, KIND_S2, ipa, half, NULL, leaf, ipa, leaf.address)
+    return event
+
+
 cdef inline int stage2(
-        const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
-        unsigned int cls, Leaf* leaf, uint64_t* address, Syndrome* syndrome) noexcept nogil:
+        View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
+        bint dirty, unsigned int cls, Leaf* leaf, uint64_t* address,
+        Syndrome* syndrome) noexcept nogil:
     """Translate an IPA by stage 2: 0, an event with its syndrome, or a negative stop.
 
     `need` is the PERM_ bit that the access needs, `dirty` says that it writes, `cls` what it
     is for: for a table walk or a CD fetch S2PTW counts.
     """
+    cdef const Second* second = &context.second
     cdef int event = CHANGED, _try
     cdef bint for_walk = cls != CLASS_IN
     for _try in range(RETRIES):
-        if likely(second.simple):
+        if view != NULL:
+            event = stage2_cached(view, context, port, ipa, need, dirty, cls, leaf)
+        elif likely(second.simple):
             event = stage2_once(second, port, ipa, need, dirty, for_walk, leaf, True)
         else:
             event = stage2_once(second, port, ipa, need, dirty, for_walk, leaf, False)
@@ -390,13 +559,6 @@ cdef inline int stage2(
 
 
 # --- configuration lookup (15.1) ---
-
-cdef extern from *:
-    """
-    #define smmufast_nowhere UINT64_MAX /* no structure lies there */
-    """
-    const uint64_t NOWHERE "smmufast_nowhere"
-
 
 # A decoded context and everything that was fetched for it.  It is a function of these, so as
 # long as they are what memory holds it need not be decoded again.
@@ -415,6 +577,9 @@ cdef struct Memo:
     uint64_t l1cd
     uint64_t[8] ste
     uint64_t[8] cd
+    uint64_t generation   # with caches: of the configuration that the handles belong to
+    uint32_t ste_handle
+    uint32_t cd_handle
     Context context
 
 
@@ -424,7 +589,7 @@ cdef inline bint same_place(
     cdef Leaf leaf
     cdef Syndrome syndrome
     cdef uint64_t found = 0
-    return stage2(&memo.context.second, port, ipa, PERM_PR, False, CLASS_CD, &leaf, &found,
+    return stage2(NULL, &memo.context, port, ipa, PERM_PR, False, CLASS_CD, &leaf, &found,
                   &syndrome) == 0 and found == address
 
 
@@ -450,12 +615,12 @@ cdef inline bint memo_holds(
 
 
 cdef inline int cd_place(
-        const Hw* hw, Port* port, const Memo* memo, uint64_t* address,
+        const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t* address,
         Syndrome* syndrome) noexcept nogil:
     """Where an L1CD or a CD lies in memory: stage 2 says, else the address must be an output."""
     cdef Leaf leaf
     if memo.context.second.on:
-        return stage2(&memo.context.second, port, address[0], PERM_PR, False, CLASS_CD, &leaf,
+        return stage2(view, &memo.context, port, address[0], PERM_PR, False, CLASS_CD, &leaf,
                       address, syndrome)
     syndrome.address = address[0]
     return EVENT_F_CD_FETCH if address[0] & hw.oas_over else 0
@@ -520,14 +685,14 @@ cdef inline int ste_substream(
 
 
 cdef inline int cd_fetch(
-        const Hw* hw, Port* port, Memo* memo, Syndrome* syndrome) noexcept nogil:
+        const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """Find and read the CD of memo.index, into memo.cd: 0, an event or a negative stop."""
     cdef uint64_t address = 0
     cdef int status, event
     memo.l1cd_at = NOWHERE
     if cd_first(hw, memo.ste, <uint32_t>memo.index, &address) == FETCH_L1CD:
         memo.l1cd_ipa = address
-        event = cd_place(hw, port, memo, &address, syndrome)
+        event = cd_place(hw, port, view, memo, &address, syndrome)
         if event:
             return event
         memo.l1cd_at = address
@@ -539,7 +704,7 @@ cdef inline int cd_fetch(
         if event:
             return event
     memo.cd_ipa = address
-    event = cd_place(hw, port, memo, &address, syndrome)
+    event = cd_place(hw, port, view, memo, &address, syndrome)
     if event:
         return event
     memo.cd_at = address
@@ -570,7 +735,7 @@ cdef inline int lookup(
     if event == 0 and memo.index == STAGE1_BYPASS:
         memo.l1cd_at = memo.cd_at = NOWHERE
     elif event == 0:
-        event = cd_fetch(hw, port, memo, syndrome)
+        event = cd_fetch(hw, port, NULL, memo, syndrome)
         if event == 0:
             event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
     memo.whole = event == 0
@@ -689,15 +854,23 @@ cdef inline int walk(
 # --- nested: every descriptor of stage 1 lies at an IPA ---
 
 cdef inline int update_nested(
-        const Context* context, Port* port, const Half* half, Leaf* leaf, Leaf* outer,
+        View* view, const Context* context, Port* port, const Half* half, Leaf* leaf, Leaf* outer,
         uint64_t ipa, Syndrome* syndrome) noexcept nogil:
     """Update a stage-1 descriptor: stage 2, whose leaf `outer` maps it, must let it be written."""
     cdef const Second* second = &context.second
+    cdef uint64_t address = 0
     cdef int status
     if not outer.perm & PERM_PW:
         syndrome_set(syndrome, ipa, True, CLASS_TT)
         return EVENT_F_PERMISSION
-    if second.hd and clean_s2(outer.d):
+    if outer.entry == NOWHERE and second.hd:
+        # from the TLB, which does not say where the leaf lies
+        status = stage2(view, context, port, ipa, PERM_PW, True, CLASS_TT, outer, &address,
+                        syndrome)
+        if status:
+            syndrome.ttrnw = False
+            return status
+    elif second.hd and clean_s2(outer.d):
         outer.desired = dirty_s2(outer.d)
         status = update(&second.half, port, FETCH_S2TT_UPDATE, outer)
         if status:
@@ -710,7 +883,7 @@ cdef inline int update_nested(
 
 
 cdef inline int stage1_end(
-        const Context* context, Port* port, const Half* half, unsigned int upper,
+        View* view, const Context* context, Port* port, const Half* half, unsigned int upper,
         unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
         Syndrome* syndrome) noexcept nogil:
     """What a leaf of stage 1 gives, and its hardware update: 0, an event, CHANGED or a stop.
@@ -723,7 +896,7 @@ cdef inline int stage1_end(
         return event
     if context.second.on:
         if event == 0 or event == EVENT_F_PERMISSION and outer.perm & PERM_PW:
-            status = update_nested(context, port, half, leaf, outer, ipa, syndrome)
+            status = update_nested(view, context, port, half, leaf, outer, ipa, syndrome)
     elif event == 0 or event == EVENT_F_PERMISSION:
         status = update(half, port, FETCH_TT_UPDATE, leaf)
         if status:
@@ -731,15 +904,23 @@ cdef inline int stage1_end(
     return status if status else event
 
 
-cdef inline int walk_nested_once(
-        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
-        Syndrome* syndrome) noexcept nogil:
+cdef inline uint64_t canonical(
+        const Half* half, uint64_t va, unsigned int upper) noexcept nogil:
+    """An input address in range, as caches know it: bits beyond the range repeat the half."""
+    return va & half.index_mask | (0 - <uint64_t>upper) & ~half.index_mask
+
+
+cdef inline int walk_steps_once(
+        View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
+        Leaf* leaf, Syndrome* syndrome) noexcept nogil:
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     cdef const Half* half = &context.half[upper]
+    cdef const Table* found
     cdef Leaf outer
     cdef uint64_t ia = va & half.index_mask
     cdef uint64_t table = half.table, tables = 0, ipa
     cdef unsigned int shift = half.shift
+    cdef unsigned int kind = KIND_COMBINED if context.second.on else KIND_S1
     cdef int event
     leaf_none(leaf)
     leaf_none(&outer)
@@ -747,32 +928,44 @@ cdef inline int walk_nested_once(
     event = half_fault(context, va, upper, access)
     if event:
         return event
+    if view != NULL:
+        va = canonical(half, va, upper)
+        found = cached_table(view, context, half, kind, va)
+        if found != NULL:
+            table = found.table
+            tables = found.bits
+            shift = found.lg2 - half.stride
     while True:
         ipa = entry_address(half, table, ia, shift)
-        event = stage2(&context.second, port, ipa, PERM_PR, False, CLASS_TT, &outer, &leaf.entry,
-                       syndrome)
-        if event:
-            return event
+        if context.second.on:
+            event = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
+                           &leaf.entry, syndrome)
+            if event:
+                return event
+        else:
+            leaf.entry = ipa
         event = read_descriptor(half, port, FETCH_TT, shift, leaf, &table)
         if event != AT_TABLE:
             break
-        tables |= leaf.d
+        tables |= leaf.d & half.keep
+        if view != NULL:
+            keep_table(view, context, half, kind, va, shift, table, tables)
         shift -= half.stride
     if event:
         if event == EVENT_F_WALK_EABT:
             syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
         return event
-    leaf.tables = tables & half.keep
-    return stage1_end(context, port, half, upper, access, leaf, &outer, ipa, syndrome)
+    leaf.tables = tables
+    return stage1_end(view, context, port, half, upper, access, leaf, &outer, ipa, syndrome)
 
 
-cdef inline int walk_nested(
-        const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
-        Syndrome* syndrome) noexcept nogil:
-    """Walk the stage-1 tables of one address, each descriptor through stage 2."""
+cdef inline int walk_steps(
+        View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
+        Leaf* leaf, Syndrome* syndrome) noexcept nogil:
+    """Walk the stage-1 tables of one address, each descriptor through stage 2 if there is one."""
     cdef int event = CHANGED, _try
     for _try in range(RETRIES):
-        event = walk_nested_once(context, port, va, access, leaf, syndrome)
+        event = walk_steps_once(view, context, port, va, access, leaf, syndrome)
         if likely(event != CHANGED):
             return event
     return EVENT_F_WALK_EABT  # the syndrome is that of the last update
@@ -922,7 +1115,8 @@ cdef inline int translate_stage2(
     leaf_none(&leaf)
     leaf_none(&first)
     if nested:
-        event = walk_nested(context, port, request.iova, request.access, &first, &syndrome)
+        event = walk_steps(
+            NULL, context, port, request.iova, request.access, &first, &syndrome)
         ipa = first.address | (request.iova & low_mask(first.shift))
     else:
         first.perm = 0x3F
@@ -930,7 +1124,7 @@ cdef inline int translate_stage2(
             end_untranslatable(hw, request, context, &syndrome, outcome)
             return 0
     if event == 0:
-        event = stage2(&context.second, port, ipa, context.need[request.access],
+        event = stage2(NULL, context, port, ipa, context.need[request.access],
                        (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
     if event < 0:
         return event
@@ -992,367 +1186,3 @@ cdef inline int translate_one(
             end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
             return 0
     return translate_known(hw, port, request, memo, outcome)
-
-
-# --- the batch driver ---
-
-cdef enum:
-    BLOCK = 32   # requests whose upper levels are walked before the first leaf is read
-    SLOTS = 64   # contexts decoded at a time
-
-
-# A decoded context, kept inside one call, and what follows from it for every request.
-cdef struct Slot:
-    uint32_t sid
-    uint32_t ssid
-    uint64_t block            # the last block that uses it, counted from 1; 0: never
-    bint walks                # lookup succeeded and stage 1 translates
-    Memo memo
-
-
-# A block of requests between the two passes over it.
-cdef struct Block:
-    const uint8_t* entry[BLOCK]  # where the leaf lies; NULL: the scalar driver does it
-    uint64_t[BLOCK] held         # leaves already read, as they lie in memory
-    uint64_t[BLOCK] tables       # hierarchical attributes
-    uint8_t[BLOCK] shift         # lg2 of the page
-    uint8_t[BLOCK] upper         # the half, as it was when the request was first read
-    bint[BLOCK] other            # slot is not that of the request
-    Slot* slot[BLOCK]
-
-
-# The last two tables of the previous walk: [0] of pages, [1] the one above.
-cdef struct Near:
-    Slot* slot                # NULL: none
-    uint64_t[2] tag           # address bits above the table's reach
-    uint64_t[2] table
-    uint64_t[2] tables        # hierarchical attributes of the tables above it
-    unsigned int[2] reach
-    unsigned int moved        # walks of this block that ended in another last table
-    bint trusted              # few of the last block did, so [0] is asked first
-
-
-cdef inline void near_forget(Near* near) noexcept nogil:
-    near.slot = NULL
-    near.reach[0] = near.reach[1] = 1
-    near.tag[0] = near.tag[1] = ~<uint64_t>0  # no address has it
-    near.table[0] = near.table[1] = near.tables[0] = near.tables[1] = 0
-
-
-cdef inline uint32_t load_u32(const ColumnC* column, size_t i) noexcept nogil:
-    cdef uint32_t value
-    memcpy(&value, <const char*>column.data + <ptrdiff_t>i * column.stride, 4)
-    return value
-
-
-cdef inline uint64_t load_u64(const ColumnC* column, size_t i) noexcept nogil:
-    cdef uint64_t value
-    memcpy(&value, <const char*>column.data + <ptrdiff_t>i * column.stride, 8)
-    return value
-
-
-cdef inline uint8_t load_u8(const ColumnC* column, size_t i) noexcept nogil:
-    return (<const uint8_t*>column.data + <ptrdiff_t>i * column.stride)[0]
-
-
-cdef inline void store_u8(const ColumnC* column, size_t i, unsigned int value) noexcept nogil:
-    if column.data != NULL:
-        (<uint8_t*>column.data + <ptrdiff_t>i * column.stride)[0] = <uint8_t>value
-
-
-cdef inline void store_u64(const ColumnC* column, size_t i, uint64_t value) noexcept nogil:
-    if column.data != NULL:
-        memcpy(<char*>column.data + <ptrdiff_t>i * column.stride, &value, 8)
-
-
-cdef inline void store_record(
-        const ColumnC* column, size_t i, const uint64_t* record) noexcept nogil:
-    """The record as it lies in memory, or zeros."""
-    cdef uint64_t[4] w
-    cdef int k
-    if column.data != NULL:
-        for k in range(4):
-            w[k] = le64(record[k]) if record != NULL else 0
-        memcpy(<char*>column.data + <ptrdiff_t>i * column.stride, w, 32)
-
-
-cdef inline void store_outcome(const BatchC* batch, size_t i, const Outcome* o) noexcept nogil:
-    store_u64(&batch.pa, i, o.pa)
-    store_u8(&batch.action, i, o.action)
-    store_u8(&batch.event, i, o.event)
-    store_u8(&batch.fault, i, o.fault)
-    store_u8(&batch.perm, i, o.perm)
-    store_u8(&batch.level, i, <uint8_t>o.level)
-    store_u8(&batch.page_lg2, i, o.page_lg2)
-    store_u8(&batch.attr, i, o.attr)
-    store_u8(&batch.sh, i, o.sh)
-    store_record(&batch.record, i, <const uint64_t*>o.record if o.event else NULL)
-
-
-cdef inline int batch_scalar(
-        const Hw* hw, Port* port, Memo* memo, const BatchC* batch, size_t i) noexcept nogil:
-    """One request of a batch by the scalar driver."""
-    cdef Request request
-    cdef Outcome outcome
-    cdef int status
-    request.iova = load_u64(&batch.iova, i)
-    request.sid = load_u32(&batch.sid, i)
-    request.ssid = load_u32(&batch.ssid, i)
-    request.access = load_u8(&batch.access, i) & 7  # a caller may write there meanwhile
-    status = translate_one(hw, port, &request, memo, &outcome)
-    if status == 0:
-        store_outcome(batch, i, &outcome)
-    return status
-
-
-cdef inline Slot* slot_of(
-        const Hw* hw, Port* port, Slot* slots, uint32_t sid, uint32_t ssid, uint64_t block,
-        Near* near) noexcept nogil:
-    """The decoded context of a pair; it is decoded once for as long as it keeps its slot.
-
-    NULL when the slot is taken by another pair of the same block.
-    """
-    cdef uint32_t hashed = (sid * 0x9E3779B1U) ^ ((ssid + 1) * 0x85EBCA6BU)
-    cdef Slot* slot = &slots[(hashed >> 16) % SLOTS]
-    cdef Syndrome syndrome
-    if not (slot.block and slot.sid == sid and slot.ssid == ssid):
-        if slot.block == block:
-            return NULL
-        near_forget(near)
-        slot.sid = sid
-        slot.ssid = ssid
-        slot.walks = (
-            lookup(hw, port, sid, ssid, &slot.memo, &syndrome) == 0
-            and slot.memo.index != STAGE1_BYPASS and not slot.memo.context.second.on
-        )
-    slot.block = block
-    return slot
-
-
-cdef inline void near_keep(
-        Near* near, Slot* slot, const Half* half, uint64_t va, const Descent* at) noexcept nogil:
-    """Remember the last two tables of a walk, unless they are the first.
-
-    Addresses in a table's reach are in the range of the half then, for the table above it
-    indexes bits beyond the reach.
-    """
-    cdef unsigned int reach = half.granule + half.stride
-    if reach > half.shift:
-        return
-    near.moved += va >> reach != near.tag[0]
-    near.slot = slot
-    near.reach[0] = reach
-    near.tag[0] = va >> reach
-    near.table[0] = at.table
-    near.tables[0] = at.tables
-    reach += half.stride
-    if at.above and reach <= half.shift:
-        near.reach[1] = reach
-        near.tag[1] = va >> reach
-        near.table[1] = at.above
-        near.tables[1] = at.tables_above
-
-
-cdef inline void set_out(
-        Block* block, size_t i, Port* port, Slot* slot, uint64_t va, Near* near,
-        bint simple) noexcept nogil:
-    """First pass: walk down to the last table and ask for its entry.
-
-    Whatever is not an ordinary walk is left to the scalar driver.  `simple` is
-    context.simple.
-    """
-    cdef const Context* context = &slot.memo.context
-    cdef unsigned int upper = half_of(va, context.two_ttbs)
-    cdef const Half* half = &context.half[upper]
-    cdef Descent at
-    cdef uint64_t ia, offset, raw = 0
-    cdef int status
-    block.entry[i] = NULL
-    block.slot[i] = slot
-    block.upper[i] = upper
-    if near.slot != slot:
-        near_forget(near)
-    if near.trusted and va >> near.reach[0] == near.tag[0]:
-        ia = va
-        at.table = near.table[0]
-        at.tables = near.tables[0]
-        at.shift = half.granule
-    else:
-        if va >> near.reach[1] == near.tag[1]:
-            ia = va
-            at.table = near.table[1]
-            at.tables = near.tables[1]
-            at.shift = half.granule + half.stride
-        else:
-            if not half.enabled or not in_range(va, half.range_mask, upper):
-                return
-            ia = va & half.index_mask
-            at.table = half.table
-            at.tables = 0
-            at.shift = half.shift
-        status = descend(half, port, FETCH_TT, ia, &at, simple)
-        if unlikely(status != AT_PAGES):
-            if status == AT_OTHER and descriptor_kind(
-                    descriptor(half, at.raw, simple), level_of(half, at.shift),
-                    half.blocks) == DESC_LEAF:
-                block.tables[i] = at.tables & half.keep
-                block.shift[i] = at.shift
-                block.held[i] = at.raw
-                block.entry[i] = <const uint8_t*>&block.held[i]
-            return
-        near_keep(near, slot, half, va, &at)
-    block.tables[i] = at.tables & half.keep
-    block.shift[i] = at.shift
-    at.address = entry_address(half, at.table, ia, at.shift)
-    offset = at.address - port.window.base
-    if likely(offset <= port.window.span):
-        block.entry[i] = port.window.data + offset
-        prefetch(block.entry[i])
-    elif fetch8(port, FETCH_TT, 3, at.address, &raw) == FETCH_OK:
-        block.held[i] = le64(raw)
-        block.entry[i] = <const uint8_t*>&block.held[i]
-
-
-cdef inline int arrive(
-        Block* block, size_t i, Slot* slot, uint64_t va, unsigned int access,
-        const BatchC* batch, size_t row, bint more, bint simple) noexcept nogil:
-    """Second pass: read the leaf and write the columns.
-
-    0, or 1 when the request is left to the scalar driver.  `more`: columns other than pa,
-    action and event are wanted.
-    """
-    cdef const Context* context = &slot.memo.context
-    cdef const Half* half
-    cdef unsigned int upper, shift, perm, attr
-    cdef uint64_t d, address
-    if unlikely(block.entry[i] == NULL):
-        return 1
-    upper = block.upper[i]
-    half = &context.half[upper]
-    shift = block.shift[i]
-    d = descriptor(half, load64(block.entry[i]), simple)
-    # a page's bit 1 is set; a block's is not, as was checked when it was read
-    if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
-        return 1
-    address = leaf_address(d, half, shift) if not simple else (
-        d & half.low_address & ~low_mask(shift))
-    if not simple and address & half.over:
-        return 1
-    perm = leaf_perm(context, upper, d, block.tables[i], simple)
-    if unlikely(not perm & context.need[access]):
-        return 1
-    if not simple and context.hd and access & ACCESS_WRITE and clean_s1(d):
-        return 1  # to be marked dirty
-    store_u64(&batch.pa, row, address | (va & low_mask(shift)))
-    store_u8(&batch.action, row, ACTION_OK)
-    store_u8(&batch.event, row, 0)
-    if more:
-        store_u8(&batch.fault, row, 0)
-        store_u8(&batch.perm, row, admitted(context, perm))
-        store_u8(&batch.level, row, level_of(half, shift))
-        store_u8(&batch.page_lg2, row, shift)
-        if batch.attr.data != NULL or batch.sh.data != NULL:
-            attr = stage1_attr(context.attr, mair_byte(context.mair, d))
-            store_u8(&batch.attr, row, attr)
-            store_u8(&batch.sh, row, shareability(attr, leaf_sh(d, half)))
-        store_record(&batch.record, row, NULL)
-    return 0
-
-
-cdef inline int run_blocks(
-        const Hw* hw, Port* port, const BatchC* batch, Slot* slots, bint one_pair,
-        bint more) noexcept nogil:
-    """Both passes over every block.  `one_pair`: all requests have one sid and one ssid."""
-    cdef Block block
-    cdef Near near
-    cdef Memo memo
-    cdef Slot* slot = NULL
-    cdef size_t start = 0, i, count
-    cdef uint64_t number = 1
-    cdef uint64_t va
-    cdef uint32_t sid, ssid
-    cdef unsigned int access
-    cdef int status
-    memo.whole = False
-    near_forget(&near)
-    near.moved = 0
-    near.trusted = False
-    if one_pair:
-        slot = slot_of(hw, port, slots, load_u32(&batch.sid, 0), load_u32(&batch.ssid, 0), number,
-                       &near)
-    while start < batch.n:
-        count = batch.n - start
-        if count > BLOCK:
-            count = BLOCK
-        for i in range(count):
-            if not one_pair:
-                sid = load_u32(&batch.sid, start + i)
-                ssid = load_u32(&batch.ssid, start + i)
-                if (slot == NULL or slot.sid != sid or slot.ssid != ssid
-                        or slot.block != number):
-                    slot = slot_of(hw, port, slots, sid, ssid, number, &near)
-            block.other[i] = slot == NULL
-            if slot == NULL or not slot.walks:
-                block.entry[i] = NULL
-                block.slot[i] = &slots[0] if slot == NULL else slot
-                continue
-            va = load_u64(&batch.iova, start + i)
-            if likely(slot.memo.context.simple):
-                set_out(&block, i, port, slot, va, &near, True)
-            else:
-                set_out(&block, i, port, slot, va, &near, False)
-        # a test that half the requests pass costs more than the walk that it saves
-        near.trusted = near.moved <= BLOCK // 8
-        near.moved = 0
-        for i in range(count):
-            va = load_u64(&batch.iova, start + i)
-            access = load_u8(&batch.access, start + i) & 7
-            if not one_pair:
-                slot = block.slot[i]
-            if likely(slot.memo.context.simple):
-                status = arrive(&block, i, slot, va, access, batch, start + i, more, True)
-            else:
-                status = arrive(&block, i, slot, va, access, batch, start + i, more, False)
-            if unlikely(status):
-                # the memo of a slot that walks is in use by the rest of the block
-                status = batch_scalar(
-                    hw, port, &memo if slot.walks or block.other[i] else &slot.memo, batch,
-                    start + i)
-                if status:
-                    return status
-        start += count
-        number += 1
-    return 0
-
-
-cdef inline int translate_plain(
-        const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
-    """Translate a batch of at least one request, in plain memory and with SMMUEN=1."""
-    cdef Slot[SLOTS] slots
-    cdef int k
-    cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
-    cdef bint more = (
-        batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
-        or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
-        or batch.record.data != NULL
-    )
-    for k in range(SLOTS):
-        slots[k].block = 0
-        slots[k].memo.context.simple = False
-    if one_pair and not more:
-        return run_blocks(hw, port, batch, slots, True, False)
-    return run_blocks(hw, port, batch, slots, one_pair, more)
-
-
-cdef inline int translate_each(
-        const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
-    """Translate a batch one by one: memory that is not plain sees the requests in their order."""
-    cdef Memo memo
-    cdef size_t i
-    cdef int status
-    memo.whole = False
-    for i in range(batch.n):
-        status = batch_scalar(hw, port, &memo, batch, i)
-        if status:
-            return status
-    return 0

@@ -145,7 +145,7 @@ cdef struct Hw:
     uint8_t minor          # architecture version 3.minor
     uint8_t s1p, s2p, hyp, asid16, vmid16, cd2l, ssidsize, ttf, ttendian
     uint8_t stall_model, term_model, httu
-    uint8_t ats, pri, ril, vmw, sev, msi, ns1ats, atsrecerr, pps, pasidtt, xnx, fwb
+    uint8_t ats, pri, ril, vmw, sev, msi, ns1ats, atsrecerr, pps, pasidtt, xnx, fwb, bbml
     uint8_t ignore_s2ptw   # as implementations without memory attributes do
     uint8_t attr_perms_ovr, attr_types_ovr
     uint8_t had, e0pd, epan, stt, ds, vax

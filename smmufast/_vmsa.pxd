@@ -211,6 +211,11 @@ cdef inline bint contiguous(uint64_t d) noexcept nogil:
     return pte_s1_contiguous(d)
 
 
+cdef inline bint no_translation(uint64_t d, int level) noexcept nogil:
+    """nT: a block that is not to be cached while its size changes (D8.14; IDR3.BBML)."""
+    return level < 3 and d >> 16 & 1
+
+
 # --- hardware update of access flag and dirty state (D8.5; HTTU) ---
 
 cdef inline uint64_t with_access_flag(uint64_t d) noexcept nogil:
