@@ -22,10 +22,11 @@ if _TYPE_CHECKING:
         PasidRangeEmpty,
         PasidReserved,
     )
-    from smmufast._smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk, modelled
+    from smmufast._registers import PageAnswer, RegisterWarning, Stall
+    from smmufast._smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk
     from smmufast.capture import Capture, CaptureError
     from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
-    from smmufast.features import Features
+    from smmufast.features import Features, modelled
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "Fetch",
     "Memory",
     "MemoryRegion",
+    "PageAnswer",
     "PasidAllocated",
     "PasidAllocator",
     "PasidDuplicate",
@@ -53,9 +55,11 @@ __all__ = [
     "PasidRangeEmpty",
     "PasidReserved",
     "Perm",
+    "RegisterWarning",
     "Result",
     "Segments",
     "Smmu",
+    "Stall",
     "Walk",
     "get_include",
     "modelled",
@@ -67,10 +71,11 @@ __all__ = [
 _HOMES = {
     "_memory": ("Memory", "MemoryRegion"),
     "_pasid": tuple(name for name in __all__ if name.startswith("Pasid")),
-    "_smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk", "modelled"),
+    "_registers": ("PageAnswer", "RegisterWarning", "Stall"),
+    "_smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk"),
     "capture": ("Capture", "CaptureError"),
     "faults": ("ACTIONS", "Event", "ExternalAbort", "Fault", "Fetch", "Perm"),
-    "features": ("Features",),
+    "features": ("Features", "modelled"),
 }
 
 

@@ -1,8 +1,64 @@
-"""What one Smmu is made of, as the drivers see it."""
+"""What one Smmu is made of, as the drivers see it.
 
-from smmufast._memory cimport Ram
+Sections: IHI 0070 3.5 (circular queues), 3.18 (interrupts), 7.5 (global errors).  The functions
+on queues are in _queue.pxd.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from smmufast._memory cimport Port, Ram
 from smmufast._tlb cimport CachesC
-from smmufast._types cimport Hw
+from smmufast._types cimport Hw, Outcome, Request
+
+
+cdef enum:
+    IRQ_EVENTQ
+    IRQ_PRIQ
+    IRQ_GERROR
+    IRQ_CMDQ_SYNC  # from here on wired, or an MSI that the command names
+    IRQ_SEV
+
+# A circular queue.  Positions are an index and, above it, the wrap bit.
+cdef struct Ring:
+    uint64_t base         # of entry 0
+    uint32_t prod         # of the next record, as software sees it
+    uint32_t next         # the same, but ahead while records are being written
+    uint32_t cons         # of the next entry to be read
+    uint32_t writers      # records being written
+    uint32_t lost         # the first of these that could not be, if `broken`
+    uint32_t epoch        # how often the queue was set up: older writers are of no concern
+    uint32_t error        # the GERROR bit of an aborted access
+    uint8_t log2size      # effective
+    uint8_t entry_lg2
+    uint8_t ovflg
+    uint8_t ovackflg
+    bint placed           # BASE was written
+    bint beyond           # the queue lies beyond the output address size
+    bint enabled
+    bint blocks           # an overflow that is not acknowledged keeps records out
+    bint broken
+
+
+# Where an interrupt goes.
+cdef struct Msi:
+    uint64_t address      # 0: wired
+    uint32_t data
+    uint32_t error        # the GERROR bit of an aborted write
+    bint enabled
+
+
+# The queues and what they signal.  `lock` is held for a few instructions only.
+cdef struct Queues:
+    uint32_t lock
+    uint32_t gerror
+    uint32_t gerrorn
+    Ring commands
+    Ring events
+    Ring pages
+    Msi[3] msi            # by IRQ_...
+    void* owner           # the Registers, borrowed
+    int (*wire)(void* owner, Port* port, int irq) noexcept nogil
+    int (*stall)(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept nogil
 
 
 # What the C face holds on to: it outlives no Smmu.
@@ -10,4 +66,5 @@ cdef struct Core:
     Hw hw             # features and registers, digested
     Ram* ram
     void* owner       # the Smmu
+    Queues* queues    # never NULL
     CachesC* caches   # NULL: nothing is cached

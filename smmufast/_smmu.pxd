@@ -1,7 +1,6 @@
 """The Smmu for Cython users: translate_c and the structs of smmufast.h, without the GIL."""
 
-from smmufast._core cimport Core
-from smmufast._memory cimport Memory
+from smmufast._registers cimport Registers
 from smmufast._translate cimport Memo
 from smmufast._types cimport Outcome, Request, WalkC
 
@@ -10,16 +9,8 @@ cdef enum:
     MEMOS = 16  # decoded contexts that scalar calls keep, checked against what was fetched
 
 
-cdef class Smmu:
-    cdef Core core
+cdef class Smmu(Registers):
     cdef Memo[MEMOS] memos
-    cdef readonly Memory memory
-    cdef readonly object features
-    cdef readonly object strtab_base
-    cdef readonly object strtab_base_cfg
-    cdef readonly object cr0
-    cdef readonly object cr2
-    cdef readonly object gbpa
     cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1
     cdef int translate_c(self, const Request* request, Outcome* outcome) noexcept nogil
 

@@ -5,7 +5,6 @@ from typing import (
     Literal,
     Never,
     NoReturn,
-    Self,
     SupportsIndex,
     TypeAlias,
     TypeVar,
@@ -17,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer, disjoint_base
 
-from smmufast._memory import Memory
+from smmufast._registers import Registers
 from smmufast.faults import ACTIONS as ACTIONS
 from smmufast.faults import FAULTS as FAULTS
 from smmufast.faults import FETCH_KINDS as FETCH_KINDS
 from smmufast.faults import Event, Fetch, Perm
-from smmufast.features import Features
+from smmufast.features import modelled as modelled
 
 NO_SUBSTREAM: Final = 4294967295
 COLUMNS: Final[dict[str, np.dtype[Any]]]
@@ -35,8 +34,6 @@ _Flag: TypeAlias = bool | np.bool
 _Integers: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | NDArray[np.integer | np.bool]
 _Flags: TypeAlias = _Flag | Sequence[_Flag] | NDArray[np.bool]
 _Out = TypeVar("_Out", bound=NDArray[np.void] | dict[str, NDArray[Any]])
-
-def modelled(features: Features) -> tuple[Features, dict[str, int]]: ...
 
 @disjoint_base
 class Result:
@@ -112,33 +109,7 @@ class Walk:
     def supply(self, data: Buffer | NDArray[Any] | int | None) -> None: ...
 
 @final
-class Smmu:
-    def __new__(
-        cls,
-        memory: Memory,
-        features: Features | None = None,
-        *,
-        strtab_base: SupportsIndex = 0,
-        strtab_base_cfg: SupportsIndex = 0,
-        cr0: SupportsIndex = 5,
-        cr2: SupportsIndex = 2,
-        gbpa: SupportsIndex = 4096,
-        ignore_s2ptw: _Flag = False,
-    ) -> Self: ...
-    @property
-    def memory(self) -> Memory: ...
-    @property
-    def features(self) -> Features: ...
-    @property
-    def strtab_base(self) -> int: ...
-    @property
-    def strtab_base_cfg(self) -> int: ...
-    @property
-    def cr0(self) -> int: ...
-    @property
-    def cr2(self) -> int: ...
-    @property
-    def gbpa(self) -> int: ...
+class Smmu(Registers):
     def translate(
         self,
         sid: SupportsIndex,

@@ -16,14 +16,10 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, low_mask
-from smmufast._config cimport (
-    pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
-)
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen
-from smmufast._memory cimport (
-    FETCH_PENDING, Memory, Port, Ram, port_open, raise_port, to_address,
-)
+from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
+from smmufast._registers cimport Registers
 from smmufast._translate cimport (
     Memo, fill_permissions, translate_each, translate_known, translate_one, translate_plain,
 )
@@ -32,7 +28,6 @@ from smmufast._types cimport (
     NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
     ApiC, BatchC, ColumnC, FetchC, Hw, Outcome, Request, SmmuC, WalkC,
 )
-from smmufast._vmsa cimport entering_attr, shareability
 
 from collections.abc import Iterable
 
@@ -40,9 +35,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from smmufast import layout
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
-from smmufast.features import Features
+from smmufast.features import modelled
 
 cdef extern from "numpy/arrayobject.h":
     cnp.dtype PyArray_DescrNew(cnp.dtype descr)
@@ -79,33 +73,7 @@ cdef object row_dtype(tuple names):
 cdef cnp.dtype DEFAULT_ROW = row_dtype(("pa", "action", "event"))
 cdef cnp.dtype SEGMENT = np.dtype([("iova", "u8"), ("pa", "u8"), ("length", "u8")])
 
-# What this version does not model: field, the value it must have.
-cdef tuple UNMODELLED = (
-    ("ttf", 2), ("mpam", 0), ("btm", 0), ("atos", 0), ("vatos", 0), ("ecmdq", 0), ("rme_impl", 0),
-    ("d128", 0), ("s1pi", 0), ("s2pi", 0), ("s2po", 0), ("the", 0), ("aie", 0), ("dpt", 0),
-    ("mteperm", 0),
-)
-
 cdef tuple DEVICES = ("Device-nGnRnE", "Device-nGnRE", "Device-nGRE", "Device-GRE")
-
-
-def modelled(features):
-    """What this version models of some features, and what it leaves out.
-
-    Returns
-    -------
-    (Features, dict)
-        The features with unmodelled ones taken away, and the fields taken: name to old value.
-    """
-    taken = {}
-    for name, value in UNMODELLED:
-        if getattr(features, name) != value:
-            taken[name] = getattr(features, name)
-    if features.vax > 1:
-        taken["vax"] = features.vax
-    values = dict(UNMODELLED)
-    values["vax"] = 1
-    return features.replace(**{name: values[name] for name in taken}), taken
 
 
 cdef extern from "Python.h":
@@ -742,20 +710,29 @@ cdef class Smmu:
     """An SMMUv3 (Non-secure, stage 1) over a Memory; nothing is cached between calls.
 
     Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=0b101, cr2=0b10,
-    gbpa=0x1000).  Registers are fixed: make another Smmu over the same Memory to change one.
+    gbpa=0x1000, eventq_base=None, cmdq_base=None, priq_base=None, ignore_s2ptw=False,
+    on_interrupt=None).
 
     Parameters
     ----------
     memory : Memory
-        Where the stream table, context descriptors and translation tables lie.
+        Where the stream table, context descriptors, translation tables and queues lie.
     features : Features, optional
         What the implementation has.  A feature that is not modelled is refused with ValueError.
     strtab_base, strtab_base_cfg, cr0, cr2, gbpa : int
-        Registers (IHI 0070 6.3).  By default CR0 is SMMUEN and EVENTQEN, CR2 is RECINVSID, GBPA
-        lets transactions pass with their own attributes.
+        Registers (IHI 0070 6.3) as software left them.  By default CR0 is SMMUEN and EVENTQEN,
+        CR2 is RECINVSID, GBPA lets transactions pass with their own attributes.  ``cr0=0`` is a
+        device that was reset.
+    eventq_base, cmdq_base, priq_base : int, optional
+        Registers of the queues.  Until an event queue is placed, here or by a write, events are
+        in results alone; until a command queue is placed, `command` executes directly.
     ignore_s2ptw : bool
         Let table walks touch what stage 2 makes Device memory even with STE.S2PTW=1.  Not
         architectural: implementations without memory attributes do so.
+    on_interrupt : callable, optional
+        Called with the name of each wired interrupt.
+
+    `read` and `write` are what software sees: every register of both pages (Registers).
 
     >>> from smmufast import Memory, Smmu
     >>> memory = Memory()
@@ -766,93 +743,19 @@ cdef class Smmu:
     <Result bypass sid=0x0 iova=0x1234 pa=0x1234>
     """
 
-    def __cinit__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
-                  cr0=0b101, cr2=0b10, gbpa=0x1000, bint ignore_s2ptw=False):
-        cdef Hw* hw = &self.core.hw
-        if features is None:
-            features = Features()
-        if not isinstance(features, Features):
-            raise TypeError(f"features: {type(features).__name__} given; Features needed")
-        taken = modelled(features)[1]
-        if taken:
-            raise ValueError("features: " + ", ".join(f"{k}={v}" for k, v in taken.items())
-                             + " given; this version does not model that (see smmufast.modelled)")
-        self.memory = memory
-        self.features = features
-        self.strtab_base = as_u64("strtab_base", strtab_base, 0xFFFFFFFFFFFFFFFF)
-        self.strtab_base_cfg = as_u64("strtab_base_cfg", strtab_base_cfg, 0xFFFFFFFF)
-        self.cr0 = as_u64("cr0", cr0, 0xFFFFFFFF)
-        self.cr2 = as_u64("cr2", cr2, 0xFFFFFFFF)
-        self.gbpa = as_u64("gbpa", gbpa, 0xFFFFFFFF)
-        self.core.ram = &memory.ram
-        self.core.owner = <void*>self
-        hw.ignore_s2ptw = ignore_s2ptw
-        hw.s1p = features.s1p
-        hw.s2p = features.s2p
-        hw.hyp = features.hyp
-        hw.asid16 = features.asid16
-        hw.vmid16 = features.vmid16
-        hw.cd2l = features.cd2l
-        hw.ssidsize = features.ssidsize
-        hw.ttf = features.ttf
-        hw.ttendian = features.ttendian
-        hw.stall_model = features.stall_model
-        hw.term_model = features.term_model
-        hw.httu = features.httu
-        hw.attr_perms_ovr = features.attr_perms_ovr
-        hw.attr_types_ovr = features.attr_types_ovr
-        hw.ats = features.ats
-        hw.pri = features.pri
-        hw.ril = features.ril
-        hw.vmw = features.vmw
-        hw.sev = features.sev
-        hw.msi = features.msi
-        hw.ns1ats = features.ns1ats
-        hw.atsrecerr = features.atsrecerr
-        hw.pps = features.pps
-        hw.pasidtt = features.pasidtt
-        hw.xnx = features.xnx
-        hw.fwb = features.fwb
-        hw.had = features.had
-        hw.e0pd = features.e0pd
-        hw.epan = features.epan
-        hw.stt = features.stt
-        hw.ds = features.ds
-        hw.vax = features.vax
-        hw.minor = features.arch_minor
-        hw.oas = size_bits(features.oas, hw.minor)
-        hw.oas_over = ~low_mask(hw.oas)
-        hw.pointer_mask = pointer_mask(hw.minor)
-        hw.granules = features.gran4k << 12 | features.gran16k << 14 | features.gran64k << 16
-        hw.cr0 = self.cr0
-        hw.cr2 = self.cr2
-        self._set_stream_table(features.st_level, features.sidsize)
-        self._set_gbpa()
+    cdef int _retry(self, const Request* request, Outcome* outcome) except -1:
+        return self._run(request, outcome, NULL)
 
-    def _set_stream_table(self, st_level, sidsize):
-        cdef Hw* hw = &self.core.hw
-        cdef uint64_t address
-        config = layout.unpack("STRTAB_BASE_CFG", self.strtab_base_cfg)
-        address = layout.unpack("STRTAB_BASE", self.strtab_base)["ADDR"] & hw.pointer_mask
-        hw.log2size = min(config["LOG2SIZE"], sidsize)
-        hw.two_level = st_level == 1 and config["FMT"] == 1
-        hw.split = split_of(config["SPLIT"])
-        if hw.two_level:
-            # the register's own LOG2SIZE aligns the table
-            hw.strtab = strtab_two_level_base(address, config["LOG2SIZE"], hw.split)
-        else:
-            hw.strtab = strtab_linear_base(address, hw.log2size)
+    cdef object _result(self, const Request* request, const Outcome* outcome):
+        cdef Result result = Result.__new__(Result)
+        result.request = request[0]
+        result.outcome = outcome[0]
+        return result
 
-    def _set_gbpa(self):
-        cdef Hw* hw = &self.core.hw
-        cdef unsigned int attr = 0xFF, sh = 0
-        gbpa = layout.unpack("GBPA", self.gbpa)
-        hw.gbpa_abort = gbpa["ABORT"]
-        if hw.attr_types_ovr:
-            attr = entering_attr(gbpa["MTCFG"], gbpa["MemAttr"], gbpa["ALLOCCFG"])
-            sh = 0 if gbpa["SHCFG"] == 1 else gbpa["SHCFG"]
-        hw.gbpa_attr = attr
-        hw.gbpa_sh = shareability(attr, sh)
+    cdef void _forget(self) noexcept:
+        cdef int i
+        for i in range(MEMOS):
+            self.memos[i].whole = False
 
     cdef int translate_c(self, const Request* request, Outcome* outcome) noexcept nogil:
         """Translate one request: STATUS_DONE, STATUS_EINVAL or STATUS_EPYTHON."""

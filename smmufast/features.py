@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from smmufast import layout
 
-__all__ = ["Features"]
+__all__ = ["Features", "modelled"]
 
 _REGISTERS = ("IDR0", "IDR1", "IDR3", "IDR5", "AIDR")
 #: The register and the field of each feature. ARCH_MAJOR is 0 for every SMMUv3: not a feature.
@@ -169,6 +169,52 @@ class Features:
         return f"Features({', '.join(f'{f.name}={getattr(self, f.name)}' for f in changed)})"
 
     @classmethod
+    def minimal(cls) -> Self:
+        """Return an SMMUv3.0 with as little as the architecture admits.
+
+        Stage 1 with 4K tables, 6-bit StreamIDs in a linear table, no substreams, 32-bit output
+        addresses, faults that always abort.
+
+        >>> Features.minimal().oas_bits
+        32
+        """
+        return cls(
+            **dict.fromkeys(_FIELDS, 0)
+            | {"s1p": 1, "ttf": 2, "ttendian": 2, "stall_model": 1, "term_model": 1,
+               "sidsize": 6, "gran4k": 1},
+        )  # fmt: skip
+
+    @classmethod
+    def v3_0(cls) -> Self:
+        """Return an SMMUv3.0 server: both stages, PCIe ATS and PRI, stalls; 48-bit addresses."""
+        return cls.full().replace(
+            httu=2, ril=0, bbml=0, had=0, xnx=0, fwb=0, stt=0, e0pd=0, epan=0, ptwnnc=0,
+            pasidtt=0, pps=0, atsrecerr=0, oas=5, ds=0, vax=0, arch_minor=0,
+        )  # fmt: skip
+
+    @classmethod
+    def v3_2(cls) -> Self:
+        """Return an SMMUv3.2: as v3.0, with 52-bit addresses, range invalidation, S2FWB, XNX."""
+        return cls.full().replace(e0pd=0, epan=0, ptwnnc=0, pasidtt=0, ds=0, arch_minor=2)
+
+    @classmethod
+    def qemu(cls) -> Self:
+        """Return what the SMMUv3 of QEMU 11 presents with both stages.
+
+        >>> hex(Features.qemu().idr0)
+        '0xd44101b'
+        """
+        return cls.from_idr(0x0D44_101B, 0x0273_0010, 0x1414, 0x74, 1)
+
+    @classmethod
+    def full(cls) -> Self:
+        """Return an SMMUv3.3 with everything that this library models."""
+        return cls(
+            s2p=1, httu=2, ats=1, msi=1, sev=1, pri=1, vmw=1, atsrecerr=1, stall_model=0,
+            priqs=19, xnx=1, fwb=1, ptwnnc=1, pasidtt=1, stall_max=0xFFFF,
+        )  # fmt: skip
+
+    @classmethod
     def from_idr(cls, idr0: int, idr1: int, idr3: int, idr5: int, aidr: int) -> Self:
         """Return the features that the identification registers tell; RES0 bits are ignored.
 
@@ -245,3 +291,27 @@ _LIMITS = {
     "cmdqs": 19,
     "arch_minor": 4,
 }
+
+
+#: What this version does not model: field, the value it must have.
+UNMODELLED = {
+    "ttf": 2, "mpam": 0, "btm": 0, "atos": 0, "vatos": 0, "ecmdq": 0, "rme_impl": 0, "d128": 0,
+    "s1pi": 0, "s2pi": 0, "s2po": 0, "the": 0, "aie": 0, "dpt": 0, "mteperm": 0,
+}  # fmt: skip
+
+
+def modelled(features: Features) -> tuple[Features, dict[str, int]]:
+    """What this version models of some features, and what it leaves out.
+
+    Returns
+    -------
+    (Features, dict)
+        The features with unmodelled ones taken away, and the fields taken: name to old value.
+    """
+    wanted = UNMODELLED | {"vax": min(features.vax, 1)}
+    taken = {
+        name: getattr(features, name)
+        for name, value in wanted.items()
+        if getattr(features, name) != value
+    }
+    return features.replace(**{name: wanted[name] for name in taken}), taken

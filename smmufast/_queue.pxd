@@ -1,0 +1,340 @@
+"""Queues in memory, GERROR and interrupts: the rules of rings, and how a record gets into one.
+
+Sections: IHI 0070 3.5 (circular queues), 3.18 (interrupts), 5.5 (stalled faults), 7.2 (event
+queue), 7.5 (global errors), 8 (page request queue), 6.3 (the registers of all of them).
+
+Everything here runs without the GIL, in several threads at once, and again inside itself: a
+callback that holds a queue may fault on its own.  A record's slot is taken under a short lock,
+the record is written without it, and PROD moves when no record is being written any more.  So
+software never sees a slot that is not filled, and nobody waits for a callback.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from smmufast._bits cimport le64, low_mask
+from smmufast._core cimport (
+    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Queues, Ring,
+)
+from smmufast._layout cimport cmdq_base_log2size, eventq_cons_ovackflg, eventq_prod_ovflg
+from smmufast._memory cimport FETCH_ABORT, FETCH_OK, Port, Ram, port_open, port_write
+from smmufast._types cimport ACTION_STALL, Outcome, Request
+
+cdef extern from *:
+    """
+    static inline void smmufast_lock(uint32_t *lock)
+    {
+        while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE))
+            while (__atomic_load_n(lock, __ATOMIC_RELAXED))
+                ;
+    }
+    #define smmufast_unlock(lock) __atomic_store_n((lock), 0, __ATOMIC_RELEASE)
+    #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    #define smmufast_le32(x) (x)
+    #else
+    #define smmufast_le32(x) __builtin_bswap32(x)
+    #endif
+    """
+    void lock_take "smmufast_lock"(uint32_t* lock) noexcept nogil
+    void lock_give "smmufast_unlock"(uint32_t* lock) noexcept nogil
+    uint32_t le32 "smmufast_le32"(uint32_t value) noexcept nogil
+
+
+# Bits of GERROR and GERRORN (6.3.19).
+cdef enum:
+    GERROR_CMDQ_ERR = 1
+    GERROR_EVENTQ_ABT_ERR = 4
+    GERROR_PRIQ_ABT_ERR = 8
+    GERROR_MSI_CMDQ_ABT_ERR = 16
+    GERROR_MSI_EVENTQ_ABT_ERR = 32
+    GERROR_MSI_PRIQ_ABT_ERR = 64
+    GERROR_MSI_GERROR_ABT_ERR = 128
+
+
+# --- rings (3.5.1) ---
+
+cdef inline uint32_t ring_bits(unsigned int log2size) noexcept nogil:
+    """The bits of a position: index and wrap."""
+    return <uint32_t>low_mask(log2size + 1)
+
+
+cdef inline uint32_t ring_index(uint32_t position, unsigned int log2size) noexcept nogil:
+    return position & <uint32_t>low_mask(log2size)
+
+
+cdef inline uint32_t ring_after(uint32_t position, unsigned int log2size) noexcept nogil:
+    """The next position; the wrap bit is inverted when the index starts again."""
+    return (position + 1) & ring_bits(log2size)
+
+
+cdef inline uint32_t ring_count(
+        uint32_t prod, uint32_t cons, unsigned int log2size) noexcept nogil:
+    """Entries between CONS and PROD; more than the queue holds when one of them is nonsense."""
+    return (prod - cons) & ring_bits(log2size)
+
+
+cdef inline bint ring_full(uint32_t prod, uint32_t cons, unsigned int log2size) noexcept nogil:
+    """No slot is free.  So it is too when CONS is nonsense: nothing may be overwritten then."""
+    return ring_count(prod, cons, log2size) >= <uint32_t>1 << log2size
+
+
+cdef inline uint64_t ring_base(
+        uint64_t address, unsigned int log2size, unsigned int entry_lg2) noexcept nogil:
+    """BASE.ADDR, aligned to the queue's size, 32 bytes at least (6.3.26)."""
+    cdef unsigned int align = log2size + entry_lg2
+    return address & ~low_mask(5 if align < 5 else align)
+
+
+cdef inline uint64_t ring_entry(const Ring* ring, uint32_t position) noexcept nogil:
+    """Address of the entry at a position."""
+    return ring.base + (<uint64_t>ring_index(position, ring.log2size) << ring.entry_lg2)
+
+
+# --- registers of a ring (6.3) ---
+
+cdef inline void ring_forget(Ring* ring) noexcept nogil:
+    """Let records that are being written be nobody's; the lock is held."""
+    ring.epoch += 1
+    ring.writers = 0
+    ring.broken = False
+    ring.next = ring.prod
+
+
+cdef inline void ring_place(
+        Queues* q, Ring* ring, uint64_t base, unsigned int largest, uint64_t pointer_mask,
+        uint64_t oas_over) noexcept nogil:
+    """BASE: where the queue lies and how many entries it has, `largest` at most."""
+    cdef unsigned int log2size = <unsigned int>cmdq_base_log2size(base)
+    if log2size > largest:
+        log2size = largest
+    lock_take(&q.lock)
+    ring.log2size = log2size
+    ring.base = ring_base(base & (pointer_mask | 32), log2size, ring.entry_lg2)
+    ring.beyond = (ring.base & oas_over) != 0
+    ring.placed = True
+    ring.prod &= ring_bits(log2size)
+    ring.cons &= ring_bits(log2size)
+    ring_forget(ring)
+    lock_give(&q.lock)
+
+
+cdef inline void ring_set_prod(Queues* q, Ring* ring, uint32_t value) noexcept nogil:
+    lock_take(&q.lock)
+    ring.prod = value & ring_bits(ring.log2size)
+    ring.ovflg = eventq_prod_ovflg(value)
+    ring_forget(ring)
+    lock_give(&q.lock)
+
+
+cdef inline void ring_set_cons(Queues* q, Ring* ring, uint32_t value) noexcept nogil:
+    lock_take(&q.lock)
+    ring.cons = value & ring_bits(ring.log2size)
+    ring.ovackflg = eventq_cons_ovackflg(value)
+    lock_give(&q.lock)
+
+
+cdef inline void ring_reset(Queues* q, Ring* ring) noexcept nogil:
+    """The queue as it is before software sets it up."""
+    lock_take(&q.lock)
+    ring.base = ring.prod = ring.cons = 0
+    ring.log2size = ring.ovflg = ring.ovackflg = 0
+    ring.placed = ring.beyond = ring.enabled = False
+    ring_forget(ring)
+    lock_give(&q.lock)
+
+
+# --- a record into a ring ---
+
+cdef enum:
+    PUT_CLOSED = 0    # the queue is disabled, or its error is active
+    PUT_FULL = 1
+    PUT_ABORTED = 2   # the write ended in an external abort
+    PUT_WRITTEN = 3
+    PUT_FIRST = 4     # beside one of these: the queue was empty and no longer is
+
+
+# Who writes which record.
+cdef struct Slot:
+    uint32_t position
+    uint32_t epoch
+    uint64_t address
+
+
+cdef inline int ring_take(Queues* q, Ring* ring, bint overflows, Slot* slot) noexcept nogil:
+    """Take the next slot: PUT_WRITTEN, or why there is none; `overflows`: a loss is signalled."""
+    cdef int status = PUT_WRITTEN
+    lock_take(&q.lock)
+    if not ring.enabled or ring.broken or (q.gerror ^ q.gerrorn) & ring.error:
+        status = PUT_CLOSED
+    elif ring.blocks and ring.ovflg != ring.ovackflg:
+        status = PUT_FULL
+    elif ring_full(ring.next, ring.cons, ring.log2size):
+        status = PUT_FULL
+        if overflows and ring.ovflg == ring.ovackflg:
+            ring.ovflg ^= 1
+    else:
+        slot.position = ring.next
+        slot.epoch = ring.epoch
+        slot.address = ring_entry(ring, ring.next)
+        ring.next = ring_after(ring.next, ring.log2size)
+        ring.writers += 1
+    lock_give(&q.lock)
+    return status
+
+
+cdef inline int ring_give(Queues* q, Ring* ring, const Slot* slot, bint written) noexcept nogil:
+    """A slot is filled, or could not be: how that leaves the queue (PUT_...).
+
+    Records behind one that could not be written are lost with it: there are no gaps.
+    """
+    cdef int status = PUT_WRITTEN if written else PUT_ABORTED
+    cdef uint32_t ahead, bits
+    lock_take(&q.lock)
+    if slot.epoch == ring.epoch:
+        bits = ring_bits(ring.log2size)
+        ahead = (slot.position - ring.prod) & bits
+        if ring.broken and ahead > (ring.lost - ring.prod) & bits:
+            if written:
+                status = PUT_CLOSED
+        elif not written:
+            ring.broken = True
+            ring.lost = slot.position
+        ring.writers -= 1
+        if ring.writers == 0:
+            if ring.broken:
+                ring.next = ring.lost
+                ring.broken = False
+            if ring.prod == ring.cons and ring.next != ring.prod:
+                status |= PUT_FIRST
+            ring.prod = ring.next
+    lock_give(&q.lock)
+    return status
+
+
+cdef inline int ring_put(
+        Queues* q, Ring* ring, Port* port, const uint64_t* record, bint overflows,
+        int* status) noexcept nogil:
+    """Write a record, or learn why not (PUT_...): 0, or FETCH_RAISED."""
+    cdef Slot slot
+    cdef uint64_t[4] w
+    cdef int fetched = FETCH_ABORT
+    cdef size_t i, size = <size_t>1 << ring.entry_lg2
+    status[0] = ring_take(q, ring, overflows, &slot)
+    if status[0] != PUT_WRITTEN:
+        return 0
+    for i in range(size // 8):
+        w[i] = le64(record[i])
+    if not ring.beyond:
+        fetched = port_write(port, slot.address, w, size)
+    status[0] = ring_give(q, ring, &slot, fetched == FETCH_OK)
+    return fetched if fetched < 0 else 0
+
+
+# --- interrupts and global errors (3.18, 7.5) ---
+
+cdef inline bint gerror_toggle(Queues* q, uint32_t error) noexcept nogil:
+    """Make an error active; no when it is already: then the new one is lost."""
+    cdef bint inactive
+    lock_take(&q.lock)
+    inactive = ((q.gerror ^ q.gerrorn) & error) == 0
+    if inactive:
+        q.gerror ^= error
+    lock_give(&q.lock)
+    return inactive
+
+
+cdef inline bint gerror_active(Queues* q, uint32_t error) noexcept nogil:
+    return ((q.gerror ^ q.gerrorn) & error) != 0
+
+
+cdef inline uint32_t gerror_acknowledge(Queues* q, uint32_t gerrorn) noexcept nogil:
+    """GERRORN is written: the errors that were active and no longer are.
+
+    Bits of errors that are not active do not change.
+    """
+    cdef uint32_t ended
+    lock_take(&q.lock)
+    ended = (gerrorn ^ q.gerrorn) & (q.gerror ^ q.gerrorn)
+    q.gerrorn ^= ended
+    lock_give(&q.lock)
+    return ended
+
+
+cdef inline int msi_write(Port* port, uint64_t address, uint32_t data,
+                          uint64_t oas_over) noexcept nogil:
+    """FETCH_OK, FETCH_ABORT or FETCH_RAISED."""
+    data = le32(data)
+    if address & oas_over:
+        return FETCH_ABORT
+    return port_write(port, address, &data, 4)
+
+
+cdef inline int gerror_raise(
+        Queues* q, Port* port, uint32_t error, uint64_t oas_over) noexcept nogil:
+    """Report a global error and interrupt: 0, or FETCH_RAISED."""
+    cdef Msi msi
+    cdef int status
+    if not gerror_toggle(q, error) or error == GERROR_MSI_GERROR_ABT_ERR:
+        return 0
+    msi = q.msi[IRQ_GERROR]
+    if not msi.enabled:
+        return 0
+    if not msi.address:
+        return q.wire(q.owner, port, IRQ_GERROR)
+    status = msi_write(port, msi.address, msi.data, oas_over)
+    if status == FETCH_ABORT:
+        gerror_toggle(q, msi.error)
+        return 0
+    return status
+
+
+cdef inline int interrupt(Queues* q, Port* port, int irq, uint64_t oas_over) noexcept nogil:
+    """Signal, if enabled, by an MSI or by wire: 0, or FETCH_RAISED."""
+    cdef Msi msi = q.msi[irq]
+    cdef int status
+    if not msi.enabled:
+        return 0
+    if not msi.address:
+        return q.wire(q.owner, port, irq)
+    status = msi_write(port, msi.address, msi.data, oas_over)
+    if status == FETCH_ABORT:
+        return gerror_raise(q, port, msi.error, oas_over)
+    return status
+
+
+# --- the event queue (7.2) ---
+
+cdef inline int event_signal(
+        Queues* q, Port* port, int put, uint64_t oas_over) noexcept nogil:
+    """What follows from how ring_put ended: 0, or FETCH_RAISED."""
+    cdef int status = 0
+    if put & PUT_FIRST:
+        status = interrupt(q, port, IRQ_EVENTQ, oas_over)
+    if put & 3 == PUT_ABORTED and status == 0:
+        status = gerror_raise(q, port, GERROR_EVENTQ_ABT_ERR, oas_over)
+    return status
+
+
+cdef inline int event_deliver(
+        Core* core, Port* port, const Request* request, Outcome* outcome) noexcept nogil:
+    """Write the record of a fault into the event queue, or hold the transaction as a stall.
+
+    0, or FETCH_RAISED with an exception in the port.  `outcome.event` becomes 0 when the record
+    is discarded, or has to wait; a stall that a callback ends meanwhile leaves its final outcome.
+    While no event queue was placed, records stay in the outcome alone.
+    """
+    cdef Queues* q = core.queues
+    cdef Port own  # the caller's may be that of a trace or a script
+    cdef int status, put = PUT_CLOSED
+    if outcome.action == ACTION_STALL:
+        return q.stall(core.owner, port, request, outcome)
+    if outcome.event == 0 or not q.events.placed:
+        return 0
+    port_open(&own, core.ram, NULL, False)
+    status = ring_put(q, &q.events, &own, outcome.record, True, &put)
+    if put & 3 != PUT_WRITTEN:
+        outcome.event = 0
+    if status == 0:
+        status = event_signal(q, &own, put, core.hw.oas_over)
+    if status < 0:
+        port.exception = own.exception
+    return status

@@ -1,0 +1,1335 @@
+"""Registers: what software programs an SMMU by: registers, queues, interrupts, stalls, commands.
+
+Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (global errors), 3.18
+(interrupts), 4 (commands), 5.5 and 3.12.2 (stalls), 8 (page requests).
+"""
+
+cimport cython
+from cpython.ref cimport Py_INCREF
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+from smmufast._bits cimport le64, low_mask
+from smmufast._command cimport (
+    EFFECT_ATC_INV, EFFECT_CFGI_ALL, EFFECT_CFGI_CD, EFFECT_CFGI_CD_ALL, EFFECT_CFGI_RANGE,
+    EFFECT_CFGI_STE, EFFECT_PRI_RESP, EFFECT_RESUME, EFFECT_STALL_TERM, EFFECT_SYNC, EFFECT_TLBI,
+    Effect, command_decode,
+)
+from smmufast._config cimport (
+    l1std_next, pointer_mask, size_bits, split_of, ste_aborts, ste_check, stream_first,
+    strtab_linear_base, strtab_two_level_base,
+)
+from smmufast._core cimport (
+    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Msi, Queues, Ring,
+)
+from smmufast._layout cimport (
+    CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err, cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen, event_set_stag,
+    event_set_stall, ste_ppar, ste_v,
+)
+from smmufast._memory cimport (
+    FETCH_ABORT, FETCH_OK, FETCH_RAISED, Memory, Port, fetch8, fetch64, port_open, port_read,
+    raise_port, to_address,
+)
+from smmufast._queue cimport (
+    GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
+    GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_ABORTED, PUT_CLOSED, PUT_FIRST, PUT_FULL,
+    PUT_WRITTEN, event_signal, gerror_acknowledge, gerror_active, gerror_raise,
+    interrupt, msi_write, ring_after, ring_entry, ring_full, ring_place, ring_put, ring_reset,
+    ring_set_cons, ring_set_prod,
+)
+from smmufast._types cimport (
+    ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL,
+    FETCH_L1STD, FETCH_STE, NO_LEVEL, NO_SSID, Hw, Outcome, Request,
+)
+from smmufast._vmsa cimport entering_attr, shareability
+
+from collections import OrderedDict, deque, namedtuple
+
+from smmufast import layout
+from smmufast.faults import Event
+from smmufast.features import Features, modelled
+
+RegisterWarning = namedtuple("RegisterWarning", "register text", module="smmufast")
+RegisterWarning.__doc__ = """What software probably did not mean: the register, and why."""
+
+PageAnswer = namedtuple("PageAnswer", "action ssid", module="smmufast")
+PageAnswer.__doc__ = """What a device learns of its page request at once: action, ssid.
+
+`action` is "queued"; "dropped", without an answer; or an automatic response, "success" or
+"failure", which carries the PASID `ssid` unless that is None.
+"""
+
+cdef tuple IRQ_NAMES = ("eventq", "priq", "gerror", "cmdq_sync", "sev")
+
+# --- the register map (6.1, 6.2), from layout.REGISTERS ---
+
+cdef dict OFFSETS = {}  # of each 32-bit word: the register, and how far up in it the word is
+cdef dict WHOLE = {}    # bits that are fields
+
+for _record in layout.REGISTERS.values():
+    WHOLE[_record.name] = sum(_field.mask for _field in _record.fields)
+    for _word in range(0, _record.bytes, 4):
+        OFFSETS[_record.offset + _word] = (_record.name, 8 * _word)
+        if _record.offset >= 0x10000:
+            OFFSETS[_record.offset - 0x10000 + _word] = (_record.name, 8 * _word)
+for _word in range(4):
+    OFFSETS[0xFF0 + 4 * _word] = (f"CIDR{_word}", 0)
+    WHOLE[f"CIDR{_word}"] = 0xFF
+
+cdef frozenset READ_ONLY = frozenset((
+    "IDR0", "IDR1", "IDR2", "IDR3", "IDR5", "IDR6", "IIDR", "AIDR", "CR0ACK", "STATUSR",
+    "IRQ_CTRLACK", "GERROR", "CIDR0", "CIDR1", "CIDR2", "CIDR3"))
+cdef dict PRESET = {
+    "STRTAB_BASE": "tables_preset", "STRTAB_BASE_CFG": "tables_preset",
+    "CMDQ_BASE": "queues_preset", "EVENTQ_BASE": "queues_preset", "PRIQ_BASE": "queues_preset",
+}
+
+
+cdef object mask_of(str register, str names):
+    """The bits of some fields of a register."""
+    return sum(layout.REGISTERS[register].field(name).mask for name in names.split())
+
+
+# Writes are ignored while one of these bits is set: register, the register and bits of the guard.
+cdef dict GUARDS = {
+    "CR2": ("CR0", mask_of("CR0", "SMMUEN")),
+    "STRTAB_BASE": ("CR0", mask_of("CR0", "SMMUEN")),
+    "STRTAB_BASE_CFG": ("CR0", mask_of("CR0", "SMMUEN")),
+    "CMDQ_BASE": ("CR0", mask_of("CR0", "CMDQEN")),
+    "CMDQ_CONS": ("CR0", mask_of("CR0", "CMDQEN")),
+    "EVENTQ_BASE": ("CR0", mask_of("CR0", "EVENTQEN")),
+    "EVENTQ_PROD": ("CR0", mask_of("CR0", "EVENTQEN")),
+    "PRIQ_BASE": ("CR0", mask_of("CR0", "PRIQEN")),
+    "PRIQ_PROD": ("CR0", mask_of("CR0", "PRIQEN")),
+}
+for _queue in ("GERROR", "EVENTQ", "PRIQ"):
+    for _word in range(3):
+        GUARDS[f"{_queue}_IRQ_CFG{_word}"] = (
+            "IRQ_CTRL", mask_of("IRQ_CTRL", f"{_queue}_IRQEN"))
+cdef uint64_t CR1_TABLES = mask_of("CR1", "TABLE_IC TABLE_OC TABLE_SH")
+cdef uint64_t QUEUES_ENABLED = mask_of("CR0", "CMDQEN EVENTQEN PRIQEN")
+cdef uint64_t GBPA_UPDATE = mask_of("GBPA", "Update")
+cdef uint64_t GBPA_RESET = 0x1000  # SHCFG: incoming
+
+
+cdef Ring* ring_of(Registers self, str name) noexcept:
+    """The queue that a register belongs to."""
+    if name.startswith("CMDQ"):
+        return &self.queues.commands
+    if name.startswith("EVENTQ"):
+        return &self.queues.events
+    return &self.queues.pages
+
+
+# --- what the queues ask of their owner ---
+
+cdef int wire(void* owner, Port* port, int irq) noexcept with gil:
+    """Call on_interrupt: 0, or FETCH_RAISED with its exception in the port."""
+    cdef Registers self = <Registers>owner
+    if self._on_interrupt is None:
+        return 0
+    self.core.ram.users += 1
+    try:
+        self._on_interrupt(IRQ_NAMES[irq])
+        return 0
+    except BaseException as error:
+        Py_INCREF(error)
+        port.exception = <void*>error
+        return FETCH_RAISED
+    finally:
+        self.core.ram.users -= 1
+
+
+cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept with gil:
+    """Hold a transaction that stalls: 0, or FETCH_RAISED."""
+    try:
+        (<Registers>owner)._hold(request, outcome)
+        return 0
+    except BaseException as error:
+        Py_INCREF(error)
+        port.exception = <void*>error
+        return FETCH_RAISED
+
+
+# --- stalled transactions ---
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Stall:
+    """A transaction that the SMMU holds (IHI 0070 3.12.2): what the host waits for.
+
+    It is outstanding until `done`: CMD_RESUME retries or ends it, CMD_STALL_TERM and clearing
+    CR0.SMMUEN end it.  A retry may stall again, with another `stag`.
+    """
+
+    def __init__(self):
+        raise TypeError("a Stall is made by a translation that stalls")
+
+    @property
+    def sid(self):
+        """StreamID."""
+        return self.request.sid
+
+    @property
+    def ssid(self):
+        """SubstreamID, None without one."""
+        return None if self.request.ssid == NO_SSID else self.request.ssid
+
+    @property
+    def iova(self):
+        """Input address."""
+        return self.request.iova
+
+    @property
+    def access(self):
+        """What the device does, as the bits of smmufast.h: 1 write, 2 privileged, 4 instruction."""
+        return self.request.access
+
+    @property
+    def write(self):
+        """Whether it is a write."""
+        return (self.request.access & ACCESS_WRITE) != 0
+
+    @property
+    def priv(self):
+        """Whether it is privileged."""
+        return (self.request.access & ACCESS_PRIV) != 0
+
+    @property
+    def instr(self):
+        """Whether it fetches an instruction."""
+        return (self.request.access & ACCESS_INSTR) != 0
+
+    @property
+    def stag(self):
+        """Stall tag of its event record; None while the record waits for the event queue."""
+        return self._stag
+
+    @property
+    def recorded(self):
+        """Whether its event was recorded: software can resume it."""
+        return self._recorded
+
+    @property
+    def fault(self):
+        """The fault it stalled at, as an Event."""
+        cdef uint64_t[4] words
+        cdef int i
+        for i in range(4):
+            words[i] = le64(self.outcome.record[i])
+        return Event((<char*>words)[:32])
+
+    @property
+    def done(self):
+        """Whether it was resumed or terminated."""
+        return self._done
+
+    @property
+    def result(self):
+        """The Result of a transaction that is done: of the retry, or abort or raz_wi; else None."""
+        return self._result
+
+    def __repr__(self):
+        text = f"<Stall sid={self.sid:#x}"
+        if self.ssid is not None:
+            text += f" ssid={self.ssid:#x}"
+        text += f" iova={self.iova:#x} {'write' if self.write else 'read'}"
+        if self._done:
+            return text + f" {self._result.action}>"
+        return text + (" waiting>" if self._stag is None else f" stag={self._stag:#x}>")
+
+
+# --- registers ---
+
+
+@cython.auto_pickle(False)
+cdef class Registers:
+    """The programming interface of an Smmu (IHI 0070 6): both register pages and what they start.
+
+    Writes that the architecture guards by an enable are ignored while it is set.  Updates of CR0,
+    GBPA and IRQ_CTRL are complete when the write returns, and so are commands.  What software
+    probably did not mean is told by `warnings`, beside the architected behaviour.
+    """
+
+    def __cinit__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
+                  cr0=0b101, cr2=0b10, gbpa=0x1000, eventq_base=None, cmdq_base=None,
+                  priq_base=None, bint ignore_s2ptw=False, on_interrupt=None):
+        cdef Queues* q = &self.queues
+        if type(self) is Registers:
+            raise TypeError("Registers are a part of Smmu")
+        if features is None:
+            features = Features()
+        if not isinstance(features, Features):
+            raise TypeError(f"features: {type(features).__name__} given; Features needed")
+        taken = modelled(features)[1]
+        if taken:
+            raise ValueError("features: " + ", ".join(f"{k}={v}" for k, v in taken.items())
+                             + " given; this version does not model that (see smmufast.modelled)")
+        self._memory = memory
+        self._features = features
+        self._warnings = deque(maxlen=1000)
+        self._devices = {}
+        self._stalls = {}
+        self._tagged = {}
+        self._waiting = OrderedDict()
+        self._retried = []
+        self._resumed = []
+        self._last_stag = 0xFFFF
+        self.core.ram = &memory.ram
+        self.core.owner = <void*>self
+        self.core.queues = q
+        q.owner = <void*>self
+        q.wire = wire
+        q.stall = hold
+        q.commands.entry_lg2 = 4
+        q.commands.error = GERROR_CMDQ_ERR
+        q.events.entry_lg2 = 5
+        q.events.error = GERROR_EVENTQ_ABT_ERR
+        q.pages.entry_lg2 = 4
+        q.pages.error = GERROR_PRIQ_ABT_ERR
+        q.pages.blocks = True
+        q.msi[IRQ_EVENTQ].error = GERROR_MSI_EVENTQ_ABT_ERR
+        q.msi[IRQ_PRIQ].error = GERROR_MSI_PRIQ_ABT_ERR
+        q.msi[IRQ_GERROR].error = GERROR_MSI_GERROR_ABT_ERR
+        self.on_interrupt = on_interrupt
+        self._digest_features()
+        self.core.hw.ignore_s2ptw = ignore_s2ptw
+        given = {
+            "STRTAB_BASE": to_address("strtab_base", strtab_base),
+            "STRTAB_BASE_CFG": to_address("strtab_base_cfg", strtab_base_cfg, 0xFFFFFFFF),
+            "CR0": to_address("cr0", cr0, 0xFFFFFFFF),
+            "CR2": to_address("cr2", cr2, 0xFFFFFFFF),
+            "GBPA": to_address("gbpa", gbpa, 0xFFFFFFFF) & ~GBPA_UPDATE,
+        }
+        if eventq_base is not None:
+            given["EVENTQ_BASE"] = to_address("eventq_base", eventq_base)
+        if cmdq_base is not None:
+            given["CMDQ_BASE"] = to_address("cmdq_base", cmdq_base)
+        if priq_base is not None:
+            given["PRIQ_BASE"] = to_address("priq_base", priq_base)
+        for name, value in given.items():
+            self._values[name] = value & self._masks[name]
+            if value & ~self._masks[name]:
+                self._warn(name, f"bits {value & ~self._masks[name]:#x} are ignored")
+        for name in ("EVENTQ_BASE", "CMDQ_BASE", "PRIQ_BASE"):
+            if name in given:
+                self._place(name)
+        self._digest()
+        if cr0_smmuen(self.core.hw.cr0):
+            self._check_stream_table()
+        if q.events.enabled and q.events.placed:
+            self._check_queue("EVENTQ")
+        if cr0_cmdqen(self.core.hw.cr0) and q.commands.placed:
+            self._check_queue("CMDQ")
+        if q.pages.enabled and q.pages.placed:
+            self._check_queue("PRIQ")
+
+    # --- what Smmu overrides ---
+
+    cdef int _retry(self, const Request* request, Outcome* outcome) except -1:
+        """Translate a transaction again, from the start."""
+        raise NotImplementedError()
+
+    cdef object _result(self, const Request* request, const Outcome* outcome):
+        """The Result of an outcome."""
+        raise NotImplementedError()
+
+    cdef void _forget(self) noexcept:
+        """The registers changed: drop what was derived from them."""
+
+    cdef void _invalidate(self, const Effect* effect) noexcept:
+        """CFGI_* and TLBI_*: drop what the effect names."""
+
+    # --- attributes ---
+
+    @property
+    def memory(self):
+        """The Memory."""
+        return self._memory
+
+    @property
+    def features(self):
+        """The Features, which the identification registers tell."""
+        return self._features
+
+    @property
+    def strtab_base(self):
+        """STRTAB_BASE."""
+        return self._values["STRTAB_BASE"]
+
+    @property
+    def strtab_base_cfg(self):
+        """STRTAB_BASE_CFG."""
+        return self._values["STRTAB_BASE_CFG"]
+
+    @property
+    def cr0(self):
+        """CR0."""
+        return self._values["CR0"]
+
+    @property
+    def cr1(self):
+        """CR1."""
+        return self._values["CR1"]
+
+    @property
+    def cr2(self):
+        """CR2."""
+        return self._values["CR2"]
+
+    @property
+    def gbpa(self):
+        """GBPA."""
+        return self._values["GBPA"]
+
+    @property
+    def irq_ctrl(self):
+        """IRQ_CTRL."""
+        return self._values["IRQ_CTRL"]
+
+    @property
+    def gerror(self):
+        """GERROR; an error is active where it differs from GERRORN."""
+        return self.queues.gerror
+
+    @property
+    def gerrorn(self):
+        """GERRORN."""
+        return self.queues.gerrorn
+
+    @property
+    def eventq_base(self):
+        """EVENTQ_BASE."""
+        return self._values["EVENTQ_BASE"]
+
+    @property
+    def cmdq_base(self):
+        """CMDQ_BASE."""
+        return self._values["CMDQ_BASE"]
+
+    @property
+    def priq_base(self):
+        """PRIQ_BASE."""
+        return self._values["PRIQ_BASE"]
+
+    @property
+    def on_interrupt(self):
+        """What is called with the name of each wired interrupt, or None.
+
+        The names are "eventq", "priq", "gerror", "cmdq_sync" and "sev".  An exception that it
+        raises reaches the caller of what interrupted; the state of the SMMU is complete by then,
+        but commands behind stay until CMDQ_PROD is written again.
+        """
+        return self._on_interrupt
+
+    @on_interrupt.setter
+    def on_interrupt(self, value):
+        if value is not None and not callable(value):
+            raise TypeError(f"on_interrupt: {type(value).__name__} given; a callable needed")
+        self._on_interrupt = value
+
+    @property
+    def on_resume(self):
+        """What is called with each Stall that is done, or None."""
+        return self._on_resume
+
+    @on_resume.setter
+    def on_resume(self, value):
+        if value is not None and not callable(value):
+            raise TypeError(f"on_resume: {type(value).__name__} given; a callable needed")
+        self._on_resume = value
+
+    @property
+    def stalls(self):
+        """The Stall of every outstanding transaction, in the order in which they stalled."""
+        return list(self._stalls)
+
+    @property
+    def devices(self):
+        """Devices by StreamID, a dict: what CMD_ATC_INV and CMD_PRI_RESP reach.
+
+        A device has ``atc_invalidate(ssid, address, size, global_)``, which returns False or
+        raises TimeoutError when the invalidation failed, and ``pri_response(ssid, prg_index,
+        code)`` with the code of CMD_PRI_RESP: 0 failure, 1 invalid request, 2 success.  `ssid` is
+        None without a substream; addresses and sizes are in bytes.  A StreamID without a device
+        has nothing to invalidate and asked for nothing.
+        """
+        return self._devices
+
+    @property
+    def warnings(self):
+        """What software probably did not mean, the latest 1000: a deque of RegisterWarning.
+
+        Such as a stream table that is not aligned to its size, a write that a guard ignored, or
+        an access to no register.
+        """
+        return self._warnings
+
+    cdef int _warn(self, str name, str text) except -1:
+        self._warnings.append(RegisterWarning(name, text))
+        return 0
+
+    # --- MMIO ---
+
+    cdef str _locate(self, offset, size, int* shift, int* bits):
+        """The register of an access, and its part; None when there is none."""
+        cdef uint64_t at
+        if isinstance(offset, str):
+            record = layout.REGISTERS.get(offset.upper())
+            if record is None:
+                raise ValueError(f"offset: no register is called {offset!r}")
+            shift[0] = 0
+            bits[0] = 8 * record.bytes
+            return record.name
+        at = to_address("offset", offset, 0x1FFFF)
+        if to_address("size", size) not in (1, 2, 4, 8):
+            raise ValueError(f"size: {size} given; 1, 2, 4 or 8 bytes needed")
+        bits[0] = 8 * size
+        found = OFFSETS.get(at)
+        if found is None or size < 4 or at % size:
+            return None
+        name, shift[0] = found
+        if size == 8 and (shift[0] or name not in layout.REGISTERS
+                          or layout.REGISTERS[name].bytes != 8):
+            return None
+        return name
+
+    def read(self, offset, size=4):
+        """Read a register as software does.
+
+        Parameters
+        ----------
+        offset : int or str
+            In bytes from the start of page 0, up to 0x1FFFF; or the name of a register, which is
+            then read whole.
+        size : int
+            In bytes: 4, or 8 for a 64-bit register; others read as zero, as do unaligned
+            accesses and offsets without a register.
+
+        Returns
+        -------
+        int
+        """
+        cdef int shift = 0, bits = 0
+        cdef str name = self._locate(offset, size, &shift, &bits)
+        if name is None:
+            return 0
+        return self._load(name) >> shift & (0xFFFFFFFFFFFFFFFF if bits == 64 else 0xFFFFFFFF)
+
+    def write(self, offset, value, size=4):
+        """Write a register as software does, and do all that follows from it.
+
+        Parameters
+        ----------
+        offset, size : int
+            As for `read`; what would read as zero ignores writes.
+        value : int
+            Of `size` bytes.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is not possible on a bus.  What software may do wrong is no exception.
+        Exception
+            Whatever on_interrupt, on_resume, a device or a Python memory callback raises.
+        """
+        cdef int shift = 0, bits = 0
+        cdef str name = self._locate(offset, size, &shift, &bits)
+        cdef uint64_t field = <uint64_t>0xFFFFFFFFFFFFFFFF if bits == 64 else low_mask(bits)
+        cdef uint64_t whole = to_address("value", value, field)
+        if name is None:
+            self._warn(f"{offset:#x}", f"write of {size} bytes ignored: no register")
+            return
+        if bits == 32 and layout.REGISTERS[name].bytes == 8:
+            whole = self._load(name) & ~(field << shift) | whole << shift
+        self._store(name, whole)
+
+    cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF:
+        """The value of a register."""
+        cdef const Ring* ring
+        if name == "CR0ACK":
+            return self._values["CR0"]
+        if name == "IRQ_CTRLACK":
+            return self._values["IRQ_CTRL"]
+        if name == "GERROR":
+            return self.queues.gerror
+        if name == "GERRORN":
+            return self.queues.gerrorn
+        if name == "CMDQ_CONS":
+            return self.queues.commands.cons | <uint64_t>self._cerror << 24
+        if name.endswith("Q_PROD"):
+            ring = ring_of(self, name)
+            return ring.prod | <uint64_t>ring.ovflg << 31
+        if name.endswith("Q_CONS"):
+            ring = ring_of(self, name)
+            return ring.cons | <uint64_t>ring.ovackflg << 31
+        return self._values[name]
+
+    cdef bint _guarded(self, str name, uint64_t value) except -1:
+        """Whether an enable keeps a register from being written."""
+        if PRESET.get(name) is not None and getattr(self._features, PRESET[name]):
+            self._warn(name, "write ignored: the register is preset")
+            return True
+        if name not in GUARDS:
+            return False
+        guard, bits = GUARDS[name]
+        if not self._values[guard] & bits:
+            return False
+        if value != self._load(name):
+            self._warn(name, f"write of {value:#x} ignored: {guard} is {self._values[guard]:#x}")
+        return True
+
+    cdef int _store(self, str name, uint64_t value) except -1:
+        """Write a register: the one place where writes have their effects."""
+        cdef uint64_t ignored, kept = 0
+        if name in READ_ONLY or not self._masks[name]:
+            self._warn(name, f"write of {value:#x} ignored: "
+                             f"{'read-only' if name in READ_ONLY else 'not implemented'}")
+            return 0
+        ignored = value & ~<uint64_t>self._masks[name]
+        if ignored:
+            self._warn(name, f"bits {ignored:#x} are ignored")
+        value &= self._masks[name]
+        if self._guarded(name, value):
+            return 0
+        if name == "CR0":
+            return self._set_cr0(value)
+        if name == "GERRORN":
+            return self._acknowledge(value)
+        if name == "GBPA":
+            if not value & GBPA_UPDATE:
+                self._warn(name, f"write of {value:#x} ignored: Update is 0")
+                return 0
+            value &= ~GBPA_UPDATE
+        elif name == "CR1":
+            if cr0_smmuen(self.core.hw.cr0):
+                kept = CR1_TABLES
+            if self._values["CR0"] & QUEUES_ENABLED:
+                kept |= ~CR1_TABLES
+            if (value ^ <uint64_t>self._values[name]) & kept:
+                self._warn(name, f"bits {kept & WHOLE[name]:#x} stay: CR0 is {self.cr0:#x}")
+            value = value & ~kept | self._values[name] & kept
+        elif name == "CMDQ_CONS":
+            self._cerror = <uint32_t>cmdq_cons_err(value)
+            self._restarts += 1
+            ring_set_cons(&self.queues, &self.queues.commands, <uint32_t>value)
+            return 0
+        elif name.endswith("Q_PROD"):
+            ring_set_prod(&self.queues, ring_of(self, name), <uint32_t>value)
+            if name == "CMDQ_PROD":
+                self._consume()
+            return 0
+        elif name.endswith("Q_CONS"):
+            ring_set_cons(&self.queues, ring_of(self, name), <uint32_t>value)
+            return self._record()
+        self._values[name] = value
+        if name.endswith("Q_BASE"):
+            self._place(name)
+        else:
+            self._digest()
+        return 0
+
+    cdef int _set_cr0(self, uint32_t value) except -1:
+        """CR0, which is complete at once: CR0ACK follows."""
+        cdef uint32_t old = self._values["CR0"]
+        cdef uint32_t begun = value & ~old
+        self._values["CR0"] = value
+        self._digest()
+        if cr0_smmuen(begun):
+            self._check_stream_table()
+        if cr0_eventqen(begun):
+            self._check_queue("EVENTQ")
+        if cr0_priqen(begun):
+            self._check_queue("PRIQ")
+        if cr0_cmdqen(begun):
+            self._check_queue("CMDQ")
+        if cr0_smmuen(old & ~value):
+            self._terminate(None)
+        try:
+            self._settle()
+        finally:
+            self._consume()
+        return 0
+
+    cdef int _acknowledge(self, uint32_t value) except -1:
+        """GERRORN: what waited for an error to end goes on."""
+        cdef uint32_t idle = (value ^ self.queues.gerrorn) & ~(
+            self.queues.gerror ^ self.queues.gerrorn)
+        if idle:
+            self._warn("GERRORN", f"bits {idle:#x} do not change: their errors are not active")
+        if gerror_acknowledge(&self.queues, value):
+            try:
+                self._record()
+            finally:
+                self._consume()
+        return 0
+
+    def reset(self):
+        """Let the device be as after a reset: everything disabled, all registers 0.
+
+        GBPA is 0x1000: transactions pass with their own attributes.  Preset registers stay.
+        Stalled transactions are terminated with an abort.
+        """
+        cdef str name
+        keep = {name: self._values[name] for name, feature in PRESET.items()
+                if getattr(self._features, feature)}
+        placed = [name for name in keep if name.endswith("Q_BASE") and ring_of(self, name).placed]
+        try:
+            self._set_cr0(0)
+        finally:
+            for name in WHOLE:
+                if name not in READ_ONLY:
+                    self._values[name] = 0
+            self._values["GBPA"] = GBPA_RESET
+            self._values.update(keep)
+            ring_reset(&self.queues, &self.queues.commands)
+            ring_reset(&self.queues, &self.queues.events)
+            ring_reset(&self.queues, &self.queues.pages)
+            self.queues.gerror = self.queues.gerrorn = 0
+            self._cerror = 0
+            self._restarts += 1
+            self._atc_failed = False
+            for name in placed:
+                self._place(name)
+            self._digest()
+
+    # --- the digest that rules read ---
+
+    cdef int _digest_features(self) except -1:
+        """The features, the constant registers, and which bits of the others there are."""
+        cdef Hw* hw = &self.core.hw
+        features = self._features
+        hw.s1p = features.s1p
+        hw.s2p = features.s2p
+        hw.hyp = features.hyp
+        hw.asid16 = features.asid16
+        hw.vmid16 = features.vmid16
+        hw.cd2l = features.cd2l
+        hw.ssidsize = features.ssidsize
+        hw.ttf = features.ttf
+        hw.ttendian = features.ttendian
+        hw.stall_model = features.stall_model
+        hw.term_model = features.term_model
+        hw.httu = features.httu
+        hw.attr_perms_ovr = features.attr_perms_ovr
+        hw.attr_types_ovr = features.attr_types_ovr
+        hw.ats = features.ats
+        hw.pri = features.pri
+        hw.ril = features.ril
+        hw.vmw = features.vmw
+        hw.sev = features.sev
+        hw.msi = features.msi
+        hw.ns1ats = features.ns1ats
+        hw.atsrecerr = features.atsrecerr
+        hw.pps = features.pps
+        hw.pasidtt = features.pasidtt
+        hw.xnx = features.xnx
+        hw.fwb = features.fwb
+        hw.had = features.had
+        hw.e0pd = features.e0pd
+        hw.epan = features.epan
+        hw.stt = features.stt
+        hw.ds = features.ds
+        hw.vax = features.vax
+        hw.minor = features.arch_minor
+        hw.oas = size_bits(features.oas, hw.minor)
+        hw.oas_over = ~low_mask(hw.oas)
+        hw.pointer_mask = pointer_mask(hw.minor)
+        hw.granules = features.gran4k << 12 | features.gran16k << 14 | features.gran64k << 16
+        masks = dict(WHOLE)
+        masks["CR0"] = mask_of("CR0", "SMMUEN EVENTQEN CMDQEN")
+        if features.pri:
+            masks["CR0"] |= mask_of("CR0", "PRIQEN")
+        else:
+            masks["IRQ_CTRL"] &= ~mask_of("IRQ_CTRL", "PRIQ_IRQEN")
+        if features.ats:
+            masks["CR0"] |= mask_of("CR0", "ATSCHK")
+        if features.vmw:
+            masks["CR0"] |= mask_of("CR0", "VMW")
+        if not features.hyp:
+            masks["CR2"] &= ~mask_of("CR2", "E2H")
+        if not features.atsrecerr:
+            masks["CR2"] &= ~mask_of("CR2", "REC_CFG_ATS")
+        if not features.btm:
+            masks["CR2"] &= ~mask_of("CR2", "PTM")
+        if not features.st_level:
+            masks["STRTAB_BASE_CFG"] = mask_of("STRTAB_BASE_CFG", "LOG2SIZE")
+        masks["S2PII"] = 0
+        for name in masks:
+            if "IRQ_CFG" in name and not features.msi:
+                masks[name] = mask_of(name, "LO") if name == "PRIQ_IRQ_CFG2" else 0
+            if name.startswith("PRIQ") and not features.pri:
+                masks[name] = 0
+        self._masks = masks
+        self._values = dict.fromkeys(WHOLE, 0)
+        self._values.update({
+            "IDR0": features.idr0, "IDR1": features.idr1, "IDR3": features.idr3,
+            "IDR5": features.idr5, "AIDR": features.aidr,
+            "CIDR0": 0x0D, "CIDR1": 0xF0, "CIDR2": 0x05, "CIDR3": 0xB1,
+        })
+        return 0
+
+    cdef int _digest(self) except -1:
+        """Let the digest say what the registers hold."""
+        cdef Hw* hw = &self.core.hw
+        hw.cr0 = self._values["CR0"]
+        hw.cr2 = self._values["CR2"]
+        self._digest_stream_table()
+        self._digest_gbpa()
+        self._digest_interrupts()
+        self.queues.commands.enabled = cr0_cmdqen(hw.cr0)
+        self.queues.events.enabled = cr0_eventqen(hw.cr0)
+        self.queues.pages.enabled = cr0_priqen(hw.cr0) and cr0_smmuen(hw.cr0)
+        self._forget()
+        return 0
+
+    cdef int _digest_stream_table(self) except -1:
+        cdef Hw* hw = &self.core.hw
+        cdef uint64_t address
+        config = layout.unpack("STRTAB_BASE_CFG", self._values["STRTAB_BASE_CFG"])
+        address = layout.unpack("STRTAB_BASE", self._values["STRTAB_BASE"])["ADDR"]
+        address &= hw.pointer_mask
+        hw.log2size = min(config["LOG2SIZE"], self._features.sidsize)
+        hw.two_level = config["FMT"] == 1
+        hw.split = split_of(config["SPLIT"])
+        if hw.two_level:
+            # the register's own LOG2SIZE aligns the table
+            hw.strtab = strtab_two_level_base(address, config["LOG2SIZE"], hw.split)
+        else:
+            hw.strtab = strtab_linear_base(address, hw.log2size)
+        return 0
+
+    cdef int _digest_gbpa(self) except -1:
+        cdef Hw* hw = &self.core.hw
+        cdef unsigned int attr = 0xFF, sh = 0
+        gbpa = layout.unpack("GBPA", self._values["GBPA"])
+        hw.gbpa_abort = gbpa["ABORT"]
+        if hw.attr_types_ovr:
+            attr = entering_attr(gbpa["MTCFG"], gbpa["MemAttr"], gbpa["ALLOCCFG"])
+            sh = 0 if gbpa["SHCFG"] == 1 else gbpa["SHCFG"]
+        hw.gbpa_attr = attr
+        hw.gbpa_sh = shareability(attr, sh)
+        return 0
+
+    cdef int _digest_interrupts(self) except -1:
+        cdef Msi* msi
+        enables = layout.unpack("IRQ_CTRL", self._values["IRQ_CTRL"])
+        for irq, name in ((IRQ_EVENTQ, "EVENTQ"), (IRQ_PRIQ, "PRIQ"), (IRQ_GERROR, "GERROR")):
+            msi = &self.queues.msi[<int>irq]
+            msi.enabled = enables[name + "_IRQEN"]
+            msi.address = self._values[name + "_IRQ_CFG0"]
+            msi.data = self._values[name + "_IRQ_CFG1"]
+        return 0
+
+    cdef int _place(self, str name) except -1:
+        """A queue's BASE: where it lies."""
+        cdef unsigned int largest = getattr(
+            self._features, name.removesuffix("_BASE").lower() + "s")
+        if name == "CMDQ_BASE":
+            self._restarts += 1
+        ring_place(&self.queues, ring_of(self, name), self._values[name], largest,
+                   self.core.hw.pointer_mask, self.core.hw.oas_over)
+        return 0
+
+    # --- what is probably a mistake ---
+
+    cdef int _check_stream_table(self) except -1:
+        """Warn of a stream table that is not where or what its registers seem to say."""
+        cdef Hw* hw = &self.core.hw
+        config = layout.unpack("STRTAB_BASE_CFG", self._values["STRTAB_BASE_CFG"])
+        address = layout.unpack("STRTAB_BASE", self._values["STRTAB_BASE"])["ADDR"]
+        if config["LOG2SIZE"] > self._features.sidsize:
+            self._warn("STRTAB_BASE_CFG", f"LOG2SIZE is {config['LOG2SIZE']}: IDR1.SIDSIZE, "
+                                          f"{self._features.sidsize}, is used")
+        if config["FMT"] > 1:
+            self._warn("STRTAB_BASE_CFG", f"FMT is {config['FMT']}, a reserved code: linear")
+        if hw.two_level and config["SPLIT"] != hw.split:
+            self._warn("STRTAB_BASE_CFG", f"SPLIT is {config['SPLIT']}, a reserved code: "
+                                          f"{hw.split} is used")
+        if address != hw.strtab:
+            self._warn("STRTAB_BASE", f"ADDR is {address:#x}, not a multiple of the table's size: "
+                                      f"{<uint64_t>hw.strtab:#x} is used")
+        if hw.strtab & hw.oas_over:
+            self._warn("STRTAB_BASE", f"ADDR is {address:#x}: beyond the output address size of "
+                                      f"{hw.oas} bits")
+        return 0
+
+    cdef int _check_queue(self, str queue) except -1:
+        """Warn of a queue that is not where or what its register seems to say."""
+        cdef const Ring* ring = ring_of(self, queue)
+        name = queue + "_BASE"
+        base = layout.unpack(name, self._values[name])
+        if base["LOG2SIZE"] > ring.log2size:
+            self._warn(name, f"LOG2SIZE is {base['LOG2SIZE']}: IDR1.{queue}S, {ring.log2size}, "
+                             "is used")
+        if base["ADDR"] != ring.base:
+            self._warn(name, f"ADDR is {base['ADDR']:#x}, not a multiple of the queue's size: "
+                             f"{<uint64_t>ring.base:#x} is used")
+        if ring.beyond:
+            self._warn(name, f"ADDR is {base['ADDR']:#x}: beyond the output address size of "
+                             f"{self.core.hw.oas} bits")
+        return 0
+
+    cdef int _end(self, Port* port, int status) except -1:
+        """Raise what a callback left in a port."""
+        if status < 0:
+            raise_port(port)
+        return 0
+
+    # --- stalls (3.12.2, 5.5) ---
+
+    cdef int _hold(self, const Request* request, Outcome* outcome) except -1:
+        """Hold a transaction until software resumes it; a retry that stalls again keeps its Stall.
+
+        The outcome gets the record's STAG, or is the final one if that comes meanwhile.
+        """
+        cdef Stall stall = None
+        cdef Stall other
+        cdef bint fresh
+        for other in self._retried:
+            if &other.request == request:
+                stall = other
+                break
+        fresh = stall is None
+        if fresh:
+            stall = Stall.__new__(Stall)
+            stall.request = request[0]
+        elif stall._done:  # terminated while it was translated again
+            outcome[0] = stall.outcome
+            return 0
+        else:
+            self._release(stall)
+        stall.outcome = outcome[0]
+        stall.outcome.event = 0
+        event_set_stall(stall.outcome.record, 1)
+        self._stalls[stall] = None
+        self._waiting[stall] = None
+        try:
+            self._record()
+        except BaseException:
+            if fresh and not stall._recorded and not stall._done:
+                self._release(stall)
+            raise
+        outcome[0] = stall.outcome
+        return 0
+
+    cdef int _record(self) except -1:
+        """Record the stalls that wait, in order, as far as STALL_MAX and the event queue admit."""
+        cdef Py_ssize_t most = max(1, self._features.stall_max)
+        if self._recording:
+            return 0
+        self._recording = True
+        try:
+            while self._waiting and len(self._tagged) < most:
+                if not self._record_first(next(iter(self._waiting))):
+                    break
+        finally:
+            self._recording = False
+        return 0
+
+    cdef bint _record_first(self, Stall stall) except -1:
+        """Write the record of one stall; no when the event queue does not take it.
+
+        Its STAG is good before the record is there: who reads the record may be fast.
+        """
+        cdef Queues* q = &self.queues
+        cdef uint32_t stag = self._last_stag
+        cdef uint32_t turn
+        cdef uint32_t sid = stall.request.sid
+        cdef int status = 0, put = PUT_CLOSED
+        cdef Port port
+        cdef bint written
+        while True:
+            stag = (stag + 1) & 0xFFFF
+            if (sid, stag) not in self._tagged:
+                break
+        self._tagged[sid, stag] = stall
+        stall._stag = stag
+        stall.turn += 1
+        turn = stall.turn
+        event_set_stag(stall.outcome.record, stag)
+        stall.outcome.stag = <unsigned short>stag
+        port_open(&port, self.core.ram, NULL, False)
+        if q.events.placed:
+            self.core.ram.users += 1
+            status = ring_put(q, &q.events, &port, stall.outcome.record, False, &put)
+            self.core.ram.users -= 1
+        elif q.events.enabled:
+            put = PUT_WRITTEN  # the record is in the outcome
+        written = put & 3 == PUT_WRITTEN
+        if written:
+            self._last_stag = stag
+        if stall.turn == turn and not stall._done:
+            if written:
+                stall._recorded = True
+                stall.outcome.event = stall.outcome.fault
+                del self._waiting[stall]
+            else:
+                del self._tagged[sid, stag]
+                stall._stag = None
+                stall.outcome.stag = 0
+                event_set_stag(stall.outcome.record, 0)
+        if status == 0:
+            status = event_signal(q, &port, put, self.core.hw.oas_over)
+        self._end(&port, status)
+        return written
+
+    cdef int _release(self, Stall stall) except -1:
+        """Let a stall be outstanding no more, and its STAG be free."""
+        self._stalls.pop(stall, None)
+        self._waiting.pop(stall, None)
+        if stall._stag is not None:
+            self._tagged.pop((stall.request.sid, stall._stag), None)
+        stall._stag = None
+        stall._recorded = False
+        stall.turn += 1
+        return 0
+
+    cdef int _finish(self, Stall stall) except -1:
+        """A stall has its final outcome; `_settle` tells the host."""
+        stag, recorded = stall._stag, stall._recorded
+        self._release(stall)
+        stall._stag, stall._recorded = stag, recorded
+        stall._done = True
+        stall._result = self._result(&stall.request, &stall.outcome)
+        self._resumed.append(stall)
+        return 0
+
+    cdef int _resume(self, uint32_t sid, uint32_t stag, bint retry, bint abort) except -1:
+        """CMD_RESUME; without effect when no such transaction is stalled."""
+        cdef Stall stall = self._tagged.get((sid, stag))
+        cdef Outcome outcome
+        if stall is None or stall.retrying:
+            return 0
+        if retry:
+            stall.retrying = True
+            self._retried.append(stall)
+            try:
+                self._retry(&stall.request, &outcome)
+            finally:
+                self._retried.remove(stall)
+                stall.retrying = False
+            if stall._done or outcome.action == ACTION_STALL:
+                return 0
+            stall.outcome = outcome
+        else:
+            stall.outcome.pa = 0
+            stall.outcome.action = ACTION_ABORT if abort else ACTION_RAZ_WI
+        return self._finish(stall)
+
+    cdef int _terminate(self, object sid) except -1:
+        """End every stall of a StreamID, or of all, with an abort."""
+        cdef Stall stall
+        for stall in list(self._stalls):
+            if sid is None or stall.request.sid == sid:
+                stall.outcome.pa = 0
+                stall.outcome.action = ACTION_ABORT
+                self._finish(stall)
+        return 0
+
+    cdef int _settle(self) except -1:
+        """Tell the host which stalls are done, and record those that waited for room."""
+        error = None
+        while self._resumed:
+            stall = self._resumed.pop(0)
+            if self._on_resume is None:
+                continue
+            try:
+                self._on_resume(stall)
+            except BaseException as raised:
+                error = error or raised
+        try:
+            self._record()
+        finally:
+            if error is not None:
+                raise error
+        return 0
+
+    # --- commands (4) ---
+
+    cdef int _consume(self) except -1:
+        """Consume commands until the queue is empty, an error stops it, or once around.
+
+        Called again by a callback, it returns at once, for the first call goes on.
+        """
+        cdef Ring* ring = &self.queues.commands
+        cdef uint64_t[2] words
+        cdef uint32_t restarts, cerror
+        cdef Effect effect
+        cdef Port port
+        cdef int status
+        self._budget = <uint64_t>1 << ring.log2size
+        if self._consuming:
+            return 0
+        self._consuming = True
+        try:
+            while (self._budget and ring.enabled and ring.prod != ring.cons
+                   and not gerror_active(&self.queues, GERROR_CMDQ_ERR)):
+                self._budget -= 1
+                restarts = self._restarts
+                port_open(&port, self.core.ram, NULL, False)
+                status = FETCH_ABORT
+                if not ring.beyond:
+                    self.core.ram.users += 1
+                    status = port_read(&port, ring_entry(ring, ring.cons), words, 16)
+                    self.core.ram.users -= 1
+                self._end(&port, status)
+                cerror = CMDQ_CONS_ERR_ABT
+                if status == FETCH_OK:
+                    words[0] = le64(words[0])
+                    words[1] = le64(words[1])
+                    cerror = command_decode(&self.core.hw, words, &effect)
+                    if cerror == 0:
+                        cerror = self._execute(&effect)
+                if restarts == self._restarts:
+                    if cerror:
+                        self._command_error(cerror)
+                        continue
+                    ring.cons = ring_after(ring.cons, ring.log2size)
+                if cerror == 0:
+                    try:
+                        self._complete(&effect)
+                    finally:
+                        self._settle()
+        finally:
+            self._consuming = False
+        return 0
+
+    cdef int _execute(self, const Effect* effect) except -1:
+        """Do what a legal command does but for its completion: 0, or a CERROR code."""
+        if effect.kind in (EFFECT_CFGI_STE, EFFECT_CFGI_RANGE, EFFECT_CFGI_ALL, EFFECT_CFGI_CD,
+                           EFFECT_CFGI_CD_ALL, EFFECT_TLBI):
+            self._invalidate(effect)
+        elif effect.kind == EFFECT_ATC_INV:
+            self._atc_inv(effect)
+        elif effect.kind == EFFECT_PRI_RESP:
+            device = self._devices.get(effect.sid)
+            if device is not None:
+                device.pri_response(effect.ssid if effect.ssv else None, effect.prg_index,
+                                    effect.resp)
+        elif effect.kind == EFFECT_RESUME:
+            self._resume(effect.sid, effect.stag, effect.retry, effect.abort)
+        elif effect.kind == EFFECT_STALL_TERM:
+            self._terminate(effect.sid)
+        elif effect.kind == EFFECT_SYNC and self._atc_failed:
+            self._atc_failed = False
+            return CMDQ_CONS_ERR_ATC_INV_SYNC
+        return 0
+
+    cdef int _atc_inv(self, const Effect* effect) except -1:
+        """CMD_ATC_INV to the device of its StreamID; a failure is the next SYNC's."""
+        device = self._devices.get(effect.sid)
+        if device is None:
+            return 0
+        ssid = effect.ssid if effect.ssv and not effect.global_ else None
+        size = (<object>effect.last) - effect.first + 1
+        try:
+            if device.atc_invalidate(ssid, effect.first, size, effect.global_ != 0) is False:
+                self._atc_failed = True
+        except TimeoutError:
+            self._atc_failed = True
+        return 0
+
+    cdef int _complete(self, const Effect* effect) except -1:
+        """Signal the completion of a CMD_SYNC, which is consumed by now."""
+        cdef Queues* q = &self.queues
+        cdef Port port
+        cdef int status = 0
+        if effect.kind != EFFECT_SYNC:
+            return 0
+        port_open(&port, self.core.ram, NULL, False)
+        if effect.cs == CMD_CS_SEV:
+            status = wire(<void*>self, &port, IRQ_SEV)
+        elif effect.cs == CMD_CS_IRQ and effect.msi_address == 0:
+            status = wire(<void*>self, &port, IRQ_CMDQ_SYNC)
+        elif effect.cs == CMD_CS_IRQ:
+            self.core.ram.users += 1
+            status = msi_write(&port, effect.msi_address, effect.msi_data, self.core.hw.oas_over)
+            self.core.ram.users -= 1
+            if status == FETCH_ABORT:
+                status = gerror_raise(q, &port, GERROR_MSI_CMDQ_ABT_ERR, self.core.hw.oas_over)
+        return self._end(&port, status)
+
+    cdef int _command_error(self, uint32_t cerror) except -1:
+        """CMDQ_CONS.ERR first, then GERROR.CMDQ_ERR, which stops the queue."""
+        cdef Port port
+        self._cerror = cerror
+        port_open(&port, self.core.ram, NULL, False)
+        self.core.ram.users += 1
+        status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR, self.core.hw.oas_over)
+        self.core.ram.users -= 1
+        return self._end(&port, status)
+
+    def command(self, str name not None, **fields):
+        """Issue one command: into the command queue if software placed one, else directly.
+
+        Parameters
+        ----------
+        name : str
+            As the architecture spells it, without CMD_: "CFGI_STE", "TLBI_NH_VA", "RESUME".
+        **fields : int
+            Fields of the command as `smmufast.layout` names them; others are 0.
+
+        Raises
+        ------
+        ValueError
+            There is no such command or field, a value does not fit, or the command is executed
+            directly and ends in a CERROR code.  In a queue, that stops the queue instead.
+        BufferError
+            The command queue is full.
+        ExternalAbort, PermissionError
+            The command queue lies where no memory can be written.
+
+        >>> from smmufast import Memory, Smmu
+        >>> Smmu(Memory()).command("CFGI_STE", StreamID=3, Leaf=1)
+        """
+        cdef Ring* ring = &self.queues.commands
+        cdef Effect effect
+        cdef uint64_t[2] words
+        cdef uint32_t cerror
+        record = layout.command_record(name)
+        word = layout.pack(record, **fields)
+        if ring.placed:
+            if ring_full(ring.prod, ring.cons, ring.log2size):
+                raise BufferError(f"command queue: full, {1 << ring.log2size} commands wait")
+            self._memory.write(ring_entry(ring, ring.prod), layout.to_bytes(record, word))
+            self._store("CMDQ_PROD", ring_after(ring.prod, ring.log2size))
+            return
+        words[0] = word & 0xFFFFFFFFFFFFFFFF
+        words[1] = word >> 64
+        cerror = command_decode(&self.core.hw, words, &effect)
+        if cerror == 0:
+            cerror = self._execute(&effect)
+        if cerror:
+            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror)
+            raise ValueError(f"{name}: CERROR_{text}")
+        try:
+            self._complete(&effect)
+        finally:
+            self._settle()
+
+    def sync(self):
+        """Issue CMD_SYNC and see that it completed.
+
+        Raises
+        ------
+        RuntimeError
+            It waits in the command queue: disabled, or stopped by an error.
+        ValueError, BufferError, ExternalAbort, PermissionError
+            As for `command`.
+        """
+        cdef const Ring* ring = &self.queues.commands
+        self.command("SYNC")
+        if ring.prod == ring.cons:
+            return
+        reason = "CR0.CMDQEN is 0"
+        if gerror_active(&self.queues, GERROR_CMDQ_ERR):
+            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(self._cerror)
+            reason = f"stopped by CERROR_{text}"
+        elif self._consuming:
+            reason = "commands before it are not complete"
+        raise RuntimeError(f"command queue: {reason}")
+
+    # --- page requests (8) ---
+
+    def page_request(self, sid, address, *, ssid=None, bint read=False, bint write=False,
+                     bint execute=False, bint priv=False, bint last=True, prg_index=0):
+        """Take a PCIe page request message into the page request queue.
+
+        Parameters
+        ----------
+        sid : int
+            StreamID of the device.
+        address : int
+            Of the page: a multiple of 4096.
+        ssid : int, optional
+            PASID, 20 bits; None without one.  Then execute and priv count as False.
+        read, write, execute, priv, last : bool
+            What is asked for, and whether it is the last request of its group.  A request with a
+            PASID that is last and asks for neither read nor write is a stop marker.
+        prg_index : int
+            Page request group, 9 bits.
+
+        Returns
+        -------
+        PageAnswer
+            What the device learns at once.  Of a request that is queued, the answer is a
+            CMD_PRI_RESP, which reaches ``devices[sid].pri_response``.
+        """
+        cdef Queues* q = &self.queues
+        cdef uint64_t[4] words
+        cdef uint32_t stream = <uint32_t>to_address("sid", sid, 0xFFFFFFFF)
+        cdef uint64_t page = to_address("address", address)
+        cdef int status, ppar, put = PUT_CLOSED
+        cdef Port port
+        cdef bint marker, wanted
+        if page & 0xFFF:
+            raise ValueError(f"address: {page:#x} given; a multiple of 4096 needed")
+        group = to_address("prg_index", prg_index, 0x1FF)
+        if ssid is not None:
+            ssid = to_address("ssid", ssid, 0xFFFFF)
+        marker = ssid is not None and last and not read and not write
+        word = layout.pack(
+            "PRI", StreamID=stream, Last=last, R=read, W=write, PRGIndex=group, Address=page,
+            SubstreamID=ssid or 0, SSV=ssid is not None, X=execute and ssid is not None,
+            Priv=priv and ssid is not None)
+        words[0] = word & 0xFFFFFFFFFFFFFFFF
+        words[1] = word >> 64
+        words[2] = words[3] = 0
+        port_open(&port, self.core.ram, NULL, False)
+        self.core.ram.users += 1
+        try:
+            status = 0
+            if q.pages.enabled and q.pages.placed:
+                status = ring_put(q, &q.pages, &port, words, True, &put)
+            if status == 0 and put & 3 == PUT_ABORTED:
+                status = gerror_raise(q, &port, GERROR_PRIQ_ABT_ERR, self.core.hw.oas_over)
+            if status == 0:
+                wanted = put & PUT_FIRST
+                if self._values["PRIQ_IRQ_CFG2"] >> 31:  # LO
+                    wanted = put & 3 == PUT_WRITTEN and last
+                if wanted:
+                    status = interrupt(q, &port, IRQ_PRIQ, self.core.hw.oas_over)
+        finally:
+            self.core.ram.users -= 1
+        self._end(&port, status)
+        if put & 3 == PUT_WRITTEN:
+            return PageAnswer("queued", None)
+        if marker or put & 3 == PUT_FULL and not last:
+            return PageAnswer("dropped", None)
+        if put & 3 != PUT_FULL:
+            return PageAnswer("failure", None)
+        ppar = 1
+        if ssid is not None and not self.core.hw.pps:
+            ppar = self._ppar(stream)
+        if ppar < 0:
+            return PageAnswer("failure", None)
+        return PageAnswer("success", ssid if ppar else None)
+
+    cdef int _ppar(self, uint32_t sid) except? -2:
+        """STE.PPAR: whether automatic responses carry the PASID; -1 when no STE is legal."""
+        cdef const Hw* hw = &self.core.hw
+        cdef uint64_t address = 0, l1std = 0
+        cdef uint64_t[8] ste
+        cdef Port port
+        cdef int status, kind = stream_first(hw, sid, &address)
+        if kind == 0:
+            return -1
+        port_open(&port, self.core.ram, NULL, False)
+        status = FETCH_OK
+        self.core.ram.users += 1
+        if address & hw.oas_over:
+            status = FETCH_ABORT
+        elif kind == FETCH_L1STD:
+            status = fetch8(&port, FETCH_L1STD, NO_LEVEL, address, &l1std)
+            if status == FETCH_OK and (
+                    l1std_next(hw, l1std, sid, &address) or address & hw.oas_over):
+                status = FETCH_ABORT
+        if status == FETCH_OK:
+            status = fetch64(&port, FETCH_STE, address, ste)
+        self.core.ram.users -= 1
+        self._end(&port, status)
+        if status != FETCH_OK or not ste_v(ste) or not ste_aborts(ste) and ste_check(hw, ste):
+            return -1
+        return <int>ste_ppar(ste)
