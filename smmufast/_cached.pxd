@@ -13,11 +13,12 @@ and a write to a page that is still clean walks again, to mark it dirty.
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from smmufast._bits cimport low_mask
+from smmufast._bits cimport likely, low_mask
 from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._core cimport Core
 from smmufast._layout cimport EVENT_C_BAD_STREAMID, EVENT_F_PERMISSION, cr0_smmuen
 from smmufast._memory cimport Port
+from smmufast._queue cimport event_deliver
 from smmufast._tlb cimport (
     ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, Entry, cd_fill, cd_probe, cd_touch,
     ste_fill, ste_probe, ste_touch, tlb_probe,
@@ -26,9 +27,9 @@ from smmufast._translate cimport (
     CLASS_IN, SILENT_ABORT, Leaf, Memo, Syndrome, View, as_said, canonical, cd_fetch, end_disabled,
     end_lookup, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
     leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set, translate_known,
-    untranslatable, walk_steps,
+    translate_one, untranslatable, walk_steps,
 )
-from smmufast._types cimport ACCESS_WRITE, Context, Half, Hw, Outcome, Request
+from smmufast._types cimport ACCESS_WRITE, ACTION_STALL, Context, Half, Hw, Outcome, Request
 from smmufast._vmsa cimport half_of
 
 
@@ -218,3 +219,29 @@ cdef inline int translate_cached(
             end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
             return 0
     return translate_known_cached(hw, port, view, request, memo, outcome)
+
+
+cdef inline int deliver(
+        Core* core, Port* port, const Request* request, int status,
+        Outcome* outcome) noexcept nogil:
+    """What follows from an outcome outside of translation: its event, or its stall."""
+    if status or likely(not outcome.fault):
+        return status
+    if outcome.event == 0 and outcome.action != ACTION_STALL:
+        return 0
+    port.wrote = True
+    return event_deliver(core, port, request, outcome)
+
+
+cdef inline int translate_request(
+        Core* core, Port* port, const Request* request, Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request with all that follows from it: 0, or a negative stop."""
+    cdef View view
+    cdef int status
+    if core.caches == NULL:
+        status = translate_one(&core.hw, port, request, memo, outcome)
+    else:
+        view_open(&view, core, request, False)
+        status = translate_cached(&core.hw, port, &view, request, memo, outcome)
+    return deliver(core, port, request, status, outcome)

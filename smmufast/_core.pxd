@@ -4,11 +4,30 @@ Sections: IHI 0070 3.5 (circular queues), 3.18 (interrupts), 7.5 (global errors)
 on queues are in _queue.pxd.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from smmufast._memory cimport Port, Ram
 from smmufast._tlb cimport CachesC
 from smmufast._types cimport Hw, Outcome, Request
+
+cdef extern from "<pthread.h>" nogil:
+    """
+    static inline void smmufast_mutex_open(pthread_mutex_t *mutex)
+    {
+        pthread_mutexattr_t attr;
+        pthread_mutexattr_init(&attr);
+        pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_RECURSIVE);
+        pthread_mutex_init(mutex, &attr);
+        pthread_mutexattr_destroy(&attr);
+    }
+    """
+    ctypedef struct Mutex "pthread_mutex_t":
+        pass
+    void mutex_open "smmufast_mutex_open"(Mutex* mutex) noexcept
+    void mutex_close "pthread_mutex_destroy"(Mutex* mutex) noexcept
+    void mutex_take "pthread_mutex_lock"(Mutex* mutex) noexcept
+    bint mutex_busy "pthread_mutex_trylock"(Mutex* mutex) noexcept
+    void mutex_give "pthread_mutex_unlock"(Mutex* mutex) noexcept
 
 
 cdef enum:
@@ -68,3 +87,23 @@ cdef struct Core:
     void* owner       # the Smmu
     Queues* queues    # never NULL
     CachesC* caches   # NULL: nothing is cached
+    Mutex mutex       # of the caches; the same thread may take it again
+    int64_t shared    # uses of the caches without the GIL, under way or announced
+
+
+cdef inline void caches_take(Core* core) noexcept nogil:
+    """Have the caches for oneself; without the GIL, for whoever has them may wait for it."""
+    if core.caches != NULL:
+        mutex_take(&core.mutex)
+
+
+cdef inline void caches_give(Core* core) noexcept nogil:
+    if core.caches != NULL:
+        mutex_give(&core.mutex)
+
+
+cdef inline void caches_take_gil(Core* core) noexcept:
+    """As caches_take, with the GIL, which is given up while somebody else has them."""
+    if core.caches != NULL and mutex_busy(&core.mutex):
+        with nogil:
+            mutex_take(&core.mutex)

@@ -232,9 +232,13 @@ cdef int answer(WalkC* log, int kind, int level, uint64_t address, unsigned int 
                 uint64_t* words, unsigned int count, uint32_t* asked) noexcept nogil:
     """The log's answer to the next fetch of a resumable walk, or FETCH_PENDING.
 
-    The first words are the data; those beyond `size` say what to swap.
+    The first words are the data; those beyond `size` say what to swap.  When the walk asks for
+    something else than it did before, because a cache changed, the rest of the log is of no use.
     """
     cdef FetchC* fetch = &log.fetch[asked[0]]
+    if asked[0] < log.count and (fetch.address != address or fetch.kind != kind):
+        log.count = asked[0]
+        log.used = fetch.words
     if asked[0] < log.count:
         asked[0] += 1
         if fetch.aborted:
@@ -435,6 +439,7 @@ cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t 
         status = answer(port.log, kind, level, address, 8, words, 3, &port.asked)
         found[0] = words[0]
         return status
+    port.wrote = True
     region = find_region(port.ram, address)
     if region == NULL or not region.writable or region.last - address < 7:
         status = FETCH_ABORT

@@ -23,6 +23,7 @@ cdef class Registers:
     cdef Core core
     cdef Queues queues
     cdef Memory _memory
+    cdef object _caches
     cdef object _features
     cdef object _on_interrupt
     cdef object _on_resume
@@ -49,7 +50,7 @@ cdef class Registers:
     cdef int _retry(self, const Request* request, Outcome* outcome) except -1
     cdef object _result(self, const Request* request, const Outcome* outcome)
     cdef void _forget(self) noexcept
-    cdef void _invalidate(self, const Effect* effect) noexcept
+    cdef int _invalidate(self, const Effect* effect) except -1
 
     cdef str _locate(self, offset, size, int* shift, int* bits)
     cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF

@@ -6,7 +6,7 @@ Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (glob
 
 cimport cython
 from cpython.ref cimport Py_INCREF
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from smmufast._bits cimport le64, low_mask
@@ -20,7 +20,8 @@ from smmufast._config cimport (
     strtab_linear_base, strtab_two_level_base,
 )
 from smmufast._core cimport (
-    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Msi, Queues, Ring,
+    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Msi, Queues, Ring, caches_give,
+    caches_take_gil, mutex_close, mutex_open,
 )
 from smmufast._layout cimport (
     CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err, cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen, event_set_stag,
@@ -36,6 +37,9 @@ from smmufast._queue cimport (
     PUT_WRITTEN, event_signal, gerror_acknowledge, gerror_active, gerror_raise,
     interrupt, msi_write, ring_after, ring_entry, ring_full, ring_place, ring_put, ring_reset,
     ring_set_cons, ring_set_prod,
+)
+from smmufast._tlb cimport (
+    Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL,
@@ -254,7 +258,7 @@ cdef class Registers:
 
     def __cinit__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
                   cr0=0b101, cr2=0b10, gbpa=0x1000, eventq_base=None, cmdq_base=None,
-                  priq_base=None, bint ignore_s2ptw=False, on_interrupt=None):
+                  priq_base=None, Caches caches=None, bint ignore_s2ptw=False, on_interrupt=None):
         cdef Queues* q = &self.queues
         if type(self) is Registers:
             raise TypeError("Registers are a part of Smmu")
@@ -279,6 +283,13 @@ cdef class Registers:
         self.core.ram = &memory.ram
         self.core.owner = <void*>self
         self.core.queues = q
+        mutex_open(&self.core.mutex)
+        if caches is not None:
+            if caches.taken:
+                raise ValueError("caches: those of another Smmu given; copy.copy() makes others")
+            caches.taken = True
+            self._caches = caches
+            self.core.caches = caches.c
         q.owner = <void*>self
         q.wire = wire
         q.stall = hold
@@ -325,6 +336,9 @@ cdef class Registers:
         if q.pages.enabled and q.pages.placed:
             self._check_queue("PRIQ")
 
+    def __dealloc__(self):
+        mutex_close(&self.core.mutex)
+
     # --- what Smmu overrides ---
 
     cdef int _retry(self, const Request* request, Outcome* outcome) except -1:
@@ -338,10 +352,44 @@ cdef class Registers:
     cdef void _forget(self) noexcept:
         """The registers changed: drop what was derived from them."""
 
-    cdef void _invalidate(self, const Effect* effect) noexcept:
-        """CFGI_* and TLBI_*: drop what the effect names."""
+    cdef int _invalidate(self, const Effect* effect) except -1:
+        """CFGI_* and TLBI_*: drop from the caches what the effect names."""
+        cdef CachesC* c = self.core.caches
+        cdef Invalidation inv
+        if c == NULL:
+            return 0
+        caches_take_gil(&self.core)
+        if effect.kind == EFFECT_CFGI_STE:
+            cfgi_ste(c, effect.sid, effect.leaf)
+        elif effect.kind == EFFECT_CFGI_RANGE:
+            cfgi_range(c, effect.sid, effect.range_lg2)
+        elif effect.kind == EFFECT_CFGI_ALL:
+            cfgi_all(c)
+        elif effect.kind == EFFECT_CFGI_CD:
+            cfgi_cd(c, effect.sid, effect.ssid, effect.leaf)
+        elif effect.kind == EFFECT_CFGI_CD_ALL:
+            cfgi_cd_all(c, effect.sid)
+        else:
+            inv.op = effect.op
+            inv.vmid = effect.vmid
+            inv.vmid_mask = effect.vmid_mask
+            inv.asid = effect.asid
+            inv.leaf = effect.leaf
+            inv.all_addresses = effect.all_addresses
+            inv.first = effect.first
+            inv.last = effect.last
+            inv.granule = effect.granule
+            inv.level = <int8_t>effect.level
+            tlbi(c, &inv)
+        caches_give(&self.core)
+        return 0
 
     # --- attributes ---
+
+    @property
+    def caches(self):
+        """The Caches, None without."""
+        return self._caches
 
     @property
     def memory(self):
@@ -726,6 +774,7 @@ cdef class Registers:
         hw.pasidtt = features.pasidtt
         hw.xnx = features.xnx
         hw.fwb = features.fwb
+        hw.bbml = features.bbml
         hw.had = features.had
         hw.e0pd = features.e0pd
         hw.epan = features.epan

@@ -1,5 +1,6 @@
 """The Smmu for Cython users: translate_c and the structs of smmufast.h, without the GIL."""
 
+from smmufast._memory cimport Port
 from smmufast._registers cimport Registers
 from smmufast._translate cimport Memo
 from smmufast._types cimport Outcome, Request, WalkC
@@ -28,3 +29,5 @@ cdef class Walk:
     cdef WalkC walk
     cdef int status
     cdef Smmu smmu
+    cdef int _answer(self, const void* data) except -1
+    cdef int _settle(self, Port* own, int status) except -1

@@ -16,15 +16,17 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, low_mask
-from smmufast._core cimport Core
+from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
 from smmufast._registers cimport Registers
-from smmufast._translate cimport (
-    Memo, fill_permissions, translate_each, translate_known, translate_one, translate_plain,
+from smmufast._batch cimport translate_each, translate_plain
+from smmufast._cached cimport (
+    deliver, translate_cached, translate_known_cached, translate_request, view_open,
 )
+from smmufast._translate cimport Memo, View, open_drivers, translate_known, translate_one
 from smmufast._types cimport (
-    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES,
+    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL, FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES,
     NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
     ApiC, BatchC, ColumnC, FetchC, Hw, Outcome, Request, SmmuC, WalkC,
 )
@@ -43,7 +45,7 @@ cdef extern from "numpy/arrayobject.h":
 
 cnp.import_array()
 
-fill_permissions()
+open_drivers()
 
 NO_SUBSTREAM = 0xFFFFFFFF
 """In arrays of SubstreamIDs: the transaction has none."""
@@ -58,6 +60,8 @@ cdef dict DTYPES = {
     "page_lg2": np.dtype(np.uint8),
     "attr": np.dtype(np.uint8),
     "sh": np.dtype(np.uint8),
+    "ipa": np.dtype(np.uint64),
+    "stage": np.dtype(np.uint8),
     "record": np.dtype("V32"),
 }
 COLUMNS = MappingProxyType(DTYPES)
@@ -161,9 +165,10 @@ cdef class Result:
 
     @property
     def action(self):
-        """What becomes of the transaction: "ok", "bypass", "disabled", "abort" or "raz_wi".
+        """What becomes of the transaction.
 
-        Disabled: CR0.SMMUEN=0 and GBPA lets it pass.  raz_wi: reads as zero, writes ignored.
+        "ok"; "bypass"; "disabled", CR0.SMMUEN=0 and GBPA lets it pass; "abort"; "raz_wi", reads
+        as zero and writes are ignored; "stall", the SMMU holds it: see `Smmu.stalls`.
         """
         return ACTIONS[self.outcome.action]
 
@@ -171,6 +176,18 @@ cdef class Result:
     def pa(self):
         """Physical address, None when the transaction is terminated."""
         return self.outcome.pa if self.outcome.action <= ACTION_DISABLED else None
+
+    @property
+    def ipa(self):
+        """Intermediate physical address, the input of stage 2; None if that did not translate."""
+        if self.outcome.action == ACTION_OK and self.outcome.stage & 2:
+            return self.outcome.ipa
+        return None
+
+    @property
+    def stage(self):
+        """Stages that took part in the translation or its fault: 0, 1, 2, or 3 for both."""
+        return self.outcome.stage
 
     @property
     def fault(self):
@@ -187,8 +204,8 @@ cdef class Result:
     def event(self):
         """The Event that is recorded; None when nothing is.
 
-        A fault is not recorded when CD.R=0, when CR0.EVENTQEN=0, or when it is C_BAD_STREAMID
-        and CR2.RECINVSID=0.
+        A fault is not recorded when CD.R=0 or STE.S2R=0, when the event queue is disabled, full
+        or in error, or when it is C_BAD_STREAMID and CR2.RECINVSID=0.
         """
         return self.fault if self.outcome.event else None
 
@@ -216,6 +233,11 @@ cdef class Result:
         return Perm(self.outcome.perm)
 
     @property
+    def perm_s1(self):
+        """As `perm`, by stage 1 alone; all accesses when it does not translate."""
+        return Perm(self.outcome.perm_s1)
+
+    @property
     def attr(self):
         """Memory type as one MAIR byte (DDI 0487 D8.6), reserved encodings resolved."""
         return self.outcome.attr
@@ -237,8 +259,20 @@ cdef class Result:
 
     @property
     def asid(self):
-        """ASID of the context descriptor, 0 in worlds without; None when none was reached."""
-        return self.outcome.asid if self.outcome.stage else None
+        """ASID of the context descriptor, 0 in worlds without; None without stage 1."""
+        return self.outcome.asid if self.outcome.stage & 1 else None
+
+    @property
+    def vmid(self):
+        """VMID that tags the translation, 0 in worlds without; None when no stage translates."""
+        return self.outcome.vmid if self.outcome.stage else None
+
+    @property
+    def stag(self):
+        """Stall tag of a transaction that is held and recorded, else None."""
+        if self.outcome.action == ACTION_STALL and self.outcome.event:
+            return self.outcome.stag
+        return None
 
     @property
     def is_global(self):
@@ -415,7 +449,7 @@ cdef class Walk:
         if self.status == STATUS_DONE:
             raise RuntimeError("the walk is done: no fetch waits for data")
         if data is None:
-            self.status = walk_answer(&self.smmu.core.hw, &self.walk, NULL)
+            self._answer(NULL)
             return
         size = self.walk.fetch[self.walk.count].size
         if isinstance(data, int):
@@ -430,9 +464,24 @@ cdef class Walk:
                 raise ValueError(f"data: {view.len} bytes given; {size} needed")
             if asked != self.walk.count:  # conversions run the caller's code
                 raise RuntimeError("the fetch was answered meanwhile")
-            self.status = walk_answer(&self.smmu.core.hw, &self.walk, view.buf)
+            self._answer(view.buf)
         finally:
             PyBuffer_Release(&view)
+
+    cdef int _answer(self, const void* data) except -1:
+        cdef Core* core = &self.smmu.core
+        cdef Port own
+        cdef int status
+        with nogil:  # the caches may have to be waited for
+            status = walk_answer(core, &own, &self.walk, data)
+        return self._settle(&own, status)
+
+    cdef int _settle(self, Port* own, int status) except -1:
+        """Take note of how the walk goes on; a callback's exception finds it done."""
+        self.status = STATUS_DONE if status < 0 else status
+        if status < 0:
+            raise_port(own)
+        return 0
 
     def __repr__(self):
         return f"<Walk {self.result!r}>" if self.done else f"<Walk at {self.request!r}>"
@@ -440,23 +489,45 @@ cdef class Walk:
 
 # --- the resumable walk: the chain, run again with one answer more ---
 
-cdef int walk_resume(const Hw* hw, WalkC* walk) noexcept nogil:
+cdef int walk_resume(Core* core, Port* own, WalkC* walk) noexcept nogil:
+    """STATUS_PENDING, STATUS_DONE, or FETCH_RAISED with an exception in `own`.
+
+    Through caches the chain leaves them alone until it comes to its end; then it runs once more,
+    and they see it as a whole.
+    """
     cdef Port port
     cdef Memo memo
+    cdef View view
+    cdef int status
     port_open(&port, NULL, walk, True)
+    port_open(own, core.ram, NULL, False)
     memo.whole = False
-    if translate_one(hw, &port, &walk.request, &memo, &walk.result) == FETCH_PENDING:
+    if core.caches == NULL:
+        status = translate_one(&core.hw, &port, &walk.request, &memo, &walk.result)
+    else:
+        caches_take(core)
+        view_open(&view, core, &walk.request, True)
+        status = translate_cached(
+            &core.hw, &port, &view, &walk.request, &memo, &walk.result)
+        if status == 0:
+            port_open(&port, NULL, walk, True)
+            memo.whole = False
+            view.quiet = False
+            translate_cached(&core.hw, &port, &view, &walk.request, &memo, &walk.result)
+        caches_give(core)
+    if status == FETCH_PENDING:
         return STATUS_PENDING
-    return STATUS_DONE
+    status = deliver(core, own, &walk.request, 0, &walk.result)
+    return status if status else STATUS_DONE
 
 
-cdef int walk_begin(const Hw* hw, const Request* request, WalkC* walk) noexcept nogil:
+cdef int walk_begin(Core* core, Port* own, const Request* request, WalkC* walk) noexcept nogil:
     memset(walk, 0, sizeof(WalkC))
     walk.request = request[0]
-    return walk_resume(hw, walk)
+    return walk_resume(core, own, walk)
 
 
-cdef int walk_answer(const Hw* hw, WalkC* walk, const void* data) noexcept nogil:
+cdef int walk_answer(Core* core, Port* own, WalkC* walk, const void* data) noexcept nogil:
     cdef FetchC* fetch = &walk.fetch[walk.count]
     cdef uint64_t word
     cdef unsigned int i
@@ -467,7 +538,7 @@ cdef int walk_answer(const Hw* hw, WalkC* walk, const void* data) noexcept nogil
             walk.data[walk.used + i] = le64(word)
     walk.used += fetch.size // 8 + (2 if fetch.kind >= FETCH_TT_UPDATE else 0)
     walk.count += 1
-    return walk_resume(hw, walk)
+    return walk_resume(core, own, walk)
 
 
 # --- columns ---
@@ -532,6 +603,10 @@ cdef ColumnC* column_of(BatchC* batch, str name) noexcept:
         return &batch.attr
     if name == "sh":
         return &batch.sh
+    if name == "ipa":
+        return &batch.ipa
+    if name == "stage":
+        return &batch.stage
     if name == "record":
         return &batch.record
     return NULL
@@ -579,26 +654,30 @@ cdef bint ssids_legal(const BatchC* batch) noexcept nogil:
 
 # Two functions, so that a callback which starts another batch finds no slots on the stack.
 
-cdef int batch_plain(const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
-    return translate_plain(hw, port, batch)
+cdef int batch_plain(Core* core, Port* port, const BatchC* batch) noexcept nogil:
+    return translate_plain(core, port, batch)
 
 
-cdef int batch_each(const Hw* hw, Port* port, const BatchC* batch) noexcept nogil:
-    return translate_each(hw, port, batch)
+cdef int batch_each(Core* core, Port* port, const BatchC* batch) noexcept nogil:
+    return translate_each(core, port, batch)
 
 
-ctypedef int (*Driver)(const Hw*, Port*, const BatchC*) noexcept nogil
+ctypedef int (*Driver)(Core*, Port*, const BatchC*) noexcept nogil
 
 cdef Driver each = batch_each
 cdef Driver plain = batch_plain
 
 
-cdef int batch_run(const Core* core, Port* port, const BatchC* batch) noexcept nogil:
+cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch: 0, or FETCH_RAISED with the exception in the port."""
+    cdef int status
     port_open(port, core.ram, NULL, False)
-    if core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0:
-        return plain(&core.hw, port, batch)
-    return each(&core.hw, port, batch)
+    if core.caches == NULL and core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0:
+        return plain(core, port, batch)
+    caches_take(core)
+    status = each(core, port, batch)
+    caches_give(core)
+    return status
 
 
 cdef enum:
@@ -662,7 +741,7 @@ cdef int burst_add(Burst* burst, uint64_t iova, const Outcome* page,
     return BURST_MORE
 
 
-cdef int burst_run(const Hw* hw, Port* port, Memo* memo, Request* request,
+cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
                    Burst* burst) noexcept nogil:
     """Translate the next pages of a burst; `request` is that of the next page.
 
@@ -676,11 +755,13 @@ cdef int burst_run(const Hw* hw, Port* port, Memo* memo, Request* request,
     for _page in range(BURST_PAGES):
         if burst.rest == 0:
             return BURST_DONE
-        if known:
-            status = translate_known(hw, port, request, memo, &page)
+        if known and not port.wrote:
+            status = deliver(
+                core, port, request, translate_known(&core.hw, port, request, memo, &page), &page)
         else:
-            status = translate_one(hw, port, request, memo, &page)
-            known = port.ram.plain and memo.whole
+            port.wrote = False
+            status = translate_request(core, port, request, memo, &page)
+            known = core.caches == NULL and port.ram.plain and memo.whole
         if status:
             return status
         if page.action > ACTION_DISABLED:
@@ -689,7 +770,7 @@ cdef int burst_run(const Hw* hw, Port* port, Memo* memo, Request* request,
         if page.page_lg2:
             room = (<uint64_t>1 << page.page_lg2) - (request.iova & low_mask(page.page_lg2))
         else:  # untranslated as far as addresses are legal
-            room = ~hw.oas_over - request.iova + 1
+            room = ~core.hw.oas_over - request.iova + 1
         if room > burst.rest:
             room = burst.rest
         status = burst_add(burst, request.iova, &page, room)
@@ -702,6 +783,15 @@ cdef int burst_run(const Hw* hw, Port* port, Memo* memo, Request* request,
 
 
 # --- the Smmu ---
+
+cdef int request_any(Core* core, Port* port, const Request* request, Memo* memo,
+                     Outcome* outcome) noexcept nogil:
+    return translate_request(core, port, request, memo, outcome)
+
+
+ctypedef int (*ScalarDriver)(Core*, Port*, const Request*, Memo*, Outcome*) noexcept nogil
+
+cdef ScalarDriver through_caches = request_any  # not inlined
 
 
 @cython.final
@@ -834,14 +924,23 @@ cdef class Smmu:
         cdef Memo own
         cdef int status
         port_open(&port, ram, log, False)
-        if ram.plain and log == NULL:
+        if ram.plain and log == NULL and not self.core.shared:
             port.window = ram.window
-            translate_one(&self.core.hw, &port, request, memo, outcome)
+            if self.core.caches == NULL:
+                status = deliver(
+                    &self.core, &port, request,
+                    translate_one(&self.core.hw, &port, request, memo, outcome), outcome)
+            else:
+                status = through_caches(&self.core, &port, request, memo, outcome)
             ram.window = port.window
+            if status:
+                raise_port(&port)
             return 0
         own.whole = False  # a callback may come back here
         ram.users += 1
-        status = translate_one(&self.core.hw, &port, request, &own, outcome)
+        caches_take_gil(&self.core)
+        status = through_caches(&self.core, &port, request, &own, outcome)
+        caches_give(&self.core)
         ram.users -= 1
         if status:
             raise_port(&port)
@@ -962,6 +1061,7 @@ cdef class Smmu:
             raise TypeError(f"out: {type(out).__name__} given; a structured array or a dict needed")
         done = 0
         self.core.ram.users += 1
+        self.core.shared += self.core.caches != NULL
         try:
             while done < n:
                 piece = batch
@@ -983,6 +1083,7 @@ cdef class Smmu:
                 done += size
                 PyErr_CheckSignals()
         finally:
+            self.core.shared -= self.core.caches != NULL
             self.core.ram.users -= 1
         return out
 
@@ -1019,10 +1120,13 @@ cdef class Smmu:
         port_open(&port, self.core.ram, NULL, False)
         memo.whole = False
         self.core.ram.users += 1
+        self.core.shared += self.core.caches != NULL
         try:
             while status == BURST_MORE:
                 with nogil:
-                    status = burst_run(&self.core.hw, &port, &memo, &request, &burst)
+                    caches_take(&self.core)
+                    status = burst_run(&self.core, &port, &memo, &request, &burst)
+                    caches_give(&self.core)
                 if status == BURST_NO_ROOM:
                     raise MemoryError()
                 if status < 0:
@@ -1032,6 +1136,7 @@ cdef class Smmu:
             if burst.count:
                 memcpy(cnp.PyArray_DATA(array), burst.rows, burst.count * sizeof(Row))
         finally:
+            self.core.shared -= self.core.caches != NULL
             self.core.ram.users -= 1
             free(burst.rows)
         if status == BURST_STOPPED:
@@ -1052,13 +1157,17 @@ cdef class Smmu:
         """
         cdef Walk walk = Walk.__new__(Walk)
         cdef Request request
+        cdef Port own
+        cdef int status
         request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
         request.kind = 0
         walk.smmu = self
-        walk.status = walk_begin(&self.core.hw, &request, &walk.walk)
+        with nogil:
+            status = walk_begin(&self.core, &own, &request, &walk.walk)
+        walk._settle(&own, status)
         return walk
 
     def __repr__(self):
@@ -1076,7 +1185,8 @@ cdef object BOOL = np.dtype(np.bool_)
 
 cdef bint request_legal(const Request* request) noexcept nogil:
     return ((request.ssid <= 0xFFFFF or request.ssid == NO_SSID)
-            and request.access <= (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR))
+            and request.access <= (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR)
+            and request.kind == 0)
 
 
 cdef SmmuC* api_acquire(void* obj) noexcept:
@@ -1090,6 +1200,7 @@ cdef SmmuC* api_acquire(void* obj) noexcept:
     smmu = <Smmu>obj
     Py_INCREF(smmu)
     smmu.core.ram.users += 1
+    smmu.core.shared += 1
     return <SmmuC*>&smmu.core
 
 
@@ -1105,6 +1216,7 @@ cdef void set_error(error) noexcept:
 cdef void api_release(SmmuC* handle) noexcept:
     cdef Core* core = <Core*>handle
     core.ram.users -= 1
+    core.shared -= 1
     Py_DECREF(<object>core.owner)
 
 
@@ -1125,11 +1237,15 @@ cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) 
     cdef Port port
     cdef Memo memo
     cdef Request own = request[0]  # what is checked is what is used
+    cdef int status
     if not request_legal(&own):
         return STATUS_EINVAL
     port_open(&port, core.ram, NULL, False)
     memo.whole = False
-    return api_end(&port, translate_one(&core.hw, &port, &own, &memo, outcome))
+    caches_take(core)
+    status = translate_request(core, &port, &own, &memo, outcome)
+    caches_give(core)
+    return api_end(&port, status)
 
 
 cdef bint accesses_legal(const BatchC* batch) noexcept nogil:
@@ -1155,15 +1271,21 @@ cdef int api_translate_batch(SmmuC* handle, const BatchC* batch) noexcept nogil:
 
 cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:
     cdef Request own = request[0]
+    cdef Port port
+    cdef int status
     if not request_legal(&own):
         return STATUS_EINVAL
-    return walk_begin(&(<Core*>handle).hw, &own, walk)
+    status = walk_begin(<Core*>handle, &port, &own, walk)
+    return status if status >= 0 else api_end(&port, status)
 
 
 cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept nogil:
+    cdef Port port
+    cdef int status
     if walk.count >= MAX_FETCHES or walk.fetch[walk.count].kind == FETCH_NONE:
         return STATUS_EINVAL
-    return walk_answer(&(<Core*>handle).hw, walk, data)
+    status = walk_answer(<Core*>handle, &port, walk, data)
+    return status if status >= 0 else api_end(&port, status)
 
 
 cdef ApiC api

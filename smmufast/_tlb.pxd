@@ -156,6 +156,7 @@ cdef struct Invalidation:
 # Owned by the class; other modules cimport it and use `caches.c`.
 cdef class Caches:
     cdef CachesC* c
+    cdef bint taken        # by an Smmu
     cdef tuple geometries
 
 

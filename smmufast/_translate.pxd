@@ -1,11 +1,10 @@
-"""The chain that the drivers run: configuration lookup, stage 1, and its end as an outcome.
+"""The chain that the drivers run: configuration lookup, both stages, and its end as an outcome.
 
 Sections: IHI 0070 3.2-3.5, 5.5 (fault control), 7.3 (event records), 15 (translation
 procedure).  translate_one is the scalar driver: one request, every fetch through a port.  It
 also serves traces (a port that records) and resumable walks (a port that answers from a
 script: the chain is a pure function of what was fetched, so it is run again with one answer
-more).  translate_many is the batch driver: blocks of requests, the upper levels of all walked
-before the first leaf is read.
+more).  _cached.pxd is the scalar driver with caches, _batch.pxd the batch drivers.
 
 Stage 2 stands in three places: before the fetches of L1CD and CD (cd_place), before each
 fetch of a stage-1 descriptor (walk_steps), and after stage 1 (translate_stage2).
@@ -1148,6 +1147,25 @@ cdef inline void end_lookup(
         end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, syndrome)
 
 
+ctypedef int (*Stage2Driver)(
+    const Hw* hw, Port* port, const Request* request, const Context* context, bint nested,
+    Outcome* outcome) noexcept nogil
+
+cdef extern from *:
+    """
+    /* translate_stage2, out of the way of stage 1: inlined it would slow that down. */
+    __attribute__((unused)) static void *smmufast_stage2_driver;
+    """
+    void* stage2_driver "smmufast_stage2_driver"
+
+
+cdef inline void open_drivers() noexcept nogil:
+    """Before the first translation of a module."""
+    global stage2_driver
+    fill_permissions()
+    stage2_driver = <void*>translate_stage2
+
+
 cdef inline int translate_known(
         const Hw* hw, Port* port, const Request* request, const Memo* memo,
         Outcome* outcome) noexcept nogil:
@@ -1155,7 +1173,7 @@ cdef inline int translate_known(
     cdef const Context* context = &memo.context
     cdef Syndrome syndrome
     if unlikely(context.second.on):
-        return translate_stage2(
+        return (<Stage2Driver>stage2_driver)(
             hw, port, request, context, memo.index != STAGE1_BYPASS, outcome)
     if likely(memo.index != STAGE1_BYPASS):
         return translate_stage1(hw, port, request, context, outcome)

@@ -111,6 +111,8 @@ cdef extern from "smmufast.h":
         ColumnC page_lg2
         ColumnC attr
         ColumnC sh
+        ColumnC ipa
+        ColumnC stage
         ColumnC record
 
     ctypedef struct SmmuC "smmufast_smmu":

@@ -161,6 +161,8 @@ typedef struct smmufast_batch {
     smmufast_column page_lg2; /* uint8 */
     smmufast_column attr;     /* uint8 */
     smmufast_column sh;       /* uint8 */
+    smmufast_column ipa;      /* uint64 */
+    smmufast_column stage;    /* uint8 */
     smmufast_column record;   /* 32 bytes, zero when nothing is recorded */
 } smmufast_batch;
 
