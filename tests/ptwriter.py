@@ -22,6 +22,7 @@ _STE = {
     "s1csh": (71, 70),
     "cont": (80, 77),
     "mev": (83, 83),
+    "s2fwb": (89, 89),
     "s1stalld": (91, 91),
     "eats": (93, 92),
     "strw": (95, 94),
@@ -35,13 +36,22 @@ _STE = {
     "s2vmid": (143, 128),
     "s2t0sz": (165, 160),
     "s2sl0": (167, 166),
+    "s2ir0": (169, 168),
+    "s2or0": (171, 170),
+    "s2sh0": (173, 172),
     "s2tg": (175, 174),
     "s2ps": (178, 176),
     "s2aa64": (179, 179),
     "s2endi": (180, 180),
     "s2affd": (181, 181),
+    "s2ptw": (182, 182),
+    "s2hd": (183, 183),
+    "s2ha": (184, 184),
     "s2s": (185, 185),
     "s2r": (186, 186),
+    "s2haft": (187, 187),
+    "s2sl0_2": (194, 194),
+    "s2ds": (195, 195),
 }
 _STE_ADDRESSES = {"s1contextptr": (0, 55, 6), "s2ttb": (192, 55, 4)}
 
@@ -92,6 +102,14 @@ _CD_ADDRESSES = {"ttb0": (64, 55, 4), "ttb1": (128, 55, 4)}
 
 TG0_CODES = {12: 0b00, 16: 0b01, 14: 0b10}
 TG1_CODES = {14: 0b01, 12: 0b10, 16: 0b11}
+S2TG_CODES = {12: 0b00, 16: 0b01, 14: 0b10}
+
+# (S2SL0_2, S2SL0) of each start level.
+S2SL0_CODES = {
+    12: {-1: (1, 0b00), 0: (0, 0b10), 1: (0, 0b01), 2: (0, 0b00), 3: (0, 0b11)},
+    14: {0: (0, 0b11), 1: (0, 0b10), 2: (0, 0b01), 3: (0, 0b00)},
+    16: {1: (0, 0b10), 2: (0, 0b01), 3: (0, 0b00)},
+}
 
 
 def _pack(fields, addresses, values, size):
@@ -158,9 +176,9 @@ def table_descriptor(
 
 def leaf_descriptor(
     granule_lg2, level, address, *, ds=False, attrindx=0, ap=0, sh=0, af=1, ng=0, pxn=0, uxn=0,
-    contiguous=0, ignored=0,
+    contiguous=0, dbm=0, ignored=0,
 ):  # fmt: skip
-    """A page (level 3) or block descriptor.
+    """A page (level 3) or block descriptor of stage 1.
 
     ap is AP[2:1]: 1 = unprivileged access too, 2 = read-only.  With ds there is no SH field.
     ignored is ORed in: bits that stage 1 does not look at in a leaf.
@@ -175,9 +193,35 @@ def leaf_descriptor(
         | ap << 6
         | af << 10
         | ng << 11
+        | dbm << 51
         | contiguous << 52
         | pxn << 53
         | uxn << 54
+        | ignored
+    )
+
+
+def stage2_leaf_descriptor(
+    granule_lg2, level, address, *, ds=False, memattr=0, s2ap=0, sh=0, af=1, xn=0, contiguous=0,
+    dbm=0, ignored=0,
+):  # fmt: skip
+    """A page (level 3) or block descriptor of stage 2.
+
+    s2ap: bit 0 is read, bit 1 write.  xn is XN[1:0]: bit 1 alone where XNX is not supported.
+    ignored is ORed in: bits that stage 2 does not look at in a leaf.
+    """
+    descriptor = 0b11 if level == 3 else 0b01
+    descriptor |= _descriptor_address(granule_lg2, ds, address)
+    if not ds:
+        descriptor |= sh << 8
+    return (
+        descriptor
+        | memattr << 2
+        | s2ap << 6
+        | af << 10
+        | dbm << 51
+        | contiguous << 52
+        | xn << 53
         | ignored
     )
 
@@ -206,6 +250,14 @@ class Memory:
         for page in range(address >> PAGE_LG2, (address + size - 1 >> PAGE_LG2) + 1):
             if page not in self._pages:
                 self.add(page << PAGE_LG2, PAGE)
+
+    def copy(self):
+        """The same bytes again."""
+        copy = Memory()
+        for base, data in self._regions:
+            copy.add(base, len(data))
+            copy.write(base, data)
+        return copy
 
     def regions(self):
         """(base, bytearray) of each region, by base.  Not copies: writes are seen."""
@@ -269,9 +321,14 @@ class PageTables:
 
     allocate: (size, alignment) -> address of backed memory.
     tsz: TxSZ; addresses given to map() count by their low 64 - tsz bits only.
+    start_level: where the first table is, which may then be several; None: where TxSZ says.
     """
 
-    def __init__(self, memory, allocate, granule_lg2, tsz, *, ds=False, big_endian=False):
+    leaf_descriptor = staticmethod(leaf_descriptor)
+
+    def __init__(
+        self, memory, allocate, granule_lg2, tsz, *, ds=False, big_endian=False, start_level=None
+    ):
         self.memory = memory
         self.allocate = allocate
         self.granule_lg2 = granule_lg2
@@ -279,8 +336,10 @@ class PageTables:
         self.ds = ds and granule_lg2 != 16
         self.byteorder = "big" if big_endian else "little"
         index_bits = granule_lg2 - 3
-        # Levels needed: the ceiling of the bits above the page offset over those of a level.
-        self.start_level = 4 - -(-(self.input_bits - granule_lg2) // index_bits)
+        if start_level is None:
+            # Levels needed: the ceiling of the bits above the page offset over those of a level.
+            start_level = 4 - -(-(self.input_bits - granule_lg2) // index_bits)
+        self.start_level = start_level
         entries_lg2 = self.input_bits - self.shift(self.start_level)
         # 64 bytes where the base needs more than 48 bits, which is harmless elsewhere.
         self.base = allocate(max(8 << entries_lg2, 64), max(8 << entries_lg2, 64))
@@ -290,9 +349,10 @@ class PageTables:
         return self.granule_lg2 + (3 - level) * (self.granule_lg2 - 3)
 
     def index(self, va, level):
-        """Entry of a table that an address selects."""
+        """Entry of a table that an address selects; the start level has the bits that are left."""
         va &= (1 << self.input_bits) - 1
-        return va >> self.shift(level) & ((1 << self.granule_lg2 - 3) - 1)
+        index = va >> self.shift(level)
+        return index if level == self.start_level else index & ((1 << self.granule_lg2 - 3) - 1)
 
     def read_descriptor(self, address):
         """A descriptor as a number."""
@@ -339,16 +399,31 @@ class PageTables:
         """Map the leaf that holds va at a level to the one that holds pa.
 
         table_flags: keywords of table_descriptor for tables made on the way.
-        leaf: keywords of leaf_descriptor.  Returns the descriptor's address, or None where an
-        earlier descriptor is in the way.
+        leaf: keywords of the stage's leaf descriptor.  Returns the descriptor's address, or None
+        where an earlier descriptor is in the way.
         """
         address = self.slot(va, level, **(table_flags or {}))
         if address is not None:
             pa &= -(1 << self.shift(level))
             self.write_descriptor(
-                address, leaf_descriptor(self.granule_lg2, level, pa, ds=self.ds, **leaf)
+                address, self.leaf_descriptor(self.granule_lg2, level, pa, ds=self.ds, **leaf)
             )
         return address
+
+
+class Stage2Tables(PageTables):
+    """Stage-2 tables of one STE; tsz is S2T0SZ."""
+
+    leaf_descriptor = staticmethod(stage2_leaf_descriptor)
+
+    def ste_fields(self):
+        """The STE fields that say where and what these tables are."""
+        s2sl0_2, s2sl0 = S2SL0_CODES[self.granule_lg2][self.start_level]
+        return {
+            "s2aa64": 1, "s2ttb": self.base, "s2t0sz": 64 - self.input_bits, "s2sl0": s2sl0,
+            "s2sl0_2": s2sl0_2, "s2tg": S2TG_CODES[self.granule_lg2], "s2ds": int(self.ds),
+            "s2endi": int(self.byteorder == "big"),
+        }  # fmt: skip
 
 
 class StreamTable:
