@@ -421,12 +421,15 @@ def stage2_memory(before, memattr, fwb):
             return before
         return MemoryType(None, NON_CACHEABLE, NON_CACHEABLE)
     if code == 0b110:
-        if cacheable(before):
-            return MemoryType(
-                None, before.outer._replace(kind="WB"), before.inner._replace(kind="WB")
-            )
-        return MemoryType(None, Level("WB", 1, 1, 0), Level("WB", 1, 1, 0))
+        return MemoryType(None, forced_write_back(before.outer), forced_write_back(before.inner))
     return before
+
+
+def forced_write_back(level):
+    """A level made WB: with its hints, or where it was not cacheable RA, WA, non-transient."""
+    if level is None or level.kind == "NC":
+        return Level("WB", 1, 1, 0)
+    return level._replace(kind="WB")
 
 
 def stage2_is_device(memattr, fwb):
@@ -436,15 +439,9 @@ def stage2_is_device(memattr, fwb):
     return memory_from_memattr(memattr).device is not None
 
 
-def combined_sh(memory, one, two):
-    """Shareability of both stages' final type: the stronger."""
-    if OSH in (one, two):
-        sh = OSH
-    elif ISH in (one, two):
-        sh = ISH
-    else:
-        sh = NSH
-    return consistent_sh(memory, sh)
+def combined_sh(one, two):
+    """The stronger shareability; the reserved code is non-shareable."""
+    return OSH if OSH in (one, two) else ISH if ISH in (one, two) else NSH
 
 
 # ------------------------------------------------------------------------------------------------
@@ -759,7 +756,6 @@ class Context:
     stall: bool
     asid: int  # 0 in worlds without
     memory: list  # MemoryType by AttrIndx, hints combined
-    attr: list  # the same as MAIR bytes
 
 
 @dataclass(slots=True)
@@ -927,7 +923,6 @@ def decode_cd(features, world, cd, entering, s1stalld):
         stall=bool(stall),
         asid=bits(cd, 63, 48) if two_ttbs else 0,
         memory=memory,
-        attr=[memory_to_mair(one) for one in memory],
     )
 
 
@@ -1325,9 +1320,9 @@ def translate_address(fetch, features, stream, iova, write, priv, instr):
         outcome.pa = page.pa
         outcome.asid = context.asid
         outcome.ng = bits(leaf, 11, 11) if context.two_ttbs else 0
-        index = bits(leaf, 4, 2)
-        memory = context.memory[index]
-        sh = consistent_sh(memory, region.sh if region.ds else bits(leaf, 9, 8))
+        memory = context.memory[bits(leaf, 4, 2)]
+        # Its effective value only once the final type is known.
+        sh = region.sh if region.ds else bits(leaf, 9, 8)
     elif iova >> features.oas_bits:
         return outcome, TranslationError("F_ADDR_SIZE", bypassed=True)
     outcome.perm_s1 = outcome.perm = reported_perm(stream, allowed)
@@ -1347,9 +1342,7 @@ def translate_address(fetch, features, stream, iova, write, priv, instr):
         outcome.pa = second.pa
         outcome.perm = reported_perm(stream, allowed & second.allowed)
         memory = stage2_memory(memory, bits(leaf2, 5, 2), stage2.fwb)
-        ds = stage2.region.ds
-        sh2 = stage2.region.sh if ds else bits(leaf2, 9, 8)
-        sh = combined_sh(memory, sh, NSH if sh2 == 0b01 else sh2)
+        sh = combined_sh(sh, stage2.region.sh if stage2.region.ds else bits(leaf2, 9, 8))
         if page is None:
             outcome.contiguous = bits(leaf2, 52, 52)
         if page is None or second.shift < page.shift:
@@ -1362,7 +1355,7 @@ def translate_address(fetch, features, stream, iova, write, priv, instr):
     elif stage2 is None:
         outcome.action = "bypass"
     outcome.attr = memory_to_mair(memory)
-    outcome.sh = sh
+    outcome.sh = consistent_sh(memory, sh)
     return outcome, None
 
 

@@ -1186,8 +1186,19 @@ def random_bytes_system(rng):
     In a third of the systems the bytes are noise alone.  In the others pointers stay inside and
     the bits that make a structure illegal are put right, mostly, so that more is read.
     """
+    return _noise(rng, nested=False)
+
+
+def random_nested_bytes_system(rng):
+    """As random_bytes_system; the STEs have stage 2, and the tables are those of both stages."""
+    return _noise(rng, nested=True)
+
+
+def _noise(rng, nested):
     rng = random.Random(rng.getrandbits(64))
     features = random_features(rng)
+    if nested:
+        add_stage2(rng, features)
     features.s1p = 1
     features.sidsize = 32
     features.st_level = 1
@@ -1205,6 +1216,20 @@ def random_bytes_system(rng):
                 cd = base + 0x40 + (rng.getrandbits(24) & inside & ~0xFF)
                 words[first] = cd | 0b1011
                 words[first + 1] &= ~(1 << 30 | 1 << 27)
+                if nested:
+                    words[first] = cd | rng.choice((0b1101, 0b1111, 0b1111))
+                    # 4K tables from level 2 or 1 on, or 64K ones from level 2; AArch64.
+                    s2tg, s2sl0, smallest = rng.choice(((0, 0, 30), (0, 1, 24), (1, 1, 24)))
+                    second = 1 << 51 | 5 << 48 | s2tg << 46 | s2sl0 << 38
+                    second |= rng.randint(smallest, 32) << 32
+                    second |= (features.ttendian == 3) << 52
+                    if features.stall_model != 1:
+                        second |= max(features.stall_model >> 1, rng.getrandbits(1)) << 57
+                    if features.httu:
+                        second |= rng.choice((0, 2, 2 if features.httu == 1 else 3)) << 55
+                    # S2R, S2PTW, S2AFFD, the walks' attributes, VMID
+                    words[first + 2] = second | words[first + 2] & (0x0460_3F00 << 32 | 0xFF)
+                    words[first + 3] = base + (rng.getrandbits(24) & inside & ~0xFFF)
             elif kind == 1:
                 low = 0x6205_8000_0000 | rng.choice((0, 0x40, 0x80)) | rng.randint(16, 39)
                 low |= rng.choice((1, 2, 3)) << 22 | rng.randint(16, 39) << 16

@@ -4,12 +4,18 @@ Run as a program for long comparisons::
 
     python -P tests/twin.py 100000000 --jobs 2
 
-Every face is compared: batches (mixed, and one for each stream) with every translation of the
-twin, and for some of the requests also translate, its trace, a resumable walk and pa.
+Half of the translations are of systems with stage 1 alone.  There every face is compared: batches
+(mixed, and one for each stream) with every translation of the twin, and for some of the requests
+also translate, its trace, a resumable walk and pa.
+
+The other half are of systems whose streams have a stage 2, mostly nested, and whose tables may be
+updated.  There the twin, the batches and the calls one by one each have a copy of memory of their
+own, and every written descriptor is compared after each call.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import random
@@ -29,6 +35,7 @@ import tablegen
 import smmufast
 
 PER_SYSTEM = 400
+PER_NESTED_SYSTEM = 100  # new tables often: updates come with the first accesses
 DETAILED = 7  # every so many requests are also compared face by face
 FEATURES = [field.name for field in fields(smmufast.Features)]
 
@@ -59,6 +66,11 @@ def expected_row(outcome):
     )
 
 
+def without_stag(record):
+    """A record of a stall without its STAG, which depends on the stalls before."""
+    return record[:8] + bytes(2) + record[10:] if record[11] & 0x80 else record
+
+
 def row_of(row):
     """A row of batch columns in the same form."""
     success = row["action"] <= 2
@@ -66,7 +78,7 @@ def row_of(row):
         *(int(row[name]) for name in ("pa", "action", "event", "fault", "perm", "level")),
         int(row["page_lg2"]),
         (int(row["attr"]), int(row["sh"])) if success else None,
-        bytes(row["record"]),
+        without_stag(bytes(row["record"])),
     )
 
 
@@ -81,7 +93,7 @@ def result_row(result):
         4 if result.level is None else result.level,
         result.page_lg2 or 0,
         (result.attr, result.shareability) if result else None,
-        result.event.record if result.event else bytes(32),
+        without_stag(result.event.record) if result.event else bytes(32),
     )
 
 
@@ -180,23 +192,162 @@ def check_system(seed, count=PER_SYSTEM):
     return len(requests)
 
 
-def check_systems(first, last):
+def extra_row(outcome):
+    """What of a successful translation is in no column: of the twin."""
+    if outcome.action != "ok":
+        return None
+    return (
+        outcome.stage, outcome.ipa if outcome.stage & 2 else None, outcome.perm_s1, outcome.vmid,
+        outcome.asid, not outcome.ng, bool(outcome.contiguous),
+    )  # fmt: skip
+
+
+def extra_result_row(result):
+    """The same of a Result."""
+    if result.action != "ok":
+        return None
+    return (
+        result.stage, result.ipa, int(result.perm_s1), result.vmid,
+        result.asid, result.is_global, result.contiguous,
+    )  # fmt: skip
+
+
+def by_pair(request):
+    """What the requests of one batch have in common."""
+    ssid = -1 if request.ssid is None else request.ssid
+    return request.sid, ssid, request.write, request.priv, request.instr
+
+
+def fetch_row(fetch):
+    """A Fetch as the twin writes it."""
+    return tuple(fetch) if fetch.swap is not None else tuple(fetch[:5])
+
+
+def host_walk(smmu, memory, sid, iova, **access):
+    """A resumable walk; the host makes the updates."""
+    walk = smmu.start_walk(sid, iova, **access)
+    while walk.request is not None:
+        fetch = walk.request
+        data = memory.read(fetch.address, fetch.size)
+        if fetch.swap and data is not None:
+            expected, desired = (number.to_bytes(8, "little") for number in fetch.swap)
+            if data == expected:
+                memory.write(fetch.address, desired)
+        walk.supply(data)
+    return walk.result
+
+
+def same(ours, theirs, face):
+    """Compare what the library gave with the twin's."""
+    assert ours == theirs, f"{face}: {ours}, not {theirs}"
+
+
+def check_nested_call(number, smmu, system, request, outcome):
+    """One request by one of the faces, over memory that it may update."""
+    call = request._asdict()
+    sid, iova = call.pop("sid"), call.pop("iova")
+    kind = ("translate", "trace", "walk", "pa")[number % 4]
+    if kind == "translate":
+        result = smmu.translate(sid, iova, **call)
+    elif kind == "trace":
+        result = smmu.translate(sid, iova, trace=True, **call)
+    elif kind == "walk":
+        result = host_walk(smmu, system.memory, sid, iova, **call)
+    else:
+        try:
+            assert smmu.pa(sid, iova, **call) == outcome.pa, "pa"
+            return
+        except smmufast.Fault as error:
+            result = error.result
+    same(result_row(result), expected_row(outcome), kind)
+    same(extra_result_row(result), extra_row(outcome), kind)
+    if kind in ("trace", "walk"):
+        same([fetch_row(fetch) for fetch in result.fetches], outcome.fetches, kind)
+    written = {fetch[2] for fetch in outcome.fetches if len(fetch) > 5}
+    for address in written:
+        ours = smmu.memory.read(address, 8)
+        theirs = system.twin_memory.read(address, 8)
+        assert ours == theirs, f"{kind}: [{address:#x}] is {ours.hex()}, not {theirs.hex()}"
+
+
+def check_nested_system(seed, count=PER_NESTED_SYSTEM):
+    """Compare one random system with stage 2; AssertionError names the seed and the request."""
+    rng = random.Random(seed)
+    noise = seed % 10 == 9
+    make = tablegen.random_nested_bytes_system if noise else tablegen.random_nested_system
+    system = make(rng)
+    requests = system.requests(count)
+    pairs = seed % 2 == 1
+    if pairs:
+        requests.sort(key=by_pair)
+    batched = system.with_memory(system.memory.copy())
+    called = system.with_memory(system.memory.copy())
+    called.twin_memory = system.memory
+    one_by_one = smmu_of(called)
+    cache = reference.ContextCache()
+    rows = []
+    for number, request in enumerate(requests):
+        outcome = reference.translate(
+            system.read, system.features, system.regs, cache=cache, store=system.memory.write,
+            **request._asdict(),
+        )  # fmt: skip
+        rows.append(expected_row(outcome))
+        try:
+            check_nested_call(seed + number, one_by_one, called, request, outcome)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {request}: {error}") from error
+    assert called.regions() == system.regions(), f"seed {seed}: memory after the calls"
+
+    smmu = smmu_of(batched)
+    if pairs:
+        found = []
+        for key, members in itertools.groupby(requests, by_pair):
+            members = list(members)
+            sid, _, write, priv, instr = key
+            iova = np.array([request.iova for request in members], np.uint64)
+            part = smmu.translate_batch(
+                sid, iova, ssid=members[0].ssid, write=write, priv=priv, instr=instr,
+                columns=list(smmufast.COLUMNS),
+            )  # fmt: skip
+            found.extend(part)
+    else:
+        found = batch(smmu, requests)
+    for request, row, one in zip(requests, rows, found, strict=True):
+        same(row_of(one), row, f"seed {seed}: {request}: batch")
+    assert batched.regions() == system.regions(), f"seed {seed}: memory after the batch"
+    return len(requests)
+
+
+def check_systems(check, first, last):
     """Compare the systems of a range of seeds; how many translations they made."""
-    return sum(check_system(seed) for seed in range(first, last))
+    return sum(check(seed) for seed in range(first, last))
 
 
-def run(count, jobs, seed=0, progress=None):
-    """Compare at least `count` translations in `jobs` processes; how many were made."""
-    systems = -(-count // PER_SYSTEM)
+def ranges(count, per_system, jobs, seed):
+    """Ranges of seeds that together make at least `count` translations."""
+    systems = -(-count // per_system)
     step = max(1, min(50, systems // (4 * jobs)))
-    starts = range(seed, seed + systems, step)
+    for start in range(seed, seed + systems, step):
+        yield start, min(start + step, seed + systems)
+
+
+def run(count, jobs, seed=0, progress=None, nested=True, alone=True):
+    """Compare at least `count` translations of each kind in `jobs` processes; how many were made.
+
+    nested: systems with stage 2.  alone: systems with stage 1 alone.
+    """
+    work = []
+    if alone:
+        work += [(check_system, *one) for one in ranges(count, PER_SYSTEM, jobs, seed)]
+    if nested:
+        parts = ranges(count, PER_NESTED_SYSTEM, jobs, seed)
+        work += [(check_nested_system, *one) for one in parts]
     done = 0
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        last = seed + systems
         waiting = set()
-        for start in starts:
-            waiting.add(pool.submit(check_systems, start, min(start + step, last)))
+        for one in work:
+            waiting.add(pool.submit(check_systems, *one))
             if len(waiting) > 4 * jobs:
                 ready, waiting = concurrent.futures.wait(
                     waiting, return_when=concurrent.futures.FIRST_COMPLETED
@@ -211,17 +362,20 @@ def run(count, jobs, seed=0, progress=None):
 def main():
     """Run the comparison that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("count", type=int, help="translations to compare")
+    parser.add_argument("count", type=int, help="translations of each kind to compare")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
+    parser.add_argument("--only", choices=("nested", "alone"), help="systems with stage 2, or not")
     options = parser.parse_args()
     start = time.time()
 
     def progress(done):
         rate = done / (time.time() - start)
-        print(f"\r{done:,} of {options.count:,}, {rate:,.0f} a second", end="", file=sys.stderr)
+        print(f"\r{done:,} of {total:,}, {rate:,.0f} a second", end="", file=sys.stderr)
 
-    done = run(options.count, options.jobs, options.seed, progress)
+    total = options.count * (1 if options.only else 2)
+    nested, alone = options.only != "alone", options.only != "nested"
+    done = run(options.count, options.jobs, options.seed, progress, nested, alone)
     print(f"\n{done:,} translations agree", file=sys.stderr)
 
 
