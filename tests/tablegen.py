@@ -99,15 +99,14 @@ _SWITCHES = (
 
 def add_stage2(rng, features):
     """Give features of stage 1 a stage 2, and what comes with it."""
-    features.s2p = 1
-    features.httu = rng.choices((0, 1, 2), (50, 15, 35))[0]
+    features.httu = rng.choices((0, 1, 2), (35, 15, 50))[0]
     features.stall_model = rng.choices((1, 0, 2), (45, 40, 15))[0]
     features.stall_max = 0 if features.stall_model == 1 else 0xFFFF
     features.xnx = rng.getrandbits(1)
     features.fwb = rng.getrandbits(1)
     features.ptwnnc = rng.getrandbits(1)
-    if rng.random() < 0.005:
-        features.s2p = 0
+    features.s1p = int(rng.random() < 0.997)
+    features.s2p = int(rng.random() < 0.997)
     if features.oas < 2 and rng.random() < 0.8:
         features.oas = rng.choice((3, 4, 5, 6))
     return features
@@ -274,7 +273,7 @@ class Guest:
     addresses are IPAs, and a page is mapped when it is first written.
     """
 
-    oddity = 0.3  # a nested request has many more places to end early
+    oddity = 0.25  # a nested request has many more places to end early
 
     def __init__(self, rng, features, room):
         self.rng = rng
@@ -424,7 +423,7 @@ class Guest:
 
     def _attributes(self, for_tables):
         rng = self.rng
-        sound = 0.99 if for_tables else 0.9
+        sound = 0.993 if for_tables else 0.9
         attributes = {
             "s2ap": 3 if rng.random() < sound else rng.choice((1, 1, 1, 2, 0)),
             "af": int(rng.random() < (0.5 if self.ha else 0.99)),
@@ -435,7 +434,7 @@ class Guest:
             "dbm": rng.getrandbits(1) if self.hd else int(rng.random() < 0.1),
             "ignored": rng.choice((0, rng.getrandbits(4) << 55 | rng.getrandbits(1) << 11)),
         }
-        if rng.random() < (0.008 if for_tables else 0.3):
+        if rng.random() < (0.006 if for_tables else 0.3):
             attributes["memattr"] = rng.randrange(16)
         if self.hd and rng.random() < 0.5:
             attributes.update(s2ap=1, dbm=int(rng.random() < 0.9))
@@ -524,26 +523,36 @@ class Guest:
         return base, parts
 
     def damage(self):
-        """Put something wrong into the tables."""
+        """Put something wrong into the tables, mostly on the way to what is mapped."""
         rng, tables = self.rng, self.tables
         granule_lg2 = tables.granule_lg2
-        ipa = rng.getrandbits(self.ipa_bits)
-        size_lg2 = granule_lg2
-        if self.leaves and rng.random() < 0.3:
+        pick = rng.random()
+        if self.leaves and pick < 0.9:
+            # A leaf, or rarely the table that it is in.
             ipa, size_lg2 = rng.choice(self.leaves)
-        level = rng.randint(tables.start_level, 3)
+            levels = [at for at in range(tables.start_level, 4) if tables.shift(at) >= size_lg2]
+            level = levels[-1]
+            if pick < 0.03:
+                level = max(levels[0], level - 1)
+        else:
+            ipa, size_lg2 = rng.getrandbits(self.ipa_bits), granule_lg2
+            level = rng.randint(tables.start_level, 3)
         address = tables.slot(ipa, level)
-        if address is None or (level < 3 and tables.read_descriptor(address)):
+        if address is None or (pick >= 0.9 and tables.read_descriptor(address)):
             return
+        too_large = rng.getrandbits(self.wide) | 1 << min(self.output_bits, self.wide - 1)
         kind = rng.randrange(6)
         if kind == 0:
+            # Reserved at level 3; a block, perhaps one that is not allowed, elsewhere.
             descriptor = 0b01 | rng.getrandbits(min(self.output_bits, 40)) & -0x10000 | 0x4C0
-        elif kind == 1:
+        elif kind == 1 and level < 3:
+            # A table that no memory holds.
             hole = self.room.hole(1 << granule_lg2, min(self.output_bits, self.wide))
-            descriptor = table_descriptor(granule_lg2, hole, ds=tables.ds) | 0x4C0
-        elif kind == 2:
-            too_large = rng.getrandbits(self.wide) | 1 << min(self.output_bits, self.wide - 1)
-            descriptor = table_descriptor(granule_lg2, too_large & -(1 << granule_lg2)) | 0x4C0
+            descriptor = table_descriptor(granule_lg2, hole, ds=tables.ds)
+        elif kind in (1, 2):
+            # A table or page whose address is often too large.
+            base = too_large & -(1 << granule_lg2)
+            descriptor = table_descriptor(granule_lg2, base, ds=tables.ds) | 0x4C0
         elif kind == 3:
             descriptor = rng.getrandbits(64) | 0b11
         elif kind == 4:
@@ -574,7 +583,7 @@ class Guest:
         fields = self.fields | {"s2r": rng.random() < 0.85, "s2s": stall, "s2vmid": vmid}
         if rng.random() < 0.2:
             fields |= {"s2ptw": rng.random() < 0.5, "s2affd": rng.random() < 0.5}
-        if rng.random() < 0.05:
+        if rng.random() < 0.04:
             name, values = rng.choice((
                 ("s2aa64", (0,)), ("s2tg", (0, 1, 2, 3)), ("s2t0sz", range(64)),
                 ("s2sl0", range(4)), ("s2sl0_2", (0, 1)), ("s2ds", (0, 1)), ("s2endi", (0, 1)),
@@ -627,7 +636,7 @@ class RandomContext:
             "v": 1, "aa64": 1, "ips": ips, "endi": int(self.big_endian), "ds": int(self.ds),
             "affd": rng.random() < 0.3, "wxn": self.odd(0.15), "pan": self.odd(0.07),
             "epan": rng.random() < 0.5, "r": rng.random() < 0.9,
-            "a": features.term_model or rng.random() < 0.85,
+            "a": features.term_model or rng.random() < 0.75,
             "asid": rng.randrange(1 << (16 if features.asid16 or self.odd(0.05) else 8)),
             "aset": rng.getrandbits(1), "uwxn": rng.random() < 0.1,
             "s": self._choose_stall(), "ha": self.ha, "hd": self.hd,
@@ -886,9 +895,9 @@ class _Builder:
         for sid in sids:
             self._stream(table, sids, sid)
         for guest in self.guests:
-            for _ in range(rng.randrange(3)):
+            for _ in range(rng.choice((0, 0, 0, 1, 2))):
                 guest.damage()
-        if rng.random() < 0.4:
+        if rng.random() < (0.25 if self.nested else 0.4):
             self._flip()
         return System(self.memory, self.features, self._registers(table), self.request)
 
@@ -967,7 +976,7 @@ class _Builder:
             "eats": rng.randrange(4), "nscfg": rng.choice((0, 3)),
             "s1cir": rng.randrange(4), "s1cor": rng.randrange(4), "s1csh": rng.randrange(4),
             "s2vmid": rng.choice((0, 5, 0x1234)) if self.features.vmid16 else 5,
-            "s1stalld": rng.random() < (0.05 if self.features.stall_model == 0 else 0.01),
+            "s1stalld": rng.random() < (0.02 if self.features.stall_model == 0 else 0.01),
         }  # fmt: skip
         kind = rng.random()
         if self.nested and 0.02 < kind < 0.85:
@@ -1010,7 +1019,7 @@ class _Builder:
             return
         ste["config"] = 0b111
         ste["strw"] = rng.choice((0, 0, 3))
-        if rng.random() < 0.7:
+        if rng.random() < 0.85:
             ste["instcfg"] = ste["privcfg"] = 0
         ste.update(self._contexts_of(sid, False, guest))
 
@@ -1066,7 +1075,7 @@ class _Builder:
             context = rng.choice(contexts)
             if ssid == 0:
                 first = context
-            if rng.random() < 0.98:
+            if rng.random() > 0.02 * room.oddity:
                 self._put_context(table, ssid, context)
             elif table.leaf_lg2 is not None and table.l1cd_address(ssid) not in memory:
                 pointer = rng.choice((
@@ -1089,7 +1098,7 @@ class _Builder:
     def _put_context(self, table, ssid, context):
         address = table.set_cd(ssid, context.cd)
         self.flippable.append((table.memory, address, 192))
-        if self.rng.random() < 0.01:
+        if context.odd(0.01):
             table.memory.write(address, bytes(64))
 
     def _bad_pointer(self, fields, room):

@@ -97,6 +97,11 @@ def result_row(result):
     )
 
 
+def fetch_row(fetch):
+    """A Fetch as the twin writes it."""
+    return tuple(fetch) if fetch.swap is not None else tuple(fetch[:5])
+
+
 def batch(smmu, requests, **more):
     """One batch of requests, every column unless told otherwise."""
     return smmu.translate_batch(
@@ -141,7 +146,7 @@ def check_faces(smmu, system, request, outcome, row):
     assert result_row(result) == row, "translate"
     traced = smmu.translate(sid, iova, trace=True, **call)
     assert result_row(traced) == row, "translate(trace=True)"
-    assert [tuple(fetch) for fetch in traced.fetches] == list(outcome.fetches), "fetches"
+    assert [fetch_row(fetch) for fetch in traced.fetches] == outcome.fetches, "fetches"
     walk = smmu.start_walk(sid, iova, **call)
     while walk.request is not None:
         walk.supply(system.read(walk.request.address, walk.request.size))
@@ -216,11 +221,6 @@ def by_pair(request):
     """What the requests of one batch have in common."""
     ssid = -1 if request.ssid is None else request.ssid
     return request.sid, ssid, request.write, request.priv, request.instr
-
-
-def fetch_row(fetch):
-    """A Fetch as the twin writes it."""
-    return tuple(fetch) if fetch.swap is not None else tuple(fetch[:5])
 
 
 def host_walk(smmu, memory, sid, iova, **access):
