@@ -55,11 +55,17 @@ class Fetch(NamedTuple):
         return None if self.data is None else int.from_bytes(self.data, "little")
 
 
+_CLASSES = tuple(name.partition(":")[0] for name in layout.EVENT.field("CLASS").values.values())
+_PERMISSION = layout.Event.F_PERMISSION.name
+
+
 class Event:
     """A 32-byte event record (IHI 0070 7.3); the bytes are the truth, the rest decodes them.
 
     >>> Event(bytes.fromhex("04000000090000000000000000000000" + "00" * 16))
     <Event C_BAD_STE sid=0x9>
+    >>> Event(layout.to_bytes("EVENT", 0x4000_1000 << 192 | 0x118a << 96 | 0x7_0000_3813))
+    <Event F_PERMISSION sid=0x7 ssid=0x3 iova=0x0 read s2 class=TT descriptor=read ipa=0x40001000>
     """
 
     __slots__ = ("record",)
@@ -122,6 +128,50 @@ class Event:
         """Address of the fetch that failed, None for other events."""
         return self.fields.get("FetchAddr")
 
+    @property
+    def s2(self) -> bool | None:
+        """Whether it is a fault of stage 2, None where the record does not say."""
+        s2 = self.fields.get("S2")
+        return None if s2 is None else bool(s2)
+
+    @property
+    def class_(self) -> str | None:
+        """What was being accessed, None where the record does not say.
+
+        "CD": a context descriptor; "TT": a translation table; "IN": what the input address led
+        to; "reserved".
+        """
+        code = self.fields.get("CLASS")
+        return None if code is None else _CLASSES[code]
+
+    @property
+    def ipa(self) -> int | None:
+        """Page of the intermediate physical address; None unless it is a fault of stage 2."""
+        fields = self.fields
+        return fields.get("IPA") if fields.get("S2") else None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the transaction waits for a CMD_RESUME."""
+        return bool(self.fields.get("Stall"))
+
+    @property
+    def stag(self) -> int | None:
+        """Tag that the CMD_RESUME of a stalled transaction needs; None for any other."""
+        fields = self.fields
+        return fields["STAG"] if fields.get("Stall") else None
+
+    @property
+    def ttrnw(self) -> bool | None:
+        """Whether the walk read the descriptor that it might not (True) or updated it (False).
+
+        None unless it is an F_PERMISSION of class TT.
+        """
+        fields = self.fields
+        if "TTRnW" not in fields or _CLASSES[fields["CLASS"]] != "TT" or self.name != _PERMISSION:
+            return None
+        return bool(fields["TTRnW"])
+
     def __str__(self) -> str:
         """Every field in words."""
         return layout.format("EVENT", self.record)
@@ -135,6 +185,16 @@ class Event:
             text += f" iova={self.iova:#x} {'write' if self.write else 'read'}"
         if self.fetch_address is not None:
             text += f" fetch={self.fetch_address:#x}"
+        if self.s2:
+            text += " s2"
+        if self.class_ in ("CD", "TT"):
+            text += f" class={self.class_}"
+        if self.ttrnw is not None:
+            text += f" descriptor={'read' if self.ttrnw else 'write'}"
+        if self.ipa is not None:
+            text += f" ipa={self.ipa:#x}"
+        if self.stalled:
+            text += f" stag={self.stag:#x}"
         return text + ">"
 
     def __eq__(self, other: object) -> bool:
