@@ -22,7 +22,8 @@ Kind "linux": one configuration
     One event a line: ``sid``, ``iova``, ``rnw``, ``hex`` (the record in memory order);
     ``action``, "abort" if absent.
 ``queues.npz``
-    As ``pages.npz``: pages of the command and event queues.  May be absent.
+    As ``pages.npz``: pages of the command and event queues.  May be absent.  The queues are rings
+    in mid-history (`Queue`), at CMDQ_BASE and EVENTQ_BASE.
 
 Lines of both lists may have ``ssid``, ``instr`` and ``priv``.  Where ``priv`` is given, records
 are compared to the last bit, and ``perm`` has three bits.  Where it is absent, the implementation
@@ -39,6 +40,13 @@ Kind "cases": many configurations
     ``sid``, ``iova``, ``rnw``, and ``out``: ``k`` is "ok" (pa, perm, stage), "event" (name, rec),
     "fault_silent", "abort", "bypass" or "disable".  ``arch_differs`` {cause, arch, why} replaces
     ``out``; ``rec_differs`` lists fields of the record, "NAME:VALUE", to replace.
+
+Command batches
+---------------
+A file of lines like the lists above, ``queues.jsonl.gz``.  First ``{"header": ..., "idr": {...}}``,
+then lines with ``kind``; those of kind "cmds" have ``id``, ``cmds`` (16 bytes each, hexadecimal, in
+memory order), the indices ``start`` and ``prod``, and what was read back: ``cons`` (CMDQ_CONS) and
+``err`` (its ERR).
 
 Comparing fairly
 ----------------
@@ -76,7 +84,20 @@ from smmufast.features import Features
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ANY", "REQUEST", "UNTOLD", "Capture", "CaptureError", "Configuration", "Expected"]
+__all__ = [
+    "ANY",
+    "REQUEST",
+    "UNTOLD",
+    "Batch",
+    "Capture",
+    "CaptureError",
+    "Configuration",
+    "Expected",
+    "Queue",
+    "load_batches",
+    "load_events",
+    "load_queue",
+]
 
 PAGE = 4096
 MAX_PAGES = 1 << 18
@@ -266,6 +287,14 @@ def _parse(path: str, number: int | None, text: bytes) -> _Line:
         reason = getattr(error, "msg", None) or str(error).partition(";")[0]
         raise CaptureError(path, number, f"not JSON: {reason}") from None
     return _Line(path, number, values)
+
+
+def _meta(path: str) -> _Line:
+    try:
+        with open(path, "rb") as file:
+            return _parse(path, None, file.read(MAX_LINE))
+    except OSError as error:
+        raise _open_error(path, error) from None
 
 
 def _open_error(path: str, error: OSError) -> CaptureError:
@@ -784,12 +813,7 @@ class Capture:
 
     @classmethod
     def _load_linux(cls, path: str) -> Capture:
-        where = os.path.join(path, "meta.json")
-        try:
-            with open(where, "rb") as file:
-                meta = _parse(where, None, file.read(MAX_LINE))
-        except OSError as error:
-            raise _open_error(where, error) from None
+        meta = _meta(os.path.join(path, "meta.json"))
         registers = _registers(meta, meta.inner("regs").values, _NEEDED)
         features = _features(meta, registers)
         if "regions" in meta.values:
@@ -980,6 +1004,168 @@ class Capture:
         _write_lines(os.path.join(path, "requests.jsonl.gz"), translated)
         _write_lines(os.path.join(path, "events.jsonl.gz"), [*events, *terminated])
         return cls.load(path)
+
+
+# --- queues ---------------------------------------------------------------------------------------
+
+
+class Queue(NamedTuple):
+    """A queue of a capture: what lies in its ring, oldest first.
+
+    Where PROD's wrap bit is set and no slot is zero, every slot is a record and the oldest one is
+    in the slot at PROD.  Otherwise the slots from 0 to PROD-1 are records.
+
+    Attributes
+    ----------
+    features : Features
+        As recorded.
+    base, prod, cons : int
+        The queue's registers.
+    log2size : int
+        The ring has 2^log2size slots.
+    first : int
+        Slot of the oldest record.
+    records : tuple of bytes
+        In memory order; the slot of ``records[i]`` is ``(first + i) % 2**log2size``.
+    """
+
+    features: Features
+    base: int
+    prod: int
+    cons: int
+    log2size: int
+    first: int
+    records: tuple[bytes, ...]
+
+
+_QUEUES = {"commands": ("CMDQ", "cmdqs", 16), "events": ("EVENTQ", "eventqs", 32)}
+
+
+def load_queue(path: str | os.PathLike[str], which: str) -> Queue:
+    """Read one queue of a capture of kind "linux": `which` is "commands" or "events".
+
+    Raises
+    ------
+    CaptureError
+        The capture has no queues, or cannot be read.
+    ValueError
+        There is no such queue.
+    """
+    if which not in _QUEUES:
+        raise ValueError(f"which: {which!r} given; {' or '.join(_QUEUES)} needed")
+    name, limit, size = _QUEUES[which]
+    path = os.fspath(path)
+    meta = _meta(os.path.join(path, "meta.json"))
+    needed = (*_NEEDED, *(f"{name}_{part}" for part in ("BASE", "PROD", "CONS")))
+    registers = _registers(meta, meta.inner("regs").values, needed)
+    features = _features(meta, registers)
+    base, prod, cons = (registers[f"{name}_{part}"] for part in ("BASE", "PROD", "CONS"))
+    fields = layout.unpack(f"{name}_BASE", base)
+    log2size = min(fields["LOG2SIZE"], getattr(features, limit))
+    slots = 1 << log2size
+    first = fields["ADDR"] & -(size << log2size)
+    ring = bytearray(size << log2size)
+    where = os.path.join(path, "queues.npz")
+    addresses, pages = _arrays(where, page_addr=("<u8", 8), pages=("u1", PAGE))
+    if len(addresses) != len(pages):
+        raise CaptureError(where, None, f"{len(addresses)} addresses for {len(pages)} pages")
+    for address, page in zip(addresses.tolist(), pages, strict=True):
+        start, end = max(address, first), min(address + PAGE, first + len(ring))
+        if start < end:
+            ring[start - first : end - first] = page[start - address : end - address].tobytes()
+    records = [bytes(ring[at : at + size]) for at in range(0, len(ring), size)]
+    at = prod & (slots - 1)
+    if prod & slots and all(map(any, records)):
+        records = records[at:] + records[:at]
+    else:
+        at, records = 0, records[:at]
+    return Queue(features, base, prod, cons, log2size, at, tuple(records))
+
+
+def load_events(path: str | os.PathLike[str]) -> list[tuple[str, bytes]]:
+    """Return the event records that a capture lists beside its requests, and where each stands.
+
+    Raises
+    ------
+    CaptureError
+        The capture cannot be read.
+    """
+    path = os.fspath(path)
+    where = os.path.join(path, "cases.jsonl.gz")
+    found = []
+    if os.path.exists(where):
+        lines = _lines(where)
+        next(lines, None)
+        for line in lines:
+            for request in line.list("reqs"):
+                one = _Line(line.path, line.number, request)
+                if "out" in one.values and one.inner("out").values.get("k") == "event":
+                    record = _record(one.inner("out"), "rec")
+                    found.append((line.text("id"), record))
+        return found
+    _meta(os.path.join(path, "meta.json"))
+    for line in _lines(os.path.join(path, "events.jsonl.gz")):
+        found.append((f"line {line.number}", _record(line, "hex")))
+    return found
+
+
+class Batch(NamedTuple):
+    """Commands that were given to an SMMU at once, and how far it came.
+
+    Attributes
+    ----------
+    id : int
+    start, prod : int
+        CMDQ_CONS and CMDQ_PROD before.
+    cons : int
+        CMDQ_CONS after.
+    err : int
+        CMDQ_CONS.ERR after.
+    commands : tuple of bytes
+        In memory order.
+    """
+
+    id: int
+    start: int
+    prod: int
+    cons: int
+    err: int
+    commands: tuple[bytes, ...]
+
+
+def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
+    """Return the features and the command batches of a file of them.
+
+    Raises
+    ------
+    CaptureError
+        The file cannot be read.
+    """
+    path = os.fspath(path)
+    lines = _lines(path)
+    header = next(lines, None)
+    if header is None:
+        raise CaptureError(path, None, "empty; a header is wanted")
+    header.get("header")
+    needed = ("IDR0", "IDR1", "IDR3", "IDR5")
+    features = _features(header, _registers(header, header.inner("idr").values, needed))
+    found = []
+    for line in lines:
+        if line.text("kind") != "cmds":
+            continue
+        commands = []
+        for text in line.list("cmds"):
+            try:
+                command = bytes.fromhex(text) if isinstance(text, str) else b""
+            except ValueError:
+                command = b""
+            if len(command) != 16:
+                line.bad(f"cmds: {_kind(text)} found; 16 bytes in hexadecimal are wanted")
+            commands.append(command)
+        start, prod, cons = (line.integer(name, _U32) for name in ("start", "prod", "cons"))
+        err = line.integer("err", 0x7F)
+        found.append(Batch(line.integer("id", _U64), start, prod, cons, err, tuple(commands)))
+    return features, found
 
 
 def _registers_of(smmu: Smmu) -> dict[str, int]:

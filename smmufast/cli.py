@@ -1,4 +1,4 @@
-"""The command `smmufast`: replay captures, walk them, list their streams.
+"""The command `smmufast`: replay captures, walk them, list their streams and queues; decode words.
 
 Exit statuses: 0 done, and every outcome agrees; 1 some outcome differs; 2 bad input or usage;
 3 nothing differs, but requests were left out as unsupported; 130 interrupted; 141 the reader of
@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smmufast.capture import Capture, Configuration
+    from smmufast.decode import Decoded
+    from smmufast.features import Features
     from smmufast.replay import Difference, Replay, Tally
 
 __all__ = ["main"]
 
 # Modules that need numpy or are compiled are imported where they are used: --help needs none.
+
+MOST_NAMES = 24  # of a summary in words
 
 AGREES, DIFFERS, BAD_INPUT, UNSUPPORTED, INTERRUPTED, NO_READER = 0, 1, 2, 3, 130, 141
 
@@ -55,6 +59,10 @@ def _positive(text: str) -> int:
     raise argparse.ArgumentTypeError("at least 1 is needed")
 
 
+def _level(text: str) -> int:
+    return -1 if text == "-1" else _number(text)
+
+
 class _Version(argparse.Action):
     """Print the version, which is looked up only then."""
 
@@ -71,14 +79,17 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="smmufast",
-        description="An Arm SMMUv3 model: replay captures, walk them, list their streams.",
+        description="An Arm SMMUv3 model: replay captures, walk them, list their streams and "
+        "queues, decode records and logs.",
         epilog=_STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, text: str, capture: str = "directory of the capture"
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             help=text[0].lower() + text[1:].rstrip("."),
@@ -86,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_STATUSES if name == "replay" else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.add_argument("capture", metavar="CAPTURE", help="directory of the capture")
+        if capture:
+            made.add_argument("capture", metavar="CAPTURE", help=capture)
         made.add_argument("--json", action="store_true", help="print one JSON document")
         return made
 
@@ -130,14 +142,57 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("streams", "List the streams with their STEs and CDs, equal ones as one.")
     made.add_argument("--config", metavar="ID", help="one configuration only")
+    _add_limit(made)
+
+    _add_limit(command("events", "List the event records of a capture, oldest first."))
+    _add_limit(
+        command(
+            "commands",
+            "List the command queue of a capture, oldest first.",
+            "directory of the capture, or a queues.jsonl.gz with batches of commands",
+        )
+    )
+
+    made = command("decode", "Decode records, kernel messages or a QEMU trace into words.", "")
     made.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="hexadecimal numbers, first word first, or a log line (default: standard input)",
+    )
+    made.add_argument(
+        "--kind",
+        metavar="K",
+        help="event, command, pri, ste, cd, l1std, l1cd or pte (default: by the size)",
+    )
+    made.add_argument(
+        "--unit",
+        type=_number,
+        metavar="BITS",
+        help="64, 32 or 8 (bytes in memory order) a number (default: by its digits)",
+    )
+    made.add_argument(
+        "--stage", type=_number, default=1, metavar="N", help="of a pte: 1 (default) or 2"
+    )
+    made.add_argument(
+        "--granule", default="4K", metavar="G", help="of a pte: 4K (default), 16K or 64K"
+    )
+    made.add_argument("--level", type=_level, metavar="L", help="of a pte: -1 to 3")
+    made.add_argument(
+        "--raw", action="store_true", help="standard input is records in memory order"
+    )
+    made.add_argument("--brief", action="store_true", help="one line each")
+    return parser
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--limit",
         type=_positive,
         default=100_000,
         metavar="N",
         help="stop after N lines (default 100000)",
     )
-    return parser
 
 
 # --- output ---------------------------------------------------------------------------------------
@@ -508,6 +563,270 @@ def _streams(arguments: argparse.Namespace) -> int:
     return AGREES
 
 
+# --- events and commands --------------------------------------------------------------------------
+
+
+def _counts_text(counts: dict[str, int], what: str) -> str:
+    """Return how many there are of each name, the most frequent first."""
+    total = _plural(sum(counts.values()), what)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    names = [f"{count} {name}" for name, count in ordered[:MOST_NAMES]]
+    if rest := sum(count for _, count in ordered[MOST_NAMES:]):
+        names.append(f"{rest} others")
+    return f"{total}: {', '.join(names)}" if names else total
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _queue_head(name: str, what: str, queue: Any) -> str:
+    return (
+        f"{name}: {what} queue of {1 << queue.log2size} slots at "
+        f"{queue.base & 0xFF_FFFF_FFFF_FFE0:#x}, PROD={queue.prod:#x}, CONS={queue.cons:#x}"
+    )
+
+
+def _queue_json(queue: Any) -> dict[str, int]:
+    return {
+        "log2size": queue.log2size,
+        "base": queue.base,
+        "prod": queue.prod,
+        "cons": queue.cons,
+        "first_slot": queue.first,
+    }
+
+
+def _events(arguments: argparse.Namespace) -> int:
+    from smmufast.capture import Capture, load_events, load_queue
+    from smmufast.faults import Event
+
+    path = arguments.capture
+    if os.path.isfile(path):
+        raise UsageError(f"{path}: a file; event records are in the directory of a capture")
+    head = queue = None
+    if os.path.exists(os.path.join(path, "queues.npz")):
+        queue = load_queue(path, "events")
+        slots = 1 << queue.log2size
+        found = [
+            (f"{(queue.first + i) % slots:#x}", Event(record))
+            for i, record in enumerate(queue.records)
+        ]
+        head = _queue_head(os.path.basename(os.path.abspath(path)), "event", queue)
+    else:
+        if not os.path.isdir(path):
+            Capture.load(path)  # says what is wrong
+        found = [(where, Event(record)) for where, record in load_events(path)]
+    counts = _counted(event.name for _, event in found)
+    more = len(found) > arguments.limit
+    shown = found[: arguments.limit]
+    if arguments.json:
+        _print_json(
+            {
+                "capture": path,
+                "queue": None if queue is None else _queue_json(queue),
+                "events": [
+                    {
+                        "where": where,
+                        "name": event.name,
+                        "record": event.record.hex(),
+                        "fields": event.fields,
+                    }
+                    for where, event in shown
+                ],
+                "counts": counts,
+                "more": more,
+            }
+        )
+        return AGREES
+    if head is not None:
+        print(head)
+    for where, event in shown:
+        print(f"{where:<8} {repr(event)[len('<Event ') : -1]}")
+    if more:
+        print("There are more: see --limit.")
+    print(_counts_text(counts, "event"))
+    return AGREES
+
+
+def _commands(arguments: argparse.Namespace) -> int:
+    from smmufast.capture import Capture, load_batches, load_queue
+
+    path = arguments.capture
+    if os.path.isfile(path):
+        return _command_batches(arguments, *load_batches(path))
+    if os.path.exists(os.path.join(path, "cases.jsonl.gz")):
+        raise UsageError(f"{path}: this kind of capture has no command queue")
+    if not os.path.exists(os.path.join(path, "meta.json")):
+        Capture.load(path)  # says what is wrong
+    queue = load_queue(path, "commands")
+    commands, counts = _decoded_commands(queue.records, queue.features, arguments.limit)
+    slots = 1 << queue.log2size
+    more = len(queue.records) > arguments.limit
+    if arguments.json:
+        _print_json(
+            {
+                "capture": path,
+                "queue": _queue_json(queue),
+                "commands": [
+                    {"slot": (queue.first + i) % slots} | _command_json(command)
+                    for i, command in enumerate(commands)
+                ],
+                "counts": counts,
+                "more": more,
+            }
+        )
+        return AGREES
+    print(_queue_head(os.path.basename(os.path.abspath(path)), "command", queue))
+    for i, command in enumerate(commands):
+        print(f"{(queue.first + i) % slots:<#8x} {_command_line(command)}")
+    if more:
+        print("There are more: see --limit.")
+    print(_counts_text(counts, "command"))
+    return AGREES
+
+
+def _decoded_commands(
+    records: Sequence[bytes], features: Features, limit: int
+) -> tuple[list[Decoded], dict[str, int]]:
+    """Return the first commands decoded, and how many there are of each among all."""
+    from smmufast.decode import decode
+
+    known: dict[bytes, Decoded] = {}
+    names = []
+    for record in records:
+        if record not in known:
+            (known[record],) = decode(record, "command", features=features)
+        names.append(known[record].name)
+    return [known[record] for record in records[:limit]], _counted(names)
+
+
+def _command_line(command: Decoded) -> str:
+    return "; ".join((f"{command.name}: {command.text}", *command.meaning))
+
+
+def _command_json(command: Decoded) -> dict[str, Any]:
+    shown = command.as_dict()
+    return {name: shown[name] for name in ("name", "record", "fields", "text", "meaning")}
+
+
+def _command_batches(
+    arguments: argparse.Namespace, features: Features, batches: Sequence[Any]
+) -> int:
+    left = arguments.limit
+    documents = []
+    names: dict[str, int] = {}
+    more = False
+    for batch in batches:
+        commands, counts = _decoded_commands(batch.commands, features, left)
+        for name, count in counts.items():
+            names[name] = names.get(name, 0) + count
+        if left <= 0 and batch.commands:
+            more = True
+            continue
+        left -= len(commands)
+        more |= len(commands) < len(batch.commands)
+        if arguments.json:
+            documents.append(
+                {
+                    "id": batch.id,
+                    "start": batch.start,
+                    "prod": batch.prod,
+                    "cons": batch.cons,
+                    "err": batch.err,
+                    "commands": [_command_json(command) for command in commands],
+                }
+            )
+            continue
+        print(
+            f"batch {batch.id}: from index {batch.start:#x} to {batch.prod:#x}; "
+            f"CMDQ_CONS became {batch.cons:#x} (ERR={batch.err})"
+        )
+        for i, command in enumerate(commands):
+            print(f"  {i:<6} {_command_line(command)}")
+    if arguments.json:
+        _print_json(
+            {"capture": arguments.capture, "batches": documents, "counts": names, "more": more}
+        )
+        return AGREES
+    if more:
+        print("There are more: see --limit.")
+    print(_counts_text(names, "command"))
+    return AGREES
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    from smmufast.decode import DecodeError, decode
+
+    data: str | bytes
+    if arguments.words:
+        if arguments.raw:
+            raise UsageError("--raw: reads standard input, but words are given too")
+        data = " ".join(arguments.words)
+    else:
+        data = sys.stdin.buffer.read()
+        if not arguments.raw:
+            data = data.decode("utf-8", "replace")
+    try:
+        found = decode(
+            data,
+            arguments.kind,
+            unit=arguments.unit,
+            stage=arguments.stage,
+            granule=arguments.granule,
+            level=arguments.level,
+        )
+    except DecodeError as error:
+        raise UsageError(error) from None
+    if not found:
+        raise UsageError(
+            "nothing to decode: neither numbers, nor messages of arm-smmu-v3, nor a trace of QEMU's"
+        )
+    if arguments.json:
+        _print_json([decoded.as_dict() for decoded in found])
+        return AGREES
+    for i, (decoded, times) in enumerate(_runs(found)):
+        again = f" ({times} times)" if times > 1 else ""
+        if arguments.brief:
+            where = "" if decoded.line is None else f"{decoded.line}: "
+            print(f"{where}{decoded.name}: {decoded.text}{again}")
+            continue
+        if i:
+            print()
+        print(decoded)
+        if again:
+            print(f"  {again.strip()}")
+    if len(found) > 1:
+        print(
+            ("" if arguments.brief else "\n")
+            + _counts_text(_counted(decoded.name for decoded in found), "finding")
+        )
+    return AGREES
+
+
+def _runs(found: Iterable[Decoded]) -> Iterable[tuple[Decoded, int]]:
+    """Yield each finding with how often it comes in a row; their lines do not count."""
+    from dataclasses import replace
+
+    first: Decoded | None = None
+    times = 0
+    for decoded in found:
+        if first is not None and replace(decoded, line=first.line) == first:
+            times += 1
+            continue
+        if first is not None:
+            yield first, times
+        first, times = decoded, 1
+    if first is not None:
+        yield first, times
+
+
 # --- main -----------------------------------------------------------------------------------------
 
 
@@ -520,8 +839,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; `argv` are the words after its name."""
     try:
         arguments = _parser().parse_args(argv)
-        run = {"replay": _replay, "walk": _walk, "streams": _streams}[arguments.command]
-        status = _run(run, arguments)
+        status = _run(arguments)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -532,9 +850,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_READER
 
 
-def _run(run: Any, arguments: argparse.Namespace) -> int:
+_COMMANDS = {
+    "replay": _replay,
+    "walk": _walk,
+    "streams": _streams,
+    "events": _events,
+    "commands": _commands,
+    "decode": _decode,
+}
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    expected: tuple[type[Exception], ...] = (UsageError,)
     try:
-        from smmufast.capture import CaptureError
+        if arguments.command != "decode":  # which needs no numpy, and nothing that is compiled
+            from smmufast.capture import CaptureError
+
+            expected = (UsageError, CaptureError)
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("smmufast._"):
             raise
@@ -544,9 +876,9 @@ def _run(run: Any, arguments: argparse.Namespace) -> int:
         )
         return BAD_INPUT
     try:
-        return int(run(arguments))
-    except (CaptureError, UsageError) as error:
+        return _COMMANDS[arguments.command](arguments)
+    except expected as error:
         _say(error)
     except MemoryError:
-        _say("not enough memory for this capture")
+        _say("not enough memory for this input")
     return BAD_INPUT

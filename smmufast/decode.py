@@ -494,12 +494,11 @@ def _tlbi(name: str, fields: dict[str, int], features: Features | None) -> str:
 
 def _sync(fields: dict[str, int]) -> str:
     text = "wait until the commands before are done"
-    if fields["CS"] == 1:
-        target = fields["MSIAddress"]
-        if target:
-            text += f", then write {fields['MSIData']:#x} to {target:#x} (MSI), or without MSIs"
-        return f"{text}, {'' if target else 'then '}raise the wired interrupt"
-    return text + (", then send an event (SEV)" if fields["CS"] == 2 else "")
+    target = fields["MSIAddress"]
+    if fields["CS"] == 1 and target:
+        return f"{text}, then write {fields['MSIData']:#x} to {target:#x} (without MSIs: interrupt)"
+    after = {1: ", then raise an interrupt", 2: ", then send an event (SEV)"}
+    return text + after.get(fields["CS"], "")
 
 
 def _command_text(name: str, fields: dict[str, int], features: Features | None) -> str:

@@ -14,12 +14,13 @@ import sysconfig
 from pathlib import Path
 
 import captures
-import numpy as np
 import pytest
 from reference import bits, features_from_idr, in_place, pointer_msb
 
 import smmufast
-from smmufast import layout
+from smmufast import Features, layout
+from smmufast.capture import load_batches, load_queue
+from smmufast.decode import command_faults
 
 SOURCES = Path(__file__).parent / "commands"
 NONE, ILL = 0, 1
@@ -229,6 +230,22 @@ def test_every_opcode_is_decoded_as_the_specification_reads(decode, op):
     assert bool(found[NONE]) == (op in known)
 
 
+@pytest.mark.parametrize("op", range(256))
+def test_what_is_illegal_is_told_with_a_reason(decode, op):
+    rng = random.Random(op)
+    for _ in range(60):
+        hw = random_hardware(rng)
+        features = Features(
+            **{name: hw[name] for name in SCALARS}, arch_minor=hw["arch_minor"], gran4k=1
+        )
+        command = random_words(rng) | op
+        cerror, _ = decode(hw, command)
+        reasons = command_faults(command, features)
+        assert bool(reasons) == (cerror == ILL), (hw, hex(command), reasons)
+        if command_faults(command):  # what no SMMU accepts
+            assert cerror == ILL or not hw["ril"]
+
+
 @pytest.mark.parametrize(
     ("dwords", "effect"),
     [
@@ -380,23 +397,6 @@ def recorded_hardware(idr, cr0=1):
     return hardware(**{name: features[name] for name in names}, cr0=cr0)
 
 
-def ring(directory):
-    """The commands of a capture, oldest first."""
-    meta = json.loads((directory / "meta.json").read_text())
-    base, prod = (int(meta["regs"][name], 16) for name in ("CMDQ_BASE", "CMDQ_PROD"))
-    with np.load(directory / "queues.npz") as arrays:
-        pages = dict(zip(arrays["page_addr"].tolist(), arrays["pages"], strict=True))
-    slots = 1 << bits(base, 4, 0)
-    first = bits(base, 51, 5) << 5
-    data = b"".join(pages[first + at].tobytes() for at in range(0, 16 * slots, 4096))
-    data = data[: 16 * slots]
-    commands = [int.from_bytes(data[at : at + 16], "little") for at in range(0, len(data), 16)]
-    at = prod % slots
-    if prod & slots and all(commands):
-        return meta, commands[at:] + commands[:at]
-    return meta, commands[:at]
-
-
 LINUX = [
     pytest.param(path, id=path.name)
     for path in captures.found()
@@ -407,8 +407,9 @@ LINUX = [
 @pytest.mark.skipif(not LINUX, reason="no capture has queues")
 @pytest.mark.parametrize("path", LINUX)
 def test_the_commands_of_a_kernel_are_all_legal(decode, path):
-    meta, commands = ring(path)
-    hw = recorded_hardware(meta["regs"], int(meta["regs"]["CR0"], 16))
+    registers = json.loads((path / "meta.json").read_text())["regs"]
+    hw = recorded_hardware(registers, int(registers["CR0"], 16))
+    commands = [int.from_bytes(r, "little") for r in load_queue(path, "commands").records]
     kinds = {}
     for command in commands:
         cerror, effect = decode(hw, command)
@@ -420,13 +421,11 @@ def test_the_commands_of_a_kernel_are_all_legal(decode, path):
 
 
 def batches():
-    """The recorded batches of commands: features, and each line."""
+    """Where the recorded batches of commands are, or None."""
     for directory in {path.parent for path in captures.found()}:
-        path = directory / "queues.jsonl.gz"
-        if path.exists():
-            header, *lines = captures.read_lines(path)
-            return header["idr"], [line for line in lines if line["kind"] == "cmds"]
-    return None, []
+        if (directory / "queues.jsonl.gz").exists():
+            return directory / "queues.jsonl.gz"
+    return None
 
 
 def accepted_by_qemu(command):
@@ -440,26 +439,30 @@ def accepted_by_qemu(command):
 
 
 def test_recorded_batches_stop_where_qemu_stopped(decode):
-    idr, lines = batches()
-    if not lines:
+    path = batches()
+    if path is None:
         pytest.skip("no queues.jsonl.gz beside the captures")
-    hw = recorded_hardware(idr)
+    hw = recorded_hardware(captures.QEMU_IDR)
+    features, found = load_batches(path)
+    assert (features.idr0, features.idr3) == tuple(
+        int(captures.QEMU_IDR[name], 16) for name in ("IDR0", "IDR3")
+    )
     wrap = (1 << 9) - 1  # LOG2SIZE is 8
     compared = {NONE: 0, ILL: 0, "refused here only": 0}
-    for line in lines:
-        start, cons = int(line["start"], 16), int(line["cons"], 16)
+    for batch in found:
         done, cerror = 0, NONE
-        for text in line["cmds"]:
-            command = int.from_bytes(bytes.fromhex(text), "little")
+        for record in batch.commands:
+            command = int.from_bytes(record, "little")
             cerror, _ = decode(hw, command)
             if cerror != NONE:
                 break
             done += 1
-        consumed = ((cons & 0xFFFFF) - start) & wrap
+        consumed = ((batch.cons & 0xFFFFF) - batch.start) & wrap
         if cerror != NONE and accepted_by_qemu(command):
-            assert consumed > done or line["err"] == NONE
+            assert consumed > done or batch.err == NONE
             compared["refused here only"] += 1
             continue
-        assert (consumed, line["err"], cons >> 24) == (done, cerror, cerror), line["id"]
+        assert (consumed, batch.err, batch.cons >> 24) == (done, cerror, cerror), batch.id
         compared[cerror] += 1
+    assert sum(compared.values()) == len(found)
     assert min(compared.values()) > 10, compared
