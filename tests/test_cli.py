@@ -1,16 +1,20 @@
 """The command: what it prints, its exit statuses, and one line for bad input."""
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import captures
+import numpy as np
 import pytest
 
 import smmufast
+from smmufast import layout
 from smmufast.capture import Capture
 
 HOME = Path(smmufast.__file__).resolve().parent.parent
@@ -26,9 +30,12 @@ def start(*arguments, **more):
     return subprocess.Popen([*COMMAND, *map(str, arguments)], env=environment, **more)
 
 
-def run(*arguments, status=0):
-    process = start(*arguments)
-    out, err = process.communicate(timeout=60)
+def run(*arguments, status=0, given=None):
+    """Its output, or what it says of bad input; `given` is its standard input, text or bytes."""
+    process = start(*arguments, stdin=subprocess.PIPE, text=not isinstance(given, bytes))
+    out, err = process.communicate(given, timeout=60)
+    if isinstance(given, bytes):
+        out, err = out.decode(), err.decode()
     assert process.returncode == status, (process.returncode, out, err)
     assert "Traceback" not in err
     return out if status != 2 else err
@@ -206,6 +213,276 @@ def test_streams_as_json_and_limited(tmp_path):
     assert "beyond the physical address size" in run("streams", far)
 
 
+# --- events, commands, decode ---------------------------------------------------------------------
+
+
+def with_queues(path, commands, events, cmdq_prod=0, eventq_prod=0, pages=2, **registers):
+    """Give a small capture rings of 256 commands and 128 events at 0x40020000, 0x40021000."""
+    captures.small_capture(path)
+    meta = json.loads((path / "meta.json").read_text())
+    meta["regs"] |= {
+        "CMDQ_BASE": hex(0x4002_0008), "CMDQ_PROD": hex(cmdq_prod), "CMDQ_CONS": hex(cmdq_prod),
+        "EVENTQ_BASE": hex(0x4002_1007), "EVENTQ_PROD": hex(eventq_prod),
+        "EVENTQ_CONS": "0x0",
+    } | registers  # fmt: skip
+    (path / "meta.json").write_text(json.dumps(meta))
+    data = bytearray(0x2000)
+    for i, command in commands.items():
+        data[16 * i : 16 * i + 16] = layout.to_bytes("CMD", command)
+    for i, record in events.items():
+        data[0x1000 + 32 * i : 0x1000 + 32 * i + 32] = record
+    contents = np.frombuffer(bytes(data), np.uint8).reshape(2, 4096)
+    addresses = np.array([0x4002_0000, 0x4002_1000], np.uint64)
+    np.savez_compressed(path / "queues.npz", page_addr=addresses[:pages], pages=contents[:pages])
+    return path
+
+
+SYNC = layout.pack("SYNC", CS=2)
+EVENT = layout.to_bytes("C_BAD_STE", layout.pack("C_BAD_STE", StreamID=9))
+
+
+def test_commands_up_to_prod(tmp_path):
+    commands = {0: layout.pack("CFGI_ALL"), 1: SYNC, 2: layout.pack("ATC_INV"), 3: SYNC}
+    path = with_queues(tmp_path / "q", commands, {}, cmdq_prod=3)
+    lines = run("commands", path).splitlines()
+    assert lines[0] == "q: command queue of 256 slots at 0x40020000, PROD=0x3, CONS=0x3"
+    assert lines[1].split() == ["0x0", "CFGI_ALL:", "forget", "all", "cached", "configuration"]
+    assert lines[3].endswith("; Illegal (CERROR_ILL): it needs ATS (IDR0.ATS=0).")
+    assert lines[4:] == ["3 commands: 1 ATC_INV, 1 CFGI_ALL, 1 SYNC"]
+    found = run_json("commands", path, "--limit", 1)
+    assert found["queue"] == {
+        "log2size": 8, "base": 0x4002_0008, "prod": 3, "cons": 3, "first_slot": 0,
+    }  # fmt: skip
+    assert found["commands"] == [
+        {
+            "slot": 0,
+            "name": "CFGI_ALL",
+            "record": layout.to_bytes("CMD", commands[0]).hex(),
+            "fields": layout.unpack("CFGI_ALL", commands[0]),
+            "text": "forget all cached configuration",
+            "meaning": [],
+        }
+    ]
+    assert found["counts"] == {"CFGI_ALL": 1, "SYNC": 1, "ATC_INV": 1}
+    assert found["more"] is True
+    text = run("commands", path, "--limit", "2")
+    assert "There are more: see --limit.\n3 commands: " in text
+
+
+def test_a_ring_that_has_wrapped_starts_at_prod(tmp_path):
+    commands = {i: layout.pack("CFGI_STE", StreamID=i) for i in range(256)}
+    path = with_queues(tmp_path / "full", commands, {}, cmdq_prod=0x105)
+    found = run_json("commands", path)
+    assert [c["slot"] for c in found["commands"]] == [*range(5, 256), *range(5)]
+    assert [c["fields"]["StreamID"] for c in found["commands"]] == [*range(5, 256), *range(5)]
+    # a slot that was never written says that it has not wrapped
+    del commands[200]
+    path = with_queues(tmp_path / "not", commands, {}, cmdq_prod=0x105)
+    assert len(run_json("commands", path)["commands"]) == 5
+    # and without the wrap bit only what is before PROD is sure
+    path = with_queues(tmp_path / "odd", {i: SYNC for i in range(256)}, {}, cmdq_prod=0x5)
+    assert len(run_json("commands", path)["commands"]) == 5
+
+
+def test_events_of_a_queue(tmp_path):
+    path = with_queues(tmp_path / "q", {}, {0: EVENT, 1: EVENT}, eventq_prod=0x8000_0002)
+    assert run("events", path).splitlines() == [
+        "q: event queue of 128 slots at 0x40021000, PROD=0x80000002, CONS=0x0",
+        "0x0      C_BAD_STE sid=0x9",
+        "0x1      C_BAD_STE sid=0x9",
+        "2 events: 2 C_BAD_STE",
+    ]
+    found = run_json("events", path)
+    assert found["queue"]["log2size"] == 7
+    assert found["events"][0] == {
+        "where": "0x0", "name": "C_BAD_STE", "record": EVENT.hex(),
+        "fields": {"ID": 4, "SSV": 0, "SubstreamID": 0, "StreamID": 9},
+    }  # fmt: skip
+    # a page that is not there is zero
+    path = with_queues(tmp_path / "half", {}, {0: EVENT}, eventq_prod=1, pages=1)
+    assert "0x0      0x00 sid=0x0" in run("events", path)
+
+
+def test_events_of_captures_without_queues(tmp_path):
+    lines = run("events", captures.SHIPPED, "--limit", "3").splitlines()
+    assert lines[0].startswith("line 1   F_TRANSLATION sid=0xf8 iova=0x3e1cfb963ff8 write")
+    assert lines[-2:] == [
+        "There are more: see --limit.", "892 events: 613 F_PERMISSION, 279 F_TRANSLATION",
+    ]  # fmt: skip
+    assert len(run_json("events", captures.SHIPPED)["events"]) == 892
+    event = {"k": "event", "name": "C_BAD_STE", "rec": EVENT.hex()}
+    requests = [case(sid=9, out=event), case()]
+    path = captures.cases(tmp_path / "c", (captures.small_system(), requests, {}))
+    assert run("events", path) == "case-0   C_BAD_STE sid=0x9\n1 event: 1 C_BAD_STE\n"
+    assert "has no command queue" in run("commands", path, status=2)
+    assert "queues.npz: No such file" in run("commands", captures.SHIPPED, status=2)
+
+
+def batch_file(path, *lines):
+    captures.write_lines(path, [{"header": 1, "idr": captures.QEMU_IDR}, *lines])
+    return path
+
+
+BATCH = {
+    "kind": "cmds", "id": 7, "start": "0x0", "prod": "0x2", "cons": "0x1000001", "err": 1,
+    "cmds": ["46" + "00" * 15, "ff" + "00" * 15],
+}  # fmt: skip
+
+
+def test_batches_of_commands(tmp_path):
+    path = batch_file(tmp_path / "queues.jsonl.gz", BATCH, {"kind": "evtq_full"}, BATCH | {"id": 8})
+    assert run("commands", path).splitlines()[:4] == [
+        "batch 7: from index 0x0 to 0x2; CMDQ_CONS became 0x1000001 (ERR=1)",
+        "  0      SYNC: wait until the commands before are done",
+        "  1      opcode 0xff: no command; Illegal (CERROR_ILL): opcode 0xff is reserved.",
+        "batch 8: from index 0x0 to 0x2; CMDQ_CONS became 0x1000001 (ERR=1)",
+    ]
+    found = run_json("commands", path, "--limit", "3")
+    assert [len(batch["commands"]) for batch in found["batches"]] == [2, 1]
+    assert found["more"] is True
+    assert found["counts"] == {"SYNC": 2, "opcode 0xff": 2}
+    assert "a file; event records are in the directory of a capture" in run(
+        "events", path, status=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"cmds": ["46"]}, "cmds: a string found; 16 bytes in hexadecimal are wanted"),
+        ({"cmds": [5]}, "cmds: a number found"),
+        ({"cmds": ["zz" * 16]}, "16 bytes in hexadecimal"),
+        ({"cmds": 5}, "cmds: a number found; a list is wanted"),
+        ({"err": 128}, "err: 0x80 found"),
+        ({"start": None}, "start: null found"),
+        ({"kind": 1}, "kind: a number found"),
+    ],
+)
+def test_bad_batches_are_one_clear_line(tmp_path, change, problem):
+    error = run("commands", batch_file(tmp_path / "q.gz", BATCH | change), status=2)
+    assert problem in error
+    assert "q.gz:2: " in error
+    assert error.count("\n") == 1
+
+
+def test_bad_queues_are_one_clear_line(tmp_path):
+    path = with_queues(tmp_path / "q", {}, {}, CMDQ_PROD="zero")
+    for command in ("commands", "events"):
+        error = run(command, path, status=2)
+        assert "CMDQ_PROD: a string found; a number is wanted" in error
+        assert error.count("\n") == 1
+    (path / "queues.npz").write_bytes(b"no archive")
+    meta = json.loads((path / "meta.json").read_text())
+    meta["regs"]["CMDQ_PROD"] = "0x0"
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert "queues.npz: the archive is damaged" in run("commands", path, status=2)
+    del meta["regs"]["EVENTQ_BASE"]
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert "register EVENTQ_BASE is missing" in run("events", path, status=2)
+    assert "empty; a header is wanted" in run(
+        "commands", write(tmp_path / "empty.gz", gzip.compress(b"")), status=2
+    )
+    assert "no capture" in run("commands", tmp_path, status=2)
+
+
+def write(path, data):
+    path.write_bytes(data)
+    return path
+
+
+LOG = """\
+[    1.0] usb 1-1: new device
+[    2.0] arm-smmu-v3 smmu.0: event 0x04 received:
+[    2.0] arm-smmu-v3 smmu.0: \t0x0000000900000004
+[    2.0] arm-smmu-v3 smmu.0: \t0x0000000000000000
+[    2.0] arm-smmu-v3 smmu.0: \t0x0000000000000000
+[    2.0] arm-smmu-v3 smmu.0: \t0x0000000000000000
+"""
+
+
+def test_decode_of_words():
+    text = run("decode", "0x0000000900000004", "0", "0", "0", "--kind", "event")
+    assert text.startswith("C_BAD_STE: stream 0x9\n")
+    assert "    StreamID  [63:32]  9  stream\n" in text
+    assert run("decode", "46", "0") == (
+        "SYNC: wait until the commands before are done\n    Opcode  [7:0]  0x46  command\n"
+    )
+    assert run("decode", EVENT.hex(), "--brief") == "C_BAD_STE: stream 0x9\n"
+    assert run("decode", given="46 0\n").startswith("SYNC: ")
+    (found,) = run_json("decode", EVENT.hex())
+    assert (found["name"], found["record"], found["line"]) == ("C_BAD_STE", EVENT.hex(), None)
+    arguments = ("--kind", "pte", "--stage", 2, "--granule", "16K", "--level", 3)
+    assert run("decode", "0x43210703", *arguments, "--brief") == (
+        "PTE_S2: page of 16 KiB at 0x43210000 (16K granule, level 3)\n"
+    )
+    assert "level -1" in run("decode", "3", "--kind", "pte", "--level", "-1", "--brief")
+
+
+def test_decode_of_bytes_in_memory_order():
+    assert run("decode", "--raw", "--kind", "event", given=EVENT).startswith("C_BAD_STE: stream")
+    assert run("decode", "--raw", "--brief", given=EVENT) == "C_BAD_STE: stream 0x9\n"
+
+
+@pytest.mark.parametrize("kind", ["event", "command", "pri", "ste", "cd", "l1std", "l1cd", "pte"])
+def test_decode_knows_the_kinds_that_its_help_names(kind):
+    assert kind in run("decode", "--help")
+    size = {"event": 32, "command": 16, "pri": 16, "ste": 64, "cd": 64}.get(kind, 8)
+    assert run("decode", "--kind", kind, "--raw", given=bytes(size))
+
+
+def test_decode_of_a_log_counts_what_repeats():
+    text = run("decode", "--brief", given=LOG * 3 + "smmuv3_record_event F_ACCESS sid=0x1\n")
+    assert text.splitlines() == [
+        "2: C_BAD_STE: stream 0x9 (3 times)",
+        "19: F_ACCESS: stream 0x1",
+        "4 findings: 3 C_BAD_STE, 1 F_ACCESS",
+    ]
+    text = run("decode", given=LOG)
+    assert "(line 2, reported by smmu.0)" in text
+    assert text.count("C_BAD_STE") == 1
+    assert "\n  (2 times)\n\n2 findings: 2 C_BAD_STE\n" in run("decode", given=LOG * 2)
+    assert [found["line"] for found in json.loads(run("decode", "--json", given=LOG * 2))] == [2, 8]
+    # bytes that are no text do not stop it
+    assert "stream 0x9" in run("decode", given=b"\xff\xfe\x00\n" + LOG.encode())
+    line = "arm-smmu-v3 smmu.0: CMDQ error (cons 0x01000022): Illegal command"
+    assert run("decode", line).startswith("CERROR_ILL: the command queue stopped at index 0x22")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "problem"),
+    [
+        (("1", "2", "3"), None, "words: 24 bytes given; an event has 32"),
+        (("--kind", "event", "xyz"), None, "words: 'xyz' given; hexadecimal numbers are wanted"),
+        (("--kind", "ate", "1"), None, "kind: 'ate' given; event, command"),
+        (("--unit", "7", "1"), None, "unit: 7 given; 64, 32, 8 allowed"),
+        (("--level", "9", "1"), None, "level: 9 given"),
+        (("--level", "low", "1"), None, "'low' is not a number"),
+        (("--raw", "1"), None, "--raw: reads standard input, but words are given too"),
+        ((), "", "nothing to decode"),
+        ((), "no line of this tells of an SMMU\n", "nothing to decode"),
+        ((), bytes(range(256)), "nothing to decode"),
+        (("--raw",), b"123", "words: 3 bytes given; an event has 32"),
+        (("\udcff",), None, "nothing to decode"),
+    ],
+)
+def test_bad_words_are_one_clear_line(arguments, given, problem):
+    error = run("decode", *arguments, status=2, given=given)
+    assert problem in error.splitlines()[-1]
+    assert "error: " in error.splitlines()[-1]
+
+
+def test_decoding_starts_fast():
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        run("decode", "--kind", "event", "4", "0", "0", "0")
+        times.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import argparse, re, json"], check=True)
+    bare = time.perf_counter() - begin
+    assert min(times) < 0.2 + bare
+
+
 # --- bad input and the rest -----------------------------------------------------------------------
 
 
@@ -214,6 +491,8 @@ BAD = {
     "unknown command": (("play", "x"), "invalid choice: 'play'"),
     "no capture": (("replay",), "the following arguments are required: CAPTURE"),
     "missing capture": (("replay", "/nowhere"), "/nowhere: there is no such directory"),
+    "missing events": (("events", "/nowhere"), "/nowhere: there is no such directory"),
+    "missing commands": (("commands", "/nowhere"), "/nowhere: there is no such directory"),
     "a number": (("walk", "x", "--sid", "ten", "--iova", "0"), "'ten' is not a number"),
     "negative": (("walk", "x", "--sid=-1", "--iova", "0"), "-1 is negative"),
     "no repeat": (("replay", "x", "--repeat", "0"), "at least 1 is needed"),
@@ -250,9 +529,10 @@ def test_bad_captures_are_one_clear_line(tmp_path, command):
 def test_help_and_version():
     assert run("--version") == f"smmufast {smmufast.__version__}\n"
     text = run("--help")
-    for word in ("replay", "walk", "streams", "exit status"):
+    commands = ("replay", "walk", "streams", "events", "commands", "decode")
+    for word in (*commands, "exit status"):
         assert word in text
-    for command in ("replay", "walk", "streams"):
+    for command in commands:
         assert "--json" in run(command, "--help")
 
 
