@@ -1,7 +1,6 @@
 """Commands: what sixteen bytes of the Non-secure command queue ask for, or that they are illegal.
 
-Sections: IHI 0070 4.1 (opcodes, CERROR_ILL), 4.2-4.4 (prefetch, configuration, TLB), 4.5 (ATS and
-PRI), 4.6 (stalls), 4.7 (CMD_SYNC), 6.3.9 (CR0.VMW).  Only the words and the features decide; what
+Sections: IHI 0070 4 (commands), 6.3 (CR0.VMW).  Only the words, the features and CR0 decide; what
 an effect does to caches, stalls and queues is written where these are.  RES0 bits are ignored.
 """
 
@@ -40,11 +39,11 @@ cdef struct Effect:
     bint retry             # RESUME
     uint32_t sid           # CFGI_RANGE: the first of the range
     uint32_t ssid
-    uint8_t range_lg2      # CFGI_RANGE: 2^range_lg2 StreamIDs
+    uint8_t range_lg2      # CFGI_RANGE: 2^range_lg2 StreamIDs; CFGI_ALL: 32
     uint16_t vmid          # TLBI by VMID: only the bits of vmid_mask
     uint16_t vmid_mask     # bits that are compared; 0: entries of every VMID
     uint16_t asid          # TLBI by ASID
-    uint64_t first         # TLBI, ATC_INV: the bytes, first to last
+    uint64_t first         # TLBI, ATC_INV, PREFETCH_ADDR: the bytes, first to last
     uint64_t last
     bint all_addresses     # TLBI, ATC_INV: every address; first and last are 0 and 2^64-1
     uint8_t granule        # range TLBI: lg2 of TG; 0: not a range
@@ -58,7 +57,7 @@ cdef struct Effect:
     uint32_t msi_data
 
 
-# --- legality (4.1.3) ---
+# --- legality (4.1) ---
 
 cdef inline bint command_implemented(const Hw* hw, unsigned int op) noexcept nogil:
     """Whether the Non-secure queue has this opcode; others are CERROR_ILL."""
@@ -190,7 +189,7 @@ cdef inline int pri_resp_decode(const uint64_t* words, Effect* effect) noexcept 
     return CMDQ_CONS_ERR_NONE
 
 
-# --- stalls and completion (4.6, 4.7) ---
+# --- stalls and completion ---
 
 cdef inline void resume_decode(
         const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
