@@ -1,4 +1,4 @@
-"""Builds and imports _baseline, in <repository>/build/benchmarks. Nothing of it is installed."""
+"""Builds and imports _baseline and _probe, in <repository>/build/benchmarks; installs nothing."""
 
 import importlib.util
 from pathlib import Path
@@ -33,25 +33,40 @@ DIRECTIVES = {
 }
 
 
-def load():
-    """Return the module _baseline, built first where a source is newer than it."""
+def load(name="_baseline", plain="baseline_walk", package=None):
+    """Return a compiled module, built first where a source is newer than it.
+
+    Parameters
+    ----------
+    name : str
+        Of the module, and of its .pyx.
+    plain : str
+        Name of its plain C source and header.
+    package : path-like, optional
+        The directory of a package whose .pxd files it takes.
+    """
+    include = [str(HERE)] if package is None else [str(HERE), str(package)]
     extension = Extension(
-        "_baseline",
-        [str(HERE / "_baseline.pyx"), str(HERE / "baseline_walk.c")],
-        include_dirs=[str(HERE)],
-        depends=[str(HERE / "baseline_walk.h")],
+        name,
+        [str(HERE / f"{name}.pyx"), str(HERE / f"{plain}.c")],
+        include_dirs=include,
+        depends=[str(HERE / f"{plain}.h")],
         extra_compile_args=FLAGS,
     )
     modules = cythonize(
-        [extension], build_dir=str(BUILD), compiler_directives=DIRECTIVES, quiet=True
+        [extension],
+        build_dir=str(BUILD),
+        compiler_directives=DIRECTIVES,
+        include_path=[] if package is None else [str(Path(package).parent)],
+        quiet=True,
     )
     command = build_ext(Distribution({"name": "benchmarks", "ext_modules": modules}))
     command.build_lib = str(BUILD)
     command.build_temp = str(BUILD / "objects")
     command.ensure_finalized()
     command.run()
-    path = command.get_ext_fullpath("_baseline")
-    spec = importlib.util.spec_from_file_location("_baseline", path)
+    path = command.get_ext_fullpath(name)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -3,26 +3,30 @@
 Not architectural.  How many sets and ways a cache has and which entry gives way is a property of
 one implementation; what an entry means, and when it must go, is said in `_tlb.pxd`.
 
-An entry has a tag of two words and a payload of `stride` bytes.  The tags of a set lie together,
-first words first (four ways are one cache line), so that a probe compares them without a jump
-and reads a payload on a hit only.  The second word of an empty way is 0; that of an entry is not.
+An entry starts with its tag, two words.  Apart from the entries, and together for the ways of a
+set, lie 32-bit prints of the tags: a probe compares these without a jump (four ways are one
+vector), and reads an entry only where the print agrees.  The tag decides.
 
-    tags     set 0: first[way 0..], second[way 0..]; set 1: ...
-    entries  payload of way w of set s at slot s * ways + w
+    prints   way w of set s at slot s * ways + w; 0: the way is empty
+    entries  likewise, `stride` bytes each
 
 Replacement state is exact for any number of ways:
 
     LRU      order[slot]: when it was used last, 0 for an empty way
     FIFO     order[slot]: when it was filled, 0 for an empty way
-    PLRU     order[set]: the bits of a binary tree; ways is a power of two, at most 64
+             (the clock is one that every hit and every fill advance)
+    PLRU     order[set]: the bits of a binary tree, set where the next victim is in the upper
+             half; ways is a power of two, at most 64
     random   one generator for the whole cache
 
 An empty way is taken before any entry gives way; the lowest one first.  No function takes a lock.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.string cimport memset
+
+from smmufast._bits cimport likely
 
 cdef extern from "<assert.h>" nogil:
     void c_assert "assert"(bint) noexcept
@@ -31,7 +35,25 @@ cdef extern from "<stdlib.h>" nogil:
     void* aligned_alloc(size_t alignment, size_t size) noexcept
 
 cdef extern from * nogil:
-    int ctz64 "__builtin_ctzll"(uint64_t) noexcept
+    """
+    #ifdef __SSE2__
+    #include <emmintrin.h>
+    static inline unsigned smmufast_match4(const uint32_t *prints, uint32_t print)
+    {
+        __m128i four = _mm_loadu_si128((const __m128i *)prints);
+        return (unsigned)_mm_movemask_ps(_mm_castsi128_ps(
+            _mm_cmpeq_epi32(four, _mm_set1_epi32((int)print))));
+    }
+    #else
+    static inline unsigned smmufast_match4(const uint32_t *prints, uint32_t print)
+    {
+        return (unsigned)(prints[0] == print) | (unsigned)(prints[1] == print) << 1
+            | (unsigned)(prints[2] == print) << 2 | (unsigned)(prints[3] == print) << 3;
+    }
+    #endif
+    """
+    unsigned int match4 "smmufast_match4"(const uint32_t* prints, uint32_t print) noexcept
+    uint64_t ctz64 "(uint64_t)__builtin_ctzll"(uint64_t) noexcept
 
 
 cdef enum:
@@ -45,7 +67,6 @@ cdef enum:
 
 
 cdef struct Counters:
-    uint64_t hits
     uint64_t misses
     uint64_t fills
     uint64_t evictions      # entries that gave way to a fill of their set
@@ -53,36 +74,46 @@ cdef struct Counters:
     uint64_t invalidations  # entries that were invalidated
 
 
+# What an entry starts with.
+cdef struct Tag:
+    uint64_t first
+    uint64_t second
+
+
 cdef struct CacheC:
-    uint64_t* tags
+    uint32_t* prints
     uint64_t* order
     uint8_t* entries
-    uint32_t sets           # a power of two; 0 and no ways: the cache is absent
-    uint32_t ways
-    uint32_t ways_lg2       # of PLRU
+    uint64_t set_mask       # sets - 1
+    uint32_t ways           # 0: the cache is absent
     uint32_t policy
-    uint32_t stride
-    uint32_t live           # entries
-    uint64_t clock          # of LRU and FIFO
-    uint64_t random         # state of the generator, never 0
+    uint64_t clock          # hits and fills, ever
+    uint64_t passed         # those of them that are not counted as hits: see cache_hits()
     Counters counters
+    uint64_t* path          # of PLRU, by way: the nodes above it, and how they point away
+    uint64_t slots          # sets * ways
+    uint32_t ways_lg2       # of a power of two
+    uint32_t stride
+    uint64_t live           # entries
+    uint64_t random         # state of the generator, never 0
 
 
 cdef inline uint64_t order_words(const CacheC* c) noexcept nogil:
     """How many words of replacement state there are."""
     if c.policy == POLICY_RANDOM:
         return 0
-    return c.sets if c.policy == POLICY_PLRU else <uint64_t>c.sets * c.ways
+    return c.slots // c.ways if c.policy == POLICY_PLRU and c.ways else c.slots
 
 
 cdef inline uint64_t cache_bytes(const CacheC* c) noexcept nogil:
-    """Memory that tags, replacement state and payloads take."""
-    return <uint64_t>c.sets * c.ways * (16 + c.stride) + 8 * order_words(c)
+    """Memory that prints, replacement state and entries take."""
+    return c.slots * (4 + c.stride) + 8 * order_words(c)
 
 
 cdef inline void cache_close(CacheC* c) noexcept nogil:
-    free(c.tags)
+    free(c.prints)
     free(c.order)
+    free(c.path)
     free(c.entries)
     memset(c, 0, sizeof(CacheC))
 
@@ -105,99 +136,123 @@ cdef inline void* zeroed_lines(size_t bytes) noexcept nogil:
     return memory
 
 
+cdef inline uint32_t print_of(uint64_t first, uint64_t second) noexcept nogil:
+    """The print of a tag: never 0."""
+    first ^= second << 40 | second >> 24
+    return <uint32_t>(first * <uint64_t>0x9E3779B97F4A7C15ULL >> 32) | 1
+
+
+cdef inline Tag* tag_at(const CacheC* c, uint64_t slot) noexcept nogil:
+    return <Tag*>(c.entries + slot * c.stride)
+
+
+cdef inline int64_t slot_agreeing(
+        const CacheC* c, uint64_t slot, uint64_t found, uint64_t first, uint64_t second,
+        size_t stride) noexcept nogil:
+    """Of the slots that `found` has a bit for, from `slot` on, the one of this tag; or -1."""
+    cdef uint64_t at
+    cdef const Tag* tag
+    while found:
+        at = slot + ctz64(found)
+        tag = <const Tag*>(c.entries + at * stride)
+        if likely(tag.first == first and tag.second == second):
+            return at
+        found &= found - 1
+    return -1
+
+
+cdef inline int64_t cache_find(
+        const CacheC* c, uint64_t set, uint64_t first, uint64_t second,
+        size_t stride) noexcept nogil:
+    """The slot of a set that has this tag, or -1.  Nothing is counted.
+
+    `stride` is the cache's own, as a constant.
+    """
+    cdef uint32_t print = print_of(first, second)
+    cdef uint64_t slot, end, at
+    if likely(c.ways == 4):
+        return slot_agreeing(c, set * 4, match4(&c.prints[set * 4], print), first, second, stride)
+    slot = set * c.ways
+    end = slot + c.ways
+    while slot + 4 <= end:
+        at = slot_agreeing(c, slot, match4(&c.prints[slot], print), first, second, stride)
+        if <int64_t>at >= 0:
+            return at
+        slot += 4
+    while slot < end:
+        if c.prints[slot] == print and slot_agreeing(c, slot, 1, first, second, stride) >= 0:
+            return slot
+        slot += 1
+    return -1
+
+
+cdef inline void plru_paths(CacheC* c) noexcept nogil:
+    """Fill path[]: of each way the mask of the nodes above it, and their bits to point away."""
+    cdef uint64_t way, node, bit
+    for way in range(c.ways):
+        c.path[2 * way] = 0
+        c.path[2 * way + 1] = 0
+        node = way | c.ways
+        while node > 1:
+            bit = <uint64_t>1 << (node >> 1)
+            c.path[2 * way] |= bit
+            if not node & 1:
+                c.path[2 * way + 1] |= bit
+            node >>= 1
+
+
+cdef inline void plru_touch(CacheC* c, uint64_t slot) noexcept nogil:
+    cdef uint64_t* bits = &c.order[slot >> c.ways_lg2]
+    cdef const uint64_t* path = &c.path[2 * (slot & (c.ways - 1))]
+    bits[0] = bits[0] & ~path[0] | path[1]
+
+
 cdef inline bint cache_open(
         CacheC* c, uint32_t sets, uint32_t ways, uint32_t policy, uint64_t seed,
         uint32_t stride) noexcept nogil:
     """Make an empty cache; False when there is no memory for it.
 
-    `sets` is a power of two.
+    `sets` is a power of two; `stride` is of entries, whose Tag comes first.
     """
     memset(c, 0, sizeof(CacheC))
-    c.sets = sets
+    c.set_mask = sets - 1
     c.ways = ways
+    c.slots = <uint64_t>sets * ways
     c.ways_lg2 = ctz64(ways) if ways else 0
     c.policy = policy
     c.stride = stride
     c.random = random_seeded(seed)
-    c.tags = <uint64_t*>zeroed_lines(<size_t>sets * ways * 16)
+    c.prints = <uint32_t*>zeroed_lines(c.slots * 4)
     c.order = <uint64_t*>zeroed_lines(order_words(c) * 8)
-    c.entries = <uint8_t*>zeroed_lines(<size_t>sets * ways * stride)
-    if c.tags == NULL or c.order == NULL or c.entries == NULL:
+    c.entries = <uint8_t*>zeroed_lines(c.slots * stride)
+    c.path = <uint64_t*>zeroed_lines(<size_t>ways * 16 if policy == POLICY_PLRU else 0)
+    if c.prints == NULL or c.order == NULL or c.entries == NULL or c.path == NULL:
         cache_close(c)
         return False
+    if policy == POLICY_PLRU:
+        plru_paths(c)
     return True
-
-
-cdef inline uint64_t* tags_of(const CacheC* c, uint64_t set) noexcept nogil:
-    return c.tags + set * 2 * c.ways
-
-
-cdef inline uint64_t slot_first(const CacheC* c, uint64_t slot) noexcept nogil:
-    """First word of a slot's tag."""
-    return c.tags[slot + slot // c.ways * c.ways]
-
-
-cdef inline uint64_t slot_second(const CacheC* c, uint64_t slot) noexcept nogil:
-    """Second word of a slot's tag, 0 when it is empty."""
-    return c.tags[slot + slot // c.ways * c.ways + c.ways]
-
-
-cdef inline int way_matching(
-        const uint64_t* t, uint32_t ways, uint64_t first, uint64_t second) noexcept nogil:
-    """The way of a set that has this tag, or -1.  A constant `ways` makes it free of jumps."""
-    cdef uint64_t found = 0
-    cdef uint32_t w
-    for w in range(ways):
-        found |= <uint64_t>(((t[w] ^ first) | (t[ways + w] ^ second)) == 0) << w
-    return ctz64(found) if found else -1
-
-
-cdef inline int64_t cache_find(
-        const CacheC* c, uint64_t set, uint64_t first, uint64_t second) noexcept nogil:
-    """The slot of a set that has this tag, or -1.  Nothing is counted."""
-    cdef const uint64_t* t = tags_of(c, set)
-    cdef int64_t way = -1
-    cdef uint32_t w
-    if c.ways == 4:
-        way = way_matching(t, 4, first, second)
-    elif c.ways == 8:
-        way = way_matching(t, 8, first, second)
-    elif c.ways == 2:
-        way = way_matching(t, 2, first, second)
-    else:
-        for w in range(c.ways):
-            if t[w] == first and t[c.ways + w] == second:
-                way = w
-                break
-    return way if way < 0 else <int64_t>(set * c.ways) + way
-
-
-cdef inline void plru_point_away(CacheC* c, uint64_t slot) noexcept nogil:
-    """Make every node above a way point to its other half."""
-    cdef uint64_t* bits = &c.order[slot >> c.ways_lg2]
-    cdef uint64_t node = slot & (c.ways - 1) | c.ways
-    while node > 1:
-        # a node's bit is set when the next victim is in its upper half
-        if node & 1:
-            bits[0] &= ~(<uint64_t>1 << (node >> 1))
-        else:
-            bits[0] |= <uint64_t>1 << (node >> 1)
-        node >>= 1
-
-
-cdef inline void cache_touch(CacheC* c, uint64_t slot) noexcept nogil:
-    """Tell the replacement that a slot was used."""
-    if c.policy == POLICY_LRU:
-        c.clock += 1
-        c.order[slot] = c.clock
-    elif c.policy == POLICY_PLRU:
-        plru_point_away(c, slot)
 
 
 cdef inline void cache_hit(CacheC* c, uint64_t slot) noexcept nogil:
     """Count a hit of a slot, and tell the replacement."""
-    c.counters.hits += 1
-    cache_touch(c, slot)
+    cdef uint64_t clock = c.clock + 1
+    c.clock = clock
+    if c.policy == POLICY_LRU:
+        c.order[slot] = clock
+    elif c.policy == POLICY_PLRU:
+        plru_touch(c, slot)
+
+
+cdef inline uint64_t cache_hits(const CacheC* c) noexcept nogil:
+    """The counter of hits, which the clock keeps."""
+    return c.clock - c.passed
+
+
+cdef inline void cache_reset_counters(CacheC* c) noexcept nogil:
+    """Set the counters to 0; the clock goes on."""
+    c.passed = c.clock
+    memset(&c.counters, 0, sizeof(Counters))
 
 
 cdef inline uint64_t random_below(CacheC* c, uint32_t n) noexcept nogil:
@@ -211,16 +266,15 @@ cdef inline uint64_t random_below(CacheC* c, uint32_t n) noexcept nogil:
 cdef inline uint64_t cache_victim(CacheC* c, uint64_t set) noexcept nogil:
     """The slot that the next entry of a set takes: an empty one, else what the policy chooses."""
     cdef uint64_t base = set * c.ways
-    cdef const uint64_t* second = tags_of(c, set) + c.ways
     cdef uint32_t w, best = 0
     if c.policy == POLICY_LRU or c.policy == POLICY_FIFO:
         for w in range(1, c.ways):
             if c.order[base + w] < c.order[base + best]:
                 best = w
         return base + best
-    if c.live < c.sets * c.ways:
+    if c.live < c.slots:
         for w in range(c.ways):
-            if second[w] == 0:
+            if c.prints[base + w] == 0:
                 return base + w
     if c.policy == POLICY_RANDOM:
         return base + random_below(c, c.ways)
@@ -232,26 +286,28 @@ cdef inline uint64_t cache_victim(CacheC* c, uint64_t set) noexcept nogil:
 
 cdef inline void cache_put(
         CacheC* c, uint64_t slot, uint64_t first, uint64_t second) noexcept nogil:
-    """Give a slot to a new entry; the payload is the caller's to write.  `second` is not 0."""
-    cdef uint64_t* t = &c.tags[slot + slot // c.ways * c.ways]
-    if t[c.ways]:
+    """Give a slot to a new entry, and write its tag; the rest is the caller's to write."""
+    cdef Tag* tag = tag_at(c, slot)
+    if c.prints[slot]:
         c.counters.evictions += 1
     else:
         c.live += 1
     c.counters.fills += 1
-    t[0] = first
-    t[c.ways] = second
-    if c.policy == POLICY_FIFO:
-        c.clock += 1
+    c.prints[slot] = print_of(first, second)
+    tag.first = first
+    tag.second = second
+    c.clock += 1
+    c.passed += 1
+    if c.policy == POLICY_LRU or c.policy == POLICY_FIFO:
         c.order[slot] = c.clock
-    else:
-        cache_touch(c, slot)
+    elif c.policy == POLICY_PLRU:
+        plru_touch(c, slot)
 
 
 cdef inline void cache_drop(CacheC* c, uint64_t slot) noexcept nogil:
     """Empty the slot of an entry."""
-    c_assert(slot_second(c, slot) != 0)
-    c.tags[slot + slot // c.ways * c.ways + c.ways] = 0
+    c_assert(c.prints[slot] != 0)
+    c.prints[slot] = 0
     c.live -= 1
     if c.policy == POLICY_LRU or c.policy == POLICY_FIFO:
         c.order[slot] = 0

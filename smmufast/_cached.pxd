@@ -109,12 +109,12 @@ cdef inline void leaf_of(const Entry* e, unsigned int stage, Leaf* leaf) noexcep
     """What an entry says of one stage; its output address is that of the entry."""
     leaf.address = e.address
     if stage == 1:
-        leaf.d = as_said(e.extra)
+        leaf.d = as_said(e.extra[0])
         leaf.shift = e.lg2_s1
         leaf.level = e.level_s1
         leaf.perm = e.perm1
     else:
-        leaf.d = as_said(e.extra >> 16)
+        leaf.d = as_said(e.extra[1])
         leaf.shift = e.lg2_s2
         leaf.level = e.level_s2
         leaf.perm = e.perm2

@@ -7,18 +7,21 @@ Not architectural: sizes, policies and what stays in a cache are properties of o
 cimport cython
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.long cimport PyLong_AsLongLong
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport low_mask
 from smmufast._cache cimport (
-    LINE, PLRU_WAYS_MAX, POLICY_PLRU, CacheC, Counters, cache_bytes, cache_close,
-    cache_drop, cache_open, order_words, slot_first, slot_second, tags_of,
+    PLRU_WAYS_MAX, POLICY_PLRU, CacheC, Counters, c_assert, cache_bytes, cache_close, cache_drop,
+    cache_find, cache_hit, cache_hits, cache_open, cache_put, cache_reset_counters, cache_victim,
+    ctz64, order_words, tag_at,
 )
 from smmufast._layout cimport (
-    CMD_CFGI_CD, CMD_CFGI_CD_ALL, CMD_CFGI_STE, CMD_CFGI_STE_RANGE, WORLD_NS_EL1,
+    CMD_CFGI_CD, CMD_CFGI_CD_ALL, CMD_CFGI_STE, CMD_CFGI_STE_RANGE, CMD_TLBI_EL2_ALL,
+    CMD_TLBI_EL2_ASID, CMD_TLBI_EL2_VA, CMD_TLBI_EL2_VAA, CMD_TLBI_NH_ALL, CMD_TLBI_NH_ASID,
+    CMD_TLBI_NH_VA, CMD_TLBI_NH_VAA, CMD_TLBI_NSNH_ALL, CMD_TLBI_S12_VMALL, CMD_TLBI_S2_IPA,
+    WORLD_EL2, WORLD_EL2_E2H, WORLD_NS_EL1,
 )
 from smmufast._memory cimport to_address
 
@@ -103,7 +106,7 @@ class TlbEntry(NamedTuple):
     granule_s1: int = 12
     granule_s2: int = 12
     aset: int = 0
-    extra: int = 0
+    extra: bytes = bytes(3)
 
 
 class WalkEntry(NamedTuple):
@@ -127,7 +130,7 @@ class WalkEntry(NamedTuple):
     ssid: int = 0
     level: int = 3
     granule: int = 12
-    extra: int = 0
+    extra: bytes = bytes(7)
 
 
 class SteEntry(NamedTuple):
@@ -143,6 +146,517 @@ class CdEntry(NamedTuple):
     sid: int
     ssid: int
     data: bytes
+
+
+cdef void caches_set_masks(CachesC* c) noexcept nogil:
+    """What a TLB entry is tagged with, by kind and StreamWorld (IHI 0070, 3.17)."""
+    memset(c.key_mask, 0, sizeof(c.key_mask))
+    c.key_mask[KIND_S1][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_GLOBAL
+    c.key_mask[KIND_COMBINED][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_GLOBAL
+    c.key_mask[KIND_S2][WORLD_NS_EL1] = KEY_VMID
+    c.key_mask[KIND_S1][WORLD_EL2_E2H] = KEY_ASID | KEY_GLOBAL
+
+
+cdef inline uint64_t global_key(uint64_t key) noexcept nogil:
+    """The same of global entries: it has no ASID."""
+    return key & ~KEY_ASID | KEY_GLOBAL
+
+
+cdef inline void sizes_seen(Sizes* sizes, const CacheC* cache) noexcept nogil:
+    cdef bint one = cache.ways == 4 and sizes.mask and not sizes.mask & (sizes.mask - 1)
+    sizes.lone = ctz64(sizes.mask) if one else 0
+
+
+cdef inline void sizes_add(
+        Sizes* sizes, const CacheC* cache, unsigned int lg2) noexcept nogil:
+    sizes.live[lg2] += 1
+    if sizes.live[lg2] == 1:
+        sizes.mask |= <uint64_t>1 << lg2
+        sizes_seen(sizes, cache)
+
+
+cdef inline void sizes_remove(
+        Sizes* sizes, const CacheC* cache, unsigned int lg2) noexcept nogil:
+    sizes.live[lg2] -= 1
+    if sizes.live[lg2] == 0:
+        sizes.mask &= ~(<uint64_t>1 << lg2)
+        sizes_seen(sizes, cache)
+
+
+
+# --- configuration ---
+
+cdef inline uint32_t config_fill(
+        CachesC* c, CacheC* cache, uint64_t set, uint64_t first, uint64_t second,
+        const uint64_t* words) noexcept nogil:
+    cdef int64_t slot = cache_find(cache, set, first, second, sizeof(ConfigEntry))
+    if slot >= 0:
+        cache_drop(cache, slot)
+        cache.counters.replacements += 1
+    slot = cache_victim(cache, set)
+    cache_put(cache, slot, first, second)
+    memcpy(config_words(cache, slot), words, 8 * CONFIG_WORDS)
+    c.config_generation += 1
+    return <uint32_t>slot + 1
+
+
+cdef uint32_t ste_fill(
+        CachesC* c, uint32_t sid, const uint64_t* words) noexcept nogil:
+    """Keep an STE; returns the handle for ste_touch(), 0 without a cache."""
+    cdef CacheC* cache = &c.cache[CACHE_STE]
+    if cache.ways == 0:
+        return 0
+    return config_fill(c, cache, sid & cache.set_mask, sid, KEY_VALID, words)
+
+
+cdef uint32_t cd_fill(
+        CachesC* c, uint32_t sid, uint32_t index, const uint64_t* words) noexcept nogil:
+    """Keep a CD; returns the handle for cd_touch(), 0 without a cache."""
+    cdef CacheC* cache = &c.cache[CACHE_CD]
+    if cache.ways == 0:
+        return 0
+    return config_fill(c, cache, cd_set(cache, sid, index), sid, KEY_VALID | index, words)
+
+
+cdef inline void config_drop(CachesC* c, CacheC* cache, uint64_t slot) noexcept nogil:
+    cache_drop(cache, slot)
+    cache.counters.invalidations += 1
+    c.config_generation += 1
+
+
+cdef uint64_t config_drop_sids(
+        CachesC* c, CacheC* cache, uint32_t first, uint32_t last) noexcept nogil:
+    """Drop the entries of some StreamIDs; returns how many."""
+    cdef uint64_t slot, dropped = 0
+    if cache.live == 0:
+        return 0
+    for slot in range(cache.slots):
+        if cache.prints[slot] and first <= tag_at(cache, slot).first <= last:
+            config_drop(c, cache, slot)
+            dropped += 1
+    return dropped
+
+
+cdef uint64_t cfgi_cd_all(CachesC* c, uint32_t sid) noexcept nogil:
+    """CMD_CFGI_CD_ALL: every CD of a stream.  Returns how many entries went, as all of these."""
+    return config_drop_sids(c, &c.cache[CACHE_CD], sid, sid)
+
+
+cdef uint64_t cfgi_cd(
+        CachesC* c, uint32_t sid, uint32_t ssid, bint leaf) noexcept nogil:
+    """CMD_CFGI_CD: one CD.  Level-1 descriptors are not cached, so `leaf` makes no difference."""
+    cdef CacheC* cache = &c.cache[CACHE_CD]
+    cdef int64_t slot
+    if cache.live == 0:
+        return 0
+    slot = cache_find(
+        cache, cd_set(cache, sid, ssid), sid, KEY_VALID | ssid, sizeof(ConfigEntry))
+    if slot < 0:
+        return 0
+    config_drop(c, cache, slot)
+    return 1
+
+
+cdef uint64_t cfgi_ste(CachesC* c, uint32_t sid, bint leaf) noexcept nogil:
+    """CMD_CFGI_STE: an STE and every CD of its stream; `leaf` as for cfgi_cd()."""
+    cdef CacheC* cache = &c.cache[CACHE_STE]
+    cdef int64_t slot
+    cdef uint64_t dropped = cfgi_cd_all(c, sid)
+    if cache.live:
+        slot = cache_find(cache, sid & cache.set_mask, sid, KEY_VALID, sizeof(ConfigEntry))
+        if slot >= 0:
+            config_drop(c, cache, slot)
+            dropped += 1
+    return dropped
+
+
+cdef uint64_t cfgi_range(
+        CachesC* c, uint32_t sid, unsigned int lg2_count) noexcept nogil:
+    """CMD_CFGI_STE_RANGE: as cfgi_ste() for 2^lg2_count StreamIDs; low bits of sid are ignored.
+
+    `lg2_count` is the command's Range + 1; 32 and more are all StreamIDs.
+    """
+    cdef uint32_t low = <uint32_t>low_mask(lg2_count if lg2_count < 32 else 32)
+    return (
+        config_drop_sids(c, &c.cache[CACHE_STE], sid & ~low, sid | low)
+        + config_drop_sids(c, &c.cache[CACHE_CD], sid & ~low, sid | low)
+    )
+
+
+cdef uint64_t cfgi_all(CachesC* c) noexcept nogil:
+    """CMD_CFGI_ALL: all configuration."""
+    return cfgi_range(c, 0, 32)
+
+
+# --- which entries ---
+
+# Entries by their tags and by addresses.  A tag passes when one of the pairs fits.
+cdef struct Filter:
+    int n
+    uint64_t[3] mask
+    uint64_t[3] value
+    bint all_addresses
+    bint blocks            # an entry stands for the whole block that it is from
+    bint tables            # walk caches too
+    uint8_t granule
+    int8_t level
+    uint64_t first, last
+
+
+cdef inline void filter_pass(Filter* f, uint64_t mask, uint64_t value) noexcept nogil:
+    f.mask[f.n] = mask | KEY_VALID
+    f.value[f.n] = value | KEY_VALID
+    f.n += 1
+
+
+cdef inline bint filter_key(const Filter* f, uint64_t key) noexcept nogil:
+    cdef int i
+    for i in range(f.n):
+        if key & f.mask[i] == f.value[i]:
+            return True
+    return False
+
+
+cdef inline bint filter_span(const Filter* f, uint64_t start, unsigned int lg2) noexcept nogil:
+    """Whether a span of addresses and those of the filter overlap."""
+    start &= ~low_mask(lg2)
+    return start <= f.last and (start | low_mask(lg2)) >= f.first
+
+
+cdef inline unsigned int block_lg2(const Entry* e) noexcept nogil:
+    """Log2 of what an invalidation by input address takes an entry for.
+
+    Software knows the page or block of its own stage.  What is smaller only because of the other
+    stage goes with the whole of it.
+    """
+    cdef unsigned int own = e.lg2_s2 if e.kind == KIND_S2 else e.lg2_s1
+    return own if own > e.lg2 else e.lg2
+
+
+cdef inline bint tlb_matches(const CachesC* c, uint64_t slot, const Filter* f) noexcept nogil:
+    cdef const CacheC* cache = &c.cache[CACHE_TLB]
+    cdef const Entry* e = &(<Entry*>cache.entries)[slot]
+    if not cache.prints[slot] or not filter_key(f, e.key):
+        return False
+    if f.granule and f.granule != (e.granule_s2 if e.kind == KIND_S2 else e.granule_s1):
+        return False
+    if f.level and f.level != (e.level_s2 if e.kind == KIND_S2 else e.level_s1):
+        return False
+    if f.all_addresses:
+        return True
+    return filter_span(f, e.page << e.lg2, block_lg2(e) if f.blocks else e.lg2)
+
+
+cdef inline void tlb_forget(CachesC* c, uint64_t slot) noexcept nogil:
+    """What is counted about the entry of a slot, which goes."""
+    cdef const Entry* e = &(<Entry*>c.cache[CACHE_TLB].entries)[slot]
+    sizes_remove(&c.tlb_sizes[e.kind], &c.cache[CACHE_TLB], e.lg2)
+    c.globals -= (e.key & KEY_GLOBAL) != 0
+    c.fractured -= block_lg2(e) != e.lg2
+
+
+cdef uint64_t tlb_drop_slots(
+        CachesC* c, uint64_t first, uint64_t n, const Filter* f) noexcept nogil:
+    """Drop what matches among n slots; returns how many."""
+    cdef uint64_t slot, dropped = 0
+    for slot in range(first, first + n):
+        if tlb_matches(c, slot, f):
+            tlb_forget(c, slot)
+            cache_drop(&c.cache[CACHE_TLB], slot)
+            dropped += 1
+    return dropped
+
+
+cdef uint64_t tlb_drop(CachesC* c, uint64_t sizes, const Filter* f) noexcept nogil:
+    """Drop every TLB entry that matches; `sizes`: what those that could have.  How many went."""
+    cdef CacheC* cache = &c.cache[CACHE_TLB]
+    cdef uint64_t left = sizes, page, more, dropped = 0
+    cdef unsigned int lg2
+    cdef bint scan = f.all_addresses or (f.blocks and c.fractured)
+    while left and not scan:
+        lg2 = ctz64(left)
+        left &= left - 1
+        scan = (f.last >> lg2) - (f.first >> lg2) > cache.set_mask
+    if scan:
+        return tlb_drop_slots(c, 0, cache.slots, f)
+    while sizes:
+        lg2 = ctz64(sizes)
+        sizes &= sizes - 1
+        page = f.first >> lg2
+        for more in range((f.last >> lg2) - page + 1):
+            dropped += tlb_drop_slots(
+                c, (page + more & cache.set_mask) * cache.ways, cache.ways, f)
+    return dropped
+
+
+# --- TLB ---
+
+cdef Entry* tlb_probe_sizes(
+        CachesC* c, unsigned int kind, uint64_t key, uint64_t address,
+        bint quiet) noexcept nogil:
+    """tlb_probe_key() of every size in turn."""
+    cdef CacheC* cache = &c.cache[CACHE_TLB]
+    cdef uint64_t sizes = c.tlb_sizes[kind].mask
+    cdef uint64_t page, set, sized
+    cdef unsigned int lg2
+    cdef int64_t slot
+    while sizes:
+        lg2 = ctz64(sizes)
+        sizes &= sizes - 1
+        page = address >> lg2
+        set = page & cache.set_mask
+        sized = <uint64_t>lg2 << KEY_LG2_SHIFT
+        slot = cache_find(cache, set, page, key | sized, sizeof(Entry))
+        if slot < 0 and c.globals:
+            slot = cache_find(cache, set, page, global_key(key) | sized, sizeof(Entry))
+        if slot >= 0:
+            if not quiet:
+                cache_hit(cache, slot)
+            return &(<Entry*>cache.entries)[slot]
+    cache.counters.misses += cache.ways != 0 and not quiet
+    return NULL
+
+
+cdef inline void filter_rivals(Filter* f, uint64_t key) noexcept nogil:
+    """The tags of entries that could answer a request which one with this key can answer."""
+    f.n = 0
+    if key & KEY_GLOBAL:
+        filter_pass(f, ~(KEY_ASID | KEY_GLOBAL | KEY_LG2), key & ~(KEY_GLOBAL | KEY_LG2))
+    else:
+        filter_pass(f, ~KEY_LG2, key & ~KEY_LG2)
+        filter_pass(f, ~KEY_LG2, global_key(key) & ~KEY_LG2)
+
+
+cdef inline uint64_t entry_key(const CachesC* c, const Entry* e) noexcept nogil:
+    cdef uint64_t key = tlb_key(c, e.kind, e.world, e.vmid, e.asid)
+    if e.is_global and c.key_mask[e.kind][e.world] & KEY_GLOBAL:
+        key = global_key(key)
+    return key | <uint64_t>e.lg2 << KEY_LG2_SHIFT
+
+
+cdef inline uint64_t tlb_rivals(
+        CachesC* c, const Entry* e, uint64_t key, Filter* f) noexcept nogil:
+    """A filter for the entries that a request could find instead of this one; their sizes."""
+    filter_rivals(f, key)
+    f.all_addresses = False
+    f.blocks = False
+    f.granule = 0
+    f.level = 0
+    f.first = e.page << e.lg2
+    f.last = f.first | low_mask(e.lg2)
+    return c.tlb_sizes[e.kind].mask
+
+
+cdef inline void tlb_admit(
+        CachesC* c, uint64_t slot, const Entry* e, uint64_t key) noexcept nogil:
+    """Put an entry into a slot, and count it."""
+    cdef CacheC* cache = &c.cache[CACHE_TLB]
+    (<Entry*>cache.entries)[slot] = e[0]
+    cache_put(cache, slot, e.page, key)
+    sizes_add(&c.tlb_sizes[e.kind], cache, e.lg2)
+    c.globals += (key & KEY_GLOBAL) != 0
+    c.fractured += block_lg2(e) != e.lg2
+
+
+cdef Entry* tlb_fill(CachesC* c, const Entry* e) noexcept nogil:
+    """Keep a translation; entries that could answer the same request go.  NULL without a TLB."""
+    cdef CacheC* cache = &c.cache[CACHE_TLB]
+    cdef uint64_t key, sizes, slot
+    cdef Filter rivals
+    if cache.ways == 0:
+        return NULL
+    c_assert(LG2_MIN <= e.lg2 <= LG2_MAX and KIND_S1 <= e.kind <= KIND_COMBINED)
+    key = entry_key(c, e)
+    sizes = tlb_rivals(c, e, key, &rivals)
+    cache.counters.replacements += tlb_drop(c, sizes, &rivals)
+    slot = cache_victim(cache, e.page & cache.set_mask)
+    if cache.prints[slot]:
+        tlb_forget(c, slot)
+    tlb_admit(c, slot, e, key)
+    c.tlb_generation += 1
+    return &(<Entry*>cache.entries)[slot]
+
+
+# --- walk caches ---
+
+cdef inline CacheC* walk_cache(CachesC* c, unsigned int kind) noexcept nogil:
+    return &c.cache[CACHE_WALK2 if kind == KIND_S2 else CACHE_WALK1]
+
+
+cdef Table* walk_probe(
+        CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
+        uint64_t address, bint quiet=False) noexcept nogil:
+    """The deepest cached table on the walk of an address, or NULL; one hit or one miss.
+
+    It lives until the next fill or invalidation.
+    """
+    cdef CacheC* cache = walk_cache(c, kind)
+    cdef uint64_t sizes = c.walk_sizes[kind].mask
+    cdef uint64_t key = tlb_key(c, kind, world, vmid, asid)
+    cdef uint64_t prefix
+    cdef unsigned int lg2
+    cdef int64_t slot
+    while sizes:
+        lg2 = ctz64(sizes)
+        sizes &= sizes - 1
+        prefix = address >> lg2
+        slot = cache_find(
+            cache, prefix & cache.set_mask, prefix, key | <uint64_t>lg2 << KEY_LG2_SHIFT,
+            sizeof(Table))
+        if slot >= 0:
+            if not quiet:
+                cache_hit(cache, slot)
+            return &(<Table*>cache.entries)[slot]
+    cache.counters.misses += cache.ways != 0 and not quiet
+    return NULL
+
+
+cdef inline uint64_t walk_key(const CachesC* c, const Table* e) noexcept nogil:
+    """Tables are not known to be global: their entries have the ASID of who filled them."""
+    return tlb_key(c, e.kind, e.world, e.vmid, e.asid) | <uint64_t>e.lg2 << KEY_LG2_SHIFT
+
+
+cdef inline void walk_forget(CachesC* c, CacheC* cache, uint64_t slot) noexcept nogil:
+    cdef const Table* e = &(<Table*>cache.entries)[slot]
+    sizes_remove(&c.walk_sizes[e.kind], cache, e.lg2)
+
+
+cdef inline void walk_admit(
+        CachesC* c, CacheC* cache, uint64_t slot, const Table* e) noexcept nogil:
+    (<Table*>cache.entries)[slot] = e[0]
+    cache_put(cache, slot, e.prefix, walk_key(c, e))
+    sizes_add(&c.walk_sizes[e.kind], cache, e.lg2)
+
+
+cdef Table* walk_fill(CachesC* c, const Table* e) noexcept nogil:
+    """Keep a table; the entry of the same tags goes.  NULL without such a walk cache."""
+    cdef CacheC* cache = walk_cache(c, e.kind)
+    cdef int64_t slot
+    cdef uint64_t set = e.prefix & cache.set_mask
+    if cache.ways == 0:
+        return NULL
+    c_assert(LG2_MIN <= e.lg2 <= LG2_MAX and KIND_S1 <= e.kind <= KIND_COMBINED)
+    slot = cache_find(cache, set, e.prefix, walk_key(c, e), sizeof(Table))
+    if slot >= 0:
+        walk_forget(c, cache, slot)
+        cache_drop(cache, slot)
+        cache.counters.replacements += 1
+    slot = cache_victim(cache, set)
+    if cache.prints[slot]:
+        walk_forget(c, cache, slot)
+    walk_admit(c, cache, slot, e)
+    return &(<Table*>cache.entries)[slot]
+
+
+cdef uint64_t walk_drop(CachesC* c, CacheC* cache, const Filter* f) noexcept nogil:
+    """Drop every table that matches, at whatever level; returns how many."""
+    cdef uint64_t slot, dropped = 0
+    cdef const Table* e
+    if cache.live == 0:
+        return 0
+    for slot in range(cache.slots):
+        e = &(<Table*>cache.entries)[slot]
+        if not cache.prints[slot] or not filter_key(f, e.key):
+            continue
+        if f.granule and f.granule != e.granule:
+            continue
+        if f.all_addresses or filter_span(f, e.prefix << e.lg2, e.lg2):
+            walk_forget(c, cache, slot)
+            cache_drop(cache, slot)
+            cache.counters.invalidations += 1
+            dropped += 1
+    return dropped
+
+
+# --- invalidation ---
+
+cdef bint filter_of(const Invalidation* inv, Filter* f) noexcept nogil:
+    """What a TLBI command hits (IHI 0070, 4.4); False for those that are not Non-secure."""
+    cdef uint64_t ns = <uint64_t>WORLD_NS_EL1 << KEY_WORLD_SHIFT
+    cdef uint64_t el2 = <uint64_t>WORLD_EL2 << KEY_WORLD_SHIFT
+    cdef uint64_t e2h = <uint64_t>WORLD_EL2_E2H << KEY_WORLD_SHIFT
+    cdef uint64_t vmid_mask = <uint64_t>inv.vmid_mask << KEY_VMID_SHIFT
+    cdef uint64_t vmid = <uint64_t>inv.vmid << KEY_VMID_SHIFT & vmid_mask
+    cdef int op = inv.op
+    f.n = 0
+    f.blocks = True
+    f.tables = True
+    f.all_addresses = True
+    f.granule = 0
+    f.level = 0
+    f.first = inv.first
+    f.last = inv.last
+    if op in (CMD_TLBI_NH_VA, CMD_TLBI_NH_VAA, CMD_TLBI_EL2_VA, CMD_TLBI_EL2_VAA,
+              CMD_TLBI_S2_IPA):
+        f.tables = not inv.leaf
+        f.all_addresses = inv.all_addresses
+        f.granule = inv.granule
+        f.level = inv.level
+    if op == CMD_TLBI_NH_ALL or op == CMD_TLBI_NH_VAA:
+        filter_pass(f, KEY_WORLD | KEY_STAGE1 | vmid_mask, ns | KEY_STAGE1 | vmid)
+    elif op == CMD_TLBI_NH_ASID or op == CMD_TLBI_NH_VA:
+        filter_pass(f, KEY_WORLD | KEY_STAGE1 | vmid_mask | KEY_GLOBAL | KEY_ASID,
+                    ns | KEY_STAGE1 | vmid | inv.asid)
+        if op == CMD_TLBI_NH_VA:
+            filter_pass(f, KEY_WORLD | KEY_STAGE1 | vmid_mask | KEY_GLOBAL,
+                        ns | KEY_STAGE1 | vmid | KEY_GLOBAL)
+    elif op == CMD_TLBI_EL2_ALL or op == CMD_TLBI_EL2_VAA:
+        filter_pass(f, KEY_WORLD, el2)
+        filter_pass(f, KEY_WORLD, e2h)
+    elif op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA:
+        filter_pass(f, KEY_WORLD | KEY_GLOBAL | KEY_ASID, e2h | inv.asid)
+        if op == CMD_TLBI_EL2_VA:
+            filter_pass(f, KEY_WORLD | KEY_GLOBAL, e2h | KEY_GLOBAL)
+            filter_pass(f, KEY_WORLD, el2)
+    elif op == CMD_TLBI_S12_VMALL:
+        filter_pass(f, KEY_WORLD | vmid_mask, ns | vmid)
+    elif op == CMD_TLBI_S2_IPA:
+        filter_pass(f, KEY_WORLD | KEY_KIND | vmid_mask,
+                    ns | <uint64_t>KIND_S2 << KEY_KIND_SHIFT | vmid)
+    elif op == CMD_TLBI_NSNH_ALL:
+        filter_pass(f, KEY_WORLD, ns)
+    else:
+        return False
+    return True
+
+
+cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil:
+    """A TLBI command: returns how many entries went.
+
+    Commands by address leave what is of another granule or level, if they name one, and with
+    `leaf` every cached table.  A level is that of leaves: tables go at any level.
+    """
+    cdef Filter f
+    cdef uint64_t sizes, dropped = 0
+    if not filter_of(inv, &f):
+        return 0
+    if c.cache[CACHE_TLB].live:
+        if inv.op == CMD_TLBI_S2_IPA:
+            sizes = c.tlb_sizes[KIND_S2].mask
+        else:
+            sizes = c.tlb_sizes[KIND_S1].mask | c.tlb_sizes[KIND_COMBINED].mask
+        dropped = tlb_drop(c, sizes, &f)
+        c.cache[CACHE_TLB].counters.invalidations += dropped
+        c.tlb_generation += dropped != 0
+    if f.tables:
+        dropped += walk_drop(c, &c.cache[CACHE_WALK1], &f)
+        dropped += walk_drop(c, &c.cache[CACHE_WALK2], &f)
+    return dropped
+
+
+cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil:
+    """Drop everything, as SMMU_S_INIT.INV_ALL does; returns how many entries went."""
+    cdef Filter f
+    cdef uint64_t dropped = 0, tlb = 0
+    memset(&f, 0, sizeof(Filter))
+    filter_pass(&f, 0, 0)
+    f.all_addresses = True
+    if c.cache[CACHE_TLB].live:
+        tlb = tlb_drop(c, 0, &f)
+        c.cache[CACHE_TLB].counters.invalidations += tlb
+        c.tlb_generation += tlb != 0
+    dropped = walk_drop(c, &c.cache[CACHE_WALK1], &f) + walk_drop(c, &c.cache[CACHE_WALK2], &f)
+    return dropped + tlb + cfgi_all(c)
 
 
 # --- arguments ---
@@ -218,6 +732,13 @@ cdef object geometry_of(str name, object given):
     return Geometry(sets, ways, POLICIES[policy], seed)
 
 
+cdef int read_extra(object given, uint8_t* extra, Py_ssize_t n) except -1:
+    if type(given) is not bytes or len(given) != n:
+        raise ValueError(f"extra: {given!r} given; {n} bytes needed")
+    memcpy(extra, PyBytes_AS_STRING(given), n)
+    return 0
+
+
 cdef int read_entry(object given, Entry* e) except -1:
     """A TLB entry from a TlbEntry, checked."""
     if not isinstance(given, TlbEntry):
@@ -253,7 +774,7 @@ cdef int read_entry(object given, Entry* e) except -1:
     e.granule_s1 = field("granule_s1", given.granule_s1, 16)
     e.granule_s2 = field("granule_s2", given.granule_s2, 16)
     e.aset = bool(given.aset)
-    e.extra = field("extra", given.extra, ~<uint64_t>0)
+    read_extra(given.extra, e.extra, sizeof(e.extra))
     return 0
 
 
@@ -265,7 +786,8 @@ cdef object entry_shown(const Entry* e):
         perm2=Perm(e.perm2), attr=e.attr, sh=e.sh, clean1=e.flags & ENTRY_CLEAN1 != 0,
         clean2=e.flags & ENTRY_CLEAN2 != 0, contiguous=e.flags & ENTRY_CONTIGUOUS != 0,
         lg2_s1=e.lg2_s1, lg2_s2=e.lg2_s2, level_s1=e.level_s1, level_s2=e.level_s2,
-        granule_s1=e.granule_s1, granule_s2=e.granule_s2, aset=e.aset, extra=e.extra)
+        granule_s1=e.granule_s1, granule_s2=e.granule_s2, aset=e.aset,
+        extra=(<const uint8_t*>e.extra)[:sizeof(e.extra)])
 
 
 cdef int read_walk_entry(object given, Table* e) except -1:
@@ -288,7 +810,7 @@ cdef int read_walk_entry(object given, Table* e) except -1:
     e.vmid = field("vmid", given.vmid, 0xFFFF)
     e.level = level_of("level", given.level)
     e.granule = field("granule", given.granule, 16)
-    e.extra = field("extra", given.extra, ~<uint64_t>0)
+    read_extra(given.extra, e.extra, sizeof(e.extra))
     return 0
 
 
@@ -296,12 +818,12 @@ cdef object walk_entry_shown(const Table* e):
     return WalkEntry(
         start=e.prefix << e.lg2, table=e.table, lg2=e.lg2, kind=KINDS[e.kind],
         world=StreamWorld(e.world), vmid=e.vmid, asid=e.asid, output=e.output, bits=e.bits,
-        sid=e.sid, ssid=e.ssid, level=e.level, granule=e.granule, extra=e.extra)
+        sid=e.sid, ssid=e.ssid, level=e.level, granule=e.granule,
+        extra=(<const uint8_t*>e.extra)[:sizeof(e.extra)])
 
 
 cdef int read_record(str name, object given, uint64_t* words) except -1:
     """The 64 bytes of an STE or CD, as dwords in host byte order."""
-    cdef const uint8_t[::1] view
     data = bytes(given) if isinstance(given, (bytes, bytearray, memoryview)) else None
     if data is None or len(data) != 64:
         raise ValueError(f"{name}: 64 bytes needed")
@@ -354,7 +876,7 @@ cdef class Cache:
     @property
     def hits(self):
         """Look-ups that found an entry."""
-        return self.get().counters.hits
+        return cache_hits(self.get())
 
     @property
     def misses(self):
@@ -393,8 +915,8 @@ cdef class Cache:
         cdef CacheC* c = self.get()
         cdef uint64_t slot
         cdef list found = []
-        for slot in range(<uint64_t>c.sets * c.ways):
-            if slot_second(c, slot):
+        for slot in range(c.slots):
+            if c.prints[slot]:
                 found.append(self._entry(c, slot))
         return iter(found)
 
@@ -405,12 +927,13 @@ cdef class Cache:
             return walk_entry_shown(&(<Table*>c.entries)[slot])
         data = record_shown(config_words(c, slot))
         if self.number == CACHE_STE:
-            return SteEntry(slot_first(c, slot), data)
-        return CdEntry(slot_first(c, slot), slot_second(c, slot) & ~KEY_VALID, data)
+            return SteEntry(tag_at(c, slot).first, data)
+        return CdEntry(tag_at(c, slot).first, tag_at(c, slot).second & ~KEY_VALID, data)
 
     def __repr__(self):
         cdef CacheC* c = self.get()
-        return (f"<Cache {self.name}: {c.sets} sets of {c.ways} ways, {self.geometry.policy}, "
+        sets, ways, policy, _ = self.geometry
+        return (f"<Cache {self.name}: {sets} sets of {ways} ways, {policy}, "
                 f"{c.live} entries>")
 
 
@@ -432,6 +955,7 @@ cdef uint64_t STATE_MARK = 0x31454843414D4D53ULL  # of this layout and byte orde
 # What is kept of a cache beside its replacement state and its entries.
 cdef struct Kept:
     uint64_t clock
+    uint64_t passed
     uint64_t random
     uint64_t live
     Counters counters
@@ -460,23 +984,19 @@ cdef bytes state_of(CachesC* c):
                         piece(&c.tlb_generation, 8)]
     cdef CacheC* cache
     cdef Kept kept
-    cdef uint64_t slot, second
+    cdef uint64_t slot
     for number in range(N_CACHES):
         cache = &c.cache[<int>number]
         kept.clock = cache.clock
+        kept.passed = cache.passed
         kept.random = cache.random
         kept.live = cache.live
         kept.counters = cache.counters
         pieces.append(piece(&kept, sizeof(Kept)))
         pieces.append(piece(cache.order, order_words(cache) * 8))
-        for slot in range(<uint64_t>cache.sets * cache.ways):
-            second = slot_second(cache, slot)
-            if second:
+        for slot in range(cache.slots):
+            if cache.prints[slot]:
                 pieces.append(piece(&slot, 8))
-                if number == CACHE_STE or number == CACHE_CD:
-                    pieces.append(piece(
-                        &cache.tags[slot + slot // cache.ways * cache.ways], 8))
-                    pieces.append(piece(&second, 8))
                 pieces.append(piece(cache.entries + slot * cache.stride, cache.stride))
     return b"".join(pieces)
 
@@ -487,24 +1007,20 @@ cdef int refuse(str why, int number, uint64_t slot) except -1:
 
 cdef int admit_config(CachesC* c, int number, uint64_t slot, Reader reader) except -1:
     cdef CacheC* cache = &c.cache[number]
-    cdef uint64_t first, second, wanted
-    cdef uint64_t[8] words
-    reader.take(&first, 8)
-    reader.take(&second, 8)
-    reader.take(words, sizeof(words))
-    if first >> 32 or not second & KEY_VALID or second & ~KEY_VALID >> (
-            20 if number == CACHE_CD else 0):
-        refuse("a tag that cannot be", number, slot)
-    if number == CACHE_STE:
-        wanted = first & (cache.sets - 1)
-    else:
-        wanted = cd_set(cache, <uint32_t>first, <uint32_t>second)
-    if slot // cache.ways != wanted:
+    cdef ConfigEntry e
+    cdef uint64_t set
+    reader.take(&e, sizeof(ConfigEntry))
+    if e.sid >> 32 or e.key & ~<uint64_t>(0xFFFFF if number == CACHE_CD else 0) != KEY_VALID:
+        refuse("a record that cannot be", number, slot)
+    set = e.sid & cache.set_mask
+    if number == CACHE_CD:
+        set = cd_set(cache, <uint32_t>e.sid, <uint32_t>e.key)
+    if slot // cache.ways != set:
         refuse("an entry of another set", number, slot)
-    if cache_find(cache, wanted, first, second) >= 0:
+    if cache_find(cache, set, e.sid, e.key, sizeof(ConfigEntry)) >= 0:
         refuse("a second entry of one tag", number, slot)
-    cache_put(cache, slot, first, second)
-    memcpy(config_words(cache, slot), words, sizeof(words))
+    cache_put(cache, slot, e.sid, e.key)
+    memcpy(config_words(cache, slot), e.words, sizeof(e.words))
     return 0
 
 
@@ -518,7 +1034,7 @@ cdef int admit_translation(CachesC* c, uint64_t slot, Reader reader) except -1:
             and e.lg2_s1 <= LG2_MAX and e.lg2_s2 <= LG2_MAX and e.perm1 < 64 and e.perm2 < 64
             and not e.page >> (64 - e.lg2)):
         refuse("a translation that cannot be", CACHE_TLB, slot)
-    if slot // cache.ways != e.page & (cache.sets - 1):
+    if slot // cache.ways != e.page & cache.set_mask:
         refuse("an entry of another set", CACHE_TLB, slot)
     key = entry_key(c, &e)
     sizes = tlb_rivals(c, &e, key, &rivals)
@@ -536,10 +1052,10 @@ cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader reader) excep
     if not (KIND_S1 <= e.kind <= KIND_COMBINED and (e.kind == KIND_S2) == (number == CACHE_WALK2)
             and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX and not e.prefix >> (64 - e.lg2)):
         refuse("a table that cannot be", number, slot)
-    set = e.prefix & (cache.sets - 1)
+    set = e.prefix & cache.set_mask
     if slot // cache.ways != set:
         refuse("an entry of another set", number, slot)
-    if cache_find(cache, set, e.prefix, walk_key(c, &e)) >= 0:
+    if cache_find(cache, set, e.prefix, walk_key(c, &e), sizeof(Table)) >= 0:
         refuse("a second entry of one tag", number, slot)
     walk_admit(c, cache, slot, &e)
     return 0
@@ -566,7 +1082,7 @@ cdef int take_state(CachesC* c, Reader reader) except -1:
         last = 0
         for i in range(kept.live):
             reader.take(&slot, 8)
-            if slot >= <uint64_t>cache.sets * cache.ways or (i and slot <= last):
+            if slot >= cache.slots or (i and slot <= last):
                 raise ValueError(f"state: slot {slot} of {CACHES[number]} out of order")
             last = slot
             if number == CACHE_TLB:
@@ -577,6 +1093,7 @@ cdef int take_state(CachesC* c, Reader reader) except -1:
                 admit_config(c, number, slot, reader)
         memcpy(cache.order, PyBytes_AS_STRING(order), words * 8)
         cache.clock = kept.clock
+        cache.passed = kept.passed
         cache.random = kept.random or 1
         cache.counters = kept.counters
     if reader.at != len(reader.data):
@@ -774,11 +1291,13 @@ cdef class Caches:
         """
         rows = []
         cdef int number
+        cdef CacheC* c
         cdef Counters* n
         for number in range(N_CACHES):
-            n = &self.c.cache[number].counters
-            if self.c.cache[number].ways:
-                rows.append((CACHES[number], n.hits, n.misses, n.fills, n.evictions,
+            c = &self.c.cache[number]
+            n = &c.counters
+            if c.ways:
+                rows.append((CACHES[number], cache_hits(c), n.misses, n.fills, n.evictions,
                              n.replacements, n.invalidations))
         return np.array(rows, COUNTERS_DTYPE)
 
@@ -786,7 +1305,7 @@ cdef class Caches:
         """Set every counter to 0; entries and replacement state stay."""
         cdef int number
         for number in range(N_CACHES):
-            memset(&self.c.cache[number].counters, 0, sizeof(Counters))
+            cache_reset_counters(&self.c.cache[number])
 
     def invalidate_all(self):
         """Drop every entry of every cache, counted as invalidations.

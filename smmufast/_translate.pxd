@@ -398,14 +398,15 @@ cdef inline int stage2_once(
     return event if event else stage2_end(second, port, need, dirty, for_walk, leaf)
 
 
-cdef inline uint64_t said(uint64_t d) noexcept nogil:
-    """What a cached translation keeps of its leaf: attributes, nG and Contiguous."""
-    return d & 0xFFF | (d >> 52 & 1) << 12
+cdef inline uint8_t said(uint64_t d) noexcept nogil:
+    """What a cached translation keeps of its leaf: attributes, SH, nG and Contiguous."""
+    return <uint8_t>(d >> 2 & 15 | (d >> 8 & 3) << 4 | (d >> 11 & 1) << 6 | (d >> 52 & 1) << 7)
 
 
-cdef inline uint64_t as_said(uint64_t kept) noexcept nogil:
+cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
     """A leaf descriptor that says the same."""
-    return kept & 0xFFF | (kept >> 12 & 1) << 52
+    cdef uint64_t d = kept
+    return (d & 15) << 2 | (d >> 4 & 3) << 8 | (d >> 6 & 1) << 11 | d >> 7 << 52
 
 
 cdef inline void keep_table(
@@ -466,7 +467,7 @@ cdef inline void keep_entry(
         e.level = e.level_s1 = first.level
         e.granule_s1 = half.granule
         e.perm1 = first.perm
-        e.extra = said(first.d)
+        e.extra[0] = said(first.d)
         if context.hd and clean_s1(first.d):
             e.flags |= ENTRY_CLEAN1
     if kind & KIND_S2:
@@ -474,7 +475,7 @@ cdef inline void keep_entry(
         e.level_s2 = second.level
         e.granule_s2 = context.second.half.granule
         e.perm2 = second.perm
-        e.extra |= said(second.d) << 16
+        e.extra[1] = said(second.d)
         if context.second.hd and clean_s2(second.d):
             e.flags |= ENTRY_CLEAN2
         if kind == KIND_S2 or second.shift < first.shift:
@@ -507,7 +508,7 @@ cdef inline int stage2_cached(
     if keeps:
         e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, ipa, view.quiet)
         if e != NULL and not (dirty and e.flags & ENTRY_CLEAN2):
-            leaf.d = as_said(e.extra >> 16)
+            leaf.d = as_said(e.extra[1])
             leaf.address = e.address
             leaf.shift = e.lg2
             leaf.level = e.level
