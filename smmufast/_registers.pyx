@@ -83,6 +83,8 @@ for _word in range(4):
 cdef frozenset READ_ONLY = frozenset((
     "IDR0", "IDR1", "IDR2", "IDR3", "IDR5", "IDR6", "IIDR", "AIDR", "CR0ACK", "STATUSR",
     "IRQ_CTRLACK", "GERROR", "CIDR0", "CIDR1", "CIDR2", "CIDR3"))
+cdef frozenset WIDE = frozenset(
+    record.name for record in layout.REGISTERS.values() if record.bytes == 8)
 cdef dict PRESET = {
     "STRTAB_BASE": "tables_preset", "STRTAB_BASE_CFG": "tables_preset",
     "CMDQ_BASE": "queues_preset", "EVENTQ_BASE": "queues_preset", "PRIQ_BASE": "queues_preset",
@@ -538,8 +540,7 @@ cdef class Registers:
         if found is None or size < 4 or at % size:
             return None
         name, shift[0] = found
-        if size == 8 and (shift[0] or name not in layout.REGISTERS
-                          or layout.REGISTERS[name].bytes != 8):
+        if size == 8 and (shift[0] or name not in WIDE):
             return None
         return name
 
@@ -589,7 +590,7 @@ cdef class Registers:
         if name is None:
             self._warn(f"{offset:#x}", f"write of {size} bytes ignored: no register")
             return
-        if bits == 32 and layout.REGISTERS[name].bytes == 8:
+        if bits == 32 and name in WIDE:
             whole = self._load(name) & ~(field << shift) | whole << shift
         self._store(name, whole)
 

@@ -28,7 +28,7 @@ import small
 import tablegen
 
 import smmufast
-from smmufast import ACTIONS, COLUMNS, ExternalAbort, Fault, Features, Memory, Smmu
+from smmufast import ACTIONS, COLUMNS, ExternalAbort, Fault, Features, Memory, Smmu, layout
 
 ALL_ONES = (1 << 64) - 1
 EVENTS = {0, *smmufast.faults.FAULTS}
@@ -368,6 +368,93 @@ def play_with_errors(rng, smmu, requests):
     assert found[0] == found[1], f"injected {injections}"
 
 
+def random_register(rng, places):
+    """(name, value): a register, and a value that may even mean something."""
+    record = rng.choice(list(layout.REGISTERS.values()))
+    if rng.random() < 0.4:
+        record = layout.REGISTERS[rng.choice(("CR0", "CMDQ_PROD", "EVENTQ_CONS", "GERRORN"))]
+    value = rng.getrandbits(8 * record.bytes)
+    if record.name.endswith(("_BASE", "_CFG0")):
+        value = rng.choice(places) + (rng.randrange(0x200) & ~31) | rng.randrange(6)
+    elif record.name in ("CR0", "IRQ_CTRL") or record.name.endswith(("PROD", "CONS")):
+        value = rng.choice((value, rng.randrange(32), 15))
+    elif record.name == "GERRORN":
+        value = rng.choice((value, rng.getrandbits(11)))
+    elif record.name == "STRTAB_BASE_CFG":
+        value = rng.randrange(16) | rng.randrange(2) << 16 | 8 << 6
+    return record.name, value
+
+
+class FuzzedDevice:
+    """A device whose answers are anything."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def atc_invalidate(self, ssid, address, size, global_):
+        assert ssid is None or 0 <= ssid < 1 << 20
+        assert 0 <= address <= address + size - 1 < 1 << 64
+        if self.rng.random() < 0.1:
+            raise TimeoutError("no answer")
+        return self.rng.choice((None, True, False))
+
+    def pri_response(self, ssid, prg_index, code):
+        assert 0 <= prg_index < 512
+        assert code in (0, 1, 2)
+
+
+def play_with_registers(rng, memory, features, requests):
+    """Anything in registers and queues: nothing but what the architecture has comes out."""
+    wires = []
+    smmu = Smmu(memory, features, cr0=0, on_interrupt=wires.append)
+    places = [region.base for region in memory.regions] + [rng.getrandbits(56), 0]
+    opcodes = [record.fixed["Opcode"] for record in layout.COMMANDS.values()]
+    for sid in range(4):
+        smmu.devices[sid] = FuzzedDevice(rng)
+    held = []
+    smmu.on_resume = held.append
+    for _ in range(120):
+        step = rng.randrange(8)
+        if step < 3:
+            smmu.write(*random_register(rng, places))
+        elif step == 3:
+            size = rng.choice((1, 2, 4, 4, 4, 8))
+            smmu.write(rng.randrange(rng.choice((0x220, 0x20000))), rng.getrandbits(8 * size), size)
+        elif step == 4:
+            word = rng.getrandbits(128)
+            if rng.random() < 0.9:
+                word = word & ~0xFFFF_FFF0_0000_00FF | rng.choice(opcodes)
+            base = smmu.cmdq_base & (1 << 56) - 32
+            with contextlib.suppress(ExternalAbort, PermissionError):
+                memory.write(base + 16 * rng.randrange(8), exact(word.to_bytes(16, "little")))
+        elif step == 5:
+            smmu.page_request(
+                rng.randrange(8), rng.getrandbits(52) << 12, ssid=rng.choice((None, 5)),
+                read=rng.random() < 0.5, last=rng.random() < 0.5,
+            )  # fmt: skip
+        else:
+            request = rng.choice(requests)
+            result = smmu.translate(request.sid, request.iova, **request.access)
+            assert result.action in ACTIONS
+            assert (result.action == "stall") <= (features.stall_model != 1)
+            small.batch_rows(smmu, rng.sample(requests, 3))
+        if smmu.stalls and rng.random() < 0.3:
+            stall = rng.choice(smmu.stalls)
+            name = rng.choice(("RESUME", "RESUME", "STALL_TERM"))
+            stag = {"STAG": stall.stag or 0, "Ac": rng.getrandbits(1), "Ab": rng.getrandbits(1)}
+            with contextlib.suppress(BufferError, ExternalAbort, PermissionError):
+                smmu.command(name, StreamID=stall.sid, **(stag if name == "RESUME" else {}))
+        assert not smmu.gerror >> 8
+        assert smmu.read("CMDQ_CONS") >> 24 < 128
+        assert all(stall.done and stall.result is not None for stall in held)
+        assert not any(stall.done for stall in smmu.stalls)
+    for name, record in layout.REGISTERS.items():
+        assert 0 <= smmu.read(name) < 1 << 8 * record.bytes
+    assert set(wires) <= {"eventq", "priq", "gerror", "cmdq_sync", "sev"}
+    smmu.reset()
+    assert smmu.stalls == []
+
+
 def play_with_memory(rng, smmu, requests):
     """Reads and writes of the host, and regions that come and go between translations."""
     memory = smmu.memory
@@ -422,6 +509,7 @@ def round_of(seed):
     for request in requests[:3]:
         nonsense_walk(rng, smmu, request)
     play_with_errors(rng, smmu, requests[:20])
+    play_with_registers(rng, memory, features, requests)
     play_with_memory(rng, smmu, requests)
     return collections.Counter((ACTIONS[row[1]], row[3]) for row in rows)
 

@@ -1,0 +1,551 @@
+"""Queues in memory against an obvious model of them: rings, overflow, aborts, interrupts, GERROR."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import small
+
+from smmufast import Features, Memory, PageAnswer, Smmu, layout
+
+QUEUE = 0x9000_0000
+PAGES = 0x9100_0000
+COMMANDS = 0x9200_0000
+MSI = 0x9300_0000
+ABT_ERR = {"EVENTQ": 1 << 2, "PRIQ": 1 << 3}
+FAULTS = [small.EVENTS[event] for event in (0x02, 0x04, 0x08, 0x10, 0x13)]
+CR0 = {name: layout.REGISTERS["CR0"].field(name).mask for name in
+       ("SMMUEN", "PRIQEN", "EVENTQEN", "CMDQEN")}  # fmt: skip
+IRQS = 0b111  # IRQ_CTRL: all
+
+
+class Wires(list):
+    """Names of the interrupts so far."""
+
+    def __call__(self, name):
+        self.append(name)
+
+    def take(self):
+        found = list(self)
+        self.clear()
+        return found
+
+
+class Patch:
+    """Memory of queues behind a callback, which may refuse writes."""
+
+    def __init__(self, size):
+        self.data = bytearray(size)
+        self.refuse = False
+
+    def add(self, memory, base):
+        def read(address, n):
+            return bytes(self.data[address - base : address - base + n])
+
+        def write(address, data):
+            if self.refuse:
+                return None
+            self.data[address - base : address - base + len(data)] = data
+            return True
+
+        memory.add_callback(base, len(self.data), read, write)
+
+
+def system(log2size=3, features=None, **registers):
+    """(Smmu, Wires): the small system, with memory for queues and an event queue."""
+    memory = Memory()
+    memory.add(small.build(), small.BASE)
+    memory.add_private(QUEUE, 0x400_0000)
+    wires = Wires()
+    registers = {"eventq_base": QUEUE | log2size, **small.registers()} | registers
+    smmu = Smmu(memory, features, on_interrupt=wires, **registers)
+    smmu.write("IRQ_CTRL", IRQS)
+    return smmu, wires
+
+
+def fault(smmu, request=FAULTS[0]):
+    return smmu.translate(request.sid, request.iova, **request.access)
+
+
+def records(smmu, base, size, first, count, log2size):
+    """Entries of a queue, from a position on."""
+    return [
+        smmu.memory.read(base + size * ((first + i) % (1 << log2size)), size) for i in range(count)
+    ]
+
+
+# --- the model ---
+
+
+class Model:
+    """A queue that the SMMU writes, with plain Python integers and no shortcuts."""
+
+    def __init__(self, log2size, blocks):
+        self.size = 1 << log2size
+        self.blocks = blocks
+        self.prod = self.cons = 0  # index and wrap, as one number below 2 * size
+        self.ovflg = self.ovackflg = 0
+        self.enabled = True
+        self.error = False
+        self.memory = {}
+
+    def put(self, record, aborts):
+        """"written", or why not; and whether the queue was empty before."""
+        if not self.enabled or self.error:
+            return "closed", False
+        if self.blocks and self.ovflg != self.ovackflg:
+            return "full", False
+        index, wrap = self.prod % self.size, self.prod // self.size
+        read_index, read_wrap = self.cons % self.size, self.cons // self.size
+        if wrap == read_wrap:
+            full = index < read_index  # CONS is ahead of PROD, which is nonsense
+        else:
+            full = index >= read_index  # as many as there are slots, or more: nonsense
+        if full:
+            if self.ovflg == self.ovackflg:
+                self.ovflg ^= 1
+            return "full", False
+        if aborts:
+            self.error = True
+            return "aborted", False
+        was_empty = self.prod == self.cons
+        self.memory[index] = record
+        self.prod = (self.prod + 1) % (2 * self.size)
+        return "written", was_empty
+
+
+def check(smmu, name, model, patch, size):
+    assert smmu.read(f"{name}_PROD") == model.prod | model.ovflg << 31
+    assert smmu.read(f"{name}_CONS") == model.cons | model.ovackflg << 31
+    active = (smmu.gerror ^ smmu.gerrorn) & ABT_ERR[name]
+    assert bool(active) == model.error
+    for index, record in model.memory.items():
+        assert bytes(patch.data[size * index : size * index + size]) == record
+
+
+def random_step(rng, smmu, name, model, patch, enables):
+    """Anything that software may do to a queue; also what it should not."""
+    step = rng.choice(("cons", "cons", "empty", "nonsense", "ack", "refuse", "error", "off"))
+    if step == "cons":
+        count = (model.prod - model.cons) % (2 * model.size)
+        model.cons = (model.cons + rng.randint(0, count)) % (2 * model.size)
+        smmu.write(f"{name}_CONS", model.cons | model.ovackflg << 31)
+    elif step == "empty":
+        model.cons, model.ovackflg = model.prod, model.ovflg
+        smmu.write(f"{name}_CONS", model.cons | model.ovackflg << 31)
+    elif step == "nonsense" and rng.random() < 0.3:
+        value = rng.getrandbits(32)
+        smmu.write(f"{name}_CONS", value)
+        model.cons, model.ovackflg = value % (2 * model.size), value >> 31
+    elif step == "ack":
+        model.ovackflg = model.ovflg
+        smmu.write(f"{name}_CONS", model.cons | model.ovackflg << 31)
+    elif step == "refuse":
+        patch.refuse = rng.random() < 0.3
+    elif step == "error":
+        smmu.write("GERRORN", smmu.gerror)
+        model.error = False
+    elif step == "off" and rng.random() < 0.5:
+        smmu.write("CR0", smmu.cr0 & ~enables)
+        model.enabled = False
+        if rng.random() < 0.5:
+            value = rng.getrandbits(32)
+            smmu.write(f"{name}_PROD", value)
+            model.prod, model.ovflg = value % (2 * model.size), value >> 31
+    if rng.random() < 0.6 and not model.enabled:
+        smmu.write("CR0", smmu.cr0 | enables)
+        model.enabled = True
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_event_queue_is_that_of_the_model(seed):
+    rng = random.Random(seed)
+    log2size = rng.choice((0, 0, 1, 2, 3, 5))
+    patch = Patch(32 << log2size)
+    smmu, wires = system(log2size, eventq_base=COMMANDS + 0x1000_0000 | log2size)
+    patch.add(smmu.memory, COMMANDS + 0x1000_0000)
+    model = Model(log2size, blocks=False)
+    for _ in range(300):
+        if rng.random() < 0.7:
+            result = fault(smmu, rng.choice(FAULTS))
+            status, first = model.put(result.fault.record, patch.refuse)
+            assert (result.event is not None) == (status == "written")
+            expected = ["eventq"] if first else ["gerror"] if status == "aborted" else []
+            assert wires.take() == expected
+        else:
+            random_step(rng, smmu, "EVENTQ", model, patch, CR0["EVENTQEN"])
+            assert wires.take() == []
+        check(smmu, "EVENTQ", model, patch, 32)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_page_request_queue_is_that_of_the_model(seed):
+    rng = random.Random(seed)
+    log2size = rng.choice((0, 1, 2, 3, 5))
+    patch = Patch(max(32, 16 << log2size))
+    features = Features.full().replace(pps=1)
+    smmu, wires = system(
+        features=features, cr0=0xF, priq_base=COMMANDS + 0x1000_0000 | log2size,
+    )  # fmt: skip
+    patch.add(smmu.memory, COMMANDS + 0x1000_0000)
+    model = Model(log2size, blocks=True)
+    for _ in range(300):
+        if rng.random() < 0.7:
+            ssid = rng.choice((None, 0, 5, 0xFFFFF))
+            asked = {name: rng.random() < 0.6 for name in ("read", "write", "execute", "priv")}
+            last = rng.random() < 0.6
+            group, page, sid = rng.randrange(512), rng.getrandbits(52) << 12, rng.getrandbits(32)
+            answer = smmu.page_request(
+                sid, page, ssid=ssid, last=last, prg_index=group, **asked
+            )
+            tail = (
+                sid | (ssid or 0) << 32 | (asked["priv"] and ssid is not None) << 58
+                | (asked["execute"] and ssid is not None) << 59 | asked["read"] << 60
+                | asked["write"] << 61 | last << 62 | (ssid is not None) << 63
+                | (group | page) << 64
+            )  # fmt: skip
+            status, first = model.put(tail.to_bytes(16, "little"), patch.refuse)
+            marker = last and ssid is not None and not asked["read"] and not asked["write"]
+            if status == "written":
+                expected = PageAnswer("queued", None)
+            elif marker or (status == "full" and not last):
+                expected = PageAnswer("dropped", None)
+            elif status == "full":
+                expected = PageAnswer("success", ssid)
+            else:
+                expected = PageAnswer("failure", None)
+            assert answer == expected
+            assert wires.take() == (
+                ["priq"] if first else ["gerror"] if status == "aborted" else []
+            )
+        else:
+            random_step(rng, smmu, "PRIQ", model, patch, CR0["PRIQEN"])
+            assert wires.take() == []
+        check(smmu, "PRIQ", model, patch, 16)
+
+
+# --- where a queue lies ---
+
+
+@pytest.mark.parametrize("log2size", [0, 1, 3, 7, 19])
+def test_a_queue_is_aligned_to_its_size(log2size):
+    smmu, _ = system(eventq_base=QUEUE | 0x1F_FFE0 | log2size)
+    base = (QUEUE | 0x1F_FFE0) & ~((32 << log2size) - 1)
+    expected = fault(smmu).event.record
+    assert smmu.memory.read(base, 32) == expected
+    texts = [warning.text for warning in smmu.warnings if warning.register == "EVENTQ_BASE"]
+    assert len(texts) == (log2size > 0)
+    assert all(f"{base:#x} is used" in text for text in texts)
+
+
+def test_a_queue_has_no_more_entries_than_the_implementation():
+    features = Features(eventqs=2)
+    smmu, _ = system(eventq_base=QUEUE | 9, features=features)
+    assert [fault(smmu).event is not None for _ in range(6)] == [True] * 4 + [False] * 2
+    assert smmu.read("EVENTQ_PROD") == 0x8000_0004
+    assert "IDR1.EVENTQS, 2, is used" in smmu.warnings[0].text
+
+
+@pytest.mark.parametrize("where", ["outside", "beyond", "read-only"])
+def test_a_queue_that_cannot_be_written_is_an_error(where):
+    base = {"outside": 0xA000_0000, "beyond": 1 << 44, "read-only": 0xB000_0000}[where]
+    smmu, wires = system(0, features=Features(oas=4), eventq_base=base)
+    smmu.memory.add(bytes(64), 0xB000_0000)
+    first = fault(smmu)
+    assert first.fault is not None and first.event is None
+    assert smmu.gerror == 1 << 2 and wires.take() == ["gerror"]
+    assert fault(smmu).event is None
+    assert smmu.gerror == 1 << 2 and wires.take() == []
+    smmu.write("GERRORN", 1 << 2)
+    assert fault(smmu).event is None
+    assert smmu.gerror == 0 and wires.take() == ["gerror"]
+    assert smmu.read("EVENTQ_PROD") == 0
+
+
+def test_without_an_event_queue_events_are_in_results_alone():
+    memory = Memory()
+    memory.add(small.build(), small.BASE)
+    wires = Wires()
+    smmu = Smmu(memory, on_interrupt=wires, **small.registers())
+    smmu.write("IRQ_CTRL", IRQS)
+    for request in FAULTS:
+        assert fault(smmu, request).event is not None
+    assert smmu.read("EVENTQ_PROD") == 0 and wires == []
+    assert smmu.gerror == 0
+
+
+def test_every_face_records():
+    smmu, _ = system(5)
+    request = FAULTS[3]
+    expected = fault(smmu, request).event.record
+    smmu.translate(request.sid, request.iova, **request.access, trace=True)
+    with pytest.raises(LookupError):
+        smmu.pa(request.sid, request.iova, **request.access)
+    smmu.translate_range(request.sid, request.iova, 64, **request.access)
+    n = 3
+    found = smmu.translate_batch(
+        request.sid, np.full(n, request.iova, np.uint64), priv=request.priv,
+        columns=["event", "record"],
+    )  # fmt: skip
+    assert [bytes(row) for row in found["record"]] == [expected] * n
+    assert smmu.read("EVENTQ_PROD") == 7
+    assert records(smmu, QUEUE, 32, 0, 7, 5) == [expected] * 7
+
+
+def test_a_batch_loses_what_does_not_fit():
+    smmu, _ = system(2)
+    request = FAULTS[3]
+    found = smmu.translate_batch(
+        request.sid, np.full(9, request.iova, np.uint64), columns=["event", "fault"]
+    )
+    assert found["event"].tolist() == [0x10] * 4 + [0] * 5
+    assert found["fault"].tolist() == [0x10] * 9
+    assert smmu.read("EVENTQ_PROD") == 0x8000_0004
+
+
+# --- interrupts ---
+
+
+def test_interrupts_are_wired_or_messages_and_only_if_enabled():
+    features = Features.full()
+    smmu, wires = system(features=features)
+    smmu.write("IRQ_CTRL", 0)
+    fault(smmu)
+    assert wires == []  # and it is lost: the queue is not empty any more
+    smmu.write("EVENTQ_IRQ_CFG0", MSI, 8)
+    smmu.write("EVENTQ_IRQ_CFG1", 0x1234_5678)
+    smmu.write("IRQ_CTRL", IRQS)
+    fault(smmu)
+    assert smmu.memory.read(MSI, 8) == bytes(8)
+    smmu.write("EVENTQ_CONS", 2)
+    fault(smmu)
+    assert smmu.memory.read(MSI, 8) == bytes.fromhex("7856341200000000")
+    assert wires == []
+    smmu.write("EVENTQ_IRQ_CFG0", 0)  # ignored: the interrupt is enabled
+    assert smmu.read("EVENTQ_IRQ_CFG0") == MSI
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("EVENTQ_IRQ_CFG0", 0)
+    smmu.write("IRQ_CTRL", 4)
+    smmu.write("EVENTQ_CONS", 3)
+    fault(smmu)
+    assert wires == ["eventq"]
+
+
+def test_a_message_that_aborts_is_an_error_of_its_own():
+    smmu, wires = system(features=Features.full())
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("EVENTQ_IRQ_CFG0", 0xA000_0000)
+    smmu.write("IRQ_CTRL", IRQS)
+    assert fault(smmu).event is not None
+    assert smmu.gerror == 1 << 5 and wires.take() == ["gerror"]
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("GERROR_IRQ_CFG0", 0xA000_0000)
+    smmu.write("IRQ_CTRL", IRQS)
+    smmu.write("GERRORN", 1 << 5)
+    smmu.write("EVENTQ_CONS", 1)
+    fault(smmu)  # the message aborts, and so does that of the error, which has no interrupt
+    assert smmu.gerror == 1 << 7 and smmu.gerrorn == 1 << 5
+    assert wires == []
+
+
+def test_without_msi_support_all_interrupts_are_wired():
+    smmu, wires = system(features=Features(msi=0))
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("EVENTQ_IRQ_CFG0", MSI, 8)
+    assert smmu.read("EVENTQ_IRQ_CFG0", 8) == 0
+    smmu.write("IRQ_CTRL", IRQS)
+    fault(smmu)
+    assert wires == ["eventq"]
+
+
+def test_page_requests_may_interrupt_for_the_last_of_a_group_only():
+    smmu, wires = system(features=Features.full(), cr0=7, priq_base=PAGES | 4)
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("PRIQ_IRQ_CFG2", 1 << 31)
+    smmu.write("IRQ_CTRL", IRQS)
+    told = []
+    for last in (False, False, True, False, True):
+        smmu.page_request(1, 0x1000, read=True, last=last)
+        told.append(wires.take())
+    assert told == [[], [], ["priq"], [], ["priq"]]
+
+
+# --- global errors ---
+
+
+def test_gerrorn_ends_active_errors_only():
+    smmu, _ = system(eventq_base=0xA000_0000)
+    smmu.write("GERRORN", 0x7FF)
+    assert (smmu.gerror, smmu.gerrorn) == (0, 0)
+    assert "not active" in smmu.warnings[-1].text
+    fault(smmu)
+    assert (smmu.gerror, smmu.gerrorn) == (4, 0)
+    smmu.write("GERROR", 0)
+    assert smmu.gerror == 4 and "read-only" in smmu.warnings[-1].text
+    smmu.write("GERRORN", 0x7FF)
+    assert (smmu.gerror, smmu.gerrorn) == (4, 4)
+    fault(smmu)
+    assert (smmu.gerror, smmu.gerrorn) == (0, 4)
+
+
+def test_an_exception_of_on_interrupt_reaches_the_caller_and_harms_nothing():
+    smmu, _ = system()
+
+    def fails(name):
+        raise KeyError(name)
+
+    smmu.on_interrupt = fails
+    with pytest.raises(KeyError, match="eventq"):
+        fault(smmu)
+    assert smmu.read("EVENTQ_PROD") == 1
+    assert fault(smmu).event is not None  # no interrupt: the queue is not empty
+    smmu.write("EVENTQ_CONS", 2)
+    with pytest.raises(KeyError):
+        smmu.translate_batch(FAULTS[3].sid, np.full(3, FAULTS[3].iova, np.uint64))
+    assert smmu.read("EVENTQ_PROD") == 3
+
+
+def test_memory_cannot_change_while_an_interrupt_is_told():
+    smmu, _ = system()
+    smmu.on_interrupt = lambda name: smmu.memory.remove(small.BASE)
+    with pytest.raises(BufferError):
+        fault(smmu)
+    smmu.on_interrupt = None
+    assert fault(smmu, small.Request(small.STAGE1, small.RW)).pa == 0x4000_1000
+
+
+# --- several at once ---
+
+
+def test_a_callback_that_holds_the_queue_may_fault_itself():
+    smmu, wires = system(eventq_base=0xA000_0000 | 4)
+    data = bytearray(0x200)
+    depth = 0
+
+    def write(address, record):
+        nonlocal depth
+        depth += 1
+        if depth < 4:
+            assert fault(smmu).event is not None
+            assert smmu.read("EVENTQ_PROD") == 0  # the outermost record is not there yet
+        data[address - 0xA000_0000 : address - 0xA000_0000 + 32] = record
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 0x200, lambda a, n: bytes(n), write)
+    expected = fault(smmu, FAULTS[4]).event.record
+    assert smmu.read("EVENTQ_PROD") == 4 and wires == ["eventq"]
+    assert bytes(data[:32]) == expected
+    assert all(data[32 * i] == 0x02 for i in range(1, 4)) and not any(data[128:])
+
+
+def test_a_record_whose_callback_raises_leaves_the_queue_as_it_was():
+    smmu, wires = system(eventq_base=0xA000_0000 | 4)
+    fails = True
+
+    def write(address, record):
+        if fails:
+            raise OSError("no")
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 0x200, lambda a, n: bytes(n), write)
+    with pytest.raises(OSError, match="no"):
+        fault(smmu)
+    assert smmu.read("EVENTQ_PROD") == 0 and smmu.gerror == 0 and wires == []
+    fails = False
+    assert fault(smmu).event is not None
+    assert smmu.read("EVENTQ_PROD") == 1 and wires == ["eventq"]
+
+
+def test_a_queue_set_up_anew_meanwhile_is_not_touched_by_older_writers():
+    smmu, _ = system(eventq_base=0xA000_0000 | 4)
+
+    def write(address, record):
+        smmu.write("CR0", smmu.cr0 & ~CR0["EVENTQEN"])
+        smmu.write("EVENTQ_BASE", QUEUE | 2)
+        smmu.write("EVENTQ_PROD", 3)
+        smmu.write("EVENTQ_CONS", 3)
+        smmu.write("CR0", smmu.cr0 | CR0["EVENTQEN"])
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 0x200, lambda a, n: bytes(n), write)
+    fault(smmu)
+    assert smmu.read("EVENTQ_PROD") == 3
+    record = fault(smmu).event.record
+    assert smmu.read("EVENTQ_PROD") == 4
+    assert smmu.memory.read(QUEUE + 32 * 3, 32) == record
+
+
+def test_threads_lose_no_record():
+    smmu, _ = system(19, eventq_base=QUEUE | 19)
+    n, threads = 3000, 4
+    iovas = [np.arange(n, dtype=np.uint64) * 4096 + (1 << 30) * (1 + i) for i in range(threads)]
+
+    def run(i):
+        smmu.translate_batch(small.STAGE1, iovas[i])
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert smmu.read("EVENTQ_PROD") == n * threads
+    raw = smmu.memory.read(QUEUE, 32 * n * threads)
+    found = np.frombuffer(raw, layout.dtype("EVENT"))
+    addresses = layout.get(found, "EVENT", "InputAddr")
+    assert sorted(addresses.tolist()) == sorted(np.concatenate(iovas).tolist())
+    for i in range(threads):  # those of one thread are in its order
+        own = addresses[(addresses >= iovas[i][0]) & (addresses <= iovas[i][-1])]
+        assert (np.diff(own.astype(np.int64)) > 0).all()
+
+
+# --- page requests ---
+
+
+def test_an_automatic_answer_carries_the_pasid_if_the_stream_asks_for_it():
+    image = small.build()
+    image[small.STES + 64 * small.STAGE1 + 10] |= 1 << 2  # STE.PPAR is bit 82
+    memory = Memory()
+    memory.add(image, small.BASE)
+    memory.add_private(QUEUE, 0x400_0000)
+    registers = small.registers() | {"cr0": 7, "priq_base": PAGES}
+
+    def answers(pps, sid, **more):
+        features = Features.full().replace(pps=pps)
+        smmu = Smmu(memory, features, **registers)
+        assert smmu.page_request(sid, 0x1000, read=True, **more).action == "queued"
+        return smmu.page_request(sid, 0x1000, read=True, **more)
+
+    assert answers(0, small.STAGE1, ssid=3) == ("success", 3)
+    assert answers(0, small.BYPASSED, ssid=3) == ("success", None)
+    assert answers(1, small.BYPASSED, ssid=3) == ("success", 3)
+    assert answers(0, small.INVALID, ssid=3) == ("failure", None)
+    assert answers(0, small.BEYOND_MEMORY, ssid=3) == ("failure", None)
+    assert answers(0, small.BEYOND_TABLE, ssid=3) == ("failure", None)
+    assert answers(0, small.INVALID) == ("success", None)
+    assert answers(0, small.STAGE1, ssid=3, last=False) == ("dropped", None)
+
+
+@pytest.mark.parametrize("cr0", [0, 2, 5, 7])
+def test_page_requests_fail_while_the_queue_is_disabled(cr0):
+    smmu, _ = system(features=Features.full(), cr0=cr0, priq_base=PAGES | 2)
+    expected = "queued" if cr0 & 3 == 3 else "failure"
+    assert smmu.page_request(1, 0x1000, read=True).action == expected
+    marker = smmu.page_request(1, 0, ssid=5)
+    assert marker.action == ("queued" if cr0 & 3 == 3 else "dropped")
+
+
+def test_page_requests_are_checked():
+    smmu, _ = system(features=Features.full(), cr0=7, priq_base=PAGES | 2)
+    for bad, arguments in (
+        ("sid", (1 << 32, 0)),
+        ("address", (0, 0x1001)),
+        ("address", (0, 1 << 64)),
+    ):
+        with pytest.raises(ValueError, match=f"^{bad}: "):
+            smmu.page_request(*arguments)
+    with pytest.raises(ValueError, match="^prg_index: 0x200 given"):
+        smmu.page_request(0, 0, prg_index=512)
+    with pytest.raises(ValueError, match="^ssid: 0x100000 given"):
+        smmu.page_request(0, 0, ssid=1 << 20)
+    assert smmu.read("PRIQ_PROD") == 0
