@@ -4,6 +4,10 @@ Not architectural: where an entry lies is asked of the core.  A walk that is sta
 first fetch, and given an answer its next one; so how an address changes with a bit of the
 StreamID, the SubstreamID or the input address tells bases, splits and sizes.  This file knows the
 sizes of records, and which descriptors may name a table.
+
+The tables of a nested stream lie at IPAs.  The core is asked for them with the stream's STE
+changed to stage 1 alone, so that it names IPAs, and for the tables of stage 2 with it changed to
+stage 2 alone; where stage 2 puts a page it is asked with the page as the context descriptor's.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +34,8 @@ LARGEST = 1 << 30
 _ENTRY = layout.RECORDS["STE"].bytes
 _POINTER = layout.RECORDS["L1STD"].bytes
 _TABLE = layout.pack("PTE_S1_TABLE", Valid=1, Type=1)
+_NESTED = 0b111
+_STAGE2 = ("S2TT", "S2TT update")
 
 
 class StreamTable(NamedTuple):
@@ -63,8 +69,8 @@ class Run(NamedTuple):
 class ContextRun(NamedTuple):
     """Substreams `first` to `last` whose context descriptors are equal; None without substreams.
 
-    `cd` is the descriptor in memory order, at `address` for the first; None where there is none,
-    and `problem` says why.
+    `cd` is the descriptor in memory order, at the physical `address` for the first; None where
+    there is none, and `problem` says why.
     """
 
     first: int | None
@@ -79,12 +85,80 @@ class ContextRun(NamedTuple):
 
 
 def _ask(smmu: Smmu, sid: int, answers: Sequence[bytes], **access: Any) -> Walk:
+    """Start a walk and answer its first fetches."""
     walk = smmu.start_walk(sid, access.pop("iova", 0), **access)
     for answer in answers:
         if walk.done:
             break
         walk.supply(answer)
     return walk
+
+
+def _ask_through(smmu: Smmu, sid: int, answers: Sequence[bytes], **access: Any) -> Walk:
+    """Start a walk and answer its first fetches, and from memory those of stage 2."""
+    walk = smmu.start_walk(sid, access.pop("iova", 0), **access)
+    left = list(answers)
+    while (request := walk.request) is not None:
+        if request.kind in _STAGE2:
+            try:
+                walk.supply(smmu.memory.read(request.address, request.size))
+            except ExternalAbort:
+                walk.supply(None)
+        elif left:
+            walk.supply(left.pop(0))
+        else:
+            break
+    return walk
+
+
+def _with(ste: bytes, **fields: int) -> bytes:
+    """Return an STE with other values in some fields."""
+    word = int.from_bytes(ste, "little")
+    for name, value in fields.items():
+        field = layout.STE.field(name)
+        word &= ~(field.mask << 64 * field.dword)
+        word |= layout.pack("STE", **{name: value})
+    return layout.to_bytes("STE", word)
+
+
+class _Guest:
+    """Memory as stage 1 of a nested stream sees it; its addresses are IPAs.
+
+    `path` are the answers on the way to the STE.
+    """
+
+    def __init__(self, smmu: Smmu, sid: int, path: Sequence[bytes], ste: bytes) -> None:
+        self.smmu = smmu
+        self.sid = sid
+        self.path = path
+        self.ste = ste
+        self.memory = smmu.memory
+        self.pages: dict[int, int | str] = {}
+
+    def page(self, ipa: int) -> int | str:
+        """Return the physical address of the page that holds an IPA, or why there is none."""
+        ipa &= -PAGE
+        if ipa not in self.pages:
+            ste = _with(self.ste, S1ContextPtr=ipa, S1CDMax=0)
+            walk = _ask_through(self.smmu, self.sid, (*self.path, ste))
+            address = _address(walk)
+            self.pages[ipa] = _reason(walk) if address is None else address
+        return self.pages[ipa]
+
+
+def _physical(memory: Memory | _Guest, address: int) -> int | None:
+    if isinstance(memory, _Guest):
+        page = memory.page(address)
+        return None if isinstance(page, str) else page + address % PAGE
+    return address
+
+
+def _refused(memory: Memory | _Guest, address: int, problem: str) -> str:
+    """Return why something at an address cannot be read: stage 2 refuses, or the problem."""
+    page = memory.page(address) if isinstance(memory, _Guest) else None
+    if isinstance(page, str):
+        return f"stage 2 refuses its IPA {address:#x} ({page})"
+    return problem
 
 
 def _address(walk: Walk) -> int | None:
@@ -119,6 +193,7 @@ def _enabled(smmu: Smmu) -> Smmu:
         cr0=smmu.cr0 | enable,
         cr2=smmu.cr2,
         gbpa=smmu.gbpa,
+        ignore_s2ptw=smmu.ignore_s2ptw,
     )
 
 
@@ -194,10 +269,36 @@ def _readable(
         at += size
 
 
+def _parts(
+    memory: Memory | _Guest, base: int, count: int, entry: int
+) -> Iterator[tuple[int, int, int | None]]:
+    """Yield the parts of an array that lie together: first index, end index, physical address.
+
+    The address is None where stage 2 refuses.
+    """
+    if not isinstance(memory, _Guest):
+        yield 0, count, base
+        return
+    first = 0
+    while first < count:
+        at = base + first * entry
+        end = min(count, first + (PAGE - at % PAGE) // entry)
+        yield first, end, _physical(memory, at)
+        first = end
+
+
 def _entries(
-    memory: Memory, base: int, count: int, entry: int, present: Sequence[int] | None
+    memory: Memory | _Guest, base: int, count: int, entry: int, present: Sequence[int] | None
 ) -> Iterator[tuple[int, int, bytes | None]]:
     """Yield runs of equal entries of an array: first index, end index, contents or None."""
+    if isinstance(memory, _Guest):
+        for first, end, address in _parts(memory, base, count, entry):
+            if address is None:
+                yield first, end, None
+                continue
+            for i, j, data in _entries(memory.memory, address, end - first, entry, present):
+                yield first + i, first + j, data
+        return
     for address, size, data in _pieces(memory, base, count * entry, entry, present):
         first = (address - base) // entry
         end = first + size // entry
@@ -316,24 +417,78 @@ def _array(
 
 def contexts(smmu: Smmu, run: Run, present: Sequence[int] | None = None) -> Iterator[ContextRun]:
     """Yield the context descriptors that the STE of a run leads to; `present` as in `streams`."""
+    last: ContextRun | None = None
+    for context in _contexts(smmu, run, present):
+        if last is None:
+            last = context
+        elif (last.cd, last.problem) == (context.cd, context.problem) and (
+            context.first == (last.last or 0) + 1
+        ):
+            last = last._replace(last=context.last)
+        else:
+            yield last
+            last = context
+    if last is not None:
+        yield last
+
+
+def _stage1(run: Run) -> tuple[bytes, ...]:
+    """Return the answers to the STE of a run; a nested one as stage 1 alone."""
+    ste = run.ste or b""
+    if layout.unpack("STE", ste)["Config"] == _NESTED:
+        ste = _with(ste, Config=0b101, STRW=0, EATS=0)
+    return (*run.path, ste)
+
+
+def _memory_of(smmu: Smmu, run: Run) -> Memory | _Guest:
+    """Return the memory that stage 1 of a run's streams reads."""
+    if run.ste is not None and layout.unpack("STE", run.ste)["Config"] == _NESTED:
+        return _Guest(smmu, run.first, run.path, run.ste)
+    return smmu.memory
+
+
+def _accepted(smmu: Smmu, run: Run) -> bool:
+    """Whether the STE of a run is legal, and does not abort."""
+    walk = _ask_through(smmu, run.first, (*run.path, run.ste or b""))
+    return not (walk.done and _reason(walk) in ("C_BAD_STE", "abort"))
+
+
+def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[ContextRun]:
+    """Yield the runs of `contexts`, each of which lies together in memory."""
     if run.ste is None:
         return
     smmu = _enabled(smmu)
+    if not _accepted(smmu, run):
+        return
+    memory = _memory_of(smmu, run)
     path = (*run.path, run.ste)
+    stage1 = _stage1(run)
 
     def ask(ssid: int | None, *more: bytes) -> Walk:
-        return _ask(smmu, run.first, (*path, *more), ssid=ssid)
+        return _ask(smmu, run.first, (*stage1, *more), ssid=ssid)
 
     first = ask(None)
+    if first.done and _reason(first) == "C_BAD_STE":
+        # a pointer that is too large for stage 1 alone is too large for stage 2
+        reason = _reason(_ask_through(smmu, run.first, path))
+        problem = f"stage 2 refuses the IPA of the context descriptor ({reason})"
+        yield ContextRun(None, None, None, None, problem, path)
+        return
     if ask(1).done:
         if first.done:
             return
         _, address = _asked(first)
-        try:
-            yield ContextRun(None, None, address, smmu.memory.read(address, _ENTRY), None, path)
-        except ExternalAbort:
-            problem = "the context descriptor cannot be read (F_CD_FETCH)"
-            yield ContextRun(None, None, address, None, problem, path)
+        place = _physical(memory, address)
+        problem = "the context descriptor cannot be read (F_CD_FETCH)"
+        if place is not None:
+            try:
+                data = smmu.memory.read(place, _ENTRY)
+            except ExternalAbort:
+                pass
+            else:
+                yield ContextRun(None, None, place, data, None, path)
+                return
+        yield ContextRun(None, None, place, None, _refused(memory, address, problem), path)
         return
     zero = ask(0) if first.done else first
     request = zero.request
@@ -341,38 +496,44 @@ def contexts(smmu: Smmu, run: Run, present: Sequence[int] | None = None) -> Iter
         return
     log2 = _lowest(20, lambda k: ask(1 << k).done)
     if request.kind == "CD":
-        yield from _contexts(smmu, request.address, 0, 1 << log2, path, present)
+        yield from _table(memory, request.address, 0, 1 << log2, path, present)
         return
     leaf = _lowest(log2, lambda k: _address(ask(1 << k)) != request.address)
     count = 1 << log2 - leaf
-    for i, j, data in _entries(smmu.memory, request.address, count, _POINTER, present):
+    for i, j, data in _entries(memory, request.address, count, _POINTER, present):
         span = (i << leaf, (j << leaf) - 1)
         if data is None:
             problem = "the level-1 descriptor cannot be read (F_CD_FETCH)"
+            problem = _refused(memory, request.address + i * _POINTER, problem)
             yield ContextRun(*span, None, None, problem, path)
             continue
         # ask for a SubstreamID other than 0, which S1DSS may refuse
         walk = ask(i << leaf | 1, data)
         if walk.done:
+            walk = _ask_through(smmu, run.first, (*path, data), ssid=i << leaf | 1)
             problem = f"no table of context descriptors ({_reason(walk)})"
             yield ContextRun(*span, None, None, problem, (*path, data))
             continue
         base = _asked(walk)[1] - _ENTRY
         for ssid in range(i << leaf, j << leaf, 1 << leaf):
-            yield from _contexts(smmu, base, ssid, 1 << leaf, (*path, data), present)
+            yield from _table(memory, base, ssid, 1 << leaf, (*path, data), present)
 
 
-def _contexts(
-    smmu: Smmu,
+def _table(
+    memory: Memory | _Guest,
     base: int,
     ssid: int,
     count: int,
     path: tuple[bytes, ...],
     present: Sequence[int] | None,
 ) -> Iterator[ContextRun]:
-    for i, j, data in _entries(smmu.memory, base, count, _ENTRY, present):
-        problem = None if data is not None else "it cannot be read (F_CD_FETCH)"
-        yield ContextRun(ssid + i, ssid + j - 1, base + i * _ENTRY, data, problem, path)
+    """Yield the context descriptors of an array."""
+    for i, j, data in _entries(memory, base, count, _ENTRY, present):
+        address = base + i * _ENTRY
+        problem = None
+        if data is None:
+            problem = _refused(memory, address, "it cannot be read (F_CD_FETCH)")
+        yield ContextRun(ssid + i, ssid + j - 1, _physical(memory, address), data, problem, path)
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -386,22 +547,24 @@ def unmodelled(ste: bytes, cd: bytes | None, masked: Mapping[str, int]) -> str |
     fields = layout.unpack("STE", ste)
     if not fields["V"] or not fields["Config"] & 4:
         return None
-    if "s2p" in masked and fields["Config"] & 2:
-        return "stage 2"
-    if not fields["Config"] & 1:
-        return None
-    if "ats" in masked and fields["EATS"] & 2:
-        return "ATS"
-    if "stall_model" in masked and fields["S1STALLD"]:
-        return "stalls"
-    if cd is not None:
-        fields = layout.unpack("CD", cd)
-        if "stall_model" in masked and (fields["S"] or masked["stall_model"] == 2):
-            return "stalls"
-        if "httu" in masked and (fields["HA"] or fields["HD"]):
-            return "hardware updates of tables"
-        if "ttf" in masked and not fields["AA64"]:
-            return "VMSAv8-32 tables"
+    second = fields if fields["Config"] & 2 else None
+    first = None
+    if fields["Config"] & 1 and cd is not None:
+        first = layout.unpack("CD", cd)
+    for asks, name, value in ((first, "AA64", 0), (second, "S2AA64", 0)):
+        if asks is not None and asks[name] == value:
+            if "ttf" in masked:
+                return "VMSAv8-32 tables"
+            if "d128" in masked:
+                return "VMSAv9-128 tables"
+    for feature, asks, name, what in (
+        ("s1pi", first, "PIE", "indirect permissions"),
+        ("s2pi", second, "S2PIE", "indirect permissions"),
+        ("s2po", second, "S2POE", "permission overlays"),
+        ("aie", first, "AIE", "the extension of attribute indices"),
+    ):
+        if feature in masked and asks is not None and asks[name]:
+            return what
     return None
 
 
@@ -415,25 +578,45 @@ class _Pages:
     def add(self, address: int, size: int) -> None:
         self.found.update(range(address & -PAGE, address + size, PAGE))
 
-    def add_array(self, base: int, count: int, entry: int) -> None:
+    def add_array(self, memory: Memory | _Guest, base: int, count: int, entry: int) -> None:
         """Add the pages of an array that are not zero throughout."""
-        for address, _, data in _pieces(self.smmu.memory, base, count * entry, entry, None):
-            for offset in range(-(address % PAGE), len(data or b""), PAGE):
-                if (data or b"")[max(offset, 0) : offset + PAGE].strip(b"\0"):
-                    self.add(address + max(offset, 0), 1)
+        for first, end, at in _parts(memory, base, count, entry):
+            if at is None:
+                continue
+            size = (end - first) * entry
+            for address, _, data in _pieces(self.smmu.memory, at, size, entry, None):
+                for offset in range(-(address % PAGE), len(data or b""), PAGE):
+                    if (data or b"")[max(offset, 0) : offset + PAGE].strip(b"\0"):
+                        self.add(address + max(offset, 0), 1)
 
-    def add_tables(self, sid: int, path: tuple[bytes, ...], ssid: int | None, swap: bool) -> None:
+    def add_stage1(self, run: Run, context: ContextRun) -> None:
         """Add the translation tables of a context, of both halves of the address space."""
+        cd = context.cd or b""
+        answers = (*_stage1(run), *context.path[len(run.path) + 1 :], cd)
         for iova in (0, (1 << 64) - 1):
             # CD 0 may serve transactions without a SubstreamID only (S1DSS)
-            for number in (ssid, None):
-                request = self.walk(sid, path, number, iova).request
+            for number in (context.first, None):
+                request = self.walk(run.first, answers, number, iova).request
                 if request is not None and request.kind == "TT":
-                    self.visited: set[tuple[int, int]] = set()
-                    self.geometry: dict[int, tuple[int, int]] = {}
+                    self.start(_memory_of(self.smmu, run), bool(layout.unpack("CD", cd)["ENDI"]))
                     # bit 55 selects the half: the tables are indexed by bits below it
-                    self.add_table(sid, path, number, iova, 55, swap)
+                    self.add_table(run.first, answers, number, iova, 55)
                     break
+
+    def add_stage2(self, run: Run) -> None:
+        """Add the stage-2 tables of a run's streams."""
+        ste = run.ste or b""
+        answers = (*run.path, _with(ste, Config=0b110, EATS=0))
+        if self.walk(run.first, answers, None, 0).request is not None:
+            self.start(self.smmu.memory, bool(layout.unpack("STE", ste)["S2ENDI"]))
+            self.add_table(run.first, answers, None, 0, 64)
+
+    def start(self, memory: Memory | _Guest, swap: bool) -> None:
+        """Begin with tables of another context: where they lie, and whether big-endian."""
+        self.memory = memory
+        self.byteorder: Literal["big", "little"] = "big" if swap else "little"
+        self.visited: set[tuple[int, int]] = set()
+        self.geometry: dict[int, tuple[int, int]] = {}
 
     def walk(self, sid: int, path: tuple[bytes, ...], ssid: int | None, iova: int) -> Walk:
         return _ask(self.smmu, sid, path, ssid=ssid, iova=iova, priv=True)
@@ -445,7 +628,6 @@ class _Pages:
         ssid: int | None,
         iova: int,
         below: int,
-        swap: bool,
     ) -> None:
         """Add a table and those below it; `below` is the lowest input bit already used."""
         level, address = _asked(self.walk(sid, path, ssid, iova))
@@ -462,25 +644,25 @@ class _Pages:
         if (base, level) in self.visited:
             return
         self.visited.add((base, level))
-        self.add_array(base, 1 << bits, 8)
+        self.add_array(self.memory, base, 1 << bits, 8)
         if level == 3:
             return
-        for first, end, data in _entries(self.smmu.memory, base, 1 << bits, 8, None):
-            number = int.from_bytes(data or bytes(8), "big" if swap else "little")
+        for first, end, data in _entries(self.memory, base, 1 << bits, 8, None):
+            number = int.from_bytes(data or bytes(8), self.byteorder)
             if data is None or number & _TABLE != _TABLE:
                 continue
             for entry in range(first, end):
                 inner = iova ^ (index ^ entry) << shift
                 answers = (*path, data)
                 if self.walk(sid, answers, ssid, inner).request is not None:
-                    self.add_table(sid, answers, ssid, inner, shift, swap)
+                    self.add_table(sid, answers, ssid, inner, shift)
 
 
 def pages(smmu: Smmu, masked: Mapping[str, int] | None = None) -> list[int]:
     """Return the addresses of all pages that hold what the registers lead to.
 
-    These are the stream table, tables of context descriptors and stage-1 tables; pages of zeros
-    in arrays are left out.
+    These are the stream table, tables of context descriptors and the tables of both stages; pages
+    of zeros in arrays are left out.
 
     Parameters
     ----------
@@ -500,30 +682,30 @@ def pages(smmu: Smmu, masked: Mapping[str, int] | None = None) -> list[int]:
     if table is None:
         return []
     entry = _POINTER if table.two_level else _ENTRY
-    found.add_array(table.base, 1 << table.log2size - (table.split or 0), entry)
+    found.add_array(smmu.memory, table.base, 1 << table.log2size - (table.split or 0), entry)
     done: set[tuple[bytes, bytes]] = set()
     for run in _streams(smmu, None):
         if run.ste is None or not run.ste.strip(b"\0"):
             continue
         found.add(run.address or 0, (run.last - run.first + 1) * _ENTRY)
         _refuse(run, unmodelled(run.ste, None, masked))
-        for context in contexts(smmu, run):
+        if layout.unpack("STE", run.ste)["Config"] & 6 == 6 and (run.ste, b"") not in done:
+            done.add((run.ste, b""))
+            if _accepted(smmu, run):
+                found.add_stage2(run)
+        for context in _contexts(smmu, run, None):
             if context.cd is None or not context.cd.strip(b"\0"):
                 continue
             _refuse(run, unmodelled(run.ste, context.cd, masked))
             number = (context.last or 0) - (context.first or 0) + 1
             found.add(context.address or 0, number * _ENTRY)
             if len(context.path) > len(run.path) + 1:
-                walk = _ask(smmu, run.first, context.path[:-1], ssid=(context.first or 0) | 1)
+                ssid = (context.first or 0) | 1
+                walk = _ask_through(smmu, run.first, context.path[:-1], ssid=ssid)
                 found.add(_address(walk) or 0, _POINTER)
             if (run.ste, context.cd) not in done:
                 done.add((run.ste, context.cd))
-                found.add_tables(
-                    run.first,
-                    (*context.path, context.cd),
-                    context.first,
-                    bool(layout.unpack("CD", context.cd)["ENDI"]),
-                )
+                found.add_stage1(run, context)
     return sorted(found.found)
 
 
