@@ -29,7 +29,7 @@ class Features:
 
     Each attribute is the code in the field of that name of IDR0, IDR1, IDR3, IDR5 or AIDR, so
     ``oas=5`` means 48 bits and ``ttf=2`` AArch64 tables. One-bit fields also take a bool. The
-    defaults are all that this version models of stage 1. What each means is in the table:
+    defaults are all that this library models. What each means is in the table:
     ``print(layout.format("IDR0", features.idr0, zeros=True))``.
 
     What an architecture version makes mandatory is not required: an SMMUv3.2 without range
@@ -38,7 +38,7 @@ class Features:
     >>> Features(oas=5, sidsize=16)
     Features(sidsize=16, oas=5)
     >>> hex(Features().idr5)
-    '0x4f6'
+    '0xffff04f6'
     >>> Features.from_idr(0xd44101b, 0x2730010, 0x1414, 0x74, 0).oas_bits
     44
 
@@ -51,35 +51,35 @@ class Features:
     """
 
     # IDR0
-    s2p: int = 0
+    s2p: int = 1
     s1p: int = 1
     ttf: int = 2
     cohacc: int = 1
     btm: int = 0
-    httu: int = 0
+    httu: int = 2
     dormhint: int = 0
     hyp: int = 1
-    ats: int = 0
+    ats: int = 1
     ns1ats: int = 0
     asid16: int = 1
-    msi: int = 0
-    sev: int = 0
+    msi: int = 1
+    sev: int = 1
     atos: int = 0
-    pri: int = 0
-    vmw: int = 0
+    pri: int = 1
+    vmw: int = 1
     vmid16: int = 1
     cd2l: int = 1
     vatos: int = 0
     ttendian: int = 0
-    atsrecerr: int = 0
-    stall_model: int = 1
+    atsrecerr: int = 1
+    stall_model: int = 0
     term_model: int = 0
     st_level: int = 1
     rme_impl: int = 0
     # IDR1
     sidsize: int = 32
     ssidsize: int = 20
-    priqs: int = 0
+    priqs: int = 19
     eventqs: int = 19
     cmdqs: int = 19
     attr_perms_ovr: int = 1
@@ -91,17 +91,17 @@ class Features:
     # IDR3
     had: int = 1
     pbha: int = 0
-    xnx: int = 0
+    xnx: int = 1
     pps: int = 0
     mpam: int = 0
-    fwb: int = 0
+    fwb: int = 1
     stt: int = 1
     ril: int = 1
     bbml: int = 2
     e0pd: int = 1
-    ptwnnc: int = 0
+    ptwnnc: int = 1
     dpt: int = 0
-    pasidtt: int = 0
+    pasidtt: int = 1
     epan: int = 1
     s1pi: int = 0
     s2pi: int = 0
@@ -117,7 +117,7 @@ class Features:
     ds: int = 1
     d128: int = 0
     vax: int = 1
-    stall_max: int = 0
+    stall_max: int = 0xFFFF
     # AIDR
     arch_minor: int = 3
 
@@ -209,10 +209,7 @@ class Features:
     @classmethod
     def full(cls) -> Self:
         """Return an SMMUv3.3 with everything that this library models."""
-        return cls(
-            s2p=1, httu=2, ats=1, msi=1, sev=1, pri=1, vmw=1, atsrecerr=1, stall_model=0,
-            priqs=19, xnx=1, fwb=1, ptwnnc=1, pasidtt=1, stall_max=0xFFFF,
-        )  # fmt: skip
+        return cls()
 
     @classmethod
     def from_idr(cls, idr0: int, idr1: int, idr3: int, idr5: int, aidr: int) -> Self:
