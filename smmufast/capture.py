@@ -17,10 +17,11 @@ Kind "linux": one configuration
     One successful translation a line: ``sid``, ``iova``, ``pa``, ``perm``, ``stage``, ``level``,
     ``page_shift``; ``bypass`` true for one that was not translated.  ``perm`` is what the page
     permits: 1 read, 2 write, 4 execute.  The line is replayed as a read if bit 0 is set, else as a
-    write, and each access that ``perm`` denies must give F_PERMISSION.
+    write, and each access that ``perm`` denies must give F_PERMISSION.  ``stage`` is 1, 2, or 3
+    where both translate.
 ``events.jsonl.gz``
     One event a line: ``sid``, ``iova``, ``rnw``, ``hex`` (the record in memory order);
-    ``action``, "abort" if absent.
+    ``action`` is "abort" if absent, "raz_wi" or "stall".
 ``queues.npz``
     As ``pages.npz``: pages of the command and event queues.  May be absent.  The queues are rings
     in mid-history (`Queue`), at CMDQ_BASE and EVENTQ_BASE.
@@ -55,9 +56,13 @@ than the architecture (IHI 0070 7.3).  PnU and InD are not compared.  Records of
 may hold RnW=1 for a write: RnW is that of the transaction.  F_CD_FETCH holds its address in bits
 [191:128]: it is moved to FetchAddr.  IPA[11:0] and TTRnW are not compared, nor is IPA where S2=0,
 for it is UNKNOWN there.  Configurations of kind "cases" run with CR2.RECINVSID=1, and ignore
-STE.S2PTW, since their implementation has no memory attributes.  "disable" is recorded for
+STE.S2PTW, since their implementation has no memory attributes.  ``perm`` of a translation by both
+stages is what stage 1 permits.  "disable" is recorded for
 addresses beyond OAS too, where the architecture has an abort without an event (6.3.14): such
 requests have the cause "bypass_oas (SMMUEN=0)".
+
+Each request is taken alone, whatever the others are: hardware updates of tables are not kept, a
+transaction that stalls is terminated, and the STAG of its record is not compared.
 """
 
 from __future__ import annotations
@@ -77,8 +82,8 @@ from numpy.lib import format as npy
 
 from smmufast import layout
 from smmufast._memory import Memory
-from smmufast._smmu import NO_SUBSTREAM, Smmu, modelled
-from smmufast.faults import ACTIONS
+from smmufast._smmu import NO_SUBSTREAM, Result, Smmu, modelled
+from smmufast.faults import ExternalAbort
 from smmufast.features import Features
 
 if TYPE_CHECKING:
@@ -97,6 +102,7 @@ __all__ = [
     "load_batches",
     "load_events",
     "load_queue",
+    "translate_alone",
 ]
 
 PAGE = 4096
@@ -173,6 +179,8 @@ class Expected(NamedTuple):
         Accesses permitted with the request's privilege: 1 read, 2 write, 4 execute.
     perm_bits : int
         Bits of `perm` that are told.
+    perm_s1 : bool
+        Whether `perm` is what stage 1 alone permits.
     stage : int or None
         0 bypass, 1, 2, or 3 for both.
     level : int or None
@@ -193,6 +201,7 @@ class Expected(NamedTuple):
     pa: int | None = None
     perm: int | None = None
     perm_bits: int = 3
+    perm_s1: bool = False
     stage: int | None = None
     level: int | None = None
     page_lg2: int | None = None
@@ -384,6 +393,8 @@ def _absolute(name: str) -> int:
 _ALL = (1 << 256) - 1
 _PNU_IND = _absolute("PnU") | _absolute("InD")
 _TTRNW = _absolute("TTRnW")
+_STAG = _absolute("STAG")
+_STALL = _absolute("Stall")
 _DWORD2 = _U64 << 128
 _DWORD3 = _U64 << 192
 _IPA_LOW = (PAGE - 1) << 192
@@ -432,10 +443,12 @@ def _fair(line: _Line, raw: bytes, write: bool, differs: Sequence[Any]) -> tuple
     if "IPA" in fields:
         # UNKNOWN for a fault of stage 1
         mask &= ~(_IPA_LOW if fields["S2"] else _DWORD3)
-    return word.to_bytes(32, "little"), mask.to_bytes(32, "little")
+    return word.to_bytes(32, "little"), (mask & _comparable(word)).to_bytes(32, "little")
 
 
-_EXACT = _ALL.to_bytes(32, "little")
+def _comparable(word: int) -> int:
+    """Return the bits of a record that do not depend on what else the SMMU did: not STAG."""
+    return _ALL & ~_STAG if word & _STALL else _ALL
 
 
 def _outcome(
@@ -446,9 +459,9 @@ def _outcome(
     told = {"line": line.number, **more}
     if kind == "ok":
         stage = out.integer("stage", 3, 1) if "stage" in out.values else None
-        # the perm of a nested translation is stage 1's alone
-        perm = out.integer("perm", 3) if "perm" in out.values and stage != 3 else None
-        return Expected("ok", pa=out.integer("pa", _U64), perm=perm, stage=stage, **told)
+        perm = out.integer("perm", 3) if "perm" in out.values else None
+        pa = out.integer("pa", _U64)
+        return Expected("ok", pa=pa, perm=perm, perm_s1=stage == 3, stage=stage, **told)
     if kind in ("bypass", "disable"):
         if kind == "disable" and iova >> oas_bits:
             told["cause"] = "bypass_oas (SMMUEN=0)"
@@ -528,12 +541,14 @@ class _Requests:
                 "bypass" if enabled else "disabled", pa=pa, stage=0, line=line.number or 0
             )
         else:
+            stage = line.integer("stage", 3)
             expected = Expected(
                 "ok",
                 pa=pa,
                 perm=perm & bits,
                 perm_bits=bits,
-                stage=line.integer("stage", 3),
+                perm_s1=stage == 3 and not told,
+                stage=stage,
                 level=line.integer("level", 3, -1),
                 page_lg2=line.integer("page_shift", 63),
                 line=line.number or 0,
@@ -546,10 +561,12 @@ class _Requests:
         sid, ssid, iova, priv, instr, told = self._common(line)
         write = not line.flag("rnw") if "rnw" in line.values else line.bad("rnw is missing")
         action = line.text("action") if "action" in line.values else "abort"
-        if action not in ("abort", "raz_wi"):
-            line.bad(f"action: {action!r} found; abort or raz_wi is wanted")
-        raw = _record(line, "hex")
-        record, mask = (raw, _EXACT) if told else _fair(line, raw, write, ())
+        if action not in ("abort", "raz_wi", "stall"):
+            line.bad(f"action: {action!r} found; abort, raz_wi or stall is wanted")
+        record = raw = _record(line, "hex")
+        mask = _comparable(int.from_bytes(raw, "little")).to_bytes(32, "little")
+        if not told:
+            record, mask = _fair(line, raw, write, ())
         expected = Expected(
             action,
             layout.Event(raw[0]).name,
@@ -559,6 +576,46 @@ class _Requests:
             line=line.number or 0,
         )
         self.add((sid, ssid, iova, write, priv, instr), expected)
+
+
+# --- translating ----------------------------------------------------------------------------------
+
+
+def translate_alone(smmu: Smmu, sid: int, iova: int, **access: Any) -> Result:
+    """Translate an access as if it were the only one.
+
+    Hardware updates of tables are not kept, and a transaction that stalls is terminated.
+    `access` are the keywords of `Smmu.translate`.
+    """
+    if smmu.features.httu:
+        access.pop("trace", None)
+        result = _walk(smmu, sid, iova, access)
+    else:
+        result = smmu.translate(sid, iova, **access)
+    if result.action == "stall":
+        smmu.command("STALL_TERM", StreamID=sid)
+    return result
+
+
+def _walk(smmu: Smmu, sid: int, iova: int, access: Mapping[str, Any]) -> Result:
+    """Translate by a walk that keeps hardware updates to itself."""
+    walk = smmu.start_walk(sid, iova, **access)
+    written: dict[int, bytes] = {}
+    while (request := walk.request) is not None:
+        data: bytes | None = written.get(request.address)
+        if data is None:
+            try:
+                data = smmu.memory.read(request.address, request.size)
+            except ExternalAbort:
+                data = None
+        if request.swap is not None and data is not None:
+            expected, desired = request.swap
+            if int.from_bytes(data, "little") == expected:
+                written[request.address] = desired.to_bytes(8, "little")
+        walk.supply(data)
+    if walk.result is None:
+        raise RuntimeError("the walk is not done")
+    return walk.result
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -928,12 +985,12 @@ class Capture:
         memory, registers : Memory, mapping, optional
             In place of `smmu`: registers by name, as the format needs them.
         requests, events : iterable of mapping
-            Lines of the format.  A request without ``pa`` is translated now and what comes of
-            it is written: it needs ``sid`` and ``iova`` and may have ``ssid``, ``write``,
+            Lines of the format.  A request without ``pa`` is translated now, by itself, and what
+            comes of it is written: it needs ``sid`` and ``iova`` and may have ``ssid``, ``write``,
             ``priv`` and ``instr``.
         pages : iterable of int, optional
             Addresses of the pages to write.  By default those that the registers lead to: stream
-            table, context descriptors and stage-1 tables.  Pages of zeros are left out.
+            table, context descriptors and the tables of both stages.  Pages of zeros are left out.
         meta : mapping, optional
             More members of ``meta.json``.
 
@@ -1205,6 +1262,9 @@ def _answer(
     smmu: Smmu, requests: Iterable[Mapping[str, Any]]
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Translate the requests that have no outcome; lines of requests and of events."""
+    from smmufast.streams import bare
+
+    smmu = bare(smmu)
     translated: list[Mapping[str, Any]] = []
     terminated: list[Mapping[str, Any]] = []
     for number, request in enumerate(requests):
@@ -1225,7 +1285,9 @@ def _answer(
         sid, iova, ssid = request["sid"], request["iova"], request.get("ssid")
         write, priv, instr = (bool(request.get(name)) for name in ("write", "priv", "instr"))
         instr &= not write  # a write is always data
-        result = smmu.translate(sid, iova, ssid=ssid, write=write, priv=priv, instr=instr)
+        result = translate_alone(
+            smmu, sid, iova, ssid=ssid, write=write, priv=priv, instr=instr
+        )
         line = {"sid": sid, "iova": hex(iova), "priv": int(priv), "instr": int(instr)}
         if ssid is not None:
             line["ssid"] = ssid
@@ -1235,7 +1297,7 @@ def _answer(
                 | {
                     "pa": hex(result.pa),
                     "perm": int(result.perm) >> (3 if priv else 0) & 7,
-                    "stage": int(result.action == "ok"),
+                    "stage": result.stage,
                     "level": -1 if result.level is None else result.level,
                     "page_shift": result.page_lg2 or 0,
                     "bypass": int(result.action != "ok"),
@@ -1247,7 +1309,7 @@ def _answer(
             )
         else:
             line |= {"rnw": int(not write), "hex": result.event.record.hex()}
-            if result.action not in ACTIONS[:4]:
+            if result.action != "abort":
                 line["action"] = result.action
             terminated.append(line)
     return translated, terminated

@@ -1233,8 +1233,10 @@ class _Story:
         fields = fault.fields
         what = {
             "raz_wi": "reads give zero, writes are ignored",
-            "stall": f"it stalls until a CMD_RESUME with STAG={fields.get('STAG', 0):#x}",
+            "stall": "it stalls",
         }.get(self.result.action, "abort")
+        if self.result.stag is not None:
+            what += f" until a CMD_RESUME with STAG={self.result.stag:#x}"
         self.say(f"Outcome: {fault.name} ({_EVENTS.get(fault.name, 'a fault')}); {what}.")
         if self.traced:
             stage = "2" if self.stage2_fault else ""
@@ -1301,7 +1303,11 @@ class _Story:
             control, name = (self.ste, "S2R") if self.stage2_fault else (self.cd, "R")
             if not self.traced or (control is not None and not control[name]):
                 reasons.append(f"{'STE' if self.stage2_fault else 'CD'}.{name}=0")
-        return f" ({' or '.join(reasons)})" if reasons else ""
+        if not reasons and self.result.action == "stall":
+            reasons.append("as many stalls as STALL_MAX are recorded, or the event queue is full")
+        elif not reasons:
+            reasons.append("the event queue is full")
+        return f" ({' or '.join(reasons)})"
 
     def aborted(self, fetched: str) -> list[str]:
         """Return why a read failed."""

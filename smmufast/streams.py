@@ -24,7 +24,7 @@ from smmufast._memory import Memory
 from smmufast._smmu import Smmu, Walk
 from smmufast.faults import ExternalAbort
 
-__all__ = ["ContextRun", "Run", "StreamTable", "contexts", "pages", "stream_table", "streams"]
+__all__ = ["ContextRun", "Run", "StreamTable", "bare", "contexts", "pages", "stream_table", "streams"]
 
 PAGE = 4096
 PIECE = 1 << 20
@@ -180,21 +180,26 @@ def _reason(walk: Walk) -> str:
     return str(result.action if result.fault is None else result.fault.name)
 
 
-def _enabled(smmu: Smmu) -> Smmu:
-    """Return the same SMMU with SMMUEN=1, without which nothing is looked up."""
-    enable = layout.pack("CR0", SMMUEN=1)
-    if smmu.cr0 & enable:
-        return smmu
+def bare(smmu: Smmu, cr0: int | None = None) -> Smmu:
+    """Return an SMMU over the same memory with the same registers, but no queues and no caches.
+
+    Nobody sees the events of what it translates, nor its stalls.
+    """
     return Smmu(
         smmu.memory,
         smmu.features,
         strtab_base=smmu.strtab_base,
         strtab_base_cfg=smmu.strtab_base_cfg,
-        cr0=smmu.cr0 | enable,
+        cr0=smmu.cr0 if cr0 is None else cr0,
         cr2=smmu.cr2,
         gbpa=smmu.gbpa,
-        ignore_s2ptw=smmu.ignore_s2ptw,
+        ignore_s2ptw=getattr(smmu, "ignore_s2ptw", False),
     )
+
+
+def _enabled(smmu: Smmu) -> Smmu:
+    """Return a bare SMMU with SMMUEN=1, without which nothing is looked up."""
+    return bare(smmu, smmu.cr0 | layout.pack("CR0", SMMUEN=1))
 
 
 def _lowest(bits: int, test: Callable[[int], bool]) -> int:
@@ -453,6 +458,28 @@ def _accepted(smmu: Smmu, run: Run) -> bool:
     return not (walk.done and _reason(walk) in ("C_BAD_STE", "abort"))
 
 
+def _context_table(smmu: Smmu, run: Run) -> tuple[int, int, int | None] | None:
+    """Return where a run's table of context descriptors lies, None if it has none.
+
+    Its base, log2 of its substreams, and of those in a leaf, None for a linear table.
+    """
+    stage1 = _stage1(run)
+
+    def ask(ssid: int | None) -> Walk:
+        return _ask(smmu, run.first, stage1, ssid=ssid)
+
+    if ask(1).done:
+        return None
+    request = ask(None).request or ask(0).request
+    if request is None:
+        return None
+    log2 = _lowest(20, lambda k: ask(1 << k).done)
+    leaf = None
+    if request.kind == "L1CD":
+        leaf = _lowest(log2, lambda k: _address(ask(1 << k)) != request.address)
+    return request.address, log2, leaf
+
+
 def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[ContextRun]:
     """Yield the runs of `contexts`, each of which lies together in memory."""
     if run.ste is None:
@@ -468,13 +495,16 @@ def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[C
         return _ask(smmu, run.first, (*stage1, *more), ssid=ssid)
 
     first = ask(None)
+    if first.request is not None and first.request.kind in _STAGE2:
+        return  # stage 2 alone
     if first.done and _reason(first) == "C_BAD_STE":
         # a pointer that is too large for stage 1 alone is too large for stage 2
         reason = _reason(_ask_through(smmu, run.first, path))
         problem = f"stage 2 refuses the IPA of the context descriptor ({reason})"
         yield ContextRun(None, None, None, None, problem, path)
         return
-    if ask(1).done:
+    table = _context_table(smmu, run)
+    if table is None:
         if first.done:
             return
         _, address = _asked(first)
@@ -490,21 +520,15 @@ def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[C
                 return
         yield ContextRun(None, None, place, None, _refused(memory, address, problem), path)
         return
-    zero = ask(0) if first.done else first
-    request = zero.request
-    if request is None:
+    base, log2, leaf = table
+    if leaf is None:
+        yield from _table(memory, base, 0, 1 << log2, path, present)
         return
-    log2 = _lowest(20, lambda k: ask(1 << k).done)
-    if request.kind == "CD":
-        yield from _table(memory, request.address, 0, 1 << log2, path, present)
-        return
-    leaf = _lowest(log2, lambda k: _address(ask(1 << k)) != request.address)
-    count = 1 << log2 - leaf
-    for i, j, data in _entries(memory, request.address, count, _POINTER, present):
+    for i, j, data in _entries(memory, base, 1 << log2 - leaf, _POINTER, present):
         span = (i << leaf, (j << leaf) - 1)
         if data is None:
             problem = "the level-1 descriptor cannot be read (F_CD_FETCH)"
-            problem = _refused(memory, request.address + i * _POINTER, problem)
+            problem = _refused(memory, base + i * _POINTER, problem)
             yield ContextRun(*span, None, None, problem, path)
             continue
         # ask for a SubstreamID other than 0, which S1DSS may refuse
@@ -514,9 +538,9 @@ def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[C
             problem = f"no table of context descriptors ({_reason(walk)})"
             yield ContextRun(*span, None, None, problem, (*path, data))
             continue
-        base = _asked(walk)[1] - _ENTRY
+        at = _asked(walk)[1] - _ENTRY
         for ssid in range(i << leaf, j << leaf, 1 << leaf):
-            yield from _table(memory, base, ssid, 1 << leaf, (*path, data), present)
+            yield from _table(memory, at, ssid, 1 << leaf, (*path, data), present)
 
 
 def _table(
@@ -678,11 +702,12 @@ def pages(smmu: Smmu, masked: Mapping[str, int] | None = None) -> list[int]:
     smmu = _enabled(smmu)
     masked = masked or {}
     found = _Pages(smmu)
-    table = stream_table(smmu)
-    if table is None:
+    whole = stream_table(smmu)
+    if whole is None:
         return []
-    entry = _POINTER if table.two_level else _ENTRY
-    found.add_array(smmu.memory, table.base, 1 << table.log2size - (table.split or 0), entry)
+    entry = _POINTER if whole.two_level else _ENTRY
+    count = 1 << whole.log2size - (whole.split or 0)
+    found.add_array(smmu.memory, whole.base, count, entry)
     done: set[tuple[bytes, bytes]] = set()
     for run in _streams(smmu, None):
         if run.ste is None or not run.ste.strip(b"\0"):
@@ -693,16 +718,15 @@ def pages(smmu: Smmu, masked: Mapping[str, int] | None = None) -> list[int]:
             done.add((run.ste, b""))
             if _accepted(smmu, run):
                 found.add_stage2(run)
+        table = _context_table(smmu, run) if _accepted(smmu, run) else None
+        if table is not None and table[2] is not None:
+            found.add_array(_memory_of(smmu, run), table[0], 1 << table[1] - table[2], _POINTER)
         for context in _contexts(smmu, run, None):
             if context.cd is None or not context.cd.strip(b"\0"):
                 continue
             _refuse(run, unmodelled(run.ste, context.cd, masked))
             number = (context.last or 0) - (context.first or 0) + 1
             found.add(context.address or 0, number * _ENTRY)
-            if len(context.path) > len(run.path) + 1:
-                ssid = (context.first or 0) | 1
-                walk = _ask_through(smmu, run.first, context.path[:-1], ssid=ssid)
-                found.add(_address(walk) or 0, _POINTER)
             if (run.ste, context.cd) not in done:
                 done.add((run.ste, context.cd))
                 found.add_stage1(run, context)
