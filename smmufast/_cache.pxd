@@ -53,7 +53,7 @@ cdef extern from * nogil:
     #endif
     """
     unsigned int match4 "smmufast_match4"(const uint32_t* prints, uint32_t print) noexcept
-    uint64_t ctz64 "(uint64_t)__builtin_ctzll"(uint64_t) noexcept
+    uint64_t ctz64 "(unsigned)__builtin_ctzll"(uint64_t) noexcept
 
 
 cdef enum:
@@ -238,7 +238,7 @@ cdef inline void cache_hit(CacheC* c, uint64_t slot) noexcept nogil:
     """Count a hit of a slot, and tell the replacement."""
     cdef uint64_t clock = c.clock + 1
     c.clock = clock
-    if c.policy == POLICY_LRU:
+    if likely(c.policy == POLICY_LRU):
         c.order[slot] = clock
     elif c.policy == POLICY_PLRU:
         plru_touch(c, slot)

@@ -987,6 +987,8 @@ cdef bytes state_of(CachesC* c):
     cdef uint64_t slot
     for number in range(N_CACHES):
         cache = &c.cache[<int>number]
+        if cache.ways == 0:
+            continue
         kept.clock = cache.clock
         kept.passed = cache.passed
         kept.random = cache.random
@@ -1075,6 +1077,8 @@ cdef int take_state(CachesC* c, Reader reader) except -1:
     reader.take(&tlb_generation, 8)
     for number in range(N_CACHES):
         cache = &c.cache[number]
+        if cache.ways == 0:
+            continue
         reader.take(&kept, sizeof(Kept))
         words = order_words(cache)
         order = reader.data[reader.at:reader.at + words * 8]
@@ -1257,6 +1261,16 @@ cdef class Caches:
     def walk2(self):
         """The walk cache of stage 2, or None."""
         return view_of(self, CACHE_WALK2)
+
+    @property
+    def config_generation(self):
+        """A number that changes whenever an STE or a CD is filled, evicted or invalidated."""
+        return self.c.config_generation
+
+    @property
+    def tlb_generation(self):
+        """A number that changes whenever a TLB entry is filled, evicted or invalidated."""
+        return self.c.tlb_generation
 
     @property
     def nested(self):
