@@ -58,11 +58,10 @@ def test_replay_of_the_shipped_capture_agrees():
     text = run("replay", captures.SHIPPED)
     lines = text.splitlines()
     assert lines[0] == "linux-7.3-4k-s1: 1 configuration, 7287 requests"
-    assert "The recorded SMMU has S2P=1, which this version does not model" in lines[1]
     assert lines[-1] == "7287 requests: 7287 agree, 0 differ, 0 unsupported"
-    head = lines[3].split()
+    head = lines[2].split()
     assert head[:5] == ["stream", "requests", "agreeing", "differing", "unsupported"]
-    rows = {words[0]: words[1:] for words in map(str.split, lines[4:-2])}
+    rows = {words[0]: words[1:] for words in map(str.split, lines[3:-2])}
     assert rows["0xf8"][:4] == ["3064", "3064", "0", "0"]
     assert " ".join(rows["0xf8"][4:8]) == "4K: 2278, 2M: 350"
     assert float(rows["0xf8"][8]) > 0
@@ -73,7 +72,7 @@ def test_replay_as_json():
     found = run_json("replay", captures.SHIPPED, "--repeat", "3", "--random", "0x1000")
     assert found["status"] == 0
     assert (found["requests"], found["agreeing"]) == (7287, 7287)
-    assert found["masked"] == {"s2p": 1}
+    assert found["masked"] == {}
     assert found["random"]["requests"] == 4096
     assert found["random"]["differing"] == 0
     assert found["differences"] == []
@@ -114,14 +113,25 @@ def test_a_difference_is_explained_and_makes_it_fail(tmp_path):
 
 
 def test_requests_that_cannot_be_done_fail_unless_allowed(tmp_path):
-    system = captures.small_system(config=0b110)
-    path = captures.cases(tmp_path / "s2", (system, [case(), case(sid=4, out={"k": "bypass"})], {}))
+    # an SMMU with tables of both architectures, and a CD that asks for the smaller ones
+    system = captures.small_system()
+    cd = bytearray(system.memory.read(captures.CONTEXTS, 64))
+    cd[5] &= ~2 & 0xFF
+    system.memory.write(captures.CONTEXTS, bytes(cd))
+    both = captures.QEMU_IDR | {"IDR0": hex(int(captures.QEMU_IDR["IDR0"], 16) | 3 << 2)}
+    requests = [case(), case(sid=4, out={"k": "bypass"})]
+    path = captures.cases(tmp_path / "lpae", (system, requests, {}), idr=both)
     text = run("replay", path, status=3)
-    assert text.endswith("2 requests: 1 agree, 0 differ, 1 unsupported; 1 need stage 2\n")
+    assert "The recorded SMMU has TTF=3, which this version does not model" in text.splitlines()[1]
+    assert text.endswith("2 requests: 1 agree, 0 differ, 1 unsupported; 1 need VMSAv8-32 tables\n")
     assert run("replay", path, "--allow-unsupported") != ""
-    assert run_json("replay", path, status=3)["unsupported_needs"] == {"stage 2": 1}
+    found = run_json("replay", path, status=3)
+    assert found["unsupported_needs"] == {"VMSAv8-32 tables": 1}
+    assert found["masked"] == {"ttf": 3}
+    walked = run("walk", path, "--sid", captures.SID, "--iova", "0x1000")
+    assert "TTF=3, which this version does not model" in walked.splitlines()[0]
     # a difference outweighs them
-    path = captures.cases(tmp_path / "both", (system, [case(), case(sid=4)], {}))
+    path = captures.cases(tmp_path / "both", (system, [case(), case(sid=4)], {}), idr=both)
     run("replay", path, status=1)
     run("replay", path, "--allow-unsupported", status=1)
 
@@ -137,7 +147,6 @@ def test_a_capture_without_requests_is_not_taken_for_one_that_agrees(tmp_path):
 
 def test_walk_explains():
     text = run("walk", captures.SHIPPED, "--sid", "0x10", "--iova", "0xfffe0fc0")
-    assert "S2P=1, which this version does not model" in text.splitlines()[0]
     assert "A read of 0xfffe0fc0 by stream 0x10." in text
     assert "Outcome: physical address 0x48005fc0." in text
     text = run("walk", captures.SHIPPED, "--sid", 16, "--iova", 0, "--write", "--priv", "--instr")
