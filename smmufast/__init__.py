@@ -79,7 +79,7 @@ _HOMES = {
 }
 
 
-_MODULES = (*_HOMES, "explain", "layout", "replay", "streams")
+_MODULES = (*_HOMES, "decode", "explain", "layout", "replay", "streams")
 
 
 def __getattr__(name: str) -> _Any:

@@ -219,7 +219,10 @@ def test_what_the_package_offers_is_what_it_names():
 
 #: a function of Cython, up to its colon or the end of a declaration; arguments may span lines
 FUNCTION = re.compile(r"^[ ]*cdef (?:inline )?[\w\[\]* ]*?(\w+)\(([^()]*)\)([^:\n(]*)(?::|$)", re.M)
-HOT = ("_bits.pxd", "_vmsa.pxd", "_config.pxd", "_translate.pxd", "_layout.pxd")
+HOT = (
+    "_bits.pxd", "_vmsa.pxd", "_config.pxd", "_translate.pxd", "_cached.pxd", "_batch.pxd",
+    "_queue.pxd", "_command.pxd", "_cache.pxd", "_layout.pxd",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOT)
