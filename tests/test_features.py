@@ -58,15 +58,16 @@ def test_every_identification_field_is_a_feature_of_that_name():
 
 def test_the_defaults_are_what_this_version_models():
     f = Features()
-    ones = {"s1p", "cohacc", "hyp", "asid16", "vmid16", "cd2l", "stall_model", "st_level",
-            "attr_perms_ovr", "attr_types_ovr", "had", "stt", "ril", "e0pd", "epan", "gran4k",
-            "gran16k", "gran64k", "ds", "vax"}  # fmt: skip
-    others = {"ttf": 2, "sidsize": 32, "ssidsize": 20, "eventqs": 19, "cmdqs": 19, "bbml": 2,
-              "oas": 6, "arch_minor": 3}  # fmt: skip
+    ones = {"s2p", "s1p", "cohacc", "hyp", "ats", "asid16", "msi", "sev", "pri", "vmw", "vmid16",
+            "cd2l", "atsrecerr", "st_level", "attr_perms_ovr", "attr_types_ovr", "had", "xnx",
+            "fwb", "stt", "ril", "e0pd", "ptwnnc", "pasidtt", "epan", "gran4k", "gran16k",
+            "gran64k", "ds", "vax"}  # fmt: skip
+    others = {"ttf": 2, "httu": 2, "sidsize": 32, "ssidsize": 20, "priqs": 19, "eventqs": 19,
+              "cmdqs": 19, "bbml": 2, "oas": 6, "stall_max": 0xFFFF, "arch_minor": 3}  # fmt: skip
     for name, value in dataclasses.asdict(f).items():
         assert value == (1 if name in ones else others.get(name, 0)), name
     assert f.oas_bits == 52
-    assert registers(f) == (0x090C121A, 0x0E730520, 0x00023604, 0x000004F6, 3)
+    assert registers(f) == (0x088F769B, 0x0E739D20, 0x00037714, 0xFFFF04F6, 3)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -212,7 +213,7 @@ def test_features_can_be_keys_and_can_be_copied():
 
 def test_the_repr_names_what_differs_and_reads_back():
     assert repr(Features()) == "Features()"
-    assert repr(Features(arch_minor=2, s2p=1)) == "Features(s2p=1, arch_minor=2)"
+    assert repr(Features(arch_minor=2, s2p=0)) == "Features(s2p=0, arch_minor=2)"
     for seed in range(20):
         f = Features.from_idr(*legal_words(seed).values())
         assert eval(repr(f), {"Features": Features}) == f

@@ -142,7 +142,7 @@ def test_the_limit_named_is_that_of_the_argument():
 
 
 def test_only_translation_tables_have_levels():
-    with pytest.raises(ValueError, match="level: 2 given with kind 'CD'; 'TT' alone has levels"):
+    with pytest.raises(ValueError, match="level: 2 given with kind 'CD'; only tables have levels"):
         Memory().inject_error(kind="CD", level=2)
 
 

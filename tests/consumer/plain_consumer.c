@@ -114,8 +114,8 @@ static PyObject *py_walk(PyObject *module, PyObject *args)
 }
 
 /* The columns of a batch, from a tuple of buffers in the order of smmufast_batch. */
-enum { COLUMNS = 14 };
-static const ptrdiff_t widths[COLUMNS] = {4, 4, 8, 1, 8, 1, 1, 1, 1, 1, 1, 1, 1, 32};
+enum { COLUMNS = 16 };
+static const ptrdiff_t widths[COLUMNS] = {4, 4, 8, 1, 8, 1, 1, 1, 1, 1, 1, 1, 1, 8, 1, 32};
 
 static int fill_batch(PyObject *columns, Py_buffer *views, smmufast_batch *batch)
 {
@@ -123,7 +123,7 @@ static int fill_batch(PyObject *columns, Py_buffer *views, smmufast_batch *batch
     memset(views, 0, COLUMNS * sizeof *views);
     memset(batch, 0, sizeof *batch);
     if (PyTuple_GET_SIZE(columns) != COLUMNS) {
-        PyErr_SetString(PyExc_ValueError, "columns: 14 needed");
+        PyErr_SetString(PyExc_ValueError, "columns: 16 needed");
         return -1;
     }
     for (int i = 0; i < COLUMNS; i++) {
