@@ -314,21 +314,20 @@ class Guest:
             self.target(self.ipa_bits, granule_lg2)
 
     def _choose_shape(self):
+        """(granule_lg2, start level, S2T0SZ, S2DS): any that is legal, mostly of many bits."""
         rng, features = self.rng, self.features
-        smallest = 12 if rng.random() < 0.25 else 17 if rng.random() < 0.4 else 30
-        shapes = [
-            (granule_lg2, level, t0sz, ds)
-            for granule_lg2, level in STAGE2_SHAPES
-            for t0sz in range(12, 49)
-            for ds in (False, True)
-            if legal_stage2_shape(features, granule_lg2, level, t0sz, ds) and 64 - t0sz >= smallest
-        ]
-        if not shapes:
-            raise MemoryError("no shape of stage 2")
-        starts = sorted({shape[:2] for shape in shapes})
-        start = rng.choice(starts)
-        granule_lg2, level, t0sz, ds = rng.choice([s for s in shapes if s[:2] == start])
-        return granule_lg2, level, t0sz, ds and bool(features.ds)
+        largest = 64 - rng.choices((12, 17, 30), (25, 30, 45))[0]
+        ds = bool(features.ds and rng.getrandbits(1))
+        for granule_lg2, level in rng.sample(sorted(STAGE2_SHAPES), len(STAGE2_SHAPES)):
+            first, last, concatenated = STAGE2_SHAPES[granule_lg2, level]
+            legal = [
+                t0sz
+                for t0sz in range(first - concatenated, min(last, largest) + 1)
+                if legal_stage2_shape(features, granule_lg2, level, t0sz, ds)
+            ]
+            if legal:
+                return granule_lg2, level, rng.choice(legal), ds
+        raise MemoryError("no shape of stage 2")
 
     # As a room
 
