@@ -635,7 +635,7 @@ class RandomContext:
             "v": 1, "aa64": 1, "ips": ips, "endi": int(self.big_endian), "ds": int(self.ds),
             "affd": rng.random() < 0.3, "wxn": self.odd(0.15), "pan": self.odd(0.07),
             "epan": rng.random() < 0.5, "r": rng.random() < 0.9,
-            "a": features.term_model or rng.random() < 0.75,
+            "a": features.term_model or rng.random() < 0.7,
             "asid": rng.randrange(1 << (16 if features.asid16 or self.odd(0.05) else 8)),
             "aset": rng.getrandbits(1), "uwxn": rng.random() < 0.1,
             "s": self._choose_stall(), "ha": self.ha, "hd": self.hd,
@@ -771,6 +771,8 @@ class RandomContext:
             if slot is None or (tables.read_descriptor(slot) and not self.odd(1)):
                 continue
             pa, parts = self.room.target(output_bits, shift)
+            if rng.random() < 0.015:
+                pa = rng.getrandbits(52 if tables.ds or tables.granule_lg2 == 16 else 48)
             attributes = self._leaf_attributes()
             if attributes["dbm"] and self.hd and rng.random() < 0.5:
                 attributes["ap"] |= 2
