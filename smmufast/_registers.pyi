@@ -1,6 +1,6 @@
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Never, NoReturn, Protocol, Self, SupportsIndex, final, type_check_only
+from typing import Literal, NamedTuple, Never, Protocol, Self, SupportsIndex, final, type_check_only
 
 import numpy as np
 from typing_extensions import disjoint_base

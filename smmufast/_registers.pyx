@@ -7,7 +7,6 @@ Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (glob
 cimport cython
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int8_t, uint32_t, uint64_t
-from libc.string cimport memset
 
 from smmufast._bits cimport le64, low_mask
 from smmufast._command cimport (
@@ -24,8 +23,9 @@ from smmufast._core cimport (
     caches_take_gil, mutex_close, mutex_open,
 )
 from smmufast._layout cimport (
-    CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err, cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen, event_set_stag,
-    event_set_stall, ste_ppar, ste_v,
+    CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err,
+    cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen, event_set_stag, event_set_stall, ste_ppar,
+    ste_v,
 )
 from smmufast._memory cimport (
     FETCH_ABORT, FETCH_OK, FETCH_RAISED, Memory, Port, fetch8, fetch64, port_open, port_read,
@@ -33,10 +33,10 @@ from smmufast._memory cimport (
 )
 from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
-    GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_ABORTED, PUT_CLOSED, PUT_FIRST, PUT_FULL,
-    PUT_WRITTEN, event_signal, gerror_acknowledge, gerror_active, gerror_raise,
-    interrupt, msi_write, ring_after, ring_entry, ring_full, ring_place, ring_put, ring_reset,
-    ring_set_cons, ring_set_prod,
+    GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_ABORTED,
+    PUT_CLOSED, PUT_FIRST, PUT_FULL, PUT_WRITTEN, event_signal, gerror_acknowledge,
+    gerror_active, gerror_raise, interrupt, msi_write, ring_after, ring_entry, ring_full,
+    ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod,
 )
 from smmufast._tlb cimport (
     Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
@@ -148,13 +148,17 @@ cdef int wire(void* owner, Port* port, int irq) noexcept with gil:
 
 cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept with gil:
     """Hold a transaction that stalls: 0, or FETCH_RAISED."""
+    cdef Registers self = <Registers>owner
+    self.core.ram.users += 1
     try:
-        (<Registers>owner)._hold(request, outcome)
+        self._hold(request, outcome)
         return 0
     except BaseException as error:
         Py_INCREF(error)
         port.exception = <void*>error
         return FETCH_RAISED
+    finally:
+        self.core.ram.users -= 1
 
 
 # --- stalled transactions ---

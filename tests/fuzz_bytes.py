@@ -376,13 +376,28 @@ def random_register(rng, places):
     value = rng.getrandbits(8 * record.bytes)
     if record.name.endswith(("_BASE", "_CFG0")):
         value = rng.choice(places) + (rng.randrange(0x200) & ~31) | rng.randrange(6)
-    elif record.name in ("CR0", "IRQ_CTRL") or record.name.endswith(("PROD", "CONS")):
-        value = rng.choice((value, rng.randrange(32), 15))
+    elif record.name in ("CR0", "IRQ_CTRL"):
+        value = rng.choice((value, rng.randrange(32), 15, 15))
+    elif record.name.endswith(("PROD", "CONS")):
+        value = rng.choice((value, rng.randrange(16), rng.randrange(4)))
     elif record.name == "GERRORN":
         value = rng.choice((value, rng.getrandbits(11)))
     elif record.name == "STRTAB_BASE_CFG":
         value = rng.randrange(16) | rng.randrange(2) << 16 | 8 << 6
     return record.name, value
+
+
+def random_command(rng):
+    """A command of the table with any fields, or any bits."""
+    if rng.random() < 0.1:
+        return rng.getrandbits(128)
+    record = rng.choice(list(layout.COMMANDS.values()))
+    fields = {}
+    for field in record.fields:
+        if field.name not in (*record.fixed, "SSec"):
+            value = rng.getrandbits(rng.choice((2, field.width))) & (1 << field.width) - 1
+            fields[field.name] = value << field.lsb % 64 if field.address else value
+    return layout.pack(record, **fields)
 
 
 class FuzzedDevice:
@@ -403,14 +418,38 @@ class FuzzedDevice:
         assert code in (0, 1, 2)
 
 
-def play_with_registers(rng, memory, features, requests):
+def stalling(rng):
+    """(Memory, registers, requests): the small system, whose CDs may say that faults stall."""
+    image = small.build()
+    for offset in range(small.CDS, small.CDS + 0x300, 64):
+        image[offset + 5] |= rng.getrandbits(1) << 4  # CD.S
+    memory = Memory()
+    memory.add(exact(image), small.BASE)
+    return memory, small.registers(), small.REQUESTS
+
+
+def play_with_registers(rng, memory, features, registers, requests):
     """Anything in registers and queues: nothing but what the architecture has comes out."""
+    if rng.random() < 0.5:
+        memory, registers, requests = stalling(rng)
+        features = Features.full().replace(stall_max=rng.choice((0, 1, 3, 100)))
+    queues = 0x7FFF_0000_0000 if features.oas_bits >= 48 else 0xF000_0000
+    with contextlib.suppress(ValueError):
+        memory.add(exact(bytes(rng.choice((0x88, 0x400, 0x400)))), queues)
     wires = []
     smmu = Smmu(memory, features, cr0=0, on_interrupt=wires.append)
     places = [region.base for region in memory.regions] + [rng.getrandbits(56), 0]
-    opcodes = [record.fixed["Opcode"] for record in layout.COMMANDS.values()]
+    places += [queues] * len(places)
     for sid in range(4):
         smmu.devices[sid] = FuzzedDevice(rng)
+    if rng.random() < 0.8:
+        for name in ("strtab_base", "strtab_base_cfg"):
+            smmu.write(name, registers[name] & (1 << 8 * layout.REGISTERS[name.upper()].bytes) - 1)
+        for name in ("CMDQ_BASE", "EVENTQ_BASE", "PRIQ_BASE"):
+            offset = rng.choice((0, 0x100, 0x200, 32 * rng.randrange(16)))
+            smmu.write(name, rng.choice((queues, queues, *places)) + offset + rng.randrange(4))
+        smmu.write("IRQ_CTRL", 7)
+        smmu.write("CR0", 15)
     held = []
     smmu.on_resume = held.append
     for _ in range(120):
@@ -421,12 +460,15 @@ def play_with_registers(rng, memory, features, requests):
             size = rng.choice((1, 2, 4, 4, 4, 8))
             smmu.write(rng.randrange(rng.choice((0x220, 0x20000))), rng.getrandbits(8 * size), size)
         elif step == 4:
-            word = rng.getrandbits(128)
-            if rng.random() < 0.9:
-                word = word & ~0xFFFF_FFF0_0000_00FF | rng.choice(opcodes)
-            base = smmu.cmdq_base & (1 << 56) - 32
-            with contextlib.suppress(ExternalAbort, PermissionError):
-                memory.write(base + 16 * rng.randrange(8), exact(word.to_bytes(16, "little")))
+            base = smmu.cmdq_base & (1 << 56) - 32 & -16 << (smmu.cmdq_base & 31)
+            for i in range(8):
+                word = random_command(rng)
+                with contextlib.suppress(ExternalAbort, PermissionError):
+                    memory.write(base + 16 * i, exact(word.to_bytes(16, "little")))
+            if rng.random() < 0.8:
+                smmu.write("GERRORN", smmu.gerror)
+            if rng.random() < 0.8:
+                smmu.write("CMDQ_PROD", smmu.read("CMDQ_CONS") + rng.randrange(9) & 15)
         elif step == 5:
             smmu.page_request(
                 rng.randrange(8), rng.getrandbits(52) << 12, ssid=rng.choice((None, 5)),
@@ -453,6 +495,8 @@ def play_with_registers(rng, memory, features, requests):
     assert set(wires) <= {"eventq", "priq", "gerror", "cmdq_sync", "sev"}
     smmu.reset()
     assert smmu.stalls == []
+    with contextlib.suppress(KeyError):
+        memory.remove(queues)
 
 
 def play_with_memory(rng, smmu, requests):
@@ -509,7 +553,7 @@ def round_of(seed):
     for request in requests[:3]:
         nonsense_walk(rng, smmu, request)
     play_with_errors(rng, smmu, requests[:20])
-    play_with_registers(rng, memory, features, requests)
+    play_with_registers(rng, memory, features, registers, requests)
     play_with_memory(rng, smmu, requests)
     return collections.Counter((ACTIONS[row[1]], row[3]) for row in rows)
 

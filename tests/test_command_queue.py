@@ -161,7 +161,7 @@ def test_any_positions_and_any_bytes_end(seed):
                 word = word & ~0xFF | rng.choice(opcodes)
             put(smmu, i, word, log2size)
         smmu.write("CMDQ_PROD", rng.getrandbits(32))
-        cons, error, active = state(smmu)
+        cons, error, _ = state(smmu)
         assert cons < 2 << log2size and error in (0, ILL, ATC_INV_SYNC)
         if rng.random() < 0.8:
             smmu.write("GERRORN", smmu.gerror)
@@ -325,11 +325,11 @@ def test_without_a_queue_commands_are_executed_directly():
     smmu.command("SYNC", CS=2)
     assert wires == ["sev"]
     smmu.sync()
-    with pytest.raises(ValueError, match="^SYNC: CERROR_ILL: illegal command"):
+    with pytest.raises(ValueError, match=r"^SYNC: CERROR_ILL: illegal command"):
         smmu.command("SYNC", CS=3)
     device.answer = False
     smmu.command("ATC_INV", StreamID=5)
-    with pytest.raises(ValueError, match="^SYNC: CERROR_ATC_INV_SYNC"):
+    with pytest.raises(ValueError, match=r"^SYNC: CERROR_ATC_INV_SYNC"):
         smmu.sync()
     smmu.sync()
     assert smmu.gerror == 0
@@ -356,7 +356,7 @@ def test_commands_are_packed_by_the_table_of_records():
 
 def test_sync_tells_why_it_does_not_complete():
     smmu, _ = system(cr0=5)
-    with pytest.raises(RuntimeError, match="CR0.CMDQEN is 0"):
+    with pytest.raises(RuntimeError, match=r"CR0\.CMDQEN is 0"):
         smmu.sync()
     smmu.write("CR0", ENABLED)
     smmu.sync()

@@ -1,4 +1,4 @@
-"""Queues in memory against an obvious model of them: rings, overflow, aborts, interrupts, GERROR."""
+"""Queues in memory against an obvious model: rings, overflow, aborts, interrupts, GERROR."""
 
 import random
 import threading
@@ -91,18 +91,15 @@ class Model:
         self.memory = {}
 
     def put(self, record, aborts):
-        """"written", or why not; and whether the queue was empty before."""
+        """Whether it is written, or why not; and whether the queue was empty before."""
         if not self.enabled or self.error:
             return "closed", False
         if self.blocks and self.ovflg != self.ovackflg:
             return "full", False
         index, wrap = self.prod % self.size, self.prod // self.size
         read_index, read_wrap = self.cons % self.size, self.cons // self.size
-        if wrap == read_wrap:
-            full = index < read_index  # CONS is ahead of PROD, which is nonsense
-        else:
-            full = index >= read_index  # as many as there are slots, or more: nonsense
-        if full:
+        # CONS ahead of PROD, or more entries than there are slots, is nonsense: full
+        if index < read_index if wrap == read_wrap else index >= read_index:
             if self.ovflg == self.ovackflg:
                 self.ovflg ^= 1
             return "full", False
@@ -196,9 +193,7 @@ def test_the_page_request_queue_is_that_of_the_model(seed):
             asked = {name: rng.random() < 0.6 for name in ("read", "write", "execute", "priv")}
             last = rng.random() < 0.6
             group, page, sid = rng.randrange(512), rng.getrandbits(52) << 12, rng.getrandbits(32)
-            answer = smmu.page_request(
-                sid, page, ssid=ssid, last=last, prg_index=group, **asked
-            )
+            answer = smmu.page_request(sid, page, ssid=ssid, last=last, prg_index=group, **asked)
             tail = (
                 sid | (ssid or 0) << 32 | (asked["priv"] and ssid is not None) << 58
                 | (asked["execute"] and ssid is not None) << 59 | asked["read"] << 60
@@ -544,8 +539,8 @@ def test_page_requests_are_checked():
     ):
         with pytest.raises(ValueError, match=f"^{bad}: "):
             smmu.page_request(*arguments)
-    with pytest.raises(ValueError, match="^prg_index: 0x200 given"):
+    with pytest.raises(ValueError, match=r"^prg_index: 0x200 given"):
         smmu.page_request(0, 0, prg_index=512)
-    with pytest.raises(ValueError, match="^ssid: 0x100000 given"):
+    with pytest.raises(ValueError, match=r"^ssid: 0x100000 given"):
         smmu.page_request(0, 0, ssid=1 << 20)
     assert smmu.read("PRIQ_PROD") == 0

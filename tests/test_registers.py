@@ -108,13 +108,13 @@ def test_what_no_bus_can_do_is_an_error():
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             smmu.read(*arguments)
-    with pytest.raises(ValueError, match="^value: 0x100000000 given; 0 to 0xffffffff allowed"):
+    with pytest.raises(ValueError, match=r"^value: 0x100000000 given; 0 to 0xffffffff allowed"):
         smmu.write(0x20, 1 << 32)
-    with pytest.raises(ValueError, match="^value: 0x10000 given"):
+    with pytest.raises(ValueError, match=r"^value: 0x10000 given"):
         smmu.write(0x20, 1 << 16, 2)
-    with pytest.raises(TypeError, match="^offset: float given"):
+    with pytest.raises(TypeError, match=r"^offset: float given"):
         smmu.read(1.5)
-    with pytest.raises(TypeError, match="^value: str given"):
+    with pytest.raises(TypeError, match=r"^value: str given"):
         smmu.write("CR0", "1")
     assert smmu.cr0 == 0
 
@@ -320,7 +320,7 @@ def test_registers_of_the_constructor_are_registers():
             device(**{name: -1})
         with pytest.raises(TypeError, match=f"^{name}: str given"):
             device(**{name: "1"})
-    with pytest.raises(TypeError, match="^on_interrupt: int given; a callable needed"):
+    with pytest.raises(TypeError, match=r"^on_interrupt: int given; a callable needed"):
         device(on_interrupt=5)
 
 
