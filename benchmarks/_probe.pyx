@@ -2,7 +2,7 @@
 
 cimport cython
 from libc.stddef cimport size_t
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint16_t, uint64_t
 
 from smmufast._tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_key, tlb_probe_key
 from smmufast._layout cimport WORLD_NS_EL1
@@ -48,7 +48,7 @@ cdef class Bare:
 
 
 cdef size_t probe_each(
-        CachesC* c, const uint64_t* iova, size_t n, uint64_t* out, unsigned int asid) noexcept nogil:
+        CachesC* c, const uint64_t* iova, size_t n, uint64_t* out, uint16_t asid) noexcept nogil:
     cdef size_t i, hits = 0
     cdef const Entry* e
     cdef uint64_t key = tlb_key(c, KIND_S1, WORLD_NS_EL1, 0, asid)
@@ -63,7 +63,7 @@ cdef size_t probe_each(
 
 
 def batch(Caches caches not None, const uint64_t[::1] iova not None,
-          uint64_t[::1] out not None, int asid):
+          uint64_t[::1] out not None, uint16_t asid):
     """Look every address up in a TLB; return how many hit."""
     if out.shape[0] < iova.shape[0]:
         raise ValueError("out is shorter than iova")

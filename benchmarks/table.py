@@ -28,12 +28,16 @@ from pathlib import Path
 
 import bench_pasid
 import bench_start
+import bench_tlb
 import bench_translate
 import numpy
 from questions import LIBRARY, Workbench
 
 QUESTIONS = sorted(
-    bench_translate.QUESTIONS + bench_pasid.QUESTIONS + bench_start.QUESTIONS,
+    bench_translate.QUESTIONS
+    + bench_tlb.QUESTIONS
+    + bench_pasid.QUESTIONS
+    + bench_start.QUESTIONS,
     key=lambda question: not question.main,
 )
 

@@ -183,7 +183,6 @@ cdef inline void sizes_remove(
         sizes_seen(sizes, cache)
 
 
-
 # --- configuration ---
 
 cdef inline uint32_t config_fill(
@@ -961,18 +960,19 @@ cdef struct Kept:
     Counters counters
 
 
-cdef class Reader:
-    """Takes pieces off the front of bytes."""
+# What is left of a state.
+cdef struct Reader:
+    const char* data
+    size_t left
 
-    cdef bytes data
-    cdef Py_ssize_t at
 
-    cdef int take(self, void* out, Py_ssize_t n) except -1:
-        if len(self.data) - self.at < n:
-            raise ValueError(f"state: {len(self.data)} bytes given, which end too early")
-        memcpy(out, PyBytes_AS_STRING(self.data) + self.at, n)
-        self.at += n
-        return 0
+cdef int take(Reader* reader, void* out, size_t n) except -1:
+    if reader.left < n:
+        raise ValueError("state: it ends too early")
+    memcpy(out, reader.data, n)
+    reader.data += n
+    reader.left -= n
+    return 0
 
 
 cdef bytes piece(const void* data, Py_ssize_t n):
@@ -1007,11 +1007,11 @@ cdef int refuse(str why, int number, uint64_t slot) except -1:
     raise ValueError(f"state: {why} in slot {slot} of {CACHES[number]}")
 
 
-cdef int admit_config(CachesC* c, int number, uint64_t slot, Reader reader) except -1:
+cdef int admit_config(CachesC* c, int number, uint64_t slot, Reader* reader) except -1:
     cdef CacheC* cache = &c.cache[number]
     cdef ConfigEntry e
     cdef uint64_t set
-    reader.take(&e, sizeof(ConfigEntry))
+    take(reader, &e, sizeof(ConfigEntry))
     if e.sid >> 32 or e.key & ~<uint64_t>(0xFFFFF if number == CACHE_CD else 0) != KEY_VALID:
         refuse("a record that cannot be", number, slot)
     set = e.sid & cache.set_mask
@@ -1026,12 +1026,12 @@ cdef int admit_config(CachesC* c, int number, uint64_t slot, Reader reader) exce
     return 0
 
 
-cdef int admit_translation(CachesC* c, uint64_t slot, Reader reader) except -1:
+cdef int admit_translation(CachesC* c, uint64_t slot, Reader* reader) except -1:
     cdef CacheC* cache = &c.cache[CACHE_TLB]
     cdef Entry e
     cdef Filter rivals
     cdef uint64_t key, sizes
-    reader.take(&e, sizeof(Entry))
+    take(reader, &e, sizeof(Entry))
     if not (KIND_S1 <= e.kind <= KIND_COMBINED and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX
             and e.lg2_s1 <= LG2_MAX and e.lg2_s2 <= LG2_MAX and e.perm1 < 64 and e.perm2 < 64
             and not e.page >> (64 - e.lg2)):
@@ -1046,11 +1046,11 @@ cdef int admit_translation(CachesC* c, uint64_t slot, Reader reader) except -1:
     return 0
 
 
-cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader reader) except -1:
+cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader* reader) except -1:
     cdef CacheC* cache = &c.cache[number]
     cdef Table e
     cdef uint64_t set
-    reader.take(&e, sizeof(Table))
+    take(reader, &e, sizeof(Table))
     if not (KIND_S1 <= e.kind <= KIND_COMBINED and (e.kind == KIND_S2) == (number == CACHE_WALK2)
             and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX and not e.prefix >> (64 - e.lg2)):
         refuse("a table that cannot be", number, slot)
@@ -1063,29 +1063,29 @@ cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader reader) excep
     return 0
 
 
-cdef int take_state(CachesC* c, Reader reader) except -1:
+cdef int take_state(CachesC* c, Reader* reader) except -1:
     """Fill empty caches from a state."""
     cdef uint64_t mark, config_generation, tlb_generation, slot, last, words
     cdef CacheC* cache
     cdef Kept kept
-    cdef bytes order
+    cdef const char* order
     cdef int number
-    reader.take(&mark, 8)
+    take(reader, &mark, 8)
     if mark != STATE_MARK:
         raise ValueError("state: not one of Caches of this version and byte order")
-    reader.take(&config_generation, 8)
-    reader.take(&tlb_generation, 8)
+    take(reader, &config_generation, 8)
+    take(reader, &tlb_generation, 8)
     for number in range(N_CACHES):
         cache = &c.cache[number]
         if cache.ways == 0:
             continue
-        reader.take(&kept, sizeof(Kept))
+        take(reader, &kept, sizeof(Kept))
         words = order_words(cache)
-        order = reader.data[reader.at:reader.at + words * 8]
-        reader.take(cache.order, words * 8)
+        order = reader.data
+        take(reader, cache.order, words * 8)
         last = 0
         for i in range(kept.live):
-            reader.take(&slot, 8)
+            take(reader, &slot, 8)
             if slot >= cache.slots or (i and slot <= last):
                 raise ValueError(f"state: slot {slot} of {CACHES[number]} out of order")
             last = slot
@@ -1095,13 +1095,13 @@ cdef int take_state(CachesC* c, Reader reader) except -1:
                 admit_table(c, number, slot, reader)
             else:
                 admit_config(c, number, slot, reader)
-        memcpy(cache.order, PyBytes_AS_STRING(order), words * 8)
+        memcpy(cache.order, order, words * 8)
         cache.clock = kept.clock
         cache.passed = kept.passed
         cache.random = kept.random or 1
         cache.counters = kept.counters
-    if reader.at != len(reader.data):
-        raise ValueError(f"state: {len(reader.data)} bytes given, {reader.at} needed")
+    if reader.left:
+        raise ValueError(f"state: {reader.left} bytes too many")
     c.config_generation = config_generation
     c.tlb_generation = tlb_generation
     return 0
@@ -1592,11 +1592,11 @@ cdef class Caches:
         cdef CachesC old
         if type(state) is not bytes:
             raise TypeError(f"state: {type(state).__name__} given; bytes needed")
-        reader = Reader.__new__(Reader)
-        reader.data = state
+        reader.data = PyBytes_AS_STRING(state)
+        reader.left = len(state)
         c = made(list(self.geometries), self.c.split)
         try:
-            take_state(c, reader)
+            take_state(c, &reader)
             # the struct stays where it is: others hold its address
             old = self.c[0]
             self.c[0] = c[0]

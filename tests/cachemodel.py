@@ -221,7 +221,7 @@ class Tlbi:
             "TLBI_NH_VAA": ns and stage1 and vmid,
             "TLBI_EL2_ALL": el2 or e2h,
             "TLBI_EL2_ASID": e2h and mine,
-            "TLBI_EL2_VA": el2 or e2h and (mine or is_global),
+            "TLBI_EL2_VA": el2 or (e2h and (mine or is_global)),
             "TLBI_EL2_VAA": el2 or e2h,
             "TLBI_S12_VMALL": ns and vmid,
             "TLBI_S2_IPA": ns and entry.kind == "stage 2" and vmid,
