@@ -548,9 +548,10 @@ class _Story:
         for i, fetch in enumerate(self.fetches):
             self.lines.append("")
             self.fetch(i, fetch)
-        if self.traced and self.stage2_fault and not self.open and self.substeps == 0:
+        untold = self.traced and self.stage2_fault and not self.open
+        if untold and self.fault is not None and self.fault.name == "F_TRANSLATION":
             self.lines.append("")
-            self.begin()  # stage 2 refused before it read anything
+            self.begin()  # stage 2 refused the IPA before it read anything
         self.lines.append("")
         self.end()
         return "\n".join(self.lines)
@@ -945,7 +946,6 @@ class _Story:
                     5,
                 )
         self.first = False
-        last = i + 1 == len(self.fetches)
         if not d & 1:
             self.say("Bit 0 is 0: invalid, nothing is mapped here.", 5)
         elif level == 3:
@@ -955,7 +955,7 @@ class _Story:
                 self.say("Bits 1 to 0 are 0b01, which level 3 does not have: invalid.", 5)
         elif d & 2:
             self.tell_table(i, d, lg2)
-        elif last and self.fault is not None and self.fault.name == "F_TRANSLATION":
+        elif self.refused(i, 1):
             self.say(
                 "Bits 1 to 0 are 0b01, a block, which this granule does not have at this "
                 "level: invalid.",
@@ -963,6 +963,17 @@ class _Story:
             )
         else:
             self.tell_leaf("block", d, lg2)
+
+    def refused(self, i: int, stage: int) -> bool:
+        """Whether this fetch is the last, and its stage says that nothing is mapped there."""
+        fault = self.fault
+        last = i + 1 == len(self.fetches)
+        return (
+            last
+            and fault is not None
+            and fault.name == "F_TRANSLATION"
+            and fault.fields["S2"] == stage - 1
+        )
 
     def address(self, d: int, lg2: int) -> int:
         """Return the address bits of a stage-1 descriptor, low bits included."""
@@ -1058,7 +1069,6 @@ class _Story:
             5,
         )
         self.inner_first = False
-        last = i + 1 == len(self.fetches)
         if not d & 1:
             self.say("Bit 0 is 0: invalid, nothing is mapped here.", 5)
         elif level == 3 and not d & 2:
@@ -1066,7 +1076,7 @@ class _Story:
         elif level < 3 and d & 2:
             table = self.inner_address & -(1 << lg2)
             self.say(f"Bits 1 to 0 are 0b11: a table, the next one, at {table:#x}.", 5)
-        elif level < 3 and last and self.fault is not None and self.fault.name == "F_TRANSLATION":
+        elif level < 3 and self.refused(i, 2):
             self.say(
                 "Bits 1 to 0 are 0b01, a block, which this granule does not have at this "
                 "level: invalid.",

@@ -3,13 +3,27 @@
 import re
 
 import captures
+import nested
 import pytest
 import tablegen
+from nested import NESTED, SECOND, small_nested
 
 import smmufast
 from smmufast import layout
 from smmufast.capture import Capture
-from smmufast.explain import cd_faults, describe_cd, describe_ste, explain, memory_type, ste_faults
+from smmufast.explain import (
+    cd_faults,
+    describe_cd,
+    describe_ste,
+    explain,
+    memory_type,
+    stage2_memory_type,
+    ste_faults,
+)
+
+MAKERS = [tablegen.random_system, tablegen.random_nested_system, tablegen.random_bytes_system]
+# A line that says where something was fetched: a step, one of stage 2, or the end of these.
+FETCHED = re.compile(r"^(?:\d+\.| {5}\d+\.\d+\.| {5}Stage 2 puts it) .*?at (0x\w+):$", re.MULTILINE)
 
 
 def drawn(maker, seed, systems, requests):
@@ -21,12 +35,14 @@ def drawn(maker, seed, systems, requests):
             yield smmu, smmu.translate(sid, iova, trace=True, **access), access
 
 
-@pytest.mark.parametrize("maker", [tablegen.random_system, tablegen.random_bytes_system])
+@pytest.mark.parametrize("maker", MAKERS)
 def test_every_end_is_explained_by_every_form_of_a_result(maker):
     ends = set()
     for smmu, result, access in drawn(maker, 31, 60, 60):
         name = result.fault.name if result.fault else result.action
         ends.add(name)
+        if result.fault and result.fault.fields.get("S2"):
+            ends.add((name, result.fault.fields["CLASS"]))
         text = explain(result, smmu)
         alone = explain(result)
         plain = explain(smmu.translate(result.sid, result.iova, **access))
@@ -37,20 +53,27 @@ def test_every_end_is_explained_by_every_form_of_a_result(maker):
                 assert f"Outcome: {name} (" in words
             if result:
                 assert f"{result.pa:#x}" in words.partition("Outcome: ")[2]
-        for fetch in result.fetches:
-            assert f"at {fetch.address:#x}:" in text
-        assert len(re.findall(r"^\d+\. ", text, re.MULTILINE)) == len(result.fetches)
+        told = [int(address, 16) for address in FETCHED.findall(text)]
+        assert told == [fetch.address for fetch in result.fetches]
+        if not (result.stage & 2 or any(fetch.kind == "S2TT" for fetch in result.fetches)):
+            assert len(re.findall(r"^\d+\. ", text, re.MULTILINE)) == len(result.fetches)
         assert not re.search(r"^\d+\. ", plain, re.MULTILINE)
         if result.fault:
             assert "  Because " in text, text
             assert ("Nothing is recorded" in text) == (result.event is None)
             if result.event is None:
                 assert re.search(r"Nothing is recorded \(.*=0", text), text
+            if result.fault.number >= 0x10:
+                assert check_control(text, result), text
         if e0pd := re.search(r"unprivileged, and E0PD([01])=1", text):
             cd = layout.unpack("CD", result.fetches[-1].data)
             assert cd[f"E0PD{e0pd[1]}"] == 1
             assert result.fault.fields["PnU"] == 0
             ends.add("E0PD")
+    if maker is tablegen.random_nested_system:
+        faults = ("F_TRANSLATION", "F_ADDR_SIZE", "F_ACCESS", "F_PERMISSION", "F_WALK_EABT")
+        wanted = {(name, where) for name in faults for where in range(3)}
+        assert len(ends & wanted) >= 9, ends  # some are rare
     if maker is tablegen.random_system:
         assert ends >= {
             "ok",
@@ -72,7 +95,19 @@ def test_every_end_is_explained_by_every_form_of_a_result(maker):
         }
 
 
-@pytest.mark.parametrize("maker", [tablegen.random_system, tablegen.random_bytes_system])
+def check_control(text, result):
+    """Whether the control that is named gives the outcome."""
+    found = re.search(r"Fault control: (?:A=(\d), )?(?:S2)?R=(\d), (?:S2)?S=(\d): (\w+)", text)
+    if found is None:
+        return "always aborts, and is recorded" in text and result.action == "abort"
+    a, r, stalls = (None if bit is None else int(bit) for bit in found.groups()[:3])
+    assert ("S2R" in found[0]) == bool(result.fault.fields["S2"]) == (a is None)
+    action = "stall" if stalls else "raz_wi" if a == 0 else "abort"
+    assert found[4] == {"raz_wi": "read"}.get(action, action)
+    return result.action == action and (r or stalls or result.event is None)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
 def test_an_ste_or_cd_has_a_fault_exactly_when_it_is_refused(maker):
     refused = 0
     for smmu, result, _access in drawn(maker, 32, 80, 40):
@@ -125,6 +160,345 @@ def test_tables_and_entries_are_those_of_the_walk():
             assert perm == result.perm
     assert tables > 200
     assert pages > 200
+
+
+def entries_of(text):
+    """What is told of the entries of stage-2 tables: index, bits, number of the table."""
+    line = (
+        r"Entry (\d+) \(bits? (\d+)(?: to (\d+))? of the IPA\) of the table at (0x\w+)"
+        r"(?:, number (\d+) of \d+ side by side \(bits? (\d+)(?: to (\d+))?\))?\."
+    )
+    return re.findall(line, text)
+
+
+def test_walks_of_stage_2_translate_the_ipas_that_are_named():
+    compared = concatenated = failed = 0
+    for smmu, result, _access in drawn(tablegen.random_nested_system, 34, 60, 40):
+        text = re.sub(r"\n {11,}(?=\S)", " ", explain(result, smmu)).replace("\n       ", " ")
+        steps = re.split(r"^(?=\d+\. )", text.partition("\nOutcome:")[0], flags=re.MULTILINE)
+        before = None
+        for step in steps:
+            head = re.match(r"\d+\. .*IPA (0x\w+)", step)
+            if head is None:
+                continue
+            ipa = int(head[1], 16)
+            if before is not None and "Translation table descriptor" in head[0]:
+                (entry,) = re.findall(r"Entry (\d+) .*of the address.* at IPA (0x\w+)\.", step) or [
+                    (None, None)
+                ]
+                if entry[0] is not None:
+                    assert int(entry[1], 16) + 8 * int(entry[0]) == ipa
+                    assert before == int(entry[1], 16)
+            (before,) = (
+                [int(a, 16) for a in re.findall(r"next one, at IPA (0x\w+)\.", step)] or [None]
+            )
+            walk = entries_of(step)
+            addresses = [
+                int(address, 16)
+                for address in re.findall(r"Stage-2 descriptor, level -?\d, at (0x\w+):", step)
+            ]
+            ends = re.findall(r"a (?:page|block) of (\d+) (\w+) at (0x\w+)\.", step)
+            seen = lowest = 0
+            for (index, high, low, table, number, _, above), address in zip(
+                walk, addresses, strict=False
+            ):
+                assert int(table, 16) + 8 * int(index) == address
+                lowest = int(low or high)
+                seen |= int(index) << lowest
+                if number:
+                    concatenated += number != "0"
+                    seen |= int(number) << int(above or int(high) + 1)
+            if walk and "starts again" not in step and len(walk) == len(addresses):
+                assert seen == ipa >> lowest << lowest, step
+                compared += 1
+            place = re.search(r"Stage 2 puts it at (0x\w+):", step)
+            if place and ends:
+                assert int(place[1], 16) & (1 << lowest) - 1 == ipa & (1 << lowest) - 1
+        named = re.search(r"Stage 2 of the access, IPA (0x\w+)", text)
+        if result.action == "ok" and result.stage & 2:
+            assert int(named[1], 16) == result.ipa
+        if result.fault and result.fault.fields.get("S2") and "IPA" in result.fault.fields:
+            (at,) = re.findall(r"at IPA (0x\w+) \(S2=1", text)
+            assert int(at, 16) & -4096 == result.fault.fields["IPA"]
+            failed += 1
+    assert compared > 2000
+    assert concatenated > 50
+    assert failed > 100
+
+
+def test_hardware_updates_say_what_was_swapped_and_why():
+    updates = {}
+    for smmu, result, _access in drawn(tablegen.random_nested_system, 35, 80, 40):
+        text = explain(result, smmu)
+        told = re.findall(
+            r"Hardware update of the (stage-2 )?descriptor.*?\n +(0x\w+) becomes (0x\w+)\n"
+            r"((?: +\S+=[01] .*\n)+)",
+            text,
+        )
+        swaps = [fetch for fetch in result.fetches if fetch.swap is not None]
+        assert len(told) == len(swaps)
+        for (second, before, after, changes), fetch in zip(told, swaps, strict=True):
+            assert bool(second) == (fetch.kind == "S2TT update")
+            orders = [
+                tuple(int.from_bytes(word.to_bytes(8, "little"), order) for word in fetch.swap)
+                for order in ("little", "big")
+            ]
+            assert (int(before, 16), int(after, 16)) in orders
+            bits = int(before, 16) ^ int(after, 16)
+            assert bool(bits >> 10 & 1) == ("AF=1" in changes)
+            assert bool(bits >> 7 & 1) == (("S2AP[1]=1" if second else "AP[2]=0") in changes)
+            assert bits & ~(1 << 10 | 1 << 7) == 0
+            updates[bool(second), bits] = updates.get((bool(second), bits), 0) + 1
+    assert len(updates) == 6, updates  # both stages: access flag, dirty, both
+
+
+def test_a_descriptor_that_changes_meanwhile_is_walked_to_again():
+    smmu = small_nested({"httu": 2}, s2ha=1, s2hd=1, cd={"ha": 1}, stage1={"af": 0})
+    walk = smmu.start_walk(NESTED, nested.RW)
+    changed = False
+    while (fetch := walk.request) is not None:
+        data = smmu.memory.read(fetch.address, fetch.size)
+        if fetch.swap is not None and not changed:
+            changed = True
+            data = (fetch.swap[0] | 1 << 55).to_bytes(8, "little")
+        walk.supply(data)
+    text = explain(walk.result, smmu)
+    assert walk.result.pa == nested.PAGES + nested.RW
+    assert text.count("is there by now: the walk starts again.") == 1
+    assert text.count("Hardware update of the descriptor") == 2
+    assert text.count("Translation table descriptor, level 1") == 2
+    assert FETCHED.findall(text) == [hex(fetch.address) for fetch in walk.result.fetches]
+
+
+def test_stage_2_alone_reads_like_this():
+    smmu = small_nested()
+    assert explain(smmu.translate(SECOND, nested.DATA + 0x5010, trace=True), smmu) == STAGE2.strip()
+
+
+STAGE2 = """
+A read of 0x8090005010 by stream 0x4.
+
+1. Stream table entry (STE), at 0x40000100:
+     0x000000008000000d 0x0000100000000000 0x040a005800000009 0x0000000041000000
+     0x0000000000000000 0x0000000000000000 0x0000000000000000 0x0000000000000000
+     V=1                       the entry is valid
+     Config=0b110              stage 2 translates, stage 1 is bypassed
+     S2VMID=0x9                the virtual machine
+     S2TG=0b00                 granule of stage 2: 4 KiB
+     S2T0SZ=24                 stage 2 takes 40 bits of IPA: 0x0 to 0xffffffffff
+     S2SL0=0b01                its walk starts at level 1, in 2 tables side by side
+     S2TTB=0x41000000          where the first stage-2 table lies
+     S2PS=2                    output addresses of stage 2 have at most 40 bits
+     S2R, S2S=1, 0             on a fault of stage 2: abort, record an event
+
+2. Stage 2 of the access, IPA 0x8090005010 (the input address):
+     2.1. Stage-2 descriptor, level 1, at 0x41001010:
+          0x0000000041004003
+          Entry 2 (bits 38 to 30 of the IPA) of the table at 0x41001000, number 1 of 2 side by side
+            (bit 39).
+          Bits 1 to 0 are 0b11: a table, the next one, at 0x41004000.
+
+     2.2. Stage-2 descriptor, level 2, at 0x41004400:
+          0x0000000041005003
+          Entry 128 (bits 29 to 21 of the IPA) of the table at 0x41004000.
+          Bits 1 to 0 are 0b11: a table, the next one, at 0x41005000.
+
+     2.3. Stage-2 descriptor, level 3, at 0x41005028:
+          0x00000000490054c7
+          Entry 5 (bits 20 to 12 of the IPA) of the table at 0x41005000.
+          Bits 1 to 0 are 0b11: a page of 4 KiB at 0x49005000.
+          AF=1                      access flag: the page may be used
+          S2AP=0b11                 read and write
+          XN=0b00                   all may execute
+          MemAttr=0b0001            Device-nGnRE
+          SH=0b00                   non-shareable
+
+Outcome: physical address 0x49005010.
+  It is 0x10 into the 4 KiB page at 0x49005000 (level 3).
+  Permitted: unprivileged: read, write, execute; privileged: read, write, execute.
+  Memory type: Device-nGnRE; outer shareable.
+  (Stage 2 says: Device-nGnRE; of this and what the device and the STE say the stricter counts.)
+"""
+
+
+def test_nested_ends_say_what_each_stage_gives():
+    smmu = small_nested()
+    text = explain(smmu.translate(NESTED, nested.RW + 8, trace=True), smmu)
+    assert "Stage 2 of the access, IPA 0x8090001008 (the output of stage 1):" in text
+    assert "  Stage 1 maps 4 KiB, stage 2 4 KiB: the smaller counts." in text
+    assert "  Stage 1 permits: unprivileged: read, write, execute; privileged: read, write." in text
+    assert "  (Stage 2 says: Normal, write-back; of this and stage 1's the stricter counts.)" in text
+    smmu = small_nested({"fwb": 1, "arch_minor": 3}, s2fwb=1, tables={"memattr": 6})
+    text = explain(smmu.translate(NESTED, nested.DEVICE, trace=True), smmu)
+    assert "MemAttr=0b0110            Normal, write-back, whatever stage 1 says (S2FWB=1)" in text
+    assert "(Stage 2 says: Device-nGnRE; by S2FWB=1.)" in text
+
+
+# Changes of features, fields, and what must be said of them.
+ILLEGAL = [
+    ({}, {"s2aa64": 0}, "S2AA64=0: VMSAv8-32 tables, which this SMMU does not have (IDR0.TTF)"),
+    ({}, {"s2s": 1}, "S2S=1, but this SMMU never stalls (IDR0.STALL_MODEL=1)"),
+    (
+        {"stall_model": 2, "stall_max": 1},
+        {},
+        "S2S=0, but this SMMU always stalls (IDR0.STALL_MODEL=2)",
+    ),
+    (
+        {},
+        {"s2endi": 1},
+        "S2ENDI=1: this SMMU reads tables of the other endianness only (IDR0.TTENDIAN=2)",
+    ),
+    ({}, {"s2ha": 1}, "S2HA=1, S2HD=0: this SMMU does not update tables so (IDR0.HTTU=0)"),
+    ({}, {"s2hd": 1}, "S2HA=0, S2HD=1: this SMMU does not update tables so (IDR0.HTTU=0)"),
+    (
+        {"httu": 1},
+        {"s2ha": 1, "s2hd": 1},
+        "S2HA=1, S2HD=1: this SMMU does not update tables so (IDR0.HTTU=1)",
+    ),
+    ({}, {"s2tg": 3}, "S2TG=0b11 is reserved or a granule that this SMMU does not have (IDR5)"),
+    (
+        {"gran16k": 0},
+        {"s2tg": 2},
+        "S2TG=0b10 is reserved or a granule that this SMMU does not have (IDR5)",
+    ),
+    ({}, {"s2t0sz": 19, "s2sl0": 2}, "S2T0SZ=19 is not within 20 to 39"),
+    ({}, {"s2t0sz": 40, "s2sl0": 0}, "S2T0SZ=40 is not within 20 to 39"),
+    ({}, {"s2sl0": 3}, "S2SL0=0b11 is reserved for this granule on this SMMU"),
+    (
+        {"oas": 3},
+        {"s2sl0": 2},
+        "S2SL0=0b10 is reserved for this granule on this SMMU",
+    ),
+    (
+        {"ds": 1, "vax": 1},
+        {"s2sl0_2": 1},
+        "S2SL0=0b01 with S2SL0_2=1 is reserved for this granule on this SMMU",
+    ),
+    (
+        {},
+        {"s2sl0": 0},
+        "S2T0SZ=24 does not go with S2SL0=0b00: a start at level 2 takes 22 to 34 bits of "
+        "address, and these are 40",
+    ),
+    (
+        {},
+        {"s2t0sz": 34},
+        "S2T0SZ=34 does not go with S2SL0=0b01: a start at level 1 takes 31 to 43 bits of "
+        "address, and these are 30",
+    ),
+    (
+        {},
+        {"s2tg": 1, "s2sl0": 2},
+        "S2T0SZ=24 does not go with S2SL0=0b10: a start at level 1 takes 43 to 55 bits of "
+        "address, and these are 40",
+    ),
+    (
+        {},
+        {"s2ttb": 1 << 40},
+        "S2TTB=0x10000000000 is beyond the output size of 40 bits (S2PS, OAS)",
+    ),
+    (
+        {"oas": 6},
+        {"s2ps": 6, "s2ttb": 1 << 48},
+        "S2TTB=0x1000000000000 is beyond the 48 bits of this granule without S2DS",
+    ),
+    ({"vmid16": 0}, {"s2vmid": 256}, "S2VMID=0x100: this SMMU has 8-bit VMIDs (IDR0.VMID16=0)"),
+    (
+        {"s2p": 0},
+        {},
+        "Config asks for stage 2, which this SMMU does not have (IDR0.S2P=0)",
+    ),
+    (
+        {"ats": 1},
+        {"eats": 2, "config": 6},
+        "EATS=0b10 (split-stage ATS) needs both stages",
+    ),
+    (
+        {"ats": 1, "ns1ats": 1},
+        {"eats": 2},
+        "EATS=0b10, but this SMMU has no split-stage ATS (IDR0.NS1ATS=1)",
+    ),
+    (
+        {"ats": 1, "stall_model": 0, "stall_max": 1},
+        {"eats": 1, "s2s": 1},
+        "EATS=0b01, but stage 2 stalls (S2S=1)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("has", "fields", "reason"), ILLEGAL, ids=[reason[:40] for _, _, reason in ILLEGAL]
+)
+def test_each_illegal_stage_2_is_named_and_refused(has, fields, reason):
+    smmu = small_nested(has, **fields)
+    result = smmu.translate(NESTED, nested.RW, trace=True)
+    assert result.fault.name == "C_BAD_STE"
+    text = explain(result, smmu)
+    unwrapped = text.replace("\n    ", " ")
+    assert f"  Because {reason}." in unwrapped, text
+    if fields.get("s2aa64") != 0:
+        assert unwrapped.count("  Because ") <= 2, text
+    assert "or for nonsense" in explain(result).replace("\n    ", " ")
+    # and those of stage 2 do not count where it is not enabled
+    ste = smmu.memory.read(captures.STREAM_TABLE + 64 * NESTED, 64)
+    if "S2" in reason and "VMID" not in reason:
+        word = int.from_bytes(ste, "little") & ~(7 << 1) | 5 << 1
+        assert ste_faults(layout.unpack("STE", word), smmu.features) == []
+
+
+def test_the_reason_of_each_fault_of_stage_2_is_named():
+    def why(has=None, *, sid=NESTED, iova=nested.RW, write=False, **system):
+        smmu = small_nested(has, **system)
+        text = explain(smmu.translate(sid, iova, trace=True, write=write), smmu)
+        text = re.sub(r"\n {4}(?=\S)", " ", text)
+        (because,) = re.findall(r"Because (.*)\.$", text, re.MULTILINE)
+        (whose,) = re.findall(r"^  Stage (\d found it.*)\.$", text, re.MULTILINE)
+        return because, whose
+
+    access = "2 found it, for the access itself, at IPA"
+    assert why(iova=nested.UNMAPPED) == (
+        "the level 3 descriptor of stage 2 is invalid",
+        f"{access} 0x8090004000 (S2=1, CLASS=IN)",
+    )
+    assert why(sid=SECOND, iova=1 << 40) == (
+        "IPA 0x10000000000 is beyond the 40 bits that stage 2 takes (S2T0SZ=24)",
+        f"{access} 0x10000000000 (S2=1, CLASS=IN)",
+    )
+    assert why(iova=nested.NO_AF)[0] == (
+        "the page's stage-2 descriptor has AF=0, and neither S2AFFD nor the SMMU sets it"
+    )
+    assert why(iova=nested.READ_ONLY_OUTSIDE, write=True)[0] == (
+        "stage 2 does not permit an unprivileged write: S2AP=0b01"
+    )
+    assert why(iova=nested.READ_ONLY, write=True) == (
+        "an unprivileged write is not permitted",
+        "1 found it, for the access itself (S2=0, CLASS=IN)",
+    )
+    smmu = small_nested()
+    last = smmu.translate(SECOND, nested.DATA, trace=True).fetches[-1]
+    smmu.memory.write(last.address, (last.value | 1 << 43).to_bytes(8, "little"))
+    text = explain(smmu.translate(NESTED, 0, trace=True), smmu).replace("\n    ", " ")
+    assert (
+        "Because the output of stage 2 is at 0x80049000000, beyond the output size of 40 bits "
+        "(S2PS, OAS)." in text
+    )
+    assert why(tables={"memattr": 1}, s2ptw=1) == (
+        "stage 2 makes it Device memory (Device-nGnRE), and S2PTW=1 forbids the fetch of a "
+        "context descriptor",
+        "2 found it, for the fetch of a context descriptor, at IPA 0x80000000 (S2=1, CLASS=CD)",
+    )
+    assert why(tables={"s2ap": 2})[0] == (
+        "the fetch of a context descriptor reads it, and stage 2 has S2AP=0b10: no read"
+    )
+    assert why({"httu": 1}, cd={"ha": 1}, stage1={"af": 0}, tables={"s2ap": 1}) == (
+        "the stage-1 descriptor is to be updated, and stage 2 has S2AP=0b01: no write",
+        "2 found it, for the walk of stage 1, at IPA 0x80102008 (S2=1, CLASS=TT)",
+    )
+    assert why(s1contextptr=1 << 41) == (
+        "IPA 0x20000000000 is beyond the 40 bits that stage 2 takes (S2T0SZ=24)",
+        "2 found it, for the fetch of a context descriptor, at IPA 0x20000000000 "
+        "(S2=1, CLASS=CD)",
+    )
 
 
 def test_a_walk_of_the_kernels_tables_reads_like_this():
@@ -267,6 +641,16 @@ def test_resumable_walks_are_explained_as_they_went():
     assert text == explain(walk.result)
 
 
+def test_memory_types_of_stage_2():
+    assert stage2_memory_type(0b0001, False) == "Device-nGnRE"
+    assert stage2_memory_type(0b0101, False) == "Normal, non-cacheable"
+    assert stage2_memory_type(0b1011, False) == "Normal, inner write-back; outer write-through"
+    assert stage2_memory_type(0b1100, False) == "reserved, acts as Device-nGnRnE"
+    assert stage2_memory_type(0b0111, True) == stage2_memory_type(0b1111, True)
+    assert len({stage2_memory_type(code, False) for code in range(16)}) == 14
+    assert len({stage2_memory_type(code, True) for code in range(16)}) == 8
+
+
 def test_memory_types_are_the_words_of_the_architecture():
     assert memory_type(0x00) == "Device-nGnRnE"
     assert memory_type(0x05) == "Device-nGnRE, reserved code"
@@ -292,7 +676,13 @@ def test_lines_of_stream_lists_hold_what_counts():
         "STE", layout.pack("STE", V=1, Config=6, S2TTB=0x2000, S2T0SZ=24, S2SL0=1, S2VMID=5)
     )
     assert describe_ste(ste) == (
-        "Config=0b110 (STAGE_2) S2TTB=0x2000 S2T0SZ=24 S2SL0=1 S2TG=4K S2PS=0 S2VMID=0x5"
+        "Config=0b110 (STAGE_2) S2TTB=0x2000 S2T0SZ=24 S2SL0=1 S2TG=4K S2PS=32 bits S2VMID=0x5"
+    )
+    flags = {name: 1 for name in ("S2AA64", "S2R", "S2PTW", "S2HA", "S2FWB")}
+    ste = layout.to_bytes("STE", layout.pack("STE", V=1, Config=7, S1ContextPtr=0x40, **flags))
+    assert describe_ste(ste) == (
+        "Config=0b111 (NESTED) S1ContextPtr=0x40 S1CDMax=0 S2TTB=0x0 S2T0SZ=0 S2SL0=0 S2TG=4K "
+        "S2PS=32 bits S2AA64 S2R S2PTW S2HA S2FWB"
     )
     cd = layout.to_bytes(
         "CD",
