@@ -209,11 +209,14 @@ def row(result):
         result.page_lg2 or 0,
         result.attr,
         result.shareability,
+        result.ipa or 0,
+        result.stage,
         record,
     )
 
 
-ALL = ("pa", "action", "event", "fault", "perm", "level", "page_lg2", "attr", "sh", "record")
+ALL = ("pa", "action", "event", "fault", "perm", "level", "page_lg2", "attr", "sh", "ipa", "stage",
+       "record")  # fmt: skip
 
 
 def rows(batch):

@@ -179,7 +179,7 @@ def test_a_c_batch_repeats_single_inputs(plain):
     iova = np.arange(small.RW, small.RW + 0x100, dtype=np.uint64)
     pa = np.zeros(0x100, np.uint64)
     one = (np.uint32(1), np.uint32(NO_SUBSTREAM), iova, np.uint8(0))
-    assert plain.batch(smmu, (*one, pa, *[None] * 9)) == DONE
+    assert plain.batch(smmu, (*one, pa, *[None] * 11)) == DONE
     assert pa.tolist() == list(range(0x4000_1000, 0x4000_1100))
 
 

@@ -40,8 +40,9 @@ static int run_walk(smmufast_smmu *smmu, const image_t *image, const smmufast_re
 static PyObject *result_tuple(const smmufast_result *r)
 {
     static const char none[32];
-    return Py_BuildValue("(Kiiiiiiiiy#)", (unsigned long long)r->pa, r->action, r->event,
+    return Py_BuildValue("(KiiiiiiiiKiy#)", (unsigned long long)r->pa, r->action, r->event,
                          r->fault, r->perm, r->level, r->page_lg2, r->attr, r->sh,
+                         (unsigned long long)(r->action == SMMUFAST_OK ? r->ipa : 0), r->stage,
                          r->event ? (const char *)r->record : none, (Py_ssize_t)32);
 }
 
