@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     )
     from smmufast._registers import PageAnswer, RegisterWarning, Stall
     from smmufast._smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk
+    from smmufast._tlb import Caches, Geometry, StaleEntry
     from smmufast.capture import Capture, CaptureError
     from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
     from smmufast.features import Features, modelled
@@ -34,6 +35,7 @@ __all__ = [
     "ACTIONS",
     "COLUMNS",
     "NO_SUBSTREAM",
+    "Caches",
     "Capture",
     "CaptureError",
     "Event",
@@ -41,6 +43,7 @@ __all__ = [
     "Fault",
     "Features",
     "Fetch",
+    "Geometry",
     "Memory",
     "MemoryRegion",
     "PageAnswer",
@@ -59,6 +62,7 @@ __all__ = [
     "Result",
     "Segments",
     "Smmu",
+    "StaleEntry",
     "Stall",
     "Walk",
     "get_include",
@@ -72,6 +76,7 @@ _HOMES = {
     "_memory": ("Memory", "MemoryRegion"),
     "_pasid": tuple(name for name in __all__ if name.startswith("Pasid")),
     "_registers": ("PageAnswer", "RegisterWarning", "Stall"),
+    "_tlb": ("Caches", "Geometry", "StaleEntry"),
     "_smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk"),
     "capture": ("Capture", "CaptureError"),
     "faults": ("ACTIONS", "Event", "ExternalAbort", "Fault", "Fetch", "Perm"),

@@ -394,6 +394,7 @@ cdef inline int cd_decode(
     context.asid = <unsigned short>cd_asid(cd) if two else 0
     context.two_ttbs = two
     context.world = world
+    context.aset = cd_aset(cd)
     context.simple = not (
         cd_endi(cd) or context.half[0].high_address or context.half[1].high_address
         or context.hd)

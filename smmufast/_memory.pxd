@@ -70,6 +70,7 @@ cdef struct Port:
     WalkC* log             # NULL, or where fetches are recorded
     bint script            # the log answers, memory is not read
     uint32_t asked         # how many answers the script has given
+    bint dry               # updates of descriptors count as made, and are not
     bint wrote             # memory was written, or a callback ran: what was read may differ now
     void* exception        # a Python exception raised by a callback, owned
 
@@ -101,6 +102,7 @@ cdef inline void port_open(Port* port, Ram* ram, WalkC* log, bint script) noexce
     port.log = log
     port.script = script
     port.asked = 0
+    port.dry = False
     port.wrote = False
     port.exception = NULL
 

@@ -2,6 +2,7 @@
 
 from smmufast._memory cimport Port
 from smmufast._registers cimport Registers
+from smmufast._tlb cimport Caches
 from smmufast._translate cimport Memo
 from smmufast._types cimport Outcome, Request, WalkC
 
@@ -13,6 +14,8 @@ cdef enum:
 cdef class Smmu(Registers):
     cdef Memo[MEMOS] memos
     cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1
+    cdef int _compare(self, str name, entry, list found) except -1
+    cdef int _look_again(self, Caches fresh, str name, entry) except -1
     cdef int translate_c(self, const Request* request, Outcome* outcome) noexcept nogil
 
 

@@ -17,14 +17,17 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, low_mask
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
-from smmufast._layout cimport cr0_smmuen
+from smmufast._layout cimport EVENT_F_TRANSLATION, cr0_smmuen
 from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
 from smmufast._registers cimport Registers
 from smmufast._batch cimport translate_each, translate_plain
 from smmufast._cached cimport (
-    deliver, translate_cached, translate_known_cached, translate_request, view_open,
+    deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
 )
-from smmufast._translate cimport Memo, View, open_drivers, translate_known, translate_one
+from smmufast._tlb cimport Caches
+from smmufast._translate cimport (
+    CLASS_IN, Leaf, Memo, Syndrome, View, open_drivers, stage2, translate_known, translate_one,
+)
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL, FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES,
     NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
@@ -37,6 +40,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from smmufast import layout
+from smmufast._tlb import StaleEntry
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
 from smmufast.features import modelled
 
@@ -1169,6 +1174,108 @@ cdef class Smmu:
             status = walk_begin(&self.core, &own, &request, &walk.walk)
         walk._settle(&own, status)
         return walk
+
+    def stale(self):
+        """Look for entries of the caches that the tables in memory no longer give.
+
+        Each live entry is looked up again, as the transaction that filled it would: without the
+        caches, and without hardware updates.  What is found here after tables were changed is
+        what an invalidation is missing for.
+
+        Returns
+        -------
+        list of StaleEntry
+            Empty without caches.
+        """
+        cdef Caches caches = self._caches
+        cdef list found = []
+        if caches is None:
+            return found
+        for cache in (caches.ste, caches.cd, caches.tlb, caches.walk1, caches.walk2):
+            if cache is not None:
+                for entry in cache:
+                    self._compare(cache.name, entry, found)
+        return found
+
+    cdef int _compare(self, str name, entry, list found) except -1:
+        """Look one entry up again, in caches of its own, and note what differs."""
+        cdef Caches fresh = Caches(
+            ste=(1, 1), cd=(1, 1), tlb=(1, 4), walk1=(1, 8), walk2=(1, 64),
+            nested=(<Caches>self._caches).nested)
+        cdef int fault = self._look_again(fresh, name, entry)
+        now = None
+        for other in getattr(fresh, name):
+            other = other._replace(**{k: getattr(entry, k) for k in ("sid", "ssid")
+                                      if k in other._fields})
+            if other == entry:
+                return 0
+            if name in ("ste", "cd") or other.start <= entry.start < other.start + (
+                    1 << other.lg2) and other.kind == entry.kind:
+                now = other
+        if now is not None:
+            why = ", ".join(f"{k}: {a!r} cached, {b!r} in memory"
+                            for k, a, b in zip(entry._fields, entry, now, strict=True) if a != b)
+        elif fault:
+            why = f"the tables give {layout.Event(fault).name}"
+        else:
+            why = "the tables give another entry"
+        found.append(StaleEntry(name, entry, now, why))
+        return 0
+
+    cdef int _look_again(self, Caches fresh, str name, entry) except -1:
+        """Fill caches with what a transaction finds where an entry was: 0, or the fault."""
+        cdef Core core = self.core  # but for the caches
+        cdef Memo memo
+        cdef Syndrome syndrome
+        cdef View view
+        cdef Port port
+        cdef Leaf leaf
+        cdef Request request
+        cdef Outcome outcome
+        cdef uint64_t address = 0
+        cdef unsigned int access, allowed
+        cdef int event
+        core.caches = fresh.c
+        memset(&request, 0, sizeof(request))
+        request.sid = entry.sid
+        # a CD 0 may be that of no substream, or of SubstreamID 0
+        request.ssid = NO_SSID
+        if name != "ste" and (name != "cd" or entry.ssid):
+            request.ssid = entry.ssid
+        port_open(&port, core.ram, NULL, False)
+        port.dry = True
+        view_open(&view, &core, &request, False)
+        memo.whole = False
+        core.ram.users += 1
+        try:
+            event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
+            if event and name == "cd" and entry.ssid == 0:
+                view.ssid = 0
+                event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
+            if event == 0 and name not in ("ste", "cd"):
+                request.iova = entry.start
+                allowed = 0x3F if name != "tlb" else int(entry.perm1 & entry.perm2)
+                if entry.kind == "stage 2":
+                    view.stage2_only = True
+                    event = EVENT_F_TRANSLATION
+                    if memo.context.second.on:
+                        event = stage2(&view, &memo.context, &port, request.iova,
+                                       allowed & -allowed, False, CLASS_IN, &leaf, &address,
+                                       &syndrome)
+                else:
+                    for access in range(8):
+                        if memo.context.need[access] & allowed:
+                            request.access = access
+                            break
+                    event = translate_known_cached(
+                        &core.hw, &port, &view, &request, &memo, &outcome)
+                    if event == 0:
+                        event = outcome.fault
+        finally:
+            core.ram.users -= 1
+        if event < 0:
+            raise_port(&port)
+        return event if event < 0x100 else 0
 
     def __repr__(self):
         return (f"Smmu(strtab_base={self.strtab_base:#x}, "

@@ -133,6 +133,18 @@ class WalkEntry(NamedTuple):
     extra: bytes = bytes(7)
 
 
+class StaleEntry(NamedTuple):
+    """A live entry that the tables in memory no longer give: the cache's name and the entry.
+
+    `now` is the entry that they give, None when they give none; `why` says what differs.
+    """
+
+    cache: str
+    entry: tuple
+    now: tuple | None
+    why: str
+
+
 class SteEntry(NamedTuple):
     """An STE in the configuration cache: its StreamID and its 64 bytes."""
 

@@ -460,7 +460,12 @@ cdef inline void keep_entry(
     e.vmid = context.vmid
     e.world = context.world
     e.perm1 = e.perm2 = 0x3F
+    e.attr = context.attr
+    e.sh = context.sh
     if kind & KIND_S1:
+        e.attr = stage1_attr(context.attr, mair_byte(context.mair, first.d))
+        e.sh = leaf_sh(first.d, half)
+        e.aset = context.aset
         e.asid = context.asid
         e.is_global = not not_global(first.d)
         e.lg2 = e.lg2_s1 = first.shift
@@ -475,6 +480,8 @@ cdef inline void keep_entry(
         e.level_s2 = second.level
         e.granule_s2 = context.second.half.granule
         e.perm2 = second.perm
+        e.attr = stage2_attr(second.d, context.second.fwb, e.attr)
+        e.sh = combine_sh(e.sh, leaf_sh(second.d, &context.second.half))
         e.extra[1] = said(second.d)
         if context.second.hd and clean_s2(second.d):
             e.flags |= ENTRY_CLEAN2
@@ -483,6 +490,7 @@ cdef inline void keep_entry(
             e.level = second.level
     if contiguous(second.d if kind == KIND_S2 else first.d):
         e.flags |= ENTRY_CONTIGUOUS
+    e.sh = shareability(e.attr, e.sh)
     within = low_mask(e.lg2)
     e.page = input >> e.lg2
     e.address = pa & ~within
@@ -671,6 +679,7 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
     ste_overrides(hw, memo.ste, context)
     context.vmid = ste_vmid(hw, memo.ste)
     context.asid = 0
+    context.aset = 0
     context.world = WORLD_NS_EL1
     context.simple = False
     return 0

@@ -199,6 +199,7 @@ cdef struct Context:
     uint16_t asid
     uint16_t vmid          # S2VMID where it tags translations
     uint8_t world          # WORLD_...
+    uint8_t aset           # CD.ASET: the ASID is not shared with processors
     uint8_t two_ttbs       # bit 55 selects, and privilege matters
     uint8_t simple         # descriptors are little-endian, address in place, as they are
     uint8_t affd
