@@ -34,10 +34,7 @@ import numpy
 from questions import LIBRARY, Workbench
 
 QUESTIONS = sorted(
-    bench_translate.QUESTIONS
-    + bench_tlb.QUESTIONS
-    + bench_pasid.QUESTIONS
-    + bench_start.QUESTIONS,
+    bench_translate.QUESTIONS + bench_tlb.QUESTIONS + bench_pasid.QUESTIONS + bench_start.QUESTIONS,
     key=lambda question: not question.main,
 )
 

@@ -26,7 +26,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from smmufast._bits cimport likely
+from smmufast._bits cimport likely, low_mask
 
 cdef extern from "<assert.h>" nogil:
     void c_assert "assert"(bint) noexcept
@@ -138,8 +138,7 @@ cdef inline void* zeroed_lines(size_t bytes) noexcept nogil:
 
 cdef inline uint32_t print_of(uint64_t first, uint64_t second) noexcept nogil:
     """The print of a tag: never 0."""
-    first ^= second << 40 | second >> 24
-    return <uint32_t>(first * <uint64_t>0x9E3779B97F4A7C15ULL >> 32) | 1
+    return <uint32_t>(first * 0x3C6EF373 + second * 0x5A308D33 >> 24) | 1
 
 
 cdef inline Tag* tag_at(const CacheC* c, uint64_t slot) noexcept nogil:
@@ -169,21 +168,32 @@ cdef inline int64_t cache_find(
     `stride` is the cache's own, as a constant.
     """
     cdef uint32_t print = print_of(first, second)
-    cdef uint64_t slot, end, at
+    cdef uint64_t slot, found
+    cdef int64_t at
+    cdef uint32_t left, way
     if likely(c.ways == 4):
-        return slot_agreeing(c, set * 4, match4(&c.prints[set * 4], print), first, second, stride)
+        slot = set * 4
+        return slot_agreeing(c, slot, match4(&c.prints[slot], print), first, second, stride)
+    if c.ways == 8:
+        slot = set * 8
+        found = match4(&c.prints[slot], print) | match4(&c.prints[slot + 4], print) << 4
+        return slot_agreeing(c, slot, found, first, second, stride)
     slot = set * c.ways
-    end = slot + c.ways
-    while slot + 4 <= end:
-        at = slot_agreeing(c, slot, match4(&c.prints[slot], print), first, second, stride)
-        if <int64_t>at >= 0:
+    left = c.ways
+    while True:
+        found = 0
+        way = 0
+        while way < left and way < 64:
+            # reads on into the next set, or behind the last one
+            found |= <uint64_t>match4(&c.prints[slot + way], print) << way
+            way += 4
+        if left < 64:
+            found &= low_mask(left)
+        at = slot_agreeing(c, slot, found, first, second, stride)
+        if at >= 0 or left <= 64:
             return at
-        slot += 4
-    while slot < end:
-        if c.prints[slot] == print and slot_agreeing(c, slot, 1, first, second, stride) >= 0:
-            return slot
-        slot += 1
-    return -1
+        slot += 64
+        left -= 64
 
 
 cdef inline void plru_paths(CacheC* c) noexcept nogil:
@@ -222,7 +232,7 @@ cdef inline bint cache_open(
     c.policy = policy
     c.stride = stride
     c.random = random_seeded(seed)
-    c.prints = <uint32_t*>zeroed_lines(c.slots * 4)
+    c.prints = <uint32_t*>zeroed_lines(c.slots * 4 + 12)  # match4() reads on
     c.order = <uint64_t*>zeroed_lines(order_words(c) * 8)
     c.entries = <uint8_t*>zeroed_lines(c.slots * stride)
     c.path = <uint64_t*>zeroed_lines(<size_t>ways * 16 if policy == POLICY_PLRU else 0)

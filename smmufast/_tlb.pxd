@@ -120,7 +120,8 @@ cdef struct ConfigEntry:
 # How many entries there are of each size, and which sizes there are any of.
 cdef struct Sizes:
     uint64_t mask
-    uint32_t lone          # log2 of the one size that there is, in four ways; 0 otherwise
+    uint64_t lone_key      # of the one size that there is, in four ways: its part of the key
+    uint32_t lone          # its log2; 0 with none or several, or other than four ways
     uint32_t[64] live
 
 
@@ -260,18 +261,18 @@ cdef inline Entry* tlb_probe_key(
     """tlb_probe() with the key of a context, tlb_key(), that a loop has made before."""
     cdef CacheC* cache = &c.cache[CACHE_TLB]
     cdef unsigned int lg2 = c.tlb_sizes[kind].lone
-    cdef uint64_t page, slot, found
+    cdef uint64_t page, sized, slot, found
     cdef Entry* e
     # The ordinary case by itself: one size, four ways, the first print that agrees is right.
     if likely(lg2 != 0):
         page = address >> lg2
+        sized = key | c.tlb_sizes[kind].lone_key
         slot = (page & cache.set_mask) * 4
-        found = match4(
-            &cache.prints[slot], print_of(page, key | <uint64_t>lg2 << KEY_LG2_SHIFT))
+        found = match4(&cache.prints[slot], print_of(page, sized))
         if likely(found != 0):
             slot += ctz64(found)
             e = &(<Entry*>cache.entries)[slot]
-            if likely(e.page == page and e.key == key | <uint64_t>lg2 << KEY_LG2_SHIFT):
+            if likely(e.page == page and e.key == sized):
                 cache_hit(cache, slot)
                 return e
     return tlb_probe_sizes(c, kind, key, address, False)

@@ -177,6 +177,7 @@ cdef inline uint64_t global_key(uint64_t key) noexcept nogil:
 cdef inline void sizes_seen(Sizes* sizes, const CacheC* cache) noexcept nogil:
     cdef bint one = cache.ways == 4 and sizes.mask and not sizes.mask & (sizes.mask - 1)
     sizes.lone = ctz64(sizes.mask) if one else 0
+    sizes.lone_key = <uint64_t>sizes.lone << KEY_LG2_SHIFT
 
 
 cdef inline void sizes_add(

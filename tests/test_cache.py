@@ -128,9 +128,9 @@ def test_random_is_told_by_its_seed_and_spread_over_the_ways():
 
 def prints(sids):
     """What the structure compares first: written again here, to find tags that agree in it."""
-    second = (1 << 63 << 40 | 1 << 63 >> 24) & (1 << 64) - 1
-    mixed = (sids ^ np.uint64(second)) * np.uint64(0x9E3779B97F4A7C15)
-    return (mixed >> np.uint64(32)) | np.uint64(1)
+    second = (1 << 63) * 0x5A308D33 % (1 << 64)
+    mixed = sids * np.uint64(0x3C6EF373) + np.uint64(second)
+    return mixed >> np.uint64(24) & np.uint64(0xFFFF_FFFF) | np.uint64(1)
 
 
 @pytest.mark.parametrize(("ways", "policy"), [(4, "lru"), (4, "plru"), (2, "lru"), (8, "lru"),
