@@ -46,6 +46,7 @@ cdef enum:
     CONFIG_WORDS = 8       # dwords of an STE or a CD
     LG2_MIN = 12           # an entry covers 2^12 to 2^63 bytes
     LG2_MAX = 63
+    REGION_LG2 = 21
 
 
 cdef extern from * nogil:
@@ -134,6 +135,8 @@ cdef struct CachesC:
     uint64_t[4][4] key_mask         # by kind and world: the tags that there are
     uint32_t globals       # live TLB entries that match any ASID
     uint32_t fractured     # live TLB entries that cover less than the block they are from
+    uint32_t* regions      # TLB entries of less than 2^REGION_LG2, by their region, hashed
+    unsigned int regions_lg2        # log2 of how many counters that are
     bint split             # nested translations are cached by stage, not combined
 
 

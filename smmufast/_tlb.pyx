@@ -359,10 +359,32 @@ cdef inline bint tlb_matches(const CachesC* c, uint64_t slot, const Filter* f) n
     return filter_span(f, e.page << e.lg2, block_lg2(e) if f.blocks else e.lg2)
 
 
+cdef inline uint32_t* region_of(const CachesC* c, uint64_t start) noexcept nogil:
+    """The counter of small entries of the region of an address, and of others that share it."""
+    return &c.regions[
+        (start >> REGION_LG2) * <uint64_t>0x9E3779B97F4A7C15ULL >> (64 - c.regions_lg2)]
+
+
+cdef inline bint any_small(const CachesC* c, uint64_t start, unsigned int lg2) noexcept nogil:
+    """Whether entries smaller than a region may lie in a block of at least one region.
+
+    A block is often filled beside many pages, and hardly ever over them.
+    """
+    cdef uint64_t i
+    if lg2 > REGION_LG2 + 4:
+        return True
+    for i in range(<uint64_t>1 << (lg2 - REGION_LG2)):
+        if region_of(c, start + (i << REGION_LG2))[0]:
+            return True
+    return False
+
+
 cdef inline void tlb_forget(CachesC* c, uint64_t slot) noexcept nogil:
     """What is counted about the entry of a slot, which goes."""
     cdef const Entry* e = &(<Entry*>c.cache[CACHE_TLB].entries)[slot]
     sizes_remove(&c.tlb_sizes[e.kind], &c.cache[CACHE_TLB], e.lg2)
+    if e.lg2 < REGION_LG2:
+        region_of(c, e.page << e.lg2)[0] -= 1
     c.globals -= (e.key & KEY_GLOBAL) != 0
     c.fractured -= block_lg2(e) != e.lg2
 
@@ -456,6 +478,8 @@ cdef inline uint64_t tlb_rivals(
     f.level = 0
     f.first = e.page << e.lg2
     f.last = f.first | low_mask(e.lg2)
+    if e.lg2 >= REGION_LG2 and not any_small(c, f.first, e.lg2):
+        return c.tlb_sizes[e.kind].mask & ~low_mask(REGION_LG2)
     return c.tlb_sizes[e.kind].mask
 
 
@@ -466,6 +490,8 @@ cdef inline void tlb_admit(
     (<Entry*>cache.entries)[slot] = e[0]
     cache_put(cache, slot, e.page, key)
     sizes_add(&c.tlb_sizes[e.kind], cache, e.lg2)
+    if e.lg2 < REGION_LG2:
+        region_of(c, e.page << e.lg2)[0] += 1
     c.globals += (key & KEY_GLOBAL) != 0
     c.fractured += block_lg2(e) != e.lg2
 
@@ -1127,6 +1153,7 @@ cdef int release(CachesC* c) except -1:
     if c != NULL:
         for number in range(N_CACHES):
             cache_close(&c.cache[number])
+        free(c.regions)
         free(c)
     return 0
 
@@ -1149,6 +1176,13 @@ cdef CachesC* made(list geometries, bint split) except NULL:
                           POLICIES.index(geometry.policy), geometry.seed, strides[number]):
             release(c)
             raise MemoryError(f"no memory for {CACHES[number]} of {geometry}")
+    c.regions_lg2 = 2
+    while <uint64_t>1 << c.regions_lg2 < 4 * c.cache[CACHE_TLB].slots:
+        c.regions_lg2 += 1
+    c.regions = <uint32_t*>calloc(<size_t>1 << c.regions_lg2, sizeof(uint32_t))
+    if c.regions == NULL:
+        release(c)
+        raise MemoryError(f"no memory for tlb of {geometries[CACHE_TLB]}")
     return c
 
 
@@ -1294,7 +1328,7 @@ cdef class Caches:
     def nbytes(self):
         """Memory of all caches, in bytes."""
         cdef int number
-        cdef uint64_t total = sizeof(CachesC)
+        cdef uint64_t total = sizeof(CachesC) + (sizeof(uint32_t) << self.c.regions_lg2)
         for number in range(N_CACHES):
             total += cache_bytes(&self.c.cache[number])
         return total
