@@ -219,6 +219,23 @@ def test_the_repr_names_what_differs_and_reads_back():
         assert eval(repr(f), {"Features": Features}) == f
 
 
+def test_presets_are_what_they_are_named_for():
+    minimal, full = Features.minimal(), Features.full()
+    assert (minimal.s1p, minimal.s2p, minimal.arch_minor, minimal.oas_bits) == (1, 0, 0, 32)
+    assert not any((minimal.ats, minimal.pri, minimal.msi, minimal.cd2l, minimal.ssidsize))
+    assert registers(Features.qemu()) == (0x0D44101B, 0x02730010, 0x00001414, 0x00000074, 1)
+    v3_0, v3_2 = Features.v3_0(), Features.v3_2()
+    assert (v3_0.arch_minor, v3_0.oas_bits, v3_0.ril, v3_0.bbml, v3_0.ds) == (0, 48, 0, 0, 0)
+    assert (v3_2.arch_minor, v3_2.oas_bits, v3_2.ril, v3_2.fwb, v3_2.xnx) == (2, 52, 1, 1, 1)
+    for f in (v3_0, v3_2, full):
+        assert (f.s1p, f.s2p, f.httu, f.ats, f.pri, f.stall_model) == (1, 1, 2, 1, 1, 0)
+        assert f.stall_max > 0 and f.priqs == f.eventqs == f.cmdqs == 19
+    assert full == Features()
+    for f in (minimal, v3_0, v3_2, Features.qemu(), full):
+        assert features_module.modelled(f) == (f, {})
+        assert Features.from_idr(*registers(f)) == f
+
+
 def test_docstring_examples_hold():
     result = doctest.testmod(features_module)
     assert result.attempted >= 4

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -492,6 +493,36 @@ def test_threads_lose_no_record():
     for i in range(threads):  # those of one thread are in its order
         own = addresses[(addresses >= iovas[i][0]) & (addresses <= iovas[i][-1])]
         assert (np.diff(own.astype(np.int64)) > 0).all()
+
+
+def test_threads_behind_a_callback_lose_no_record():
+    smmu, _ = system(eventq_base=0xA000_0000 | 10)
+    data = bytearray(32 << 10)
+    published = []
+
+    def write(address, record):
+        time.sleep(1e-5)  # somebody else's turn
+        data[address - 0xA000_0000 : address - 0xA000_0000 + 32] = record
+        prod = smmu.read("EVENTQ_PROD")
+        published.append(all(data[32 * i] for i in range(prod)))
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, len(data), lambda a, n: bytes(n), write)
+    n, threads = 60, 4
+
+    def run(i):
+        for k in range(n):
+            fault(smmu, small.Request(small.STAGE1, (1 << 30) + 4096 * (n * i + k)))
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert smmu.read("EVENTQ_PROD") == n * threads and all(published)
+    found = np.frombuffer(bytes(data), layout.dtype("EVENT"))[: n * threads]
+    addresses = layout.get(found, "EVENT", "InputAddr")
+    assert sorted(addresses.tolist()) == [(1 << 30) + 4096 * i for i in range(n * threads)]
 
 
 # --- page requests ---

@@ -1,6 +1,7 @@
 """Stalled transactions: tags, records that wait, and the three ways in which a stall ends."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -325,6 +326,32 @@ def test_a_burst_stops_at_a_page_that_stalls():
     assert not burst and burst.result.action == "stall"
     (held,) = smmu.stalls
     assert held.iova == burst.result.iova == small.RUN + 0x3000
+
+
+def test_threads_lose_no_stall():
+    smmu, _ = system(6)
+    n, threads = 100, 3
+
+    def run(i):
+        smmu.translate_batch(STALLS, (1 << 30) + 4096 * np.arange(n * i, n * i + n, dtype="u8"))
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    seen = []
+    while len(seen) < n * threads:  # software takes the records meanwhile
+        cons, prod = smmu.read("EVENTQ_CONS"), smmu.read("EVENTQ_PROD")
+        while cons != prod:
+            (record,) = records(smmu, 1, cons, 6)
+            seen.append(record["InputAddr"])
+            cons = (cons + 1) % 128
+            smmu.write("EVENTQ_CONS", cons)
+            smmu.command("RESUME", StreamID=STALLS, STAG=record["STAG"], Ab=1)
+        assert any(worker.is_alive() for worker in workers) or smmu.stalls or len(seen) >= n
+    for worker in workers:
+        worker.join()
+    assert sorted(seen) == [(1 << 30) + 4096 * i for i in range(n * threads)]
+    assert smmu.stalls == []
 
 
 # --- callbacks ---
