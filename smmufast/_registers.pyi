@@ -7,6 +7,7 @@ from typing_extensions import disjoint_base
 
 from smmufast._memory import Memory
 from smmufast._smmu import Result
+from smmufast._tlb import Caches as Caches
 from smmufast.faults import Event as Event
 from smmufast.features import Features as Features
 from smmufast.features import modelled as modelled
@@ -71,9 +72,12 @@ class Registers:
         eventq_base: SupportsIndex | None = None,
         cmdq_base: SupportsIndex | None = None,
         priq_base: SupportsIndex | None = None,
+        caches: Caches | None = None,
         ignore_s2ptw: _Flag = False,
         on_interrupt: Callable[[str], object] | None = None,
     ) -> Self: ...
+    @property
+    def caches(self) -> Caches | None: ...
     @property
     def memory(self) -> Memory: ...
     @property
