@@ -1285,9 +1285,7 @@ def _answer(
         sid, iova, ssid = request["sid"], request["iova"], request.get("ssid")
         write, priv, instr = (bool(request.get(name)) for name in ("write", "priv", "instr"))
         instr &= not write  # a write is always data
-        result = translate_alone(
-            smmu, sid, iova, ssid=ssid, write=write, priv=priv, instr=instr
-        )
+        result = translate_alone(smmu, sid, iova, ssid=ssid, write=write, priv=priv, instr=instr)
         line = {"sid": sid, "iova": hex(iova), "priv": int(priv), "instr": int(instr)}
         if ssid is not None:
             line["ssid"] = ssid

@@ -242,9 +242,7 @@ def _stage2_faults(ste: dict[str, int], features: Features) -> list[str]:
             f"S2ENDI={ste['S2ENDI']}: this SMMU reads tables of the other endianness only "
             f"(IDR0.TTENDIAN={features.ttendian})"
         )
-    if ((ste["S2HA"] or ste["S2HD"]) and not features.httu) or (
-        ste["S2HD"] and features.httu == 1
-    ):
+    if ((ste["S2HA"] or ste["S2HD"]) and not features.httu) or (ste["S2HD"] and features.httu == 1):
         found.append(
             f"S2HA={ste['S2HA']}, S2HD={ste['S2HD']}: this SMMU does not update tables so "
             f"(IDR0.HTTU={features.httu})"
@@ -307,11 +305,7 @@ def _largest_tsz(lg2: int, features: Features) -> int:
 
 
 def _s2_ds(ste: dict[str, int], features: Features | None) -> bool:
-    return bool(
-        ste["S2DS"]
-        and (features is None or features.ds)
-        and _s2_granule(ste) != 16
-    )
+    return bool(ste["S2DS"] and (features is None or features.ds) and _s2_granule(ste) != 16)
 
 
 def _s2_level(ste: dict[str, int], features: Features | None) -> int | None:
@@ -1329,9 +1323,7 @@ class _Story:
                     f"the {what} of the {fetched} at {last.address:#x} ended in an external abort"
                 ]
             if last.swap is not None:
-                return [
-                    f"the {fetched} at {last.address:#x} changed before each of many updates"
-                ]
+                return [f"the {fetched} at {last.address:#x} changed before each of many updates"]
         address = (self.fault.fetch_address if self.fault is not None else 0) or 0
         return [f"the {fetched} would lie at {address:#x}, beyond the physical address size"]
 
@@ -1411,10 +1403,10 @@ class _Story:
                 return [f"stage 2 makes it Device memory ({memory}), and S2PTW=1 forbids {what}"]
             return [f"{what} reads it, and stage 2 has {ap}: no read"]
         if fields.get("RnW") and fields.get("InD"):
-            xn = _bits(leaf["XN"], 2) if self.features is None or self.features.xnx else (
-                f"{leaf['XN1']}x"
-            )
-            return [f"stage 2 does not permit {self.access()}: XN={xn}"]
+            xn = f"XN={_bits(leaf['XN'], 2)}"
+            if self.features is not None and not self.features.xnx:
+                xn = f"XN[1]={leaf['XN1']}"
+            return [f"stage 2 does not permit {self.access()}: {xn}"]
         return [f"stage 2 does not permit {self.access()}: {ap}"]
 
     def access(self) -> str:

@@ -204,9 +204,10 @@ def replay(
     """Translate every request of a capture and compare.
 
     Each request is translated alone and compared; then the requests of each stream are translated
-    by `Smmu.translate_batch`, which must give the same and is timed.  Where the SMMU updates tables,
-    a batch may change what its later rows find: a row that differs is tried again alone.  A request on a stream that
-    needs a feature in `Capture.masked` is counted as unsupported, whatever comes of it.
+    by `Smmu.translate_batch`, which must give the same and is timed.  Where the SMMU updates
+    tables, a batch may change what its later rows find: a row that differs is tried again alone.
+    A request on a stream that needs a feature in `Capture.masked` is counted as unsupported,
+    whatever comes of it.
 
     Parameters
     ----------
@@ -384,9 +385,7 @@ class _Run:
         if (out["action"] == _STALL).any():
             smmu.command("STALL_TERM", StreamID=sid)
 
-    def alone_differs(
-        self, configuration: Configuration, scalar: NDArray[Any], i: int
-    ) -> bool:
+    def alone_differs(self, configuration: Configuration, scalar: NDArray[Any], i: int) -> bool:
         """Whether a batch of one request, over the recorded memory, differs from the call."""
         row = configuration.requests[i : i + 1]
         out = np.zeros(1, scalar.dtype)

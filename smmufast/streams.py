@@ -24,7 +24,16 @@ from smmufast._memory import Memory
 from smmufast._smmu import Smmu, Walk
 from smmufast.faults import ExternalAbort
 
-__all__ = ["ContextRun", "Run", "StreamTable", "bare", "contexts", "pages", "stream_table", "streams"]
+__all__ = [
+    "ContextRun",
+    "Run",
+    "StreamTable",
+    "bare",
+    "contexts",
+    "pages",
+    "stream_table",
+    "streams",
+]
 
 PAGE = 4096
 PIECE = 1 << 20
