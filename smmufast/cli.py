@@ -436,14 +436,21 @@ def _walk(arguments: argparse.Namespace) -> int:
                     "address": f.address,
                     "size": f.size,
                     "data": None if f.data is None else f.data.hex(),
+                    "swap": f.swap,
                 }
                 for f in result.fetches or ()
             ],
             "action": result.action,
             "pa": result.pa,
+            "ipa": result.ipa,
+            "stage": result.stage,
+            "vmid": result.vmid,
+            "asid": result.asid,
+            "stag": result.stag,
             "level": result.level,
             "page_size": result.page_size,
             "perm": int(result.perm),
+            "perm_s1": int(result.perm_s1),
             "memory_type": result.memory_type,
             "fault": None
             if fault is None
