@@ -6,28 +6,110 @@ import json
 import zipfile
 
 import captures
+import nested
 import numpy as np
+import ptwriter
 import pytest
 import tablegen
+from nested import NESTED, SECOND, small_nested
 
 import smmufast
 from smmufast import layout, streams
-from smmufast.capture import ANY, UNTOLD, Capture, CaptureError
+from smmufast.capture import ANY, UNTOLD, Capture, CaptureError, translate_alone
 from smmufast.replay import replay
 
 FOUND = captures.found()
 
-# (requests and events that agree, those that need stage 2) of the captures that are known.
+# Requests and events of the captures that are known.
 KNOWN = {
-    "linux-7.3-4k-s1": (6395 + 892, 0),
-    "linux-6.12-4k-s1": (6132 + 892, 0),
-    "linux-7.3-16k-s1": (8818 + 1753, 0),
-    "linux-7.3-4k-passthrough": (8830 + 892, 0),
-    "linux-7.3-4k-s2": (0, 5949 + 810),
-    "cases-nested-2lvl": (6725, 5614),
-    "cases-nested-linear": (4844, 4763),
-    "cases-s1only-2lvl": (3279, 0),
-    "cases-s2only-linear": (1831, 2156),
+    "linux-7.3-4k-s1": 6395 + 892,
+    "linux-6.12-4k-s1": 6132 + 892,
+    "linux-7.3-16k-s1": 8818 + 1753,
+    "linux-7.3-4k-passthrough": 8830 + 892,
+    "linux-7.3-4k-s2": 5949 + 810,
+    "cases-nested-2lvl": 12_339,
+    "cases-nested-linear": 9607,
+    "cases-s1only-2lvl": 3279,
+    "cases-s2only-linear": 3987,
+}
+# Requests that a judged cause decides, in the captures of random configurations.
+CAUSES = {
+    "cases-nested-2lvl": {
+        "aptable": 14,
+        "aptable+table_size": 4,
+        "aptable_perm": 3,
+        "block_level": 29,
+        "bypass_oas": 32,
+        "bypass_oas (SMMUEN=0)": 41,
+        "ctxptr55": 16,
+        "ctxptr_oas": 39,
+        "nested_ttb": 51,
+        "nested_ttb|tbi1": 3,
+        "prio": 45,
+        "prio+block_level": 1,
+        "prio+table_size": 2,
+        "prio|aptable": 4,
+        "s1cdmax": 104,
+        "s2_concat": 118,
+        "s2_concat+s2_hahd": 7,
+        "s2_concat|tbi1": 2,
+        "s2_hahd": 153,
+        "s2_ipa_silent": 96,
+        "s2_ipa_silent+s2_hahd": 4,
+        "s2_ipa_silent+s2_small": 3,
+        "s2_small": 25,
+        "span": 23,
+        "span+aptable": 1,
+        "stalld_s2": 10,
+        "table_size": 7,
+        "tbi1": 61,
+    },
+    "cases-nested-linear": {
+        "64k_15_12": 2,
+        "aptable": 24,
+        "aptable_perm": 9,
+        "block_level": 14,
+        "bypass_oas": 14,
+        "bypass_oas (SMMUEN=0)": 154,
+        "ctxptr55": 16,
+        "nested_ttb": 71,
+        "nested_ttb|tbi1": 2,
+        "prio": 34,
+        "s1cdmax": 76,
+        "s2_concat": 102,
+        "s2_hahd": 40,
+        "s2_ipa_silent": 77,
+        "s2_ipa_silent+s2_hahd": 1,
+        "s2_small": 32,
+        "table_size": 3,
+        "tbi1": 52,
+        "tbi1+prio": 1,
+    },
+    "cases-s1only-2lvl": {
+        "aptable": 8,
+        "aptable_perm": 1,
+        "block_level": 1,
+        "bypass_oas": 16,
+        "ctxptr_oas": 16,
+        "prio": 10,
+        "s1cdmax": 73,
+        "tbi1": 23,
+    },
+    "cases-s2only-linear": {
+        "64k_15_12": 2,
+        "block_level": 2,
+        "bypass_oas": 24,
+        "prio": 8,
+        "prio+block_level": 3,
+        "s2_concat": 56,
+        "s2_hahd": 68,
+        "s2_ipa_silent": 70,
+        "s2_ipa_silent+s2_hahd": 6,
+        "s2_ipa_silent+s2_small": 3,
+        "s2_small": 34,
+        "s2t0sz_ps": 29,
+        "table_size": 7,
+    },
 }
 STAGE1 = [name for name in KNOWN if name.startswith("linux-") and not name.endswith("s2")]
 
@@ -45,11 +127,15 @@ def test_every_request_of_every_capture_agrees(path):
     found = replay(capture, random=5000)
     assert [difference.as_dict() for difference in found.differences] == []
     assert found.total.differing == found.random_differing == 0
-    assert set(found.unsupported) <= {"stage 2"}
     if not capture.masked:
         assert found.total.unsupported == 0
     if path.name in KNOWN:
-        assert (found.total.agreeing, found.total.unsupported) == KNOWN[path.name]
+        assert capture.masked == {}
+        assert found.total.agreeing == KNOWN[path.name]
+        if capture.kind == "cases":
+            assert {name: tally.agreeing for name, tally in found.causes.items()} == CAUSES[
+                path.name
+            ]
     if any(tally.page_lg2 for tally in found.streams.values()):
         assert found.random == 5000
     for tallies in (found.streams, found.causes):
@@ -79,10 +165,6 @@ def test_tables_lead_to_every_recorded_page_and_no_other(path):
     capture = Capture.load(path)
     (configuration,) = capture
     smmu = configuration.smmu()
-    if path.name.endswith("s2"):
-        with pytest.raises(ValueError, match="uses stage 2, which this version does not model"):
-            streams.pages(smmu, capture.masked)
-        return
     recorded = [
         address
         for i, address in enumerate(configuration.page_addresses.tolist())
@@ -99,10 +181,9 @@ def test_the_shipped_capture_has_the_form_that_is_documented():
     with pytest.raises(KeyError):
         capture.configuration("another")
     assert configuration.features.s2p == 1
-    assert configuration.masked == capture.masked == {"s2p": 1}
-    assert configuration.smmu().features == configuration.features.replace(s2p=0)
+    assert configuration.masked == capture.masked == {}
+    assert configuration.smmu().features == configuration.features
     assert configuration.features.arch_minor == 1
-    assert "masked s2p=1" in repr(configuration)
     lines = captures.read_lines(captures.SHIPPED / "requests.jsonl.gz")
     events = captures.read_lines(captures.SHIPPED / "events.jsonl.gz")
     assert len(configuration.requests) == len(configuration.expected) == len(lines) + len(events)
@@ -127,8 +208,8 @@ def test_the_shipped_capture_has_the_form_that_is_documented():
     for line, expected in zip(events, configuration.expected[len(lines) :], strict=True):
         assert expected.record.hex() == line["hex"]
         assert expected.fault == layout.Event(line["type"]).name
-        # all of the record counts but PnU and InD
-        assert int.from_bytes(expected.mask, "little") == (1 << 256) - 1 & ~(0b11 << 97)
+        # all of the record counts but PnU, InD and the IPA, which stage 1 has not
+        assert int.from_bytes(expected.mask, "little") == (1 << 192) - 1 & ~(0b11 << 97)
     assert configuration.where(0) == "requests.jsonl.gz:1"
     assert configuration.where(len(lines) + 4) == "events.jsonl.gz:5"
     with pytest.raises(ValueError, match="read-only"):
@@ -287,30 +368,61 @@ def test_records_are_corrected_to_the_architecture(tmp_path):
     assert masks[0] == 0
     assert (fields[1]["RnW"], fields[1]["IPA"]) == (0, 0x5000)
     assert masks[1] == 0b11 << 97 | 1 << 108 | 0xFFF << 192
-    assert (fields[2]["CLASS"], fields[2]["S2"], fields[2]["IPA"]) == (2, 0, 0)
-    assert masks[2] == 0b11 << 97
+    assert (fields[2]["CLASS"], fields[2]["S2"]) == (2, 0)
+    assert masks[2] == 0b11 << 97 | (1 << 64) - 1 << 192  # stage 1 has no IPA
     assert (fields[3]["S2"], fields[3]["IPA"]) == (1, 0xABC_D000)
     assert masks[3] == 0b11 << 97 | 0xFFF << 192
 
 
-def test_a_stream_that_needs_stage_2_is_counted_apart_whatever_is_expected(tmp_path):
-    for name, system in (
-        ("stage 2", captures.small_system(config=0b110)),
-        ("nested", captures.small_system(config=0b111)),
-    ):
+def test_a_stream_that_needs_what_is_not_modelled_is_counted_apart_whatever_is_expected(tmp_path):
+    both = captures.QEMU_IDR | {"IDR0": "0xd44101f"}  # tables of both architectures
+    cd = bytearray(captures.small_system().memory.read(captures.CONTEXTS, 64))
+    cd[5] &= 0xFD  # AA64
+    first = captures.small_system()
+    first.memory.write(captures.CONTEXTS, bytes(cd))
+    for name, system in (("cd", first), ("ste", captures.small_system(config=0b110))):
         requests = [request(OK), request(event("C_BAD_STE")), request({"k": "bypass"}, sid=4)]
-        path = captures.cases(tmp_path / name, (system, requests, {}))
-        found = replay(Capture.load(path))
-        assert found.unsupported == {"stage 2": 2}
+        path = captures.cases(tmp_path / name, (system, requests, {}), idr=both)
+        capture = Capture.load(path)
+        assert capture.masked == {"ttf": 3}
+        assert "masked ttf=3" in repr(capture[0])
+        found = replay(capture)
+        assert found.unsupported == {"VMSAv8-32 tables": 2}
         assert found.streams[captures.SID].unsupported == 2
         assert (found.total.agreeing, found.total.differing) == (1, 0)
         assert not found
-        # where the recorded SMMU has no stage 2 either, the STE is illegal by rule
-        idr = captures.QEMU_IDR | {"IDR0": "0xd44101a"}
-        path = captures.cases(tmp_path / f"{name}, none", (system, requests[1:], {}), idr=idr)
-        found = replay(Capture.load(path))
-        assert (found.total.agreeing, found.total.unsupported) == (2, 0)
-        assert found
+    # where the recorded SMMU has no such tables either, the STE is illegal by rule
+    path = captures.cases(tmp_path / "none", (system, requests[1:], {}))
+    found = replay(Capture.load(path))
+    assert (found.total.agreeing, found.total.unsupported) == (2, 0)
+    assert found
+
+
+def test_permissions_of_both_stages_are_stage_1s_alone(tmp_path):
+    def one_of(name, perm, **told):
+        out = {"k": "ok", "pa": hex(nested.PAGES + nested.READ_ONLY_OUTSIDE), "perm": perm} | told
+        line = request(out, nested.READ_ONLY_OUTSIDE, sid=NESTED)
+        smmu = small_nested()
+        saved = Capture.save(tmp_path / f"{name}-pages", smmu=smmu)
+        path = captures.cases(tmp_path / name, (None, [line], {}))
+        contents = [np.zeros(4096, np.uint8)]
+        held = []
+        for i, address in enumerate(saved[0].page_addresses.tolist()):
+            held.append([hex(address), len(contents)])
+            contents.append(saved[0].page(i))
+        np.savez_compressed(path / "pages.npz", pages=np.array(contents))
+        lines = captures.read_lines(path / "cases.jsonl.gz")
+        lines[1]["pages"] = held
+        captures.write_lines(path / "cases.jsonl.gz", lines)
+        return [d.reasons for d in replay(Capture.load(path)).differences]
+
+    # stage 1 permits reads and writes, stage 2 reads alone
+    assert one_of("both", 3, stage=3) == []
+    assert one_of("less", 1, stage=3) == [["permission: 0o1 expected, 0o3 found"]]
+    assert one_of("stage", 3, stage=2)[0][:2] == [
+        "stage: 2 expected, 3 found",
+        "permission: 0o3 expected, 0o1 found",
+    ]
 
 
 # --- replay ---------------------------------------------------------------------------------------
@@ -322,6 +434,8 @@ def test_a_stream_that_needs_stage_2_is_counted_apart_whatever_is_expected(tmp_p
         (0, {"pa": 0x5000_0124}, "pa: 0x50000124 expected, 0x50000123 found"),
         (0, {"level": 2}, "level: 2 expected, 3 found"),
         (0, {"page_lg2": 21}, "page size: 2^21 expected, 2^12 found"),
+        (0, {"stage": 3}, "stage: 3 expected, 1 found"),
+        (3, {"stage": 1}, "stage: 1 expected, 0 found"),
         (0, {"perm": 0o7}, "permission: 0o7 expected, 0o5 found"),
         (0, {"perm": 0o4}, "read: F_PERMISSION expected, ok found"),
         (0, {"action": "bypass"}, "action: bypass expected, ok found"),
@@ -335,13 +449,13 @@ def test_a_stream_that_needs_stage_2_is_counted_apart_whatever_is_expected(tmp_p
 def test_each_difference_is_found_and_named(tmp_path, index, changes, reason):
     capture = captures.small_capture(tmp_path / "small")
     expected = capture[0].expected
-    assert expected[index].action == ("ok" if index == 0 else "abort")
+    assert expected[index].action == {0: "ok", 3: "bypass"}.get(index, "abort")
     assert replay(capture)
     expected[index] = expected[index]._replace(**changes)
     found = replay(capture)
     assert not found
     assert (found.total.differing, found.total.agreeing) == (1, 7)
-    assert found.streams[captures.SID].differing == 1
+    assert found.streams[4 if index == 3 else captures.SID].differing == 1
     (difference,) = found.differences
     assert difference.index == index
     assert any(reason in text for text in difference.reasons), difference.reasons
@@ -367,6 +481,7 @@ class Lying:
 
     def __init__(self, smmu, column):
         self.smmu = smmu
+        self.features = smmu.features
         self.translate = smmu.translate
         self.column = column
 
@@ -475,26 +590,27 @@ def test_a_capture_saved_again_is_the_same(tmp_path):
     assert replay(saved).total.agreeing == len(configuration.requests)
 
 
-def test_random_systems_come_back_from_their_captures(tmp_path):
+@pytest.mark.parametrize("maker", [tablegen.random_system, tablegen.random_nested_system])
+def test_random_systems_come_back_from_their_captures(tmp_path, maker):
     kinds = set()
-    for number, (smmu, system) in enumerate(
-        captures.random_systems(tablegen.random_system, 11, 60)
-    ):
+    for number, (smmu, system) in enumerate(captures.random_systems(maker, 11, 60)):
         requests = []
         for drawn in system.requests(40):
             access = drawn._asdict()
             sid, iova = access.pop("sid"), access.pop("iova")
-            result = smmu.translate(sid, iova, **access)
+            result = translate_alone(smmu, sid, iova, **access)
             if result or result.event is not None:
                 requests.append(drawn._asdict())
-                kinds.add(result.event.name if result.event else result.action)
+                kinds.add(result.event.name if result.event else (result.action, result.stage))
+                if result.action == "stall":
+                    kinds.add("stall")
         saved = Capture.save(tmp_path / str(number), smmu=smmu, requests=requests)
         found = replay(saved)
         assert found.differences == [], system.regs
         assert found.total.agreeing == len(requests)
     assert kinds >= {
-        "ok",
-        "bypass",
+        ("ok", 1),
+        ("bypass", 0),
         "C_BAD_STREAMID",
         "C_BAD_STE",
         "C_BAD_CD",
@@ -503,6 +619,112 @@ def test_random_systems_come_back_from_their_captures(tmp_path):
         "F_ADDR_SIZE",
         "C_BAD_SUBSTREAMID",
     }
+    if maker is tablegen.random_nested_system:
+        assert kinds >= {("ok", 2), ("ok", 3), "stall"}
+
+
+def test_a_nested_system_comes_back_from_the_pages_behind_its_ipas(tmp_path):
+    smmu = small_nested()
+    requests = [
+        {"sid": NESTED, "iova": page + 8, "write": write}
+        for page in range(0, 0x7000, 0x1000)
+        for write in (False, True)
+    ]
+    requests += [{"sid": SECOND, "iova": nested.DATA + nested.RW}, {"sid": SECOND, "iova": 1 << 44}]
+    saved = Capture.save(tmp_path / "nested", smmu=smmu, requests=requests)
+    lines = captures.read_lines(tmp_path / "nested" / "requests.jsonl.gz")
+    assert [(line["stage"], line["perm"], line["page_shift"]) for line in lines] == [
+        (3, 0o5, 12),  # stage 2 takes the write away
+        (3, 0o7, 12),
+        (3, 0o7, 12),
+        (3, 0o5, 12),
+        (3, 0o7, 12),
+        (3, 0o7, 12),
+        (2, 0o7, 12),
+    ]
+    guest = {nested.physical(nested.CONTEXT)} | {
+        nested.physical(nested.TABLES + page) for page in range(0, 0x3000, 0x1000)
+    }
+    found = set(saved[0].page_addresses.tolist())
+    assert guest < found
+    second = {page for page in found if nested.STAGE2 <= page < nested.STAGE2 + 0x10_0000}
+    assert found == guest | second | {captures.STREAM_TABLE}
+    # both first tables lead somewhere, to one table of level 2 and one of level 3 each
+    assert len(second) == 2 * 3
+    assert replay(saved).total.agreeing == len(requests)
+
+
+def test_hardware_updates_are_not_kept(tmp_path):
+    smmu = small_nested(
+        {"httu": 2}, s2ha=1, s2hd=1, cd={"ha": 1, "hd": 1}, stage1={"af": 0}, tables={"af": 0}
+    )
+    (region,) = smmu.memory.regions
+    before = smmu.memory.read(region.base, region.size)
+    requests = [{"sid": NESTED, "iova": nested.RW, "write": write} for write in (False, True)]
+    # what faults because its access flag is clear does so whatever came before
+    requests += [{"sid": NESTED, "iova": page} for page in (nested.NO_AF, nested.UNMAPPED)]
+    saved = Capture.save(tmp_path / "updates", smmu=smmu, requests=requests)
+    assert smmu.memory.read(region.base, region.size) == before
+    assert [expected.action for expected in saved[0].expected] == ["ok", "ok", "ok", "abort"]
+    found = replay(saved, repeat=2)
+    assert (found.total.agreeing, found.total.differing) == (4, 0)
+    # the same as a call that keeps them
+    kept = smmu.translate(NESTED, nested.RW, write=True, trace=True)
+    alone = translate_alone(saved[0].smmu(), NESTED, nested.RW, write=True)
+    assert (kept.pa, kept.perm, kept.ipa) == (alone.pa, alone.perm, alone.ipa)
+    assert kept.fetches == alone.fetches
+    assert sum(fetch.swap is not None for fetch in kept.fetches) > 4
+    assert smmu.memory.read(region.base, region.size) != before
+
+
+def test_streams_that_share_a_descriptor_do_not_disturb_each_other(tmp_path):
+    # stream 3 sets the access flag, for stream 6 over the same tables it is a fault
+    smmu = small_nested({"httu": 1}, cd={"ha": 1}, stage1={"af": 0})
+    cd = bytearray(smmu.memory.read(nested.physical(nested.CONTEXT), 64))
+    cd[5] &= 0xF7  # HA
+    smmu.memory.write(nested.physical(nested.CONTEXT) + 64, bytes(cd))
+    ste = bytearray(smmu.memory.read(captures.STREAM_TABLE + 64 * NESTED, 64))
+    ste[:8] = ptwriter.encode_ste(v=1, config=0b111, s1contextptr=nested.CONTEXT + 64)[:8]
+    smmu.memory.write(captures.STREAM_TABLE + 64 * 6, bytes(ste))
+    requests = [{"sid": sid, "iova": nested.RW} for sid in (NESTED, 6)]
+    saved = Capture.save(tmp_path / "shared", smmu=smmu, requests=requests)
+    assert [(e.action, e.fault) for e in saved[0].expected] == [("ok", None), ("abort", "F_ACCESS")]
+    assert replay(saved).total.agreeing == 2
+
+
+def test_stalls_come_back_whatever_their_tag(tmp_path):
+    smmu = small_nested({"stall_model": 0, "stall_max": 2}, s2s=1, cd={"s": 1})
+    pages = [nested.NO_AF, nested.UNMAPPED, nested.READ_ONLY_OUTSIDE, nested.READ_ONLY] * 2
+    requests = [{"sid": NESTED, "iova": page, "write": True} for page in pages]
+    saved = Capture.save(tmp_path / "stalls", smmu=smmu, requests=requests)
+    expected = saved[0].expected
+    assert [e.action for e in expected] == ["stall"] * 8
+    tags = [layout.unpack("EVENT", e.record)["STAG"] for e in expected]
+    assert len(set(tags)) > 1
+    found = replay(saved, repeat=3)
+    assert (found.total.agreeing, found.total.differing) == (8, 0)
+    assert smmu.stalls == []
+    expected[0] = expected[0]._replace(fault="F_PERMISSION")
+    (difference,) = replay(saved).differences
+    assert difference.reasons == ["fault: F_PERMISSION expected, F_ACCESS found"]
+
+
+def test_saving_leaves_the_queues_alone(tmp_path):
+    whole = small_nested()
+    queue = nested.STAGE2 + 0x80_0000
+    smmu = smmufast.Smmu(
+        whole.memory,
+        whole.features,
+        strtab_base=whole.strtab_base,
+        strtab_base_cfg=whole.strtab_base_cfg,
+        eventq_base=queue | 4,
+    )
+    requests = [{"sid": NESTED, "iova": nested.UNMAPPED}]
+    saved = Capture.save(tmp_path / "quiet", smmu=smmu, requests=requests)
+    assert saved[0].expected[0].fault == "F_TRANSLATION"
+    assert smmu.memory.read(queue, 64) == bytes(64)
+    smmu.translate(NESTED, nested.UNMAPPED)
+    assert smmu.memory.read(queue, 64) != bytes(64)
 
 
 def test_regions_that_hold_part_of_a_page_are_kept(tmp_path):
