@@ -10,11 +10,15 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, unlikely
-from smmufast._cached cimport translate_request
+from smmufast._cached cimport translate_request, usable
 from smmufast._config cimport STAGE1_BYPASS, admitted
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport FETCH_OK, Port, fetch8
+from smmufast._tlb cimport (
+    KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch, tlb_find_key, tlb_key,
+    tlb_probe_sizes, tlb_touch,
+)
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, Descent, Memo, Syndrome, descend, descriptor, leaf_perm, level_of, lookup,
 )
@@ -374,17 +378,22 @@ cdef inline int run_blocks(
     return 0
 
 
+cdef inline bint wants_more(const BatchC* batch) noexcept nogil:
+    """Columns other than pa, action and event are wanted."""
+    return (
+        batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
+        or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
+        or batch.ipa.data != NULL or batch.stage.data != NULL or batch.record.data != NULL
+    )
+
+
 cdef inline int translate_plain(
         Core* core, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch of at least one request, in plain memory and with SMMUEN=1."""
     cdef Slot[SLOTS] slots
     cdef int k
     cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
-    cdef bint more = (
-        batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
-        or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
-        or batch.ipa.data != NULL or batch.stage.data != NULL or batch.record.data != NULL
-    )
+    cdef bint more = wants_more(batch)
     for k in range(SLOTS):
         slots[k].memo.context.simple = False
     if one_pair and not more:
@@ -403,4 +412,112 @@ cdef inline int translate_each(
         status = batch_scalar(core, port, &memo, batch, i)
         if status:
             return status
+    return 0
+
+
+# --- through caches ---
+
+# A run of requests of one pair whose configuration stays cached, and the half that the last used.
+cdef struct Lane:
+    uint64_t touches       # lookups of the configuration that are not yet told to the caches
+    uint64_t key           # TLB tag
+    uint64_t fixed         # address bits that must all equal the half's sign
+    uint64_t within        # address bits that are translated
+    uint64_t sign          # the others, in the TLB
+    unsigned int kind
+    int upper              # which half; -1: none yet
+
+
+cdef inline void lane_flush(Lane* lane, CachesC* c, const Memo* memo) noexcept nogil:
+    """Tell the configuration caches of the lookups since they were told last."""
+    if lane.touches:
+        config_touch(c, memo.ste_handle, memo.cd_handle, lane.touches)
+        lane.touches = 0
+
+
+cdef inline void lane_set(
+        Lane* lane, const Hw* hw, CachesC* c, const Memo* memo, unsigned int upper) noexcept nogil:
+    """The half of an address, or stage 2 alone, as the loop over hits asks for it."""
+    cdef const Context* context = &memo.context
+    cdef const Half* half = &context.half[upper]
+    lane.upper = upper
+    lane.kind = KIND_S1
+    if memo.index == STAGE1_BYPASS:
+        half = &context.second.half
+        lane.kind = KIND_S2
+        lane.fixed = half.range_mask | hw.oas_over
+    else:
+        if context.second.on:
+            lane.kind = KIND_COMBINED
+        lane.fixed = half.range_mask
+    lane.within = half.index_mask
+    lane.sign = (0 - <uint64_t>upper) & ~half.index_mask
+    # a half without tables, and one that only the privileged may use, are not for this loop
+    if not half.enabled or not half.unprivileged:
+        lane.fixed = 0xFFFFFFFFFFFFFFFFULL
+    lane.key = tlb_key(c, lane.kind, context.world, context.vmid, context.asid)
+
+
+cdef inline bint lane_takes(const Memo* memo, const CachesC* c) noexcept nogil:
+    """Requests of this pair are looked up in the TLB once."""
+    return memo.whole and (
+        memo.index != STAGE1_BYPASS and not (memo.context.second.on and c.split)
+        or memo.index == STAGE1_BYPASS and memo.context.second.on)
+
+
+cdef inline int translate_hits(Core* core, Port* port, const BatchC* batch) noexcept nogil:
+    """Translate a batch through caches, in order.
+
+    What hits the TLB and is permitted is done here, as translate_cached would; the rest is done
+    there.  Columns but pa, action and event are left to it as well.
+    """
+    cdef const Hw* hw = &core.hw
+    cdef CachesC* c = core.caches
+    cdef Memo memo
+    cdef Lane lane
+    cdef const Context* context = &memo.context
+    cdef Entry* e
+    cdef size_t i
+    cdef uint64_t va
+    cdef uint32_t sid, ssid
+    cdef unsigned int access, upper
+    cdef bint takes = False
+    cdef bint more = wants_more(batch)
+    cdef int status
+    memo.whole = False
+    memo.sid = memo.ssid = 0
+    memo.generation = 0
+    lane.touches = 0
+    lane.upper = -1
+    for i in range(batch.n):
+        sid = load_u32(&batch.sid, i)
+        ssid = load_u32(&batch.ssid, i)
+        va = load_u64(&batch.iova, i)
+        access = load_u8(&batch.access, i) & 7
+        if likely(takes) and likely(memo.sid == sid and memo.ssid == ssid):
+            upper = half_of(va, context.two_ttbs)
+            if unlikely(<int>upper != lane.upper):
+                lane_set(&lane, hw, c, &memo, upper)
+            if likely(in_range(va, lane.fixed, upper)):
+                e = tlb_find_key(c, lane.kind, lane.key, va & lane.within | lane.sign)
+                if unlikely(e == NULL):
+                    e = tlb_probe_sizes(
+                        c, lane.kind, lane.key, va & lane.within | lane.sign, True)
+                if (likely(e != NULL) and likely(e.perm1 & e.perm2 & context.need[access])
+                        and likely(usable(e, access))):
+                    lane.touches += 1
+                    tlb_touch(c, e)
+                    store_u64(&batch.pa, i, e.address | va & low_mask(e.lg2))
+                    store_u8(&batch.action, i, ACTION_OK)
+                    store_u8(&batch.event, i, 0)
+                    continue
+        lane_flush(&lane, c, &memo)
+        port.wrote = False
+        status = batch_scalar(core, port, &memo, batch, i)
+        if status:
+            return status
+        takes = (not more and cr0_smmuen(hw.cr0) and lane_takes(&memo, c)
+                 and memo.generation == c.config_generation)
+        lane.upper = -1
+    lane_flush(&lane, c, &memo)
     return 0

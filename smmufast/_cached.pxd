@@ -20,8 +20,8 @@ from smmufast._layout cimport EVENT_C_BAD_STREAMID, EVENT_F_PERMISSION, cr0_smmu
 from smmufast._memory cimport Port
 from smmufast._queue cimport event_deliver
 from smmufast._tlb cimport (
-    ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, Entry, cd_fill, cd_probe, cd_touch,
-    ste_fill, ste_probe, ste_touch, tlb_probe,
+    ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, Entry, cd_fill, cd_probe,
+    config_touch, ste_fill, ste_probe, tlb_probe,
 )
 from smmufast._translate cimport (
     CLASS_IN, SILENT_ABORT, Leaf, Memo, Syndrome, View, as_said, canonical, cd_fetch, end_disabled,
@@ -54,9 +54,7 @@ cdef inline bint memo_current(const View* view, const Memo* memo) noexcept nogil
 cdef inline void memo_touch(const View* view, const Memo* memo) noexcept nogil:
     """What a lookup that finds a current memo's STE and CD leaves in the caches."""
     if not view.quiet:
-        ste_touch(view.c, memo.ste_handle)
-        if memo.cd_handle:
-            cd_touch(view.c, memo.cd_handle)
+        config_touch(view.c, memo.ste_handle, memo.cd_handle, 1)
 
 
 cdef inline int lookup_cached(

@@ -20,7 +20,7 @@ from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport EVENT_F_TRANSLATION, cr0_smmuen
 from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
 from smmufast._registers cimport Registers
-from smmufast._batch cimport translate_each, translate_plain
+from smmufast._batch cimport translate_each, translate_hits, translate_plain
 from smmufast._cached cimport (
     deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
 )
@@ -667,7 +667,13 @@ cdef int batch_each(Core* core, Port* port, const BatchC* batch) noexcept nogil:
     return translate_each(core, port, batch)
 
 
+cdef int batch_cached(Core* core, Port* port, const BatchC* batch) noexcept nogil:
+    return translate_hits(core, port, batch)
+
+
 ctypedef int (*Driver)(Core*, Port*, const BatchC*) noexcept nogil
+
+cdef Driver cached = batch_cached
 
 cdef Driver each = batch_each
 cdef Driver plain = batch_plain
@@ -679,8 +685,10 @@ cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
     port_open(port, core.ram, NULL, False)
     if core.caches == NULL and core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0:
         return plain(core, port, batch)
+    if core.caches == NULL:
+        return each(core, port, batch)
     caches_take(core)
-    status = each(core, port, batch)
+    status = cached(core, port, batch)
     caches_give(core)
     return status
 

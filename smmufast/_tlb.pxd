@@ -20,8 +20,10 @@ SMMU, whose owner makes their calls one after the other.  Two Smmu never share o
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from smmufast._bits cimport likely
-from smmufast._cache cimport CacheC, cache_find, cache_hit, ctz64, match4, print_of
+from smmufast._bits cimport likely, unlikely
+from smmufast._cache cimport (
+    CacheC, cache_find, cache_hit, cache_hit_times, ctz64, match4, print_of,
+)
 
 
 cdef enum:
@@ -226,6 +228,14 @@ cdef inline void ste_touch(CachesC* c, uint32_t handle) noexcept nogil:
     cache_hit(&c.cache[CACHE_STE], handle - 1)
 
 
+cdef inline void config_touch(
+        CachesC* c, uint32_t ste_handle, uint32_t cd_handle, uint64_t n) noexcept nogil:
+    """ste_touch() and, if there is a CD, cd_touch(), n times; n is not 0."""
+    cache_hit_times(&c.cache[CACHE_STE], ste_handle - 1, n)
+    if cd_handle:
+        cache_hit_times(&c.cache[CACHE_CD], cd_handle - 1, n)
+
+
 cdef inline uint32_t cd_probe(
         CachesC* c, uint32_t sid, uint32_t index, uint64_t* words,
         bint quiet=False) noexcept nogil:
@@ -259,25 +269,43 @@ cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil
 cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil
 
 
+cdef inline void tlb_touch(CachesC* c, const Entry* e) noexcept nogil:
+    """What tlb_probe() counts and remembers when it hits this entry.
+
+    tlb_generation is what it was when the entry was found.
+    """
+    cache_hit(&c.cache[CACHE_TLB], e - <Entry*>c.cache[CACHE_TLB].entries)
+
+
+cdef inline Entry* tlb_find_key(
+        CachesC* c, unsigned int kind, uint64_t key, uint64_t address) noexcept nogil:
+    """tlb_probe_key() in the ordinary case, of which nothing is counted; else NULL.
+
+    The ordinary case: one size, four ways, the first print that agrees is right.
+    """
+    cdef CacheC* cache = &c.cache[CACHE_TLB]
+    cdef unsigned int lg2 = c.tlb_sizes[kind].lone
+    cdef uint64_t page, slot, found
+    cdef Entry* e
+    if unlikely(lg2 == 0):
+        return NULL
+    page = address >> lg2
+    key |= <uint64_t>lg2 << KEY_LG2_SHIFT
+    slot = (page & cache.set_mask) * 4
+    found = match4(&cache.prints[slot], print_of(page, key))
+    if unlikely(found == 0):
+        return NULL
+    e = &(<Entry*>cache.entries)[slot + ctz64(found)]
+    return e if likely(e.page == page and e.key == key) else NULL
+
+
 cdef inline Entry* tlb_probe_key(
         CachesC* c, unsigned int kind, uint64_t key, uint64_t address) noexcept nogil:
     """tlb_probe() with the key of a context, tlb_key(), that a loop has made before."""
-    cdef CacheC* cache = &c.cache[CACHE_TLB]
-    cdef unsigned int lg2 = c.tlb_sizes[kind].lone
-    cdef uint64_t page, sized, slot, found
-    cdef Entry* e
-    # The ordinary case by itself: one size, four ways, the first print that agrees is right.
-    if likely(lg2 != 0):
-        page = address >> lg2
-        sized = key | c.tlb_sizes[kind].lone_key
-        slot = (page & cache.set_mask) * 4
-        found = match4(&cache.prints[slot], print_of(page, sized))
-        if likely(found != 0):
-            slot += ctz64(found)
-            e = &(<Entry*>cache.entries)[slot]
-            if likely(e.page == page and e.key == sized):
-                cache_hit(cache, slot)
-                return e
+    cdef Entry* e = tlb_find_key(c, kind, key, address)
+    if likely(e != NULL):
+        tlb_touch(c, e)
+        return e
     return tlb_probe_sizes(c, kind, key, address, False)
 
 
@@ -293,11 +321,3 @@ cdef inline Entry* tlb_probe(
     if quiet:
         return tlb_probe_sizes(c, kind, key, address, True)
     return tlb_probe_key(c, kind, key, address)
-
-
-cdef inline void tlb_touch(CachesC* c, const Entry* e) noexcept nogil:
-    """What tlb_probe() counts and remembers when it hits this entry.
-
-    tlb_generation is what it was when the entry was found.
-    """
-    cache_hit(&c.cache[CACHE_TLB], e - <Entry*>c.cache[CACHE_TLB].entries)

@@ -680,6 +680,7 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
     context.vmid = ste_vmid(hw, memo.ste)
     context.asid = 0
     context.aset = 0
+    context.two_ttbs = False
     context.world = WORLD_NS_EL1
     context.simple = False
     return 0
