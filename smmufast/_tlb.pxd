@@ -176,10 +176,12 @@ cdef inline uint64_t tlb_key(
 
 # --- configuration ---
 
+# Keep an STE, a CD; the handle for ste_touch() and cd_touch(), 0 without such a cache.
 cdef uint32_t ste_fill(CachesC* c, uint32_t sid, const uint64_t* words) noexcept nogil
 cdef uint32_t cd_fill(
     CachesC* c, uint32_t sid, uint32_t index, const uint64_t* words) noexcept nogil
 
+# CMD_CFGI_...; lg2_count is Range + 1.  How many entries went, as all that invalidate return.
 cdef uint64_t cfgi_ste(CachesC* c, uint32_t sid, bint leaf) noexcept nogil
 cdef uint64_t cfgi_range(CachesC* c, uint32_t sid, unsigned int lg2_count) noexcept nogil
 cdef uint64_t cfgi_cd(CachesC* c, uint32_t sid, uint32_t ssid, bint leaf) noexcept nogil
@@ -257,14 +259,22 @@ cdef inline void cd_touch(CachesC* c, uint32_t handle) noexcept nogil:
 
 # --- translations and tables ---
 
+# What tlb_probe() leaves: several sizes, other than four ways, a miss.
 cdef Entry* tlb_probe_sizes(
     CachesC* c, unsigned int kind, uint64_t key, uint64_t address, bint quiet) noexcept nogil
+
+# Keep a translation; entries that could answer the same request go.  NULL without a TLB.
 cdef Entry* tlb_fill(CachesC* c, const Entry* e) noexcept nogil
+
+# The deepest cached table on the walk of an address, or NULL; one hit or one miss.  It lives until
+# the next fill or invalidation.
 cdef Table* walk_probe(
     CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
     uint64_t address, bint quiet=*) noexcept nogil
+# Keep a table; NULL without such a walk cache.
 cdef Table* walk_fill(CachesC* c, const Table* e) noexcept nogil
 
+# A TLBI command, and what INV_ALL or a reset does.
 cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil
 cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil
 
