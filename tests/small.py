@@ -1,12 +1,20 @@
 """A small system in which every outcome has a request that gives it, for tests of the faces.
 
-One linear stream table, and a two-level one over the same entries; 4 KiB tables of three levels.
+One linear stream table, and a two-level one over the same entries; 4 KiB tables of three levels,
+of both stages.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from ptwriter import encode_cd, encode_l1cd, encode_l1std, encode_ste, leaf_descriptor
+from ptwriter import (
+    encode_cd,
+    encode_l1cd,
+    encode_l1std,
+    encode_ste,
+    leaf_descriptor,
+    stage2_leaf_descriptor,
+)
 from ptwriter import table_descriptor as table
 
 from smmufast import NO_SUBSTREAM, Memory, Smmu
@@ -24,12 +32,20 @@ CD_LEAF = 0x3000
 LEVEL1 = 0x4000
 LEVEL2 = 0x5000
 LEVEL3 = 0x6000
+STAGE2_LEVEL1 = 0x7000
+STAGE2_LEVEL2 = 0x8000
+STAGE2_LEVEL3 = 0x9000
+GUEST_CDS = 0xA000
+GUEST_LEVEL1 = 0xB000
+GUEST_LEVEL2 = 0xC000
+GUEST_LEVEL3 = 0xD000
+GUEST = 0x10_0000  # IPA of offset 0, for the four pages that lie in IPA space
 
 # Streams.
 ABORTED, STAGE1, BYPASSED, SUBSTREAMS, INVALID, NO_CD, BAD_CD, NO_TABLE, NEEDS_SSID, SILENT = range(
     10
 )
-TWO_LEVEL_CD = 10
+TWO_LEVEL_CD, STAGE2, NESTED, NO_GUEST_CD = range(10, 14)
 BEYOND_MEMORY = 0xF00  # within the stream table, outside memory
 BEYOND_TABLE = 0x1000
 
@@ -71,6 +87,12 @@ PHYSICAL = {
     Request(NEEDS_SSID, RW, ssid=3): 0x4000_1000,
     Request(SILENT, RW): 0x4000_1000,
     Request(TWO_LEVEL_CD, RO, ssid=0x41): 0x4000_5000,
+    Request(STAGE2, RW + 0x234, write=True): 0x6000_1234,
+    Request(STAGE2, RO + 8, priv=True): 0x6000_5008,
+    Request(STAGE2, BLOCK + 0x12_3456): 0x7032_3456,
+    Request(NESTED, RW + 0x234): 0x6000_1234,
+    Request(NESTED, RO + 8): 0x6000_5008,
+    Request(NESTED, RUN + 0xABC, write=True): 0x7020_1ABC,
 }
 
 # and a request for each event; 0 is an abort without one.
@@ -90,9 +112,23 @@ EVENTS = {
     0x13: Request(STAGE1, RO, write=True),
 }
 
+# What stage 2 refuses: the event's number, the stages that took part and its CLASS.
+STAGE2_FAULTS = {
+    Request(STAGE2, UNMAPPED + 0x10): (0x10, 2, 0b10),
+    Request(STAGE2, TOO_HIGH): (0x11, 2, 0b10),
+    Request(STAGE2, NO_AF, write=True): (0x12, 2, 0b10),
+    Request(STAGE2, RO, write=True): (0x13, 2, 0b10),
+    Request(NESTED, NO_AF): (0x12, 3, 0b10),
+    Request(NESTED, RO, write=True): (0x13, 3, 0b10),
+    Request(NESTED, TOO_HIGH): (0x10, 3, 0b10),
+    Request(NESTED, BLOCK, priv=True): (0x10, 3, 0b01),
+    Request(NO_GUEST_CD, RW): (0x10, 2, 0b00),
+}
+
 REQUESTS = [
     *PHYSICAL,
     *EVENTS.values(),
+    *STAGE2_FAULTS,
     Request(SILENT, UNMAPPED),
     Request(SILENT, RO, write=True),
     Request(SUBSTREAMS, RW, ssid=4),
@@ -166,7 +202,47 @@ def build(base=BASE):
         (RUN + 0x2000, 0x4000_C000, {"ap": 1, "contiguous": 1}),
     ):
         put_descriptor(LEVEL3, va >> 12, leaf_descriptor(12, 3, pa, **flags))
+    build_stage2(base, put, put_descriptor, cd)
     return image
+
+
+def build_stage2(base, put, put_descriptor, cd):
+    """The streams with a stage 2: 39 bits of IPA space, and stage-1 tables that lie in it."""
+    ste = {
+        "v": 1, "s2aa64": 1, "s2t0sz": 25, "s2sl0": 1, "s2ps": 4, "s2r": 1, "s2vmid": 9,
+        "s2ttb": base + STAGE2_LEVEL1,
+    }  # fmt: skip
+    put(STES + 64 * STAGE2, encode_ste(config=6, **ste))
+    put(STES + 64 * NESTED, encode_ste(config=7, s1contextptr=GUEST + GUEST_CDS, **ste))
+    put(STES + 64 * NO_GUEST_CD, encode_ste(config=7, s1contextptr=UNMAPPED, **ste))
+
+    put_descriptor(STAGE2_LEVEL1, 0, table(12, base + STAGE2_LEVEL2))
+    put_descriptor(STAGE2_LEVEL2, 0, table(12, base + STAGE2_LEVEL3))
+    normal = {"memattr": 0b1111, "s2ap": 3}
+    block = stage2_leaf_descriptor(12, 2, 0x7020_0000, **normal)
+    put_descriptor(STAGE2_LEVEL2, BLOCK >> 21, block)
+    guest = [
+        (GUEST + offset, base + offset, {})
+        for offset in (GUEST_CDS, GUEST_LEVEL1, GUEST_LEVEL2, GUEST_LEVEL3)
+    ]
+    for ipa, pa, flags in (
+        (RW, 0x6000_1000, {}),
+        (RO, 0x6000_5000, {"s2ap": 1}),
+        (NO_AF, 0x6000_6000, {"af": 0}),
+        (TOO_HIGH, 1 << 45, {}),
+        *guest,
+    ):
+        leaf = stage2_leaf_descriptor(12, 3, pa, **normal | flags)
+        put_descriptor(STAGE2_LEVEL3, ipa >> 12, leaf)
+
+    put(GUEST_CDS, encode_cd(**cd | {"ttb0": GUEST + GUEST_LEVEL1, "asid": 11}))
+    put_descriptor(GUEST_LEVEL1, 0, table(12, GUEST + GUEST_LEVEL2))
+    put_descriptor(GUEST_LEVEL2, 0, table(12, GUEST + GUEST_LEVEL3))
+    put_descriptor(GUEST_LEVEL2, BLOCK >> 21, table(12, UNMAPPED))
+    for va, ipa in (
+        (RW, RW), (RO, RO), (NO_AF, NO_AF), (TOO_HIGH, 1 << 39), (RUN, BLOCK + 0x1000),
+    ):  # fmt: skip
+        put_descriptor(GUEST_LEVEL3, va >> 12, leaf_descriptor(12, 3, ipa, ap=1, ng=1))
 
 
 def system(image=None, base=BASE, **other):

@@ -13,6 +13,7 @@ import random
 import ptwriter
 import pytest
 import reference
+import small
 import tablegen
 import twin
 from reference import (
@@ -1016,6 +1017,19 @@ def test_shareability_of_52_bit_descriptors_is_the_stes():
         bench.write_ste(s2sh0=code)
         bench.map2(0x1000, 0x5000)
         assert bench.translate(0x1000).sh == expected
+
+
+# ------------------------------------------------------------------------------------------------
+# The small system
+
+
+def test_the_small_system_has_the_faults_of_stage_2_that_it_names():
+    smmu, _ = small.system()
+    for request, (number, stage, event_class) in small.STAGE2_FAULTS.items():
+        result = smmu.translate(request.sid, request.iova, **request.access)
+        record = int.from_bytes(result.event.record, "little")
+        assert (result.event.number, result.stage) == (number, stage), request
+        assert (record >> 103 & 1, record >> 104 & 3) == (1, event_class), request
 
 
 # ------------------------------------------------------------------------------------------------
