@@ -105,6 +105,8 @@ def add_stage2(rng, features):
     features.xnx = rng.getrandbits(1)
     features.fwb = rng.getrandbits(1)
     features.ptwnnc = rng.getrandbits(1)
+    features.ats = int(rng.random() < 0.25)
+    features.ns1ats = int(rng.random() < 0.3)
     features.s1p = int(rng.random() < 0.997)
     features.s2p = int(rng.random() < 0.997)
     if features.oas < 2 and rng.random() < 0.8:
@@ -974,7 +976,8 @@ class _Builder:
             "memattr": rng.randrange(16), "mtcfg": rng.random() < 0.3,
             "alloccfg": rng.randrange(16), "shcfg": rng.choice((0, 1, 1, 1, 2, 3)),
             "privcfg": rng.choice((0, 0, 0, 1, 2, 3)), "instcfg": rng.choice((0, 0, 0, 1, 2, 3)),
-            "eats": rng.randrange(4), "nscfg": rng.choice((0, 3)),
+            "eats": rng.choice((0, 0, 0, 1, 1, 1, 2, 3) if self.features.ats else (0, 1, 2, 3)),
+            "nscfg": rng.choice((0, 3)),
             "s1cir": rng.randrange(4), "s1cor": rng.randrange(4), "s1csh": rng.randrange(4),
             "s2vmid": rng.choice((0, 5, 0x1234)) if self.features.vmid16 else 5,
             "s1stalld": rng.random() < (0.02 if self.features.stall_model == 0 else 0.01),
