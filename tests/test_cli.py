@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import captures
+import nested
 import numpy as np
 import pytest
 
@@ -168,6 +170,43 @@ def test_walk_as_json():
     assert found["fault"]["recorded"] is True
     assert found["fault"]["fields"]["StreamID"] == 16
     assert len(bytes.fromhex(found["fault"]["record"])) == 32
+
+
+def test_a_nested_walk_shows_both_stages(tmp_path):
+    requests = [{"sid": nested.NESTED, "iova": nested.RW}, {"sid": nested.SECOND, "iova": 1 << 44}]
+    Capture.save(tmp_path / "both", smmu=nested.small_nested(), requests=requests)
+    arguments = ("walk", tmp_path / "both", "--sid", nested.NESTED, "--iova")
+    text = run(*arguments, nested.RW + 8)
+    assert "2. Context descriptor (CD), at IPA 0x80000000:" in text
+    assert "     2.3. Stage-2 descriptor, level 3, at " in text
+    assert "Stage 2 of the access, IPA 0x8090001008 (the output of stage 1):" in text
+    text = run(*arguments, nested.UNMAPPED)
+    assert "Stage 2 found it, for the access itself, at IPA 0x8090004000 (S2=1, CLASS=IN)." in text
+    found = run_json(*arguments, nested.READ_ONLY_OUTSIDE)
+    kinds = [step["kind"] for step in found["fetches"]]
+    assert kinds == ["STE", *(["S2TT"] * 3 + ["CD"]), *(["S2TT"] * 3 + ["TT"]) * 3, *["S2TT"] * 3]
+    assert {step["swap"] for step in found["fetches"]} == {None}
+    assert (found["stage"], found["ipa"], found["vmid"], found["asid"]) == (3, nested.DATA, 9, 7)
+    assert (found["perm"], found["perm_s1"], found["stag"]) == (0o15, 0o37, None)
+    lines = run("streams", tmp_path / "both").splitlines()
+    assert any("Config=0b111 (NESTED)" in line and "S2VMID=0x9" in line for line in lines)
+    assert any(line.strip().startswith("CD at 0x48000000  TTB0=0x80100000") for line in lines)
+    lines = run("replay", tmp_path / "both").splitlines()
+    assert lines[-1] == "2 requests: 2 agree, 0 differ, 0 unsupported"
+
+
+@pytest.mark.parametrize("name", ["cases-nested-2lvl", "cases-s2only-linear"])
+def test_replay_prints_the_verdicts_by_cause(name):
+    found = {path.name: path for path in captures.found()}
+    if name not in found:
+        pytest.skip("that capture is not here")
+    text = run("replay", found[name])
+    table = text.partition("\ncause ")[2]
+    counts = re.findall(r"^(\S.*?) +(\d+) +(\d+) +(\d+) +(\d+)$", table, re.MULTILINE)
+    assert {"s2_concat", "s2_small", "s2_hahd"} <= {row[0] for row in counts}
+    for _, requests, agreeing, differing, unsupported in counts:
+        assert int(requests) == int(agreeing) > 0
+        assert (differing, unsupported) == ("0", "0")
 
 
 def test_walk_needs_a_configuration_where_there_are_several(tmp_path):
