@@ -98,9 +98,11 @@ __all__ = [
     "CaptureError",
     "Configuration",
     "Expected",
+    "Filling",
     "Queue",
     "load_batches",
     "load_events",
+    "load_fillings",
     "load_queue",
     "translate_alone",
 ]
@@ -1223,6 +1225,48 @@ def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
         err = line.integer("err", 0x7F)
         found.append(Batch(line.integer("id", _U64), start, prod, cons, err, tuple(commands)))
     return features, found
+
+
+class Filling(NamedTuple):
+    """Events that were recorded until the event queue was full, and on.
+
+    Attributes
+    ----------
+    line : int
+        Where it stands in its file.
+    log2size : int
+        The ring has 2^log2size slots.
+    start : int
+        EVENTQ_PROD and EVENTQ_CONS before.
+    prods : tuple of int
+        EVENTQ_PROD after each event.
+    """
+
+    line: int
+    log2size: int
+    start: int
+    prods: tuple[int, ...]
+
+
+def load_fillings(path: str | os.PathLike[str]) -> list[Filling]:
+    """Return the runs that filled the event queue, of a file as `load_batches` reads.
+
+    Raises
+    ------
+    CaptureError
+        The file cannot be read.
+    """
+    found = []
+    for line in _lines(os.fspath(path)):
+        if line.values.get("kind") != "evtq_full":
+            continue
+        log2size = line.integer("log2size", 16)
+        prods = []
+        for step in line.list("steps"):
+            prods.append(_Line(line.path, line.number, step).integer("prod", _U32))
+        start = line.integer("start", (2 << log2size) - 1)
+        found.append(Filling(line.number or 0, log2size, start, tuple(prods)))
+    return found
 
 
 def _registers_of(smmu: Smmu) -> dict[str, int]:

@@ -102,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print one JSON document")
         return made
 
-    made = command("replay", "Translate every recorded request and compare each outcome.")
+    made = command(
+        "replay",
+        "Translate every recorded request and compare each outcome.",
+        "directory of the capture, or a queues.jsonl.gz with batches of commands",
+    )
     made.add_argument(
         "--repeat",
         type=_positive,
@@ -274,6 +278,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     from smmufast.capture import Capture
     from smmufast.replay import replay
 
+    if os.path.isfile(arguments.capture):
+        return _replay_queues(arguments)
     capture = Capture.load(arguments.capture)
     if not any(len(configuration.requests) for configuration in capture):
         raise UsageError(f"{arguments.capture}: no requests are recorded, nothing to replay")
@@ -302,12 +308,43 @@ def _replay(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _replay_queues(arguments: argparse.Namespace) -> int:
+    from smmufast.replay import replay_queues
+
+    found = replay_queues(arguments.capture)
+    if not found.total.requests:
+        raise UsageError(f"{arguments.capture}: no batches are recorded, nothing to replay")
+    status = DIFFERS if found.total.differing else AGREES
+    if arguments.json:
+        _print_json(found.as_dict() | {"status": status})
+        return status
+    if found.causes:
+        _print_causes(found.causes)
+    for difference in found.differences[: arguments.differences]:
+        print(f"Difference: {difference}")
+    total = found.total
+    print(
+        f"{os.path.basename(arguments.capture)}: {total.requests} batches and runs: "
+        f"{total.agreeing} agree, {total.differing} differ"
+    )
+    return status
+
+
 def _page_sizes(tally: Tally) -> str:
     units = ("", "K", "M", "G", "T", "P")
     return ", ".join(
         f"{1 << lg2 % 10}{units[lg2 // 10]}: {count}"
         for lg2, count in sorted(tally.page_lg2.items())
     )
+
+
+_COUNTS = ("requests", "agreeing", "differing", "unsupported")
+
+
+def _print_causes(causes: dict[str, Tally]) -> None:
+    """Print the verdicts on what the recorded implementation does otherwise."""
+    rows = ((cause, *_counts(tally)) for cause, tally in sorted(causes.items()))
+    _table(("cause", *_COUNTS), rows)
 
 
 def _counts(tally: Tally) -> tuple[str, str, str, str]:
@@ -332,9 +369,8 @@ def _print_replay(found: Replay) -> None:
     if capture.masked:
         print(_masked_text(capture.masked))
     print()
-    counts = ("requests", "agreeing", "differing", "unsupported")
     _table(
-        ("stream", *counts, "page sizes", "million/s"),
+        ("stream", *_COUNTS, "page sizes", "million/s"),
         (
             (f"{sid:#x}", *_counts(tally), _page_sizes(tally), _stream_rate(tally))
             for sid, tally in sorted(found.streams.items())
@@ -342,10 +378,7 @@ def _print_replay(found: Replay) -> None:
     )
     if found.causes:
         print()
-        _table(
-            ("cause", *counts),
-            ((cause, *_counts(tally)) for cause, tally in sorted(found.causes.items())),
-        )
+        _print_causes(found.causes)
     for difference in found.differences:
         _print_difference(difference)
     print()

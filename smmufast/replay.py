@@ -1,5 +1,6 @@
 """Replay: translate every request of a capture and compare each outcome with the expected one.
 
+Batches of commands and runs that filled an event queue are replayed too, through the registers.
 Not architectural; how outcomes are compared is written in `smmufast.capture`.
 """
 
@@ -14,23 +15,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smmufast import layout
-from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
+from smmufast._memory import Memory
+from smmufast._smmu import NO_SUBSTREAM, Result, Smmu, modelled
 from smmufast.capture import (
     ANY,
     REQUEST,
     UNTOLD,
+    Batch,
     Capture,
     Configuration,
     Expected,
+    Filling,
+    load_batches,
+    load_fillings,
     translate_alone,
 )
 from smmufast.faults import ACTIONS
 from smmufast.streams import unmodelled
 
 if TYPE_CHECKING:
+    import os
+
     from numpy.typing import NDArray
 
-__all__ = ["Difference", "Replay", "Tally", "replay"]
+    from smmufast.features import Features
+
+__all__ = ["Difference", "QueueReplay", "Replay", "Tally", "replay", "replay_queues"]
 
 CHUNK = 1 << 16
 """Requests between reports of progress, and random requests that are made at a time."""
@@ -525,3 +535,140 @@ def _compare_fault(expected: Expected, result: Result) -> list[str]:
 
 def _field(field: layout.Field, word: int) -> int:
     return (word >> 64 * field.dword & field.mask) >> field.shift
+
+
+# --- queues ---------------------------------------------------------------------------------------
+
+_RING = 0x4000_0000
+_SLOTS_LG2 = 8
+"""Of the command queue that the batches were recorded with."""
+_INDEX = (1 << 20) - 1  # of a queue, with its wrap bit
+_CERROR_ILL = 1
+ACCEPTED = "accepts illegal commands"
+"""Cause: the recorded implementation goes on where the architecture has CERROR_ILL."""
+OVERFLOWS = "EVENTQ_ABT_ERR for OVFLG"
+"""Cause: the recorded implementation raises a global error when the event queue is full."""
+
+
+@dataclass
+class QueueReplay:
+    """What a replay of queues found.
+
+    Attributes
+    ----------
+    path : str
+    total : Tally
+        Batches of commands, and runs that filled an event queue.
+    causes : dict of str to Tally
+        Of those in which the recorded implementation and the architecture differ.
+    differences : list of str
+        In words.
+    """
+
+    path: str
+    total: Tally = field(default_factory=Tally)
+    causes: dict[str, Tally] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+
+    def count(self, cause: str | None, difference: str | None) -> None:
+        """Count one batch or run."""
+        verdict = "agreeing" if difference is None else "differing"
+        self.total.count(verdict)
+        if cause is not None:
+            self.causes.setdefault(cause, Tally()).count(verdict)
+        if difference is not None:
+            self.differences.append(difference)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        return {
+            "capture": self.path,
+            **self.total.as_dict(),
+            "causes": [
+                {"cause": cause, **tally.as_dict()} for cause, tally in sorted(self.causes.items())
+            ],
+            "differences": self.differences,
+        }
+
+
+def replay_queues(path: str | os.PathLike[str]) -> QueueReplay:
+    """Give recorded batches of commands to an SMMU, and fill its event queue, and compare.
+
+    Of a batch CMDQ_CONS is compared; of a run that filled the event queue EVENTQ_PROD after each
+    event, without OVFLG.  Where a batch holds a command that is illegal, and that the recorded
+    implementation accepts, the comparison ends there.
+
+    Parameters
+    ----------
+    path : path
+        A file as `smmufast.capture.load_batches` reads.
+
+    Raises
+    ------
+    CaptureError
+        The file cannot be read.
+    """
+    features, batches = load_batches(path)
+    features = modelled(features)[0]
+    found = QueueReplay(str(path))
+    for batch in batches:
+        found.count(*_batch(features, batch))
+    for filling in load_fillings(path):
+        found.count(OVERFLOWS, _filling(features, filling))
+    return found
+
+
+def _batch(features: Features, batch: Batch) -> tuple[str | None, str | None]:
+    """Return the cause that applies to a batch, and what differs."""
+    memory = Memory()
+    memory.add_private(_RING, 16 << _SLOTS_LG2)
+    smmu = Smmu(memory, features, cr0=0, cmdq_base=_RING | _SLOTS_LG2)
+    smmu.write("CMDQ_PROD", batch.start)
+    smmu.write("CMDQ_CONS", batch.start)
+    smmu.write("CR0", layout.pack("CR0", CMDQEN=1))
+    for i, command in enumerate(batch.commands):
+        slot = (batch.start + i) % (1 << _SLOTS_LG2)
+        memory.write(_RING + 16 * slot, command)
+    smmu.write("CMDQ_PROD", batch.prod)
+    cons = smmu.read("CMDQ_CONS")
+    if (cons & _INDEX, cons >> 24) == (batch.cons & _INDEX, batch.err):
+        return None, None
+    done = (cons & _INDEX) - batch.start & (2 << _SLOTS_LG2) - 1
+    recorded = (batch.cons & _INDEX) - batch.start & (2 << _SLOTS_LG2) - 1
+    refused = cons >> 24 == _CERROR_ILL and done < min(recorded, len(batch.commands))
+    if refused and _accepted(batch.commands[done]):
+        return ACCEPTED, None
+    return None, (
+        f"batch {batch.id}: CMDQ_CONS {batch.cons & _INDEX:#x} and error {batch.err} expected, "
+        f"{cons & _INDEX:#x} and error {cons >> 24} found"
+    )
+
+
+def _accepted(command: bytes) -> bool:
+    """Whether the recorded implementation accepts a command that is illegal."""
+    word = int.from_bytes(command, "little")
+    op = word & 0xFF
+    if op == layout.Opcode.SYNC:
+        return word >> 12 & 3 == 3
+    if op in (layout.Opcode.PREFETCH_CONFIG, layout.Opcode.PREFETCH_ADDR):
+        return bool(word >> 10 & 1)
+    return op in (0x18, 0x1A, 0x20, 0x21, 0x22, 0x23, 0x40, 0x41, 0x44, 0x45)
+
+
+def _filling(features: Features, filling: Filling) -> str | None:
+    """Return what differs when the event queue is filled."""
+    memory = Memory()
+    memory.add_private(_RING, max(4096, 32 << filling.log2size))
+    smmu = Smmu(memory, features, cr0=0, eventq_base=_RING | filling.log2size)
+    smmu.write("EVENTQ_PROD", filling.start)
+    smmu.write("EVENTQ_CONS", filling.start)
+    smmu.write("CR0", layout.pack("CR0", SMMUEN=1, EVENTQEN=1))
+    for i, prod in enumerate(filling.prods):
+        smmu.translate(1, 0)  # there is no such stream
+        after = smmu.read("EVENTQ_PROD")
+        if after & _INDEX != prod & _INDEX:
+            return (
+                f"line {filling.line}, event {i + 1}: EVENTQ_PROD {prod & _INDEX:#x} expected, "
+                f"{after & _INDEX:#x} found"
+            )
+    return None
