@@ -320,6 +320,7 @@ def _replay_queues(arguments: argparse.Namespace) -> int:
         return status
     if found.causes:
         _print_causes(found.causes)
+        print()
     for difference in found.differences[: arguments.differences]:
         print(f"Difference: {difference}")
     total = found.total

@@ -518,16 +518,10 @@ def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[C
             return
         _, address = _asked(first)
         place = _physical(memory, address)
-        problem = "the context descriptor cannot be read (F_CD_FETCH)"
-        if place is not None:
-            try:
-                data = smmu.memory.read(place, _ENTRY)
-            except ExternalAbort:
-                pass
-            else:
-                yield ContextRun(None, None, place, data, None, path)
-                return
-        yield ContextRun(None, None, place, None, _refused(memory, address, problem), path)
+        for _, _, cd in _entries(memory, address, 1, _ENTRY, None):
+            problem = "the context descriptor cannot be read (F_CD_FETCH)"
+            why = None if cd is not None else _refused(memory, address, problem)
+            yield ContextRun(None, None, place, cd, why, path)
         return
     base, log2, leaf = table
     if leaf is None:

@@ -377,6 +377,55 @@ BATCH = {
 }  # fmt: skip
 
 
+FILLING = {"kind": "evtq_full", "log2size": 1, "start": "0x3"}
+
+
+def steps(*prods):
+    return {"steps": [{"prod": hex(prod), "gerror": "0x5"} for prod in prods]}
+
+
+def test_replay_of_queues_agrees_but_for_what_the_recorded_smmu_does_otherwise(tmp_path):
+    # opcode 0x20 is that of an EL2 which these ID registers have not
+    accepted = BATCH | {"id": 8, "cmds": ["20" + "00" * 15] * 2, "cons": "0x2", "err": 0}
+    path = batch_file(tmp_path / "queues.jsonl.gz", BATCH, accepted, FILLING | steps(0, 1, 1))
+    text = run("replay", path)
+    assert text.endswith("queues.jsonl.gz: 3 batches and runs: 3 agree, 0 differ\n")
+    assert "accepts illegal commands         1         1          0            0\n" in text
+    assert "EVENTQ_ABT_ERR for OVFLG         1         1          0            0\n" in text
+    wrong = [
+        BATCH | {"cons": "0x2", "err": 0},
+        BATCH | {"cons": "0x1000000"},
+        BATCH | {"cmds": ["46" + "00" * 15] * 2},
+        FILLING | steps(0, 2),
+    ]
+    path = batch_file(tmp_path / "wrong.jsonl.gz", BATCH, *wrong)
+    lines = run("replay", path, "--differences", 4, status=1).splitlines()
+    assert lines[-5:] == [
+        "Difference: batch 7: CMDQ_CONS 0x2 and error 0 expected, 0x1 and error 1 found",
+        "Difference: batch 7: CMDQ_CONS 0x0 and error 1 expected, 0x1 and error 1 found",
+        "Difference: batch 7: CMDQ_CONS 0x1 and error 1 expected, 0x2 and error 0 found",
+        "Difference: line 6, event 2: EVENTQ_PROD 0x2 expected, 0x1 found",
+        "wrong.jsonl.gz: 5 batches and runs: 1 agree, 4 differ",
+    ]
+    found = run_json("replay", path, status=1)
+    assert (found["status"], found["agreeing"], len(found["differences"])) == (1, 1, 4)
+    empty = batch_file(tmp_path / "empty.jsonl.gz")
+    assert "no batches are recorded, nothing to replay" in run("replay", empty, status=2)
+    bad = batch_file(tmp_path / "bad.jsonl.gz", FILLING | {"steps": [1]})
+    assert "bad.jsonl.gz:2: a number found; an object is wanted" in run("replay", bad, status=2)
+
+
+def test_replay_of_the_recorded_queues_agrees():
+    paths = {path.parent / "queues.jsonl.gz" for path in captures.found()}
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        pytest.skip("no queues.jsonl.gz beside the captures")
+    found = run_json("replay", paths[0])
+    assert (found["requests"], found["agreeing"]) == (458, 458)
+    counts = {row["cause"]: row["agreeing"] for row in found["causes"]}
+    assert counts == {"accepts illegal commands": 225, "EVENTQ_ABT_ERR for OVFLG": 8}
+
+
 def test_batches_of_commands(tmp_path):
     path = batch_file(tmp_path / "queues.jsonl.gz", BATCH, {"kind": "evtq_full"}, BATCH | {"id": 8})
     assert run("commands", path).splitlines()[:4] == [
