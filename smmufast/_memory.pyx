@@ -41,7 +41,8 @@ cdef extern from *:
     uint8_t** load_leaf "smmufast_load_ptr"(uint8_t*** p) noexcept nogil
     void store_chunk "smmufast_store_ptr"(uint8_t** p, uint8_t* v) noexcept nogil
     void store_leaf "smmufast_store_ptr"(uint8_t*** p, uint8_t** v) noexcept nogil
-    bint swap_atomic "smmufast_swap"(uint8_t* p, uint64_t* expected, uint64_t desired) noexcept nogil
+    bint swap_atomic "smmufast_swap"(
+        uint8_t* p, uint64_t* expected, uint64_t desired) noexcept nogil
 
 
 cdef enum:

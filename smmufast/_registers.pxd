@@ -49,6 +49,7 @@ cdef class Registers:
     # what Smmu overrides
     cdef int _retry(self, const Request* request, Outcome* outcome) except -1
     cdef object _result(self, const Request* request, const Outcome* outcome)
+    cdef int _prefetch(self, const Effect* effect) except -1
     cdef void _forget(self) noexcept
     cdef int _invalidate(self, const Effect* effect) except -1
 

@@ -11,7 +11,7 @@ from libc.stdint cimport int8_t, uint32_t, uint64_t
 from smmufast._bits cimport le64, low_mask
 from smmufast._command cimport (
     EFFECT_ATC_INV, EFFECT_CFGI_ALL, EFFECT_CFGI_CD, EFFECT_CFGI_CD_ALL, EFFECT_CFGI_RANGE,
-    EFFECT_CFGI_STE, EFFECT_PRI_RESP, EFFECT_RESUME, EFFECT_STALL_TERM, EFFECT_SYNC, EFFECT_TLBI,
+    EFFECT_CFGI_STE, EFFECT_PREFETCH, EFFECT_PRI_RESP, EFFECT_RESUME, EFFECT_STALL_TERM, EFFECT_SYNC, EFFECT_TLBI,
     Effect, command_decode,
 )
 from smmufast._config cimport (
@@ -354,6 +354,10 @@ cdef class Registers:
     cdef object _result(self, const Request* request, const Outcome* outcome):
         """The Result of an outcome."""
         raise NotImplementedError()
+
+    cdef int _prefetch(self, const Effect* effect) except -1:
+        """PREFETCH_*: fill the caches with what the effect names, or with nothing."""
+        return 0
 
     cdef void _forget(self) noexcept:
         """The registers changed: drop what was derived from them."""
@@ -1155,6 +1159,8 @@ cdef class Registers:
         if effect.kind in (EFFECT_CFGI_STE, EFFECT_CFGI_RANGE, EFFECT_CFGI_ALL, EFFECT_CFGI_CD,
                            EFFECT_CFGI_CD_ALL, EFFECT_TLBI):
             self._invalidate(effect)
+        elif effect.kind == EFFECT_PREFETCH:
+            self._prefetch(effect)
         elif effect.kind == EFFECT_ATC_INV:
             self._atc_inv(effect)
         elif effect.kind == EFFECT_PRI_RESP:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer, disjoint_base
 
 from smmufast._registers import Registers
+from smmufast._tlb import StaleEntry as StaleEntry
 from smmufast.faults import ACTIONS as ACTIONS
 from smmufast.faults import FAULTS as FAULTS
 from smmufast.faults import FETCH_KINDS as FETCH_KINDS
@@ -26,9 +27,20 @@ from smmufast.features import modelled as modelled
 NO_SUBSTREAM: Final = 4294967295
 COLUMNS: Final[dict[str, np.dtype[Any]]]
 
-_Action: TypeAlias = Literal["ok", "bypass", "disabled", "abort", "raz_wi"]
+_Action: TypeAlias = Literal["ok", "bypass", "disabled", "abort", "raz_wi", "stall"]
 _Column: TypeAlias = Literal[
-    "pa", "action", "event", "fault", "perm", "level", "page_lg2", "attr", "sh", "record"
+    "pa",
+    "action",
+    "event",
+    "fault",
+    "perm",
+    "level",
+    "page_lg2",
+    "attr",
+    "sh",
+    "ipa",
+    "stage",
+    "record",
 ]
 _Flag: TypeAlias = bool | np.bool
 _Integers: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | NDArray[np.integer | np.bool]
@@ -52,6 +64,10 @@ class Result:
     @property
     def pa(self) -> int | None: ...
     @property
+    def ipa(self) -> int | None: ...
+    @property
+    def stage(self) -> int: ...
+    @property
     def fault(self) -> Event | None: ...
     @property
     def event(self) -> Event | None: ...
@@ -64,6 +80,8 @@ class Result:
     @property
     def perm(self) -> Perm: ...
     @property
+    def perm_s1(self) -> Perm: ...
+    @property
     def attr(self) -> int: ...
     @property
     def memory_type(self) -> str | None: ...
@@ -71,6 +89,10 @@ class Result:
     def shareability(self) -> int: ...
     @property
     def asid(self) -> int | None: ...
+    @property
+    def vmid(self) -> int | None: ...
+    @property
+    def stag(self) -> int | None: ...
     @property
     def is_global(self) -> bool | None: ...
     @property
@@ -178,3 +200,4 @@ class Smmu(Registers):
         priv: _Flag = False,
         instr: _Flag = False,
     ) -> Walk: ...
+    def stale(self) -> list[StaleEntry]: ...

@@ -16,10 +16,10 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, low_mask
+from smmufast._command cimport Effect
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
-from smmufast._layout cimport EVENT_F_TRANSLATION, cr0_smmuen
+from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
 from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
-from smmufast._registers cimport Registers
 from smmufast._batch cimport translate_each, translate_hits, translate_plain
 from smmufast._cached cimport (
     deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
@@ -29,9 +29,9 @@ from smmufast._translate cimport (
     CLASS_IN, Leaf, Memo, Syndrome, View, open_drivers, stage2, translate_known, translate_one,
 )
 from smmufast._types cimport (
-    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL, FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES,
-    NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING,
-    ApiC, BatchC, ColumnC, FetchC, Hw, Outcome, Request, SmmuC, WalkC,
+    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
+    FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL,
+    STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, FetchC, Outcome, Request, SmmuC, WalkC,
 )
 
 from collections.abc import Iterable
@@ -43,7 +43,6 @@ import numpy as np
 from smmufast import layout
 from smmufast._tlb import StaleEntry
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
-from smmufast.features import modelled
 
 cdef extern from "numpy/arrayobject.h":
     cnp.dtype PyArray_DescrNew(cnp.dtype descr)
@@ -854,6 +853,38 @@ cdef class Smmu:
         result.request = request[0]
         result.outcome = outcome[0]
         return result
+
+    cdef int _prefetch(self, const Effect* effect) except -1:
+        """CMD_PREFETCH_*: as a read that tells nobody how it ended (IHI 0070 4.2)."""
+        cdef Port port
+        cdef Memo memo
+        cdef View view
+        cdef Request request
+        cdef Outcome outcome
+        cdef Syndrome syndrome
+        cdef int status
+        if self.core.caches == NULL or not cr0_smmuen(self.core.hw.cr0):
+            return 0
+        memset(&request, 0, sizeof(request))
+        request.sid = effect.sid
+        request.ssid = effect.ssid if effect.ssv else NO_SSID
+        request.iova = effect.first
+        request.access = ACCESS_PRIV
+        port_open(&port, self.core.ram, NULL, False)
+        memo.whole = False
+        caches_take_gil(&self.core)
+        self.core.ram.users += 1
+        view_open(&view, &self.core, &request, False)
+        if effect.op == CMD_PREFETCH_CONFIG:
+            status = lookup_cached(&self.core.hw, &port, &view, &memo, &syndrome)
+        else:
+            status = translate_cached(
+                &self.core.hw, &port, &view, &request, &memo, &outcome)
+        self.core.ram.users -= 1
+        caches_give(&self.core)
+        if status < 0:
+            raise_port(&port)
+        return 0
 
     cdef void _forget(self) noexcept:
         cdef int i

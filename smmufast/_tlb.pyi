@@ -68,6 +68,12 @@ class WalkEntry(NamedTuple):
     granule: int = 12
     extra: bytes = ...
 
+class StaleEntry(NamedTuple):
+    cache: str
+    entry: tuple[object, ...]
+    now: tuple[object, ...] | None
+    why: str
+
 class SteEntry(NamedTuple):
     sid: int
     data: bytes

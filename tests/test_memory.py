@@ -1180,7 +1180,8 @@ def test_injected_errors_do_not_touch_the_host():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"kind": "PTE"}, ValueError, "kind: 'PTE' given; one of L1STD, STE, L1CD, CD, TT, S2TT, TT update, S2TT update needed"),
+        ({"kind": "PTE"}, ValueError, "kind: 'PTE' given; one of L1STD, STE, L1CD, CD, TT, S2TT, "
+         "TT update, S2TT update needed"),
         ({"kind": ""}, ValueError, "kind: '' given"),
         ({"kind": 5}, ValueError, "kind: 5 given"),
         ({"level": 4}, ValueError, "level: 4 given; -1 to 3"),
