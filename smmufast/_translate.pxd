@@ -107,7 +107,7 @@ cdef inline void syndrome_set(
 
 
 cdef inline void fault_record(
-        uint64_t* w, int event, const Request* request, unsigned int access,
+        const Hw* hw, uint64_t* w, int event, const Request* request, unsigned int access,
         const Syndrome* syndrome) noexcept nogil:
     """The 32-byte record of an event (7.3); what is not said is 0."""
     memset(w, 0, 32)
@@ -128,7 +128,7 @@ cdef inline void fault_record(
         event_set_class(w, syndrome.cls)
         event_set_inputaddr(w, request.iova)
         if event != EVENT_F_WALK_EABT and syndrome.s2:
-            event_set_ipa(w, syndrome.address & ~<uint64_t>0xFFF)
+            event_set_ipa(w, syndrome.address & ~(hw.oas_over | 0xFFF))
             event_set_ttrnw(w, syndrome.ttrnw)
 
 
@@ -148,7 +148,7 @@ cdef inline void end_fault(
     end_unmapped(outcome, action, 0, 0, 0, 0)
     outcome.fault = event
     outcome.event = event if recorded else 0
-    fault_record(outcome.record, event, request, access, syndrome)
+    fault_record(hw, outcome.record, event, request, access, syndrome)
     if terminate & TERMINATE_S:
         event_set_stall(outcome.record, True)
 

@@ -305,7 +305,7 @@ def modelled(features: Features) -> tuple[Features, dict[str, int]]:
     (Features, dict)
         The features with unmodelled ones taken away, and the fields taken: name to old value.
     """
-    wanted = UNMODELLED | {"vax": min(features.vax, 1)}
+    wanted = UNMODELLED | {"vax": min(features.vax, 1), "httu": min(features.httu, 2)}
     taken = {
         name: getattr(features, name)
         for name, value in wanted.items()

@@ -142,7 +142,7 @@ def test_c_walks_from_a_copy_give_what_python_reads_in_place(plain):
         status, result, fetches = plain.walk(smmu, BASE, copy, *c_arguments(request))
         assert (status, result) == (DONE, row)
         trace = straight.translate(request.sid, request.iova, **request.access, trace=True).fetches
-        kinds = ("", "L1STD", "STE", "L1CD", "CD", "TT")
+        kinds = smmufast.faults.FETCH_KINDS
         assert [
             (kinds[kind], None if level == 4 else level, address, size, bool(aborted))
             for kind, level, address, size, aborted in fetches
