@@ -95,8 +95,8 @@ class Nested(Bench):
             self.memory.read, self.features, self.regs, sid, iova, store=self.memory.write, **access
         )
         for number, system in enumerate(called):
-            system.twin_memory = self.memory
-            twin.check_nested_call(number, twin.smmu_of(system), system, request, outcome)
+            smmu = twin.smmu_of(system)
+            twin.check_nested_call(number, smmu, system.memory, self.memory, request, outcome)
             assert system.regions() == self.regions()
         row = twin.batch(twin.smmu_of(batched), [request])[0]
         twin.same(twin.row_of(row), twin.expected_row(outcome), "batch")
