@@ -11,7 +11,8 @@ from libc.stdint cimport int8_t, uint32_t, uint64_t
 from smmufast._bits cimport le64, low_mask
 from smmufast._command cimport (
     EFFECT_ATC_INV, EFFECT_CFGI_ALL, EFFECT_CFGI_CD, EFFECT_CFGI_CD_ALL, EFFECT_CFGI_RANGE,
-    EFFECT_CFGI_STE, EFFECT_PREFETCH, EFFECT_PRI_RESP, EFFECT_RESUME, EFFECT_STALL_TERM, EFFECT_SYNC, EFFECT_TLBI,
+    EFFECT_CFGI_STE, EFFECT_PREFETCH, EFFECT_PRI_RESP, EFFECT_RESUME, EFFECT_STALL_TERM,
+    EFFECT_SYNC, EFFECT_TLBI,
     Effect, command_decode,
 )
 from smmufast._config cimport (

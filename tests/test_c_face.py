@@ -16,6 +16,7 @@ from small import BASE, Request
 
 import smmufast
 from smmufast import NO_SUBSTREAM, Memory, Smmu
+from smmufast.faults import FETCH_KINDS
 
 SOURCES = Path(__file__).parent / "consumer"
 DONE, EINVAL, EPYTHON = 0, -1, -2
@@ -142,7 +143,7 @@ def test_c_walks_from_a_copy_give_what_python_reads_in_place(plain):
         status, result, fetches = plain.walk(smmu, BASE, copy, *c_arguments(request))
         assert (status, result) == (DONE, row)
         trace = straight.translate(request.sid, request.iova, **request.access, trace=True).fetches
-        kinds = smmufast.faults.FETCH_KINDS
+        kinds = FETCH_KINDS
         assert [
             (kinds[kind], None if level == 4 else level, address, size, bool(aborted))
             for kind, level, address, size, aborted in fetches
