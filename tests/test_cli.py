@@ -720,7 +720,7 @@ def test_tables_on_a_terminal_say_the_same():
     assert row[1:5] == ["3064", "3064", "0", "0"]
 
 
-@pytest.mark.parametrize("name", ["replay_capture.py", "dma_burst.py"])
+@pytest.mark.parametrize("name", ["replay_capture.py", "dma_burst.py", "nested.py"])
 def test_examples_run(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 45
     process = subprocess.run(
@@ -734,6 +734,7 @@ def test_examples_run(name):
     wanted = {
         "replay_capture.py": "stream  0xf8: 3064 of 3064 agree",
         "dma_burst.py": "0x2000 bytes at 0x2000 go to 0x50008000",
+        "nested.py": "0x1234 is IPA 0x201234, and that is 0x80201234",
     }
     assert wanted[name] in process.stdout
     assert process.stderr == ""
