@@ -403,6 +403,11 @@ cdef class Registers:
         return self._caches
 
     @property
+    def ignore_s2ptw(self):
+        """Whether STE.S2PTW is ignored, as implementations without memory attributes do."""
+        return self.core.hw.ignore_s2ptw != 0
+
+    @property
     def memory(self):
         """The Memory."""
         return self._memory

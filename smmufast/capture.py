@@ -82,9 +82,9 @@ from numpy.lib import format as npy
 
 from smmufast import layout
 from smmufast._memory import Memory
-from smmufast._smmu import NO_SUBSTREAM, Result, Smmu, modelled
+from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast.faults import ExternalAbort
-from smmufast.features import Features
+from smmufast.features import Features, modelled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,7 +16,7 @@ import numpy as np
 
 from smmufast import layout
 from smmufast._memory import Memory
-from smmufast._smmu import NO_SUBSTREAM, Result, Smmu, modelled
+from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast.capture import (
     ANY,
     REQUEST,
@@ -31,6 +31,7 @@ from smmufast.capture import (
     translate_alone,
 )
 from smmufast.faults import ACTIONS
+from smmufast.features import modelled
 from smmufast.streams import unmodelled
 
 if TYPE_CHECKING:

@@ -202,7 +202,7 @@ def bare(smmu: Smmu, cr0: int | None = None) -> Smmu:
         cr0=smmu.cr0 if cr0 is None else cr0,
         cr2=smmu.cr2,
         gbpa=smmu.gbpa,
-        ignore_s2ptw=getattr(smmu, "ignore_s2ptw", False),
+        ignore_s2ptw=smmu.ignore_s2ptw,
     )
 
 
