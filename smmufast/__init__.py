@@ -1,7 +1,7 @@
 """An Arm SMMUv3 that other simulators import.
 
 The hardware half: `Memory` is the host's physical memory, `Smmu` translates the accesses of
-devices through the tables that lie in it.  `PasidAllocator` hands out PASIDs.  `Capture` reads
+devices through the tables that lie in it, through `Caches` or without.  `PasidAllocator` hands out PASIDs.  `Capture` reads
 and writes recorded systems.
 """
 
@@ -29,7 +29,7 @@ if _TYPE_CHECKING:
     from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
     from smmufast.features import Features, modelled
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ACTIONS",

@@ -809,11 +809,11 @@ cdef ScalarDriver through_caches = request_any  # not inlined
 @cython.final
 @cython.auto_pickle(False)
 cdef class Smmu:
-    """An SMMUv3 (Non-secure, stage 1) over a Memory; nothing is cached between calls.
+    """An SMMUv3 (Non-secure) over a Memory.
 
     Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=0b101, cr2=0b10,
-    gbpa=0x1000, eventq_base=None, cmdq_base=None, priq_base=None, ignore_s2ptw=False,
-    on_interrupt=None).
+    gbpa=0x1000, eventq_base=None, cmdq_base=None, priq_base=None, caches=None,
+    ignore_s2ptw=False, on_interrupt=None).
 
     Parameters
     ----------
@@ -828,6 +828,9 @@ cdef class Smmu:
     eventq_base, cmdq_base, priq_base : int, optional
         Registers of the queues.  Until an event queue is placed, here or by a write, events are
         in results alone; until a command queue is placed, `command` executes directly.
+    caches : Caches, optional
+        TLB, walk caches and configuration caches, which belong to this Smmu alone from now on.
+        Without them every call reads the tables again.
     ignore_s2ptw : bool
         Let table walks touch what stage 2 makes Device memory even with STE.S2PTW=1.  Not
         architectural: implementations without memory attributes do so.
