@@ -136,7 +136,7 @@ cdef inline int batch_scalar(
     request.sid = load_u32(&batch.sid, i)
     request.ssid = load_u32(&batch.ssid, i)
     request.access = load_u8(&batch.access, i) & 7  # a caller may write there meanwhile
-    request.kind = 0
+    request.reserved = 0
     status = translate_request(core, port, &request, memo, &outcome)
     if status == 0:
         store_outcome(batch, i, &outcome)

@@ -314,6 +314,23 @@ cdef inline int event_signal(
     return status
 
 
+cdef inline int event_put(
+        Core* core, Port* port, const uint64_t* record, bint* written) noexcept nogil:
+    """Write a record into the event queue, with its interrupt: 0, or FETCH_RAISED."""
+    cdef Queues* q = core.queues
+    cdef Port own  # the caller's may be that of a trace or a script
+    cdef int put = PUT_CLOSED
+    cdef int status
+    port_open(&own, core.ram, NULL, False)
+    status = ring_put(q, &q.events, &own, record, True, &put)
+    written[0] = put & 3 == PUT_WRITTEN
+    if status == 0:
+        status = event_signal(q, &own, put, core.hw.oas_over)
+    if status < 0:
+        port.exception = own.exception
+    return status
+
+
 cdef inline int event_deliver(
         Core* core, Port* port, const Request* request, Outcome* outcome) noexcept nogil:
     """Write the record of a fault into the event queue, or hold the transaction as a stall.
@@ -322,19 +339,13 @@ cdef inline int event_deliver(
     is discarded, or has to wait; a stall that a callback ends meanwhile leaves its final outcome.
     While no event queue was placed, records stay in the outcome alone.
     """
-    cdef Queues* q = core.queues
-    cdef Port own  # the caller's may be that of a trace or a script
-    cdef int status, put = PUT_CLOSED
+    cdef bint written = False
+    cdef int status
     if outcome.action == ACTION_STALL:
-        return q.stall(core.owner, port, request, outcome)
-    if outcome.event == 0 or not q.events.placed:
+        return core.queues.stall(core.owner, port, request, outcome)
+    if outcome.event == 0 or not core.queues.events.placed:
         return 0
-    port_open(&own, core.ram, NULL, False)
-    status = ring_put(q, &q.events, &own, outcome.record, True, &put)
-    if put & 3 != PUT_WRITTEN:
+    status = event_put(core, port, outcome.record, &written)
+    if not written:
         outcome.event = 0
-    if status == 0:
-        status = event_signal(q, &own, put, core.hw.oas_over)
-    if status < 0:
-        port.exception = own.exception
     return status

@@ -35,7 +35,7 @@ from smmufast._memory cimport (
 from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
     GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_ABORTED,
-    PUT_CLOSED, PUT_FIRST, PUT_FULL, PUT_WRITTEN, event_signal, gerror_acknowledge,
+    PUT_CLOSED, PUT_FIRST, PUT_FULL, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge,
     gerror_active, gerror_raise, interrupt, msi_write, ring_after, ring_entry, ring_full,
     ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod,
 )
@@ -1296,6 +1296,45 @@ cdef class Registers:
         elif self._consuming:
             reason = "commands before it are not complete"
         raise RuntimeError(f"command queue: {reason}")
+
+    def record(self, str name not None, **fields):
+        """Put an event of the host's own into the event queue (IHI 0070 7.3).
+
+        For what the model has no cause for: F_UUT, a transaction that the host's bus cannot
+        carry, and E_PAGE_REQUEST, a hint of a device.  Such as any, it may be discarded.
+
+        Parameters
+        ----------
+        name : str
+            As the architecture spells it.
+        **fields : int
+            Fields of the record as `smmufast.layout` names them; others are 0.
+
+        Returns
+        -------
+        bool
+            Whether it was recorded; False while no event queue is placed.
+
+        Raises
+        ------
+        ValueError
+            There is no such event or field, or a value does not fit.
+        """
+        cdef uint64_t[4] words
+        cdef bint written = False
+        cdef Port port
+        cdef int i, status
+        word = layout.pack(layout.event_record(name), **fields)
+        for i in range(4):
+            words[i] = word >> 64 * i & 0xFFFFFFFFFFFFFFFF
+        if not self.queues.events.placed:
+            return False
+        port_open(&port, self.core.ram, NULL, False)
+        self.core.ram.users += 1
+        status = event_put(&self.core, &port, words, &written)
+        self.core.ram.users -= 1
+        self._end(&port, status)
+        return written
 
     # --- page requests (8) ---
 

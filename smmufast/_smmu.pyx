@@ -1210,7 +1210,7 @@ cdef class Smmu:
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
-        request.kind = 0
+        request.reserved = 0
         walk.smmu = self
         with nogil:
             status = walk_begin(&self.core, &own, &request, &walk.walk)
@@ -1334,8 +1334,7 @@ cdef object BOOL = np.dtype(np.bool_)
 
 cdef bint request_legal(const Request* request) noexcept nogil:
     return ((request.ssid <= 0xFFFFF or request.ssid == NO_SSID)
-            and request.access <= (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR)
-            and request.kind == 0)
+            and request.access <= (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR))
 
 
 cdef SmmuC* api_acquire(void* obj) noexcept:

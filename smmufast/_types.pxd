@@ -47,7 +47,7 @@ cdef extern from "smmufast.h":
         uint32_t sid
         uint32_t ssid
         uint32_t access
-        uint32_t kind
+        uint32_t reserved
 
     ctypedef struct Outcome "smmufast_result":
         uint64_t pa

@@ -73,7 +73,7 @@ typedef struct smmufast_request {
     uint32_t sid;
     uint32_t ssid;   /* 20 bits, or SMMUFAST_NO_SSID */
     uint32_t access; /* SMMUFAST_WRITE | SMMUFAST_PRIV | SMMUFAST_INSTR */
-    uint32_t kind;   /* 0 */
+    uint32_t reserved;
 } smmufast_request;
 
 typedef struct smmufast_result {

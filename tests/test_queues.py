@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from smmufast import Features, Memory, PageAnswer, Smmu, layout
+from smmufast import Event, Features, Memory, PageAnswer, Smmu, layout
 
 QUEUE = 0x9000_0000
 PAGES = 0x9100_0000
@@ -575,3 +575,25 @@ def test_page_requests_are_checked():
     with pytest.raises(ValueError, match=r"^ssid: 0x100000 given"):
         smmu.page_request(0, 0, ssid=1 << 20)
     assert smmu.read("PRIQ_PROD") == 0
+
+
+def test_a_host_puts_events_of_its_own_into_the_queue():
+    memory = Memory()
+    memory.add_private(0, 1 << 30)
+    smmu = Smmu(memory, eventq_base=0x1_0000 | 1)
+    assert smmu.record("F_UUT", StreamID=7, Reason=0x21, RnW=1, InputAddr=0x1234_5000)
+    event = Event(memory.read(0x1_0000, 32))
+    assert (event.name, event.sid, event.iova, event.write) == ("F_UUT", 7, 0x1234_5000, False)
+    assert smmu.read("EVENTQ_PROD") == 1
+    assert smmu.record("E_PAGE_REQUEST", StreamID=7)
+    assert not smmu.record("F_UUT", StreamID=8)  # full
+    assert smmu.read("EVENTQ_PROD") == 1 << 31 | 2
+    assert not Smmu(memory).record("F_UUT")
+    for name, fields, text in (
+        ("F_NONE", {}, "F_NONE"),
+        ("F_UUT", {"StreamID": 1 << 32}, "StreamID"),
+        ("F_UUT", {"Colour": 1}, "Colour"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            smmu.record(name, **fields)
+    assert smmu.read("EVENTQ_PROD") == 1 << 31 | 2
