@@ -12,6 +12,7 @@ cdef enum:
     L1CD_BYTES = 0x8
     CD_BYTES = 0x40
     EVENT_BYTES = 0x20
+    F_BAD_ATS_TREQ_BYTES = 0x20
     CMD_BYTES = 0x10
     EVENT_F_UUT = 0x1
     EVENT_C_BAD_STREAMID = 0x2
@@ -1484,6 +1485,68 @@ cdef inline uint64_t event_fetchaddr(const uint64_t* w) noexcept nogil:
 
 cdef inline void event_set_fetchaddr(uint64_t* w, uint64_t value) noexcept nogil:
     w[3] = (w[3] & 0xFF00000000000007ULL) | (value & 0xFFFFFFFFFFFFF8ULL)
+
+
+# F_BAD_ATS_TREQ: ATS translation request refused
+cdef inline uint64_t f_bad_ats_treq_id(const uint64_t* w) noexcept nogil:
+    return w[0] & 0xFFULL
+
+cdef inline void f_bad_ats_treq_set_id(uint64_t* w, uint64_t value) noexcept nogil:
+    w[0] = (w[0] & 0xFFFFFFFFFFFFFF00ULL) | (value & 0xFFULL)
+
+cdef inline uint64_t f_bad_ats_treq_ssv(const uint64_t* w) noexcept nogil:
+    return (w[0] >> 11) & 0x1ULL
+
+cdef inline void f_bad_ats_treq_set_ssv(uint64_t* w, uint64_t value) noexcept nogil:
+    w[0] = (w[0] & 0xFFFFFFFFFFFFF7FFULL) | ((value << 11) & 0x800ULL)
+
+cdef inline uint64_t f_bad_ats_treq_substreamid(const uint64_t* w) noexcept nogil:
+    return (w[0] >> 12) & 0xFFFFFULL
+
+cdef inline void f_bad_ats_treq_set_substreamid(uint64_t* w, uint64_t value) noexcept nogil:
+    w[0] = (w[0] & 0xFFFFFFFF00000FFFULL) | ((value << 12) & 0xFFFFF000ULL)
+
+cdef inline uint64_t f_bad_ats_treq_streamid(const uint64_t* w) noexcept nogil:
+    return w[0] >> 32
+
+cdef inline void f_bad_ats_treq_set_streamid(uint64_t* w, uint64_t value) noexcept nogil:
+    w[0] = (w[0] & 0xFFFFFFFFULL) | (value << 32)
+
+cdef inline uint64_t f_bad_ats_treq_span(const uint64_t* w) noexcept nogil:
+    return w[1] & 0xFULL
+
+cdef inline void f_bad_ats_treq_set_span(uint64_t* w, uint64_t value) noexcept nogil:
+    w[1] = (w[1] & 0xFFFFFFFFFFFFFFF0ULL) | (value & 0xFULL)
+
+cdef inline uint64_t f_bad_ats_treq_p(const uint64_t* w) noexcept nogil:
+    return (w[1] >> 28) & 0x1ULL
+
+cdef inline void f_bad_ats_treq_set_p(uint64_t* w, uint64_t value) noexcept nogil:
+    w[1] = (w[1] & 0xFFFFFFFFEFFFFFFFULL) | ((value << 28) & 0x10000000ULL)
+
+cdef inline uint64_t f_bad_ats_treq_x(const uint64_t* w) noexcept nogil:
+    return (w[1] >> 29) & 0x1ULL
+
+cdef inline void f_bad_ats_treq_set_x(uint64_t* w, uint64_t value) noexcept nogil:
+    w[1] = (w[1] & 0xFFFFFFFFDFFFFFFFULL) | ((value << 29) & 0x20000000ULL)
+
+cdef inline uint64_t f_bad_ats_treq_w(const uint64_t* w) noexcept nogil:
+    return (w[1] >> 30) & 0x1ULL
+
+cdef inline void f_bad_ats_treq_set_w(uint64_t* w, uint64_t value) noexcept nogil:
+    w[1] = (w[1] & 0xFFFFFFFFBFFFFFFFULL) | ((value << 30) & 0x40000000ULL)
+
+cdef inline uint64_t f_bad_ats_treq_r(const uint64_t* w) noexcept nogil:
+    return (w[1] >> 31) & 0x1ULL
+
+cdef inline void f_bad_ats_treq_set_r(uint64_t* w, uint64_t value) noexcept nogil:
+    w[1] = (w[1] & 0xFFFFFFFF7FFFFFFFULL) | ((value << 31) & 0x80000000ULL)
+
+cdef inline uint64_t f_bad_ats_treq_inputaddr(const uint64_t* w) noexcept nogil:
+    return w[2] & 0xFFFFFFFFFFFFF000ULL
+
+cdef inline void f_bad_ats_treq_set_inputaddr(uint64_t* w, uint64_t value) noexcept nogil:
+    w[2] = (w[2] & 0xFFFULL) | (value & 0xFFFFFFFFFFFFF000ULL)
 
 
 # CMD: command: the fields of all, many of which share bits

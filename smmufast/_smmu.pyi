@@ -21,7 +21,7 @@ from smmufast._tlb import StaleEntry as StaleEntry
 from smmufast.faults import ACTIONS as ACTIONS
 from smmufast.faults import FAULTS as FAULTS
 from smmufast.faults import FETCH_KINDS as FETCH_KINDS
-from smmufast.faults import Event, Fetch, Perm
+from smmufast.faults import AtsResponse, Event, Fetch, Perm
 from smmufast.features import modelled as modelled
 
 NO_SUBSTREAM: Final = 4294967295
@@ -201,3 +201,22 @@ class Smmu(Registers):
         instr: _Flag = False,
     ) -> Walk: ...
     def stale(self) -> list[StaleEntry]: ...
+    def ats_request(
+        self,
+        sid: SupportsIndex,
+        iova: SupportsIndex,
+        *,
+        ssid: SupportsIndex | None = None,
+        no_write: _Flag = False,
+        execute: _Flag = False,
+        priv: _Flag = False,
+        stu: SupportsIndex = 4096,
+    ) -> AtsResponse: ...
+    def ats_translated(
+        self,
+        sid: SupportsIndex,
+        address: SupportsIndex,
+        *,
+        ssid: SupportsIndex | None = None,
+        write: _Flag = False,
+    ) -> Result: ...

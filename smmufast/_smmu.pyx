@@ -20,6 +20,9 @@ from smmufast._command cimport Effect
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
 from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
+from smmufast._ats cimport (
+    ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
+)
 from smmufast._batch cimport translate_each, translate_hits, translate_plain
 from smmufast._cached cimport (
     deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
@@ -42,7 +45,7 @@ import numpy as np
 
 from smmufast import layout
 from smmufast._tlb import StaleEntry
-from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, Event, Fetch, Perm
+from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, AtsResponse, Event, Fetch, Perm
 
 cdef extern from "numpy/arrayobject.h":
     cnp.dtype PyArray_DescrNew(cnp.dtype descr)
@@ -806,6 +809,40 @@ ctypedef int (*ScalarDriver)(Core*, Port*, const Request*, Memo*, Outcome*) noex
 cdef ScalarDriver through_caches = request_any  # not inlined
 
 
+cdef tuple ATS_STATUS = ("success", "UR", "CA")
+
+
+cdef int ats_ask(Core* core, const Request* request, const AtsAsk* ask,
+                 AtsAnswer* answer) except -1:
+    """A translation request, with the GIL, which only callbacks may let go."""
+    cdef Port port
+    cdef int status
+    port_open(&port, core.ram, NULL, False)
+    core.ram.users += 1
+    caches_take_gil(core)
+    status = ats_request(core, &port, request, ask, answer)
+    caches_give(core)
+    core.ram.users -= 1
+    if status:
+        raise_port(&port)
+    return 0
+
+
+cdef int ats_pass(Core* core, const Request* request, Outcome* outcome) except -1:
+    """A Translated transaction, likewise."""
+    cdef Port port
+    cdef int status
+    port_open(&port, core.ram, NULL, False)
+    core.ram.users += 1
+    caches_take_gil(core)
+    status = ats_translated(core, &port, request, outcome)
+    caches_give(core)
+    core.ram.users -= 1
+    if status:
+        raise_port(&port)
+    return 0
+
+
 @cython.final
 @cython.auto_pickle(False)
 cdef class Smmu:
@@ -1318,6 +1355,115 @@ cdef class Smmu:
         if event < 0:
             raise_port(&port)
         return event if event < 0x100 else 0
+
+    # --- ATS (3.9.1) ---
+
+    def ats_request(self, sid, iova, *, ssid=None, bint no_write=False, bint execute=False,
+                    bint priv=False, stu=4096):
+        """Answer a PCIe ATS translation request for one page.
+
+        It reads the tables as an access would, and updates access flags, and the dirty state if
+        it grants a write.  It never stalls.  STE.EATS, with CR0.ATSCHK for split-stage ATS, says
+        whether the stream may ask: if not, F_BAD_ATS_TREQ is recorded.  Configuration errors are
+        recorded with CR2.REC_CFG_ATS alone, faults of translation never.
+
+        Parameters
+        ----------
+        sid : int
+            StreamID, 32 bits.
+        iova : int
+            Input address, 64 bits; untranslated.
+        ssid : int, optional
+            PASID, 20 bits; None for a request without one.  Then execute and priv count as False.
+        no_write : bool
+            The device is not going to write (NW): nothing is marked dirty, no write is granted.
+        execute, priv : bool
+            Execute permission is asked for too; the accesses will be privileged.
+        stu : int
+            The device's smallest translation unit in bytes, a power of two from 4096 on: the size
+            of an answer that no page gives.
+
+        Returns
+        -------
+        AtsResponse
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is out of range or of another type.
+        Exception
+            Whatever a Python memory callback or on_interrupt raises.
+        """
+        cdef Request request
+        cdef AtsAsk ask
+        cdef AtsAnswer answer
+        cdef uint64_t size, unit = as_u64("stu", stu, <uint64_t>1 << 43)
+        cdef Result found
+        if unit < 4096 or unit & (unit - 1):
+            raise ValueError(f"stu: {unit:#x} given; a power of two from 0x1000 on needed")
+        request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+        request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+        request.ssid = as_ssid(ssid)
+        request.access = as_access(False, priv and ssid is not None, False)
+        request.kind = 0
+        ask.no_write = no_write
+        ask.execute = execute and ssid is not None
+        ask.stu_lg2 = 12
+        while unit >> ask.stu_lg2 != 1:
+            ask.stu_lg2 += 1
+        ats_ask(&self.core, &request, &ask, &answer)
+        found = self._result(&request, &answer.outcome)
+        if answer.status != ATS_SUCCESS:
+            return AtsResponse(
+                ATS_STATUS[answer.status], fault=found.fault, event=found.event)
+        priv = request.access != 0
+        if not answer.granted:
+            return AtsResponse("success", size=unit, priv=priv, fault=found.fault)
+        size = <uint64_t>1 << answer.outcome.page_lg2
+        return AtsResponse(
+            "success", answer.outcome.pa & ~(size - 1), size,
+            read=answer.granted & ATS_READ != 0, write=answer.granted & ATS_WRITE != 0,
+            execute=answer.granted & ATS_EXECUTE != 0, priv=priv, ipa=answer.split,
+            attr=answer.outcome.attr, shareability=answer.outcome.sh)
+
+    def ats_translated(self, sid, address, *, ssid=None, bint write=False):
+        """Take an ATS Translated transaction, whose address an `ats_request` gave.
+
+        With CR0.ATSCHK=0 it passes.  Otherwise STE.EATS says: full ATS lets it pass, split-stage
+        ATS translates the address, an intermediate physical one, by stage 2; other streams are
+        refused with F_TRANSL_FORBIDDEN.  It is data and unprivileged.
+
+        Parameters
+        ----------
+        sid, address : int
+            StreamID, 32 bits; address, 64 bits.
+        ssid : int, optional
+            PASID, 20 bits; without meaning unless IDR3.PASIDTT is 1.
+        write : bool
+            A write instead of a read.
+
+        Returns
+        -------
+        Result
+            Its action is "bypass" where the transaction passes, "ok" where stage 2 translates it.
+            An address beyond the output address size aborts without an event.
+
+        Raises
+        ------
+        ValueError, TypeError, Exception
+            As for `ats_request`.
+        """
+        cdef Request request
+        cdef Outcome outcome
+        request.iova = as_u64("address", address, 0xFFFFFFFFFFFFFFFF)
+        request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+        request.ssid = as_ssid(ssid)
+        if not self.core.hw.pasidtt:
+            request.ssid = NO_SSID
+        request.access = as_access(write, False, False)
+        request.kind = 0
+        ats_pass(&self.core, &request, &outcome)
+        return self._result(&request, &outcome)
 
     def __repr__(self):
         return (f"Smmu(strtab_base={self.strtab_base:#x}, "

@@ -8,7 +8,7 @@ Sections: IHI 0070 7.3 (event records), 5.5 (fault control).
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from smmufast import layout
 
@@ -182,7 +182,9 @@ class Event:
         if self.ssid is not None:
             text += f" ssid={self.ssid:#x}"
         if self.iova is not None:
-            text += f" iova={self.iova:#x} {'write' if self.write else 'read'}"
+            text += f" iova={self.iova:#x}"
+        if self.write is not None:
+            text += " write" if self.write else " read"
         if self.fetch_address is not None:
             text += f" fetch={self.fetch_address:#x}"
         if self.s2:
@@ -204,6 +206,57 @@ class Event:
     def __hash__(self) -> int:
         """Hash of the record."""
         return hash(self.record)
+
+
+class AtsResponse(NamedTuple):
+    """The answer to an ATS translation request (IHI 0070 3.9.1): what a device may keep.
+
+    `status` is "success", "UR" (Unsupported Request) or "CA" (Completer Abort).  With success,
+    `read`, `write` and `execute` are granted for the `size` bytes from `address` on, as privileged
+    if `priv`.  A success may grant nothing: then `address` is None, and `size` is the smallest
+    translation unit.  `ipa` says that the address is an intermediate physical one (split-stage
+    ATS).  `attr` and `shareability` are those of `Result`, of the stages that were applied.
+    `global_` is False, for pages are not offered to other PASIDs, whose contexts may differ, and
+    so is `untranslated_only`.
+
+    `fault` is what kept the request from being granted, as an Event, recorded or not; `event` is
+    the Event that is recorded.  Both are None where no fault is to blame: a page that lacks the
+    permissions, or a stream that aborts silently.
+    """
+
+    status: Literal["success", "UR", "CA"]
+    address: int | None = None
+    size: int = 0
+    read: bool = False
+    write: bool = False
+    execute: bool = False
+    priv: bool = False
+    global_: bool = False
+    untranslated_only: bool = False
+    ipa: bool = False
+    attr: int = 0
+    shareability: int = 0
+    fault: Event | None = None
+    event: Event | None = None
+
+    def permits(self, write: bool = False, execute: bool = False) -> bool:
+        """Whether it grants an access: a write, an instruction fetch, or a read."""
+        return self.write if write else self.execute if execute else self.read
+
+
+class AtsFault(Exception):
+    """A device got no translation that permits its access; `response` is the last answer."""
+
+    response: AtsResponse
+
+    def __init__(self, message: str, response: AtsResponse) -> None:
+        """Keep the response beside the message."""
+        super().__init__(message, response)
+        self.response = response
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0])
 
 
 class ExternalAbort(LookupError):

@@ -1307,7 +1307,7 @@ from libc.stdint cimport uint64_t
 
 """
 
-_IN_MEMORY = ("L1STD", "STE", "L1CD", "CD", "EVENT", "CMD")
+_IN_MEMORY = ("L1STD", "STE", "L1CD", "CD", "EVENT", "F_BAD_ATS_TREQ", "CMD")
 _BY_VALUE = (
     "PTE_S1", "PTE_S1_TABLE", "PTE_S2", "PTE_S2_TABLE",
     "CR0", "CR2", "GBPA", "STRTAB_BASE", "STRTAB_BASE_CFG", "CMDQ_BASE", "CMDQ_PROD", "CMDQ_CONS",

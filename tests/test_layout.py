@@ -24,7 +24,7 @@ from smmufast import layout
 
 PACKAGE = Path(layout.__file__).parent
 PXD = PACKAGE / "_layout.pxd"
-IN_MEMORY = ("L1STD", "STE", "L1CD", "CD", "EVENT", "CMD")
+IN_MEMORY = ("L1STD", "STE", "L1CD", "CD", "EVENT", "F_BAD_ATS_TREQ", "CMD")
 BY_VALUE = ("PTE_S1", "PTE_S1_TABLE", "PTE_S2", "PTE_S2_TABLE", "CR0", "CR2", "GBPA",
             "STRTAB_BASE", "STRTAB_BASE_CFG", "CMDQ_BASE", "CMDQ_PROD", "CMDQ_CONS",
             "EVENTQ_BASE", "EVENTQ_PROD", "EVENTQ_CONS", "GERROR")  # fmt: skip

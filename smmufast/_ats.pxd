@@ -1,0 +1,504 @@
+"""PCIe ATS: what a translation request is answered, and what becomes of a Translated transaction.
+
+Sections: IHI 0070 3.9.1 (ATS, and which events its requests record), 5.2 (STE.EATS), 13.7
+(permissions and attributes), 7.3.6 and 7.3.8 (F_BAD_ATS_TREQ, F_TRANSL_FORBIDDEN), 6.3 (CR0.ATSCHK,
+CR2.REC_CFG_ATS).  The chain is that of _translate.pxd and _cached.pxd: the same lookups, walks and
+hardware updates, through a View or without.
+
+A request is a read of the page; if that grants a write, and the write would mark a page dirty, it
+is a write too.  So what is granted is what the device's own accesses would meet, and the tables are
+left as these would leave them.
+
+Choices.  Without IDR0.ATS a request is an Unsupported Request and a Translated transaction aborts,
+both without an event.  No Write takes the write away also where no table is asked.  An update for
+the write that stage 2 forbids takes away the write alone.  Translated transactions beyond the output
+address size abort; a PASID that they carry selects no CD, for nothing of it would be used.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+from smmufast._cached cimport deliver, leaf_of, usable, view_open
+from smmufast._config cimport (
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, cd_decode, effective_access, override_access, substream,
+)
+from smmufast._core cimport Core
+from smmufast._layout cimport (
+    EVENT_C_BAD_STREAMID, EVENT_F_BAD_ATS_TREQ, EVENT_F_PERMISSION, EVENT_F_TRANSLATION,
+    EVENT_F_TRANSL_FORBIDDEN, EVENT_F_WALK_EABT, cr0_atschk, cr0_eventqen, cr0_smmuen,
+    cr2_rec_cfg_ats, event_set_id, event_set_inputaddr, event_set_rnw, event_set_streamid,
+    f_bad_ats_treq_set_id, f_bad_ats_treq_set_inputaddr, f_bad_ats_treq_set_p,
+    f_bad_ats_treq_set_r, f_bad_ats_treq_set_ssv, f_bad_ats_treq_set_streamid,
+    f_bad_ats_treq_set_substreamid, f_bad_ats_treq_set_w, f_bad_ats_treq_set_x, ste_config,
+    ste_eats,
+)
+from smmufast._bits cimport low_mask
+from smmufast._memory cimport Port
+from smmufast._tlb cimport (
+    ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, Entry, cd_fill, cd_probe, ste_fill,
+    ste_probe, tlb_probe,
+)
+from smmufast._translate cimport (
+    CLASS_IN, NOWHERE, SILENT_ABORT, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault,
+    end_unmapped, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
+    leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set, untranslatable,
+    walk_steps,
+)
+from smmufast._types cimport (
+    ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, NO_SSID, Context, Half,
+    Hw, Outcome, Request,
+)
+from smmufast._vmsa cimport ATTR_WB, clean_s1, clean_s2, half_of, shareability
+
+
+cdef enum:
+    ATS_SUCCESS
+    ATS_UR          # Unsupported Request
+    ATS_CA          # Completer Abort
+
+# What an answer grants.
+cdef enum:
+    ATS_READ = 1
+    ATS_WRITE = 2
+    ATS_EXECUTE = 4
+
+# STE.EATS, effective.
+cdef enum:
+    EATS_OFF = 0
+    EATS_FULL = 1
+    EATS_SPLIT = 2
+
+
+# A translation request, beside its Request, whose access is ACCESS_PRIV or 0.
+cdef struct AtsAsk:
+    bint no_write
+    bint execute
+    unsigned int stu_lg2   # of the device's smallest translation unit
+
+
+# Its answer.  The outcome is that of the page, or of the fault that kept it from being granted.
+cdef struct AtsAnswer:
+    int status             # ATS_SUCCESS, ATS_UR, ATS_CA
+    unsigned int granted   # ATS_READ ...
+    bint split             # outcome.pa is an IPA
+    Outcome outcome
+
+
+# What both stages say of an address.
+cdef struct AtsPages:
+    Leaf first
+    Leaf second
+    uint64_t ipa
+    uint64_t pa
+    bint clean             # a write would mark a page dirty
+
+
+# --- rules ---
+
+cdef inline unsigned int eats_effective(const Hw* hw, const uint64_t* ste) noexcept nogil:
+    """STE.EATS of a legal STE: split-stage ATS needs ATSCHK, and there is no DPT (5.2)."""
+    cdef unsigned int eats = <unsigned int>ste_eats(ste)
+    if not hw.ats or ste_config(ste) == 4 or eats == 3:
+        return EATS_OFF
+    if eats == EATS_SPLIT and not cr0_atschk(hw.cr0):
+        return EATS_OFF
+    return eats
+
+
+cdef inline unsigned int ats_granted(
+        const Context* context, const AtsAsk* ask, unsigned int access,
+        unsigned int perm) noexcept nogil:
+    """What pages that permit `perm` grant to a device that asks with `access` (13.7)."""
+    cdef unsigned int granted = 0
+    if perm & context.need[access]:
+        granted = ATS_READ
+        if ask.execute and perm & context.need[access | ACCESS_INSTR]:
+            granted |= ATS_EXECUTE
+    if not ask.no_write and perm & context.need[access | ACCESS_WRITE]:
+        granted |= ATS_WRITE
+    return granted
+
+
+cdef inline unsigned int recorded_if_asked(const Hw* hw) noexcept nogil:
+    """How configuration errors of ATS end: in an abort, recorded with CR2.REC_CFG_ATS."""
+    return TERMINATE_A | TERMINATE_R if cr2_rec_cfg_ats(hw.cr2) else TERMINATE_A
+
+
+# --- ends ---
+
+cdef inline void end_bad_request(
+        const Hw* hw, const Request* request, const AtsAsk* ask, AtsAnswer* answer) noexcept nogil:
+    """Unsupported Request, and F_BAD_ATS_TREQ."""
+    cdef Outcome* outcome = &answer.outcome
+    cdef uint64_t* w = outcome.record
+    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    answer.status = ATS_UR
+    outcome.fault = EVENT_F_BAD_ATS_TREQ
+    outcome.event = EVENT_F_BAD_ATS_TREQ if cr0_eventqen(hw.cr0) else 0
+    memset(w, 0, 32)
+    f_bad_ats_treq_set_id(w, EVENT_F_BAD_ATS_TREQ)
+    f_bad_ats_treq_set_streamid(w, request.sid)
+    if request.ssid != NO_SSID:
+        f_bad_ats_treq_set_ssv(w, 1)
+        f_bad_ats_treq_set_substreamid(w, request.ssid)
+    f_bad_ats_treq_set_p(w, (request.access & ACCESS_PRIV) != 0)
+    f_bad_ats_treq_set_x(w, ask.execute)
+    f_bad_ats_treq_set_w(w, not ask.no_write)
+    f_bad_ats_treq_set_r(w, 1)
+    f_bad_ats_treq_set_inputaddr(w, request.iova & ~<uint64_t>0xFFF)
+
+
+cdef inline void end_request(
+        const Hw* hw, const Request* request, const Context* context, int event,
+        const Syndrome* syndrome, AtsAnswer* answer) noexcept nogil:
+    """A fault on the way: faults of translation grant nothing, all others are a Completer Abort."""
+    cdef bint translation = EVENT_F_TRANSLATION <= event <= EVENT_F_PERMISSION
+    cdef unsigned int access = 0
+    if event >= EVENT_F_WALK_EABT:
+        access = effective_access(context, request.access)
+    answer.status = ATS_SUCCESS if translation else ATS_CA
+    end_fault(hw, request, &answer.outcome, event, access,
+              TERMINATE_A if translation else recorded_if_asked(hw), syndrome)
+
+
+cdef inline void end_forbidden(
+        const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
+    """Abort, and F_TRANSL_FORBIDDEN."""
+    cdef uint64_t* w = outcome.record
+    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    outcome.fault = EVENT_F_TRANSL_FORBIDDEN
+    outcome.event = EVENT_F_TRANSL_FORBIDDEN if cr0_eventqen(hw.cr0) else 0
+    memset(w, 0, 32)
+    event_set_id(w, EVENT_F_TRANSL_FORBIDDEN)
+    event_set_streamid(w, request.sid)
+    event_set_rnw(w, (request.access & ACCESS_WRITE) == 0)
+    event_set_inputaddr(w, request.iova)
+
+
+cdef inline void end_passed(const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
+    """A Translated transaction goes on with the attributes that it has, if its address exists."""
+    if request.iova & hw.oas_over:
+        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    else:
+        end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, ATTR_WB, shareability(ATTR_WB, 0))
+
+
+# --- configuration lookup, in two parts: EATS is asked for between them ---
+
+cdef inline int ats_stream(
+        const Hw* hw, Port* port, View* view, uint32_t sid, Memo* memo,
+        Syndrome* syndrome) noexcept nogil:
+    """Find and decode an STE: 0, an event, SILENT_ABORT, or a negative stop."""
+    cdef uint32_t cached = 0
+    cdef int event = 0
+    memo.whole = False
+    memo.sid = sid
+    memo.context.second.on = False
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    if <uint64_t>sid >> hw.log2size:
+        return EVENT_C_BAD_STREAMID
+    if view != NULL:
+        cached = ste_probe(view.c, sid, memo.ste, view.quiet)
+    if not cached:
+        event = ste_fetch(hw, port, sid, memo, syndrome)
+    if event == 0:
+        event = ste_decode(hw, memo)
+    if view != NULL and not cached and (event == 0 or event == SILENT_ABORT):
+        ste_fill(view.c, sid, memo.ste)
+    return event
+
+
+cdef inline int ats_context(
+        const Hw* hw, Port* port, View* view, uint32_t ssid, Memo* memo,
+        Syndrome* syndrome) noexcept nogil:
+    """Find and decode the CD, unless stage 1 is bypassed: 0, an event, or a negative stop."""
+    cdef uint32_t cached = 0
+    cdef int event = ste_substream(hw, memo, ssid)
+    if event or memo.index == STAGE1_BYPASS:
+        return event
+    if view != NULL:
+        cached = cd_probe(view.c, memo.sid, <uint32_t>memo.index, memo.cd, view.quiet)
+    if not cached:
+        event = cd_fetch(hw, port, view, memo, syndrome)
+    if event == 0:
+        event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
+    if view != NULL and not cached and event == 0:
+        cd_fill(view.c, memo.sid, <uint32_t>memo.index, memo.cd)
+    return event
+
+
+# --- a page in both stages ---
+
+cdef inline int ats_stage1(
+        View* view, const Context* context, Port* port, uint64_t iova, unsigned int access,
+        unsigned int kind, AtsPages* pages, bint* known, Syndrome* syndrome) noexcept nogil:
+    """The stage-1 page of an address, which may deny the access: 0, an event, or a stop.
+
+    `known`: the TLB has it, of KIND_COMBINED with stage 2; else it may be kept there.
+    """
+    cdef unsigned int upper = half_of(iova, context.two_ttbs)
+    cdef const Half* half = &context.half[upper]
+    cdef const Entry* e
+    cdef uint64_t va
+    cdef int event = half_fault(context, iova, upper, access)
+    known[0] = False
+    if event:
+        return event
+    va = canonical(half, iova, upper)
+    if view != NULL:
+        e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, va, view.quiet)
+        if e != NULL and usable(e, access):
+            known[0] = True
+            leaf_of(e, 1, &pages.first)
+            pages.clean = (e.flags & (ENTRY_CLEAN1 | ENTRY_CLEAN2)) != 0
+            if kind == KIND_COMBINED:
+                leaf_of(e, 2, &pages.second)
+                pages.pa = e.address | va & low_mask(e.lg2)
+                pages.ipa = e.ipa | va & low_mask(e.lg2)
+            else:
+                pages.pa = pages.ipa = e.address | va & low_mask(e.lg2)
+            return 0
+    event = walk_steps(view, context, port, iova, access, &pages.first, syndrome)
+    if event == 0 and view != NULL and kind == KIND_S1:
+        keep_entry(view, context, KIND_S1, va, half, &pages.first, NULL, 0, pages.first.address)
+    if event == EVENT_F_PERMISSION and not syndrome.s2:
+        event = 0
+    if event == 0:
+        pages.clean = context.hd and clean_s1(pages.first.d)
+        pages.pa = pages.ipa = pages.first.address | iova & low_mask(pages.first.shift)
+    return event
+
+
+cdef inline int ats_pages(
+        View* view, const Context* context, Port* port, const Request* request, const AtsAsk* ask,
+        unsigned int access, bint nested, bint split, AtsPages* pages,
+        Syndrome* syndrome) noexcept nogil:
+    """What both stages say of an address, or stage 1 alone if `split`: 0, an event, or a stop.
+
+    The pages may deny the access.  Where stage 1 grants nothing, stage 2 is not asked.
+    """
+    cdef const Half* half
+    cdef uint64_t iova = request.iova
+    cdef unsigned int need = context.need[access], upper, kind = KIND_S1
+    cdef bint two = context.second.on and not split
+    cdef bint known = False
+    cdef int event = 0
+    leaf_none(&pages.first)
+    leaf_none(&pages.second)
+    pages.first.perm = pages.second.perm = 0x3F
+    pages.ipa = pages.pa = iova
+    pages.clean = False
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    if nested:
+        if view != NULL and two and not view.c.split:
+            kind = KIND_COMBINED
+        event = ats_stage1(view, context, port, iova, access, kind, pages, &known, syndrome)
+        if event or known and kind == KIND_COMBINED:
+            return event
+    if not two or not ats_granted(context, ask, request.access, pages.first.perm):
+        return event
+    event = stage2(view, context, port, pages.ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
+                   &pages.second, &pages.pa, syndrome)
+    if event == 0 and kind == KIND_COMBINED and pages.first.perm & need:
+        upper = half_of(iova, context.two_ttbs)
+        half = &context.half[upper]
+        keep_entry(view, context, KIND_COMBINED, canonical(half, iova, upper), half, &pages.first,
+                   &pages.second, pages.ipa, pages.pa)
+    if event == 0 or event == EVENT_F_PERMISSION:
+        event = 0
+        pages.pa = pages.second.address | pages.ipa & low_mask(pages.second.shift)
+        # the TLB does not say of its stage-2 entries whether they are clean
+        if context.second.hd and (pages.second.entry == NOWHERE or clean_s2(pages.second.d)):
+            pages.clean = True
+    return event
+
+
+# --- translation requests ---
+
+cdef inline int ats_translate(
+        const Hw* hw, Port* port, View* view, const Request* request, const AtsAsk* ask,
+        const Memo* memo, AtsAnswer* answer) noexcept nogil:
+    """Answer a request whose configuration was looked up: 0, or a negative stop."""
+    cdef const Context* context = &memo.context
+    cdef Outcome* outcome = &answer.outcome
+    cdef AtsPages pages, found
+    cdef Syndrome syndrome
+    cdef bint nested = memo.index != STAGE1_BYPASS
+    cdef bint split = answer.split
+    cdef unsigned int access = request.access, granted = 0
+    cdef int event, _attempt
+    if view != NULL:
+        view.stage2_only = not nested
+    if not nested:
+        if untranslatable(hw, request, &syndrome):
+            end_untranslatable(hw, request, context, &syndrome, outcome)
+            outcome.event = 0
+            return 0
+        if split or not context.second.on:
+            end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
+            outcome.page_lg2 = ask.stu_lg2
+            answer.granted = ats_granted(context, ask, access, 0x3F)
+            return 0
+    for _attempt in range(2):
+        event = ats_pages(
+            view, context, port, request, ask, access, nested, split, &found, &syndrome)
+        if event < 0:
+            return event
+        if event == EVENT_F_PERMISSION and granted & ATS_READ:
+            granted &= ~<unsigned int>ATS_WRITE
+            break
+        if event:
+            end_request(hw, request, context, event, &syndrome, answer)
+            return 0
+        pages = found
+        granted = ats_granted(context, ask, request.access, pages.first.perm & pages.second.perm)
+        if not granted & ATS_WRITE or granted & ATS_READ and not pages.clean:
+            break
+        access |= ACCESS_WRITE
+    answer.granted = granted
+    if not granted:
+        return 0
+    if split or not context.second.on:
+        finish_stage1(hw, request, context, 0, &pages.first, &syndrome, outcome)
+    else:
+        finish_stage2(hw, request, context, nested, 0, &pages.first, &pages.second, pages.ipa,
+                      pages.pa, &syndrome, outcome)
+    return 0
+
+
+cdef inline int ats_answer(
+        const Hw* hw, Port* port, View* view, const Request* request, const AtsAsk* ask,
+        AtsAnswer* answer) noexcept nogil:
+    """Answer a translation request: 0, or a negative stop."""
+    cdef Memo memo
+    cdef Syndrome syndrome
+    cdef unsigned int eats = EATS_OFF
+    cdef int event
+    answer.status = ATS_SUCCESS
+    answer.granted = 0
+    answer.split = False
+    end_unmapped(&answer.outcome, ACTION_ABORT, 0, 0, 0, 0)
+    if not hw.ats:
+        answer.status = ATS_UR
+        return 0
+    if not cr0_smmuen(hw.cr0):
+        end_bad_request(hw, request, ask, answer)
+        return 0
+    event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
+    if event == SILENT_ABORT:
+        answer.status = ATS_UR
+        return 0
+    if event == 0:
+        eats = eats_effective(hw, memo.ste)
+        if eats == EATS_OFF:
+            end_bad_request(hw, request, ask, answer)
+            return 0
+        answer.split = eats == EATS_SPLIT
+        event = ats_context(hw, port, view, request.ssid, &memo, &syndrome)
+    if event < 0:
+        return event
+    if event:
+        end_request(hw, request, &memo.context, event, &syndrome, answer)
+        return 0
+    return ats_translate(hw, port, view, request, ask, &memo, answer)
+
+
+cdef inline int ats_request(
+        Core* core, Port* port, const Request* request, const AtsAsk* ask,
+        AtsAnswer* answer) noexcept nogil:
+    """Answer a translation request with all that follows from it: 0, or a negative stop."""
+    cdef View view
+    cdef int status
+    if core.caches == NULL:
+        status = ats_answer(&core.hw, port, NULL, request, ask, answer)
+    else:
+        view_open(&view, core, request, False)
+        status = ats_answer(&core.hw, port, &view, request, ask, answer)
+    return deliver(core, port, request, status, &answer.outcome)
+
+
+# --- Translated transactions ---
+
+cdef inline int ats_ipa(
+        const Hw* hw, Port* port, View* view, const Request* request, Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Split-stage ATS: the address is an IPA, and the access is Data, unprivileged."""
+    cdef Context* context = &memo.context
+    cdef Leaf first, leaf
+    cdef Syndrome syndrome
+    cdef uint64_t pa = 0
+    cdef int event
+    override_access(context, 0, 0)
+    context.attr = ATTR_WB
+    context.sh = shareability(ATTR_WB, 0)
+    context.second.on = True
+    if untranslatable(hw, request, &syndrome):
+        end_untranslatable(hw, request, context, &syndrome, outcome)
+        return 0
+    if view != NULL:
+        view.stage2_only = True
+    leaf_none(&first)
+    leaf_none(&leaf)
+    first.perm = 0x3F
+    event = stage2(view, context, port, request.iova, context.need[request.access],
+                   (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
+    if event < 0:
+        return event
+    finish_stage2(hw, request, context, False, event, &first, &leaf, request.iova, pa, &syndrome,
+                  outcome)
+    return 0
+
+
+cdef inline int translated_one(
+        const Hw* hw, Port* port, View* view, const Request* request,
+        Outcome* outcome) noexcept nogil:
+    """One Translated transaction: 0, or a negative stop.
+
+    Its access is ACCESS_WRITE or 0, and it has a SubstreamID only with IDR3.PASIDTT.
+    """
+    cdef Memo memo
+    cdef Syndrome syndrome
+    cdef unsigned int eats = EATS_OFF
+    cdef int event
+    if not hw.ats:
+        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        return 0
+    if not cr0_smmuen(hw.cr0):
+        end_forbidden(hw, request, outcome)
+        return 0
+    if not cr0_atschk(hw.cr0):
+        end_passed(hw, request, outcome)
+        return 0
+    event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
+    if event < 0:
+        return event
+    if event == SILENT_ABORT:
+        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        return 0
+    if event == 0:
+        eats = eats_effective(hw, memo.ste)
+        if eats == EATS_OFF:
+            end_forbidden(hw, request, outcome)
+            return 0
+        if request.ssid != NO_SSID:
+            event = substream(hw, memo.ste, request.ssid, &memo.index)
+    if event:
+        end_fault(hw, request, outcome, event, 0, recorded_if_asked(hw), &syndrome)
+        return 0
+    if eats == EATS_FULL:
+        end_passed(hw, request, outcome)
+        return 0
+    return ats_ipa(hw, port, view, request, &memo, outcome)
+
+
+cdef inline int ats_translated(
+        Core* core, Port* port, const Request* request, Outcome* outcome) noexcept nogil:
+    """One Translated transaction with all that follows from it: 0, or a negative stop."""
+    cdef View view
+    cdef int status
+    if core.caches == NULL:
+        status = translated_one(&core.hw, port, NULL, request, outcome)
+    else:
+        view_open(&view, core, request, False)
+        status = translated_one(&core.hw, port, &view, request, outcome)
+    return deliver(core, port, request, status, outcome)
