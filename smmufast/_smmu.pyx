@@ -1405,7 +1405,7 @@ cdef class Smmu:
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(False, priv and ssid is not None, False)
-        request.kind = 0
+        request.reserved = 0
         ask.no_write = no_write
         ask.execute = execute and ssid is not None
         ask.stu_lg2 = 12
@@ -1461,7 +1461,7 @@ cdef class Smmu:
         if not self.core.hw.pasidtt:
             request.ssid = NO_SSID
         request.access = as_access(write, False, False)
-        request.kind = 0
+        request.reserved = 0
         ats_pass(&self.core, &request, &outcome)
         return self._result(&request, &outcome)
 
