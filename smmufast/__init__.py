@@ -1,8 +1,8 @@
 """An Arm SMMUv3 that other simulators import.
 
 The hardware half: `Memory` is the host's physical memory, `Smmu` translates the accesses of
-devices through the tables that lie in it, through `Caches` or without.  `PasidAllocator` hands out PASIDs.  `Capture` reads
-and writes recorded systems.
+devices through the tables that lie in it, through `Caches` or without; `AtsDevice` is a device
+with an ATC.  `PasidAllocator` hands out PASIDs.  `Capture` reads and writes recorded systems.
 """
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -25,6 +25,7 @@ if _TYPE_CHECKING:
     from smmufast._registers import PageAnswer, RegisterWarning, Stall
     from smmufast._smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk
     from smmufast._tlb import Caches, Geometry, StaleEntry
+    from smmufast.ats import AtsDevice
     from smmufast.capture import Capture, CaptureError
     from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
     from smmufast.features import Features, modelled
@@ -35,6 +36,7 @@ __all__ = [
     "ACTIONS",
     "COLUMNS",
     "NO_SUBSTREAM",
+    "AtsDevice",
     "Caches",
     "Capture",
     "CaptureError",
@@ -78,6 +80,7 @@ _HOMES = {
     "_registers": ("PageAnswer", "RegisterWarning", "Stall"),
     "_tlb": ("Caches", "Geometry", "StaleEntry"),
     "_smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk"),
+    "ats": ("AtsDevice",),
     "capture": ("Capture", "CaptureError"),
     "faults": ("ACTIONS", "Event", "ExternalAbort", "Fault", "Fetch", "Perm"),
     "features": ("Features", "modelled"),

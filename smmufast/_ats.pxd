@@ -1,18 +1,19 @@
 """PCIe ATS: what a translation request is answered, and what becomes of a Translated transaction.
 
 Sections: IHI 0070 3.9.1 (ATS, and which events its requests record), 5.2 (STE.EATS), 13.7
-(permissions and attributes), 7.3.6 and 7.3.8 (F_BAD_ATS_TREQ, F_TRANSL_FORBIDDEN), 6.3 (CR0.ATSCHK,
-CR2.REC_CFG_ATS).  The chain is that of _translate.pxd and _cached.pxd: the same lookups, walks and
-hardware updates, through a View or without.
+(permissions and attributes), 7.3.6 and 7.3.8 (F_BAD_ATS_TREQ, F_TRANSL_FORBIDDEN), 6.3
+(CR0.ATSCHK, CR2.REC_CFG_ATS). The chain is that of _translate.pxd and _cached.pxd: the same
+lookups, walks and hardware updates, through a View or without.
 
-A request is a read of the page; if that grants a write, and the write would mark a page dirty, it
-is a write too.  So what is granted is what the device's own accesses would meet, and the tables are
-left as these would leave them.
+A request is a read of the page; if that grants a write, and the write would mark a page dirty,
+it is a write too. So what is granted is what the device's own accesses would meet, and the
+tables are left as these would leave them.
 
-Choices.  Without IDR0.ATS a request is an Unsupported Request and a Translated transaction aborts,
-both without an event.  No Write takes the write away also where no table is asked.  An update for
-the write that stage 2 forbids takes away the write alone.  Translated transactions beyond the output
-address size abort; a PASID that they carry selects no CD, for nothing of it would be used.
+Choices. Without IDR0.ATS a request is an Unsupported Request and a Translated transaction
+aborts, both without an event. No Write takes the write away also where no table is asked. An
+update for the write that stage 2 forbids takes away the write alone. Translated transactions
+beyond the output address size abort; a PASID that they carry selects no CD, for nothing of it
+would be used.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -20,7 +21,8 @@ from libc.string cimport memset
 
 from smmufast._cached cimport deliver, leaf_of, usable, view_open
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, cd_decode, effective_access, override_access, substream,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, cd_decode, effective_access, override_access,
+    substream,
 )
 from smmufast._core cimport Core
 from smmufast._layout cimport (
@@ -327,6 +329,8 @@ cdef inline int ats_translate(
     cdef bint split = answer.split
     cdef unsigned int access = request.access, granted = 0
     cdef int event, _attempt
+    memset(&pages, 0, sizeof(pages))
+    memset(&found, 0, sizeof(found))
     if view != NULL:
         view.stage2_only = not nested
     if not nested:
