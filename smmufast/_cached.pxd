@@ -17,11 +17,11 @@ from smmufast._bits cimport likely, low_mask
 from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._core cimport Core
 from smmufast._layout cimport EVENT_C_BAD_STREAMID, EVENT_F_PERMISSION, cr0_smmuen
-from smmufast._memory cimport Port
+from smmufast._memory cimport Port, port_open
 from smmufast._queue cimport event_deliver
 from smmufast._tlb cimport (
-    ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, Entry, cd_fill, cd_probe,
-    config_touch, ste_fill, ste_probe, tlb_probe,
+    ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, CachesC, Entry, caches_spare, cd_fill,
+    cd_probe, config_touch, ste_fill, ste_probe, tlb_probe,
 )
 from smmufast._translate cimport (
     CLASS_IN, SILENT_ABORT, Leaf, Memo, Syndrome, View, as_said, canonical, cd_fetch, end_disabled,
@@ -29,7 +29,9 @@ from smmufast._translate cimport (
     leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set, translate_known,
     translate_one, untranslatable, walk_steps,
 )
-from smmufast._types cimport ACCESS_WRITE, ACTION_STALL, Context, Half, Hw, Outcome, Request
+from smmufast._types cimport (
+    ACCESS_WRITE, ACTION_STALL, Context, Half, Hw, Outcome, Request, WalkC,
+)
 from smmufast._vmsa cimport half_of
 
 
@@ -217,6 +219,34 @@ cdef inline int translate_cached(
             end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
             return 0
     return translate_known_cached(hw, port, view, request, memo, outcome)
+
+
+cdef inline int walk_cached(
+        Core* core, Port* port, const Request* request, WalkC* walk) noexcept nogil:
+    """A chain that the log of a resumable walk answers: 0, or FETCH_PENDING.
+
+    Until it comes to its end it leaves the caches as they are, and then as translate_cached()
+    would.  What it fills and evicts decides about its own later fetches, so whatever fetches
+    runs in a copy first.  Without memory for a copy nothing is kept.
+    """
+    cdef CachesC* spare
+    cdef Memo memo
+    cdef View view
+    cdef int status
+    view_open(&view, core, request, True)
+    port_open(port, NULL, walk, True)
+    memo.whole = False
+    spare = NULL if walk.count == 0 else caches_spare(view.c)
+    if spare != NULL:
+        view.c = spare
+        view.quiet = False
+    status = translate_cached(&core.hw, port, &view, request, &memo, &walk.result)
+    if status == 0 and (spare != NULL or walk.count == 0):
+        view_open(&view, core, request, False)
+        port_open(port, NULL, walk, True)
+        memo.whole = False
+        status = translate_cached(&core.hw, port, &view, request, &memo, &walk.result)
+    return status
 
 
 cdef inline int deliver(

@@ -25,8 +25,9 @@ from smmufast._ats cimport (
 )
 from smmufast._batch cimport translate_each, translate_hits, translate_plain
 from smmufast._cached cimport (
-    deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
+    deliver, lookup_cached, translate_known_cached, translate_request, view_open, walk_cached,
 )
+from smmufast._config cimport STAGE1_BYPASS
 from smmufast._tlb cimport Caches
 from smmufast._translate cimport (
     CLASS_IN, Leaf, Memo, Syndrome, View, open_drivers, stage2, translate_known, translate_one,
@@ -497,30 +498,18 @@ cdef class Walk:
 # --- the resumable walk: the chain, run again with one answer more ---
 
 cdef int walk_resume(Core* core, Port* own, WalkC* walk) noexcept nogil:
-    """STATUS_PENDING, STATUS_DONE, or FETCH_RAISED with an exception in `own`.
-
-    Through caches the chain leaves them alone until it comes to its end; then it runs once more,
-    and they see it as a whole.
-    """
+    """STATUS_PENDING, STATUS_DONE, or FETCH_RAISED with an exception in `own`."""
     cdef Port port
     cdef Memo memo
-    cdef View view
     cdef int status
-    port_open(&port, NULL, walk, True)
     port_open(own, core.ram, NULL, False)
-    memo.whole = False
     if core.caches == NULL:
+        port_open(&port, NULL, walk, True)
+        memo.whole = False
         status = translate_one(&core.hw, &port, &walk.request, &memo, &walk.result)
     else:
         caches_take(core)
-        view_open(&view, core, &walk.request, True)
-        status = translate_cached(
-            &core.hw, &port, &view, &walk.request, &memo, &walk.result)
-        if status == 0:
-            port_open(&port, NULL, walk, True)
-            memo.whole = False
-            view.quiet = False
-            translate_cached(&core.hw, &port, &view, &walk.request, &memo, &walk.result)
+        status = walk_cached(core, &port, &walk.request, walk)
         caches_give(core)
     if status == FETCH_PENDING:
         return STATUS_PENDING
@@ -1286,6 +1275,10 @@ cdef class Smmu:
         for other in getattr(fresh, name):
             other = other._replace(**{k: getattr(entry, k) for k in ("sid", "ssid")
                                       if k in other._fields})
+            if name == "tlb":
+                # marked dirty on behalf of another entry: no invalidation is due
+                other = other._replace(
+                    clean1=entry.clean1 or other.clean1, clean2=entry.clean2 or other.clean2)
             if other == entry:
                 return 0
             if name in ("ste", "cd") or other.start <= entry.start < other.start + (
@@ -1328,7 +1321,7 @@ cdef class Smmu:
         core.ram.users += 1
         try:
             event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
-            if event and name == "cd" and entry.ssid == 0:
+            if name == "cd" and entry.ssid == 0 and (event or memo.index == STAGE1_BYPASS):
                 view.ssid = 0
                 event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
             if event == 0 and name not in ("ste", "cd"):
@@ -1342,7 +1335,7 @@ cdef class Smmu:
                                        allowed & -allowed, False, CLASS_IN, &leaf, &address,
                                        &syndrome)
                 else:
-                    for access in range(8):
+                    for access in (2, 3, 6, 0, 1, 4):  # privileged first: E0PD lets them walk
                         if memo.context.need[access] & allowed:
                             request.access = access
                             break

@@ -139,6 +139,7 @@ cdef struct CachesC:
     uint32_t fractured     # live TLB entries that cover less than the block they are from
     uint32_t* regions      # TLB entries of less than 2^REGION_LG2, by their region, hashed
     unsigned int regions_lg2        # log2 of how many counters that are
+    CachesC* spare         # a copy, for a chain that may have to be taken back; NULL: none yet
     bint split             # nested translations are cached by stage, not combined
 
 
@@ -277,6 +278,9 @@ cdef Table* walk_fill(CachesC* c, const Table* e) noexcept nogil
 # A TLBI command, and what INV_ALL or a reset does.
 cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil
 cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil
+
+# A copy of everything that is in the caches, until the next one; NULL: no memory for it.
+cdef CachesC* caches_spare(CachesC* c) noexcept nogil
 
 
 cdef inline void tlb_touch(CachesC* c, const Entry* e) noexcept nogil:

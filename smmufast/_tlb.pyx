@@ -1148,14 +1148,66 @@ cdef int take_state(CachesC* c, Reader* reader) except -1:
 
 # --- all caches ---
 
-cdef int release(CachesC* c) except -1:
+cdef void release(CachesC* c) noexcept nogil:
     cdef int number
     if c != NULL:
+        release(c.spare)
         for number in range(N_CACHES):
             cache_close(&c.cache[number])
         free(c.regions)
         free(c)
-    return 0
+
+
+cdef CachesC* spare_made(const CachesC* c) noexcept nogil:
+    """Caches of the same geometry; NULL without memory."""
+    cdef CachesC* spare = <CachesC*>calloc(1, sizeof(CachesC))
+    cdef const CacheC* cache
+    cdef int number
+    if spare == NULL:
+        return NULL
+    for number in range(N_CACHES):
+        cache = &c.cache[number]
+        if cache.ways and not cache_open(
+                &spare.cache[number], <uint32_t>(cache.set_mask + 1), cache.ways, cache.policy,
+                0, cache.stride):
+            release(spare)
+            return NULL
+    spare.regions = <uint32_t*>calloc(<size_t>1 << c.regions_lg2, sizeof(uint32_t))
+    if spare.regions == NULL:
+        release(spare)
+        return NULL
+    return spare
+
+
+cdef CachesC* caches_spare(CachesC* c) noexcept nogil:
+    """A copy of everything that is in the caches, until the next one; NULL: no memory for it."""
+    cdef CachesC* spare
+    cdef CachesC kept
+    cdef CacheC* to
+    cdef const CacheC* cache
+    cdef int number
+    if c.spare == NULL:
+        c.spare = spare_made(c)
+    spare = c.spare
+    if spare == NULL:
+        return NULL
+    kept = spare[0]
+    spare[0] = c[0]
+    spare.spare = NULL
+    spare.regions = kept.regions
+    memcpy(spare.regions, c.regions, sizeof(uint32_t) << c.regions_lg2)
+    for number in range(N_CACHES):
+        cache = &c.cache[number]
+        to = &spare.cache[number]
+        to.prints = kept.cache[number].prints
+        to.order = kept.cache[number].order
+        to.path = kept.cache[number].path
+        to.entries = kept.cache[number].entries
+        if cache.ways:
+            memcpy(to.prints, cache.prints, cache.slots * sizeof(uint32_t))
+            memcpy(to.order, cache.order, order_words(cache) * 8)
+            memcpy(to.entries, cache.entries, cache.slots * cache.stride)
+    return spare
 
 
 cdef CachesC* made(list geometries, bint split) except NULL:

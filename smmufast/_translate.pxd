@@ -422,7 +422,7 @@ cdef inline void keep_table(
     e.bits = tables
     e.sid = view.sid
     e.ssid = view.ssid
-    e.asid = context.asid
+    e.asid = context.asid if kind & KIND_S1 else 0
     e.vmid = context.vmid
     e.kind = kind
     e.world = context.world
