@@ -20,6 +20,7 @@ cdef enum:
     REGION_PYTHON = 4    # Python callables
 
     WINDOW = 64          # the largest read
+    TOUCHED_LG2 = 21     # private memory is searched for pages in use by 2 MiB
 
 
 cdef struct Region:
@@ -29,6 +30,8 @@ cdef struct Region:
     int kind
     bint writable
     uint8_t*** chunks      # REGION_CHUNKED: two levels of pointers
+    uint8_t* touched       # REGION_PRIVATE: a byte for each 2^TOUCHED_LG2, set by writes
+    bint huge_pages        # REGION_PRIVATE: as asked for
     CallbacksC callbacks   # REGION_C
     void* reader           # REGION_PYTHON: borrowed, the Memory owns them
     void* writer
@@ -165,6 +168,13 @@ cdef inline bint unchanged64(
 cdef class Memory:
     cdef Ram ram
     cdef dict _callables
+    cdef int64_t handles   # uses that C handles announce, among ram.users
+    cdef int64_t exports   # views of its bytes that pickles hold
+    cdef object _span(self, uint8_t* data, uint64_t size, bint readonly)
+    cdef int _pages(self, uint8_t* data, uint64_t size, uint64_t offset, list found) except -1
+    cdef list _private(self, Region* region)
+    cdef tuple _contents(self)
+    cdef int _inject(self, const Injection* injection) except -1
     cdef int _check_idle(self) except -1
     cdef Region* _insert(self, uint64_t base, uint64_t size) except NULL
     cdef void _refresh(self) noexcept

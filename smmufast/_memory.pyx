@@ -2,7 +2,8 @@
 
 cimport cython
 from cpython.buffer cimport (
-    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer,
+    PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.number cimport PyNumber_Index
@@ -18,6 +19,7 @@ from smmufast._types cimport (
 )
 
 from collections import namedtuple
+from pickle import PickleBuffer
 
 from smmufast.faults import FETCH_KINDS, ExternalAbort
 
@@ -101,6 +103,14 @@ cdef uint8_t* make_chunk(Region* region, uint64_t offset) noexcept nogil:
             return NULL
         store_chunk(slot, <uint8_t*>chunk)
     return load_chunk(slot)
+
+
+cdef inline void touch(Region* region, uint64_t offset, uint64_t n) noexcept nogil:
+    """Note that n bytes are written, one at least."""
+    cdef uint64_t i
+    if region.touched != NULL:
+        for i in range(offset >> TOUCHED_LG2, (offset + (n - 1) >> TOUCHED_LG2) + 1):
+            region.touched[i] = 1
 
 
 cdef uint64_t piece_size(Region* region, uint64_t address, uint64_t n) noexcept nogil:
@@ -328,6 +338,7 @@ cdef int write_piece(Port* port, Region* region, uint64_t address, const uint8_t
     cdef uint64_t offset = address - region.base
     cdef uint8_t* target
     if region.data != NULL:
+        touch(region, offset, n)
         memmove(region.data + offset, buf, n)
     elif region.kind == REGION_CHUNKED:
         target = make_chunk(region, offset)
@@ -403,6 +414,7 @@ cdef int swap_region(Port* port, Region* region, uint64_t address, uint64_t expe
     cdef uint8_t* target = NULL
     cdef int status
     if region.data != NULL:
+        touch(region, offset, 8)
         target = region.data + offset
     elif region.kind == REGION_CHUNKED:
         target = make_chunk(region, offset)
@@ -460,11 +472,28 @@ cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t 
 
 # --- the owner ---
 
+cdef enum:
+    PAGE = 4096
+    GAP = 16 * PAGE      # zeros that are kept rather than begin another run
+
+
+cdef bint zeros(const uint8_t* data, uint64_t n) noexcept nogil:
+    """Whether n bytes are all zero; `data` is aligned."""
+    cdef const uint64_t* words = <const uint64_t*>data
+    cdef uint64_t i, found = 0
+    for i in range(n >> 3):
+        found |= words[i]
+    for i in range(n & ~<uint64_t>7, n):
+        found |= data[i]
+    return found == 0
+
+
 cdef inline str span_text(uint64_t base, uint64_t last):
     return f"[{base:#x}, {last:#x}]"
 
 
 @cython.final
+@cython.auto_pickle(False)
 cdef class Memory:
     """Physical memory: a sorted set of regions that do not overlap.
 
@@ -495,9 +524,6 @@ cdef class Memory:
             region_close(&self.ram.regions[i])
         free(self.ram.regions)
         free(self.ram.injections)
-
-    def __reduce__(self):
-        raise TypeError("a Memory cannot be pickled: its regions belong to the host")
 
     cdef int _check_idle(self) except -1:
         if self.ram.users:
@@ -606,6 +632,7 @@ cdef class Memory:
         cdef Region* region
         cdef void* data = MAP_FAILED
         cdef uint8_t*** chunks = NULL
+        cdef uint8_t* touched = NULL
         if length > <uint64_t>1 << 52:
             raise ValueError(f"size: {length:#x} given; at most 2^52 bytes of private memory")
         if 0 < length <= ONE_MAP_MAX:
@@ -615,17 +642,25 @@ cdef class Memory:
             chunks = <uint8_t***>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t**))
             if chunks == NULL:
                 raise MemoryError()
-        elif huge_pages:
-            madvise(data, length, MADV_HUGEPAGE)
+        else:
+            touched = <uint8_t*>calloc((length - 1 >> TOUCHED_LG2) + 1, 1)
+            if touched == NULL:
+                munmap(data, length)
+                raise MemoryError()
+            if huge_pages:
+                madvise(data, length, MADV_HUGEPAGE)
         try:
             region = self._insert(address, length)
         except BaseException:
             free(chunks)
+            free(touched)
             if data != MAP_FAILED:
                 munmap(data, length)
             raise
         region.writable = True
         region.chunks = chunks
+        region.touched = touched
+        region.huge_pages = huge_pages
         region.kind = REGION_CHUNKED if chunks != NULL else REGION_PRIVATE
         region.data = NULL if chunks != NULL else <uint8_t*>data
 
@@ -690,7 +725,10 @@ cdef class Memory:
         self._callables[address] = (read, write, swap)
 
     def remove(self, base):
-        """Remove the region that starts at `base`; KeyError if there is none."""
+        """Remove the region that starts at `base`; KeyError if there is none.
+
+        BufferError while buffers of a pickle, out of band, refer to the bytes of this memory.
+        """
         cdef uint64_t address = to_address("base", base)
         cdef Ram* ram = &self.ram
         cdef Region* region = find_region(ram, address)
@@ -699,6 +737,9 @@ cdef class Memory:
         self._check_idle()
         if region == NULL or region.base != address:
             raise KeyError(f"base: {address:#x} given; no region starts there")
+        if self.exports:
+            raise BufferError(f"base: {address:#x} given; {self.exports} buffers of a pickle "
+                              "refer to this memory")
         i = region - ram.regions
         old = region[0]
         ram.n_regions -= 1
@@ -802,6 +843,7 @@ cdef class Memory:
                             raise ExternalAbort(
                                 f"address {at:#x}: the write callback refused {part} bytes")
                     else:
+                        touch(region, at - region.base, part)
                         memmove(target, source, part)
                     at += part
                     source += part
@@ -843,7 +885,6 @@ cdef class Memory:
             How many injections there are now.
         """
         cdef Injection injection
-        cdef Injection* grown
         self._check_idle()
         memset(&injection, 0, sizeof(Injection))
         injection.last = 0xFFFFFFFFFFFFFFFFULL
@@ -878,14 +919,7 @@ cdef class Memory:
             if not 1 <= to_integer("count", count) <= MOST_FETCHES:
                 raise ValueError(f"count: {count} given; 1 to 2^63 - 1 allowed")
             injection.count = count
-        grown = <Injection*>realloc(
-            self.ram.injections, (self.ram.n_injections + 1) * sizeof(Injection))
-        if grown == NULL:
-            raise MemoryError()
-        self.ram.injections = grown
-        grown[self.ram.n_injections] = injection
-        self.ram.n_injections += 1
-        self._refresh()
+        self._inject(&injection)
         return self.ram.n_injections
 
     def clear_errors(self):
@@ -894,8 +928,207 @@ cdef class Memory:
         self.ram.n_injections = 0
         self._refresh()
 
+    cdef int _inject(self, const Injection* injection) except -1:
+        cdef Injection* grown = <Injection*>realloc(
+            self.ram.injections, (self.ram.n_injections + 1) * sizeof(Injection))
+        if grown == NULL:
+            raise MemoryError()
+        self.ram.injections = grown
+        grown[self.ram.n_injections] = injection[0]
+        self.ram.n_injections += 1
+        self._refresh()
+        return 0
+
+    # --- copies and pickles ---
+
+    cdef object _span(self, uint8_t* data, uint64_t size, bint readonly):
+        """A view of bytes of a region, which lives until the view is released."""
+        cdef _Span span = _Span.__new__(_Span)
+        span.memory = self
+        span.data = data
+        span.size = <Py_ssize_t>size
+        span.readonly = readonly
+        return PickleBuffer(span)
+
+    cdef int _pages(self, uint8_t* data, uint64_t size, uint64_t offset, list found) except -1:
+        """Append (offset, view) of each run of pages that hold anything."""
+        cdef uint64_t at = 0, end = 0, start = 0, n
+        while at < size:
+            n = min(size - at, <uint64_t>PAGE)
+            if not zeros(data + at, n):
+                if end and at - end > GAP:
+                    found.append((offset + start, self._span(data + start, end - start, True)))
+                    end = 0
+                if end == 0:
+                    start = at
+                end = at + n
+            at += n
+        if end:
+            found.append((offset + start, self._span(data + start, end - start, True)))
+        return 0
+
+    cdef list _private(self, Region* region):
+        """The contents of private memory, without pages that read as zero."""
+        cdef uint64_t size = region.last - region.base + 1
+        cdef uint64_t at, n, i, j
+        cdef list found = []
+        if region.kind == REGION_PRIVATE:
+            for i in range((size - 1 >> TOUCHED_LG2) + 1):
+                if region.touched[i]:
+                    at = i << TOUCHED_LG2
+                    n = min(size - at, <uint64_t>1 << TOUCHED_LG2)
+                    self._pages(region.data + at, n, at, found)
+            return found
+        for i in range(1 << CHUNK_TABLE_LG2):
+            if region.chunks[i] == NULL:
+                continue
+            for j in range(1 << CHUNK_TABLE_LG2):
+                if region.chunks[i][j] != NULL:
+                    at = (i << CHUNK_TABLE_LG2 | j) << CHUNK_LG2
+                    n = min(size - at, <uint64_t>1 << CHUNK_LG2)
+                    self._pages(region.chunks[i][j], n, at, found)
+        return found
+
+    cdef tuple _contents(self):
+        """(regions, injected errors), as _restored() takes them, with views of the bytes."""
+        cdef Region* region
+        cdef Injection* each
+        cdef Py_ssize_t i
+        cdef list regions = [], errors = []
+        cdef list refused = []
+        cdef dict views = {}
+        cdef set writable = set()
+        for i in range(self.ram.n_regions):
+            region = &self.ram.regions[i]
+            if region.kind >= REGION_C:
+                refused.append(span_text(region.base, region.last))
+            elif region.writable:
+                writable.add((<size_t>region.data, region.last - region.base))
+        if refused:
+            raise TypeError("a Memory with callback regions cannot be copied or pickled: "
+                            f"{', '.join(refused)} belong to the host; Smmu.save() leaves the "
+                            "memory out")
+        for i in range(self.ram.n_regions):
+            region = &self.ram.regions[i]
+            if region.kind == REGION_BUFFER:
+                # regions over the same bytes stay so
+                key = <size_t>region.data, region.last - region.base
+                if key not in views:
+                    views[key] = [self._span(
+                        region.data, region.last - region.base + 1, key not in writable)]
+                regions.append((region.base, not region.writable, views[key]))
+            else:
+                regions.append((region.base, region.last - region.base + 1, region.huge_pages,
+                                self._private(region)))
+        for i in range(self.ram.n_injections):
+            each = &self.ram.injections[i]
+            errors.append((each.first, each.last, each.kind, each.level, each.nth, each.count,
+                           each.seen))
+        return regions, errors
+
+    def copy(self):
+        """Return an independent Memory of equal bytes, with the same injected errors.
+
+        Regions over buffers are bytearrays in the copy, or bytes where they are read-only;
+        two that share all their bytes still do.
+
+        Raises
+        ------
+        TypeError
+            There are callback regions, which only the host can copy.
+        """
+        cdef list regions = []
+        cdef dict copies = {}
+        given, errors = self._contents()
+        for region in given:
+            if len(region) == 3:
+                base, readonly, shared = region
+                if id(shared) not in copies:
+                    copies[id(shared)] = [owned(shared[0])]
+                region = base, readonly, copies[id(shared)]
+            regions.append(region)
+        return _restored(regions, errors)
+
+    def __copy__(self):
+        return self.copy()
+
+    def __deepcopy__(self, memo):
+        return self.copy()
+
+    def __reduce_ex__(self, protocol):
+        """Pickle regions and injected errors; out of band, the bytes are not copied.
+
+        Private memory goes without the pages that read as zero.  Buffers out of band refer to
+        the memory itself: it must not change before they are written, and while they live no
+        region can be removed.  What is loaded has bytearrays for buffers, or what the loader
+        gave; where that is read-only and the region is not, a copy of it.
+        """
+        regions, errors = self._contents()
+        if protocol < 5:
+            for region in regions:
+                views = region[len(region) - 1]
+                for i, view in enumerate(views):
+                    if len(region) == 4:
+                        views[i] = view[0], bytes(view[1])
+                    elif type(view) is PickleBuffer:
+                        views[i] = owned(view)
+        return _restored, (regions, errors)
+
     def __repr__(self):
         return f"Memory({len(self.regions)} regions)"
+
+
+cdef object owned(view):
+    """A copy of the bytes, which can be written if these can."""
+    return bytes(view) if memoryview(view).readonly else bytearray(view)
+
+
+def _restored(regions, errors):
+    """Return the Memory of what was pickled."""
+    cdef Memory memory = Memory()
+    cdef Injection each
+    cdef dict writable = {}
+    for region in regions:
+        if len(region) == 3:
+            base, readonly, shared = region
+            buffer = shared[0]
+            if not readonly and memoryview(buffer).readonly:
+                if id(shared) not in writable:
+                    writable[id(shared)] = bytearray(buffer)
+                buffer = writable[id(shared)]
+            memory.add(buffer, base, readonly=readonly)
+        else:
+            base, size, huge_pages, pages = region
+            memory.add_private(base, size, huge_pages=huge_pages)
+            for offset, data in pages:
+                memory.write(base + offset, data)
+    for error in errors:
+        each.first, each.last, each.kind, each.level, each.nth, each.count, each.seen = error
+        memory._inject(&each)
+    return memory
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class _Span:
+    """Bytes of a Memory, which stay where they are while this is exported."""
+
+    cdef Memory memory
+    cdef uint8_t* data
+    cdef Py_ssize_t size
+    cdef bint readonly
+
+    def __init__(self):
+        raise TypeError("a view is made by pickling a Memory")
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        if self.memory is None:
+            raise BufferError("a view is made by pickling a Memory")
+        PyBuffer_FillInfo(view, self, self.data, self.size, self.readonly, flags)
+        self.memory.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.memory.exports -= 1
 
 
 cdef void region_close(Region* region) noexcept:
@@ -905,6 +1138,7 @@ cdef void region_close(Region* region) noexcept:
         PyBuffer_Release(&region.view)
     elif region.kind == REGION_PRIVATE:
         munmap(region.data, region.last - region.base + 1)
+        free(region.touched)
     elif region.kind == REGION_CHUNKED:
         for i in range(1 << CHUNK_TABLE_LG2):
             if region.chunks[i] != NULL:

@@ -45,6 +45,7 @@ cdef class Registers:
     cdef uint64_t _budget     # commands to consume before the caller gets an answer
     cdef bint _consuming
     cdef bint _atc_failed     # an ATC_INV since the last SYNC
+    cdef int _calling         # devices or on_resume, which may call back
 
     # what Smmu overrides
     cdef int _retry(self, const Request* request, Outcome* outcome) except -1
@@ -55,6 +56,7 @@ cdef class Registers:
 
     cdef str _locate(self, offset, size, int* shift, int* bits)
     cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF
+    cdef uint64_t _load_from(self, Queues* q, str name) except? 0xFFFFFFFFFFFFFFFF
     cdef int _store(self, str name, uint64_t value) except -1
     cdef int _warn(self, str name, str text) except -1
     cdef bint _guarded(self, str name, uint64_t value) except -1
@@ -86,3 +88,10 @@ cdef class Registers:
     cdef int _atc_inv(self, const Effect* effect) except -1
 
     cdef int _ppar(self, uint32_t sid) except? -2
+
+    # save and restore
+    cdef int _check_still(self, const Queues* q) except -1
+    cdef dict _state(self)
+    cdef int _take_state(self, dict state) except -1
+    cdef int _take_rings(self, dict values, placed) except -1
+    cdef int _take_stall(self, saved) except -1

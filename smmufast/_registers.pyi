@@ -3,7 +3,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, Never, Protocol, Self, SupportsIndex, final, type_check_only
 
 import numpy as np
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
 
 from smmufast._memory import Memory
 from smmufast._smmu import Result
@@ -143,3 +143,13 @@ class Registers:
         last: _Flag = True,
         prg_index: SupportsIndex = 0,
     ) -> PageAnswer: ...
+    def save(self) -> bytes: ...
+    @classmethod
+    def restore(
+        cls,
+        state: Buffer,
+        memory: Memory,
+        *,
+        on_interrupt: Callable[[str], object] | None = None,
+        on_resume: Callable[[Stall], object] | None = None,
+    ) -> Self: ...

@@ -25,8 +25,8 @@ from smmufast._core cimport (
 )
 from smmufast._layout cimport (
     CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err,
-    cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen, event_set_stag, event_set_stall, ste_ppar,
-    ste_v,
+    EVENT_F_PERMISSION, EVENT_F_TRANSLATION, cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen,
+    event_set_stag, event_set_stall, ste_ppar, ste_v,
 )
 from smmufast._memory cimport (
     FETCH_ABORT, FETCH_OK, FETCH_RAISED, Memory, Port, fetch8, fetch64, port_open, port_read,
@@ -36,8 +36,8 @@ from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
     GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_ABORTED,
     PUT_CLOSED, PUT_FIRST, PUT_FULL, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge,
-    gerror_active, gerror_raise, interrupt, msi_write, ring_after, ring_entry, ring_full,
-    ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod,
+    gerror_active, gerror_raise, interrupt, lock_give, lock_take, msi_write, ring_after, ring_bits,
+    ring_entry, ring_full, ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod,
 )
 from smmufast._tlb cimport (
     Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
@@ -48,9 +48,14 @@ from smmufast._types cimport (
 )
 from smmufast._vmsa cimport entering_attr, shareability
 
+import json
+import struct
 from collections import OrderedDict, deque, namedtuple
+from dataclasses import fields
+from zlib import crc32
 
 from smmufast import layout
+from smmufast._tlb import CACHES
 from smmufast.faults import Event
 from smmufast.features import Features, modelled
 
@@ -119,13 +124,119 @@ cdef uint64_t GBPA_UPDATE = mask_of("GBPA", "Update")
 cdef uint64_t GBPA_RESET = 0x1000  # SHCFG: incoming
 
 
-cdef Ring* ring_of(Registers self, str name) noexcept:
+cdef Ring* ring_in(Queues* q, str name) noexcept:
     """The queue that a register belongs to."""
     if name.startswith("CMDQ"):
-        return &self.queues.commands
+        return &q.commands
     if name.startswith("EVENTQ"):
-        return &self.queues.events
-    return &self.queues.pages
+        return &q.events
+    return &q.pages
+
+
+cdef inline Ring* ring_of(Registers self, str name) noexcept:
+    return ring_in(&self.queues, name)
+
+
+# --- state as bytes: a header, JSON, the state of the caches, a checksum ---
+
+cdef object STATE_HEADER = struct.Struct("<8sII")  # mark, version, size of the JSON
+cdef bytes STATE_MARK = b"smmufast"
+cdef int STATE_VERSION = 1
+cdef tuple STATE = ("features", "ignore_s2ptw", "registers", "placed", "atc_failed", "last_stag",
+                    "stalls", "warnings", "caches")
+cdef tuple QUEUES = ("CMDQ", "EVENTQ", "PRIQ")
+cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
+cdef tuple REGISTERS = tuple(
+    [name for name in WHOLE if name not in READ_ONLY or name == "GERROR"])
+cdef dict STALL = {"sid": 0xFFFFFFFF, "ssid": 0xFFFFFFFF, "iova": 0xFFFFFFFFFFFFFFFF, "access": 7,
+                   "recorded": 1, "outcome": None}
+cdef dict OUTCOME = {
+    "pa": 0xFFFFFFFFFFFFFFFF, "ipa": 0xFFFFFFFFFFFFFFFF, "action": 5, "event": 0xFF,
+    "fault": 0xFF, "perm": 0x3F, "perm_s1": 0x3F, "level": 4, "page_lg2": 63, "attr": 0xFF,
+    "sh": 3, "stage": 3, "asid": 0xFFFF, "vmid": 0xFFFF, "stag": 0xFFFF, "ng": 1, "contiguous": 1,
+    "record": None,
+}  # the largest value of each member
+
+
+cdef object state_error(str what, str why):
+    return ValueError(f"state: {what}: {why}")
+
+
+cdef object saved_number(str what, value, last, first=0):
+    """A number of a state, once it is one that can be."""
+    if type(value) is not int or not first <= value <= last:
+        raise state_error(what, f"{str(value)[:40]}; a number from {first:#x} to {last:#x} needed")
+    return value
+
+
+cdef dict saved_dict(str what, value, names):
+    """An object of a state, once it has the members it must have."""
+    if type(value) is not dict:
+        raise state_error(what, f"{type(value).__name__} found; an object needed")
+    for name in names:
+        if name not in value:
+            raise state_error(what, f"{name} is missing")
+    for name in value:
+        if name not in names:
+            raise state_error(what, f"{name[:40]!r} is unknown")
+    return value
+
+
+cdef list saved_list(str what, value, n=None):
+    """A list of a state; of n items."""
+    if type(value) is not list or n is not None and len(value) != n:
+        raise state_error(what, f"a list{'' if n is None else f' of {n}'} needed")
+    return value
+
+
+cdef tuple state_parts(state):
+    """(the JSON's object, the bytes of the caches) of a state that is whole."""
+    try:
+        data = bytes(memoryview(state))
+    except TypeError:
+        raise TypeError(f"state: {type(state).__name__} given; bytes needed") from None
+    if len(data) < STATE_HEADER.size + 4 or data[:8] != STATE_MARK:
+        raise ValueError("state: not one that save() made")
+    _, version, size = STATE_HEADER.unpack_from(data)
+    if version != STATE_VERSION:
+        raise ValueError(f"state: of version {version}; {STATE_VERSION} needed")
+    last = len(data) - 4
+    if crc32(data[:last]) != int.from_bytes(data[last:], "little"):
+        raise ValueError("state: the checksum is wrong: it is damaged or not whole")
+    end = STATE_HEADER.size + size
+    if end > last:
+        raise ValueError(f"state: {size} bytes of JSON announced; it ends too early")
+    try:
+        parsed = json.loads(data[STATE_HEADER.size:end])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"state: the JSON cannot be read: {error}") from None
+    return saved_dict("all", parsed, STATE), data[end:last]
+
+
+cdef object saved_features(codes):
+    """The Features of a state."""
+    saved_dict("features", codes, FEATURES)
+    try:
+        return Features(**codes)
+    except (TypeError, ValueError) as error:
+        raise state_error("features", str(error)) from None
+
+
+cdef object saved_caches(saved, bytes contents):
+    """The Caches of a state, None without."""
+    if saved is None:
+        if contents:
+            raise state_error("caches", f"{len(contents)} bytes without a geometry")
+        return None
+    saved_dict("caches", saved, ("geometries", "nested"))
+    given = [None if each is None else tuple(saved_list("caches", each, 4))
+             for each in saved_list("caches", saved["geometries"], len(CACHES))]
+    try:
+        caches = Caches(**dict(zip(CACHES, given, strict=True)), nested=saved["nested"])
+        caches.__setstate__(contents)
+    except (TypeError, ValueError) as error:
+        raise state_error("caches", str(error)) from None
+    return caches
 
 
 # --- what the queues ask of their owner ---
@@ -610,22 +721,26 @@ cdef class Registers:
 
     cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF:
         """The value of a register."""
+        return self._load_from(&self.queues, name)
+
+    cdef uint64_t _load_from(self, Queues* q, str name) except? 0xFFFFFFFFFFFFFFFF:
+        """The value of a register, with the queues as they were."""
         cdef const Ring* ring
         if name == "CR0ACK":
             return self._values["CR0"]
         if name == "IRQ_CTRLACK":
             return self._values["IRQ_CTRL"]
         if name == "GERROR":
-            return self.queues.gerror
+            return q.gerror
         if name == "GERRORN":
-            return self.queues.gerrorn
+            return q.gerrorn
         if name == "CMDQ_CONS":
-            return self.queues.commands.cons | <uint64_t>self._cerror << 24
+            return q.commands.cons | <uint64_t>self._cerror << 24
         if name.endswith("Q_PROD"):
-            ring = ring_of(self, name)
+            ring = ring_in(q, name)
             return ring.prod | <uint64_t>ring.ovflg << 31
         if name.endswith("Q_CONS"):
-            ring = ring_of(self, name)
+            ring = ring_in(q, name)
             return ring.cons | <uint64_t>ring.ovackflg << 31
         return self._values[name]
 
@@ -1099,10 +1214,13 @@ cdef class Registers:
             stall = self._resumed.pop(0)
             if self._on_resume is None:
                 continue
+            self._calling += 1
             try:
                 self._on_resume(stall)
             except BaseException as raised:
                 error = error or raised
+            finally:
+                self._calling -= 1
         try:
             self._record()
         finally:
@@ -1266,7 +1384,11 @@ cdef class Registers:
         words[1] = word >> 64
         cerror = command_decode(&self.core.hw, words, &effect)
         if cerror == 0:
-            cerror = self._execute(&effect)
+            self._calling += 1
+            try:
+                cerror = self._execute(&effect)
+            finally:
+                self._calling -= 1
         if cerror:
             text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror)
             raise ValueError(f"{name}: CERROR_{text}")
@@ -1438,3 +1560,198 @@ cdef class Registers:
         if status != FETCH_OK or not ste_v(ste) or not ste_aborts(ste) and ste_check(hw, ste):
             return -1
         return <int>ste_ppar(ste)
+
+    # --- save and restore ---
+
+    cdef int _check_still(self, const Queues* q) except -1:
+        """Refuse while anything is under way: it would be lost."""
+        if self.core.ram.users > self._memory.handles:
+            raise RuntimeError("save: a translation or a callback is under way in this memory; "
+                               "save between calls")
+        if self._consuming or self._recording or self._calling or self._retried or self._resumed:
+            raise RuntimeError("save: a command is under way; save between calls")
+        if q.commands.writers or q.events.writers or q.pages.writers:
+            raise RuntimeError("save: a record is being written; save between calls")
+        return 0
+
+    cdef dict _state(self):
+        """What save() writes, but for the contents of the caches."""
+        cdef Stall stall
+        cdef Queues q
+        cdef list stalls = []
+        lock_take(&self.queues.lock)
+        q = self.queues
+        lock_give(&self.queues.lock)
+        self._check_still(&q)
+        for stall in self._stalls:
+            stalls.append({
+                "sid": stall.request.sid, "ssid": stall.request.ssid, "iova": stall.request.iova,
+                "access": stall.request.access, "recorded": int(stall._recorded),
+                "outcome": stall.outcome,
+            })
+        return {
+            "features": {name: getattr(self._features, name) for name in FEATURES},
+            "ignore_s2ptw": int(self.core.hw.ignore_s2ptw != 0),
+            "registers": {name: self._load_from(&q, name) for name in REGISTERS},
+            "placed": [int(ring_in(&q, name).placed) for name in QUEUES],
+            "atc_failed": int(self._atc_failed),
+            "last_stag": self._last_stag,
+            "stalls": stalls,
+            "warnings": [list(warning) for warning in self._warnings],
+            "caches": None,
+        }
+
+    def save(self):
+        """Return the whole state as bytes, for `restore`; equal states give equal bytes.
+
+        That is the features, every register, the positions of the queues, errors, stalls,
+        warnings, and the caches with their counters and replacement state.  What lies in the
+        memory, callbacks and devices are the host's.  So is a Walk that is not done.
+
+        Raises
+        ------
+        RuntimeError
+            A translation, a command or a record is under way: in another thread, or because a
+            callback of one saves.
+
+        >>> from smmufast import Memory, Smmu
+        >>> smmu = Smmu(Memory(), gbpa=0x10_1000)
+        >>> hex(Smmu.restore(smmu.save(), Memory()).gbpa)
+        '0x101000'
+        """
+        cdef dict state
+        cdef bytes contents = b""
+        caches_take_gil(&self.core)
+        try:
+            state = self._state()
+            if self._caches is not None:
+                contents = self._caches.__getstate__()
+        finally:
+            caches_give(&self.core)
+        if self._caches is not None:
+            state["caches"] = {
+                "geometries": [each and list(each) for each in self._caches.geometries],
+                "nested": self._caches.nested,
+            }
+        text = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
+        data = STATE_HEADER.pack(STATE_MARK, STATE_VERSION, len(text)) + text + contents
+        return data + crc32(data).to_bytes(4, "little")
+
+    @classmethod
+    def restore(cls, state, Memory memory not None, *, on_interrupt=None, on_resume=None):
+        """Make an Smmu that goes on as the saved one would have.
+
+        Parameters
+        ----------
+        state : bytes-like
+            What `save` returned: by a version of the same format, on a host of the same byte
+            order if there are caches.
+        memory : Memory
+            Where its tables and queues lie: that of the saved one or a copy as of then.
+        on_interrupt, on_resume : callable, optional
+            As the attributes; devices are to be given anew, and stalls that are outstanding are
+            other objects: see `stalls`.
+
+        Returns
+        -------
+        Smmu
+
+        Raises
+        ------
+        ValueError
+            The bytes are damaged, or of no state that can be.
+        TypeError
+            An argument is of another type.
+        """
+        cdef Registers self
+        saved, contents = state_parts(state)
+        self = cls(
+            memory, saved_features(saved["features"]), cr0=0, cr2=0, gbpa=0,
+            caches=saved_caches(saved["caches"], contents),
+            ignore_s2ptw=saved_number("ignore_s2ptw", saved["ignore_s2ptw"], 1),
+            on_interrupt=on_interrupt)
+        self.on_resume = on_resume
+        self._take_state(saved)
+        return self
+
+    cdef int _take_state(self, dict state) except -1:
+        """Let a new object have a saved state."""
+        cdef dict values = saved_dict("registers", state["registers"], REGISTERS)
+        for name, value in values.items():
+            mask = self._masks[name] if name != "GERROR" else WHOLE[name]
+            if name == "GBPA":
+                mask &= ~GBPA_UPDATE
+            saved_number(name, value, 0xFFFFFFFFFFFFFFFF)
+            if value & ~mask:
+                raise state_error(name, f"{value:#x}; bits of {mask:#x} needed")
+        for name, value in values.items():
+            if not name.endswith(("Q_PROD", "Q_CONS")) and name not in ("GERROR", "GERRORN"):
+                self._values[name] = value
+        self.queues.gerror = values["GERROR"]
+        self.queues.gerrorn = values["GERRORN"]
+        self._take_rings(values, saved_list("placed", state["placed"], len(QUEUES)))
+        self._atc_failed = saved_number("atc_failed", state["atc_failed"], 1)
+        self._last_stag = saved_number("last_stag", state["last_stag"], 0xFFFF)
+        for saved in saved_list("stalls", state["stalls"]):
+            self._take_stall(saved)
+        if len(self._tagged) > max(1, self._features.stall_max):
+            raise state_error("stalls", f"{len(self._tagged)} are recorded; STALL_MAX is "
+                                        f"{self._features.stall_max}")
+        for saved in saved_list("warnings", state["warnings"]):
+            if [type(part) for part in saved_list("warnings", saved, 2)] != [str, str]:
+                raise state_error("warnings", "two strings needed")
+            self._warnings.append(RegisterWarning(*saved))
+        return self._digest()
+
+    cdef int _take_rings(self, dict values, placed) except -1:
+        """Where the queues lie, which follows from BASE, and their positions."""
+        cdef Ring* ring
+        for name, there in zip(QUEUES, placed, strict=True):
+            ring = ring_of(self, name)
+            if saved_number("placed", there, 1):
+                self._place(f"{name}_BASE")
+            prod, cons = values[f"{name}_PROD"], values[f"{name}_CONS"]
+            saved_number(f"{name}_PROD", prod & 0xFFFFF, ring_bits(ring.log2size))
+            saved_number(f"{name}_CONS", cons & 0xFFFFF, ring_bits(ring.log2size))
+            ring_set_prod(&self.queues, ring, prod)
+            ring_set_cons(&self.queues, ring, cons)
+        self._cerror = <uint32_t>cmdq_cons_err(values["CMDQ_CONS"])
+        return 0
+
+    cdef int _take_stall(self, saved) except -1:
+        """One more outstanding stall: with a tag, or waiting for one."""
+        cdef Stall stall = Stall.__new__(Stall)
+        cdef Outcome outcome
+        saved_dict("stall", saved, STALL)
+        for name, last in STALL.items():
+            if last is not None:
+                saved_number(f"{name} of a stall", saved[name], last)
+        if 0xFFFFF < saved["ssid"] != NO_SSID:
+            raise state_error("ssid of a stall", f"{saved['ssid']:#x} is none")
+        members = saved_dict("outcome of a stall", saved["outcome"], OUTCOME)
+        for name, last in OUTCOME.items():
+            if last is not None:
+                saved_number(f"{name} of a stall", members[name], last, -(name == "level"))
+        for word in saved_list("record of a stall", members["record"], 4):
+            saved_number("record of a stall", word, 0xFFFFFFFFFFFFFFFF)
+        outcome = members
+        stall.outcome = outcome
+        stall.request.sid = saved["sid"]
+        stall.request.ssid = saved["ssid"]
+        stall.request.iova = saved["iova"]
+        stall.request.access = saved["access"]
+        stall._recorded = saved["recorded"]
+        if (outcome.action != ACTION_STALL or outcome.fault != outcome.record[0] & 0xFF
+                or not EVENT_F_TRANSLATION <= outcome.fault <= EVENT_F_PERMISSION
+                or outcome.event != (outcome.fault if stall._recorded else 0)
+                or outcome.stag and not stall._recorded):
+            raise state_error("outcome of a stall", "not that of a fault that stalls")
+        self._stalls[stall] = None
+        if not stall._recorded:
+            self._waiting[stall] = None
+            return 0
+        stall._stag = outcome.stag
+        if (stall.request.sid, outcome.stag) in self._tagged:
+            raise state_error("stalls", f"sid {saved['sid']:#x} has STAG {outcome.stag:#x} twice")
+        self._tagged[stall.request.sid, outcome.stag] = stall
+        return 0

@@ -39,6 +39,7 @@ from smmufast._types cimport (
 )
 
 from collections.abc import Iterable
+from pickle import PickleBuffer
 
 from types import MappingProxyType
 
@@ -1457,11 +1458,23 @@ cdef class Smmu:
         request.reserved = 0
         ats_pass(&self.core, &request, &outcome)
         return self._result(&request, &outcome)
+    def __reduce_ex__(self, protocol):
+        """Pickle the Smmu with its Memory, as Smmu.save() and Memory do; so copy.deepcopy().
+
+        copy.copy() gives an independent Smmu over the same Memory.  Callbacks and devices are
+        the host's and are left out.
+        """
+        state = self.save()
+        return _restored, (self._memory, PickleBuffer(state) if protocol >= 5 else state)
 
     def __repr__(self):
         return (f"Smmu(strtab_base={self.strtab_base:#x}, "
                 f"strtab_base_cfg={self.strtab_base_cfg:#x}, cr0={self.cr0:#x}, "
                 f"cr2={self.cr2:#x}, gbpa={self.gbpa:#x}, features={self.features!r})")
+
+
+def _restored(memory, state):
+    return Smmu.restore(state, memory)
 
 
 cdef object U32 = np.dtype(np.uint32)
@@ -1488,6 +1501,7 @@ cdef SmmuC* api_acquire(void* obj) noexcept:
     Py_INCREF(smmu)
     smmu.core.ram.users += 1
     smmu.core.shared += 1
+    smmu._memory.handles += 1
     return <SmmuC*>&smmu.core
 
 
@@ -1504,6 +1518,7 @@ cdef void api_release(SmmuC* handle) noexcept:
     cdef Core* core = <Core*>handle
     core.ram.users -= 1
     core.shared -= 1
+    (<Smmu>core.owner)._memory.handles -= 1
     Py_DECREF(<object>core.owner)
 
 
