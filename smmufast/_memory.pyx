@@ -1087,16 +1087,13 @@ def _restored(regions, errors):
     """Return the Memory of what was pickled."""
     cdef Memory memory = Memory()
     cdef Injection each
-    cdef dict writable = {}
+    for region in regions:
+        if len(region) == 3 and not region[1] and memoryview(region[2][0]).readonly:
+            region[2][0] = bytearray(region[2][0])
     for region in regions:
         if len(region) == 3:
             base, readonly, shared = region
-            buffer = shared[0]
-            if not readonly and memoryview(buffer).readonly:
-                if id(shared) not in writable:
-                    writable[id(shared)] = bytearray(buffer)
-                buffer = writable[id(shared)]
-            memory.add(buffer, base, readonly=readonly)
+            memory.add(shared[0], base, readonly=readonly)
         else:
             base, size, huge_pages, pages = region
             memory.add_private(base, size, huge_pages=huge_pages)

@@ -1630,7 +1630,7 @@ cdef class Registers:
             caches_give(&self.core)
         if self._caches is not None:
             state["caches"] = {
-                "geometries": [each and list(each) for each in self._caches.geometries],
+                "geometries": [each and list(each) for each in (<Caches>self._caches).geometries],
                 "nested": self._caches.nested,
             }
         text = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
@@ -1726,7 +1726,7 @@ cdef class Registers:
         for name, last in STALL.items():
             if last is not None:
                 saved_number(f"{name} of a stall", saved[name], last)
-        if 0xFFFFF < saved["ssid"] != NO_SSID:
+        if 0xFFFFF < saved["ssid"] < <uint32_t>NO_SSID:
             raise state_error("ssid of a stall", f"{saved['ssid']:#x} is none")
         members = saved_dict("outcome of a stall", saved["outcome"], OUTCOME)
         for name, last in OUTCOME.items():
