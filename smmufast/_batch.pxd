@@ -9,8 +9,8 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, unlikely
-from smmufast._cached cimport translate_request, usable
+from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
+from smmufast._cached cimport deliver, translate_request, usable
 from smmufast._config cimport STAGE1_BYPASS, admitted
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen
@@ -21,6 +21,7 @@ from smmufast._tlb cimport (
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, Descent, Memo, Syndrome, descend, descriptor, leaf_perm, level_of, lookup,
+    translate_known,
 )
 from smmufast._types cimport (
     ACCESS_WRITE, ACTION_OK, FETCH_TT, BatchC, ColumnC, Context, Half, Hw, Outcome, Request,
@@ -52,8 +53,8 @@ cdef struct Block:
     uint64_t[BLOCK] tables       # hierarchical attributes
     uint8_t[BLOCK] shift         # lg2 of the page
     uint8_t[BLOCK] upper         # the half, as it was when the request was first read
-    bint[BLOCK] other            # slot is not that of the request
-    Slot* slot[BLOCK]
+    Slot* slot[BLOCK]            # unless all requests are of one pair
+    bint[BLOCK] other            # likewise: slot is not that of the request
 
 
 # The last two tables of the previous walk: [0] of pages, [1] the one above.
@@ -126,39 +127,64 @@ cdef inline void store_outcome(const BatchC* batch, size_t i, const Outcome* o) 
     store_record(&batch.record, i, <const uint64_t*>o.record if o.event else NULL)
 
 
+cdef inline void request_at(const BatchC* batch, size_t i, Request* request) noexcept nogil:
+    request.iova = load_u64(&batch.iova, i)
+    request.sid = load_u32(&batch.sid, i)
+    request.ssid = load_u32(&batch.ssid, i)
+    request.access = load_u8(&batch.access, i) & 7  # a caller may write there meanwhile
+    request.reserved = 0
+
+
 cdef inline int batch_scalar(
         Core* core, Port* port, Memo* memo, const BatchC* batch, size_t i) noexcept nogil:
     """One request of a batch by the scalar driver."""
     cdef Request request
     cdef Outcome outcome
     cdef int status
-    request.iova = load_u64(&batch.iova, i)
-    request.sid = load_u32(&batch.sid, i)
-    request.ssid = load_u32(&batch.ssid, i)
-    request.access = load_u8(&batch.access, i) & 7  # a caller may write there meanwhile
-    request.reserved = 0
+    request_at(batch, i, &request)
     status = translate_request(core, port, &request, memo, &outcome)
     if status == 0:
         store_outcome(batch, i, &outcome)
     return status
 
 
+cdef inline int batch_known(
+        Core* core, Port* port, Memo* memo, const BatchC* batch, size_t i) noexcept nogil:
+    """One request of a batch by the scalar driver, in the context that its block decoded."""
+    cdef Request request
+    cdef Outcome outcome
+    cdef int status
+    request_at(batch, i, &request)
+    request.sid = memo.sid
+    request.ssid = memo.ssid
+    status = translate_known(&core.hw, port, &request, memo, &outcome)
+    status = deliver(core, port, &request, status, &outcome)
+    if status == 0:
+        store_outcome(batch, i, &outcome)
+    return status
+
+
+ctypedef int (*ByOne)(Core*, Port*, Memo*, const BatchC*, size_t) noexcept nogil
+
+
 cdef inline Slot* slot_of(
-        const Hw* hw, Port* port, Slot* slots, uint32_t sid, uint32_t ssid, uint64_t block,
-        Near* near) noexcept nogil:
+        const Hw* hw, Port* port, Slot* slots, uint32_t sid, uint32_t ssid, uint64_t since,
+        uint64_t block, Near* near) noexcept nogil:
     """The decoded context of a pair; it is decoded once for as long as it keeps its slot.
 
-    NULL when the slot is taken by another pair of the same block.
+    NULL when the slot is taken by another pair of the same block.  What was decoded before the
+    block `since` counts no longer.
     """
     cdef uint32_t hashed = (sid * 0x9E3779B1U) ^ ((ssid + 1) * 0x85EBCA6BU)
     cdef Slot* slot = &slots[(hashed >> 16) % SLOTS]
     cdef Syndrome syndrome
-    if not (slot.block and slot.sid == sid and slot.ssid == ssid):
+    if not (slot.block >= since and slot.sid == sid and slot.ssid == ssid):
         if slot.block == block:
             return NULL
         near_forget(near)
         slot.sid = sid
         slot.ssid = ssid
+        slot.memo.whole = False
         slot.walks = (
             cr0_smmuen(hw.cr0)
             and lookup(hw, port, sid, ssid, &slot.memo, &syndrome) == 0
@@ -193,7 +219,7 @@ cdef inline void near_keep(
 
 
 cdef inline void set_out(
-        Block* block, size_t i, Port* port, Slot* slot, uint64_t va, Near* near,
+        Block* block, size_t i, Port* port, Slot* slot, uint64_t va, Near* near, bint one_pair,
         bint simple) noexcept nogil:
     """First pass: walk down to the last table and ask for its entry.
 
@@ -207,9 +233,8 @@ cdef inline void set_out(
     cdef uint64_t ia, offset, raw = 0
     cdef int status
     block.entry[i] = NULL
-    block.slot[i] = slot
     block.upper[i] = upper
-    if near.slot != slot:
+    if not one_pair and near.slot != slot:
         near_forget(near)
     if near.trusted and va >> near.reach[0] == near.tag[0]:
         ia = va
@@ -310,11 +335,15 @@ cdef inline int run_blocks(
     cdef Memo memo
     cdef Slot* slot = NULL
     cdef size_t start = 0, i, count
-    cdef uint64_t number = 1
+    cdef size_t most = BLOCK  # requests of a block
+    cdef uint64_t number = 1, since = 1
     cdef uint64_t va
     cdef uint32_t sid, ssid
     cdef unsigned int access
-    cdef int status, k
+    cdef bint simple = False
+    cdef int status
+    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
+    cdef ByOne known = <ByOne>apart(<void*>batch_known)
     memo.whole = False
     near_forget(&near)
     near.moved = 0
@@ -326,31 +355,32 @@ cdef inline int run_blocks(
             port.wrote = False
             near_forget(&near)
             slot = NULL
-            for k in range(SLOTS):
-                slots[k].block = 0
+            since = number
             if one_pair:
                 slot = slot_of(hw, port, slots, load_u32(&batch.sid, 0),
-                               load_u32(&batch.ssid, 0), number, &near)
+                               load_u32(&batch.ssid, 0), since, number, &near)
+                simple = slot.memo.context.simple
         count = batch.n - start
-        if count > BLOCK:
-            count = BLOCK
+        if count > most:
+            count = most
         for i in range(count):
             if not one_pair:
                 sid = load_u32(&batch.sid, start + i)
                 ssid = load_u32(&batch.ssid, start + i)
                 if (slot == NULL or slot.sid != sid or slot.ssid != ssid
                         or slot.block != number):
-                    slot = slot_of(hw, port, slots, sid, ssid, number, &near)
-            block.other[i] = slot == NULL
-            if slot == NULL or not slot.walks:
-                block.entry[i] = NULL
+                    slot = slot_of(hw, port, slots, sid, ssid, since, number, &near)
+                block.other[i] = slot == NULL
                 block.slot[i] = &slots[0] if slot == NULL else slot
+                simple = block.slot[i].memo.context.simple
+            if not one_pair and slot == NULL or not slot.walks:
+                block.entry[i] = NULL
                 continue
             va = load_u64(&batch.iova, start + i)
-            if likely(slot.memo.context.simple):
-                set_out(&block, i, port, slot, va, &near, True)
+            if likely(simple):
+                set_out(&block, i, port, slot, va, &near, one_pair, True)
             else:
-                set_out(&block, i, port, slot, va, &near, False)
+                set_out(&block, i, port, slot, va, &near, one_pair, False)
         # a test that half the requests pass costs more than the walk that it saves
         near.trusted = near.moved <= BLOCK // 8
         near.moved = 0
@@ -359,15 +389,18 @@ cdef inline int run_blocks(
             access = load_u8(&batch.access, start + i) & 7
             if not one_pair:
                 slot = block.slot[i]
-            if likely(slot.memo.context.simple):
+                simple = slot.memo.context.simple
+            if likely(simple):
                 status = arrive(&block, i, slot, va, access, batch, start + i, more, True)
             else:
                 status = arrive(&block, i, slot, va, access, batch, start + i, more, False)
             if unlikely(status):
-                # the memo of a slot that walks is in use by the rest of the block
-                status = batch_scalar(
-                    core, port, &memo if slot.walks or block.other[i] else &slot.memo, batch,
-                    start + i)
+                if not one_pair and block.other[i]:
+                    status = scalar(core, port, &memo, batch, start + i)
+                elif slot.memo.whole:
+                    status = known(core, port, &slot.memo, batch, start + i)
+                else:
+                    status = scalar(core, port, &slot.memo, batch, start + i)
                 if status:
                     return status
                 if port.wrote:
@@ -375,6 +408,11 @@ cdef inline int run_blocks(
                     break
         start += count
         number += 1
+        # where memory is written often, fewer requests are set out in vain
+        if port.wrote:
+            most = (count + 1) // 2
+        elif most < BLOCK:
+            most = BLOCK if most > BLOCK // 2 else 2 * most
     return 0
 
 
@@ -395,6 +433,7 @@ cdef inline int translate_plain(
     cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
     cdef bint more = wants_more(batch)
     for k in range(SLOTS):
+        slots[k].block = 0
         slots[k].memo.context.simple = False
     if one_pair and not more:
         return run_blocks(core, port, batch, slots, True, False)

@@ -1,4 +1,4 @@
-"""Bit and byte-order primitives of the hot path: masks, single-copy-atomic loads."""
+"""Bit and byte-order primitives of the hot path: masks, single-copy-atomic loads; code apart."""
 
 from libc.stdint cimport uint64_t
 
@@ -15,6 +15,11 @@ cdef extern from *:
     #define smmufast_prefetch(p) __builtin_prefetch((const void *)(p))
     #define smmufast_unlikely(x) __builtin_expect(!!(x), 0)
     #define smmufast_likely(x) __builtin_expect(!!(x), 1)
+    static inline void *smmufast_apart(void *function)
+    {
+        __asm__("" : "+r"(function));
+        return function;
+    }
     """
     uint64_t le64 "smmufast_le64"(uint64_t value) noexcept nogil
     uint64_t swap64 "smmufast_swap64"(uint64_t value) noexcept nogil
@@ -22,6 +27,8 @@ cdef extern from *:
     void prefetch "smmufast_prefetch"(const void* p) noexcept nogil
     bint unlikely "smmufast_unlikely"(bint condition) noexcept nogil
     bint likely "smmufast_likely"(bint condition) noexcept nogil
+    # A function that a hot loop seldom calls, kept apart: inlined it would slow the loop down.
+    void* apart "smmufast_apart"(void* function) noexcept nogil
 
 
 cdef inline uint64_t low_mask(unsigned int bits) noexcept nogil:

@@ -255,8 +255,8 @@ cdef inline int deliver(
     """What follows from an outcome outside of translation: its event, or its stall."""
     if status or likely(not outcome.fault):
         return status
-    if outcome.event == 0 and outcome.action != ACTION_STALL:
-        return 0
+    if outcome.action != ACTION_STALL and (outcome.event == 0 or not core.queues.events.placed):
+        return 0  # in the outcome alone
     port.wrote = True
     return event_deliver(core, port, request, outcome)
 

@@ -1458,6 +1458,7 @@ cdef class Smmu:
         request.reserved = 0
         ats_pass(&self.core, &request, &outcome)
         return self._result(&request, &outcome)
+
     def __reduce_ex__(self, protocol):
         """Pickle the Smmu with its Memory, as Smmu.save() and Memory do; so copy.deepcopy().
 
