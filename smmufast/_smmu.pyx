@@ -25,7 +25,8 @@ from smmufast._ats cimport (
 )
 from smmufast._batch cimport translate_each, translate_hits, translate_plain
 from smmufast._cached cimport (
-    deliver, lookup_cached, translate_known_cached, translate_request, view_open, walk_cached,
+    deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
+    walk_cached,
 )
 from smmufast._config cimport STAGE1_BYPASS
 from smmufast._tlb cimport Caches
