@@ -979,10 +979,10 @@ cdef class Memory:
                     n = min(size - at, <uint64_t>1 << TOUCHED_LG2)
                     self._pages(region.data + at, n, at, found)
             return found
-        for i in range(1 << CHUNK_TABLE_LG2):
+        for i in range(<uint64_t>1 << CHUNK_TABLE_LG2):
             if region.chunks[i] == NULL:
                 continue
-            for j in range(1 << CHUNK_TABLE_LG2):
+            for j in range(<uint64_t>1 << CHUNK_TABLE_LG2):
                 if region.chunks[i][j] != NULL:
                     at = (i << CHUNK_TABLE_LG2 | j) << CHUNK_LG2
                     n = min(size - at, <uint64_t>1 << CHUNK_LG2)
@@ -1137,9 +1137,9 @@ cdef void region_close(Region* region) noexcept:
         munmap(region.data, region.last - region.base + 1)
         free(region.touched)
     elif region.kind == REGION_CHUNKED:
-        for i in range(1 << CHUNK_TABLE_LG2):
+        for i in range(<uint64_t>1 << CHUNK_TABLE_LG2):
             if region.chunks[i] != NULL:
-                for j in range(1 << CHUNK_TABLE_LG2):
+                for j in range(<uint64_t>1 << CHUNK_TABLE_LG2):
                     if region.chunks[i][j] != NULL:
                         munmap(region.chunks[i][j], 1 << CHUNK_LG2)
                 free(region.chunks[i])
