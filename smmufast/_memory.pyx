@@ -1107,6 +1107,7 @@ def _restored(regions, errors):
 
 @cython.final
 @cython.auto_pickle(False)
+@cython.no_gc_clear  # what is exported is released after this
 cdef class _Span:
     """Bytes of a Memory, which stay where they are while this is exported."""
 

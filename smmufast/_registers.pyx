@@ -149,7 +149,7 @@ cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
 cdef tuple REGISTERS = tuple(
     [name for name in WHOLE if name not in READ_ONLY or name == "GERROR"])
 cdef dict STALL = {"sid": 0xFFFFFFFF, "ssid": 0xFFFFFFFF, "iova": 0xFFFFFFFFFFFFFFFF, "access": 7,
-                   "recorded": 1, "outcome": None}
+                   "kind": 0, "recorded": 1, "outcome": None}
 cdef dict OUTCOME = {
     "pa": 0xFFFFFFFFFFFFFFFF, "ipa": 0xFFFFFFFFFFFFFFFF, "action": 5, "event": 0xFF,
     "fault": 0xFF, "perm": 0x3F, "perm_s1": 0x3F, "level": 4, "page_lg2": 63, "attr": 0xFF,
@@ -164,8 +164,10 @@ cdef object state_error(str what, str why):
 
 cdef object saved_number(str what, value, last, first=0):
     """A number of a state, once it is one that can be."""
-    if type(value) is not int or not first <= value <= last:
-        raise state_error(what, f"{str(value)[:40]}; a number from {first:#x} to {last:#x} needed")
+    if type(value) is not int:
+        raise state_error(what, f"{type(value).__name__} found; a number needed")
+    if not first <= value <= last:
+        raise state_error(what, f"{value:#x}; {first:#x} to {last:#x} allowed")
     return value
 
 
@@ -231,6 +233,11 @@ cdef object saved_caches(saved, bytes contents):
     saved_dict("caches", saved, ("geometries", "nested"))
     given = [None if each is None else tuple(saved_list("caches", each, 4))
              for each in saved_list("caches", saved["geometries"], len(CACHES))]
+    for each in given:
+        if each is not None and tuple([type(part) for part in each]) != (int, int, str, int):
+            raise state_error("caches", "a geometry of sets, ways, policy and seed needed")
+    if type(saved["nested"]) is not str:
+        raise state_error("caches", f"nested: {type(saved['nested']).__name__} found")
     try:
         caches = Caches(**dict(zip(CACHES, given, strict=True)), nested=saved["nested"])
         caches.__setstate__(contents)
@@ -1586,8 +1593,8 @@ cdef class Registers:
         for stall in self._stalls:
             stalls.append({
                 "sid": stall.request.sid, "ssid": stall.request.ssid, "iova": stall.request.iova,
-                "access": stall.request.access, "recorded": int(stall._recorded),
-                "outcome": stall.outcome,
+                "access": stall.request.access, "kind": stall.request.kind,
+                "recorded": int(stall._recorded), "outcome": stall.outcome,
             })
         return {
             "features": {name: getattr(self._features, name) for name in FEATURES},
@@ -1740,6 +1747,7 @@ cdef class Registers:
         stall.request.ssid = saved["ssid"]
         stall.request.iova = saved["iova"]
         stall.request.access = saved["access"]
+        stall.request.kind = saved["kind"]
         stall._recorded = saved["recorded"]
         if (outcome.action != ACTION_STALL or outcome.fault != outcome.record[0] & 0xFF
                 or not EVENT_F_TRANSLATION <= outcome.fault <= EVENT_F_PERMISSION

@@ -444,7 +444,6 @@ def test_the_text_of_a_smmu_says_its_registers(smmu):
 def made_things():
     smmu, _ = small.system()
     return {
-        "Smmu": smmu,
         "Result": smmu.translate(1, small.RW),
         "TracedResult": smmu.translate(1, small.RW, trace=True),
         "Walk": smmu.start_walk(1, small.RW),

@@ -1332,14 +1332,5 @@ def test_many_memories_come_and_go():
     assert mapped() - space < 1 << 30
 
 
-def test_a_memory_is_not_pickled_and_says_why():
-    import copy
-    import pickle
-
-    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="regions belong to the host"):
-            attempt(filled())
-
-
 def test_the_text_of_a_memory_says_how_many_regions_it_has():
     assert repr(filled()) == "Memory(2 regions)"

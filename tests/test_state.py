@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 import random
+import struct
 import threading
 import zlib
 
@@ -14,6 +15,7 @@ import pytest
 import small
 from ptwriter import encode_cd, encode_ste, leaf_descriptor
 
+import smmufast
 from smmufast import Caches, ExternalAbort, Features, Memory, Smmu, layout
 
 COMMANDS, EVENTS, PAGES, MSI = 0x9000_0000, 0x9010_0000, 0x9020_0000, 0x9030_0000
@@ -480,19 +482,60 @@ def test_no_state_is_saved_while_another_thread_translates(cached):
     assert Smmu.restore(smmu.save(), memory).save() == smmu.save()
 
 
-def test_a_c_handle_does_not_keep_a_state_from_being_saved():
-    from smmufast import _smmu
+class Handle:
+    """A Smmu through the C interface."""
 
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    table = get(_smmu._C_API, b"smmufast._smmu._C_API")
-    acquire, release = (ctypes.c_void_p * 2).from_address(table + 8)
-    smmu = Smmu(Memory())
+    def __init__(self, smmu):
+        from smmufast import _smmu
+
+        get = ctypes.pythonapi.PyCapsule_GetPointer
+        get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        table = get(_smmu._C_API, b"smmufast._smmu._C_API")
+        acquire, release, run = (ctypes.c_void_p * 3).from_address(table + 8)
+        self.handle = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(acquire)(smmu)
+        self.free = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(release)
+        pointers = [ctypes.c_void_p] * 3
+        self.run = ctypes.PYFUNCTYPE(ctypes.c_int, *pointers)(run)
+
+    def translate(self, sid, iova):
+        """Returns the status."""
+        request = struct.pack("<QIIII", iova, sid, smmufast.NO_SUBSTREAM, 0, 0)
+        return self.run(self.handle, request, ctypes.create_string_buffer(1024))
+
+    def release(self):
+        self.free(self.handle)
+
+
+def test_a_c_handle_does_not_keep_a_state_from_being_saved():
+    smmu = machine(random.Random(0), eventq_base=EVENTS | 2, caches=Caches.small()).smmu
     before = smmu.save()
-    handle = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(acquire)(smmu)
+    handle = Handle(smmu)
     assert smmu.save() == before
-    ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(release)(handle)
-    assert smmu.save() == before
+    assert handle.translate(HELD, IOVA) == 0
+    (stall,) = Smmu.restore(smmu.save(), smmu.memory).stalls
+    assert (stall.sid, stall.iova, stall.recorded) == (HELD, IOVA, True)
+    handle.release()
+    assert len(Smmu.restore(smmu.save(), smmu.memory).stalls) == 1
+
+
+def test_no_state_is_saved_while_a_record_is_being_written():
+    memory = Memory()
+    memory.add(image(), small.BASE)
+    refused = []
+
+    def write(address, data):
+        with pytest.raises(RuntimeError, match="a record is being written"):
+            smmu.save()
+        refused.append(address)
+        return True
+
+    memory.add_callback(EVENTS, 0x1000, lambda a, n: bytes(n), write)
+    smmu = Smmu(memory, eventq_base=EVENTS | 2, **small.registers())
+    handle = Handle(smmu)
+    assert handle.translate(small.STAGE1, IOVA) == 0
+    handle.release()
+    assert refused == [EVENTS]
+    assert Smmu.restore(smmu.save(), memory).read("EVENTQ_PROD") == 1
 
 
 # --- hostile bytes ---
@@ -505,6 +548,13 @@ def state(seed=3):
     made.run([("write", 0x11, 1), ("command", "CFGI_ALL", {}), ("translate", small.STAGE2, 0, {})])
     assert len(made.smmu.stalls) == 3 and made.smmu.warnings
     return made
+
+
+def nest(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def sealed(parsed, contents, version=1):
@@ -527,17 +577,17 @@ def test_a_state_with_any_byte_changed_is_refused():
     for i in range(len(saved)):
         damaged = bytearray(saved)
         damaged[i] ^= chooser.randrange(1, 256)
-        with pytest.raises(ValueError, match="^state: "):
+        with pytest.raises(ValueError, match=r"^state: "):
             Smmu.restore(damaged, memory)
 
 
 def test_a_state_that_is_cut_or_too_long_is_refused():
     saved = state().smmu.save()
     for end in range(0, len(saved), 3):
-        with pytest.raises(ValueError, match="^state: "):
+        with pytest.raises(ValueError, match=r"^state: "):
             Smmu.restore(saved[:end], Memory())
     for more in (b"\0", saved):
-        with pytest.raises(ValueError, match="^state: "):
+        with pytest.raises(ValueError, match=r"^state: "):
             Smmu.restore(saved + more, Memory())
     with pytest.raises(ValueError, match="bytes too many"):
         parsed, contents = opened(saved)
@@ -549,7 +599,7 @@ def test_random_bytes_are_refused():
     for _ in range(500):
         data = chooser.randbytes(chooser.randrange(200))
         for given in (data, b"smmufast" + data, sealed(data, b"")):
-            with pytest.raises(ValueError, match="^state: "):
+            with pytest.raises(ValueError, match=r"^state: "):
                 Smmu.restore(given, Memory())
 
 
@@ -560,24 +610,29 @@ def test_random_bytes_are_refused():
         (lambda s: s.update(more=1), "all: 'more' is unknown"),
         (lambda s: s["features"].update(oas=9), "features: "),
         (lambda s: s["features"].update(oas="6"), "features: oas"),
+        (lambda s: s["features"].update(oas=nest(400)), "features: oas"),
+        (lambda s: s.update(atc_failed=nest(400)), "atc_failed: list found"),
         (lambda s: s["features"].update(mpam=1), "features: mpam=1"),
         (lambda s: s["registers"].pop("CR0"), "registers: CR0 is missing"),
         (lambda s: s["registers"].update(CR0=1 << 31), "CR0: 0x80000000; bits of"),
-        (lambda s: s["registers"].update(CR0=True), "CR0: True; a number"),
-        (lambda s: s["registers"].update(CR0=-1), "CR0: -1; a number"),
+        (lambda s: s["registers"].update(CR0=True), "CR0: bool found; a number"),
+        (lambda s: s["registers"].update(CR0=-1), "CR0: -0x1; 0x0 to"),
         (lambda s: s["registers"].update(GBPA=1 << 31), "GBPA: 0x80000000; bits"),
-        (lambda s: s["registers"].update(EVENTQ_PROD=2), "EVENTQ_PROD: 2; a number"),
-        (lambda s: s["registers"].update(EVENTQ_CONS=0x80000), "EVENTQ_CONS: 524288; a number"),
+        (lambda s: s["registers"].update(EVENTQ_PROD=2), "EVENTQ_PROD: 0x2; 0x0 to 0x1 allowed"),
+        (lambda s: s["registers"].update(EVENTQ_CONS=0x80000), "EVENTQ_CONS: 0x80000; "),
         (lambda s: s.update(placed=[1, 1]), "placed: a list of 3 needed"),
-        (lambda s: s.update(placed=[1, 1, 2]), "placed: 2; a number"),
-        (lambda s: s.update(last_stag=1 << 16), "last_stag: 65536; a number"),
+        (lambda s: s.update(placed=[1, 1, 2]), "placed: 0x2; 0x0 to 0x1"),
+        (lambda s: s.update(last_stag=1 << 16), "last_stag: 0x10000; 0x0 to"),
         (lambda s: s["stalls"].append(s["stalls"][0]), "stalls: sid 0x14 has STAG 0x0 twice"),
-        (lambda s: s["stalls"][0].update(access=8), "access of a stall: 8; a number"),
+        (lambda s: s["stalls"][0].update(access=8), "access of a stall: 0x8; "),
         (lambda s: s["stalls"][0].update(ssid=1 << 20), "ssid of a stall: 0x100000 is none"),
-        (lambda s: s["stalls"][0]["outcome"].update(action=9), "action of a stall: 9; a number"),
+        (lambda s: s["stalls"][0]["outcome"].update(action=9), "action of a stall: 0x9; "),
         (lambda s: s["stalls"][0]["outcome"].update(action=0), "not that of a fault that stalls"),
         (lambda s: s["stalls"][0]["outcome"].update(fault=3), "not that of a fault that stalls"),
-        (lambda s: s["stalls"][0]["outcome"].update(level=-2), "level of a stall: -2; a number"),
+        (
+            lambda s: s["stalls"][0]["outcome"].update(level=-2),
+            "level of a stall: -0x2; -0x1 to 0x4 allowed",
+        ),
         (lambda s: s["stalls"][0]["outcome"]["record"].pop(), "record of a stall: a list of 4"),
         (lambda s: s.update(stalls={}), "stalls: a list needed"),
         (lambda s: s.update(warnings=[["CR0", 1]]), "warnings: two strings needed"),
@@ -585,7 +640,9 @@ def test_random_bytes_are_refused():
         (lambda s: s["caches"].update(nested="no"), "caches: nested: 'no' given"),
         (lambda s: s["caches"]["geometries"].pop(), "caches: a list of 5 needed"),
         (lambda s: s["caches"]["geometries"].__setitem__(2, [3, 2, "lru", 0]), "caches: "),
-        (lambda s: s["caches"]["geometries"].__setitem__(2, [[], 2, "lru", 0]), "caches: "),
+        (lambda s: s["caches"]["geometries"].__setitem__(2, [[], 2, "lru", 0]), "caches: a geom"),
+        (lambda s: s["caches"].update(nested=[]), "caches: nested: list found"),
+        (lambda s: s["stalls"][0].update(kind=1), "kind of a stall: 0x1; 0x0 to 0x0"),
         (lambda s: s["caches"]["geometries"].__setitem__(2, [4, 2, "lru", 0]), "caches: state: "),
     ],
 )
@@ -600,7 +657,7 @@ def test_a_state_that_cannot_be_is_refused_by_name(change, why):
 
 def test_deep_and_endless_json_is_refused():
     for text in (b"[" * 200_000, b"9" * 10_000, b"NaN", b"\xff", b"", b"[]", b'{"a":' * 3):
-        with pytest.raises(ValueError, match="^state: "):
+        with pytest.raises(ValueError, match=r"^state: "):
             Smmu.restore(sealed(text, b""), Memory())
     with pytest.raises(ValueError, match="of version 2; 1 needed"):
         Smmu.restore(sealed(b"{}", b"", version=2), Memory())
@@ -837,6 +894,19 @@ def test_buffers_out_of_band_outlive_the_memory():
     del memory
     gc.collect()
     assert bytes(buffers[0])[:5] == b"lives"
+
+
+def test_buffers_out_of_band_may_be_in_a_cycle_with_the_memory():
+    for _ in range(20):
+        memory = Memory()
+        memory.add_private(0, 1 << 20)
+        memory.write(0, b"cycle")
+        buffers = out_of_band(memory)[1]
+        buffers.append(memory)
+        memory.add_callback(1 << 20, 8, lambda a, n, held=buffers: bytes(held[0])[:n])
+        assert memory.read(1 << 20, 5) == b"cycle"
+        del memory, buffers
+        assert gc.collect() > 0
 
 
 def test_regions_over_the_same_bytes_stay_so():
