@@ -149,7 +149,7 @@ cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
 cdef tuple REGISTERS = tuple(
     [name for name in WHOLE if name not in READ_ONLY or name == "GERROR"])
 cdef dict STALL = {"sid": 0xFFFFFFFF, "ssid": 0xFFFFFFFF, "iova": 0xFFFFFFFFFFFFFFFF, "access": 7,
-                   "kind": 0, "recorded": 1, "outcome": None}
+                   "recorded": 1, "outcome": None}
 cdef dict OUTCOME = {
     "pa": 0xFFFFFFFFFFFFFFFF, "ipa": 0xFFFFFFFFFFFFFFFF, "action": 5, "event": 0xFF,
     "fault": 0xFF, "perm": 0x3F, "perm_s1": 0x3F, "level": 4, "page_lg2": 63, "attr": 0xFF,
@@ -1593,7 +1593,7 @@ cdef class Registers:
         for stall in self._stalls:
             stalls.append({
                 "sid": stall.request.sid, "ssid": stall.request.ssid, "iova": stall.request.iova,
-                "access": stall.request.access, "kind": stall.request.kind,
+                "access": stall.request.access,
                 "recorded": int(stall._recorded), "outcome": stall.outcome,
             })
         return {
@@ -1747,7 +1747,6 @@ cdef class Registers:
         stall.request.ssid = saved["ssid"]
         stall.request.iova = saved["iova"]
         stall.request.access = saved["access"]
-        stall.request.kind = saved["kind"]
         stall._recorded = saved["recorded"]
         if (outcome.action != ACTION_STALL or outcome.fault != outcome.record[0] & 0xFF
                 or not EVENT_F_TRANSLATION <= outcome.fault <= EVENT_F_PERMISSION

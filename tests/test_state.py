@@ -642,7 +642,6 @@ def test_random_bytes_are_refused():
         (lambda s: s["caches"]["geometries"].__setitem__(2, [3, 2, "lru", 0]), "caches: "),
         (lambda s: s["caches"]["geometries"].__setitem__(2, [[], 2, "lru", 0]), "caches: a geom"),
         (lambda s: s["caches"].update(nested=[]), "caches: nested: list found"),
-        (lambda s: s["stalls"][0].update(kind=1), "kind of a stall: 0x1; 0x0 to 0x0"),
         (lambda s: s["caches"]["geometries"].__setitem__(2, [4, 2, "lru", 0]), "caches: state: "),
     ],
 )
