@@ -1,4 +1,4 @@
-"""Builds and imports _baseline and _probe, in <repository>/build/benchmarks; installs nothing."""
+"""Builds and imports _baseline, _nested and _probe, in <repository>/build/benchmarks; installs nothing."""
 
 import importlib.util
 from pathlib import Path
@@ -50,7 +50,7 @@ def load(name="_baseline", plain="baseline_walk", package=None):
         name,
         [str(HERE / f"{name}.pyx"), str(HERE / f"{plain}.c")],
         include_dirs=include,
-        depends=[str(HERE / f"{plain}.h")],
+        depends=[*map(str, HERE.glob("baseline_*.[ch]"))],
         extra_compile_args=FLAGS,
     )
     modules = cythonize(

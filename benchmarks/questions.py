@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import baseline
 import workload
-from workload import BASE, SID, STRTAB_LINEAR, Out
+from workload import BASE, SID, STRTAB_LINEAR, STRTAB_NESTED, Out
 
 LIBRARY = "smmufast"
 
@@ -82,11 +82,29 @@ class Workbench:
     @functools.cache  # noqa: B019
     def smmu(self, pages_lg2, strtab=STRTAB_LINEAR):
         """Return a smmufast.Smmu over the same bytes."""
-        from smmufast import Features, Memory, Smmu
+        return smmu(self.image(pages_lg2), strtab)
 
-        memory = Memory()
-        memory.add(self.image(pages_lg2).buffer, BASE)
-        return Smmu(memory, features=Features(), strtab_base=strtab[0], strtab_base_cfg=strtab[1])
+    @functools.cache  # noqa: B019
+    def nested_module(self):
+        """Return _nested."""
+        return baseline.load("_nested", "baseline_nested")
+
+    @functools.cache  # noqa: B019
+    def nested_image(self, pages_lg2):
+        """Return the NestedImage of 2**pages_lg2 pages, on which the baselines agree."""
+        image = workload.NestedImage(pages_lg2)
+        workload.check_nested(self.nested_module(), image)
+        return image
+
+    @functools.cache  # noqa: B019
+    def nested_baselines(self, pages_lg2):
+        """Return the NestedBaselines over an image."""
+        return workload.NestedBaselines(self.nested_module(), self.nested_image(pages_lg2).words)
+
+    @functools.cache  # noqa: B019
+    def nested_smmu(self, pages_lg2):
+        """Return a smmufast.Smmu over the same bytes."""
+        return smmu(self.nested_image(pages_lg2), STRTAB_NESTED)
 
     @functools.cache  # noqa: B019
     def requests(self, pages_lg2, order):
@@ -101,6 +119,15 @@ class Workbench:
         out = Out.empty(len(iova))
         self.baselines(pages_lg2).c.batch(SID, iova, *out.arrays())
         return out
+
+
+def smmu(image, strtab, **registers):
+    """Return a smmufast.Smmu over the bytes of an image."""
+    from smmufast import Memory, Smmu
+
+    memory = Memory()
+    memory.add(image.buffer, BASE)
+    return Smmu(memory, strtab_base=strtab[0], strtab_base_cfg=strtab[1], **registers)
 
 
 def checked(call, out, reference, items):

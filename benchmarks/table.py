@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+import bench_cached
+import bench_nested
 import bench_pasid
 import bench_start
 import bench_tlb
@@ -33,8 +35,9 @@ import bench_translate
 import numpy
 from questions import LIBRARY, Workbench
 
+MODULES = (bench_translate, bench_nested, bench_cached, bench_tlb, bench_pasid, bench_start)
 QUESTIONS = sorted(
-    bench_translate.QUESTIONS + bench_tlb.QUESTIONS + bench_pasid.QUESTIONS + bench_start.QUESTIONS,
+    (question for module in MODULES for question in module.QUESTIONS),
     key=lambda question: not question.main,
 )
 

@@ -4,6 +4,7 @@ import mmap
 from dataclasses import dataclass
 
 import numpy as np
+import walk_nested
 import walk_numpy
 import walk_python
 from walk_python import Registers, Words
@@ -31,7 +32,17 @@ SID_SUBSTREAMS = 5
 STRTAB_LINEAR = (BASE + LINEAR_STES, STREAMS_LG2)
 STRTAB_TWO_LEVEL = (BASE + L1STDS, 1 << 16 | SPLIT << 6 | STREAMS_LG2)
 
+# Streams of a NestedImage: both stages, stage 2 alone, and stage 1 alone with the same CD.
+NESTED_SID, STAGE2_SID, STAGE1_SID = range(3)
+NESTED_STREAMS_LG2 = 2
+STRTAB_NESTED = (BASE, NESTED_STREAMS_LG2)
+
+# Its addresses before stage 2: where the CD and the tables of stage 1 are, and the data.
+GUEST_IPA = 0x40_0000_0000
+DATA_IPA = 0x60_0000_0000
+
 PAGE = 0b11 | 1 << 6 | 3 << 8 | 1 << 10 | 1 << 11  # valid page: AP[1], ISH, AF, nG
+PAGE_S2 = 0b11 | 15 << 2 | 3 << 6 | 3 << 8 | 1 << 10  # likewise: write-back, S2AP, ISH, AF
 TABLE = 0b11
 
 
@@ -149,6 +160,178 @@ class Image:
         iova = self.random(n, seed)
         iova[np.random.default_rng(seed).random(n) < 1 / 8] += np.uint64(self.pages << 12)
         return iova
+
+
+def table_descriptors(offset, n):
+    """Return n table descriptors for consecutive tables from BASE + offset on."""
+    return np.arange(n, dtype=np.uint64) * np.uint64(4096) + np.uint64(BASE + offset | TABLE)
+
+
+class NestedImage:
+    """Contiguous virtual pages on permuted IPA pages, and these on permuted physical ones.
+
+    Pages of 4 KiB and four levels in both stages; stage 2 maps what stage 1 reads by pages too.
+
+    Parameters
+    ----------
+    pages_lg2 : int
+        log2 of how many 4 KiB pages are mapped, from IOVA_BASE on; 9 to 27.
+
+    Attributes
+    ----------
+    buffer, words, pages
+        As those of an Image.
+    guest : int
+        Offset of the CD, which is at GUEST_IPA; the tables of stage 1 follow it.
+    leading : ndarray of int
+        Indices of the descriptors of stage 2 that lead to the CD.
+    """
+
+    def __init__(self, pages_lg2):
+        self.pages_lg2 = pages_lg2
+        self.pages = 1 << pages_lg2
+        leaf_tables = self.pages >> 9
+        level2_tables = -(-leaf_tables >> 9) or 1
+        self.guest = 0x1000
+        guest_size = 0x1000 * (3 + level2_tables + leaf_tables)
+        guest_tables = -(-guest_size >> 21)
+        outer = self.guest + guest_size  # tables of stage 2: levels 0 and 1, then 2, then 3
+        outer2 = outer + 0x2000
+        outer3 = outer2 + 0x1000 * (1 + level2_tables)
+        data = outer3 + 0x1000 * guest_tables
+        self.size = data + 8 * self.pages
+        mapped = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.buffer = np.frombuffer(mapped, np.uint8)
+        self.words = self.buffer.view(np.uint64)
+
+        def put(offset, values):
+            self.words[offset // 8 : offset // 8 + len(values)] = values
+
+        def guest_tables_at(page, n):
+            pages = np.arange(page, page + n, dtype=np.uint64)
+            return (pages << np.uint64(12)) + np.uint64(GUEST_IPA | TABLE)
+
+        put(self.guest, pack_cd(GUEST_IPA + 0x1000, asid=1))
+        put(self.guest + 0x1000 + (IOVA_BASE >> 39 & 511) * 8, guest_tables_at(2, 1))
+        put(self.guest + 0x2000 + (IOVA_BASE >> 30 & 511) * 8, guest_tables_at(3, level2_tables))
+        put(self.guest + 0x3000, guest_tables_at(3 + level2_tables, leaf_tables))
+        leaves = self.guest + 0x1000 * (3 + level2_tables)
+        put(outer + (GUEST_IPA >> 39) * 8, table_descriptors(outer + 0x1000, 1))
+        put(outer + 0x1000 + (GUEST_IPA >> 30 & 511) * 8, table_descriptors(outer2, 1))
+        put(
+            outer + 0x1000 + (DATA_IPA >> 30 & 511) * 8,
+            table_descriptors(outer2 + 0x1000, level2_tables),
+        )
+        self.leading = np.array(
+            [
+                outer + (GUEST_IPA >> 39) * 8,
+                outer + 0x1000 + (GUEST_IPA >> 30 & 511) * 8,
+                outer2,
+                outer3,
+            ]
+        )
+        self.leading //= 8
+        put(outer2, table_descriptors(outer3, guest_tables))
+        put(outer2 + 0x1000, table_descriptors(data, leaf_tables))
+        guest_pages = np.arange(guest_size >> 12, dtype=np.uint64) << np.uint64(12)
+        put(outer3, guest_pages + np.uint64(BASE + self.guest | PAGE_S2))
+        for first in range(0, self.pages, 1 << 20):  # by pieces: temporary arrays stay small
+            pages = np.arange(first, min(first + (1 << 20), self.pages), dtype=np.uint64)
+            onto = permuted(pages, pages_lg2) << np.uint64(12)
+            put(leaves + 8 * first, onto + np.uint64(DATA_IPA | PAGE))
+            put(data + 8 * first, onto + np.uint64(PA_BASE | PAGE_S2))
+        for sid, config, cd in (
+            (NESTED_SID, 0b111, GUEST_IPA),
+            (STAGE2_SID, 0b110, 0),
+            (STAGE1_SID, 0b101, BASE + self.guest),
+        ):
+            ste = pack_ste(cd)
+            ste[0] = 1 | config << 1 | cd
+            ste[2] = 2 | 16 << 32 | 2 << 38 | 3 << 44 | 5 << 48 | 1 << 51 | 1 << 54 | 1 << 58
+            ste[3] = BASE + outer
+            put(64 * sid, ste)
+
+    def expected(self, iova, *, stage2_only=False):
+        """Return the output addresses of mapped addresses, from the permutation alone."""
+        first = DATA_IPA if stage2_only else IOVA_BASE
+        pages = (iova - np.uint64(first)) >> np.uint64(12)
+        for _ in range(1 if stage2_only else 2):
+            pages = permuted(pages, self.pages_lg2)
+        return (pages << np.uint64(12)) + np.uint64(PA_BASE) + (iova & np.uint64(4095))
+
+    sequential = Image.sequential
+    random = Image.random
+
+
+class NestedBaselines:
+    """The baselines of streams with stage 2, over the words of a NestedImage.
+
+    Parameters
+    ----------
+    module
+        _nested.
+    words : ndarray of uint64
+    """
+
+    def __init__(self, module, words):
+        self.memory = Words(memoryview(words), BASE)
+        self.registers = Registers(*STRTAB_NESTED)
+        self.c = module.Walker(
+            words.view(np.uint8),
+            BASE,
+            strtab_base=STRTAB_NESTED[0],
+            strtab_base_cfg=STRTAB_NESTED[1],
+        )
+
+    def configure(self, sid):
+        """Return what python() takes for a stream."""
+        stage2 = walk_nested.configure(self.memory, self.registers, sid)
+        if sid == STAGE2_SID:
+            return stage2, None
+        return stage2, walk_python.configure(self.memory, self.registers, STAGE1_SID)
+
+    def python(self, stages, iova, out, **access):
+        """Fill out, whose columns are lists or arrays, with the pure-Python walk."""
+        walk_nested.translate_batch(
+            self.memory, *stages, iova, out.pa, out.action, out.event, **access
+        )
+
+
+def check_nested(module, image):
+    """Assert that both baselines find the addresses which the permutations say."""
+    baselines = NestedBaselines(module, image.words)
+    for sid, first in ((NESTED_SID, IOVA_BASE), (STAGE2_SID, DATA_IPA)):
+        both = np.concatenate([image.random(800), image.sequential(200)])
+        both -= np.uint64(IOVA_BASE - first)
+        beyond = [first + (image.pages << 12), first - 1, 1 << 48, 1 << 55, 0xFFFF << 48]
+        iova = np.concatenate([both, np.array(beyond, np.uint64)])
+        out = check_nested_agreement(baselines, iova, sid)
+        wanted = image.expected(both, stage2_only=sid == STAGE2_SID)
+        if not np.array_equal(out.pa[: len(both)], wanted):
+            raise AssertionError("the nested baselines agree on wrong addresses")
+        if out.action[: len(both)].any() or not out.event[len(both) :].all():
+            raise AssertionError("the nested baselines agree on wrong outcomes")
+
+
+def check_nested_agreement(baselines, iova, sid, **access):
+    """Assert that C, C from the registers on, and Python agree; return what they found."""
+    c, each, p = (Out.empty(len(iova)) for _ in range(3))
+    baselines.c.batch(sid, iova, *c.arrays(), **access)
+    baselines.c.batch(sid, iova, *each.arrays(), each=True, **access)
+    baselines.python(baselines.configure(sid), iova.tolist(), p, **access)
+    for name, other in (("C from the registers on", each), ("pure Python", p)):
+        if not c.same(other):
+            raise AssertionError(f"nested C and {name} disagree {access}")
+    return c
+
+
+def spoil(image, rng, n):
+    """Change n descriptors of a NestedImage at random, but for those that lead to the CD."""
+    first = image.guest // 8 + 8
+    found = first + np.flatnonzero(image.words[first:])
+    bits = [0, 1, 2, 4, 6, 7, 10, 12, 13, 30, 39, 47, 53, 54, 60, 61, 62]
+    for at in rng.choice(np.setdiff1d(found, image.leading), n, replace=False):
+        image.words[at] ^= np.uint64(1 << int(rng.choice(bits)))
 
 
 @dataclass
