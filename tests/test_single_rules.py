@@ -1,0 +1,377 @@
+"""Rules of docs/rules.md that no other test states alone: what is cached, and what is ignored."""
+
+import pytest
+import reference
+import small
+import twin
+from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench, default_features
+from test_stage2 import VMID, nested_system
+
+from smmufast import Caches, Features, Memory, Smmu, layout
+
+IOVA = 0x1234_5000
+
+
+def cached(bench, caches=None):
+    """A Smmu with caches over the bytes of a Bench."""
+    memory = Memory()
+    for base, data in bench.regions():
+        memory.add(data, base)
+    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    caches = Caches.small() if caches is None else caches
+    return Smmu(memory, features, caches=caches, **vars(bench.regs))
+
+
+def mapped(features=None, **flags):
+    """(Bench with one page, its Smmu with caches, address of the leaf)."""
+    bench = Bench(features)
+    slot = bench.tables.slot(IOVA, 3)
+    bench.map(IOVA, 0x5000, **flags)
+    return bench, cached(bench), slot
+
+
+def outcome(smmu, iova=IOVA, **more):
+    """The name of a fault, or the address."""
+    result = smmu.translate(SID, iova, **more)
+    return result.fault.name if result.fault else result.pa
+
+
+# ------------------------------------------------------------------------------------------------
+# TLB
+
+
+def test_a_cached_translation_is_used_until_it_is_invalidated():
+    bench, smmu, slot = mapped()
+    assert outcome(smmu) == 0x5000
+    bench.tables.write_descriptor(slot, 0)
+    assert outcome(smmu, IOVA + 8) == 0x5008
+    for command in ("CFGI_ALL", "CFGI_STE_RANGE"):
+        smmu.command(command, StreamID=SID, Range=31)
+        assert outcome(smmu) == 0x5000  # a TLB needs its own command
+    smmu.command("TLBI_NSNH_ALL")
+    assert outcome(smmu) == "F_TRANSLATION"
+
+
+def test_permissions_are_tested_on_every_hit():
+    bench, smmu, slot = mapped(ap=3)
+    assert outcome(smmu) == 0x5000
+    bench.tables.write_descriptor(slot, 0)
+    assert outcome(smmu, write=True) == "F_PERMISSION"
+    assert outcome(smmu, priv=True) == 0x5000
+    assert smmu.caches.tlb.hits == 2
+
+
+@pytest.mark.parametrize("s2ap", [1, 2])
+def test_permissions_of_stage_2_are_tested_on_every_hit(s2ap):
+    bench, iova, ipa = nested_system()
+    slot = bench.map2(ipa, 0x5000, s2ap=s2ap)
+    smmu = cached(bench)
+    assert outcome(smmu, iova, write=s2ap == 2) == 0x5000
+    bench.second.write_descriptor(slot, 0)
+    result = smmu.translate(SID, iova, write=s2ap == 1)
+    assert (result.fault.name, result.fault.s2, result.fault.class_) == ("F_PERMISSION", True, "IN")
+    assert result.fault.ipa == ipa
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "fault"),
+    [(0, "F_TRANSLATION"), (1 << 51 | 0xFF3, "F_ACCESS"), (1 << 47 | 0xFFF, "F_ADDR_SIZE")],
+)
+def test_faults_other_than_of_permission_are_not_cached(descriptor, fault):
+    bench, smmu, slot = mapped()
+    good = bench.tables.read_descriptor(slot)
+    bench.write_cd(ips=4)
+    bench.tables.write_descriptor(slot, descriptor & ~(1 << 10) if fault == "F_ACCESS"
+                                  else descriptor)  # fmt: skip
+    assert outcome(smmu) == fault
+    assert len(smmu.caches.tlb) == 0
+    bench.tables.write_descriptor(slot, good)
+    assert outcome(smmu) == 0x5000
+
+
+def test_translations_are_shared_by_vmid_and_asid():
+    bench = Bench()
+    slot = bench.tables.slot(IOVA, 3)
+    bench.map(IOVA, 0x5000, ng=1)
+    bench.write_cd(asid=3)
+    bench.write_cd(1, asid=4)
+    bench.write_ste(SID + 1)
+    bench.write_ste(SID + 2, s1contextptr=CONTEXT_TABLE + 64)
+    smmu = cached(bench)
+    assert outcome(smmu) == 0x5000
+    bench.tables.write_descriptor(slot, 0)
+    assert smmu.translate(SID + 1, IOVA).pa == 0x5000
+    assert smmu.translate(SID + 2, IOVA).fault.name == "F_TRANSLATION"
+
+
+@pytest.mark.parametrize(
+    ("s2p", "config", "strw", "vmid"),
+    [(1, 0b101, 0, VMID), (1, 0b101, 2, 0), (0, 0b101, 0, 0), (1, 0b111, 0, VMID)],
+)
+def test_stage_1_alone_is_tagged_by_the_vmid_too(s2p, config, strw, vmid):
+    bench, iova, _ = nested_system()
+    bench.features.s2p = s2p
+    bench.write_ste(config=config, strw=strw)
+    if config == 0b101:
+        bench.map(iova, 0x5000)
+    smmu = cached(bench)
+    result = smmu.translate(SID, iova)
+    assert result.pa == 0x5000
+    (entry,) = smmu.caches.tlb
+    assert (result.vmid or 0, entry.vmid) == (vmid, vmid)
+
+
+@pytest.mark.parametrize("bbml", [0, 1, 2])
+def test_blocks_with_nt_are_not_cached(bbml):
+    bench = Bench(default_features(bbml=bbml))
+    bench.map(0, 0x20_0000, 2, ignored=1 << 16)
+    smmu = cached(bench)
+    assert outcome(smmu, 0) == 0x20_0000
+    assert len(smmu.caches.tlb) == (bbml == 0)
+
+
+def test_the_contiguous_hint_makes_no_larger_entry():
+    _, smmu, _ = mapped(contiguous=1)
+    assert outcome(smmu) == 0x5000
+    (entry,) = smmu.caches.tlb
+    assert (entry.lg2, entry.contiguous) == (12, True)
+    assert outcome(smmu, IOVA + 0x1000) == "F_TRANSLATION"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_write_to_a_page_that_is_still_clean_walks_again(stage):
+    bench, iova, ipa = nested_system()
+    bench.write_ste(s2ha=1, s2hd=1)
+    bench.write_cd(ha=1, hd=1)
+    if stage == 1:
+        slot = bench.map(iova, ipa, ap=3, dbm=1)
+        dirty = bench.descriptor(slot) & ~reference.AP2
+    else:
+        slot = bench.map2(ipa, 0x5000, s2ap=1, dbm=1)
+        dirty = bench.descriptor(slot) | reference.S2AP1
+    smmu = cached(bench)
+    assert outcome(smmu, iova) == 0x5000
+    assert bench.descriptor(slot) != dirty
+    assert outcome(smmu, iova, write=True) == 0x5000
+    assert bench.descriptor(slot) == dirty
+    hits = smmu.caches.tlb.hits
+    assert outcome(smmu, iova, write=True) == 0x5000
+    assert smmu.caches.tlb.hits == hits + 1
+
+
+def test_commands_by_address_do_not_know_of_ignored_top_bytes():
+    bench, smmu, slot = mapped()
+    bench.write_cd(tbi0=1)
+    tagged = 0x5A << 56 | IOVA
+    assert outcome(smmu, tagged) == 0x5000
+    bench.tables.write_descriptor(slot, 0)
+    assert outcome(smmu) == 0x5000  # one entry serves all tags
+    smmu.command("TLBI_NH_VAA", Address=tagged)
+    assert outcome(smmu, tagged) == 0x5000
+    smmu.command("TLBI_NH_VAA", Address=IOVA)
+    assert outcome(smmu, tagged) == "F_TRANSLATION"
+
+
+def test_tables_in_walk_caches_go_unless_only_leaves_are_named():
+    bench, smmu, slot = mapped()
+    other = IOVA + 0x1000
+    assert outcome(smmu) == 0x5000
+    bench.tables.write_descriptor(bench.tables.slot(IOVA, 2), 0)
+    bench.memory.write(slot + 8, bench.memory.read(slot, 8))
+    assert outcome(smmu, other) == 0x5000  # through the table that is cached
+    for leaf, found in ((1, 0x5000), (0, "F_TRANSLATION")):
+        smmu.command("TLBI_NH_VAA", Address=other, Leaf=leaf)
+        assert outcome(smmu, other) == found
+
+
+# ------------------------------------------------------------------------------------------------
+# Configuration caches
+
+
+def test_structures_are_cached_until_their_command():
+    bench, smmu, _ = mapped()
+    assert outcome(smmu) == 0x5000
+    bench.write_cd(v=0)
+    bench.write_ste(v=0)
+    assert outcome(smmu) == 0x5000
+    smmu.command("CFGI_CD", StreamID=SID)
+    assert outcome(smmu) == "C_BAD_CD"
+    bench.write_cd(v=1)
+    assert outcome(smmu) == 0x5000
+    smmu.command("CFGI_STE", StreamID=SID)
+    assert outcome(smmu) == "C_BAD_STE"
+
+
+def test_structures_that_are_not_legal_are_not_cached():
+    bench, smmu, _ = mapped()
+    for write, bad in ((bench.write_ste, {"v": 0}), (bench.write_ste, {"strw": 1}),
+                       (bench.write_cd, {"v": 0}), (bench.write_cd, {"tg0": 3})):  # fmt: skip
+        good = {name: {"v": 1}.get(name, 0) for name in bad}
+        write(**bad)
+        smmu.command("CFGI_ALL")
+        assert outcome(smmu).startswith("C_BAD_")
+        write(**good)
+        assert outcome(smmu) == 0x5000
+    # An STE that aborts is legal.
+    smmu.command("CFGI_ALL")
+    bench.write_ste(config=0)
+    assert smmu.translate(SID, IOVA).action == "abort"
+    bench.write_ste(config=5)
+    assert smmu.translate(SID, IOVA).action == "abort"
+
+
+def test_level_1_descriptors_are_read_with_every_structure_that_is_not_cached():
+    bench = Bench()
+    bench.map(IOVA, 0x5000)
+    bench.regs.strtab_base_cfg = 1 << 16 | 6 << 6 | 8
+    bench.memory.write(STREAM_TABLE + 0x800, bench.memory.read(STREAM_TABLE, 0x400))
+    level1 = (STREAM_TABLE + 0x800 | 7).to_bytes(8, "little")
+    bench.memory.write(STREAM_TABLE, level1)
+    bench.write_ste(SID + 32)  # the same bytes at another index
+    smmu = cached(bench)
+    assert outcome(smmu) == 0x5000
+    bench.memory.write(STREAM_TABLE, bytes(8))
+    assert outcome(smmu) == 0x5000
+    assert smmu.translate(SID + 1, IOVA).fault.name == "C_BAD_STREAMID"
+    smmu.command("CFGI_STE", StreamID=SID, Leaf=1)
+    assert outcome(smmu) == "C_BAD_STREAMID"
+
+
+def test_caches_keep_what_they_hold_while_the_smmu_is_off():
+    bench, smmu, slot = mapped()
+    assert outcome(smmu) == 0x5000
+    bench.tables.write_descriptor(slot, 0)
+    held = len(smmu.caches)
+    smmu.write("CR0", 0b100)
+    assert smmu.translate(SID, IOVA).action == "disabled"
+    smmu.command("PREFETCH_ADDR", StreamID=SID, Address=0x7000_0000)
+    assert len(smmu.caches) == held
+    smmu.write("CR0", 0b101)
+    assert outcome(smmu) == 0x5000
+
+
+# ------------------------------------------------------------------------------------------------
+# Prefetch
+
+
+def test_prefetch_commands_fill_caches_and_record_nothing():
+    bench, smmu, slot = mapped()
+    smmu.command("PREFETCH_CONFIG", StreamID=SID)
+    assert [len(cache) for cache in (smmu.caches.ste, smmu.caches.cd, smmu.caches.tlb)] == [1, 1, 0]
+    smmu.command("PREFETCH_ADDR", StreamID=SID, Address=IOVA, Size=3)
+    assert [entry.start for entry in smmu.caches.tlb] == [IOVA]  # the first of the addresses
+    bench.tables.write_descriptor(slot, 0)
+    assert outcome(smmu) == 0x5000
+    smmu.memory.add_private(0x9000_0000, 0x1000)
+    smmu.write("CR0", 1)
+    smmu.write("EVENTQ_BASE", 0x9000_0000 | 3)
+    smmu.write("CR0", 5)
+    bench.write_cd(s=1)
+    for fields in ({"StreamID": SID, "Address": 0x7000}, {"StreamID": SID + 1},
+                   {"StreamID": 1 << 20}):  # fmt: skip
+        smmu.command("PREFETCH_ADDR", **fields)
+        smmu.command("PREFETCH_CONFIG", StreamID=fields["StreamID"])
+    assert smmu.read("EVENTQ_PROD") == 0 and smmu.stalls == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Fields that mean nothing
+
+# Hints, properties of fetches, and options that are not modelled.
+WITHOUT_EFFECT = {
+    "STE": "S1CIR S1COR S1CSH S2HWU59 S2HWU60 S2HWU61 S2HWU62 DRE CONT DCP PPAR MEV SW_RESERVED "
+           "S1PIE S1MPAM NSCFG S2IR0 S2OR0 S2HAFT S2PIE S2POE DPT_VMATCH S2NSW S2NSA S2SKL PARTID "
+           "S_S2T0SZ S_S2SL0 S_S2TG MECID PMG MPAM_NS AssuredOnly TL0 TL1 VMSPtr S2SW S2SA "
+           "S_S2SL0_2 S_S2TTB S_S2SKL " + " ".join(f"S2POI{i}" for i in range(16)),
+    "CD": "IR0 OR0 IR1 OR1 UWXN NSCFG0 HAFT PnCH HWU059 HWU060 HWU061 HWU062 SKL0 NSCFG1 AIE PIE "
+          "HWU159 HWU160 HWU161 HWU162 AMAIR0 AMAIR1 PARTID PMG "
+          + " ".join(f"PII{half}{i}" for half in "UP" for i in range(16)),
+}  # fmt: skip
+STAGE1 = "S1Fmt S1ContextPtr S1CDMax S1DSS S1CIR S1COR S1CSH S1STALLD STRW"
+STAGE2 = ("S2T0SZ S2SL0 S2IR0 S2OR0 S2SH0 S2TG S2PS S2AA64 S2ENDI S2AFFD S2PTW S2HD S2HA S2S S2R "
+          "S2SL0_2 S2DS S2TTB S2FWB")  # fmt: skip
+OF_CONFIG = {
+    "STAGE1": STAGE2, "STAGE2": STAGE1, "NESTED": "STRW",
+    "BYPASSED": f"{STAGE1} {STAGE2} S2VMID EATS",
+    "ABORTED": " ".join(f.name for f in layout.STE.fields if f.name not in ("V", "Config")),
+}  # fmt: skip
+IGNORED = [
+    *(("STE", sid, WITHOUT_EFFECT["STE"]) for sid in OF_CONFIG),
+    *(("STE", sid, names) for sid, names in OF_CONFIG.items()),
+    *(("CD", sid, WITHOUT_EFFECT["CD"]) for sid in ("STAGE1", "NESTED")),
+    ("CD", "STAGE1", "T1SZ TG1 SH1 TBI1 E0PD1 HAD1 TTB1"),  # EPD1=1
+]
+
+
+@pytest.mark.parametrize(("record", "sid", "names"), IGNORED, ids=lambda value: str(value)[:24])
+def test_fields_without_effect_change_nothing(record, sid, names):
+    sid = getattr(small, sid)
+    at = small.STES + 64 * sid
+    if record == "CD":
+        at = small.GUEST_CDS if sid == small.NESTED else small.CDS
+    requests = [request for request in small.REQUESTS if request.sid == sid]
+    assert requests
+
+    def rows(flipped=None):
+        image = small.build()
+        if flipped is not None:
+            (field,) = (f for f in layout.record(record).fields if f.name == flipped)
+            word = int.from_bytes(image[at : at + 64], "little")
+            word ^= field.mask << 64 * field.dword
+            image[at : at + 64] = word.to_bytes(64, "little")
+        smmu, _ = small.system(image)
+        return [
+            small.row(smmu.translate(request.sid, request.iova, **request.access))
+            for request in requests
+        ]
+
+    expected = rows()
+    for name in names.split():
+        assert rows(name) == expected, name
+    assert rows("V") != expected
+
+
+def test_identical_events_are_never_merged():
+    image = small.build()
+    at = small.STES + 64 * small.STAGE1 + 10
+    image[at] |= 1 << 3  # MEV is bit 83
+    smmu, _ = small.system(image, eventq_base=0x9000_0000 | 3)
+    smmu.memory.add_private(0x9000_0000, 0x1000)
+    for _ in range(3):
+        smmu.translate(small.STAGE1, small.UNMAPPED)
+    records = [smmu.memory.read(0x9000_0000 + 32 * i, 32) for i in range(3)]
+    assert smmu.read("EVENTQ_PROD") == 3
+    assert len(set(records)) == 1 and any(records[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Priority
+
+
+def test_of_all_that_is_wrong_the_first_in_order_is_told():
+    bench, iova, _ = nested_system()
+    beyond = 1 << 60
+    bench.write_ste(v=0, s1cdmax=4, s1dss=0)
+    bench.write_cd(v=0)
+    slot = bench.second.slot(CONTEXT_TABLE, 3)
+    sound = bench.second.read_descriptor(slot)
+    bench.second.write_descriptor(slot, 0)
+    bench.regs.strtab_base = 0x7000_0000
+    assert bench.fault(beyond, ssid=99, sid=16) == "C_BAD_STREAMID"
+    assert bench.fault(beyond, ssid=99) == "F_STE_FETCH"
+    bench.regs.strtab_base = STREAM_TABLE
+    assert bench.fault(beyond, ssid=99) == "C_BAD_STE"
+    bench.write_ste(v=1)
+    assert bench.fault(beyond, ssid=99) == "C_BAD_SUBSTREAMID"
+    assert bench.fault(beyond) == "F_STREAM_DISABLED"
+    bench.write_ste(s1dss=2)
+    found = bench.translate(beyond)
+    assert (found.fault, found.stage) == ("F_TRANSLATION", 2)
+    bench.map2(CONTEXT_TABLE, 0x7000_0000)
+    assert bench.fault(beyond) == "F_CD_FETCH"
+    bench.second.write_descriptor(slot, sound)
+    assert bench.fault(beyond) == "C_BAD_CD"
+    bench.write_cd(v=1)
+    found = bench.translate(beyond)
+    assert (found.fault, found.stage) == ("F_TRANSLATION", 3)
+    assert bench.translate(iova).pa == 0x5000
