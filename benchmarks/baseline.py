@@ -1,4 +1,4 @@
-"""Builds and imports _baseline, _nested and _probe, in <repository>/build/benchmarks; installs nothing."""
+"""Builds and imports the baselines, in <repository>/build/benchmarks; installs nothing."""
 
 import importlib.util
 from pathlib import Path

@@ -26,7 +26,7 @@ from walk_python import (
 DATA, INSTRUCTION, TABLES = range(3)
 
 
-class Stage2Fault(Exception):
+class Stage2Fault(Exception):  # noqa: N818 - the term of the architecture
     """Stage 2 refuses to say where a table or a CD lies."""
 
 

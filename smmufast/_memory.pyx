@@ -1131,7 +1131,7 @@ cdef class _Span:
 
 cdef void region_close(Region* region) noexcept:
     """Give back what a region holds of the host."""
-    cdef Py_ssize_t i, j
+    cdef uint64_t i, j
     if region.kind == REGION_BUFFER:
         PyBuffer_Release(&region.view)
     elif region.kind == REGION_PRIVATE:
