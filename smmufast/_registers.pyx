@@ -55,7 +55,7 @@ from dataclasses import fields
 from zlib import crc32
 
 from smmufast import layout
-from smmufast._tlb import CACHES
+from smmufast._tlb import CACHES as _CACHES
 from smmufast.faults import Event
 from smmufast.features import Features, modelled
 
@@ -232,14 +232,14 @@ cdef object saved_caches(saved, bytes contents):
         return None
     saved_dict("caches", saved, ("geometries", "nested"))
     given = [None if each is None else tuple(saved_list("caches", each, 4))
-             for each in saved_list("caches", saved["geometries"], len(CACHES))]
+             for each in saved_list("caches", saved["geometries"], len(_CACHES))]
     for each in given:
         if each is not None and tuple([type(part) for part in each]) != (int, int, str, int):
             raise state_error("caches", "a geometry of sets, ways, policy and seed needed")
     if type(saved["nested"]) is not str:
         raise state_error("caches", f"nested: {type(saved['nested']).__name__} found")
     try:
-        caches = Caches(**dict(zip(CACHES, given, strict=True)), nested=saved["nested"])
+        caches = Caches(**dict(zip(_CACHES, given, strict=True)), nested=saved["nested"])
         caches.__setstate__(contents)
     except (TypeError, ValueError) as error:
         raise state_error("caches", str(error)) from None
