@@ -1326,7 +1326,10 @@ cdef class Smmu:
             if name == "cd" and entry.ssid == 0 and (event or memo.index == STAGE1_BYPASS):
                 view.ssid = 0
                 event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
-            if event == 0 and name not in ("ste", "cd"):
+            if name not in ("ste", "cd") and (
+                    # stage 2 is the STE's alone, whatever becomes of the CD
+                    event == 0 or event > 0 and entry.kind == "stage 2"
+                    and memo.context.second.on):
                 request.iova = entry.start
                 allowed = 0x3F if name != "tlb" else int(entry.perm1 & entry.perm2)
                 if entry.kind == "stage 2":
