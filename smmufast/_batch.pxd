@@ -10,14 +10,15 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
+from smmufast._cache cimport POLICY_LRU, CacheC, ctz64, match4, print_of
 from smmufast._cached cimport deliver, translate_request, usable
 from smmufast._config cimport STAGE1_BYPASS, admitted
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport FETCH_OK, Port, fetch8
 from smmufast._tlb cimport (
-    KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch, tlb_find_key, tlb_key,
-    tlb_probe_sizes, tlb_touch,
+    CACHE_TLB, KEY_LG2_SHIFT, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch,
+    tlb_key, tlb_probe_sizes, tlb_touch,
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, Descent, Memo, Syndrome, descend, descriptor, leaf_perm, level_of, lookup,
@@ -456,21 +457,30 @@ cdef inline int translate_each(
 
 # --- through caches ---
 
-# A run of requests of one pair whose configuration stays cached, and the half that the last used.
+# A run of requests of one pair whose configuration stays cached, in one half; and the TLB as this
+# loop has it at hand.
 cdef struct Lane:
     uint64_t touches       # lookups of the configuration that are not yet told to the caches
+    uint64_t clock         # the TLB's own, while the loop goes on
     uint64_t key           # TLB tag
-    uint64_t fixed         # address bits that must all equal the half's sign
+    uint64_t fixed         # address bits that say whether an address is in range
+    uint64_t bits          # what they are then
     uint64_t within        # address bits that are translated
     uint64_t sign          # the others, in the TLB
+    uint64_t set_mask
+    const uint32_t* prints
+    Entry* entries
+    uint64_t* order        # LRU's; NULL: another policy
     unsigned int kind
-    int upper              # which half; -1: none yet
+    unsigned int upper     # which half
+    unsigned int lg2       # of all pages in the TLB; 0: they differ, or there are not four ways
 
 
 cdef inline void lane_flush(Lane* lane, CachesC* c, const Memo* memo) noexcept nogil:
-    """Tell the configuration caches of the lookups since they were told last."""
+    """Tell the caches of the lookups since they were told last."""
     if lane.touches:
         config_touch(c, memo.ste_handle, memo.cd_handle, lane.touches)
+        c.cache[CACHE_TLB].clock = lane.clock
         lane.touches = 0
 
 
@@ -479,22 +489,30 @@ cdef inline void lane_set(
     """The half of an address, or stage 2 alone, as the loop over hits asks for it."""
     cdef const Context* context = &memo.context
     cdef const Half* half = &context.half[upper]
+    cdef const CacheC* cache = &c.cache[CACHE_TLB]
     lane.upper = upper
     lane.kind = KIND_S1
+    lane.fixed = half.range_mask
     if memo.index == STAGE1_BYPASS:
         half = &context.second.half
         lane.kind = KIND_S2
         lane.fixed = half.range_mask | hw.oas_over
-    else:
-        if context.second.on:
-            lane.kind = KIND_COMBINED
-        lane.fixed = half.range_mask
-    lane.within = half.index_mask
-    lane.sign = (0 - <uint64_t>upper) & ~half.index_mask
+    elif context.second.on:
+        lane.kind = KIND_COMBINED
+    lane.bits = lane.fixed if upper else 0
     # a half without tables, and one that only the privileged may use, are not for this loop
     if not half.enabled or not half.unprivileged:
-        lane.fixed = 0xFFFFFFFFFFFFFFFFULL
+        lane.fixed = 0
+        lane.bits = 1
+    lane.within = half.index_mask
+    lane.sign = (0 - <uint64_t>upper) & ~half.index_mask
     lane.key = tlb_key(c, lane.kind, context.world, context.vmid, context.asid)
+    lane.lg2 = c.tlb_sizes[lane.kind].lone
+    lane.set_mask = cache.set_mask
+    lane.prints = cache.prints
+    lane.entries = <Entry*>cache.entries
+    lane.order = cache.order if cache.policy == POLICY_LRU else NULL
+    lane.clock = cache.clock
 
 
 cdef inline bint lane_takes(const Memo* memo, const CachesC* c) noexcept nogil:
@@ -504,59 +522,104 @@ cdef inline bint lane_takes(const Memo* memo, const CachesC* c) noexcept nogil:
         or memo.index == STAGE1_BYPASS and memo.context.second.on)
 
 
-cdef inline int translate_hits(Core* core, Port* port, const BatchC* batch) noexcept nogil:
-    """Translate a batch through caches, in order.
+ctypedef Entry* (*ProbeSizes)(CachesC*, unsigned int, uint64_t, uint64_t, bint) noexcept nogil
 
-    What hits the TLB and is permitted is done here, as translate_cached would; the rest is done
-    there.  Columns but pa, action and event are left to it as well.
-    """
+
+cdef inline Entry* lane_find(const Lane* lane, CachesC* c, uint64_t address) noexcept nogil:
+    """As tlb_probe_key(), of which nothing is counted."""
+    cdef uint64_t page, key, slot, found
+    cdef Entry* e
+    if likely(lane.lg2 != 0):
+        page = address >> lane.lg2
+        key = lane.key | <uint64_t>lane.lg2 << KEY_LG2_SHIFT
+        slot = (page & lane.set_mask) * 4
+        found = match4(&lane.prints[slot], print_of(page, key))
+        if likely(found != 0):
+            e = &lane.entries[slot + ctz64(found)]
+            if likely(((e.page ^ page) | (e.key ^ key)) == 0):
+                return e
+    return (<ProbeSizes>apart(<void*>tlb_probe_sizes))(c, lane.kind, lane.key, address, True)
+
+
+cdef inline int run_hits(
+        Core* core, Port* port, const BatchC* batch, bint more, bint alike) noexcept nogil:
+    """Translate a batch through caches, in order.  `alike`: but for addresses all rows are."""
     cdef const Hw* hw = &core.hw
     cdef CachesC* c = core.caches
+    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
     cdef Memo memo
     cdef Lane lane
     cdef const Context* context = &memo.context
     cdef Entry* e
-    cdef size_t i
-    cdef uint64_t va
-    cdef uint32_t sid, ssid
-    cdef unsigned int access, upper
+    # copies, so that the compiler sees that no store changes them
+    cdef ColumnC iovas = batch.iova, pas = batch.pa, actions = batch.action, events = batch.event
+    cdef size_t i, n = batch.n
+    cdef uint64_t va, address
+    cdef uint32_t sid = 0, ssid = 0
+    cdef unsigned int access = 0, need = 0, upper
     cdef bint takes = False
-    cdef bint more = wants_more(batch)
     cdef int status
     memo.whole = False
     memo.sid = memo.ssid = 0
     memo.generation = 0
     lane.touches = 0
-    lane.upper = -1
-    for i in range(batch.n):
-        sid = load_u32(&batch.sid, i)
-        ssid = load_u32(&batch.ssid, i)
-        va = load_u64(&batch.iova, i)
-        access = load_u8(&batch.access, i) & 7
-        if likely(takes) and likely(memo.sid == sid and memo.ssid == ssid):
-            upper = half_of(va, context.two_ttbs)
-            if unlikely(<int>upper != lane.upper):
-                lane_set(&lane, hw, c, &memo, upper)
-            if likely(in_range(va, lane.fixed, upper)):
-                e = tlb_find_key(c, lane.kind, lane.key, va & lane.within | lane.sign)
-                if unlikely(e == NULL):
-                    e = tlb_probe_sizes(
-                        c, lane.kind, lane.key, va & lane.within | lane.sign, True)
-                if (likely(e != NULL) and likely(e.perm1 & e.perm2 & context.need[access])
+    lane.fixed = 0
+    lane.bits = 1
+    lane.upper = 0
+    for i in range(n):
+        if not alike:
+            sid = load_u32(&batch.sid, i)
+            ssid = load_u32(&batch.ssid, i)
+            access = load_u8(&batch.access, i) & 7
+        va = load_u64(&iovas, i)
+        if likely(takes) and (alike or likely(memo.sid == sid and memo.ssid == ssid)):
+            if unlikely(va & lane.fixed != lane.bits):
+                upper = half_of(va, context.two_ttbs)
+                if upper != lane.upper:
+                    lane_flush(&lane, c, &memo)
+                    lane_set(&lane, hw, c, &memo, upper)
+            if likely(va & lane.fixed == lane.bits):
+                address = va & lane.within | lane.sign
+                e = lane_find(&lane, c, address)
+                if not alike:
+                    need = context.need[access]
+                if (likely(e != NULL) and likely(e.perm1 & e.perm2 & need)
                         and likely(usable(e, access))):
                     lane.touches += 1
-                    tlb_touch(c, e)
-                    store_u64(&batch.pa, i, e.address | va & low_mask(e.lg2))
-                    store_u8(&batch.action, i, ACTION_OK)
-                    store_u8(&batch.event, i, 0)
+                    if likely(lane.order != NULL):
+                        lane.clock += 1
+                        lane.order[e - lane.entries] = lane.clock
+                    else:
+                        c.cache[CACHE_TLB].clock = lane.clock
+                        tlb_touch(c, e)
+                        lane.clock = c.cache[CACHE_TLB].clock
+                    store_u64(&pas, i, e.address | va & low_mask(e.lg2))
+                    store_u8(&actions, i, ACTION_OK)
+                    store_u8(&events, i, 0)
                     continue
         lane_flush(&lane, c, &memo)
         port.wrote = False
-        status = batch_scalar(core, port, &memo, batch, i)
+        status = scalar(core, port, &memo, batch, i)
         if status:
             return status
         takes = (not more and cr0_smmuen(hw.cr0) and lane_takes(&memo, c)
                  and memo.generation == c.config_generation)
-        lane.upper = -1
+        if takes:
+            lane_set(&lane, hw, c, &memo, half_of(va, context.two_ttbs))
+            if alike:
+                access = load_u8(&batch.access, 0) & 7
+                need = context.need[access]
     lane_flush(&lane, c, &memo)
     return 0
+
+
+cdef inline int translate_hits(Core* core, Port* port, const BatchC* batch) noexcept nogil:
+    """Translate a batch through caches, in order.
+
+    What hits the TLB and is permitted is done in a loop of its own, as translate_cached would;
+    the rest is done there.  Columns but pa, action and event are left to it as well.
+    """
+    cdef bint more = wants_more(batch)
+    if batch.sid.stride == 0 and batch.ssid.stride == 0 and batch.access.stride == 0:
+        return run_hits(core, port, batch, more, True)
+    return run_hits(core, port, batch, more, False)
