@@ -1,5 +1,8 @@
 """PRI: page requests, their queue, what answers them, and a device that makes them (IHI 0070 8)."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import small
 from test_ats import BOTH, QUEUE, full, rights, small_system
@@ -297,3 +300,12 @@ def test_an_interrupt_may_serve_the_queue():
     device = AtsDevice(smmu, small.STAGE1, on_page_request=seen.append)
     assert device.access(small.UNMAPPED).pa == FIXED
     assert len(host.served) == 1 and seen == []  # answered before anybody had to wait
+
+
+def test_the_example_does_what_it_says(capsys):
+    runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples" / "ats_device.py"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "write at 0x1000 goes to 0x50003000"
+    assert said[3] == "write at 0x2000 goes to 0x50008000"
+    assert said[5].startswith("2 hits, 2 misses, 3 requests")
+    assert said[-1] == "read at 0x1000 comes from 0x50009000"
