@@ -486,6 +486,19 @@ def nested_system(eats=1, has=None, cr0=BOTH, **more):
     return smmu
 
 
+def with_caches(smmu, kind):
+    """The same SMMU with caches that keep nested translations so, or without."""
+    if kind is None:
+        return smmu
+    return Smmu(
+        smmu.memory, smmu.features, caches=Caches.small(nested=kind),
+        strtab_base=smmu.strtab_base, strtab_base_cfg=smmu.strtab_base_cfg, cr0=smmu.cr0,
+    )  # fmt: skip
+
+
+EVERY_CACHE = pytest.mark.parametrize("kind", [None, "combined", "split"])
+
+
 def rights(response):
     return "r" * response.read + "w" * response.write + "x" * response.execute
 
@@ -613,16 +626,14 @@ def test_stage_1_bypass_is_the_identity():
     assert (response.fault.name, response.event, rights(response)) == ("F_ADDR_SIZE", None, "")
 
 
-@pytest.mark.parametrize("caches", [False, True])
+@EVERY_CACHE
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, caches):
+def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, kind):
     stage1 = {"ap": 3, "dbm": 1, "af": 0} if stage == 1 else {}
     smmu = nested_system(
         1, cd={"ha": 1, "hd": 1}, stage1=stage1, s2ha=1, s2hd=1, tables={"s2ap": 1, "dbm": 1},
     )  # fmt: skip
-    if caches:
-        smmu = Smmu(smmu.memory, smmu.features, caches=Caches.small(), strtab_base=smmu.strtab_base,
-                    strtab_base_cfg=smmu.strtab_base_cfg, cr0=smmu.cr0)  # fmt: skip
+    smmu = with_caches(smmu, kind)
 
     def updates(iova, **more):
         before = smmu.memory.read(nested.STAGE2, 0x10_0000)
@@ -640,6 +651,46 @@ def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, caches):
     # stage 2 denies the write: then stage 1 is not marked either
     assert updates(nested.READ_ONLY_OUTSIDE) == ("r", stage == 1, False)
     assert updates(nested.READ_ONLY_OUTSIDE) == ("r", False, False)
+
+
+@EVERY_CACHE
+def test_a_dirty_mark_that_stage_2_forbids_takes_the_write_away(kind):
+    smmu = with_caches(
+        nested_system(
+            1, cd={"ha": 1, "hd": 1}, stage1={"ap": 3, "dbm": 1}, tables={"s2ap": 1}
+        ),
+        kind,
+    )  # fmt: skip
+    for _ in range(2):
+        response = smmu.ats_request(nested.NESTED, nested.RW)
+        assert (rights(response), response.fault) == ("r", None)
+        result = smmu.translate(nested.NESTED, nested.RW, write=True)
+        assert (result.event.name, result.event.class_) == ("F_PERMISSION", "TT")
+
+
+@EVERY_CACHE
+def test_an_access_flag_that_stage_2_forbids_grants_nothing(kind):
+    # reads count as instruction fetches, which the page does not permit: it grants a write alone
+    smmu = with_caches(
+        nested_system(
+            1, {"attr_perms_ovr": 1}, cd={"ha": 1}, stage1={"af": 0, "uxn": 1},
+            tables={"s2ap": 1}, instcfg=3,
+        ),
+        kind,
+    )  # fmt: skip
+    for _ in range(2):
+        response = smmu.ats_request(nested.NESTED, nested.RW)
+        assert (rights(response), response.fault.name) == ("", "F_PERMISSION")
+        assert (response.fault.s2, response.fault.class_) == (True, "TT")
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == ""
+
+
+@EVERY_CACHE
+def test_a_page_may_grant_a_write_alone(kind):
+    smmu = with_caches(nested_system(1, {"attr_perms_ovr": 1}, stage1={"uxn": 1}, instcfg=3), kind)
+    for _ in range(2):
+        assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "w"
+        assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == ""
 
 
 def test_a_request_does_not_stall():
@@ -745,6 +796,44 @@ def test_answers_cannot_be_changed():
     response = small_system().ats_request(small.STAGE1, small.RW)
     with pytest.raises(AttributeError):
         response.write = True
+
+
+@pytest.mark.parametrize("kind", ["combined", "split"])
+def test_requests_fill_the_caches_as_accesses_do(kind):
+    for sid, iova in (
+        (nested.NESTED, nested.RW),
+        (nested.NESTED, nested.READ_ONLY_OUTSIDE),
+        (nested.NESTED, nested.UNMAPPED),
+        (nested.SECOND, nested.DATA + nested.RW),
+        (nested.SECOND, nested.DATA + nested.UNMAPPED),
+        (5, 0),  # STE.Config=0b000
+    ):
+        held = []
+        for face in ("translate", "ats_request"):
+            smmu = with_caches(nested_system(1), kind)
+            getattr(smmu, face)(sid, iova)
+            caches = smmu.caches
+            held.append([
+                (len(cache), cache.hits, cache.misses)
+                for cache in (caches.ste, caches.cd, caches.tlb, caches.walk1, caches.walk2)
+            ])  # fmt: skip
+        assert held[0] == held[1], (sid, iova)
+    assert held[0][0] == (1, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["combined", "split"])
+def test_translated_ipas_are_cached(kind):
+    smmu = with_caches(nested_system(2), kind)
+    ipa = nested.DATA + nested.RW
+    first = smmu.ats_translated(nested.NESTED, ipa)
+    hits = smmu.caches.tlb.hits
+    assert smmu.ats_translated(nested.NESTED, ipa).pa == first.pa
+    assert smmu.caches.tlb.hits == hits + 1
+    assert smmu.caches.ste.hits == 1
+    response = smmu.ats_request(nested.NESTED, nested.RW)
+    hits = smmu.caches.tlb.hits
+    assert smmu.ats_request(nested.NESTED, nested.RW) == response
+    assert smmu.caches.tlb.hits == hits + 1
 
 
 def test_caches_serve_requests():
