@@ -25,9 +25,18 @@ if _TYPE_CHECKING:
     from smmufast._registers import PageAnswer, RegisterWarning, Stall
     from smmufast._smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk
     from smmufast._tlb import Caches, Geometry, StaleEntry
-    from smmufast.ats import AtsDevice
+    from smmufast.ats import AtsDevice, PageRequest
     from smmufast.capture import Capture, CaptureError
-    from smmufast.faults import ACTIONS, Event, ExternalAbort, Fault, Fetch, Perm
+    from smmufast.faults import (
+        ACTIONS,
+        AtsFault,
+        AtsResponse,
+        Event,
+        ExternalAbort,
+        Fault,
+        Fetch,
+        Perm,
+    )
     from smmufast.features import Features, modelled
 
 __version__ = "0.2.0"
@@ -37,6 +46,8 @@ __all__ = [
     "COLUMNS",
     "NO_SUBSTREAM",
     "AtsDevice",
+    "AtsFault",
+    "AtsResponse",
     "Caches",
     "Capture",
     "CaptureError",
@@ -49,6 +60,7 @@ __all__ = [
     "Memory",
     "MemoryRegion",
     "PageAnswer",
+    "PageRequest",
     "PasidAllocated",
     "PasidAllocator",
     "PasidDuplicate",
@@ -80,11 +92,13 @@ _HOMES = {
     "_registers": ("PageAnswer", "RegisterWarning", "Stall"),
     "_tlb": ("Caches", "Geometry", "StaleEntry"),
     "_smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk"),
-    "ats": ("AtsDevice",),
+    "ats": ("AtsDevice", "PageRequest"),
     "capture": ("Capture", "CaptureError"),
-    "faults": ("ACTIONS", "Event", "ExternalAbort", "Fault", "Fetch", "Perm"),
+    "faults": (
+        "ACTIONS", "AtsFault", "AtsResponse", "Event", "ExternalAbort", "Fault", "Fetch", "Perm",
+    ),
     "features": ("Features", "modelled"),
-}
+}  # fmt: skip
 
 
 _MODULES = (*_HOMES, "decode", "explain", "layout", "replay", "streams")

@@ -221,7 +221,7 @@ def test_what_the_package_offers_is_what_it_names():
 FUNCTION = re.compile(r"^[ ]*cdef (?:inline )?[\w\[\]* ]*?(\w+)\(([^()]*)\)([^:\n(]*)(?::|$)", re.M)
 HOT = (
     "_bits.pxd", "_vmsa.pxd", "_config.pxd", "_translate.pxd", "_cached.pxd", "_batch.pxd",
-    "_queue.pxd", "_command.pxd", "_cache.pxd", "_layout.pxd",
+    "_queue.pxd", "_command.pxd", "_ats.pxd", "_cache.pxd", "_layout.pxd",
 )  # fmt: skip
 
 
