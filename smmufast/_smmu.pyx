@@ -482,8 +482,12 @@ cdef class Walk:
         cdef Core* core = &self.smmu.core
         cdef Port own
         cdef int status
+        core.ram.users += 1
+        core.shared += 1
         with nogil:  # the caches may have to be waited for
             status = walk_answer(core, &own, &self.walk, data)
+        core.shared -= 1
+        core.ram.users -= 1
         return self._settle(&own, status)
 
     cdef int _settle(self, Port* own, int status) except -1:
@@ -1240,8 +1244,12 @@ cdef class Smmu:
         request.access = as_access(write, priv, instr)
         request.reserved = 0
         walk.smmu = self
+        self.core.ram.users += 1
+        self.core.shared += 1
         with nogil:
             status = walk_begin(&self.core, &own, &request, &walk.walk)
+        self.core.shared -= 1
+        self.core.ram.users -= 1
         walk._settle(&own, status)
         return walk
 
@@ -1258,13 +1266,19 @@ cdef class Smmu:
             Empty without caches.
         """
         cdef Caches caches = self._caches
+        cdef list entries = []
         cdef list found = []
         if caches is None:
             return found
-        for cache in (caches.ste, caches.cd, caches.tlb, caches.walk1, caches.walk2):
-            if cache is not None:
-                for entry in cache:
-                    self._compare(cache.name, entry, found)
+        caches_take_gil(&self.core)
+        try:
+            for cache in (caches.ste, caches.cd, caches.tlb, caches.walk1, caches.walk2):
+                if cache is not None:
+                    entries += [(cache.name, entry) for entry in cache]
+        finally:
+            caches_give(&self.core)
+        for name, entry in entries:
+            self._compare(name, entry, found)
         return found
 
     cdef int _compare(self, str name, entry, list found) except -1:
@@ -1323,7 +1337,8 @@ cdef class Smmu:
         core.ram.users += 1
         try:
             event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
-            if name == "cd" and entry.ssid == 0 and (event or memo.index == STAGE1_BYPASS):
+            if name == "cd" and entry.ssid == 0 and (
+                    event > 0 or event == 0 and memo.index == STAGE1_BYPASS):
                 view.ssid = 0
                 event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
             if name not in ("ste", "cd") and (
