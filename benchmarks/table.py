@@ -29,13 +29,22 @@ from pathlib import Path
 import bench_cached
 import bench_nested
 import bench_pasid
+import bench_queues
 import bench_start
 import bench_tlb
 import bench_translate
 import numpy
 from questions import LIBRARY, Workbench
 
-MODULES = (bench_translate, bench_nested, bench_cached, bench_tlb, bench_pasid, bench_start)
+MODULES = (
+    bench_translate,
+    bench_nested,
+    bench_cached,
+    bench_tlb,
+    bench_queues,
+    bench_pasid,
+    bench_start,
+)
 QUESTIONS = sorted(
     (question for module in MODULES for question in module.QUESTIONS),
     key=lambda question: not question.main,

@@ -10,15 +10,17 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
-from smmufast._cache cimport POLICY_LRU, CacheC, ctz64, match4, print_of
+from smmufast._cache cimport (
+    POLICY_LRU, POLICY_PLRU, CacheC, ctz64, match4, plru_touch, print_of,
+)
 from smmufast._cached cimport deliver, translate_request, usable
 from smmufast._config cimport STAGE1_BYPASS, admitted
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport FETCH_OK, Port, fetch8
 from smmufast._tlb cimport (
-    CACHE_TLB, KEY_LG2_SHIFT, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch,
-    tlb_key, tlb_probe_sizes, tlb_touch,
+    CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch,
+    tlb_key, tlb_probe_sizes,
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, Descent, Memo, Syndrome, descend, descriptor, leaf_perm, level_of, lookup,
@@ -460,9 +462,10 @@ cdef inline int translate_each(
 # A run of requests of one pair whose configuration stays cached, in one half; and the TLB as this
 # loop has it at hand.
 cdef struct Lane:
-    uint64_t touches       # lookups of the configuration that are not yet told to the caches
     uint64_t clock         # the TLB's own, while the loop goes on
+    uint64_t told          # what it was when the caches were last told of hits
     uint64_t key           # TLB tag
+    uint64_t sized         # the same for pages of 2^lg2 bytes
     uint64_t fixed         # address bits that say whether an address is in range
     uint64_t bits          # what they are then
     uint64_t within        # address bits that are translated
@@ -478,10 +481,9 @@ cdef struct Lane:
 
 cdef inline void lane_flush(Lane* lane, CachesC* c, const Memo* memo) noexcept nogil:
     """Tell the caches of the lookups since they were told last."""
-    if lane.touches:
-        config_touch(c, memo.ste_handle, memo.cd_handle, lane.touches)
-        c.cache[CACHE_TLB].clock = lane.clock
-        lane.touches = 0
+    if lane.clock != lane.told:
+        config_touch(c, memo.ste_handle, memo.cd_handle, lane.clock - lane.told)
+        c.cache[CACHE_TLB].clock = lane.told = lane.clock
 
 
 cdef inline void lane_set(
@@ -508,11 +510,12 @@ cdef inline void lane_set(
     lane.sign = (0 - <uint64_t>upper) & ~half.index_mask
     lane.key = tlb_key(c, lane.kind, context.world, context.vmid, context.asid)
     lane.lg2 = c.tlb_sizes[lane.kind].lone
+    lane.sized = lane.key | c.tlb_sizes[lane.kind].lone_key
     lane.set_mask = cache.set_mask
     lane.prints = cache.prints
     lane.entries = <Entry*>cache.entries
     lane.order = cache.order if cache.policy == POLICY_LRU else NULL
-    lane.clock = cache.clock
+    lane.clock = lane.told = cache.clock
 
 
 cdef inline bint lane_takes(const Memo* memo, const CachesC* c) noexcept nogil:
@@ -527,16 +530,15 @@ ctypedef Entry* (*ProbeSizes)(CachesC*, unsigned int, uint64_t, uint64_t, bint) 
 
 cdef inline Entry* lane_find(const Lane* lane, CachesC* c, uint64_t address) noexcept nogil:
     """As tlb_probe_key(), of which nothing is counted."""
-    cdef uint64_t page, key, slot, found
+    cdef uint64_t page, slot, found
     cdef Entry* e
     if likely(lane.lg2 != 0):
         page = address >> lane.lg2
-        key = lane.key | <uint64_t>lane.lg2 << KEY_LG2_SHIFT
         slot = (page & lane.set_mask) * 4
-        found = match4(&lane.prints[slot], print_of(page, key))
+        found = match4(&lane.prints[slot], print_of(page, lane.sized))
         if likely(found != 0):
             e = &lane.entries[slot + ctz64(found)]
-            if likely(((e.page ^ page) | (e.key ^ key)) == 0):
+            if likely(((e.page ^ page) | (e.key ^ lane.sized)) == 0):
                 return e
     return (<ProbeSizes>apart(<void*>tlb_probe_sizes))(c, lane.kind, lane.key, address, True)
 
@@ -562,7 +564,7 @@ cdef inline int run_hits(
     memo.whole = False
     memo.sid = memo.ssid = 0
     memo.generation = 0
-    lane.touches = 0
+    lane.clock = lane.told = 0
     lane.fixed = 0
     lane.bits = 1
     lane.upper = 0
@@ -585,14 +587,11 @@ cdef inline int run_hits(
                     need = context.need[access]
                 if (likely(e != NULL) and likely(e.perm1 & e.perm2 & need)
                         and likely(usable(e, access))):
-                    lane.touches += 1
+                    lane.clock += 1
                     if likely(lane.order != NULL):
-                        lane.clock += 1
                         lane.order[e - lane.entries] = lane.clock
-                    else:
-                        c.cache[CACHE_TLB].clock = lane.clock
-                        tlb_touch(c, e)
-                        lane.clock = c.cache[CACHE_TLB].clock
+                    elif c.cache[CACHE_TLB].policy == POLICY_PLRU:
+                        plru_touch(&c.cache[CACHE_TLB], e - lane.entries)
                     store_u64(&pas, i, e.address | va & low_mask(e.lg2))
                     store_u8(&actions, i, ACTION_OK)
                     store_u8(&events, i, 0)
