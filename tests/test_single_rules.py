@@ -375,3 +375,112 @@ def test_of_all_that_is_wrong_the_first_in_order_is_told():
     found = bench.translate(beyond)
     assert (found.fault, found.stage) == ("F_TRANSLATION", 3)
     assert bench.translate(iova).pa == 0x5000
+
+
+# ------------------------------------------------------------------------------------------------
+# Records, registers, commands
+
+
+def dwords(record):
+    """A record as four numbers in hexadecimal."""
+    return " ".join(f"{int.from_bytes(record[i : i + 8], 'little'):016x}" for i in range(0, 32, 8))
+
+
+def test_faults_write_the_worked_encodings():
+    bench, _, _ = nested_system()
+    bench.memory.add(STREAM_TABLE + 0x1000, 0x1000)
+    bench.regs.strtab_base_cfg = 7
+    bench.write_ste(0x42)
+    assert dwords(bench.translate(0x1234_5678_9000, sid=0x42, write=True).event) == (
+        "0000004200000010 0000020000000000 0000123456789000 0000000000000000"
+    )
+    assert dwords(bench.translate(0, sid=9).event) == (
+        "0000000900000004 0000000000000000 0000000000000000 0000000000000000"
+    )
+    bench.write_ste(7, s1cdmax=4)
+    bench.write_cd(3, ttb0=0x4000_1000)
+    bench.map2(0x4000_1000, 0x5000, s2ap=0)
+    assert dwords(bench.translate(0xDEAD_0000, sid=7, ssid=3, priv=True).event) == (
+        "0000000700003813 0000118a00000000 00000000dead0000 0000000040001000"
+    )
+
+
+def test_a_stall_writes_the_worked_encoding():
+    bench = Bench(default_features(stall_model=0, stall_max=8))
+    bench.write_cd(s=1)
+    bench.write_ste(1)
+    smmu = cached(bench)
+    found = [smmu.translate(1, 0x8000) for _ in range(6)]
+    assert dwords(found[5].event.record) == (  # STAG 5
+        "0000000100000010 0000020880000005 0000000000008000 0000000000000000"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("CR2", 0xF, 0b1011),  # no BTM, no PTM
+        ("GBPA", 1 << 31 | 0xF_0000, 0xF_0000),
+        ("GERROR_IRQ_CFG2", 0xFF, 0x3F),
+        ("EVENTQ_IRQ_CFG2", 0xFF, 0x3F),
+        ("PRIQ_IRQ_CFG1", 0x1234_5678, 0x1234_5678),
+        ("S2PII", (1 << 64) - 1, 0),
+        ("STATUSR", 1, 0),
+        ("IDR6", 0xFFFF_FFFF, 0),
+    ],
+)
+def test_registers_without_effect_keep_the_bits_that_there_are(name, value, kept):
+    smmu = Smmu(Memory(), cr0=0, cr2=0, gbpa=0)
+    smmu.write(name, value)
+    assert smmu.read(name) == kept
+
+
+def test_page_requests_interrupt_by_a_message():
+    memory = Memory()
+    memory.add_private(0x9000_0000, 0x2000)
+    smmu = Smmu(memory, cr0=3, priq_base=0x9000_0000 | 3)
+    smmu.write("PRIQ_IRQ_CFG0", 0x9000_1000)
+    smmu.write("PRIQ_IRQ_CFG1", 0xCAFE)
+    smmu.write("IRQ_CTRL", 2)
+    assert smmu.page_request(1, 0x1000, read=True).action == "queued"
+    assert memory.read_u64(0x9000_1000) == 0xCAFE
+
+
+def test_global_errors_interrupt_by_a_message():
+    memory = Memory()
+    memory.add_private(0x9000_0000, 0x1000)
+    smmu = Smmu(memory, strtab_base=0xA000_0000, eventq_base=0xB000_0000)
+    smmu.write("GERROR_IRQ_CFG0", 0x9000_0008)
+    smmu.write("GERROR_IRQ_CFG1", 0xBEEF)
+    smmu.write("IRQ_CTRL", 1)
+    assert smmu.translate(0, 0).fault.name == "F_STE_FETCH"
+    assert smmu.gerror == 1 << 2
+    assert memory.read_u64(0x9000_0008) == 0xBEEF
+
+
+def test_parameters_of_commands_that_name_nothing_have_no_effect():
+    _, smmu, _ = mapped()
+    assert outcome(smmu) == 0x5000
+    before = list(smmu.caches.ste), list(smmu.caches.cd), list(smmu.caches.tlb)
+    for name, fields in (
+        ("CFGI_STE", {"StreamID": 0xFFFF_FFFF}),
+        ("CFGI_CD", {"StreamID": SID, "SubstreamID": 0xF_FFFF}),
+        ("CFGI_CD_ALL", {"StreamID": 1 << 31}),
+        ("TLBI_NH_ASID", {"ASID": 0xFFFF}),
+        ("TLBI_NH_VAA", {"Address": 0xFFFF_FFFF_FFFF_F000}),
+    ):
+        smmu.command(name, **fields)
+        after = list(smmu.caches.ste), list(smmu.caches.cd), list(smmu.caches.tlb)
+        assert after == before
+
+
+@pytest.mark.parametrize("nested", ["combined", "split"])
+def test_nested_translations_are_cached_whole_or_by_stage(nested):
+    bench, iova, ipa = nested_system()
+    smmu = cached(bench, Caches.server(nested=nested))
+    assert outcome(smmu, iova) == 0x5000
+    kinds = {entry.kind for entry in smmu.caches.tlb}
+    assert kinds == ({"combined"} if nested == "combined" else {"stage 1", "stage 2"})
+    bench.second.write_descriptor(bench.second.slot(ipa, 3), 0)
+    smmu.command("TLBI_S2_IPA", VMID=VMID, IPA=ipa)
+    assert outcome(smmu, iova) == (0x5000 if nested == "combined" else "F_TRANSLATION")
