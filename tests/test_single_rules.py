@@ -484,3 +484,59 @@ def test_nested_translations_are_cached_whole_or_by_stage(nested):
     bench.second.write_descriptor(bench.second.slot(ipa, 3), 0)
     smmu.command("TLBI_S2_IPA", VMID=VMID, IPA=ipa)
     assert outcome(smmu, iova) == (0x5000 if nested == "combined" else "F_TRANSLATION")
+
+
+# ------------------------------------------------------------------------------------------------
+# Hardware update
+
+
+def test_an_update_that_is_always_beaten_ends_as_an_external_abort():
+    bench = Bench(default_features(httu=2))
+    bench.map(IOVA, 0x5000, af=0)
+    slot = bench.tables.slot(IOVA, 3)
+    bench.write_cd(ha=1)
+    beaten = []
+
+    def swap(address, expected, desired):
+        beaten.append(address)
+        return bytes(8)
+
+    memory = Memory()
+    for base, data in bench.regions():
+        if base <= slot < base + len(data):
+            memory.add_callback(base, len(data), bench.memory.read, bench.memory.write, swap)
+        else:
+            memory.add(data, base)
+    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    result = Smmu(memory, features, **vars(bench.regs)).translate(SID, IOVA)
+    assert beaten == [slot] * 8
+    assert (result.action, result.fault.name) == ("abort", "F_WALK_EABT")
+    assert result.fault.fields["FetchAddr"] == slot
+
+
+def test_a_page_without_stage_2_permissions_may_be_made_dirty():
+    bench, iova, ipa = nested_system()
+    bench.write_ste(s2ha=1, s2hd=1)
+    slot = bench.map2(ipa, 0x5000, s2ap=0, dbm=1)
+    assert bench.fault(iova) == "F_PERMISSION"
+    assert bench.translate(iova, write=True).pa == 0x5000
+    assert bench.descriptor(slot) & reference.S2AP1
+
+
+def test_a_stage_1_update_stays_if_its_output_faults():
+    bench, iova, _ = nested_system()
+    bench.write_cd(ha=1)
+    slot = bench.map(iova, 0x70_0000_0000, af=0)  # not in stage 2
+    found = bench.translate(iova)
+    assert (found.fault, found.stage) == ("F_TRANSLATION", 3)
+    assert bench.descriptor(slot) & reference.AF
+
+
+def test_the_reserved_bit_of_the_start_level_needs_the_52_bit_format():
+    bench, iova, _ = nested_system()
+    bench.write_ste(s2sl0=0, s2sl0_2=1, s2t0sz=34)
+    found = bench.translate(iova)
+    assert found.fault != "C_BAD_STE"
+    assert next(fetch[1] for fetch in found.fetches if fetch[0] == "S2TT") == 2
+    bench.write_ste(s2sl0=1, s2t0sz=25)
+    assert bench.fault(iova) == "C_BAD_STE"
