@@ -1,4 +1,4 @@
-"""Queues in memory: commands that one write of CMDQ_PROD has consumed, events that faults record."""
+"""Queues in memory: commands consumed by one write of CMDQ_PROD, events that faults record."""
 
 import struct
 

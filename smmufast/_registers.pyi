@@ -7,7 +7,6 @@ from typing_extensions import Buffer, disjoint_base
 
 from smmufast._memory import Memory
 from smmufast._smmu import Result
-from smmufast._tlb import CACHES as CACHES
 from smmufast._tlb import Caches as Caches
 from smmufast.faults import Event as Event
 from smmufast.features import Features as Features
