@@ -28,7 +28,17 @@ import small
 import tablegen
 
 import smmufast
-from smmufast import ACTIONS, COLUMNS, ExternalAbort, Fault, Features, Memory, Smmu, layout
+from smmufast import (
+    ACTIONS,
+    COLUMNS,
+    Caches,
+    ExternalAbort,
+    Fault,
+    Features,
+    Memory,
+    Smmu,
+    layout,
+)
 
 ALL_ONES = (1 << 64) - 1
 EVENTS = {0, *smmufast.faults.FAULTS}
@@ -370,6 +380,42 @@ def play_with_errors(rng, smmu, requests):
     assert found[0] == found[1], f"injected {injections}"
 
 
+def random_caches(rng):
+    """Caches that are full soon."""
+    shapes = ((1, 1), (1, 2), (2, 4), (4, 3), None)
+    names = ("ste", "cd", "tlb", "walk1", "walk2")
+    return Caches(
+        **{name: rng.choice(shapes) for name in names}, nested=rng.choice(("combined", "split"))
+    )
+
+
+def play_with_caches(rng, memory, features, registers, requests):
+    """Random bytes through caches: walks, single calls and batches give and leave the same."""
+    caches = random_caches(rng)
+    one, batched, walked = (
+        Smmu(memory, features.replace(httu=0, stall_model=1), **registers, caches=each)
+        for each in (caches, caches.copy(), caches.copy())
+    )
+    for _ in range(3):
+        chosen = rng.choices(requests, k=rng.randrange(1, 40))
+        rows = [small.row(result) for result in small.translate_each(one, chosen)]
+        assert small.batch_rows(batched, chosen) == rows, "batch through caches"
+        for request, row in zip(chosen, rows, strict=True):
+            walk = walked.start_walk(request.sid, request.iova, **request.access)
+            while (fetch := walk.request) is not None:
+                walk.supply(read_or_none(memory, fetch))
+            assert small.row(walk.result) == row, "walk through caches"
+        for other in (batched, walked):
+            assert other.caches.__getstate__() == caches.__getstate__(), "caches"
+        one.stale()
+        command = rng.choice(("TLBI_NSNH_ALL", "CFGI_ALL", "CFGI_STE"))
+        for smmu in (one, batched, walked):
+            smmu.command(command)
+    for request in chosen[:3]:
+        nonsense_walk(rng, walked, request)
+    walked.stale()
+
+
 def random_register(rng, places):
     """(name, value): a register, and a value that may even mean something."""
     record = rng.choice(list(layout.REGISTERS.values()))
@@ -555,6 +601,7 @@ def round_of(seed):
         check_range(rng, smmu, request, row)
     for request in requests[:3]:
         nonsense_walk(rng, smmu, request)
+    play_with_caches(rng, memory, features, registers, requests[:20])
     play_with_errors(rng, smmu, requests[:20])
     play_with_registers(rng, memory, features, registers, requests)
     play_with_memory(rng, smmu, requests)

@@ -198,6 +198,48 @@ def test_c_threads_translate_at_once(plain, over):
     assert (translations, differences) == (2 * 20 * len(requests), 0)
 
 
+# A stream left out has the ASID of another one, and other tables.
+LAWFUL = [request for request in small.REQUESTS if request.sid != small.NO_TABLE]
+
+
+def small_caches():
+    return smmufast.Caches(ste=(1, 4), cd=(1, 4), tlb=(2, 2), walk1=(1, 2), walk2=(1, 2))
+
+
+def test_c_through_caches_gives_and_leaves_what_python_does(plain):
+    ours, _ = small.system(caches=small_caches())
+    single, image = small.system(caches=small_caches())
+    batched, _ = small.system(caches=small_caches())
+    walked, _ = small.system(caches=small_caches())
+    _, *columns, _ = small.ALL
+    out = {name: np.zeros(len(LAWFUL), smmufast.COLUMNS[name]) for name in ("pa", *columns)}
+    for _ in range(3):
+        rows = [small.row(result) for result in small.translate_each(ours, LAWFUL)]
+        assert rows == expected(LAWFUL)
+        assert [plain.translate(single, *c_arguments(r)) for r in LAWFUL] == [
+            (DONE, row) for row in rows
+        ]
+        assert plain.batch(batched, c_columns(LAWFUL, **out)) == DONE
+        assert list(zip(*(a.tolist() for a in out.values()), strict=True)) == [
+            row[:-1] for row in rows
+        ]
+        for request, row in zip(LAWFUL, rows, strict=True):
+            found = plain.walk(walked, BASE, bytes(image), *c_arguments(request))
+            assert found[:2] == (DONE, row)
+        for other in (single, batched, walked):
+            assert other.caches.__getstate__() == ours.caches.__getstate__()
+    assert ours.caches.tlb.hits > 0
+
+
+def test_c_threads_share_the_caches(plain):
+    smmu, image = small.system(caches=small_caches())
+    requests = LAWFUL * 5
+    race = plain.race(smmu, BASE, bytes(image), c_columns(requests), 3, 10)
+    assert race == (3 * 10 * len(requests), 0)
+    assert smmu.caches.tlb.hits > 0
+    assert smmu.stale() == []
+
+
 def test_arguments_out_of_range_are_einval_and_nothing_is_done(plain):
     smmu, _ = small.system()
     smmu.memory.inject_error(kind="STE")
