@@ -2,8 +2,8 @@
  * The baseline of the translation benchmarks: an SMMUv3 stage 1 walk in plain C, written
  * without the library and sharing no code with it.
  *
- * It models what smmufast.Features() describes by default (52-bit output, all three granules,
- * no HTTU, no stall), with little-endian descriptors only.
+ * It models what smmufast.Features(httu=0, stall_model=1, s2p=0) describes (52-bit output, all
+ * three granules), with little-endian descriptors only.
  */
 #ifndef SMMUFAST_BASELINE_WALK_H
 #define SMMUFAST_BASELINE_WALK_H

@@ -162,6 +162,4 @@ def translate_batch(
 ):
     """Translate each address of a sequence, filling three sequences."""
     for i, address in enumerate(iova):
-        pa[i], action[i], event[i] = translate(
-            memory, stage2, context, address, write, priv, instr
-        )
+        pa[i], action[i], event[i] = translate(memory, stage2, context, address, write, priv, instr)

@@ -1,7 +1,8 @@
 """A stage 1 walk in pure Python, and the decoding of an STE and a CD that it starts from.
 
 IHI 0070 3.3, 3.4, 5.2, 5.4; DDI 0487 D8.2 to D8.4. Written apart from baseline_walk.c, for the
-same implementation (smmufast.Features() by default), so that the two can be compared.
+same implementation (smmufast.Features(httu=0, stall_model=1, s2p=0)), so that the two can be
+compared.
 """
 
 from dataclasses import dataclass, replace

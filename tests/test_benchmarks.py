@@ -53,6 +53,12 @@ def test_every_run_of_every_question_agrees_with_its_baseline():
         assert sum(f"[{group}: " in name for name in names) == 4, group
 
 
+def run_script(code):
+    """Run code that imports from benchmarks/; return its output."""
+    path = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return run("-P", "-c", code, PYTHONPATH=os.pathsep.join(path))
+
+
 def test_a_run_that_disagrees_is_refused():
     code = """
 import numpy as np
@@ -69,15 +75,79 @@ try:
 except AssertionError as error:
     print(error)
 """
-    output = run(
-        "-P",
-        "-c",
-        code,
-        PYTHONPATH=os.pathsep.join(
-            [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-    )
-    assert output == "a run disagrees with the plain C walk\n"
+    assert run_script(code) == "a run disagrees with the plain C walk\n"
+
+
+def test_nested_baselines_and_the_library_agree_on_spoilt_tables():
+    code = """
+import baseline, numpy as np, questions, workload
+module = baseline.load("_nested", "baseline_nested")
+met = set()
+for seed in range(20):
+    image = workload.NestedImage(9)
+    rng = np.random.default_rng(seed)
+    workload.spoil(image, rng, int(rng.integers(1, 300)))
+    baselines = workload.NestedBaselines(module, image.words)
+    smmu = questions.smmu(image, workload.STRTAB_NESTED)
+    for sid, first in ((workload.NESTED_SID, workload.IOVA_BASE),
+                       (workload.STAGE2_SID, workload.DATA_IPA)):
+        iova = image.random(60, seed) - np.uint64(workload.IOVA_BASE - first)
+        for mode in range(8):
+            access = {"write": mode & 1 > 0, "priv": mode & 2 > 0, "instr": mode & 4 > 0}
+            out = workload.check_nested_agreement(baselines, iova, sid, **access)
+            found = smmu.translate_batch(sid, iova, **access)
+            for name, column in out.columns().items():
+                assert np.array_equal(found[name], column), (seed, sid, access, name)
+            met |= set(out.event.tolist())
+print(sorted(met))
+"""
+    assert run_script(code) == "[0, 11, 16, 18, 19]\n"
+
+
+def test_a_batch_leaves_the_caches_as_its_requests_one_by_one():
+    code = """
+import numpy as np, questions, workload
+from smmufast import Caches
+
+def system(seed, nested, caches):
+    image = (workload.NestedImage if nested else workload.Image)(9)
+    if nested:
+        rng = np.random.default_rng(seed)
+        workload.spoil(image, rng, int(rng.integers(0, 60)))
+    strtab = workload.STRTAB_NESTED if nested else workload.STRTAB_LINEAR
+    return image, questions.smmu(image, strtab, caches=Caches(ste=(2, 2), cd=(2, 2), **caches))
+
+odd = np.array([0, 1 << 55, 0xFFFF << 48, (1 << 64) - 1, 1 << 52], np.uint64)
+hits = 0
+for seed in range(48):
+    rng = np.random.default_rng(seed)
+    n = 200
+    nested = seed % 2
+    ways = (4, 4, 2, 8)[seed // 8 % 4]
+    policy = ("lru", "plru", "fifo", "random")[seed // 2 % 4]
+    caches = {"tlb": (int(rng.choice([4, 64])), ways, policy), "walk1": (4, 4), "walk2": (4, 4),
+              "nested": ("combined", "split")[seed // 16 % 2]}
+    (image, by_batch), (_, by_one) = (system(seed, nested, caches) for _ in range(2))
+    iova = image.random(n, seed)
+    sid = np.repeat(rng.integers(0, 3, n // 20), 20).astype(np.uint32)
+    if nested:
+        inputs = iova - np.uint64(workload.IOVA_BASE - workload.DATA_IPA)
+        iova = np.where(sid == workload.STAGE2_SID, inputs, iova)
+    strange = rng.random(n) < 0.05
+    iova[strange] = rng.choice(odd, strange.sum())
+    for sids, write in ((int(sid[0]), False), (int(sid[0]), True), (sid, rng.random(n) < 0.3)):
+        found = by_batch.translate_batch(sids, iova, write=write)
+        rows = zip(np.broadcast_to(sids, n).tolist(), iova.tolist(),
+                   np.broadcast_to(write, n).tolist(), found, strict=True)
+        for stream, address, writes, row in rows:
+            one = by_one.translate(stream, address, write=writes)
+            event = one.event.number if one.event else 0
+            assert (one.pa or 0, event) == (row["pa"], row["event"]), (seed, one, row)
+        assert by_batch.caches.__getstate__() == by_one.caches.__getstate__(), seed
+    hits += by_batch.caches.tlb.hits
+print(hits > 2000)
+"""
+    assert run_script(code) == "True\n"
 
 
 def test_the_table_has_a_row_for_every_run(tmp_path):
