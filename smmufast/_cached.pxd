@@ -136,7 +136,7 @@ cdef inline int translate_known_cached(
     """As translate_known(), through TLB and walk caches."""
     cdef const Context* context = &memo.context
     cdef const Half* half = NULL
-    cdef const Entry* e
+    cdef const Entry* e = NULL
     cdef Leaf first, leaf
     cdef Syndrome syndrome
     cdef bint nested = memo.index != STAGE1_BYPASS
@@ -148,18 +148,26 @@ cdef inline int translate_known_cached(
     if not nested and not context.second.on:
         return translate_known(hw, port, request, memo, outcome)
     view.stage2_only = not nested
-    leaf_none(&first)
-    leaf_none(&leaf)
-    syndrome_set(&syndrome, 0, False, CLASS_IN)
     if nested:
         upper = half_of(request.iova, context.two_ttbs)
         half = &context.half[upper]
         event = half_fault(context, request.iova, upper, access)
-        if event == 0:
+        if likely(event == 0):
             va = canonical(half, request.iova, upper)
             if context.second.on and not view.c.split:
                 kind = KIND_COMBINED
             e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, va, view.quiet)
+            if likely(e != NULL and not context.second.on):
+                if likely(e.perm1 & need and usable(e, access)):
+                    # the ordinary hit, without what the others have to set up
+                    leaf_of(e, 1, &first)
+                    finish_stage1(hw, request, context, 0, &first, &syndrome, outcome)
+                    return 0
+    leaf_none(&first)
+    leaf_none(&leaf)
+    syndrome_set(&syndrome, 0, False, CLASS_IN)
+    if nested:
+        if event == 0:
             if e != NULL and usable(e, access):
                 leaf_of(e, 1, &first)
                 event = permission(&first, need, False, 0, &syndrome)
