@@ -1685,10 +1685,14 @@ cdef class Caches:
         ------
         ValueError, TypeError
             If it is no such state; nothing is changed.
+        RuntimeError
+            If an Smmu has these caches: it may be using them.
         """
         cdef Reader reader
         cdef CachesC* c
         cdef CachesC old
+        if self.taken:
+            raise RuntimeError("caches: an Smmu has them; only its commands change them")
         if type(state) is not bytes:
             raise TypeError(f"state: {type(state).__name__} given; bytes needed")
         reader.data = PyBytes_AS_STRING(state)

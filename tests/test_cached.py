@@ -12,7 +12,7 @@ import small
 import twin
 
 import smmufast
-from smmufast import Caches
+from smmufast import Caches, Memory, Smmu
 
 SEEDS = int(os.environ.get("SMMUFAST_CACHETWIN", "160"))
 PART = 20  # systems a test
@@ -211,3 +211,15 @@ def test_threads_share_one_smmu_with_caches():
     for one in (smmu.caches.ste, smmu.caches.cd, smmu.caches.tlb, smmu.caches.walk1):
         gone = one.evictions + one.replacements + one.invalidations
         assert len(one) == one.fills - gone
+
+
+def test_caches_of_an_smmu_take_no_state():
+    memory = Memory()
+    caches = Caches.small()
+    state = caches.__getstate__()
+    Smmu(memory, caches=caches)
+    with pytest.raises(RuntimeError, match="an Smmu has them"):
+        caches.__setstate__(state)
+    with pytest.raises(ValueError, match="those of another Smmu"):
+        Smmu(memory, caches=caches)
+    Smmu(memory, caches=caches.copy())
