@@ -682,8 +682,8 @@ cdef class Registers:
         Parameters
         ----------
         offset : int or str
-            In bytes from the start of page 0, up to 0x1FFFF; or the name of a register, which is
-            then read whole.
+            In bytes from the start of page 0, up to 0x1FFFF; or the name of a register, one of
+            `smmufast.layout.REGISTERS`, which is then read whole.
         size : int
             In bytes: 4, or 8 for a 64-bit register; others read as zero, as do unaligned
             accesses and offsets without a register.

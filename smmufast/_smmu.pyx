@@ -407,7 +407,14 @@ cdef class Walk:
         walk = smmu.start_walk(sid, iova)
         while not walk.done:
             fetch = walk.request
-            walk.supply(read(fetch.address, fetch.size))   # None: an external abort
+            if fetch.swap is None:
+                walk.supply(read(fetch.address, fetch.size))   # None: an external abort
+            else:                                              # (expected, desired)
+                walk.supply(compare_and_swap(fetch.address, *fetch.swap))
+
+    A fetch with a `swap` is a hardware update, which CD.HA, CD.HD and their like ask for: store
+    `desired` in the 8 bytes at the address if they are `expected`, both numbers little-endian,
+    and answer with what was there, stored or not.
     """
 
     def __init__(self):
@@ -444,7 +451,7 @@ cdef class Walk:
         ----------
         data : bytes-like, int or None
             The bytes as they lie in memory, as many as asked for; or their little-endian
-            number; or None for an external abort.
+            number; or None for an external abort.  Of an update, what was there before it.
 
         Raises
         ------
@@ -977,8 +984,9 @@ cdef class Smmu:
            bint instr=False):
         """Translate one access and return its physical address alone.
 
-        Arguments as in `translate`.  A terminated access raises the Fault of its event:
-        `smmufast.faults.FAULTS` has them by event number.
+        Arguments as in `translate`.  An access that is terminated raises the Fault of its event:
+        `smmufast.faults.FAULTS` has them by event number.  So does one that stalls; it is in
+        `stalls` then.
         """
         cdef Request request
         cdef Outcome outcome
@@ -1047,8 +1055,9 @@ cdef class Smmu:
         The columns are those of COLUMNS: ``pa`` (uint64, 0 when terminated), ``action`` (uint8,
         index into ACTIONS), ``event`` and ``fault`` (uint8, event number, 0 for none),
         ``perm`` (uint8, Perm), ``level`` (int8, 4 without a translation), ``page_lg2`` (uint8,
-        0 likewise), ``attr`` and ``sh`` (uint8), ``record`` (32 bytes, zero when nothing is
-        recorded).  ``action >= ACTIONS.index("abort")`` are the accesses that are terminated,
+        0 likewise), ``attr`` and ``sh`` (uint8), ``ipa`` (uint64, 0 unless stage 2 translates),
+        ``stage`` (uint8), ``record`` (32 bytes, zero when nothing is recorded).
+        ``action >= ACTIONS.index("abort")`` are the accesses that are terminated or stall,
         ``layout.Event(number).name`` names an event, ``Event(row["record"])`` decodes a record.
 
         Returns
@@ -1230,6 +1239,10 @@ cdef class Smmu:
                    bint instr=False):
         """Start a translation whose fetches the host performs; arguments as in `translate`.
 
+        The Memory is not read for the walk; an event is put into its event queue, if software
+        placed one.  Caches answer as ever, so that a walk may be done at once, and are filled when
+        it is done.  Several walks may be under way, and end in any order.
+
         Returns
         -------
         Walk
@@ -1256,9 +1269,9 @@ cdef class Smmu:
     def stale(self):
         """Look for entries of the caches that the tables in memory no longer give.
 
-        Each live entry is looked up again, as the transaction that filled it would: without the
-        caches, and without hardware updates.  What is found here after tables were changed is
-        what an invalidation is missing for.
+        Each live entry is looked up again in the Memory, as the transaction that filled it would:
+        without the caches, and without hardware updates.  What is found here after tables were
+        changed is what an invalidation is missing for.
 
         Returns
         -------

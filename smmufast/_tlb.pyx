@@ -58,8 +58,8 @@ class Geometry(NamedTuple):
     """Size and replacement of one cache.
 
     `sets` is a power of two and `ways` at least 1, together at most 2**24 entries; sets=1 makes
-    a cache fully associative. `policy` is one of POLICIES: "plru" wants a power of two of at most
-    64 ways. `seed`, a number of 64 bits, is that of "random".
+    a cache fully associative. `policy` is "lru", "plru", "fifo" or "random"; "plru" wants a power
+    of two of at most 64 ways. `seed`, a number of 64 bits, is that of "random".
     """
 
     sets: int

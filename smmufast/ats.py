@@ -92,6 +92,8 @@ class AtsDevice:
     `hits`, `misses`, `requests`, `page_requests` and `invalidations` count.  `responsive` is True;
     a device for which it is set to False lets invalidations time out.
 
+    `Smmu.save` holds nothing of it: an Smmu that is restored gets a new device, with an empty ATC.
+
     >>> from smmufast import Memory, Smmu, layout
     >>> memory = Memory()
     >>> memory.add_private()
@@ -280,7 +282,7 @@ class AtsDevice:
         Returns
         -------
         Result
-            Of the Translated transaction.
+            Of the Translated transaction: its `iova` is the translated address.
 
         Raises
         ------
