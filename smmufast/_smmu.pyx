@@ -15,7 +15,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
-from smmufast._bits cimport le64, low_mask
+from smmufast._bits cimport apart, le64, low_mask
 from smmufast._command cimport Effect
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
@@ -491,8 +491,11 @@ cdef class Walk:
         cdef int status
         core.ram.users += 1
         core.shared += 1
-        with nogil:  # the caches may have to be waited for
+        if core.caches == NULL:
             status = walk_answer(core, &own, &self.walk, data)
+        else:
+            with nogil:  # the caches may have to be waited for
+                status = walk_answer(core, &own, &self.walk, data)
         core.shared -= 1
         core.ram.users -= 1
         return self._settle(&own, status)
@@ -722,7 +725,8 @@ cdef struct Row:
     uint64_t length
 
 
-# A burst under way: the segments so far, and the outcome of the last page.
+# A burst under way: the segments so far; of the last page's outcome perm, attr and sh, or all of
+# it if it failed.
 cdef struct Burst:
     uint64_t rest       # bytes to go
     Row* rows
@@ -758,6 +762,9 @@ cdef int burst_add(Burst* burst, uint64_t iova, const Outcome* page,
     return BURST_MORE
 
 
+ctypedef int (*ScalarDriver)(Core*, Port*, const Request*, Memo*, Outcome*) noexcept nogil
+
+
 cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
                    Burst* burst) noexcept nogil:
     """Translate the next pages of a burst; `request` is that of the next page.
@@ -777,7 +784,8 @@ cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
                 core, port, request, translate_known(&core.hw, port, request, memo, &page), &page)
         else:
             port.wrote = False
-            status = translate_request(core, port, request, memo, &page)
+            status = (<ScalarDriver>apart(<void*>translate_request))(
+                core, port, request, memo, &page)
             known = core.caches == NULL and port.ram.plain and memo.whole
         if status:
             return status
@@ -793,7 +801,10 @@ cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
         status = burst_add(burst, request.iova, &page, room)
         if status != BURST_MORE:
             return status
-        burst.outcome = page
+        # what burst_add compares; a whole copy would wait for the stores just made
+        burst.outcome.perm = page.perm
+        burst.outcome.attr = page.attr
+        burst.outcome.sh = page.sh
         request.iova += room
         burst.rest -= room
     return BURST_MORE
@@ -805,8 +816,6 @@ cdef int request_any(Core* core, Port* port, const Request* request, Memo* memo,
                      Outcome* outcome) noexcept nogil:
     return translate_request(core, port, request, memo, outcome)
 
-
-ctypedef int (*ScalarDriver)(Core*, Port*, const Request*, Memo*, Outcome*) noexcept nogil
 
 cdef ScalarDriver through_caches = request_any  # not inlined
 
@@ -1259,8 +1268,11 @@ cdef class Smmu:
         walk.smmu = self
         self.core.ram.users += 1
         self.core.shared += 1
-        with nogil:
+        if self.core.caches == NULL:
             status = walk_begin(&self.core, &own, &request, &walk.walk)
+        else:
+            with nogil:
+                status = walk_begin(&self.core, &own, &request, &walk.walk)
         self.core.shared -= 1
         self.core.ram.users -= 1
         walk._settle(&own, status)
