@@ -188,11 +188,16 @@ cdef inline Slot* slot_of(
         slot.sid = sid
         slot.ssid = ssid
         slot.memo.whole = False
+        # ahead of its turn it updates nothing; a request through stage 2 looks it up in its turn
+        port.dry = True
         slot.walks = (
             cr0_smmuen(hw.cr0)
             and lookup(hw, port, sid, ssid, &slot.memo, &syndrome) == 0
             and slot.memo.index != STAGE1_BYPASS and not slot.memo.context.second.on
         )
+        port.dry = False
+        if slot.memo.context.second.on:
+            slot.memo.whole = False
     slot.block = block
     return slot
 

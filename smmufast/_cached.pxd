@@ -26,6 +26,7 @@ from smmufast._tlb cimport (
 from smmufast._translate cimport (
     CLASS_IN, SILENT_ABORT, Leaf, Memo, Syndrome, View, as_said, canonical, cd_fetch, end_disabled,
     end_lookup, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
+    keeps_what_is_read,
     leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set, translate_known,
     translate_one, untranslatable, walk_steps,
 )
@@ -43,6 +44,7 @@ cdef inline void view_open(
     view.quiet = quiet
     view.stage2_only = False
     view.nt = core.hw.bbml != 0
+    view.begun = core.caches.commands
 
 
 # --- configuration ---
@@ -76,7 +78,7 @@ cdef inline int lookup_cached(
         event = ste_fetch(hw, port, view.sid, memo, syndrome)
     if event == 0:
         event = ste_decode(hw, memo)
-    if not memo.ste_handle and not view.quiet and (event == 0 or event == SILENT_ABORT):
+    if not memo.ste_handle and keeps_what_is_read(view) and (event == 0 or event == SILENT_ABORT):
         memo.ste_handle = ste_fill(view.c, view.sid, memo.ste)
     if event == 0:
         event = ste_substream(hw, memo, view.ssid)
@@ -91,7 +93,7 @@ cdef inline int lookup_cached(
             event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
         if event:
             return event
-        if not memo.cd_handle and not view.quiet:
+        if not memo.cd_handle and keeps_what_is_read(view):
             memo.cd_handle = cd_fill(view.c, view.sid, <uint32_t>memo.index, memo.cd)
     memo.whole = memo.ste_handle and (memo.cd_handle or memo.index == STAGE1_BYPASS)
     memo.generation = view.c.config_generation
@@ -235,7 +237,8 @@ cdef inline int walk_cached(
 
     Until it comes to its end it leaves the caches as they are, and then as translate_cached()
     would.  What it fills and evicts decides about its own later fetches, so whatever fetches
-    runs in a copy first.  Without memory for a copy nothing is kept.
+    runs in a copy first.  Without memory for a copy nothing is kept, nor after an invalidation
+    that came since the walk began; request.reserved says when that was.
     """
     cdef CachesC* spare
     cdef Memo memo
@@ -248,9 +251,13 @@ cdef inline int walk_cached(
     if spare != NULL:
         view.c = spare
         view.quiet = False
+    if <uint32_t>view.c.commands != request.reserved:
+        view.begun = ~view.c.commands
     status = translate_cached(&core.hw, port, &view, request, &memo, &walk.result)
     if status == 0 and (spare != NULL or walk.count == 0):
         view_open(&view, core, request, False)
+        if <uint32_t>view.c.commands != request.reserved:
+            view.begun = ~view.c.commands
         port_open(port, NULL, walk, True)
         memo.whole = False
         status = translate_cached(&core.hw, port, &view, request, &memo, &walk.result)

@@ -536,6 +536,8 @@ cdef int walk_resume(Core* core, Port* own, WalkC* walk) noexcept nogil:
 cdef int walk_begin(Core* core, Port* own, const Request* request, WalkC* walk) noexcept nogil:
     memset(walk, 0, sizeof(WalkC))
     walk.request = request[0]
+    if core.caches != NULL:
+        walk.request.reserved = <uint32_t>core.caches.commands
     return walk_resume(core, own, walk)
 
 

@@ -132,6 +132,7 @@ cdef struct CachesC:
     CacheC[5] cache         # by CACHE_...
     uint64_t config_generation      # changes with every fill, eviction, invalidation of STE or CD
     uint64_t tlb_generation         # likewise of the TLB
+    uint64_t commands       # invalidations, ever: what was read before one is not kept after it
     Sizes[4] tlb_sizes     # by kind
     Sizes[4] walk_sizes
     uint64_t[4][4] key_mask         # by kind and world: the tags that there are

@@ -251,6 +251,7 @@ cdef uint64_t config_drop_sids(
 
 cdef uint64_t cfgi_cd_all(CachesC* c, uint32_t sid) noexcept nogil:
     """CMD_CFGI_CD_ALL: every CD of a stream.  Returns how many entries went, as all of these."""
+    c.commands += 1
     return config_drop_sids(c, &c.cache[CACHE_CD], sid, sid)
 
 
@@ -259,6 +260,7 @@ cdef uint64_t cfgi_cd(
     """CMD_CFGI_CD: one CD.  Level-1 descriptors are not cached, so `leaf` makes no difference."""
     cdef CacheC* cache = &c.cache[CACHE_CD]
     cdef int64_t slot
+    c.commands += 1
     if cache.live == 0:
         return 0
     slot = cache_find(
@@ -289,6 +291,7 @@ cdef uint64_t cfgi_range(
     `lg2_count` is the command's Range + 1; 32 and more are all StreamIDs.
     """
     cdef uint32_t low = <uint32_t>low_mask(lg2_count if lg2_count < 32 else 32)
+    c.commands += 1
     return (
         config_drop_sids(c, &c.cache[CACHE_STE], sid & ~low, sid | low)
         + config_drop_sids(c, &c.cache[CACHE_CD], sid & ~low, sid | low)
@@ -666,6 +669,7 @@ cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil:
     """
     cdef Filter f
     cdef uint64_t sizes, dropped = 0
+    c.commands += 1
     if not filter_of(inv, &f):
         return 0
     if c.cache[CACHE_TLB].live:
@@ -686,6 +690,7 @@ cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil:
     """Drop everything, as SMMU_S_INIT.INV_ALL does; returns how many entries went."""
     cdef Filter f
     cdef uint64_t dropped = 0, tlb = 0
+    c.commands += 1
     memset(&f, 0, sizeof(Filter))
     filter_pass(&f, 0, 0)
     f.all_addresses = True

@@ -88,6 +88,7 @@ cdef struct View:
     bint quiet         # leave the caches as they are: the chain will be run again
     bint stage2_only   # stage 1 does not translate
     bint nt            # blocks with nT are not cached
+    uint64_t begun     # CachesC.commands when the transaction began
 
 
 cdef enum:
@@ -409,12 +410,17 @@ cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
     return (d & 15) << 2 | (d >> 4 & 3) << 8 | (d >> 6 & 1) << 11 | d >> 7 << 52
 
 
+cdef inline bint keeps_what_is_read(const View* view) noexcept nogil:
+    """No invalidation came meanwhile, from a callback or during a resumable walk."""
+    return not view.quiet and view.begun == view.c.commands
+
+
 cdef inline void keep_table(
         View* view, const Context* context, const Half* half, unsigned int kind,
         uint64_t address, unsigned int shift, uint64_t table, uint64_t tables) noexcept nogil:
     """Let a walk cache have a table that translates 2^shift bytes around an address."""
     cdef Table e
-    if view.quiet:
+    if not keeps_what_is_read(view):
         return
     memset(&e, 0, sizeof(e))
     e.prefix = address >> shift
@@ -450,8 +456,10 @@ cdef inline void keep_entry(
     """Let the TLB have a translation, by what the leaves of its stages say."""
     cdef Entry e
     cdef uint64_t within
-    if (view.quiet or view.nt and (kind & KIND_S1 and no_translation(first.d, first.level)
-                                   or kind & KIND_S2 and no_translation(second.d, second.level))):
+    if not keeps_what_is_read(view):
+        return
+    if view.nt and (kind & KIND_S1 and no_translation(first.d, first.level)
+                    or kind & KIND_S2 and no_translation(second.d, second.level)):
         return
     memset(&e, 0, sizeof(e))
     e.kind = kind

@@ -223,3 +223,40 @@ def test_caches_of_an_smmu_take_no_state():
     with pytest.raises(ValueError, match="those of another Smmu"):
         Smmu(memory, caches=caches)
     Smmu(memory, caches=caches.copy())
+
+
+def test_a_walk_that_began_before_an_invalidation_is_not_kept():
+    plain = small.system()[0]
+    memory = plain.memory
+    before = plain.pa(1, small.RW)
+    smmu = Smmu(memory, plain.features, **small.registers(), caches=Caches.small())
+    walk = smmu.start_walk(1, small.RW)
+    while not walk.done:
+        fetch = walk.request
+        data = memory.read(fetch.address, fetch.size)
+        if fetch.level == 3:
+            descriptor = int.from_bytes(data, "little")
+            memory.write_u64(fetch.address, descriptor ^ 1 << 20)
+            smmu.command("TLBI_NSNH_ALL")
+        walk.supply(data)
+    assert walk.result.pa == before
+    assert smmu.pa(1, small.RW) == before ^ 1 << 20
+    assert smmu.stale() == []
+
+
+def test_a_translation_whose_callback_invalidates_is_not_kept():
+    image = bytearray(small.build())
+    smmu = None
+
+    def read(address, n):
+        data = bytes(image[address - small.BASE :][:n])
+        if smmu is not None and n == 8:
+            smmu.command("TLBI_NSNH_ALL")
+            smmu.command("CFGI_ALL")
+        return data
+
+    memory = Memory()
+    memory.add_callback(small.BASE, len(image), read)
+    smmu = Smmu(memory, **small.registers(), caches=Caches.small())
+    smmu.translate(1, small.RW)
+    assert len(smmu.caches.tlb) == len(smmu.caches.walk1) == 0
