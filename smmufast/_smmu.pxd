@@ -31,6 +31,7 @@ cdef class TracedResult(Result):
 cdef class Walk:
     cdef WalkC walk
     cdef int status
+    cdef bint answering    # an answer is being worked on
     cdef Smmu smmu
     cdef int _answer(self, const void* data) except -1
     cdef int _settle(self, Port* own, int status) except -1

@@ -456,7 +456,7 @@ cdef class Walk:
         Raises
         ------
         RuntimeError
-            The walk is done.
+            The walk is done, or an answer to it is being worked on.
         ValueError
             The size is wrong.
         """
@@ -465,6 +465,8 @@ cdef class Walk:
         cdef uint32_t asked = self.walk.count
         if self.status == STATUS_DONE:
             raise RuntimeError("the walk is done: no fetch waits for data")
+        if self.answering:
+            raise RuntimeError("an answer is being worked on: no fetch waits for data")
         if data is None:
             self._answer(NULL)
             return
@@ -479,7 +481,7 @@ cdef class Walk:
         try:
             if <size_t>view.len != size:
                 raise ValueError(f"data: {view.len} bytes given; {size} needed")
-            if asked != self.walk.count:  # conversions run the caller's code
+            if self.answering or asked != self.walk.count:  # conversions run the caller's code
                 raise RuntimeError("the fetch was answered meanwhile")
             self._answer(view.buf)
         finally:
@@ -489,6 +491,7 @@ cdef class Walk:
         cdef Core* core = &self.smmu.core
         cdef Port own
         cdef int status
+        self.answering = True
         core.ram.users += 1
         core.shared += 1
         if core.caches == NULL:
@@ -498,6 +501,7 @@ cdef class Walk:
                 status = walk_answer(core, &own, &self.walk, data)
         core.shared -= 1
         core.ram.users -= 1
+        self.answering = False
         return self._settle(&own, status)
 
     cdef int _settle(self, Port* own, int status) except -1:

@@ -154,3 +154,23 @@ def test_the_capsule_is_found_before_anything_was_imported():
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_walk_is_not_answered_again_while_its_end_is_told():
+    memory = Memory()
+    memory.add_private(0x9000_0000, 0x1000)
+    told = []
+
+    def interrupt(name):
+        told.append(name)
+        smmu.write("EVENTQ_CONS", smmu.read("EVENTQ_PROD"))
+        for data in (None, b"", bytes(64)):
+            with pytest.raises(RuntimeError, match="being worked on"):
+                walk.supply(data)
+
+    smmu = Smmu(memory, eventq_base=0x9000_0004, on_interrupt=interrupt)
+    smmu.write("IRQ_CTRL", 4)
+    walk = smmu.start_walk(0, 0)
+    walk.supply(bytes(64))
+    assert walk.done and told == ["eventq"]
+    assert smmu.read("EVENTQ_PROD") == 1
