@@ -568,7 +568,7 @@ cdef inline int run_hits(
     cdef int status
     memo.whole = False
     memo.sid = memo.ssid = 0
-    memo.generation = 0
+    memo.edition = memo.generation = 0
     lane.clock = lane.told = 0
     lane.fixed = 0
     lane.bits = 1
@@ -607,7 +607,7 @@ cdef inline int run_hits(
         if status:
             return status
         takes = (not more and cr0_smmuen(hw.cr0) and lane_takes(&memo, c)
-                 and memo.generation == c.config_generation)
+                 and memo.edition == hw.edition and memo.generation == c.config_generation)
         if takes:
             lane_set(&lane, hw, c, &memo, half_of(va, context.two_ttbs))
             if alike:

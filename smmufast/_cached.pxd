@@ -49,9 +49,10 @@ cdef inline void view_open(
 
 # --- configuration ---
 
-cdef inline bint memo_current(const View* view, const Memo* memo) noexcept nogil:
-    """The memo is this pair's, and all of it is still cached."""
+cdef inline bint memo_current(const Hw* hw, const View* view, const Memo* memo) noexcept nogil:
+    """The memo is this pair's, of these registers, and all of it is still cached."""
     return (memo.whole and memo.sid == view.sid and memo.ssid == view.ssid
+            and memo.edition == hw.edition
             and memo.generation == view.c.config_generation)
 
 
@@ -66,6 +67,7 @@ cdef inline int lookup_cached(
     """As lookup(), for view.sid and view.ssid; what is cached is not read."""
     cdef int event = 0
     memo.whole = False
+    memo.edition = hw.edition
     memo.sid = view.sid
     memo.ssid = view.ssid
     memo.context.second.on = False
@@ -219,7 +221,7 @@ cdef inline int translate_cached(
     if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
-    if memo_current(view, memo):
+    if memo_current(hw, view, memo):
         memo_touch(view, memo)
     else:
         event = lookup_cached(hw, port, view, memo, &syndrome)

@@ -580,6 +580,7 @@ cdef inline int stage2(
 # long as they are what memory holds it need not be decoded again.
 cdef struct Memo:
     bint whole            # all of it belongs together
+    uint64_t edition      # of the registers that it was decoded by
     int index             # of the CD, or STAGE1_BYPASS
     uint32_t sid
     uint32_t ssid
@@ -610,9 +611,10 @@ cdef inline bint same_place(
 
 
 cdef inline bint memo_holds(
-        Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
-    """The memo is this pair's, and memory still holds what it was decoded from."""
-    if not memo.whole or memo.sid != sid or memo.ssid != ssid:
+        const Hw* hw, Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
+    """The memo is this pair's, and registers and memory still hold what it was decoded from."""
+    if (not memo.whole or memo.sid != sid or memo.ssid != ssid
+            or memo.edition != hw.edition):
         return False
     if memo.l1std_at != NOWHERE and not unchanged8(port, memo.l1std_at, memo.l1std):
         return False
@@ -741,6 +743,7 @@ cdef inline int lookup(
     """
     cdef int event
     memo.whole = False
+    memo.edition = hw.edition
     memo.sid = sid
     memo.ssid = ssid
     memo.context.second.on = False
@@ -1215,7 +1218,7 @@ cdef inline int translate_one(
     if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
-    if not memo_holds(port, memo, request.sid, request.ssid):
+    if not memo_holds(hw, port, memo, request.sid, request.ssid):
         event = lookup(hw, port, request.sid, request.ssid, memo, &syndrome)
         if unlikely(event):
             if event < 0:

@@ -4,6 +4,7 @@ import random
 
 import ptwriter
 import pytest
+import small
 import tablegen
 import twin
 
@@ -52,3 +53,69 @@ def test_level_1_tables_at_address_0_are_read_again():
     assert smmu.translate(0, 0x123).action == "bypass"
     memory.write(0, bytes(8))
     assert smmu.translate(0, 0x123).fault.name == "C_BAD_STREAMID"
+
+
+QUEUE = 0x9000_0000
+OTHER_TABLE = 0xC000_0000
+
+
+def reprogrammed(caches, register, value):
+    """The small system, whose first event makes software write a register with SMMUEN=0."""
+    image = small.build()
+    entry = bytes(image[64 * small.STAGE1 : 64 * small.STAGE1 + 64])
+    image[64 * TWIN : 64 * TWIN + 64] = entry
+    memory = smmufast.Memory()
+    memory.add(image, small.BASE)
+    memory.add_private(QUEUE, 0x1000)
+    memory.add_private(OTHER_TABLE, small.SIZE * 4)
+    memory.write(OTHER_TABLE + 64 * small.STAGE1, entry)
+    memory.write(OTHER_TABLE + 64 * TWIN, ptwriter.encode_ste(v=1, config=4))
+    told = []
+
+    def interrupt(name):
+        told.append(name)
+        if len(told) == 1:
+            smmu.write("CR0", 4)
+            smmu.write(register, value)
+            smmu.write("CR0", 5)
+
+    smmu = smmufast.Smmu(
+        memory, eventq_base=QUEUE | 4, on_interrupt=interrupt, caches=caches, **small.registers()
+    )
+    smmu.write("IRQ_CTRL", 4)
+    return smmu
+
+
+TWIN = 16  # of small.STAGE1's slot in a batch: what comes second in a block goes one by one
+FAULT = (TWIN, small.UNMAPPED)
+REPROGRAMS = {
+    "the same stream follows": [(TWIN, small.RW), FAULT, (TWIN, small.RW)],
+    "another is between": [
+        (small.STAGE1, small.RW), (TWIN, small.RW), FAULT, (small.STAGE1, small.RW),
+        (TWIN, small.RW),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("requests", REPROGRAMS.values(), ids=REPROGRAMS)
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("register", "value", "last"),
+    [("STRTAB_BASE", OTHER_TABLE, "bypass"), ("STRTAB_BASE_CFG", 2, "abort")],
+)
+def test_a_batch_sees_registers_that_an_interrupt_writes(requests, cached, register, value, last):
+    def run(face):
+        caches = smmufast.Caches(ste=(16, 4), cd=(16, 4), tlb=(16, 4)) if cached else None
+        return face(reprogrammed(caches, register, value))
+
+    def by_batch(smmu):
+        sids, iovas = (list(column) for column in zip(*requests, strict=True))
+        actions = smmu.translate_batch(sids, iovas)["action"]
+        return [smmufast.ACTIONS[action] for action in actions]
+
+    single = run(lambda smmu: [smmu.translate(*request).action for request in requests])
+    if cached and register == "STRTAB_BASE":
+        last = "ok"  # the STE is cached
+    at = requests.index(FAULT)
+    assert single[: at + 1] == ["ok"] * at + ["abort"] and single[-1] == last
+    assert run(by_batch) == single
