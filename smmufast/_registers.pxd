@@ -39,6 +39,7 @@ cdef class Registers:
     cdef list _resumed        # those whose end is to be told
     cdef uint32_t _last_stag
     cdef bint _recording
+    cdef bint _record_again   # asked for while it was under way
     # commands
     cdef uint32_t _cerror
     cdef uint32_t _restarts   # how often CONS or BASE of the command queue was written

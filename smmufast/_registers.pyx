@@ -1102,15 +1102,24 @@ cdef class Registers:
         return 0
 
     cdef int _record(self) except -1:
-        """Record the stalls that wait, in order, as far as STALL_MAX and the event queue admit."""
+        """Record the stalls that wait, in order, as far as STALL_MAX and the event queue admit.
+
+        Called again by a callback, it returns at once, for the first call goes on: also after a
+        record that the queue did not take, but for no more of these than the queue has entries.
+        """
         cdef Py_ssize_t most = max(1, self._features.stall_max)
+        cdef uint64_t budget = <uint64_t>1 << self.queues.events.log2size
+        self._record_again = True
         if self._recording:
             return 0
         self._recording = True
         try:
             while self._waiting and len(self._tagged) < most:
+                self._record_again = False
                 if not self._record_first(next(iter(self._waiting))):
-                    break
+                    if not self._record_again or budget == 0:
+                        break
+                    budget -= 1
         finally:
             self._recording = False
         return 0
@@ -1138,10 +1147,9 @@ cdef class Registers:
         event_set_stag(stall.outcome.record, stag)
         stall.outcome.stag = <unsigned short>stag
         port_open(&port, self.core.ram, NULL, False)
+        self.core.ram.users += 1
         if q.events.placed:
-            self.core.ram.users += 1
             status = ring_put(q, &q.events, &port, stall.outcome.record, False, &put)
-            self.core.ram.users -= 1
         elif q.events.enabled:
             put = PUT_WRITTEN  # the record is in the outcome
         written = put & 3 == PUT_WRITTEN
@@ -1159,6 +1167,7 @@ cdef class Registers:
                 event_set_stag(stall.outcome.record, 0)
         if status == 0:
             status = event_signal(q, &port, put, self.core.hw.oas_over)
+        self.core.ram.users -= 1
         self._end(&port, status)
         return written
 

@@ -530,3 +530,68 @@ def test_random_programs_lose_no_stall(seed):
         tags = [(s.sid, s.stag) for s in model.recorded]
         assert len(set(tags)) == len(tags)
     assert len(every) > 10
+
+
+# --- queues that callbacks serve ---
+
+
+def refusing(times):
+    """(smmu, interrupts): its event queue refuses so many records; GERROR is acknowledged."""
+    smmu, _ = system(place=False)
+    left, data, interrupts = [times], bytearray(0x1000), []
+
+    def write(address, record):
+        if left[0]:
+            left[0] -= 1
+            return None
+        at = address - 0xA000_0000
+        data[at : at + len(record)] = record
+        return True
+
+    def interrupt(name):
+        interrupts.append(name)
+        if name == "gerror":
+            smmu.write("GERRORN", smmu.gerror)
+
+    smmu.memory.add_callback(0xA000_0000, 0x1000, lambda address, n: bytes(n), write)
+    smmu.write("CR0", 1)
+    smmu.write("EVENTQ_BASE", 0xA000_0000 | 2)
+    smmu.write("CR0", 5)
+    smmu.on_interrupt = interrupt
+    return smmu, interrupts
+
+
+@pytest.mark.parametrize("times", [0, 1, 4])
+def test_a_stall_is_recorded_once_the_interrupt_ends_the_error(times):
+    smmu, interrupts = refusing(times)
+    held = stall(smmu)
+    assert held.recorded
+    assert interrupts == ["gerror"] * times + ["eventq"]
+
+
+def test_a_queue_that_always_refuses_does_not_hang():
+    smmu, interrupts = refusing(1 << 40)
+    held = stall(smmu)
+    assert not held.recorded and not held.done
+    assert interrupts == ["gerror"] * 5
+
+
+def test_memory_does_not_change_while_a_record_is_told_by_msi():
+    smmu, _ = system(log2size=0)
+    said = []
+
+    def write(address, data):
+        with pytest.raises(BufferError, match="in use"):
+            smmu.memory.remove(0xA000_0000)
+        said.append(address)
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 0x1000, lambda address, n: bytes(n), write)
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("EVENTQ_IRQ_CFG0", 0xA000_0000)
+    smmu.write("IRQ_CTRL", 4)
+    smmu.translate(small.STAGE1, small.UNMAPPED)
+    held = stall(smmu)
+    assert not held.recorded and len(said) == 1
+    smmu.write("EVENTQ_CONS", 1)
+    assert held.recorded and len(said) == 2
