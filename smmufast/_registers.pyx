@@ -16,8 +16,8 @@ from smmufast._command cimport (
     Effect, command_decode,
 )
 from smmufast._config cimport (
-    l1std_next, pointer_mask, size_bits, split_of, ste_aborts, ste_check, stream_first,
-    strtab_linear_base, strtab_two_level_base,
+    l1std_next, pointer_mask, size_bits, split_of, stage2_decode, ste_aborts, ste_check,
+    ste_stage2, stream_first, strtab_linear_base, strtab_two_level_base,
 )
 from smmufast._core cimport (
     IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Msi, Queues, Ring, caches_give,
@@ -44,7 +44,7 @@ from smmufast._tlb cimport (
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL,
-    FETCH_L1STD, FETCH_STE, NO_LEVEL, NO_SSID, Hw, Outcome, Request,
+    FETCH_L1STD, FETCH_STE, NO_LEVEL, NO_SSID, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport entering_attr, shareability
 
@@ -1556,6 +1556,7 @@ cdef class Registers:
         cdef const Hw* hw = &self.core.hw
         cdef uint64_t address = 0, l1std = 0
         cdef uint64_t[8] ste
+        cdef Second second
         cdef Port port
         cdef int status, kind = stream_first(hw, sid, &address)
         if kind == 0:
@@ -1574,7 +1575,8 @@ cdef class Registers:
             status = fetch64(&port, FETCH_STE, address, ste)
         self.core.ram.users -= 1
         self._end(&port, status)
-        if status != FETCH_OK or not ste_v(ste) or not ste_aborts(ste) and ste_check(hw, ste):
+        if status != FETCH_OK or not ste_v(ste) or not ste_aborts(ste) and (
+                ste_check(hw, ste) or ste_stage2(ste) and stage2_decode(hw, ste, &second)):
             return -1
         return <int>ste_ppar(ste)
 

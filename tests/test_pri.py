@@ -127,6 +127,10 @@ def test_without_a_usable_ste_the_automatic_answer_is_a_failure():
     smmu.page_request(small.STAGE1, 0, read=True)
     for sid in (small.INVALID, small.BEYOND_TABLE, small.BEYOND_MEMORY):
         assert smmu.page_request(sid, 0, ssid=3, read=True).action == "failure"
+    assert smmu.page_request(small.STAGE2, 0, ssid=3, read=True).action == "success"
+    at = small.BASE + small.STES + 64 * small.STAGE2 + 16
+    smmu.memory.write_u64(at, smmu.memory.read_u64(at) & ~(1 << 51))  # S2AA64
+    assert smmu.page_request(small.STAGE2, 0, ssid=3, read=True).action == "failure"
 
 
 def test_a_queue_without_memory_ends_in_priq_abt_err():
