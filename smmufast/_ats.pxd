@@ -43,8 +43,8 @@ from smmufast._tlb cimport (
 from smmufast._translate cimport (
     CLASS_IN, NOWHERE, SILENT_ABORT, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault,
     end_unmapped, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
-    leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set, untranslatable,
-    walk_steps,
+    keeps_what_is_read, leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set,
+    untranslatable, walk_steps,
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, NO_SSID, Context, Half,
@@ -205,7 +205,8 @@ cdef inline int ats_stream(
         event = ste_fetch(hw, port, sid, memo, syndrome)
     if event == 0:
         event = ste_decode(hw, memo)
-    if view != NULL and not cached and (event == 0 or event == SILENT_ABORT):
+    if (view != NULL and not cached and keeps_what_is_read(view)
+            and (event == 0 or event == SILENT_ABORT)):
         ste_fill(view.c, sid, memo.ste)
     return event
 
@@ -224,7 +225,7 @@ cdef inline int ats_context(
         event = cd_fetch(hw, port, view, memo, syndrome)
     if event == 0:
         event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-    if view != NULL and not cached and event == 0:
+    if view != NULL and not cached and event == 0 and keeps_what_is_read(view):
         cd_fill(view.c, memo.sid, <uint32_t>memo.index, memo.cd)
     return event
 

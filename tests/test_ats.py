@@ -1047,3 +1047,30 @@ def test_devices_are_checked():
     device.access(small.RW)
     device.clear()
     assert len(device) == 0 and device.access(small.RW) and device.misses == 3
+
+
+@pytest.mark.parametrize("at", [small.STES + 64 * small.STAGE1, small.CDS], ids=["STE", "CD"])
+def test_what_is_invalidated_while_a_request_reads_it_is_not_cached(at):
+    image = small.build()
+    place = slice(64 * small.STAGE1, 64 * small.STAGE1 + 64)
+    image[place] = ptwriter.encode_ste(
+        v=1, config=5, s1contextptr=small.BASE + small.CDS, eats=1
+    )
+    left = [at]
+
+    def read(address, n):
+        offset = address - small.BASE
+        data = bytes(image[offset : offset + n])
+        if offset in left:
+            left.remove(offset)
+            image[place] = ptwriter.encode_ste(v=1, config=4)
+            smmu.command("CFGI_STE", StreamID=small.STAGE1)
+        return data
+
+    memory = Memory()
+    memory.add_callback(small.BASE, small.SIZE, read)
+    caches = Caches(ste=(16, 4), cd=(16, 4), tlb=(16, 4))
+    smmu = Smmu(memory, Features.full(), caches=caches, **small.registers())
+    assert smmu.ats_request(small.STAGE1, small.RW).status == "success"
+    assert not left and smmu.stale() == [] and len(caches) == 0
+    assert smmu.translate(small.STAGE1, small.RW).action == "bypass"
