@@ -468,11 +468,11 @@ cdef class Registers:
 
     cdef int _retry(self, const Request* request, Outcome* outcome) except -1:
         """Translate a transaction again, from the start."""
-        raise NotImplementedError()
+        raise TypeError("Registers are a part of Smmu")
 
     cdef object _result(self, const Request* request, const Outcome* outcome):
         """The Result of an outcome."""
-        raise NotImplementedError()
+        raise TypeError("Registers are a part of Smmu")
 
     cdef int _prefetch(self, const Effect* effect) except -1:
         """PREFETCH_*: fill the caches with what the effect names, or with nothing."""
@@ -803,6 +803,8 @@ cdef class Registers:
         elif name.endswith("Q_PROD"):
             ring_set_prod(&self.queues, ring_of(self, name), <uint32_t>value)
             if name == "CMDQ_PROD":
+                # during a command there is more to consume; an acknowledged error alone is not
+                self._budget = <uint64_t>1 << self.queues.commands.log2size
                 self._consume()
             return 0
         elif name.endswith("Q_CONS"):
@@ -1258,9 +1260,9 @@ cdef class Registers:
         cdef Effect effect
         cdef Port port
         cdef int status
-        self._budget = <uint64_t>1 << ring.log2size
         if self._consuming:
             return 0
+        self._budget = <uint64_t>1 << ring.log2size
         self._consuming = True
         try:
             while (self._budget and ring.enabled and ring.prod != ring.cons

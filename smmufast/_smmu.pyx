@@ -35,7 +35,7 @@ from smmufast._translate cimport (
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
-    FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL,
+    FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL,
     STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, FetchC, Outcome, Request, SmmuC, WalkC,
 )
 
@@ -1635,7 +1635,13 @@ cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noex
 cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept nogil:
     cdef Port port
     cdef int status
-    if walk.count >= MAX_FETCHES or walk.fetch[walk.count].kind == FETCH_NONE:
+    cdef const FetchC* fetch
+    if walk.count >= MAX_FETCHES:
+        return STATUS_EINVAL
+    fetch = &walk.fetch[walk.count]
+    # the struct is the host's: its data stays within it, whatever was written there
+    if fetch.kind == FETCH_NONE or <uint64_t>walk.used + fetch.size // 8 + (
+            2 if fetch.kind >= FETCH_TT_UPDATE else 0) > MAX_WORDS:
         return STATUS_EINVAL
     status = walk_answer(<Core*>handle, &port, walk, data)
     return status if status >= 0 else api_end(&port, status)

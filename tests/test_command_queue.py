@@ -398,3 +398,17 @@ def test_every_command_of_the_table_is_legal_or_not_and_nothing_else():
         smmu, _ = system(features=features, strtab_base_cfg=6)
         smmu.command(name)
         assert state(smmu) in ((1, 0, 0), (0, ILL, 1)), name
+
+
+def test_an_error_that_is_acknowledged_and_not_repaired_does_not_go_on_for_ever():
+    smmu, wires = system()
+
+    def acknowledge(name):
+        wires.append(name)
+        smmu.write("GERRORN", smmu.gerror)
+
+    smmu.on_interrupt = acknowledge
+    put(smmu, 0, BAD)
+    smmu.write("CMDQ_PROD", 1)
+    assert wires == ["gerror"] * 8  # as often as the queue has entries
+    assert smmu.read("CMDQ_CONS") == ILL << 24
