@@ -1,0 +1,164 @@
+"""Errors of the driver half: one class for each errno of the kernel, each a builtin as well.
+
+`errno` is positive, as in the module of that name.  A message names the argument, what was given
+and what is allowed; these three are attributes too.
+"""
+
+# The causes are named for what they are; all are errors.
+# ruff: noqa: N818
+import errno as _errno
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 0x10000:
+        return f"{value:#x}"
+    return str(value) if isinstance(value, int | str) else repr(value)
+
+
+class IommuError(Exception):
+    """A call of the driver half that was refused, or could not be done; it changed nothing.
+
+    Parameters
+    ----------
+    argument
+        The name of the argument, or of what stands in the way.
+    value
+        What was given.
+    limit
+        What is allowed.
+    text
+        The whole message, where "ARGUMENT is VALUE, allowed is LIMIT" does not say it.
+
+    Attributes
+    ----------
+    errno
+        The number that Linux returns, positive.
+    """
+
+    errno: int = 0
+    argument: str
+    value: object
+    limit: object
+
+    def __init__(
+        self, argument: str, value: object = None, limit: object = None, *, text: str | None = None
+    ) -> None:
+        self.argument = argument
+        self.value = value
+        self.limit = limit
+        if text is None:
+            text = f"{argument} is {_shown(value)}"
+            if limit is not None:
+                text += f", allowed is {_shown(limit)}"
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (type(self), self.argument, self.value, self.limit, str(self))
+
+
+def _restore(
+    kind: type[IommuError], argument: str, value: object, limit: object, text: str
+) -> IommuError:
+    return kind(argument, value, limit, text=text)
+
+
+class InvalidArgument(IommuError, ValueError):
+    """EINVAL: the value is not allowed.  From an attach it is soft: try another domain."""
+
+    errno = _errno.EINVAL
+
+
+class OutOfRange(IommuError, ValueError):
+    """ERANGE: an address or a StreamID beyond what the hardware has."""
+
+    errno = _errno.ERANGE
+
+
+class TooBig(IommuError, ValueError):
+    """E2BIG: a SubstreamID beyond the CD table."""
+
+    errno = _errno.E2BIG
+
+
+class Exists(IommuError, ValueError):
+    """EEXIST: something is mapped, registered or initialised there already."""
+
+    errno = _errno.EEXIST
+
+
+class PasidOverflow(IommuError, OverflowError):
+    """EOVERFLOW: a PASID that exists already is too large for this device."""
+
+    errno = _errno.EOVERFLOW
+
+
+class NoDevice(IommuError, LookupError):
+    """ENODEV: no such device, SMMU or feature."""
+
+    errno = _errno.ENODEV
+
+
+class NoEntry(IommuError, LookupError):
+    """ENOENT: nothing has this number."""
+
+    errno = _errno.ENOENT
+
+
+class NoProcess(IommuError, LookupError):
+    """ESRCH: the address space has no ASID to share."""
+
+    errno = _errno.ESRCH
+
+
+class WrongSmmu(IommuError, LookupError):
+    """ENXIO: the domain lives on another SMMU."""
+
+    errno = _errno.ENXIO
+
+
+class Busy(IommuError, RuntimeError):
+    """EBUSY: it is in use, or all numbers are."""
+
+    errno = _errno.EBUSY
+
+
+class NoSpace(IommuError, RuntimeError):
+    """ENOSPC: no PASID, quota or IOVA is left."""
+
+    errno = _errno.ENOSPC
+
+
+class TryAgain(IommuError, RuntimeError):
+    """EAGAIN: not while IDs are outstanding."""
+
+    errno = _errno.EAGAIN
+
+
+class NotSupported(IommuError, RuntimeError):
+    """EOPNOTSUPP: this hardware, domain or profile does not do it."""
+
+    errno = _errno.EOPNOTSUPP
+
+
+class InputOutput(IommuError, RuntimeError):
+    """EIO: the SMMU did not do what it was told."""
+
+    errno = _errno.EIO
+
+
+class OutOfMemory(IommuError, MemoryError):
+    """ENOMEM: no page is left for a table."""
+
+    errno = _errno.ENOMEM
+
+
+class NotPermitted(IommuError, PermissionError):
+    """EPERM: not in this mode of the device."""
+
+    errno = _errno.EPERM
+
+
+class AccessDenied(IommuError, PermissionError):
+    """EACCES: it belongs to another set."""
+
+    errno = _errno.EACCES
