@@ -26,6 +26,8 @@ EXAMPLES = captures.ROOT / "examples"
 
 def start(*arguments, **more):
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | more
+    # whoever started the tests in the background made them, and what they start, ignore SIGINT
+    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     # the package that is tested, wherever it was built
     environment = os.environ | {"PYTHONPATH": str(HOME), "COLUMNS": "120"}
     return subprocess.Popen([*COMMAND, *map(str, arguments)], env=environment, **more)
