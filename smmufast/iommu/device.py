@@ -1,0 +1,1392 @@
+"""Devices, their groups and their CD tables: attach, detach, replace, and PASIDs.
+
+The order of an attach is that of F67: the new domain learns where it will be cached, ATS goes off
+if it must, CD and STE are written, ATS comes on or is flushed, and the old domain forgets.
+Checks and allocations come before the first store, so that what is refused changes nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+
+from smmufast._driver import ATS, ATS_FULL
+from smmufast.ats import AtsDevice
+from smmufast.errors import (
+    Busy,
+    Exists,
+    InvalidArgument,
+    NoDevice,
+    NoEntry,
+    NoSpace,
+    NotSupported,
+    PasidOverflow,
+    TooBig,
+    WrongSmmu,
+)
+from smmufast.iommu import entry
+from smmufast.iommu.domain import (
+    BLOCKED,
+    IDENTITY,
+    Domain,
+    NestedDomain,
+    PagingDomain,
+    SvaDomain,
+    Words,
+    domain_of,
+    no_pasid_op,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from smmufast._smmu import Result
+    from smmufast.iommu.sva import AddressSpace, Bond
+    from smmufast.iommu.system import Iommu, System
+
+NO_PASID: Final = 0
+LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
+INVALID_CD: Final = (0,) * 8
+FEATURES: Final = ("AUX", "SVA", "IOPF")
+
+
+class CdTable:
+    """The CD table of a device, or of a main domain in the AUX profile.
+
+    Linear up to 1024 CDs, or if the SMMU has no other; else with two levels, whose leaves are
+    allocated when a CD in them is first written, and freed with the table.
+    """
+
+    __slots__ = ("base", "devices", "fmt", "holders", "iommu", "leaves", "s1cdmax", "used")
+
+    def __init__(self, iommu: Iommu, ssid_bits: int) -> None:
+        self.iommu = iommu
+        self.s1cdmax = ssid_bits
+        two = ssid_bits > LEAF_LG2 and iommu.smmu.features.cd2l
+        self.fmt = 2 if two else 0
+        size = 8 << (ssid_bits - LEAF_LG2) if two else 64 << ssid_bits
+        self.base = iommu.system.pages.alloc(size)
+        self.leaves: dict[int, int] = {}  # by index in level 1
+        self.used = 0  # valid CDs but that of SSID 0
+        self.devices: list[Device] = []  # whose STEs point here
+        self.holders: dict[int, list[Any]] = {}  # AUX: what holds a CD, how often
+
+    def sids(self) -> tuple[int, ...]:
+        """Every StreamID that reaches the table."""
+        if len(self.devices) == 1:
+            return self.devices[0].sids
+        return tuple(sid for device in self.devices for sid in device.sids)
+
+    def address(self, ssid: int) -> int | None:
+        """Where the CD of a substream is; None while its leaf is missing."""
+        if not self.fmt:
+            return self.base + 64 * ssid
+        leaf = self.leaves.get(ssid >> LEAF_LG2)
+        return None if leaf is None else leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
+
+    def place(self, ssid: int) -> int:
+        """Return where the CD of a substream is; its leaf is allocated if it is missing.
+
+        Raises
+        ------
+        TooBig
+            The table has no such substream (E2BIG).
+        OutOfMemory
+            No page is left for the leaf.
+        """
+        if ssid >> self.s1cdmax:
+            raise TooBig("ssid", ssid, f"0 to {(1 << self.s1cdmax) - 1}")
+        address = self.address(ssid)
+        if address is not None:
+            return address
+        index = ssid >> LEAF_LG2
+        iommu = self.iommu
+        leaf = iommu.system.pages.alloc(64 << LEAF_LG2)
+        self.leaves[index] = leaf
+        iommu.store(self.base + 8 * index, leaf | 1)
+        # an invalid level-1 descriptor may be cached (F39)
+        iommu.invalidate_cd(self.sids(), ssid, leaf=False)
+        return leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
+
+    def write(self, ssid: int, words: Words) -> None:
+        """Make a CD what is given, through the entry writer; all zero clears it."""
+        address = self.address(ssid)
+        if address is None:
+            if not any(words):
+                return
+            address = self.place(ssid)
+        valid = self.iommu.memory.read_u64(address) >> 31 & 1
+        self.iommu.writer.write_cd(address, words, self.sids(), ssid)
+        if ssid:
+            self.used += (words[0] >> 31 & 1) - valid
+
+    def free(self) -> None:
+        """Give the pages back; no STE points here any more."""
+        pages = self.iommu.system.pages
+        for leaf in self.leaves.values():
+            pages.free(leaf, 64 << LEAF_LG2)
+        pages.free(self.base, 8 << (self.s1cdmax - LEAF_LG2) if self.fmt else 64 << self.s1cdmax)
+        self.leaves.clear()
+
+
+class AttachHandle:
+    """What a caller gives with a PASID, to find it again when a fault names the PASID.
+
+    Subclass it to keep data of your own.  `domain` is set while it is in use.
+    """
+
+    domain: Domain | None = None
+
+
+class Group:
+    """Devices that the hardware cannot tell apart, or that share memory access: one domain.
+
+    Attributes
+    ----------
+    devices : list of Device
+    domain, default : Domain
+        The current main domain, and the one that is behind it.
+    pasids : dict
+        PASID to what is attached there: a Domain, or the AttachHandle that came with it.
+    """
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.devices: list[Device] = []
+        self.default: Domain = BLOCKED
+        self.domain: Domain = BLOCKED
+        self.pasids: dict[int, Domain | AttachHandle] = {}
+        self.owner: object = None
+        self.resetting = False
+
+    def __repr__(self) -> str:
+        """Its devices and its domain."""
+        sids = ", ".join(f"{sid:#x}" for device in self.devices for sid in device.sids)
+        return f"<Group of sid {sids}: {self.domain!r}>"
+
+    # --- the main domain ---
+
+    def attach(self, domain: Domain) -> None:
+        """Attach every device of the group to a domain (iommu_attach_group).
+
+        Raises
+        ------
+        Busy
+            The current domain is neither the default nor a blocking one.
+        InvalidArgument
+            The domain is not for this SMMU: try another (soft).
+        OutOfMemory
+            No page is left for a CD table.
+        """
+        with self.system.lock:
+            domain = domain_of(domain)
+            if self.domain is not self.default and self.domain is not BLOCKED:
+                raise Busy("group", self, text=f"group has {self.domain!r}: detach it first")
+            if self.resetting:
+                raise Busy("group", self, text="group has a device that is being reset")
+            self.set(domain)
+
+    def detach(self, domain: Domain) -> None:
+        """Put the default domain back, or block if the group has an owner.
+
+        A domain that is not the current one: a warning, and nothing is done (F12).
+        """
+        with self.system.lock:
+            if self.domain is not domain:
+                warnings.warn(f"{domain!r} is not attached to {self!r}", stacklevel=2)
+                return
+            self.set(BLOCKED if self.owner is not None else self.default)
+
+    def claim(self, owner: object) -> None:
+        """Let a user-space driver own the group: it is blocked while nothing else is attached.
+
+        Raises
+        ------
+        Busy
+            It has another owner, or a domain of its own.
+        """
+        with self.system.lock:
+            if self.owner is not None and self.owner is not owner:
+                raise Busy("owner", owner, text="group has another owner")
+            if self.owner is None:
+                if self.domain is not self.default or self.pasids:
+                    raise Busy("group", self, text=f"group has {self.domain!r}")
+                self.set(BLOCKED)
+                self.owner = owner
+
+    def release(self) -> None:
+        """End the ownership: the default domain comes back."""
+        with self.system.lock:
+            if self.owner is not None:
+                self.set(self.default)
+                self.owner = None
+
+    def set(self, domain: Domain) -> None:
+        """Make a domain the current one, on all devices or on none (F11)."""
+        if domain is self.domain:
+            return
+        done: list[tuple[Device, bool]] = []
+        old = self.domain
+        try:
+            for device in self.devices:
+                had_table = device.cd_table is not None
+                device.install(domain)
+                done.append((device, had_table))
+        except BaseException:
+            for device, had_table in reversed(done):
+                device.install(old)
+                if not had_table:
+                    device.drop_table()
+            raise
+        self.domain = domain
+
+    # --- PASIDs ---
+
+    def check_pasid(self, domain: Domain, pasid: int) -> None:
+        """Refuse what no device of the group could attach (F24)."""
+        if domain.kind not in ("paging", "sva"):
+            raise no_pasid_op(domain)
+        if pasid == NO_PASID:
+            raise InvalidArgument("pasid", pasid, "1 or more")
+        for device in self.devices:
+            if device.max_pasids and pasid >= device.max_pasids:
+                raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
+        if not any(device.max_pasids for device in self.devices):
+            raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
+        if self.resetting:
+            raise Busy("group", self, text="group has a device that is being reset")
+
+    def set_pasid(self, domain: Domain | None, pasid: int) -> None:
+        """Attach a PASID on all devices or on none; None detaches."""
+        old = self.at(pasid)
+        done: list[tuple[Device, bool]] = []
+        try:
+            for device in self.devices:
+                if device.max_pasids:
+                    had_table = device.cd_table is not None
+                    device.install_pasid(domain, pasid, old)
+                    done.append((device, had_table))
+        except BaseException:
+            for device, had_table in reversed(done):
+                device.install_pasid(old, pasid, domain)
+                if not had_table:
+                    device.drop_table()
+            raise
+
+    def at(self, pasid: int) -> Domain | None:
+        """The domain of a PASID, or None."""
+        held = self.pasids.get(pasid)
+        return held.domain if isinstance(held, AttachHandle) else held
+
+
+class Device:
+    """A device behind an SMMU, as the operating system sees it.
+
+    `System.device` makes one and probes it.
+
+    Parameters
+    ----------
+    sids : int or iterable of int
+        Its StreamIDs; none for a device that firmware describes without an SMMU.
+    pasid_bits : int
+        Width of its PASIDs, 0 to 20; 0: none.
+    pasids : int, optional
+        How many PASIDs it has, where that is no power of two.
+    ats, pri, stall : bool
+        What it can do: translate ahead, request pages, wait for a fault to be resolved.
+    coherent : bool
+        False: its accesses cannot snoop (F13).
+    direct : iterable of (int, int)
+        Address and size of memory that firmware wants mapped one to one.
+    group : Group, optional
+        That of another device, to share it.
+
+    Attributes
+    ----------
+    max_pasids : int
+        PASIDs are 1 to max_pasids - 1; 0: it has none, or the policy switched them off.
+    ats_enabled, pasid_enabled : bool
+        What was switched on in the device.
+    atcs : list of AtsDevice
+        Its ATCs, one for each StreamID, if it has ATS.
+    """
+
+    def __init__(
+        self,
+        sids: SupportsIndex | Iterable[SupportsIndex] = (),
+        *,
+        pasid_bits: int = 0,
+        pasids: int | None = None,
+        ats: bool = False,
+        pri: bool = False,
+        stall: bool = False,
+        coherent: bool = True,
+        direct: Iterable[tuple[int, int]] = (),
+        group: Group | None = None,
+    ) -> None:
+        given = (sids,) if isinstance(sids, SupportsIndex) else sids
+        numbers = dict.fromkeys(sid.__index__() for sid in given)
+        self.sids: tuple[int, ...] = tuple(numbers)
+        if not 0 <= pasid_bits <= 20:
+            raise InvalidArgument("pasid_bits", pasid_bits, "0 to 20")
+        if pasids is None:
+            pasids = 1 << pasid_bits if pasid_bits else 0
+        if not 0 <= pasids <= 1 << 20:
+            raise InvalidArgument("pasids", pasids, "0 to 1048576")
+        if pri and not ats:
+            raise InvalidArgument("pri", pri, text="pri is True but ats is False: PRI needs ATS")
+        self.pasids = pasids
+        self.ats = ats
+        self.pri = pri
+        self.stall = stall
+        self.coherent = coherent
+        self.direct = tuple(direct)
+        self._wanted_group = group
+        self._iommu: Iommu | None = None
+        self._group: Group | None = None
+        self.domain: Domain = BLOCKED
+        self.ssid_bits = 0
+        self.max_pasids = 0
+        self.pasid_enabled = False
+        self.ats_enabled = False
+        self.cd_table: CdTable | None = None
+        self.atcs: list[AtsDevice] = []
+        self.enabled_features: dict[str, tuple[int, int]] = {}
+        self.aux: dict[int, PagingDomain] = {}
+        self.iopf_users = 0
+        self.mm_exit: Callable[[object], object] | None = None
+
+    # --- probe and release ---
+
+    @property
+    def iommu(self) -> Iommu:
+        """The driver of its SMMU; NoDevice (ENODEV) before it is probed."""
+        if self._iommu is None:
+            raise NoDevice("device", self, text="device was not probed")
+        return self._iommu
+
+    @property
+    def group(self) -> Group:
+        """Its group; NoDevice (ENODEV) without one, NoEntry (ENOENT) if it has no StreamID."""
+        if self._group is None:
+            if not self.sids:
+                raise NoEntry("device", self, text="device has no StreamID: no SMMU is known")
+            raise NoDevice("device", self, text="device has no group: it was not probed")
+        return self._group
+
+    @property
+    def system(self) -> System:
+        """The system that probed it."""
+        return self.iommu.system
+
+    @property
+    def sid(self) -> int:
+        """Its first StreamID."""
+        return self.sids[0]
+
+    def probed(self, iommu: Iommu) -> None:
+        """Take its place behind an SMMU; `System.probe` calls it after its checks."""
+        features = iommu.smmu.features
+        bits = max(self.pasids.bit_length() - 1, 0)
+        self.ssid_bits = min(bits, iommu.ssid_bits)
+        own = min(self.pasids, 1 << iommu.ssid_bits) if self.ssid_bits else 0
+        self.max_pasids = iommu.system.pasids.max_pasids(own)
+        if not self.max_pasids:
+            self.ssid_bits = 0
+        self._iommu = iommu
+        system = iommu.system
+        group = self._wanted_group
+        self._group = group if group is not None else Group(system)
+        self.ats_supported = bool(self.ats and features.ats)
+        self.pri_supported = bool(self.pri and self.ats_supported and features.pri)
+        self.stall_supported = bool(self.stall and iommu.can_stall)
+        if self.max_pasids:
+            self.enable_pasid()
+        if self.ats_supported:
+            for sid in self.sids:
+                self.atcs.append(
+                    AtsDevice(
+                        iommu.smmu,
+                        sid,
+                        on_page_request=(lambda _: system.service())
+                        if self.pri_supported
+                        else None,
+                    )  # fmt: skip
+                )
+
+    def release(self) -> None:
+        """Take the device away: everything is detached, its streams abort, its tables are freed."""
+        with self.system.lock:
+            group, iommu = self.group, self.iommu
+            for bond in list(iommu.system.bonds_of(self)):
+                bond.unbind(force=True)
+            for domain in list(self.aux.values()):
+                self.detach_aux(domain)
+            for pasid in list(group.pasids) if len(group.devices) == 1 else []:
+                domain = group.at(pasid)
+                assert domain is not None
+                group.set_pasid(None, pasid)
+                del group.pasids[pasid]
+            if len(group.devices) > 1 and self.max_pasids:
+                for pasid in group.pasids:
+                    self.install_pasid(None, pasid, group.at(pasid))
+            self.install(BLOCKED)
+            for atc in self.atcs:
+                iommu.smmu.devices.pop(atc.sid, None)
+            self.atcs.clear()
+            if self.pasid_enabled:
+                self.disable_pasid()
+            self.drop_table()
+            iommu.forget(self)
+            group.devices.remove(self)
+            if not group.devices:
+                group.domain = group.default
+            self._group = self._iommu = None
+            self.enabled_features.clear()
+
+    def drop_table(self) -> None:
+        """Free the device's own CD table, if nothing is in it."""
+        table = self.cd_table
+        if table is not None and not table.used:
+            table.free()
+            self.cd_table = None
+
+    # --- PCI capabilities ---
+
+    def enable_pasid(self) -> None:
+        """Switch PASIDs on; not while ATS is on (F5, EINVAL)."""
+        if self.ats_enabled:
+            raise InvalidArgument("device", self, text="PASIDs go on before ATS, and ATS is on")
+        self.pasid_enabled = True
+
+    def disable_pasid(self) -> None:
+        """Switch PASIDs off; not while ATS is on (F5, EINVAL)."""
+        if self.ats_enabled:
+            raise InvalidArgument("device", self, text="PASIDs go off after ATS, and ATS is on")
+        self.pasid_enabled = False
+
+    def _ats_on(self) -> None:
+        for sid in self.sids:
+            self.iommu.invalidate_atc(sid)
+        self.iommu.queue.sync()
+        self.ats_enabled = True
+
+    def _ats_off(self) -> None:
+        self.ats_enabled = False
+        for atc in self.atcs:
+            atc.clear()
+
+    # --- domains made for this device ---
+
+    def paging_domain(
+        self,
+        *,
+        stage: int | None = None,
+        granule: int | None = None,
+        nest_parent: bool = False,
+        dirty: bool = False,
+        pasid: bool = False,
+        contiguous: bool = False,
+        user_data: object = None,
+    ) -> PagingDomain:
+        """Make a paging domain for this device's SMMU (domain_alloc_paging_flags).
+
+        Parameters
+        ----------
+        stage : int, optional
+            1 or 2; stage 1 if the SMMU has it and nothing asks for stage 2.
+        granule : int, optional
+            4096, 16384 or 65536; the smallest that the SMMU has.
+        nest_parent : bool
+            Stage 2, below which guests may have their own stage 1.
+        dirty : bool
+            Stage 1 with hardware dirty state: `read_dirty` tells what was written.
+        pasid : bool
+            It must be possible to attach it to a PASID: stage 1.
+        contiguous : bool
+            Set contiguous hints.
+
+        Raises
+        ------
+        NotSupported
+            The SMMU or the stage cannot do it (F8).
+        OutOfMemory, Busy
+            No table, no ASID or VMID is left.
+        """
+        with self.system.lock:
+            return self.iommu.paging_domain(
+                stage=stage, granule=granule, nest_parent=nest_parent, dirty=dirty, pasid=pasid,
+                contiguous=contiguous, user_data=user_data,
+            )  # fmt: skip
+
+    # --- the main domain ---
+
+    def _alone(self) -> Group:
+        group = self.group
+        if len(group.devices) != 1:
+            raise InvalidArgument(
+                "device", self,
+                text=f"device shares its group with {len(group.devices) - 1} others: attach the group",
+            )  # fmt: skip
+        return group
+
+    def attach(self, domain: Domain) -> None:
+        """Attach the device's main domain (iommu_attach_device).
+
+        Raises
+        ------
+        NoDevice, NoEntry
+            It has no group, or no StreamID.
+        InvalidArgument
+            It shares its group; or the domain is not for this device (soft: try another).
+        Busy
+            The current domain is neither the default nor a blocking one, or PASIDs are in use
+            that the new domain cannot carry.
+        WrongSmmu
+            AUX profile: the domain lives on another SMMU.
+        OutOfMemory
+            No page is left for a CD table.
+        """
+        group = self.group
+        with group.system.lock:
+            self._alone().attach(domain)
+
+    def detach(self, domain: Domain) -> None:
+        """Put the default domain back, as `Group.detach`."""
+        group = self.group
+        with group.system.lock:
+            if len(group.devices) != 1:
+                warnings.warn("device shares its group: nothing was detached", stacklevel=2)
+                return
+            group.detach(domain)
+
+    def replace(self, domain: Domain) -> None:
+        """Attach another main domain in place of any other (iommu_group_replace_domain)."""
+        group = self.group
+        with group.system.lock:
+            if group.resetting:
+                raise Busy("group", group, text="group has a device that is being reset")
+            group.set(domain_of(domain))
+
+    def _check_main(self, domain: Domain) -> None:
+        """Refuse a main domain that this device cannot have; nothing is changed."""
+        iommu = self.iommu
+        aux = iommu.system.profile.aux
+        if aux and self.aux:
+            raise Busy("device", self, text="device has auxiliary domains under its main domain")
+        if aux and "SVA" in self.enabled_features:
+            raise Busy("device", self, text="device has SVA enabled under its main domain")
+        if isinstance(domain, PagingDomain):
+            if aux and domain.mode == "aux":
+                raise InvalidArgument(
+                    "domain", domain, text="domain was attached as auxiliary, and stays so"
+                )
+            if domain.iommu is not None and domain.iommu is not iommu:
+                wrong = WrongSmmu if aux else InvalidArgument
+                raise wrong("domain", domain, text="domain lives on another SMMU")
+            if domain.coherent_only and not self.coherent:
+                raise InvalidArgument(
+                    "device", self, text="domain enforces coherence, and the device cannot snoop"
+                )
+            if domain.stage == 2 and self.pasids_in_use:
+                raise Busy("device", self, text="device has PASIDs attached: stage 2 carries none")
+            table = domain.cd_table
+            if table is not None and table.s1cdmax != self.ssid_bits:
+                raise InvalidArgument(
+                    "device", self,
+                    text=f"device has {self.ssid_bits}-bit PASIDs, the domain's CD table "
+                    f"{table.s1cdmax}-bit ones",
+                )  # fmt: skip
+        elif isinstance(domain, NestedDomain):
+            if domain.iommu is not iommu:
+                raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
+            if domain.parent.freed:
+                raise InvalidArgument("domain", domain, text="the domain's parent was freed")
+            if self.pasids_in_use:
+                raise Busy("device", self, text="device has PASIDs attached: its CD table is ours")
+        elif domain.kind not in ("identity", "blocked"):
+            raise InvalidArgument("domain", domain, text=f"domain is {domain.kind}")
+        elif domain is BLOCKED and self.direct:
+            raise InvalidArgument(
+                "domain", domain, text="firmware wants memory of this device mapped one to one"
+            )
+
+    @property
+    def pasids_in_use(self) -> int:
+        """CDs that are valid beside that of no PASID."""
+        table = self._table()
+        return table.used if table is not None else 0
+
+    def _table(self) -> CdTable | None:
+        """The CD table that its STE points to, or would."""
+        if self.iommu.system.profile.aux:
+            domain = self.domain
+            return domain.cd_table if isinstance(domain, PagingDomain) else None
+        return self.cd_table
+
+    def own_table(self) -> CdTable:
+        """Return the device's own CD table; it is allocated when first needed."""
+        if self.cd_table is None:
+            self.cd_table = CdTable(self.iommu, self.ssid_bits)
+            self.cd_table.devices.append(self)
+        return self.cd_table
+
+    def _ste(self, domain: Domain, table: CdTable | None, ats: bool) -> Words:
+        """The STE of a main domain, with the PASIDs that are in use."""
+        iommu = self.iommu
+        if isinstance(domain, PagingDomain) and domain.stage == 2:
+            return entry.ste_stage2(
+                domain, domain.vmid, stall=self.stall_supported, ats=ats,
+                features=iommu.smmu.features,
+            )  # fmt: skip
+        if isinstance(domain, NestedDomain):
+            return entry.ste_nested(
+                domain.parent, domain.parent.vmid, domain.ste, stall=self.stall_supported,
+                ats=self.ats_supported, features=iommu.smmu.features,
+            )  # fmt: skip
+        if domain.kind in ("identity", "blocked") and (table is None or not table.used):
+            return (
+                entry.ste_bypass(features=iommu.smmu.features)
+                if domain is IDENTITY
+                else entry.ste_abort()
+            )
+        assert table is not None
+        s1dss = {"identity": 1, "blocked": 0}.get(domain.kind, 2)
+        return entry.ste_cd_table(
+            table.base, fmt=table.fmt, s1cdmax=table.s1cdmax, s1dss=s1dss, ats=ats,
+            stall=self.stall_supported, e2h=iommu.e2h, features=iommu.smmu.features,
+        )  # fmt: skip
+
+    def write_ste(self, words: Words) -> None:
+        """Make the STE of each of its streams what is given, through the entry writer."""
+        iommu = self.iommu
+        for sid in self.sids:
+            iommu.writer.write_ste(iommu.ste_address(sid), words, sid)
+
+    def install(self, domain: Domain) -> None:
+        """Attach the main domain: the driver's part, for this device alone."""
+        self._check_main(domain)
+        iommu = self.iommu
+        aux = iommu.system.profile.aux
+        old = self.domain
+        table = None if aux else self.cd_table
+        first = False
+        if isinstance(domain, PagingDomain):
+            if domain.iommu is None:
+                domain.finalise(iommu)
+                first = True
+            if domain.stage == 1:
+                try:
+                    if not aux:
+                        table = self.own_table()
+                    else:
+                        if domain.cd_table is None:
+                            domain.cd_table = CdTable(iommu, self.ssid_bits)
+                            domain.cd_table.write(0, domain.cd(self.stall_supported))
+                        table = domain.cd_table
+                except BaseException:
+                    if first:
+                        domain.unfinalise()
+                    raise
+            domain.mode = domain.mode or "main"
+        in_table = table is not None and table.used > 0 and domain.kind in ("identity", "blocked")
+        ats = self.ats_supported and (
+            in_table
+            or isinstance(domain, PagingDomain)
+            or (isinstance(domain, NestedDomain) and domain.ats)
+        )
+        self._enter(domain, NO_PASID)
+        if aux and isinstance(domain, PagingDomain) and table is not None:
+            table.devices.append(self)
+            for child in domain.children.values():
+                if child.users:
+                    self._enter_atcs(child, child.aux_pasid)
+        if self.ats_enabled and not ats:
+            self._ats_off()
+        if domain.stage == 1 and not aux:
+            assert table is not None and isinstance(domain, PagingDomain)
+            table.write(0, domain.cd(self.stall_supported))
+        self.write_ste(self._ste(domain, table, ats))
+        if not aux and domain.stage != 1 and self.cd_table is not None:
+            self.cd_table.write(0, INVALID_CD)
+        if ats and not self.ats_enabled:
+            self._ats_on()
+        elif ats:
+            for sid in self.sids:
+                iommu.invalidate_atc(sid)
+            iommu.queue.sync()
+        if aux and isinstance(old, PagingDomain) and old.cd_table is not None:
+            for child in old.children.values():
+                if child.users:
+                    self._leave_atcs(child, child.aux_pasid)
+            old.cd_table.devices.remove(self)
+        self._leave(old, NO_PASID)
+        self.domain = domain
+
+    # --- where a domain may be cached ---
+
+    def _enter(self, domain: Domain, pasid: int) -> None:
+        """Let a domain know that this device, with this PASID, may cache it."""
+        cached = domain
+        if isinstance(domain, NestedDomain):
+            domain.users += 1
+            cached = domain.parent
+        if not isinstance(cached, PagingDomain | SvaDomain):
+            return
+        for kind, number in cached.tags:
+            cached.invalidations.insert(self.iommu.queue, kind, number, 0)
+        self._enter_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
+        cached.users += 1
+        cached.active = True
+
+    def _leave(self, domain: Domain, pasid: int) -> None:
+        """Let a domain forget this device; what it filled under the domain's tag goes."""
+        cached = domain
+        if isinstance(domain, NestedDomain):
+            domain.users -= 1
+            cached = domain.parent
+        if not isinstance(cached, PagingDomain | SvaDomain):
+            return
+        for kind, number in cached.tags:
+            cached.invalidations.remove(self.iommu.queue, kind, number, 0)
+        self._leave_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
+        cached.users -= 1
+        cached.active = cached.users > 0
+        cached.flush_tag()
+
+    def _enter_atcs(self, domain: PagingDomain | SvaDomain, pasid: int, kind: int = ATS) -> None:
+        for sid in self.sids if self.ats_supported else ():
+            domain.invalidations.insert(self.iommu.queue, kind, sid, pasid)
+
+    def _leave_atcs(self, domain: PagingDomain | SvaDomain, pasid: int, kind: int = ATS) -> None:
+        for sid in self.sids if self.ats_supported else ():
+            domain.invalidations.remove(self.iommu.queue, kind, sid, pasid)
+
+    # --- PASIDs, NOW profile ---
+
+    def _now(self) -> Group:
+        if self.iommu.system.profile.aux:
+            raise NotSupported(
+                "profile", "AUX", text="the AUX profile has no PASIDs that a caller chooses"
+            )
+        return self.group
+
+    def attach_pasid(
+        self, domain: Domain, pasid: SupportsIndex, handle: AttachHandle | None = None
+    ) -> None:
+        """Attach a PASID of the device, and of its group, to a domain (iommu_attach_device_pasid).
+
+        Parameters
+        ----------
+        domain : Domain
+            A stage-1 paging domain of this SMMU, or an SVA domain.
+        pasid : int
+            1 to ``max_pasids - 1``, chosen by the caller.
+        handle : AttachHandle, optional
+            Found again by `handle`.
+
+        Raises
+        ------
+        NoDevice
+            No group (ENODEV).
+        NotSupported
+            No PASID can have such a domain; or the AUX profile (EOPNOTSUPP).
+        InvalidArgument
+            PASID out of range, another SMMU, stage 2, or a main domain without a CD table of ours.
+        Busy
+            The PASID is in use, or the device is being reset.
+        OutOfMemory
+            No page is left for CDs.
+        """
+        group = self.group
+        with group.system.lock:
+            self._now()
+            pasid = pasid.__index__()
+            group.check_pasid(domain_of(domain), pasid)
+            if pasid in group.pasids:
+                raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is in use")
+            if handle is not None and handle.domain is not None:
+                raise InvalidArgument("handle", handle, text="handle is in use")
+            group.set_pasid(domain, pasid)
+            if handle is None:
+                group.pasids[pasid] = domain
+            else:
+                handle.domain = domain
+                group.pasids[pasid] = handle
+
+    def replace_pasid(
+        self, domain: Domain, pasid: SupportsIndex, handle: AttachHandle | None
+    ) -> None:
+        """Attach a PASID to another domain, without a moment between (iommu_replace_device_pasid).
+
+        Raises
+        ------
+        InvalidArgument
+            Nothing is attached there, pasid is 0, or handle is None or in use; else as
+            `attach_pasid`.
+        """
+        group = self.group
+        with group.system.lock:
+            self._now()
+            pasid = pasid.__index__()
+            group.check_pasid(domain_of(domain), pasid)
+            if handle is None or handle.domain is not None:
+                raise InvalidArgument("handle", handle, text="handle is missing or in use")
+            held = group.pasids.get(pasid)
+            if held is None:
+                raise InvalidArgument("pasid", pasid, text=f"pasid {pasid:#x} is not attached")
+            if group.at(pasid) is not domain:
+                group.set_pasid(domain, pasid)
+            if isinstance(held, AttachHandle):
+                held.domain = None
+            handle.domain = domain
+            group.pasids[pasid] = handle
+
+    def detach_pasid(self, domain: Domain, pasid: SupportsIndex) -> None:
+        """Block a PASID again (iommu_detach_device_pasid).
+
+        Raises
+        ------
+        InvalidArgument
+            Nothing, or another domain, is attached there.
+        """
+        group = self.group
+        with group.system.lock:
+            self._now()
+            pasid = pasid.__index__()
+            held = group.pasids.get(pasid)
+            if held is None or group.at(pasid) is not domain:
+                raise InvalidArgument(
+                    "domain", domain, text=f"pasid {pasid:#x} is not attached to {domain!r}"
+                )
+            group.set_pasid(None, pasid)
+            if isinstance(held, AttachHandle):
+                held.domain = None
+            del group.pasids[pasid]
+
+    def handle(self, pasid: SupportsIndex, kind: str | None = None) -> AttachHandle | Domain:
+        """Find what is attached to a PASID (iommu_attach_handle_get).
+
+        Returns
+        -------
+        AttachHandle or Domain
+            The handle that came with the PASID, or its domain.
+
+        Raises
+        ------
+        NoEntry
+            Nothing is attached there (ENOENT).
+        Busy
+            Its domain is not of that kind (EBUSY).
+        """
+        group = self.group
+        pasid = pasid.__index__()
+        held = group.pasids.get(pasid)
+        if held is None:
+            raise NoEntry("pasid", pasid, text=f"pasid {pasid:#x} is not attached")
+        domain = group.at(pasid)
+        assert domain is not None
+        if kind is not None and domain.kind != kind:
+            raise Busy("kind", kind, text=f"pasid {pasid:#x} has {domain!r}, not {kind}")
+        return held
+
+    def install_pasid(self, domain: Domain | None, pasid: int, old: Domain | None) -> None:
+        """Attach a PASID of this device alone, or detach it with None: the driver's part."""
+        iommu = self.iommu
+        if domain is None:
+            table = self._table()
+            assert table is not None
+            table.write(pasid, INVALID_CD)
+            self._flush_pasid(pasid)
+            if old is not None:
+                self._leave(old, pasid)
+            if not table.used and self.domain.kind in ("identity", "blocked"):
+                self._plain_ste()
+            return
+        assert isinstance(domain, PagingDomain | SvaDomain)
+        if domain.iommu is not iommu:
+            raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
+        if domain.stage != 1:
+            raise InvalidArgument("domain", domain, text="domain is stage 2: PASIDs are stage 1")
+        if self.domain.stage > 1:
+            raise InvalidArgument(
+                "device", self, text=f"device has {self.domain!r}: there is no CD table of ours"
+            )
+        if domain.coherent_only and not self.coherent:
+            raise InvalidArgument(
+                "device", self, text="domain enforces coherence, and the device cannot snoop"
+            )
+        if not iommu.system.profile.aux:
+            table = self.own_table()
+        else:
+            table = self._table()
+        if table is None:
+            raise InvalidArgument("device", self, text="device has no main domain of stage 1")
+        table.place(pasid)
+        self._enter(domain, pasid)
+        table.write(pasid, domain.cd(self.stall_supported))
+        if self.domain.kind in ("identity", "blocked"):
+            self.write_ste(self._ste(self.domain, table, self.ats_supported))
+        if self.ats_supported:
+            if self.ats_enabled:
+                self._flush_pasid(pasid)
+            else:
+                self._ats_on()
+        if old is not None:
+            self._leave(old, pasid)
+
+    def _flush_pasid(self, pasid: int) -> None:
+        """Empty the ATCs of one PASID."""
+        if self.ats_enabled:
+            for sid in self.sids:
+                self.iommu.invalidate_atc(sid, pasid)
+            self.iommu.queue.sync()
+
+    def _plain_ste(self) -> None:
+        """Go back from a CD table with S1DSS to a plain bypass or abort (F26)."""
+        if self.ats_enabled:
+            for sid in self.sids:
+                self.iommu.invalidate_atc(sid)
+            self.iommu.queue.sync()
+            self._ats_off()
+        self.write_ste(self._ste(self.domain, self.cd_table, False))
+
+    # --- features, AUX profile ---
+
+    def _aux_profile(self, what: str) -> Group:
+        if not self.iommu.system.profile.aux:
+            raise NotSupported("profile", "NOW", text=f"{what} is of the AUX profile")
+        return self.group
+
+    def has_feature(self, feature: str) -> bool:
+        """Whether the device and its SMMU have a feature: "AUX", "SVA" or "IOPF"; never an error.
+
+        Without an SMMU the answer is False.
+        """
+        if self._iommu is None or not self._iommu.system.profile.aux:
+            return False
+        if feature == "IOPF":
+            return self.stall_supported or self.pri_supported
+        if feature == "SVA":
+            return self.max_pasids > 0 and self._iommu.has_sva
+        return feature == "AUX" and self.max_pasids > 0
+
+    def feature_enabled(self, feature: str) -> bool:
+        """Whether a feature was enabled."""
+        return feature in self.enabled_features
+
+    def enable_feature(self, feature: str, *, min_pasid: int = 0, max_pasid: int = 0) -> None:
+        """Enable a feature (iommu_dev_enable_feature), with limits for its PASIDs.
+
+        Parameters
+        ----------
+        feature : str
+            "AUX", "SVA" or "IOPF".
+        min_pasid, max_pasid : int
+            Smallest and largest PASID to use; 0: what device and policy allow.  Wider limits are
+            clipped.
+
+        Raises
+        ------
+        NoDevice
+            Device or SMMU do not have it (ENODEV).
+        Busy
+            It is enabled (EBUSY).
+        InvalidArgument
+            There is no such feature, or max_pasid is below min_pasid.
+        """
+        group = self.group
+        with group.system.lock:
+            self._aux_profile("enable_feature")
+            if feature not in FEATURES:
+                raise InvalidArgument("feature", feature, '"AUX", "SVA" or "IOPF"')
+            if not self.has_feature(feature):
+                raise NoDevice("feature", feature, text=f"device has no {feature}")
+            if feature in self.enabled_features:
+                raise Busy("feature", feature, text=f"{feature} is enabled")
+            self.enabled_features[feature] = self._limits(min_pasid, max_pasid)
+
+    def _limits(self, min_pasid: int, max_pasid: int) -> tuple[int, int]:
+        first = max(min_pasid, 1)
+        last = min(max_pasid or self.max_pasids - 1, self.max_pasids - 1)
+        if min_pasid < 0 or max_pasid < 0 or (self.max_pasids and last < first):
+            raise InvalidArgument(
+                "max_pasid", max_pasid, text=f"PASIDs {first} to {last} are none: "
+                f"1 to {self.max_pasids - 1} allowed",
+            )  # fmt: skip
+        return first, last
+
+    def disable_feature(self, feature: str) -> None:
+        """Disable a feature (iommu_dev_disable_feature).
+
+        Raises
+        ------
+        InvalidArgument
+            It is not enabled.
+        Busy
+            Auxiliary domains are attached, or address spaces are bound.
+        """
+        group = self.group
+        with group.system.lock:
+            self._aux_profile("disable_feature")
+            if feature not in self.enabled_features:
+                raise InvalidArgument("feature", feature, text=f"{feature} is not enabled")
+            if feature == "AUX" and self.aux:
+                raise Busy("feature", feature, text=f"{len(self.aux)} auxiliary domains attached")
+            if feature == "SVA" and group.system.bonds_of(self):
+                raise Busy("feature", feature, text="address spaces are bound")
+            del self.enabled_features[feature]
+
+    def init(
+        self,
+        features: Iterable[str] = (),
+        *,
+        min_pasid: int = 0,
+        max_pasid: int = 0,
+        mm_exit: Callable[[object], object] | None = None,
+    ) -> None:
+        """Enable SVA, and what else is named, as the 2018 proposal did (iommu_sva_init_device).
+
+        Parameters
+        ----------
+        features : iterable of str
+            Beside SVA: "AUX", "IOPF".
+        min_pasid, max_pasid : int
+            As for `enable_feature`.
+        mm_exit : callable, optional
+            Called with the address space when it ends while it is bound.
+
+        Raises
+        ------
+        Exists
+            It was called before (EEXIST).
+        InvalidArgument
+            An unknown feature, or limits without a PASID between them.
+        NoDevice
+            The device does not have it (ENODEV).
+        """
+        group = self.group
+        with group.system.lock:
+            self._aux_profile("init")
+            names = tuple(features)
+            for name in names:
+                if name not in ("AUX", "IOPF"):
+                    raise InvalidArgument("features", name, '"AUX" or "IOPF"')
+            if "SVA" in self.enabled_features:
+                raise Exists("device", self, text="device was initialised")
+            wanted = dict.fromkeys((*names, "SVA"))
+            for name in wanted:
+                if not self.has_feature(name):
+                    raise NoDevice("feature", name, text=f"device has no {name}")
+            limits = self._limits(min_pasid, max_pasid)
+            self.enabled_features.update(dict.fromkeys(wanted, limits))
+            self.mm_exit = mm_exit
+
+    def shutdown(self) -> None:
+        """Undo `init`: what is bound or attached as auxiliary goes; twice is once."""
+        group = self.group
+        with group.system.lock:
+            self._aux_profile("shutdown")
+            for bond in list(group.system.bonds_of(self)):
+                bond.unbind(force=True)
+            for domain in list(self.aux.values()):
+                self.detach_aux(domain)
+            self.enabled_features.clear()
+            self.mm_exit = None
+
+    # --- auxiliary domains, AUX profile ---
+
+    def attach_aux(self, domain: Domain) -> None:
+        """Attach an auxiliary domain: one more address space, under one PASID that it owns.
+
+        The first attach takes the PASID, the ASID and the page table, and writes the CD into the
+        CD table of the device's main domain, its parent.  Every device of the parent can use the
+        PASID from then on.
+
+        Raises
+        ------
+        InvalidArgument
+            AUX is not enabled; no main domain of stage 1; the domain was attached as a main
+            domain, has another parent, or is no stage-1 paging domain; no PASID is left.
+        Busy
+            It is attached to this device; or no ASID is left.
+        PasidOverflow
+            Its PASID is beyond this device's limit.
+        OutOfMemory
+            No page is left.
+        """
+        group = self.group
+        with group.system.lock:
+            self._aux_profile("attach_aux")
+            if "AUX" not in self.enabled_features:
+                raise InvalidArgument("device", self, text="AUX is not enabled on the device")
+            domain_of(domain)
+            main = self.domain
+            if not isinstance(main, PagingDomain) or main.stage != 1 or main.cd_table is None:
+                raise InvalidArgument(
+                    "device", self, text=f"device has {main!r}; a main domain of stage 1 is needed"
+                )
+            if not isinstance(domain, PagingDomain) or domain.stage != 1:
+                raise InvalidArgument(
+                    "domain", domain, text="an auxiliary domain is a paging domain of stage 1"
+                )
+            if domain.mode == "main":
+                raise InvalidArgument(
+                    "domain", domain, text="domain was attached as main domain, and stays so"
+                )
+            if domain.parent is not None and domain.parent is not main:
+                raise InvalidArgument("domain", domain, text="domain has another parent")
+            if domain.aux_pasid in self.aux:
+                raise Busy("domain", domain, text="domain is attached to this device")
+            first, last = self.enabled_features["AUX"]
+            if domain.aux_pasid and not first <= domain.aux_pasid <= last:
+                raise PasidOverflow("pasid", domain.aux_pasid, f"{first} to {last}")
+            self._attach_aux(domain, main, first, last)
+
+    def _attach_aux(self, domain: PagingDomain, main: PagingDomain, first: int, last: int) -> None:
+        system, table = self.system, main.cd_table
+        assert table is not None
+        new = domain.aux_pasid == 0
+        if new:
+            try:
+                pasid = system.pasids.alloc(first, last, data=domain)
+            except NoSpace as error:
+                raise InvalidArgument("pasid", None, text=f"no PASID is left: {error}") from error
+            try:
+                domain.finalise(self.iommu)
+            except BaseException:
+                system.pasids.free(pasid)
+                raise
+        else:
+            pasid = domain.aux_pasid
+        if not domain.users:
+            try:
+                table.place(pasid)
+            except BaseException:
+                if new:
+                    domain.unfinalise()
+                    system.pasids.free(pasid)
+                raise
+            for device in table.devices:
+                device._enter_atcs(domain, pasid)
+            table.write(pasid, domain.cd(self.stall_supported))
+            for device in table.devices:
+                device._flush_pasid(pasid)
+        for kind, number in domain.tags:
+            domain.invalidations.insert(self.iommu.queue, kind, number, 0)
+        domain.mode = "aux"
+        domain.parent = main
+        domain.aux_pasid = pasid
+        main.children[pasid] = domain
+        domain.users += 1
+        domain.active = True
+        self.aux[pasid] = domain
+
+    def detach_aux(self, domain: Domain) -> None:
+        """Detach an auxiliary domain; the last device clears the CD and invalidates.
+
+        Raises
+        ------
+        InvalidArgument
+            It is not attached to this device.
+        """
+        group = self.group
+        with group.system.lock:
+            self._aux_profile("detach_aux")
+            if not isinstance(domain, PagingDomain) or self.aux.get(domain.aux_pasid) is not domain:
+                raise InvalidArgument(
+                    "domain", domain, text=f"{domain!r} is not attached to the device"
+                )
+            pasid, parent = domain.aux_pasid, domain.parent
+            assert parent is not None and parent.cd_table is not None
+            table = parent.cd_table
+            del self.aux[pasid]
+            if domain.users > 1:
+                self._flush_pasid(pasid)
+            else:
+                table.write(pasid, INVALID_CD)
+                for device in table.devices:
+                    device._flush_pasid(pasid)
+                    device._leave_atcs(domain, pasid)
+            for kind, number in domain.tags:
+                domain.invalidations.remove(self.iommu.queue, kind, number, 0)
+            domain.users -= 1
+            domain.active = domain.users > 0
+            domain.flush_tag()
+
+    # --- SVA and mediated devices ---
+
+    def bind(self, space: AddressSpace) -> Bond:
+        """Bind a process's address space: `smmufast.iommu.sva.bind`."""
+        from smmufast.iommu import sva
+
+        return sva.bind(self, space)
+
+    def mediated(self) -> Mediated:
+        """Make a mediated device: a share of this one, with an address space of its own."""
+        return Mediated(self)
+
+    # --- reset (F24) ---
+
+    def reset_prepare(self) -> None:
+        """Block the device's accesses, with and without PASID, until `reset_done`.
+
+        Raises
+        ------
+        Busy
+            It is being reset; or it shares its group.
+        """
+        group = self.group
+        with group.system.lock:
+            if group.resetting or len(group.devices) != 1:
+                raise Busy("device", self, text="device is being reset, or shares its group")
+            group.resetting = True
+            for pasid in group.pasids:
+                self.install_pasid(None, pasid, group.at(pasid))
+            self.install(BLOCKED)
+
+    def reset_done(self) -> None:
+        """Give back what `reset_prepare` blocked."""
+        group = self.group
+        with group.system.lock:
+            if not group.resetting:
+                raise InvalidArgument("device", self, text="device is not being reset")
+            self.install(group.domain)
+            for pasid in group.pasids:
+                self.install_pasid(group.at(pasid), pasid, None)
+            group.resetting = False
+
+    # --- what the device does ---
+
+    def translate(
+        self,
+        iova: SupportsIndex,
+        *,
+        pasid: SupportsIndex | None = None,
+        write: bool = False,
+        priv: bool = False,
+        instr: bool = False,
+        sid: SupportsIndex | None = None,
+    ) -> Result:
+        """Make one access; a fault that software resolves is resolved first.
+
+        Parameters
+        ----------
+        iova : int
+            Untranslated address.
+        pasid : int, optional
+        write, priv, instr : bool
+        sid : int, optional
+            One of `sids`; the first.
+
+        Returns
+        -------
+        Result
+            Of `Smmu.translate`, or of the stalled access after it was resumed.
+        """
+        smmu = self.iommu.smmu
+        one = self.sids[0] if sid is None else sid.__index__()
+        result = smmu.translate(one, iova, ssid=pasid, write=write, priv=priv, instr=instr)
+        if result.action == "stall":
+            stall = next(s for s in smmu.stalls if s.stag == result.stag)
+            self.system.service()
+            if stall.done and stall.result is not None:
+                return stall.result
+        elif result.event is not None:
+            self.system.service()
+        return result
+
+    def access(
+        self,
+        iova: SupportsIndex,
+        *,
+        pasid: int | None = None,
+        write: bool = False,
+        execute: bool = False,
+        priv: bool = False,
+    ) -> Result:
+        """Make one access through the device's ATC, where ATS is on; else `translate`.
+
+        Raises
+        ------
+        AtsFault
+            No translation permits it.
+        """
+        if not self.ats_enabled:
+            return self.translate(iova, pasid=pasid, write=write, priv=priv, instr=execute)
+        return self.atcs[0].access(iova, ssid=pasid, write=write, execute=execute, priv=priv)
+
+    def __repr__(self) -> str:
+        """Its streams, PASIDs and main domain."""
+        sids = ", ".join(f"{sid:#x}" for sid in self.sids)
+        if self._iommu is None:
+            return f"<Device sid {sids}, not probed>"
+        return f"<Device sid {sids}: {self.max_pasids} PASIDs, {self.domain!r}>"
+
+
+class Mediated:
+    """A mediated device: its parent's hardware, one PASID, one address space.
+
+    Attaching a domain here attaches it to a PASID of the parent: as an auxiliary domain in the
+    AUX profile, with a PASID from the system's space in the other.
+
+    Attributes
+    ----------
+    parent : Device
+    domain : PagingDomain or None
+    pasid : int or None
+        The PASID that the hardware must use for this share.
+    """
+
+    def __init__(self, parent: Device) -> None:
+        self.parent = parent
+        self.domain: PagingDomain | None = None
+        self.pasid: int | None = None
+
+    def attach(self, domain: PagingDomain) -> None:
+        """Attach a domain; Busy if there is one, else as `attach_aux` or `attach_pasid`."""
+        parent = self.parent
+        system = parent.system
+        with system.lock:
+            if self.domain is not None:
+                raise Busy("mediated", self, text=f"mediated device has {self.domain!r}")
+            if system.profile.aux:
+                parent.attach_aux(domain)
+                self.pasid = domain.pasid(parent)
+            else:
+                if not parent.max_pasids:
+                    raise InvalidArgument("device", parent, text="the device has no PASIDs")
+                pasid = system.pasids.alloc(1, parent.max_pasids - 1)
+                try:
+                    parent.attach_pasid(domain, pasid)
+                except BaseException:
+                    system.pasids.free(pasid)
+                    raise
+                self.pasid = pasid
+            self.domain = domain
+
+    def detach(self, domain: PagingDomain | None = None) -> None:
+        """Detach its domain; InvalidArgument if it has none, or another one than was given."""
+        parent = self.parent
+        system = parent.system
+        with system.lock:
+            current = self.domain
+            if current is None or domain not in (None, current):
+                raise InvalidArgument("domain", domain, text=f"{domain!r} is not attached")
+            assert self.pasid is not None
+            if system.profile.aux:
+                parent.detach_aux(current)
+            else:
+                parent.detach_pasid(current, self.pasid)
+                system.pasids.free(self.pasid)
+            self.domain = self.pasid = None
+
+    def translate(self, iova: SupportsIndex, *, write: bool = False) -> Result:
+        """Make one access under its PASID; InvalidArgument without a domain."""
+        if self.pasid is None:
+            raise InvalidArgument("mediated", self, text="mediated device has no domain")
+        return self.parent.translate(iova, pasid=self.pasid, write=write)
+
+    def __repr__(self) -> str:
+        """Its parent and its PASID."""
+        return f"<Mediated of sid {self.parent.sid:#x}: pasid {self.pasid}>"

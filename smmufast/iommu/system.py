@@ -1,0 +1,662 @@
+"""A system: memory, its SMMUs, the driver of each, and what they share.
+
+The driver of one SMMU boots it through its registers, owns its stream table, command queue and
+VMIDs, and reads its event and page request queues.  ASIDs, PASIDs and the pages for tables are
+the system's.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+
+from smmufast import layout
+from smmufast._driver import S1_ASID, CommandQueue, EntryWriter
+from smmufast._memory import Memory
+from smmufast._smmu import Smmu
+from smmufast._tables import Pages
+from smmufast.errors import (
+    Busy,
+    InputOutput,
+    InvalidArgument,
+    NoDevice,
+    NoEntry,
+    NotSupported,
+    OutOfRange,
+)
+from smmufast.features import Features
+from smmufast.iommu import entry, fault
+from smmufast.iommu.device import Device, Group
+from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain, Words
+from smmufast.iommu.ids import IdSpace
+from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from smmufast._tlb import Caches, StaleEntry
+    from smmufast.iommu.sva import Bond
+
+SPLIT: Final = 8  # a leaf of a two-level stream table holds 256 STEs
+MAX_L1_LG2: Final = 17
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Which era of the kernel's interface a system follows: a value, not a subclass.
+
+    Attributes
+    ----------
+    name : str
+    aux : bool
+        Auxiliary domains that own their PASID, and a CD table for each main domain.
+    """
+
+    name: str
+    aux: bool
+
+
+#: Linux 5.2 to 5.17, and the 2018 proposal: auxiliary domains.
+AUX: Final = Profile("AUX", True)
+#: Linux today: any stage-1 domain on any PASID that the caller chooses.
+NOW: Final = Profile("NOW", False)
+
+
+class Iommu:
+    """The driver of one SMMU.
+
+    Attributes
+    ----------
+    smmu : Smmu
+    queue : CommandQueue
+    writer : EntryWriter
+        Updates STEs and CDs; set its `observer` to look between two stores.
+    asids, vmids : IdSpace
+        `asids` is the system's, `vmids` this SMMU's.
+    devices : dict
+        StreamID to Device.
+    """
+
+    def __init__(self, system: System, smmu: Smmu, number: int) -> None:
+        self.system = system
+        self.smmu = smmu
+        self.number = number
+        self.memory = smmu.memory
+        features = smmu.features
+        if not features.ttf & 2:
+            raise NotSupported("smmu", smmu, text="smmu has no VMSAv8-64 tables (TTF)")
+        self.sid_bits = features.sidsize
+        # without two-level CD tables, a linear one of 64 KiB is the limit (F2)
+        self.ssid_bits = features.ssidsize if features.cd2l else min(features.ssidsize, 10)
+        self.coherent = bool(features.cohacc)
+        self.can_stall = features.stall_model != 1
+        self.stall_force = features.stall_model == 2
+        self.e2h = system.e2h and bool(features.hyp)
+        self.asids = system.asids
+        self.vmids = IdSpace(16 if features.vmid16 else 8, "vmid")
+        self.devices: dict[int, Device] = {}
+        self._leaves: dict[int, int] = {}
+        self._interrupts: set[str] = set()
+        self.boot()
+        self.writer = EntryWriter(self.queue, self.memory)
+
+    # --- what the SMMU has (F1) ---
+
+    @property
+    def has_sva(self) -> bool:
+        """Whether address spaces of processes can be bound (F36)."""
+        features, cpu = self.smmu.features, self.system.cpu
+        granule = {4096: features.gran4k, 16384: features.gran16k, 65536: features.gran64k}
+        return bool(
+            features.s1p
+            and features.cohacc
+            and granule[cpu.granule]
+            and features.oas_bits >= cpu.pa_bits
+            and (features.asid16 or cpu.asid_bits <= 8)
+            and (cpu.va_bits <= 48 or (features.vax and cpu.granule == 65536))
+            and (not cpu.bbml2 or features.bbml >= 2)
+        )
+
+    def geometry(self, stage: int, granule: int | None = None) -> dict[str, Any]:
+        """Give the sizes of a page table of this SMMU, as arguments of `PageTable`.
+
+        Raises
+        ------
+        NotSupported
+            The SMMU does not have the stage, or the granule.
+        """
+        features = self.smmu.features
+        if stage not in (1, 2):
+            raise InvalidArgument("stage", stage, "1 or 2")
+        if not (features.s1p if stage == 1 else features.s2p):
+            raise NotSupported("stage", stage, text=f"the SMMU has no stage {stage}")
+        has = {4096: features.gran4k, 16384: features.gran16k, 65536: features.gran64k}
+        if granule is None:
+            granule = next(size for size, there in has.items() if there)
+        elif granule not in has:
+            raise InvalidArgument("granule", granule, "4096, 16384 or 65536")
+        if not has[granule]:
+            raise NotSupported(
+                "granule", granule, text=f"the SMMU has no {granule // 1024}K granule"
+            )
+        wide = granule == 65536
+        oas = min(features.oas_bits, 52 if wide else 48)
+        ias = oas if stage == 2 else 52 if wide and features.vax else 48
+        return {"granule": granule, "ias": ias, "oas": oas, "fwb": stage == 2 and self.fwb}
+
+    @property
+    def fwb(self) -> bool:
+        """Whether stage 2 forces write-back, as it does where the SMMU can."""
+        return bool(self.smmu.features.fwb)
+
+    # --- boot ---
+
+    def boot(self) -> None:
+        """Bring the SMMU up as an operating system does: all streams abort, nothing is cached."""
+        smmu, pages = self.smmu, self.system.pages
+        features = smmu.features
+        smmu.on_interrupt = self._interrupts.add
+        self._update("CR0", 0)
+        two_level = features.st_level and self.sid_bits > SPLIT
+        if two_level:
+            self._l1_lg2 = min(self.sid_bits - SPLIT, MAX_L1_LG2)
+            self.last_sid = (1 << (self._l1_lg2 + SPLIT)) - 1
+            self._strtab_size = 8 << self._l1_lg2
+            config = layout.pack(
+                "STRTAB_BASE_CFG", FMT=1, SPLIT=SPLIT, LOG2SIZE=self._l1_lg2 + SPLIT
+            )
+        else:
+            self._l1_lg2 = -1
+            self.last_sid = (1 << self.sid_bits) - 1
+            self._strtab_size = 64 << self.sid_bits
+            config = layout.pack("STRTAB_BASE_CFG", LOG2SIZE=self.sid_bits)
+        self.strtab = pages.alloc(self._strtab_size)
+        if not two_level:
+            self._fill(self.strtab, 1 << self.sid_bits)
+        smmu.write("CR1", 3 << 10 | 1 << 8 | 1 << 6 | 3 << 4 | 1 << 2 | 1)
+        smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
+        smmu.write("STRTAB_BASE", self.strtab | 1 << 62, 8)
+        smmu.write("STRTAB_BASE_CFG", config)
+        lg2 = min(features.cmdqs, 8)
+        self.queue = CommandQueue(smmu, pages.alloc(16 << lg2), lg2)
+        self.queue.start()
+        enables = layout.pack("CR0", CMDQEN=1)
+        self._update("CR0", enables)
+        self.queue.issue("CFGI_ALL", StreamID=0)
+        if features.hyp:
+            self.queue.issue("TLBI_EL2_ALL")
+        self.queue.issue("TLBI_NSNH_ALL")
+        self.queue.sync()
+        self._rings: dict[str, tuple[int, int]] = {}
+        self._ring("EVENTQ", min(features.eventqs, 10), 32)
+        enables |= layout.pack("CR0", EVENTQEN=1)
+        self._update("CR0", enables)
+        if features.pri:
+            self._ring("PRIQ", min(features.priqs, 9), 16)
+            enables |= layout.pack("CR0", PRIQEN=1)
+            self._update("CR0", enables)
+        if features.ats:
+            enables |= layout.pack("CR0", ATSCHK=1)
+            self._update("CR0", enables)
+        self._update("IRQ_CTRL", 7 if features.pri else 5)
+        self._update("CR0", enables | layout.pack("CR0", SMMUEN=1))
+
+    def _update(self, register: str, value: int) -> None:
+        self.smmu.write(register, value)
+        seen = self.smmu.read(register + "ACK")
+        if seen != value:
+            raise InputOutput(register, seen, text=f"{register}ACK is {seen:#x}, not {value:#x}")
+
+    def _ring(self, name: str, lg2: int, size: int) -> None:
+        base = self.system.pages.alloc(size << lg2)
+        self._rings[name] = base, lg2
+        self.smmu.write(f"{name}_BASE", base | 1 << 62 | lg2, 8)
+        self.smmu.write(f"{name}_PROD", 0)
+        self.smmu.write(f"{name}_CONS", 0)
+
+    def take(self, name: str) -> Iterable[bytes]:
+        """Take the records out of the event or the page request queue, in order.
+
+        Parameters
+        ----------
+        name : str
+            "EVENTQ" or "PRIQ".
+
+        Yields
+        ------
+        bytes
+            One record; CONS has moved past it.
+        """
+        if name not in self._rings:
+            return
+        base, lg2 = self._rings[name]
+        size = 32 if name == "EVENTQ" else 16
+        mask = (2 << lg2) - 1
+        while True:
+            prod = self.smmu.read(f"{name}_PROD")
+            cons = self.smmu.read(f"{name}_CONS")
+            overflowed = (prod ^ cons) >> 31
+            if (prod ^ cons) & mask == 0:
+                if overflowed:
+                    self.overflows[name] = self.overflows.get(name, 0) + 1
+                    self.smmu.write(f"{name}_CONS", prod & 1 << 31 | cons & mask)
+                return
+            record = self.memory.read(base + size * (cons & mask >> 1), size)
+            self.smmu.write(f"{name}_CONS", cons & 1 << 31 | (cons + 1 & mask))
+            yield record
+
+    # --- the stream table ---
+
+    def _fill(self, base: int, count: int) -> None:
+        """Let new STEs abort, or bypass if the system was told so (F6)."""
+        words = (
+            entry.ste_abort()
+            if self.system.disable_bypass
+            else entry.ste_bypass(features=self.smmu.features)
+        )
+        one = b"".join(word.to_bytes(8, "little") for word in words)
+        self.memory.write(base, one * count)
+
+    def ste_address(self, sid: int) -> int:
+        """Where the STE of a stream is; its leaf is allocated when it is first asked for.
+
+        Raises
+        ------
+        OutOfRange
+            The stream table ends before (ERANGE).
+        OutOfMemory
+            No page is left for the leaf.
+        """
+        if not 0 <= sid <= self.last_sid:
+            raise OutOfRange("sid", sid, f"0 to {self.last_sid:#x}")
+        if self._l1_lg2 < 0:
+            return self.strtab + 64 * sid
+        index = sid >> SPLIT
+        leaf = self._leaves.get(index)
+        if leaf is None:
+            leaf = self.system.pages.alloc(64 << SPLIT)
+            self._fill(leaf, 1 << SPLIT)
+            self._leaves[index] = leaf
+            self.store(self.strtab + 8 * index, leaf | SPLIT + 1)
+            # an invalid level-1 descriptor may be cached
+            self.queue.issue("CFGI_STE", StreamID=sid, Leaf=0)
+            self.queue.sync()
+        return leaf + 64 * (sid & (1 << SPLIT) - 1)
+
+    def forget(self, device: Device) -> None:
+        """Let the streams of a device go: they abort, and others may have them."""
+        for sid in device.sids:
+            self.writer.write_ste(self.ste_address(sid), entry.ste_abort(), sid)
+            self.devices.pop(sid, None)
+
+    def store(self, address: int, word: int) -> None:
+        """Store one 64-bit word of a table."""
+        self.memory.write_u64(address, word)
+
+    # --- invalidation ---
+
+    def invalidate_cd(self, sids: Iterable[int], ssid: int, *, leaf: bool = True) -> None:
+        """CFGI_CD for each stream, and one CMD_SYNC."""
+        any_ = False
+        for sid in sids:
+            self.queue.issue("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=int(leaf))
+            any_ = True
+        if any_:
+            self.queue.sync()
+
+    def invalidate_atc(self, sid: int, pasid: int = 0) -> None:
+        """CMD_ATC_INV of all addresses: of one PASID, or with 0 of all and none; no CMD_SYNC."""
+        if pasid:
+            self.queue.issue("ATC_INV", StreamID=sid, SubstreamID=pasid, SSV=1, Size=52)
+        else:
+            self.queue.issue("ATC_INV", StreamID=sid, Size=52)
+
+    def flush_tag(self, domain: PagingDomain | SvaDomain) -> None:
+        """Drop all TLB entries under a domain's ASID or VMID."""
+        queue = self.queue
+        for kind, number in domain.tags:
+            if kind != S1_ASID:
+                queue.issue("TLBI_S12_VMALL", VMID=number)
+            elif self.e2h:
+                queue.issue("TLBI_EL2_ASID", ASID=number)
+            else:
+                queue.issue("TLBI_NH_ASID", VMID=0, ASID=number)
+        queue.sync()
+
+    # --- domains ---
+
+    def paging_domain(
+        self,
+        *,
+        stage: int | None = None,
+        granule: int | None = None,
+        nest_parent: bool = False,
+        dirty: bool = False,
+        pasid: bool = False,
+        contiguous: bool = False,
+        user_data: object = None,
+        ready: bool = True,
+    ) -> PagingDomain:
+        """Make a paging domain; `Device.paging_domain` says what the arguments are."""
+        features = self.smmu.features
+        if user_data is not None:
+            raise NotSupported("user_data", user_data, text="no domain takes user data")
+        if nest_parent and (dirty or pasid):
+            raise NotSupported(
+                "nest_parent", True, text="a nesting parent has no dirty tracking and no PASIDs"
+            )
+        if nest_parent and not (features.s1p and features.s2p):
+            raise NotSupported("nest_parent", True, text="the SMMU cannot nest")
+        if (dirty or pasid) and (not features.s1p or stage == 2):
+            raise NotSupported(
+                "dirty" if dirty else "pasid", True, text="dirty tracking and PASIDs are stage 1"
+            )
+        if dirty and features.httu < 2:
+            raise NotSupported("dirty", True, text="the SMMU has no hardware dirty state (HTTU)")
+        if nest_parent and stage == 1:
+            raise NotSupported("stage", 1, text="a nesting parent is stage 2")
+        if stage is None:
+            stage = 2 if nest_parent or not features.s1p else 1
+        return PagingDomain(
+            self, stage=stage, granule=granule, dirty=dirty, nest_parent=nest_parent,
+            contiguous=contiguous, ready=ready,
+        )  # fmt: skip
+
+    # --- interrupts ---
+
+    def service(self) -> int:
+        """Do what the interrupts asked for; return how many records were handled."""
+        self._interrupts.clear()
+        return fault.service(self)
+
+    @property
+    def overflows(self) -> dict[str, int]:
+        """How often the event and page request queues overflowed."""
+        return self.__dict__.setdefault("_overflows", {})
+
+    def __repr__(self) -> str:
+        """Its number and its devices."""
+        return f"<Iommu {self.number}: {len(set(self.devices.values()))} devices>"
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """What the processors need of an SMMU that walks their page tables (F36).
+
+    Attributes
+    ----------
+    granule : int
+        Page size in bytes.
+    va_bits, pa_bits, asid_bits : int
+    bbml2 : bool
+        They change page sizes without breaking entries first.
+    """
+
+    granule: int = 4096
+    va_bits: int = 48
+    pa_bits: int = 40
+    asid_bits: int = 16
+    bbml2: bool = False
+
+
+class System:
+    """Memory, SMMUs and their drivers.
+
+    Parameters
+    ----------
+    smmus : int
+        How many SMMUs to make.
+    features : Features or sequence of Features, optional
+        Of all of them, or of each; all that is modelled.
+    memory : Memory, optional
+        Private memory of its own.  With one of yours, `pages` must say where tables go.
+    pages : (int, int), optional
+        Base and size of the memory that the driver takes for its tables and queues.
+    caches : callable, optional
+        Makes the caches of each SMMU, such as ``Caches.server``; none are modelled.
+    smmu : Smmu or sequence of Smmu, optional
+        SMMUs of yours, which share a memory, instead.
+    profile : Profile
+        AUX or NOW.
+    pasid_policy : PasidPolicy
+        PER_DEVICE, SYSTEM_WIDE or SYSTEM_WIDE_STRICT.
+    default_domain : str
+        "blocked", "identity" or "paging": what a group has before and after other domains.
+    disable_bypass : bool
+        Streams without a device abort; False: they bypass, as old kernels let them.
+    e2h : bool
+        The operating system runs at EL2, and stage 1 is of the EL2-E2H StreamWorld.
+    cpu : Cpu, optional
+        What SVA must be able to walk.
+
+    Raises
+    ------
+    InvalidArgument, NotSupported, OutOfMemory
+        Arguments that contradict each other; an SMMU without VMSAv8-64 tables; no room for tables.
+
+    >>> from smmufast.iommu import System
+    >>> system = System()
+    >>> nic = system.device(8, pasid_bits=16)
+    >>> domain = nic.paging_domain()
+    >>> nic.attach(domain)
+    >>> domain.map(0x10000, 0x8000_0000, 0x4000)
+    >>> hex(nic.translate(0x12345).pa)
+    '0x80002345'
+    """
+
+    def __init__(
+        self,
+        smmus: int = 1,
+        *,
+        features: Features | Iterable[Features] | None = None,
+        memory: Memory | None = None,
+        pages: tuple[int, int] | None = None,
+        caches: Callable[[], Caches] | None = None,
+        smmu: Smmu | Iterable[Smmu] | None = None,
+        profile: Profile = NOW,
+        pasid_policy: PasidPolicy = PER_DEVICE,
+        default_domain: str = "blocked",
+        disable_bypass: bool = True,
+        e2h: bool = False,
+        cpu: Cpu | None = None,
+    ) -> None:
+        if not isinstance(profile, Profile):
+            raise InvalidArgument("profile", profile, "AUX or NOW")
+        if default_domain not in ("blocked", "identity", "paging"):
+            raise InvalidArgument("default_domain", default_domain, "blocked, identity or paging")
+        self.lock = threading.RLock()
+        self.profile = profile
+        self.default_domain = default_domain
+        self.disable_bypass = disable_bypass
+        self.e2h = e2h
+        self.cpu = cpu or Cpu()
+        mine = self._smmus(smmus, features, memory, pages, caches, smmu)
+        self.memory = mine[0].memory
+        if pages is None:
+            if memory is not None or smmu is not None:
+                raise InvalidArgument(
+                    "pages", None, text="pages is missing: where in your memory tables may go"
+                )
+            pages = self._room
+        self.pages = Pages(self.memory, *pages)
+        bits = min(16 if one.features.asid16 else 8 for one in mine)
+        self.asids = IdSpace(bits, "asid")
+        self.iommus: list[Iommu] = []
+        for number, one in enumerate(mine):
+            self.iommus.append(Iommu(self, one, number))
+        self.pasids = PasidSpace(
+            pasid_policy, smmu_limits=[1 << iommu.ssid_bits for iommu in self.iommus]
+        )
+        self.bonds: dict[Device, dict[Any, Bond]] = {}
+        self.on_fault: Callable[[fault.Report], object] | None = None
+
+    def _smmus(
+        self,
+        count: int,
+        features: Features | Iterable[Features] | None,
+        memory: Memory | None,
+        pages: tuple[int, int] | None,
+        caches: Callable[[], Caches] | None,
+        smmu: Smmu | Iterable[Smmu] | None,
+    ) -> list[Smmu]:
+        if smmu is not None:
+            mine = [smmu] if isinstance(smmu, Smmu) else list(smmu)
+            if not mine or any(one.memory is not mine[0].memory for one in mine):
+                raise InvalidArgument("smmu", smmu, text="smmu: one or more that share a memory")
+            return mine
+        if features is None or isinstance(features, Features):
+            each = [features or Features.full()] * count
+        else:
+            each = list(features)
+            count = len(each)
+        if count < 1:
+            raise InvalidArgument("smmus", count, "1 or more")
+        if memory is None:
+            bits = min(45, *(one.oas_bits for one in each), 45)
+            memory = Memory()
+            memory.add_private(0, 1 << bits)
+            # the upper half: what lies below is the user's
+            self._room = (1 << (bits - 1), 1 << (bits - 2))
+        return [
+            Smmu(memory, one, cr0=0, caches=caches() if caches is not None else None)
+            for one in each
+        ]
+
+    @property
+    def smmu(self) -> Smmu:
+        """The first SMMU."""
+        return self.iommus[0].smmu
+
+    # --- devices ---
+
+    def device(
+        self, sids: SupportsIndex | Iterable[SupportsIndex], *, iommu: int = 0, **more: Any
+    ) -> Device:
+        """Make a device and probe it; the arguments are those of `Device`.
+
+        Parameters
+        ----------
+        sids : int or iterable of int
+        iommu : int
+            Which SMMU it is behind.
+
+        Raises
+        ------
+        OutOfRange, NoDevice, InvalidArgument, OutOfMemory
+            As for `Device` and `probe`.
+        """
+        device = Device(sids, **more)
+        self.probe(device, iommu)
+        return device
+
+    def probe(self, device: Device, iommu: int = 0) -> None:
+        """Put a device behind an SMMU, with its default domain.
+
+        Raises
+        ------
+        NoDevice
+            There is no such SMMU, or a StreamID belongs to another device (ENODEV).
+        NoEntry
+            The device has no StreamID (ENOENT).
+        OutOfRange
+            A StreamID is beyond the stream table (ERANGE).
+        Busy
+            It was probed (EBUSY).
+        OutOfMemory
+            No page is left for a stream table's leaf.
+        """
+        with self.lock:
+            if device._iommu is not None:
+                raise Busy("device", device, text="device was probed")
+            if not 0 <= iommu < len(self.iommus):
+                raise NoDevice("iommu", iommu, f"0 to {len(self.iommus) - 1}")
+            one = self.iommus[iommu]
+            if not device.sids:
+                raise NoEntry("device", device, text="device has no StreamID")
+            for sid in device.sids:
+                if not 0 <= sid <= one.last_sid:
+                    raise OutOfRange("sid", sid, f"0 to {one.last_sid:#x}")
+                if sid in one.devices:
+                    raise NoDevice("sid", sid, text=f"sid {sid:#x} belongs to {one.devices[sid]!r}")
+            for sid in device.sids:
+                one.ste_address(sid)
+            device.probed(one)
+            for sid in device.sids:
+                one.devices[sid] = device
+            self._join(device)
+
+    def _join(self, device: Device) -> None:
+        """Let a device enter its group, with the group's domains."""
+        group = device.group
+        new = not group.devices
+        group.devices.append(device)
+        try:
+            if new:
+                group.default = self._default(device)
+                group.set(group.default)
+            else:
+                device.install(group.domain)
+                if device.max_pasids:
+                    for pasid in group.pasids:
+                        device.install_pasid(group.at(pasid), pasid, None)
+        except BaseException:
+            device.release()
+            raise
+
+    def _default(self, device: Device) -> Domain:
+        if self.default_domain == "identity" or (
+            self.default_domain == "blocked" and device.direct
+        ):
+            return IDENTITY
+        if self.default_domain == "blocked":
+            return BLOCKED
+        domain = device.iommu.paging_domain()
+        for base, size in device.direct:
+            domain.map(base, base, size)
+        return domain
+
+    def group(self) -> Group:
+        """Make an empty group, for devices that share one: ``device(..., group=group)``."""
+        return Group(self)
+
+    # --- domains ---
+
+    def paging_domain(self, **more: Any) -> PagingDomain:
+        """Make a paging domain that no device was named for (iommu_domain_alloc).
+
+        It gets its SMMU, ASID and page table when it is first attached; before that it maps
+        nothing (ENODEV).  The arguments are those of `Device.paging_domain`.
+
+        Raises
+        ------
+        NotSupported
+            As `Device.paging_domain`.
+        """
+        with self.lock:
+            return self.iommus[0].paging_domain(ready=False, **more)
+
+    # --- running ---
+
+    def service(self) -> int:
+        """Handle every record in the event and page request queues, as interrupts do.
+
+        Returns
+        -------
+        int
+            How many there were.
+        """
+        return sum(iommu.service() for iommu in self.iommus)
+
+    def stale(self) -> list[StaleEntry]:
+        """Look for cache entries of any SMMU that the tables no longer give."""
+        return [found for iommu in self.iommus for found in iommu.smmu.stale()]
+
+    def bonds_of(self, device: Device) -> list[Bond]:
+        """The bonds of a device with address spaces."""
+        return list(self.bonds.get(device, {}).values())
+
+    def __repr__(self) -> str:
+        """Its SMMUs, devices and profile."""
+        devices = sum(len(set(iommu.devices.values())) for iommu in self.iommus)
+        return f"<System {self.profile.name}: {len(self.iommus)} SMMUs, {devices} devices>"
