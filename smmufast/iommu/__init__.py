@@ -2,4 +2,104 @@
 
 It allocates PASIDs, ASIDs and VMIDs, writes stream tables, context descriptors and page tables
 into memory, and sends the commands that invalidate what the SMMU may have cached.
+`System` is where to begin.
 """
+
+import enum as _enum
+
+from smmufast._tables import Gather, Pages, PageTable
+from smmufast.errors import (
+    AccessDenied,
+    Busy,
+    Exists,
+    InputOutput,
+    InvalidArgument,
+    IommuError,
+    NoDevice,
+    NoEntry,
+    NoProcess,
+    NoSpace,
+    NotPermitted,
+    NotSupported,
+    OutOfMemory,
+    OutOfRange,
+    PasidOverflow,
+    TooBig,
+    TryAgain,
+    WrongSmmu,
+)
+from smmufast.iommu.device import Device
+from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, NestedDomain, PagingDomain
+from smmufast.iommu.group import AttachHandle, Group
+from smmufast.iommu.iova import IovaAllocator
+from smmufast.iommu.mediated import Mediated
+from smmufast.iommu.nested import Viommu
+from smmufast.iommu.pasid import (
+    PER_DEVICE,
+    SYSTEM_WIDE,
+    SYSTEM_WIDE_STRICT,
+    PasidPolicy,
+    PasidSpace,
+)
+from smmufast.iommu.sva import AddressSpace, Bond
+from smmufast.iommu.system import AUX, NOW, Cpu, Iommu, Profile, System
+
+__all__ = [
+    "AUX",
+    "BLOCKED",
+    "IDENTITY",
+    "NOW",
+    "PER_DEVICE",
+    "SYSTEM_WIDE",
+    "SYSTEM_WIDE_STRICT",
+    "AccessDenied",
+    "AddressSpace",
+    "AttachHandle",
+    "Bond",
+    "Busy",
+    "Cpu",
+    "Device",
+    "Domain",
+    "Exists",
+    "Gather",
+    "Group",
+    "InputOutput",
+    "InvalidArgument",
+    "Iommu",
+    "IommuError",
+    "IovaAllocator",
+    "Mediated",
+    "NestedDomain",
+    "NoDevice",
+    "NoEntry",
+    "NoProcess",
+    "NoSpace",
+    "NotPermitted",
+    "NotSupported",
+    "OutOfMemory",
+    "OutOfRange",
+    "PageTable",
+    "Pages",
+    "PagingDomain",
+    "PasidOverflow",
+    "PasidPolicy",
+    "PasidSpace",
+    "Profile",
+    "Prot",
+    "System",
+    "TooBig",
+    "TryAgain",
+    "Viommu",
+    "WrongSmmu",
+]
+
+
+class Prot(_enum.IntFlag):
+    """What a mapping allows, and how: the `prot` of map."""
+
+    READ = 1
+    WRITE = 2
+    CACHE = 4
+    NOEXEC = 8
+    MMIO = 16
+    PRIV = 32

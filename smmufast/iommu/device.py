@@ -1,4 +1,4 @@
-"""Devices, their groups and their CD tables: attach, detach, replace, and PASIDs.
+"""Devices: attach, detach, replace, PASIDs, auxiliary domains.
 
 The order of an attach is that of F67: the new domain learns where it will be cached, ATS goes off
 if it must, CD and STE are written, ATS comes on or is flushed, and the old domain forgets.
@@ -8,7 +8,7 @@ Checks and allocations come before the first store, so that what is refused chan
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from typing import TYPE_CHECKING, Final, SupportsIndex
 
 from smmufast._driver import ATS, ATS_FULL
 from smmufast.ats import AtsDevice
@@ -21,10 +21,10 @@ from smmufast.errors import (
     NoSpace,
     NotSupported,
     PasidOverflow,
-    TooBig,
     WrongSmmu,
 )
 from smmufast.iommu import entry
+from smmufast.iommu.cdtable import INVALID_CD, CdTable
 from smmufast.iommu.domain import (
     BLOCKED,
     IDENTITY,
@@ -34,8 +34,9 @@ from smmufast.iommu.domain import (
     SvaDomain,
     Words,
     domain_of,
-    no_pasid_op,
 )
+from smmufast.iommu.group import NO_PASID, AttachHandle, Group
+from smmufast.iommu.mediated import Mediated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,239 +45,7 @@ if TYPE_CHECKING:
     from smmufast.iommu.sva import AddressSpace, Bond
     from smmufast.iommu.system import Iommu, System
 
-NO_PASID: Final = 0
-LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
-INVALID_CD: Final = (0,) * 8
 FEATURES: Final = ("AUX", "SVA", "IOPF")
-
-
-class CdTable:
-    """The CD table of a device, or of a main domain in the AUX profile.
-
-    Linear up to 1024 CDs, or if the SMMU has no other; else with two levels, whose leaves are
-    allocated when a CD in them is first written, and freed with the table.
-    """
-
-    __slots__ = ("base", "devices", "fmt", "holders", "iommu", "leaves", "s1cdmax", "used")
-
-    def __init__(self, iommu: Iommu, ssid_bits: int) -> None:
-        self.iommu = iommu
-        self.s1cdmax = ssid_bits
-        two = ssid_bits > LEAF_LG2 and iommu.smmu.features.cd2l
-        self.fmt = 2 if two else 0
-        size = 8 << (ssid_bits - LEAF_LG2) if two else 64 << ssid_bits
-        self.base = iommu.system.pages.alloc(size)
-        self.leaves: dict[int, int] = {}  # by index in level 1
-        self.used = 0  # valid CDs but that of SSID 0
-        self.devices: list[Device] = []  # whose STEs point here
-        self.holders: dict[int, list[Any]] = {}  # AUX: what holds a CD, how often
-
-    def sids(self) -> tuple[int, ...]:
-        """Every StreamID that reaches the table."""
-        if len(self.devices) == 1:
-            return self.devices[0].sids
-        return tuple(sid for device in self.devices for sid in device.sids)
-
-    def address(self, ssid: int) -> int | None:
-        """Where the CD of a substream is; None while its leaf is missing."""
-        if not self.fmt:
-            return self.base + 64 * ssid
-        leaf = self.leaves.get(ssid >> LEAF_LG2)
-        return None if leaf is None else leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
-
-    def place(self, ssid: int) -> int:
-        """Return where the CD of a substream is; its leaf is allocated if it is missing.
-
-        Raises
-        ------
-        TooBig
-            The table has no such substream (E2BIG).
-        OutOfMemory
-            No page is left for the leaf.
-        """
-        if ssid >> self.s1cdmax:
-            raise TooBig("ssid", ssid, f"0 to {(1 << self.s1cdmax) - 1}")
-        address = self.address(ssid)
-        if address is not None:
-            return address
-        index = ssid >> LEAF_LG2
-        iommu = self.iommu
-        leaf = iommu.system.pages.alloc(64 << LEAF_LG2)
-        self.leaves[index] = leaf
-        iommu.store(self.base + 8 * index, leaf | 1)
-        # an invalid level-1 descriptor may be cached (F39)
-        iommu.invalidate_cd(self.sids(), ssid, leaf=False)
-        return leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
-
-    def write(self, ssid: int, words: Words) -> None:
-        """Make a CD what is given, through the entry writer; all zero clears it."""
-        address = self.address(ssid)
-        if address is None:
-            if not any(words):
-                return
-            address = self.place(ssid)
-        valid = self.iommu.memory.read_u64(address) >> 31 & 1
-        self.iommu.writer.write_cd(address, words, self.sids(), ssid)
-        if ssid:
-            self.used += (words[0] >> 31 & 1) - valid
-
-    def free(self) -> None:
-        """Give the pages back; no STE points here any more."""
-        pages = self.iommu.system.pages
-        for leaf in self.leaves.values():
-            pages.free(leaf, 64 << LEAF_LG2)
-        pages.free(self.base, 8 << (self.s1cdmax - LEAF_LG2) if self.fmt else 64 << self.s1cdmax)
-        self.leaves.clear()
-
-
-class AttachHandle:
-    """What a caller gives with a PASID, to find it again when a fault names the PASID.
-
-    Subclass it to keep data of your own.  `domain` is set while it is in use.
-    """
-
-    domain: Domain | None = None
-
-
-class Group:
-    """Devices that the hardware cannot tell apart, or that share memory access: one domain.
-
-    Attributes
-    ----------
-    devices : list of Device
-    domain, default : Domain
-        The current main domain, and the one that is behind it.
-    pasids : dict
-        PASID to what is attached there: a Domain, or the AttachHandle that came with it.
-    """
-
-    def __init__(self, system: System) -> None:
-        self.system = system
-        self.devices: list[Device] = []
-        self.default: Domain = BLOCKED
-        self.domain: Domain = BLOCKED
-        self.pasids: dict[int, Domain | AttachHandle] = {}
-        self.owner: object = None
-        self.resetting = False
-
-    def __repr__(self) -> str:
-        """Its devices and its domain."""
-        sids = ", ".join(f"{sid:#x}" for device in self.devices for sid in device.sids)
-        return f"<Group of sid {sids}: {self.domain!r}>"
-
-    # --- the main domain ---
-
-    def attach(self, domain: Domain) -> None:
-        """Attach every device of the group to a domain (iommu_attach_group).
-
-        Raises
-        ------
-        Busy
-            The current domain is neither the default nor a blocking one.
-        InvalidArgument
-            The domain is not for this SMMU: try another (soft).
-        OutOfMemory
-            No page is left for a CD table.
-        """
-        with self.system.lock:
-            domain = domain_of(domain)
-            if self.domain is not self.default and self.domain is not BLOCKED:
-                raise Busy("group", self, text=f"group has {self.domain!r}: detach it first")
-            if self.resetting:
-                raise Busy("group", self, text="group has a device that is being reset")
-            self.set(domain)
-
-    def detach(self, domain: Domain) -> None:
-        """Put the default domain back, or block if the group has an owner.
-
-        A domain that is not the current one: a warning, and nothing is done (F12).
-        """
-        with self.system.lock:
-            if self.domain is not domain:
-                warnings.warn(f"{domain!r} is not attached to {self!r}", stacklevel=2)
-                return
-            self.set(BLOCKED if self.owner is not None else self.default)
-
-    def claim(self, owner: object) -> None:
-        """Let a user-space driver own the group: it is blocked while nothing else is attached.
-
-        Raises
-        ------
-        Busy
-            It has another owner, or a domain of its own.
-        """
-        with self.system.lock:
-            if self.owner is not None and self.owner is not owner:
-                raise Busy("owner", owner, text="group has another owner")
-            if self.owner is None:
-                if self.domain is not self.default or self.pasids:
-                    raise Busy("group", self, text=f"group has {self.domain!r}")
-                self.set(BLOCKED)
-                self.owner = owner
-
-    def release(self) -> None:
-        """End the ownership: the default domain comes back."""
-        with self.system.lock:
-            if self.owner is not None:
-                self.set(self.default)
-                self.owner = None
-
-    def set(self, domain: Domain) -> None:
-        """Make a domain the current one, on all devices or on none (F11)."""
-        if domain is self.domain:
-            return
-        done: list[tuple[Device, bool]] = []
-        old = self.domain
-        try:
-            for device in self.devices:
-                had_table = device.cd_table is not None
-                device.install(domain)
-                done.append((device, had_table))
-        except BaseException:
-            for device, had_table in reversed(done):
-                device.install(old)
-                if not had_table:
-                    device.drop_table()
-            raise
-        self.domain = domain
-
-    # --- PASIDs ---
-
-    def check_pasid(self, domain: Domain, pasid: int) -> None:
-        """Refuse what no device of the group could attach (F24)."""
-        if domain.kind not in ("paging", "sva"):
-            raise no_pasid_op(domain)
-        if pasid == NO_PASID:
-            raise InvalidArgument("pasid", pasid, "1 or more")
-        for device in self.devices:
-            if device.max_pasids and pasid >= device.max_pasids:
-                raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
-        if not any(device.max_pasids for device in self.devices):
-            raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
-        if self.resetting:
-            raise Busy("group", self, text="group has a device that is being reset")
-
-    def set_pasid(self, domain: Domain | None, pasid: int) -> None:
-        """Attach a PASID on all devices or on none; None detaches."""
-        old = self.at(pasid)
-        done: list[tuple[Device, bool]] = []
-        try:
-            for device in self.devices:
-                if device.max_pasids:
-                    had_table = device.cd_table is not None
-                    device.install_pasid(domain, pasid, old)
-                    done.append((device, had_table))
-        except BaseException:
-            for device, had_table in reversed(done):
-                device.install_pasid(old, pasid, domain)
-                if not had_table:
-                    device.drop_table()
-            raise
-
-    def at(self, pasid: int) -> Domain | None:
-        """The domain of a PASID, or None."""
-        held = self.pasids.get(pasid)
-        return held.domain if isinstance(held, AttachHandle) else held
 
 
 class Device:
@@ -403,16 +172,12 @@ class Device:
         if self.max_pasids:
             self.enable_pasid()
         if self.ats_supported:
-            for sid in self.sids:
-                self.atcs.append(
-                    AtsDevice(
-                        iommu.smmu,
-                        sid,
-                        on_page_request=(lambda _: system.service())
-                        if self.pri_supported
-                        else None,
-                    )  # fmt: skip
-                )
+            ask = self._ask if self.pri_supported else None
+            self.atcs = [AtsDevice(iommu.smmu, sid, on_page_request=ask) for sid in self.sids]
+
+    def _ask(self, request: object) -> None:
+        """A page request was made: the operating system is interrupted."""
+        self.system.service()
 
     def release(self) -> None:
         """Take the device away: everything is detached, its streams abort, its tables are freed."""
@@ -526,7 +291,7 @@ class Device:
         if len(group.devices) != 1:
             raise InvalidArgument(
                 "device", self,
-                text=f"device shares its group with {len(group.devices) - 1} others: attach the group",
+                text=f"device shares its group with {len(group.devices) - 1} others",
             )  # fmt: skip
         return group
 
@@ -916,10 +681,7 @@ class Device:
             raise InvalidArgument(
                 "device", self, text="domain enforces coherence, and the device cannot snoop"
             )
-        if not iommu.system.profile.aux:
-            table = self.own_table()
-        else:
-            table = self._table()
+        table = self._table() if iommu.system.profile.aux else self.own_table()
         if table is None:
             raise InvalidArgument("device", self, text="device has no main domain of stage 1")
         table.place(pasid)
@@ -1322,71 +1084,3 @@ class Device:
         if self._iommu is None:
             return f"<Device sid {sids}, not probed>"
         return f"<Device sid {sids}: {self.max_pasids} PASIDs, {self.domain!r}>"
-
-
-class Mediated:
-    """A mediated device: its parent's hardware, one PASID, one address space.
-
-    Attaching a domain here attaches it to a PASID of the parent: as an auxiliary domain in the
-    AUX profile, with a PASID from the system's space in the other.
-
-    Attributes
-    ----------
-    parent : Device
-    domain : PagingDomain or None
-    pasid : int or None
-        The PASID that the hardware must use for this share.
-    """
-
-    def __init__(self, parent: Device) -> None:
-        self.parent = parent
-        self.domain: PagingDomain | None = None
-        self.pasid: int | None = None
-
-    def attach(self, domain: PagingDomain) -> None:
-        """Attach a domain; Busy if there is one, else as `attach_aux` or `attach_pasid`."""
-        parent = self.parent
-        system = parent.system
-        with system.lock:
-            if self.domain is not None:
-                raise Busy("mediated", self, text=f"mediated device has {self.domain!r}")
-            if system.profile.aux:
-                parent.attach_aux(domain)
-                self.pasid = domain.pasid(parent)
-            else:
-                if not parent.max_pasids:
-                    raise InvalidArgument("device", parent, text="the device has no PASIDs")
-                pasid = system.pasids.alloc(1, parent.max_pasids - 1)
-                try:
-                    parent.attach_pasid(domain, pasid)
-                except BaseException:
-                    system.pasids.free(pasid)
-                    raise
-                self.pasid = pasid
-            self.domain = domain
-
-    def detach(self, domain: PagingDomain | None = None) -> None:
-        """Detach its domain; InvalidArgument if it has none, or another one than was given."""
-        parent = self.parent
-        system = parent.system
-        with system.lock:
-            current = self.domain
-            if current is None or domain not in (None, current):
-                raise InvalidArgument("domain", domain, text=f"{domain!r} is not attached")
-            assert self.pasid is not None
-            if system.profile.aux:
-                parent.detach_aux(current)
-            else:
-                parent.detach_pasid(current, self.pasid)
-                system.pasids.free(self.pasid)
-            self.domain = self.pasid = None
-
-    def translate(self, iova: SupportsIndex, *, write: bool = False) -> Result:
-        """Make one access under its PASID; InvalidArgument without a domain."""
-        if self.pasid is None:
-            raise InvalidArgument("mediated", self, text="mediated device has no domain")
-        return self.parent.translate(iova, pasid=self.pasid, write=write)
-
-    def __repr__(self) -> str:
-        """Its parent and its PASID."""
-        return f"<Mediated of sid {self.parent.sid:#x}: pasid {self.pasid}>"

@@ -17,7 +17,8 @@ from smmufast.iommu import entry
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from smmufast.iommu.device import CdTable, Device
+    from smmufast.iommu.cdtable import CdTable
+    from smmufast.iommu.device import Device
     from smmufast.iommu.sva import AddressSpace
     from smmufast.iommu.system import Iommu
 

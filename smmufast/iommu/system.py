@@ -27,8 +27,9 @@ from smmufast.errors import (
 )
 from smmufast.features import Features
 from smmufast.iommu import entry, fault
-from smmufast.iommu.device import Device, Group
-from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain, Words
+from smmufast.iommu.device import Device
+from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
+from smmufast.iommu.group import Group
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
 

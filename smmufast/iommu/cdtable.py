@@ -1,0 +1,94 @@
+"""The CD table of a device, or of a main domain in the AUX profile (F38 to F41)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from smmufast.errors import TooBig
+
+if TYPE_CHECKING:
+    from smmufast.iommu.device import Device
+    from smmufast.iommu.domain import Words
+    from smmufast.iommu.system import Iommu
+
+LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
+INVALID_CD: Final = (0,) * 8
+
+
+class CdTable:
+    """The CD table of a device, or of a main domain in the AUX profile.
+
+    Linear up to 1024 CDs, or if the SMMU has no other; else with two levels, whose leaves are
+    allocated when a CD in them is first written, and freed with the table.
+    """
+
+    __slots__ = ("base", "devices", "fmt", "holders", "iommu", "leaves", "s1cdmax", "used")
+
+    def __init__(self, iommu: Iommu, ssid_bits: int) -> None:
+        self.iommu = iommu
+        self.s1cdmax = ssid_bits
+        two = ssid_bits > LEAF_LG2 and iommu.smmu.features.cd2l
+        self.fmt = 2 if two else 0
+        size = 8 << (ssid_bits - LEAF_LG2) if two else 64 << ssid_bits
+        self.base = iommu.system.pages.alloc(size)
+        self.leaves: dict[int, int] = {}  # by index in level 1
+        self.used = 0  # valid CDs but that of SSID 0
+        self.devices: list[Device] = []  # whose STEs point here
+        self.holders: dict[int, list[Any]] = {}  # AUX: what holds a CD, how often
+
+    def sids(self) -> tuple[int, ...]:
+        """Every StreamID that reaches the table."""
+        if len(self.devices) == 1:
+            return self.devices[0].sids
+        return tuple(sid for device in self.devices for sid in device.sids)
+
+    def address(self, ssid: int) -> int | None:
+        """Where the CD of a substream is; None while its leaf is missing."""
+        if not self.fmt:
+            return self.base + 64 * ssid
+        leaf = self.leaves.get(ssid >> LEAF_LG2)
+        return None if leaf is None else leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
+
+    def place(self, ssid: int) -> int:
+        """Return where the CD of a substream is; its leaf is allocated if it is missing.
+
+        Raises
+        ------
+        TooBig
+            The table has no such substream (E2BIG).
+        OutOfMemory
+            No page is left for the leaf.
+        """
+        if ssid >> self.s1cdmax:
+            raise TooBig("ssid", ssid, f"0 to {(1 << self.s1cdmax) - 1}")
+        address = self.address(ssid)
+        if address is not None:
+            return address
+        index = ssid >> LEAF_LG2
+        iommu = self.iommu
+        leaf = iommu.system.pages.alloc(64 << LEAF_LG2)
+        self.leaves[index] = leaf
+        iommu.store(self.base + 8 * index, leaf | 1)
+        # an invalid level-1 descriptor may be cached (F39)
+        iommu.invalidate_cd(self.sids(), ssid, leaf=False)
+        return leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
+
+    def write(self, ssid: int, words: Words) -> None:
+        """Make a CD what is given, through the entry writer; all zero clears it."""
+        address = self.address(ssid)
+        if address is None:
+            if not any(words):
+                return
+            address = self.place(ssid)
+        valid = self.iommu.memory.read_u64(address) >> 31 & 1
+        self.iommu.writer.write_cd(address, words, self.sids(), ssid)
+        if ssid:
+            self.used += (words[0] >> 31 & 1) - valid
+
+    def free(self) -> None:
+        """Give the pages back; no STE points here any more."""
+        pages = self.iommu.system.pages
+        for leaf in self.leaves.values():
+            pages.free(leaf, 64 << LEAF_LG2)
+        pages.free(self.base, 8 << (self.s1cdmax - LEAF_LG2) if self.fmt else 64 << self.s1cdmax)
+        self.leaves.clear()
