@@ -12,6 +12,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 cimport numpy as cnp
 
+import errno as _errno
+
 import numpy as np
 
 cdef extern from "Python.h":
@@ -28,7 +30,11 @@ class PasidError(Exception):
     ----------
     value : int
         The argument's value, or the ID, that the message is about.
+    errno : int
+        The number of the cause in the module of that name, positive; 0 for this base.
     """
+
+    errno = 0
 
     def __init__(self, message, value):
         super().__init__(message, value)
@@ -41,33 +47,49 @@ class PasidError(Exception):
 class PasidExhausted(PasidError, RuntimeError):
     """Not as many free IDs in the range as were asked for; `value` is how many there are."""
 
+    errno = _errno.ENOSPC
+
 
 class PasidNotAllocated(PasidError, KeyError):
     """The ID is free."""
+
+    errno = _errno.ENOENT
 
 
 class PasidAllocated(PasidError, ValueError):
     """The ID is allocated, so it cannot be reserved."""
 
+    errno = _errno.EBUSY
+
 
 class PasidReserved(PasidError, ValueError):
     """The ID is reserved: not to be freed, looked up, or reserved again."""
+
+    errno = _errno.EBUSY
 
 
 class PasidNotReserved(PasidError, ValueError):
     """The ID is not reserved, so its reservation cannot be given back."""
 
+    errno = _errno.EINVAL
+
 
 class PasidDuplicate(PasidError, ValueError):
     """The same ID is in the array twice."""
+
+    errno = _errno.EINVAL
 
 
 class PasidOutOfRange(PasidError, ValueError):
     """Not an ID of this allocator: negative, or not below its size."""
 
+    errno = _errno.ERANGE
+
 
 class PasidRangeEmpty(PasidError, ValueError):
     """The range's first ID is above its last."""
+
+    errno = _errno.EINVAL
 
 
 cdef str shown(value):
@@ -468,6 +490,31 @@ cdef class PasidAllocator:
         if pasid_state(&self.pasids, n) != PASID_ALLOCATED:
             raise not_allocated(&self.pasids, f"pasid {n}", n)
         return self.owners.get(pasid)
+
+    def set_owner(self, pasid, owner, /):
+        """Replace the owner of an allocated ID.
+
+        Parameters
+        ----------
+        pasid : int
+            An allocated ID.
+        owner : object
+            What `find()` shall return from now on; None for no owner.
+
+        Raises
+        ------
+        PasidNotAllocated, PasidReserved, PasidOutOfRange, TypeError
+            As for `free()`.
+        """
+        cdef uint32_t n = <uint32_t>id_of(pasid, "pasid", self.pasids.size)
+        if pasid_state(&self.pasids, n) != PASID_ALLOCATED:
+            raise not_allocated(&self.pasids, f"pasid {n}", n)
+        # The old owner goes last, as in free().
+        _old = self.owners.get(n)
+        if owner is None:
+            self.owners.pop(n, None)
+        else:
+            self.owners[n] = owner
 
     def reserve(self, first, last):
         """Withhold a range of free IDs: all of them or, with an error, none.

@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import errno
 import gc
 import pickle
 import random
@@ -118,6 +119,12 @@ class Twin:
         self.check_allocated(pasid)
         return self.owners.get(pasid)
 
+    def set_owner(self, pasid, owner):
+        self.check_allocated(pasid)
+        self.owners.pop(pasid, None)
+        if owner is not None:
+            self.owners[pasid] = owner
+
     def obstacles(self, first, last, wanted):
         return (first + np.flatnonzero(self.state[first : last + 1] != wanted)).tolist()
 
@@ -169,7 +176,9 @@ def random_step(rng, pasids, twin):
             **({"max": last} if rng.random() < 0.5 else {}),
         }
 
-    kind = rng.choice(["alloc"] * 6 + ["free"] * 5 + ["many"] * 2 + ["reserve"] * 2 + ["find"])
+    kind = rng.choice(
+        ["alloc"] * 6 + ["free"] * 5 + ["many"] * 2 + ["reserve"] * 2 + ["find", "own"]
+    )
     if kind == "alloc":
         name, args, keywords = "alloc", (), limits() if rng.random() < 0.5 else {}
         if rng.random() < 0.3:
@@ -193,6 +202,10 @@ def random_step(rng, pasids, twin):
         first = pasid()
         last = first + rng.randrange(-1, min(size, 200)) if rng.random() < 0.9 else pasid()
         name, args, keywords = rng.choice(["reserve", "unreserve"]), (first, last), {}
+    elif kind == "own":
+        ids = allocated(1) if rng.random() < 0.9 else []
+        owner = rng.choice([None, object()])
+        name, args, keywords = "set_owner", (ids[0] if ids else pasid(), owner), {}
     else:
         name, args, keywords = "find", (pasid(),), {}
     return (
@@ -398,6 +411,11 @@ ERRORS = {
     "find(0)": (PasidReserved, ValueError, 0, "pasid 0 is reserved; it must be an allocated ID"),
     "find(99)": (PasidOutOfRange, ValueError, 99, "pasid must be in 0..15, got 99"),
     "find('3')": (TypeError, TypeError, None, "pasid must be an integer, not str"),
+    "set_owner(6, 'x')": (
+        PasidNotAllocated, KeyError, 6, "pasid 6 is free; it must be an allocated ID"),
+    "set_owner(0, 'x')": (
+        PasidReserved, ValueError, 0, "pasid 0 is reserved; it must be an allocated ID"),
+    "set_owner(16, None)": (PasidOutOfRange, ValueError, 16, "pasid must be in 0..15, got 16"),
     "__contains__('3')": (TypeError, TypeError, None, "pasid must be an integer, not str"),
     "free_many(array(3, 4, 6))": (
         PasidNotAllocated, KeyError, 6, "pasids[2] = 6 is free; it must be an allocated ID"),
@@ -468,6 +486,27 @@ def test_a_wrong_size_or_first_is_refused(arguments, error, message):
     with pytest.raises(error) as caught:
         eval(f"PasidAllocator({arguments})", {"PasidAllocator": PasidAllocator})
     assert str(caught.value) == message
+
+
+ERRNOS = {
+    PasidError: 0,
+    PasidExhausted: errno.ENOSPC,
+    PasidNotAllocated: errno.ENOENT,
+    PasidAllocated: errno.EBUSY,
+    PasidReserved: errno.EBUSY,
+    PasidNotReserved: errno.EINVAL,
+    PasidDuplicate: errno.EINVAL,
+    PasidOutOfRange: errno.ERANGE,
+    PasidRangeEmpty: errno.EINVAL,
+}
+
+
+def test_each_error_has_the_errno_of_its_cause():
+    classes = [c for c in vars(_pasid).values() if isinstance(c, type) and issubclass(c, Exception)]
+    assert {c: c.errno for c in classes} == ERRNOS
+    with pytest.raises(PasidNotAllocated) as caught:
+        used_allocator().free(6)
+    assert caught.value.errno == errno.ENOENT
 
 
 @given(
@@ -714,7 +753,7 @@ def test_a_failed_free_many_keeps_the_owners():
     assert [pasids.find(pasid) for pasid in ids] == ["here"] * 4
 
 
-@pytest.mark.parametrize("how", ["free", "free_many", "__setstate__"])
+@pytest.mark.parametrize("how", ["free", "free_many", "set_owner", "__setstate__"])
 def test_an_owner_that_goes_may_use_the_allocator(how):
     class Chain:
         def __del__(self):
@@ -728,6 +767,10 @@ def test_an_owner_that_goes_may_use_the_allocator(how):
     if how == "free":
         pasids.free(2)
         expected = [2]
+    elif how == "set_owner":
+        pasids.set_owner(2, None)
+        assert pasids.find(2) is None
+        expected = [4]
     elif how == "free_many":
         pasids.free_many([2, 3, 1])
         expected = [1, 2, 3]
@@ -881,6 +924,7 @@ def test_no_memory_changes_nothing():
         lambda: pasids.free(700),
         lambda: pasids.free_many(ids),
         lambda: pasids.reserve(2000, 2500),
+        lambda: pasids.set_owner(700, ids),
         lambda: pasids.copy(),
     ]
     start = snapshot(pasids)
