@@ -1277,7 +1277,7 @@ class PasidSpace:
     def _free(self, freed: dict[int, _Owner | None], keep_sets: bool = False) -> _Told:
         """Free what nobody else holds, and make the rest pending: who is to be told of it."""
         freed = {pasid: owner for pasid, owner in freed.items() if pasid not in self._pending}
-        held = [pasid for pasid in freed if pasid in self._references] if self._references else []
+        held = [pasid for pasid in freed if pasid in self._references]
         idle = {pasid: freed[pasid] for pasid in freed if pasid not in self._references}
         self._release(idle, keep_sets)
         self._pending.update(held)
@@ -1364,6 +1364,10 @@ class PasidSpace:
             raise
 
     # --- copies ---
+
+    def __copy__(self) -> PasidSpace:
+        """Refuse: two spaces cannot share their IDs."""
+        raise TypeError("a PasidSpace is copied by copy.deepcopy, with its sets and data")
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock and the notifiers; TypeError with a backend."""
