@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import TooBig
 
@@ -34,7 +34,7 @@ class CdTable:
         self.leaves: dict[int, int] = {}  # by index in level 1
         self.used = 0  # valid CDs but that of SSID 0
         self.devices: list[Device] = []  # whose STEs point here
-        self.holders: dict[int, list[Any]] = {}  # AUX: what holds a CD, how often
+        self.holders: dict[int, int] = {}  # AUX: how many devices hold an SVA domain's CD
 
     def sids(self) -> tuple[int, ...]:
         """Every StreamID that reaches the table."""
@@ -84,6 +84,15 @@ class CdTable:
         self.iommu.writer.write_cd(address, words, self.sids(), ssid)
         if ssid:
             self.used += (words[0] >> 31 & 1) - valid
+
+    def drop_leaf(self, ssid: int) -> None:
+        """Take back the leaf that `place` allocated; no CD in it is valid."""
+        index = ssid >> LEAF_LG2
+        leaf = self.leaves.pop(index, None)
+        if leaf is not None:
+            self.iommu.store(self.base + 8 * index, 0)
+            self.iommu.invalidate_cd(self.sids(), ssid, leaf=False)
+            self.iommu.system.pages.free(leaf, 64 << LEAF_LG2)
 
     def free(self) -> None:
         """Give the pages back; no STE points here any more."""

@@ -496,6 +496,8 @@ class Device:
         if isinstance(domain, NestedDomain):
             domain.users += 1
             cached = domain.parent
+            for sid in self.sids:
+                cached.guests[sid] = cached.guests.get(sid, 0) + 1
         if not isinstance(cached, PagingDomain | SvaDomain):
             return
         for kind, number in cached.tags:
@@ -510,6 +512,10 @@ class Device:
         if isinstance(domain, NestedDomain):
             domain.users -= 1
             cached = domain.parent
+            for sid in self.sids:
+                cached.guests[sid] -= 1
+                if not cached.guests[sid]:
+                    del cached.guests[sid]
         if not isinstance(cached, PagingDomain | SvaDomain):
             return
         for kind, number in cached.tags:
@@ -661,7 +667,11 @@ class Device:
         if domain is None:
             table = self._table()
             assert table is not None
-            table.write(pasid, INVALID_CD)
+            holders = table.holders.pop(pasid, 0) if iommu.system.profile.aux else 0
+            if holders > 1:
+                table.holders[pasid] = holders - 1  # other devices of the main domain have it
+            else:
+                table.write(pasid, INVALID_CD)
             self._flush_pasid(pasid)
             if old is not None:
                 self._leave(old, pasid)
@@ -686,6 +696,8 @@ class Device:
             raise InvalidArgument("device", self, text="device has no main domain of stage 1")
         table.place(pasid)
         self._enter(domain, pasid)
+        if iommu.system.profile.aux:
+            table.holders[pasid] = table.holders.get(pasid, 0) + 1
         table.write(pasid, domain.cd(self.stall_supported))
         if self.domain.kind in ("identity", "blocked"):
             self.write_ste(self._ste(self.domain, table, self.ats_supported))
@@ -766,6 +778,8 @@ class Device:
                 raise NoDevice("feature", feature, text=f"device has no {feature}")
             if feature in self.enabled_features:
                 raise Busy("feature", feature, text=f"{feature} is enabled")
+            if feature == "SVA" and self.has_feature("IOPF") and not self.feature_enabled("IOPF"):
+                raise InvalidArgument("feature", feature, text="SVA needs IOPF on this device")
             self.enabled_features[feature] = self._limits(min_pasid, max_pasid)
 
     def _limits(self, min_pasid: int, max_pasid: int) -> tuple[int, int]:
@@ -795,6 +809,8 @@ class Device:
                 raise InvalidArgument("feature", feature, text=f"{feature} is not enabled")
             if feature == "AUX" and self.aux:
                 raise Busy("feature", feature, text=f"{len(self.aux)} auxiliary domains attached")
+            if feature == "IOPF" and "SVA" in self.enabled_features:
+                raise Busy("feature", feature, text="SVA is enabled, which needs it")
             if feature == "SVA" and group.system.bonds_of(self):
                 raise Busy("feature", feature, text="address spaces are bound")
             del self.enabled_features[feature]
@@ -987,6 +1003,32 @@ class Device:
     def mediated(self) -> Mediated:
         """Make a mediated device: a share of this one, with an address space of its own."""
         return Mediated(self)
+
+    # --- I/O page faults (F64) ---
+
+    def enable_iopf(self) -> None:
+        """Let faults of the device be resolved by software; counted.
+
+        Raises
+        ------
+        NotSupported
+            The system has none, or the device has several StreamIDs (EOPNOTSUPP).
+        """
+        if not self.stall_supported:
+            return  # nothing to do: PRI, or no faults that wait
+        if not self.system.iopf:
+            raise NotSupported("device", self, text="the system has no I/O page faults")
+        if len(self.sids) > 1:
+            raise NotSupported("device", self, text="device has several StreamIDs")
+        self.iopf_users += 1
+
+    def disable_iopf(self) -> None:
+        """Count one use less; InvalidArgument if there is none."""
+        if not self.stall_supported:
+            return
+        if not self.iopf_users:
+            raise InvalidArgument("device", self, text="I/O page faults are not enabled")
+        self.iopf_users -= 1
 
     # --- reset (F24) ---
 

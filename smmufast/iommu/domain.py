@@ -15,10 +15,11 @@ from smmufast.errors import Busy, InvalidArgument, NotSupported
 from smmufast.iommu import entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from smmufast.iommu.cdtable import CdTable
     from smmufast.iommu.device import Device
+    from smmufast.iommu.fault import PageFault
     from smmufast.iommu.sva import AddressSpace
     from smmufast.iommu.system import Iommu
 
@@ -105,11 +106,14 @@ class PagingDomain(PageTable, Domain):
             iommu.system.pages, stage=stage, dirty=dirty, contiguous=contiguous,
             coherent=iommu.coherent, ready=False, **geometry,
         )  # fmt: skip
+        self.granule_lg2 = self.granule.bit_length() - 1
         self.iommu: Iommu | None = iommu if ready else None
         self.system = iommu.system
         self.nest_parent = nest_parent
         self.dirty_tracked = dirty
         self.coherent_only = False
+        self.iopf: Callable[[PageFault], bool | str] | None = None
+        self.guests: dict[int, int] = {}  # StreamIDs with a guest's stage 1, how often
         self.asid = self.vmid = 0
         self.users = 0
         self.invalidations = Invalidations()
@@ -179,6 +183,37 @@ class PagingDomain(PageTable, Domain):
     def flush(self, first: int, last: int, page_lg2: int, tables: bool) -> None:
         """Invalidate what was unmapped; `PageTable.unmap` calls it while something is attached."""
         self.invalidations.invalidate(first, last, self.granule_lg2, page_lg2, not tables)
+        if self.guests:
+            # CDs that were fetched through what was unmapped
+            assert self.iommu is not None
+            for sid in self.guests:
+                self.iommu.queue.issue("CFGI_CD_ALL", StreamID=sid)
+            self.iommu.queue.sync()
+
+    def change_asid(self) -> None:
+        """Move to another ASID while it is in use; CDs change by one store (F43, F47).
+
+        Raises
+        ------
+        Busy
+            No ASID is left.
+        """
+        iommu = self.iommu
+        assert iommu is not None
+        old, new = self.asid, iommu.asids.alloc(self)
+        for _ in range(self.users):
+            self.invalidations.insert(iommu.queue, S1_ASID, new, 0)
+        self.asid = new
+        self._words = None
+        if self.cd_table is not None:
+            self.cd_table.write(0, self.cd(self._stall))
+        elif self.parent is not None and self.users:
+            assert self.parent.cd_table is not None
+            self.parent.cd_table.write(self.aux_pasid, self.cd(self._stall))
+        for _ in range(self.users):
+            self.invalidations.remove(iommu.queue, S1_ASID, old, 0)
+        iommu.flush_asid(old)
+        iommu.asids.free(old)
 
     def flush_all(self) -> None:
         """Invalidate everything that may be cached of this domain."""
@@ -229,6 +264,8 @@ class PagingDomain(PageTable, Domain):
                     self.cd_table.free()
                     self.cd_table = None
             if self.aux_pasid:
+                if self.parent is not None:
+                    del self.parent.children[self.aux_pasid]
                 self.system.pasids.free(self.aux_pasid)
                 self.aux_pasid = 0
             self.freed = True
@@ -301,7 +338,7 @@ class SvaDomain(Domain):
         self.users = 0
         self.active = False
         self.freed = False
-        self.asid = iommu.asids.alloc(self)
+        self.asid = space.take_asid(iommu)
 
     @property
     def tags(self) -> tuple[tuple[int, int], ...]:
@@ -326,7 +363,7 @@ class SvaDomain(Domain):
                 return
             if self.users:
                 raise Busy("domain", self, text=f"domain has {self.users} attachments")
-            self.iommu.asids.free(self.asid)
+            self.space.give_asid(self.iommu, self.asid)
             self.freed = True
 
 

@@ -111,17 +111,18 @@ class Group:
         """Make a domain the current one, on all devices or on none (F11)."""
         if domain is self.domain:
             return
-        done: list[tuple[Device, bool]] = []
         old = self.domain
+        done: list[Device] = []
+        tables = [device.cd_table for device in self.devices]
         try:
             for device in self.devices:
-                had_table = device.cd_table is not None
                 device.install(domain)
-                done.append((device, had_table))
+                done.append(device)
         except BaseException:
-            for device, had_table in reversed(done):
+            for device in reversed(done):
                 device.install(old)
-                if not had_table:
+            for device, table in zip(self.devices, tables, strict=True):
+                if table is None:
                     device.drop_table()
             raise
         self.domain = domain
@@ -132,7 +133,7 @@ class Group:
         """Refuse what no device of the group could attach (F24)."""
         if domain.kind not in ("paging", "sva"):
             raise no_pasid_op(domain)
-        if pasid == NO_PASID:
+        if pasid <= NO_PASID:
             raise InvalidArgument("pasid", pasid, "1 or more")
         for device in self.devices:
             if device.max_pasids and pasid >= device.max_pasids:
@@ -145,18 +146,22 @@ class Group:
     def set_pasid(self, domain: Domain | None, pasid: int) -> None:
         """Attach a PASID on all devices or on none; None detaches."""
         old = self.at(pasid)
-        done: list[tuple[Device, bool]] = []
+        done: list[Device] = []
+        members = [device for device in self.devices if device.max_pasids]
+        tables = [device.cd_table for device in members]
+        leaves = [table is not None and table.address(pasid) is not None for table in tables]
         try:
-            for device in self.devices:
-                if device.max_pasids:
-                    had_table = device.cd_table is not None
-                    device.install_pasid(domain, pasid, old)
-                    done.append((device, had_table))
+            for device in members:
+                device.install_pasid(domain, pasid, old)
+                done.append(device)
         except BaseException:
-            for device, had_table in reversed(done):
+            for device in reversed(done):
                 device.install_pasid(old, pasid, domain)
-                if not had_table:
+            for device, table, leaf in zip(members, tables, leaves, strict=True):
+                if table is None:
                     device.drop_table()
+                elif not leaf:
+                    table.drop_leaf(pasid)
             raise
 
     def at(self, pasid: int) -> Domain | None:

@@ -131,7 +131,7 @@ class Viommu:
                     text=f"command {index}, {name}: the guest has no sid {fields['StreamID']:#x}",
                 )  # fmt: skip
             fields["StreamID"] = device.sid
-            fields["SSec"] = 0
+            fields.pop("SSec", None)
             word = layout.pack(name, **fields)
         else:
             raise InputOutput(

@@ -8,6 +8,7 @@ the system's.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from smmufast._tlb import Caches, StaleEntry
-    from smmufast.iommu.sva import Bond
+    from smmufast.iommu.sva import AddressSpace, Bond
 
 SPLIT: Final = 8  # a leaf of a two-level stream table holds 256 STEs
 MAX_L1_LG2: Final = 17
@@ -98,6 +99,7 @@ class Iommu:
         self.vmids = IdSpace(16 if features.vmid16 else 8, "vmid")
         self.devices: dict[int, Device] = {}
         self._leaves: dict[int, int] = {}
+        self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
         self._interrupts: set[str] = set()
         self.boot()
         self.writer = EntryWriter(self.queue, self.memory)
@@ -185,7 +187,7 @@ class Iommu:
         enables = layout.pack("CR0", CMDQEN=1)
         self._update("CR0", enables)
         self.queue.issue("CFGI_ALL", StreamID=0)
-        if features.hyp:
+        if features.hyp and features.s1p:
             self.queue.issue("TLBI_EL2_ALL")
         self.queue.issue("TLBI_NSNH_ALL")
         self.queue.sync()
@@ -317,13 +319,19 @@ class Iommu:
         """Drop all TLB entries under a domain's ASID or VMID."""
         queue = self.queue
         for kind, number in domain.tags:
-            if kind != S1_ASID:
-                queue.issue("TLBI_S12_VMALL", VMID=number)
-            elif self.e2h:
-                queue.issue("TLBI_EL2_ASID", ASID=number)
+            if kind == S1_ASID:
+                self.flush_asid(number)
             else:
-                queue.issue("TLBI_NH_ASID", VMID=0, ASID=number)
-        queue.sync()
+                queue.issue("TLBI_S12_VMALL", VMID=number)
+                queue.sync()
+
+    def flush_asid(self, asid: int) -> None:
+        """Drop all TLB entries under an ASID."""
+        if self.e2h:
+            self.queue.issue("TLBI_EL2_ASID", ASID=asid)
+        else:
+            self.queue.issue("TLBI_NH_ASID", VMID=0, ASID=asid)
+        self.queue.sync()
 
     # --- domains ---
 
@@ -430,6 +438,15 @@ class System:
         The operating system runs at EL2, and stage 1 is of the EL2-E2H StreamWorld.
     cpu : Cpu, optional
         What SVA must be able to walk.
+    iopf : bool
+        The kernel was built with I/O page faults.
+
+    Attributes
+    ----------
+    reports : deque of Report
+        The last 1024 events, as `service` found them.
+    on_fault : callable or None
+        Called with each `Report`.
 
     Raises
     ------
@@ -461,6 +478,7 @@ class System:
         disable_bypass: bool = True,
         e2h: bool = False,
         cpu: Cpu | None = None,
+        iopf: bool = True,
     ) -> None:
         if not isinstance(profile, Profile):
             raise InvalidArgument("profile", profile, "AUX or NOW")
@@ -471,6 +489,7 @@ class System:
         self.default_domain = default_domain
         self.disable_bypass = disable_bypass
         self.e2h = e2h
+        self.iopf = iopf
         self.cpu = cpu or Cpu()
         mine = self._smmus(smmus, features, memory, pages, caches, smmu)
         self.memory = mine[0].memory
@@ -489,7 +508,8 @@ class System:
         self.pasids = PasidSpace(
             pasid_policy, smmu_limits=[1 << iommu.ssid_bits for iommu in self.iommus]
         )
-        self.bonds: dict[Device, dict[Any, Bond]] = {}
+        self.bonds: dict[Device, dict[AddressSpace, Bond]] = {}
+        self.reports: deque[fault.Report] = deque(maxlen=1024)
         self.on_fault: Callable[[fault.Report], object] | None = None
 
     def _smmus(

@@ -1,0 +1,163 @@
+"""STEs and CDs as a driver writes them, as eight dwords each (IHI 0070 5.2 and 5.4).
+
+The values are those of Linux: what it leaves at 0 is 0 here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from smmufast import layout
+from smmufast.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from smmufast.features import Features
+
+Words = tuple[int, ...]
+
+WRITE_BACK: Final = 1  # S1CIR, S1COR: write-back, read- and write-allocate
+INNER_SHAREABLE: Final = 3
+INCOMING: Final = 1  # SHCFG
+_MASK: Final = (1 << 64) - 1
+
+
+def _words(record: str, **fields: int) -> Words:
+    word = layout.pack(record, **fields)
+    return tuple(word >> 64 * i & _MASK for i in range(8))
+
+
+def ste_abort() -> Words:
+    """Every access aborts, without an event."""
+    return _words("STE", V=1)
+
+
+def ste_bypass(*, features: Features) -> Words:
+    """Both stages are bypassed; the shareability is the incoming one."""
+    return _words("STE", V=1, Config=4, SHCFG=INCOMING if features.attr_types_ovr else 0)
+
+
+def ste_cd_table(
+    base: int, *, fmt: int, s1cdmax: int, s1dss: int, ats: bool, stall: bool, e2h: bool,
+    features: Features,
+) -> Words:  # fmt: skip
+    """Stage 1, through the CD table at `base`.
+
+    Parameters
+    ----------
+    base : int
+        Address of the table.
+    fmt, s1cdmax, s1dss : int
+        The fields of these names.
+    ats : bool
+        Translation requests are answered.
+    stall : bool
+        The device can wait for faults to be resolved.
+    e2h : bool
+        The StreamWorld is EL2-E2H.
+    features : Features
+    """
+    return _words(
+        "STE", V=1, Config=5, S1Fmt=fmt, S1ContextPtr=base, S1CDMax=s1cdmax, S1DSS=s1dss,
+        S1CIR=WRITE_BACK, S1COR=WRITE_BACK, S1CSH=INNER_SHAREABLE,
+        S1STALLD=int(features.stall_model == 0 and not stall), EATS=int(ats), STRW=2 if e2h else 0,
+        SHCFG=INCOMING if s1dss == 1 else 0,
+    )  # fmt: skip
+
+
+def ste_stage2(table: Any, vmid: int, *, stall: bool, ats: bool, features: Features) -> Words:
+    """Stage 2, through a page table of `smmufast._tables`."""
+    return _words("STE", V=1, Config=6, EATS=int(ats), **_stage2(table, vmid, stall, features))
+
+
+def _stage2(table: Any, vmid: int, stall: bool, features: Features) -> dict[str, int]:
+    return {
+        "SHCFG": INCOMING if features.attr_types_ovr else 0, "S2VMID": vmid,
+        "S2T0SZ": table.t0sz, "S2SL0": table.sl0, "S2IR0": table.irgn, "S2OR0": table.orgn,
+        "S2SH0": table.sh, "S2TG": table.tg, "S2PS": table.ps, "S2AA64": 1, "S2PTW": 1, "S2R": 1,
+        "S2S": int(stall), "S2TTB": table.root, "S2FWB": int(table.fwb),
+    }  # fmt: skip
+
+
+_GUEST_0 = layout.pack("STE", V=1, Config=7, S1Fmt=3, S1CDMax=31, S1ContextPtr=(1 << 56) - 64)
+_GUEST_1 = layout.pack("STE", S1DSS=3, S1CIR=3, S1COR=3, S1CSH=3, S1STALLD=1, EATS=1) >> 64
+
+
+def check_guest_ste(words: Sequence[int]) -> None:
+    """Refuse a guest's STE that asks for more than a guest may (EINVAL).
+
+    Raises
+    ------
+    InvalidArgument
+        Not two dwords, a Config other than abort, bypass or stage 1, or other bits.
+    """
+    if len(words) != 2:
+        raise InvalidArgument("ste", words, text=f"ste has {len(words)} dwords, 2 are needed")
+    if words[0] & ~_GUEST_0 or words[1] & ~_GUEST_1 or min(words) < 0:
+        raise InvalidArgument(
+            "ste", words, text="ste has bits that a guest may not set: "
+            f"{words[0] & ~_GUEST_0:#x}, {words[1] & ~_GUEST_1:#x}",
+        )  # fmt: skip
+    if words[0] & 1 and words[0] >> 1 & 7 not in (0, 4, 5):
+        raise InvalidArgument(
+            "ste", words, text=f"ste has Config {words[0] >> 1 & 7}, allowed are 0, 4 and 5"
+        )
+
+
+def eats(words: Sequence[int]) -> int:
+    """The EATS field of a guest's STE."""
+    return words[1] >> 28 & 3
+
+
+def ste_nested(
+    table: Any, vmid: int, guest: Sequence[int], *, stall: bool, ats: bool, features: Features
+) -> Words:
+    """Write a guest's STE over a host's stage 2: abort, stage 2 alone, or both stages."""
+    config = guest[0] >> 1 & 7
+    if not guest[0] & 1 or config == 0:
+        return ste_abort()
+    if config == 4:
+        return ste_stage2(table, vmid, stall=stall, ats=False, features=features)
+    two = _words("STE", V=1, Config=7, **_stage2(table, vmid, stall, features))
+    first = guest[0] & ~(0xF) | two[0]
+    second = guest[1] & ~(3 << 28) | two[1] | (eats(guest) << 28 if ats else 0)
+    return (first, second, *two[2:])
+
+
+def cd_paging(table: Any, asid: int, *, stall: bool, dirty: bool) -> Words:
+    """The CD of a paging domain: TTB0 alone, faults recorded, terminated accesses abort."""
+    return _words(
+        "CD", V=1, AA64=1, EPD1=1, R=1, A=1, ASET=1, ASID=asid, S=int(stall), HA=int(dirty),
+        HD=int(dirty), **_ttb0(table),
+    )  # fmt: skip
+
+
+def cd_sva(space: Any, asid: int, *, stall: bool) -> Words:
+    """The CD of a process's address space."""
+    return _words(
+        "CD", V=1, AA64=1, EPD1=1, R=1, A=1, ASET=1, ASID=asid, S=int(stall), **_ttb0(space)
+    )
+
+
+def _ttb0(table: Any) -> dict[str, int]:
+    return {
+        "T0SZ": table.t0sz, "TG0": table.tg, "IR0": table.irgn, "OR0": table.orgn,
+        "SH0": table.sh, "IPS": table.ps, "TTB0": table.root, "MAIR0": table.mair & 0xFFFF_FFFF,
+        "MAIR1": table.mair >> 32,
+    }  # fmt: skip
+
+
+_QUIET_CLEAR = [
+    layout.pack("CD", **dict.fromkeys(("T0SZ",), 63))
+    | layout.pack("CD", TG0=3, IR0=3, OR0=3, SH0=3),
+    layout.pack("CD", TTB0=(1 << 56) - 16) >> 64,
+]
+
+
+def cd_quiet(words: Sequence[int], *, stall_force: bool) -> Words:
+    """Make a CD refuse everything without an event, and stay valid (F34)."""
+    first = words[0] & ~_QUIET_CLEAR[0] | layout.pack("CD", EPD0=1)
+    if not stall_force:
+        first &= ~layout.pack("CD", S=1, R=1)
+    return (first, words[1] & ~_QUIET_CLEAR[1], *words[2:])

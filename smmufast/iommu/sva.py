@@ -1,0 +1,386 @@
+"""Shared virtual addressing: a process's page table under one PASID on every device (F31 to F37).
+
+The page table belongs to something else: the space that owns it, a captured system, whatever wrote
+the tables at a TTB.  The driver half reads none of it; it puts TTB0 into a CD.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from smmufast._tables import Pages, PageTable
+from smmufast.errors import (
+    Busy,
+    InvalidArgument,
+    NoDevice,
+    NoProcess,
+    NoSpace,
+    NotSupported,
+    PasidOverflow,
+)
+from smmufast.iommu.domain import PagingDomain, SvaDomain
+from smmufast.iommu.group import AttachHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from smmufast.iommu.device import Device
+    from smmufast.iommu.fault import PageFault
+    from smmufast.iommu.system import Iommu, System
+
+_GEOMETRY = ("root", "t0sz", "tg", "ps", "mair", "irgn", "orgn", "sh")
+
+
+class ProcessTable(PageTable):
+    """The page table of a process: what it unmaps is invalidated for every device that shares it."""
+
+    def __init__(self, space: AddressSpace, pages: Pages, **geometry: Any) -> None:
+        super().__init__(pages, stage=1, **geometry)
+        self.space = space
+
+    def flush(self, first: int, last: int, page_lg2: int, tables: bool) -> None:
+        """Tell the devices that share the table (F35)."""
+        self.space._invalidate(first, last, page_lg2, not tables)
+
+
+class AddressSpace:
+    """A process's address space: a page table that something else owns, and one PASID.
+
+    Parameters
+    ----------
+    ttb : int
+        Address of the first table.
+    t0sz, tg, ps : int
+        As they stand in a CD: size of the input, granule (0 4K, 1 64K, 2 16K), output size.
+    mair : int
+        Memory attributes, 64 bits.
+    irgn, orgn, sh : int
+        Attributes of the walks.
+    granule : int, optional
+        In bytes; what tg says.
+    asid : int, optional
+        The ASID that the processors use for it: shared in the AUX profile (F47); 0: they have
+        none for it.  None: the SMMU's driver takes one of its own.
+    handler : callable, optional
+        ``handler(fault)`` is called with a `PageFault` of a device: it maps the page and returns
+        True, or returns False.
+
+    Attributes
+    ----------
+    pasid : int
+        0 until it is first bound; then the same until it ends.
+    exited : bool
+    bonds : list of Bond
+
+    >>> from smmufast.iommu import AddressSpace, System
+    >>> system = System()
+    >>> gpu, nic = system.device(8, pasid_bits=16), system.device(9, pasid_bits=8)
+    >>> process = AddressSpace.of(system)
+    >>> process.table.map(0x7F00_0000_0000, 0x8000_0000, 0x1000)
+    >>> bonds = [device.bind(process) for device in (gpu, nic)]
+    >>> [hex(one.translate(0x7F00_0000_0010, pasid=process.pasid).pa) for one in (gpu, nic)]
+    ['0x80000010', '0x80000010']
+    """
+
+    def __init__(
+        self,
+        ttb: int,
+        *,
+        t0sz: int = 16,
+        tg: int = 0,
+        ps: int = 5,
+        mair: int = 0xF4_04_FF_44,
+        irgn: int = 1,
+        orgn: int = 1,
+        sh: int = 3,
+        asid: int | None = None,
+        handler: Callable[[PageFault], bool] | None = None,
+    ) -> None:
+        self.table: PageTable | None = None
+        self.root = ttb
+        self.t0sz, self.tg, self.ps, self.mair = t0sz, tg, ps, mair
+        self.irgn, self.orgn, self.sh = irgn, orgn, sh
+        self.asid = asid
+        self.handler = handler
+        self.pasid = 0
+        self.exited = False
+        self.bonds: list[Bond] = []
+        self.domains: dict[Iommu, SvaDomain] = {}
+        self._asid_users = 0
+        self._system: System | None = None
+
+    @classmethod
+    def of(
+        cls,
+        system: System,
+        *,
+        asid: int | None = None,
+        handler: Callable[[PageFault], bool] | None = None,
+    ) -> Self:
+        """Make a space with a page table of its own, `table`, as the system's processors have it.
+
+        Raises
+        ------
+        OutOfMemory
+            No page is left for its first table.
+        """
+        cpu = system.cpu
+        space = cls(0, asid=asid, handler=handler)
+        wide = cpu.granule == 65536
+        table = ProcessTable(
+            space, system.pages, granule=cpu.granule, ias=cpu.va_bits,
+            oas=min(max(cpu.pa_bits, 32), 52 if wide else 48),
+        )  # fmt: skip
+        space.table = table
+        for name in _GEOMETRY:
+            setattr(space, name, getattr(table, name))
+        return space
+
+    @property
+    def granule_lg2(self) -> int:
+        """log2 of the granule in bytes."""
+        return {0: 12, 1: 16, 2: 14}.get(self.tg, 12)
+
+    def invalidate(self, first: int, last: int) -> None:
+        """Drop what devices may have cached of a range, both ends included (F35).
+
+        Whoever changed the tables calls it; for a table of `of` it is done by itself.
+
+        Raises
+        ------
+        InvalidArgument
+            The range is empty, or beyond 64 bits.
+        """
+        if not 0 <= first <= last < 1 << 64:
+            raise InvalidArgument("last", last, f"{first:#x} to 0xffffffffffffffff")
+        self._invalidate(first, last, self.granule_lg2, False)
+
+    def _invalidate(self, first: int, last: int, page_lg2: int, leaf: bool) -> None:
+        for domain in list(self.domains.values()):
+            domain.invalidations.invalidate(first, last, self.granule_lg2, page_lg2, leaf)
+
+    def exit(self) -> None:
+        """End the process: its devices' accesses are refused from now on, without events (F34).
+
+        Each CD becomes quiet, then TLBs and ATCs forget the space.  Bonds stay until they are
+        unbound; the PASID is free for others after the last one.
+        """
+        system = self._system
+        if self.exited or system is None:
+            self.exited = True
+            return
+        with system.lock:
+            for bond in self.bonds:
+                if bond.device.mm_exit is not None:
+                    bond.device.mm_exit(self)
+            self.exited = True
+            for bond in self.bonds:
+                for device in bond.device.group.devices:
+                    table = device._table()
+                    if device.max_pasids and table is not None:
+                        domain = self.domains[device.iommu]
+                        table.write(self.pasid, domain.cd(device.stall_supported))
+            for domain in self.domains.values():
+                domain.invalidations.invalidate_all()
+            self._end()
+
+    def _end(self) -> None:
+        """Free the PASID, when the process is gone and nothing is bound."""
+        if self.exited and not self.bonds and self.pasid:
+            assert self._system is not None
+            self._system.pasids.free(self.pasid)
+            self.pasid = 0
+
+    def __repr__(self) -> str:
+        """Its PASID and what is bound."""
+        state = ", exited" if self.exited else ""
+        return f"<AddressSpace pasid={self.pasid} bound to {len(self.bonds)} devices{state}>"
+
+    # --- the ASID (F47) ---
+
+    def take_asid(self, iommu: Iommu) -> int:
+        """Take the ASID for a domain: the processors', or one of the driver's own."""
+        if self.asid is None or not iommu.system.profile.aux:
+            return iommu.asids.alloc(self)
+        if not self.asid:
+            raise NoProcess("asid", 0, text="asid is 0: the processors have none for the space")
+        if not self._asid_users:
+            if self.asid in iommu.asids:
+                holder = iommu.asids.find(self.asid)
+                if not isinstance(holder, PagingDomain):
+                    raise InvalidArgument(
+                        "asid", self.asid, text=f"asid {self.asid} is that of another process"
+                    )
+                try:
+                    holder.change_asid()
+                except Busy as error:
+                    raise NoSpace(
+                        "asid", None, text=f"no ASID is left to move to: {error}"
+                    ) from error
+            iommu.asids.claim(self.asid, self)
+        self._asid_users += 1
+        return self.asid
+
+    def give_asid(self, iommu: Iommu, asid: int) -> None:
+        """Give back what `take_asid` took."""
+        if asid == self.asid and iommu.system.profile.aux:
+            self._asid_users -= 1
+            if self._asid_users:
+                return
+        iommu.asids.free(asid)
+
+
+class Bond(AttachHandle):
+    """A device, and its group, that shares a process's address space.
+
+    Attributes
+    ----------
+    device : Device
+    space : AddressSpace
+    references : int
+        How often it was bound; `unbind` that often ends it.
+    """
+
+    def __init__(self, device: Device, space: AddressSpace) -> None:
+        self.device = device
+        self.space = space
+        self.references = 1
+
+    @property
+    def pasid(self) -> int:
+        """The PASID that the device uses; 0 after the bond ended."""
+        return self.space.pasid if self.references else 0
+
+    def unbind(self, *, force: bool = False) -> None:
+        """Count one use less; the last, or `force`, takes the PASID away from the device.
+
+        The PASID stays the space's until the process ends (F33).
+
+        Raises
+        ------
+        InvalidArgument
+            The bond ended before.
+        """
+        space, system = self.space, self.space._system
+        assert system is not None
+        with system.lock:
+            if not self.references:
+                raise InvalidArgument("bond", self, text="bond ended before")
+            if self.references > 1 and not force:
+                self.references -= 1
+                return
+            device = self.device
+            group = device.group
+            group.set_pasid(None, space.pasid)
+            del group.pasids[space.pasid]
+            self.references = 0
+            self.domain = None
+            space.bonds.remove(self)
+            del system.bonds[device][space]
+            device.disable_iopf()
+            _drop_domains(space)
+            space._end()
+
+    def __repr__(self) -> str:
+        """What is bound to what."""
+        return f"<Bond of sid {self.device.sid:#x} with {self.space!r}>"
+
+
+def _drop_domains(space: AddressSpace) -> None:
+    """Free the domains of a space that nothing uses any more."""
+    for iommu, domain in list(space.domains.items()):
+        if not domain.users:
+            domain.free()
+            del space.domains[iommu]
+
+
+def bind(device: Device, space: AddressSpace) -> Bond:
+    """Bind a process's address space to a device (iommu_sva_bind_device).
+
+    Returns
+    -------
+    Bond
+        The same one, counted, if it is bound already.
+
+    Raises
+    ------
+    NoDevice
+        The device has no group (ENODEV).
+    NotSupported
+        The SMMU cannot walk the processors' tables (EOPNOTSUPP).
+    InvalidArgument
+        The process is gone; AUX profile: SVA is not enabled, or no main domain of stage 1.
+    PasidOverflow
+        The space has a PASID that is too large for this device (EOVERFLOW).
+    NoSpace
+        No PASID is left, or the device has none (ENOSPC).
+    Busy
+        The PASID holds something else on this device, the space is another system's, or no ASID
+        is left.
+    OutOfMemory
+        No page is left for CDs.
+    """
+    group = device.group
+    system = group.system
+    with system.lock:
+        bond = system.bonds.get(device, {}).get(space)
+        if bond is not None:
+            if space.exited:
+                raise InvalidArgument("space", space, text="space has ended")
+            bond.references += 1
+            return bond
+        iommu = device.iommu
+        aux = system.profile.aux
+        if not iommu.has_sva:
+            raise NotSupported("device", device, text="the SMMU cannot walk the processors' tables")
+        if space.exited:
+            raise InvalidArgument("space", space, text="space has ended")
+        if space._system not in (None, system):
+            raise Busy("space", space, text="space is another system's")
+        if aux and "SVA" not in device.enabled_features:
+            raise InvalidArgument("device", device, text="SVA is not enabled on the device")
+        if not device.max_pasids:
+            raise NoSpace("device", device, text="device has no PASIDs")
+        first, last = device.enabled_features["SVA"] if aux else (1, device.max_pasids - 1)
+        new = not space.pasid
+        pasid = space.pasid or system.pasids.alloc(first, last, data=space)
+        try:
+            if not first <= pasid <= last:
+                raise PasidOverflow("pasid", pasid, f"{first} to {last}")
+            if pasid in group.pasids:
+                raise Busy("pasid", pasid, text=f"pasid {pasid:#x} holds {group.at(pasid)!r}")
+            group.check_pasid(_Kind(), pasid)
+            domain = space.domains.get(iommu)
+            if domain is None:
+                domain = SvaDomain(iommu, space)
+                space.domains[iommu] = domain
+            device.enable_iopf()
+            try:
+                group.set_pasid(domain, pasid)
+            except BaseException:
+                device.disable_iopf()
+                raise
+        except BaseException:
+            _drop_domains(space)
+            if new:
+                system.pasids.free(pasid)
+            raise
+        space.pasid = pasid
+        space._system = system
+        if space.table is not None:
+            space.table.active = True
+        bond = Bond(device, space)
+        bond.domain = domain
+        group.pasids[pasid] = bond
+        space.bonds.append(bond)
+        system.bonds.setdefault(device, {})[space] = bond
+        return bond
+
+
+class _Kind:
+    """Stands for an SVA domain that is not made yet."""
+
+    kind = "sva"
+
+
+__all__ = ["AddressSpace", "Bond", "NoDevice", "ProcessTable", "bind"]
