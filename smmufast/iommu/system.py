@@ -404,7 +404,7 @@ class Cpu:
 
     granule: int = 4096
     va_bits: int = 48
-    pa_bits: int = 40
+    pa_bits: int = 48
     asid_bits: int = 16
     bbml2: bool = False
 
@@ -490,8 +490,8 @@ class System:
         self.disable_bypass = disable_bypass
         self.e2h = e2h
         self.iopf = iopf
-        self.cpu = cpu or Cpu()
-        mine = self._smmus(smmus, features, memory, pages, caches, smmu)
+        mine = self._smmus(smmus, features, memory, cpu, caches, smmu)
+        self.cpu = cpu or Cpu(pa_bits=min(48, *(one.features.oas_bits for one in mine)))
         self.memory = mine[0].memory
         if pages is None:
             if memory is not None or smmu is not None:
@@ -517,7 +517,7 @@ class System:
         count: int,
         features: Features | Iterable[Features] | None,
         memory: Memory | None,
-        pages: tuple[int, int] | None,
+        cpu: Cpu | None,
         caches: Callable[[], Caches] | None,
         smmu: Smmu | Iterable[Smmu] | None,
     ) -> list[Smmu]:
@@ -534,7 +534,7 @@ class System:
         if count < 1:
             raise InvalidArgument("smmus", count, "1 or more")
         if memory is None:
-            bits = min(45, *(one.oas_bits for one in each), 45)
+            bits = min(45, cpu.pa_bits if cpu else 45, *(one.oas_bits for one in each))
             memory = Memory()
             memory.add_private(0, 1 << bits)
             # the upper half: what lies below is the user's
