@@ -1,0 +1,2087 @@
+"""Page tables in memory: map, unmap, dirty state; and the blocks of memory that they lie in."""
+
+cimport cython
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+from cpython.long cimport PyLong_Check
+from cpython.number cimport PyNumber_Index
+from cpython.ref cimport Py_DECREF
+from cpython.pythread cimport PyThread_get_thread_ident
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memset
+cimport numpy as cnp
+
+from smmufast._bits cimport le64, likely, load64, low_mask, unlikely
+from smmufast._layout cimport (
+    pte_s1_set_af, pte_s1_set_ap1, pte_s1_set_ap2, pte_s1_set_attrindx, pte_s1_set_dbm,
+    pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
+    pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
+)
+from smmufast._memory cimport (
+    FETCH_RAISED, TOUCHED_LG2, Memory, Region, port_open, port_read, port_write, raise_port,
+)
+
+from threading import Lock
+
+from smmufast.errors import (
+    Busy, Exists, InputOutput, InvalidArgument, NoDevice, NotSupported, OutOfMemory, OutOfRange,
+)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
+    int munmap(void* addr, size_t length)
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    void* MAP_FAILED
+
+cdef extern from "Python.h":
+    # cpython.long raises its OverflowError, which names no argument
+    unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
+
+cdef extern from * nogil:
+    int ctz "__builtin_ctzll"(uint64_t) noexcept
+    int clz "__builtin_clzll"(uint64_t) noexcept
+
+cnp.import_array()
+
+READ = 1
+WRITE = 2
+CACHE = 4
+NOEXEC = 8
+MMIO = 16
+PRIV = 32
+
+cdef enum:
+    P_READ = 1
+    P_WRITE = 2
+    P_CACHE = 4
+    P_NOEXEC = 8
+    P_MMIO = 16
+    P_PRIV = 32
+
+    LARGE = 4096          # granules: from here on a call lets other threads run
+    KEPT = 64             # tables that may stay although they became empty
+
+    # PageTable.state
+    BUSY = 1              # a call has the table for itself, and the GIL may be anybody's
+    NOT_READY = 2
+    CLOSED = 4
+    SLOW = 8              # memory that is not plain
+
+    # how a piece of work ends
+    DONE = 0
+    STOPPED               # at a hole
+    FULL                  # the batch cannot take what comes next
+    CUT                   # a contiguous run must be broken up first
+    TAKEN                 # something is mapped there
+    STRAY                 # a descriptor names what is no table
+    CHANGED               # the tables are not as they were
+    NO_PAGES
+    NO_HOST_MEMORY
+
+
+# --- numbers ---
+
+cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
+    try:
+        given = PyNumber_Index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+    if not 0 <= given <= 0xFFFFFFFFFFFFFFFF:
+        raise InvalidArgument(name, given, "0 to 2^64 - 1")
+    return given
+
+
+cdef inline uint64_t number(str name, value) except? 0xFFFFFFFFFFFFFFFF:
+    """An argument of 64 bits, or an error that names it."""
+    cdef uint64_t given
+    if likely(PyLong_Check(value)):
+        given = as_unsigned_long(value)
+        if likely(given != <unsigned long>-1):
+            return given
+        if PyErr_Occurred():
+            PyErr_Clear()
+    return number_slow(name, value)
+
+
+# --- blocks of memory ---
+
+cdef inline bint bit_of(const uint64_t* bits, uint64_t i) noexcept nogil:
+    return bits[i >> 6] >> (i & 63) & 1
+
+
+cdef inline void order_add(Order* order, uint64_t i) noexcept nogil:
+    """A block is free."""
+    cdef int k
+    cdef uint64_t before
+    for k in range(order.n_summaries):
+        before = order.free[k][i >> 6]
+        order.free[k][i >> 6] = before | <uint64_t>1 << (i & 63)
+        if before:
+            return
+        i >>= 6
+
+
+cdef inline void order_drop(Order* order, uint64_t i) noexcept nogil:
+    """A block is not free any more."""
+    cdef int k
+    for k in range(order.n_summaries):
+        order.free[k][i >> 6] &= ~(<uint64_t>1 << (i & 63))
+        if order.free[k][i >> 6]:
+            return
+        i >>= 6
+
+
+cdef inline bint order_empty(const Order* order) noexcept nogil:
+    return order.free[order.n_summaries - 1][0] == 0
+
+
+cdef inline uint64_t order_first(const Order* order) noexcept nogil:
+    """The lowest free block; there is one."""
+    cdef uint64_t i = 0
+    cdef int k = order.n_summaries
+    while k:
+        k -= 1
+        i = i << 6 | <uint64_t>ctz(order.free[k][i])
+    return i
+
+
+cdef void pages_join(PagesC* p, int last) noexcept nogil:
+    """Make one free block of two that are halves of it, in all orders below `last`."""
+    cdef int k
+    cdef Order* order
+    cdef uint64_t i, summary, word, pairs, n_words
+    for k in range(last):
+        order = &p.orders[k]
+        n_words = 1 if order.n_summaries == 1 else (
+            ((p.base + p.size - p.origin - 1) >> (SMALLEST_LG2 + k)) >> 6) + 1
+        i = 0
+        while i < n_words:
+            if order.n_summaries > 1:  # the next word that holds a free block
+                summary = order.free[1][i >> 6] >> (i & 63)
+                if summary == 0:
+                    i = (i | 63) + 1
+                    continue
+                i += <uint64_t>ctz(summary)
+            word = order.free[0][i]
+            pairs = word & word >> 1 & 0x5555555555555555ULL
+            while pairs:
+                word = i << 6 | <uint64_t>ctz(pairs)
+                pairs &= pairs - 1
+                order_drop(order, word)
+                order_drop(order, word + 1)
+                order_add(&p.orders[k + 1], word >> 1)
+            i += 1
+
+
+cdef int pages_alloc(PagesC* p, unsigned int lg2, uint64_t* address) noexcept nogil:
+    """Hand out 2^lg2 bytes, aligned to as much, with whatever they hold; -1 when none are left.
+
+    Free blocks are joined only when there is no block that is large enough.
+    """
+    cdef int want = <int>lg2 - SMALLEST_LG2, k, attempt
+    cdef uint64_t i, at
+    if p.fail_after >= 0:
+        p.fail_after -= 1
+        if p.fail_after < 0:
+            return -1
+    for attempt in range(2):
+        for k in range(want, p.n_orders):
+            if order_empty(&p.orders[k]):
+                continue
+            i = order_first(&p.orders[k])
+            order_drop(&p.orders[k], i)
+            while k > want:
+                k -= 1
+                i <<= 1
+                order_add(&p.orders[k], i + 1)
+            p.orders[k].taken[i >> 6] |= <uint64_t>1 << (i & 63)
+            at = p.origin + (i << lg2)
+            address[0] = at
+            p.in_use += <uint64_t>1 << lg2
+            p.blocks += 1
+            if p.touched != NULL:
+                for i in range((at - p.region) >> TOUCHED_LG2,
+                               ((at + (<uint64_t>1 << lg2) - 1 - p.region) >> TOUCHED_LG2) + 1):
+                    p.touched[i] = 1
+            return 0
+        if attempt == 0:
+            pages_join(p, p.n_orders - 1)
+    return -1
+
+
+cdef int pages_free(PagesC* p, uint64_t address, unsigned int lg2) noexcept nogil:
+    """Take back what pages_alloc handed out for this size; -1 if it did not."""
+    cdef int k = <int>lg2 - SMALLEST_LG2
+    cdef uint64_t i = (address - p.origin) >> lg2
+    if (k < 0 or k >= p.n_orders or address < p.base or address - p.base >= p.size
+            or address & low_mask(lg2) or not bit_of(p.orders[k].taken, i)):
+        return -1
+    p.orders[k].taken[i >> 6] &= ~(<uint64_t>1 << (i & 63))
+    order_add(&p.orders[k], i)
+    p.in_use -= <uint64_t>1 << lg2
+    p.blocks -= 1
+    return 0
+
+
+cdef void pages_zero(PagesC* p, uint64_t address, uint64_t size) noexcept nogil:
+    """Write zeros; where that fails, the status of p says how."""
+    cdef uint64_t[64] zeros
+    cdef uint64_t n
+    if p.plain:
+        memset(<void*>host_pointer(p.host + address), 0, size)
+        return
+    memset(zeros, 0, sizeof(zeros))
+    while size and not p.status:
+        n = min(size, <uint64_t>sizeof(zeros))
+        p.status = port_write(&p.port, address, zeros, n)
+        address += n
+        size -= n
+
+
+cdef uint64_t load_slow(PagesC* p, uint64_t address) noexcept nogil:
+    """Read a descriptor through the port; 0 once an access failed."""
+    cdef uint64_t d = 0
+    if not p.status:
+        p.status = port_read(&p.port, address, &d, 8)
+    return 0 if p.status else le64(d)
+
+
+cdef void store_slow(PagesC* p, uint64_t address, uint64_t d) noexcept nogil:
+    """Write a descriptor through the port, unless an access failed."""
+    d = le64(d)
+    if not p.status:
+        p.status = port_write(&p.port, address, &d, 8)
+
+
+cdef uint64_t size_lg2(object size, uint64_t most) except? 0xFF:
+    """lg2 of the block that holds so many bytes."""
+    cdef uint64_t n = number("size", size)
+    if n == 0:
+        raise InvalidArgument("size", size, "1 byte or more")
+    if n > most:
+        raise OutOfMemory("size", size, f"{most:#x} bytes at most")
+    return SMALLEST_LG2 if n <= 1 << SMALLEST_LG2 else 64 - <uint64_t>clz(n - 1)
+
+
+@cython.final
+@cython.auto_pickle(False)
+@cython.no_gc_clear  # the memory is let go of last
+cdef class Pages:
+    """A range of memory that is handed out in blocks of a power of two, aligned to their size.
+
+    Page tables, CD tables, stream tables and queues of a driver lie there.  What is handed out is
+    known to the host alone: nothing that is written to the memory changes it.
+
+    Parameters
+    ----------
+    memory : Memory
+        While this object lives, no region of it can be removed.
+    base, size : int
+        The range in bytes, multiples of 64, 2^44 bytes at most; it lies in one writable region.
+        In a buffer or private memory descriptors are read and written in place, 8 bytes at once;
+        in other memory (callbacks, private memory beyond 2^46 bytes) through the region.
+
+    Raises
+    ------
+    InvalidArgument
+        The range is none, or not in one writable region.
+
+    Notes
+    -----
+    Several threads may share it: with the GIL every call is one step.
+
+    Examples
+    --------
+    >>> from smmufast import Memory
+    >>> from smmufast._tables import Pages
+    >>> memory = Memory()
+    >>> memory.add_private(0x8000_0000, 1 << 20)
+    >>> pages = Pages(memory, 0x8000_0000, 1 << 20)
+    >>> hex(pages.alloc(5000))
+    '0x80000000'
+    >>> pages.in_use, pages.blocks
+    (8192, 1)
+    >>> pages.free(0x8000_0000, 5000)
+    """
+
+    def __init__(self, Memory memory not None, base, size):
+        cdef PagesC* p = &self.c
+        cdef Region* region = NULL
+        cdef uint64_t at = number("base", base), n = number("size", size), end, total, k
+        cdef uint64_t bits
+        cdef uint64_t* arena
+        cdef Py_ssize_t i
+        cdef int j
+        if self.memory is not None:
+            raise InvalidArgument("pages", text="the pages have their memory already")
+        if n == 0 or n > <uint64_t>1 << 44 or n & 63:
+            raise InvalidArgument("size", size, "a multiple of 64 up to 2^44")
+        if at & 63:
+            raise InvalidArgument("base", base, "a multiple of 64")
+        for i in range(memory.ram.n_regions):
+            if memory.ram.regions[i].base <= at <= memory.ram.regions[i].last:
+                region = &memory.ram.regions[i]
+        if region == NULL or region.last - at < n - 1:
+            raise InvalidArgument("base", base, text=(
+                f"base {at:#x}, size {n:#x}: the range is not in one region of the memory"))
+        if not region.writable:
+            raise InvalidArgument("base", base, text=f"base {at:#x}: the region is read-only")
+        k = 64 - <uint64_t>clz(n - 1)
+        p.n_orders = <int>(64 - <uint64_t>clz(n)) - SMALLEST_LG2
+        p.origin = at & ~low_mask(max(k, <uint64_t>FRAME_LG2))
+        p.base = at
+        p.size = n
+        end = at + n
+        total = 0
+        for i in range(p.n_orders):
+            bits = ((end - p.origin - 1) >> (SMALLEST_LG2 + i)) + 1
+            total += (bits + 63) >> 6
+            p.orders[i].n_summaries = 0
+            while True:
+                bits = (bits + 63) >> 6
+                total += bits
+                p.orders[i].n_summaries += 1
+                if bits == 1:
+                    break
+        p.n_frames = ((end - p.origin - 1) >> FRAME_LG2) + 1
+        p.arena_size = total * 8 + p.n_frames * sizeof(Frame)
+        p.arena = mmap(NULL, p.arena_size, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if p.arena == MAP_FAILED:
+            p.arena = NULL
+            raise MemoryError(f"no host memory to keep account of {n:#x} bytes")
+        arena = <uint64_t*>p.arena
+        for i in range(p.n_orders):
+            bits = ((end - p.origin - 1) >> (SMALLEST_LG2 + i)) + 1
+            p.orders[i].taken = arena
+            arena += (bits + 63) >> 6
+            for j in range(p.orders[i].n_summaries):
+                bits = (bits + 63) >> 6
+                p.orders[i].free[j] = arena
+                arena += bits
+        p.frames = <Frame*>arena
+        while at < end:
+            k = 63 - <uint64_t>clz(end - at)
+            if at != p.origin:
+                k = min(k, <uint64_t>ctz(at - p.origin))
+            order_add(&p.orders[k - SMALLEST_LG2], (at - p.origin) >> k)
+            at += <uint64_t>1 << k
+        p.fail_after = -1
+        p.host = <uint64_t><size_t>region.data - region.base
+        p.plain = region.data != NULL and not p.host & 7
+        p.touched = region.touched
+        p.region = region.base
+        port_open(&p.port, &memory.ram, NULL, False)
+        self.memory = memory
+        memory.exports += 1
+
+    def __dealloc__(self):
+        if self.c.arena != NULL:
+            munmap(self.c.arena, self.c.arena_size)
+        if self.memory is not None:
+            self.memory.exports -= 1
+
+    cdef int _check(self) except -1:
+        """Raise what an access through the port left behind."""
+        cdef int status = self.c.status
+        self.c.status = 0
+        if status == FETCH_RAISED:
+            raise_port(&self.c.port)
+        if status:
+            raise InputOutput("memory", text="the memory refused an access to a table")
+        return 0
+
+    def alloc(self, size):
+        """Hand out a block of zeros, and return its address.
+
+        Parameters
+        ----------
+        size : int
+            In bytes; rounded up to a power of two, 64 at least.
+
+        Raises
+        ------
+        OutOfMemory
+            No block of that size is left.
+        InvalidArgument, TypeError
+            The size is 0, negative or no integer.
+        InputOutput, Exception
+            The memory refused to be written, or what its callback raised.
+        """
+        cdef unsigned int lg2 = <unsigned int>size_lg2(size, self.c.size)
+        cdef uint64_t address = 0
+        if pages_alloc(&self.c, lg2, &address):
+            raise OutOfMemory("size", size, text=(
+                f"no block of {1 << lg2:#x} bytes is left; {self.c.in_use:#x} of "
+                f"{self.c.size:#x} are in use"))
+        self.memory.ram.users += 1
+        pages_zero(&self.c, address, <uint64_t>1 << lg2)
+        self.memory.ram.users -= 1
+        try:
+            self._check()
+        except BaseException:
+            pages_free(&self.c, address, lg2)
+            raise
+        return address
+
+    def free(self, address, size):
+        """Take a block back.
+
+        Parameters
+        ----------
+        address, size : int
+            What `alloc` returned, and a size that is rounded up to the same power of two.
+
+        Raises
+        ------
+        InvalidArgument
+            No block of that size was handed out there, or it was taken back already.
+        """
+        cdef uint64_t at = number("address", address), n = number("size", size)
+        if (n == 0 or n > self.c.size
+                or pages_free(&self.c, at, <unsigned int>size_lg2(size, self.c.size))):
+            raise InvalidArgument("address", address, text=(
+                f"address {at:#x}, size {n:#x}: no such block was handed out"))
+
+    def fail_after(self, n):
+        """Let an allocation fail as if no memory were left, once; for tests of what then happens.
+
+        Parameters
+        ----------
+        n : int or None
+            How many succeed before it: 0 is the very next one.  None: none fails.
+        """
+        cdef uint64_t count
+        if n is None:
+            self.c.fail_after = -1
+            return
+        count = number("n", n)
+        if count >> 62:
+            raise InvalidArgument("n", n, "0 to 2^62 - 1, or None")
+        self.c.fail_after = <int64_t>count
+
+    @property
+    def base(self):
+        """First address of the range."""
+        return self.c.base
+
+    @property
+    def size(self):
+        """Bytes of the range."""
+        return self.c.size
+
+    @property
+    def in_use(self):
+        """Bytes that are handed out, as rounded up."""
+        return self.c.in_use
+
+    @property
+    def blocks(self):
+        """How many blocks are handed out."""
+        return self.c.blocks
+
+
+# --- tables and lists of them ---
+
+cdef uint32_t table_new(Tree* t) noexcept nogil:
+    """A table with any contents that nothing leads to: its frame + 1; 0 when none is left."""
+    cdef uint64_t table = 0
+    cdef uint32_t i
+    cdef Frame* frame
+    if pages_alloc(t.pages, t.granule, &table):
+        return 0
+    i = <uint32_t>((table - t.origin) >> FRAME_LG2)
+    frame = &t.frames[i]
+    frame.owner = t.tag + UNLINKED
+    frame.before = 0
+    frame.after = t.tables
+    if t.tables:
+        t.frames[t.tables - 1].before = i + 1
+    t.tables = i + 1
+    frame.next = 0
+    frame.entries = 0
+    frame.level = UNLINKED
+    frame.noted = False
+    t.table_bytes += <uint64_t>1 << t.granule
+    return i + 1
+
+
+cdef void table_give(Tree* t, uint32_t i) noexcept nogil:
+    """Give the table of frame i - 1 back."""
+    cdef Frame* frame = &t.frames[i - 1]
+    if frame.before:
+        t.frames[frame.before - 1].after = frame.after
+    else:
+        t.tables = frame.after
+    if frame.after:
+        t.frames[frame.after - 1].before = frame.before
+    frame.owner = 0
+    pages_free(t.pages, t.origin + (<uint64_t>(i - 1) << FRAME_LG2), t.granule)
+    t.table_bytes -= <uint64_t>1 << t.granule
+
+
+cdef void tables_give(Tree* t, uint32_t list_) noexcept nogil:
+    """Give the tables of a list back."""
+    cdef uint32_t after
+    while list_:
+        after = t.frames[list_ - 1].next
+        table_give(t, list_)
+        list_ = after
+
+
+cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t n) noexcept nogil:
+    """No entry of some is valid."""
+    cdef const uint64_t* d
+    cdef uint64_t i, found = 0
+    if likely(t.plain):
+        # what is found is not used, so these need not be single loads
+        d = <const uint64_t*>host_pointer(t.host + table) + first
+        for i in range(n):
+            found |= d[i]
+        return not le64(found) & D_VALID
+    for i in range(first, first + n):
+        found |= load_slow(t.pages, table + 8 * i)
+    return not found & D_VALID
+
+
+cdef inline void count_in(Tree* t, uint64_t table, int level, uint64_t n) noexcept nogil:
+    if level != t.start:
+        frame_of(t, table).entries += <unsigned short>n
+
+
+cdef inline bint count_out(Tree* t, uint64_t table, int level, uint64_t n) noexcept nogil:
+    """Entries are gone; true if, as far as is known, none is left."""
+    cdef Frame* frame
+    if level == t.start:
+        return False
+    frame = frame_of(t, table)
+    # somebody else may have written more entries than are known
+    frame.entries = <unsigned short>(frame.entries - n) if frame.entries > n else 0
+    return frame.entries == 0
+
+
+cdef void note(Tree* t, uint64_t table, uint64_t iova, int level) noexcept nogil:
+    """Remember a table that seems to be empty."""
+    cdef Frame* frame = frame_of(t, table)
+    if not frame.noted and t.n_notes < NOTES:
+        frame.noted = True
+        t.notes[t.n_notes].iova = iova
+        t.notes[t.n_notes].level = level
+        t.n_notes += 1
+
+
+# --- removing ---
+
+cdef inline void batch_cover(Tree* t, Batch* b, uint64_t first, uint64_t last) noexcept nogil:
+    """Let the flush of a batch, if there is to be one, cover a range as well."""
+    if not t.active:
+        return
+    if b.page_lg2 == 0:
+        b.first, b.last, b.page_lg2 = first, last, t.granule
+        return
+    b.first = min(b.first, first)
+    b.last = max(b.last, last)
+
+
+cdef inline bint batch_takes(Batch* b, uint64_t first, uint64_t last, unsigned int lg2) noexcept nogil:
+    """Let it cover pages of one size, if they continue what it covers."""
+    if b.page_lg2 == 0:
+        b.first, b.last, b.page_lg2 = first, last, lg2
+        return True
+    # a range ends at most at 2^52
+    if b.page_lg2 != lg2 or first > b.last + 1 or last + 1 < b.first:
+        return False
+    b.first = min(b.first, first)
+    b.last = max(b.last, last)
+    return True
+
+
+cdef inline void retire(Tree* t, uint64_t table, Batch* b) noexcept nogil:
+    """Nothing leads to a table any more: it is given back after the flush of the batch."""
+    cdef Frame* frame = frame_of(t, table)
+    frame.owner = t.tag + UNLINKED
+    frame.next = b.tables
+    b.tables = <uint32_t>((table - t.origin) >> FRAME_LG2) + 1
+    b.unlinked = True
+
+
+cdef void drop_empty(Tree* t, const Path* p, int level, uint64_t at, uint64_t first, uint64_t last,
+                     Batch* b) noexcept nogil:
+    """Unlink the table of `at` at a level if it is empty and first .. last covers it; then those
+    above it.  An empty one that is not covered is noted."""
+    cdef uint64_t table, span
+    while level > t.start:
+        table = p.table[level]
+        if frame_of(t, table).entries:
+            return
+        span = span_mask(t, level)
+        if at & ~span < first or at | span > last:
+            note(t, table, at & ~span, level)
+            return
+        if not vacant(t, table, 0, entries_of(t, level)):
+            return
+        batch_cover(t, b, at & ~span, at | span)
+        level -= 1
+        put(t, p.table[level] + offset_of(t, at, level), 0)
+        retire(t, table, b)
+        count_out(t, p.table[level], level, 1)
+
+
+cdef inline bint cut_at(const Tree* t, uint64_t table, int level, uint64_t i, uint64_t boundary,
+                        uint64_t* first) noexcept nogil:
+    """Entry i belongs to a run that a boundary beside it cuts in two; where the run begins."""
+    cdef uint64_t within = low_mask(t.run_lg2[level])
+    first[0] = i & ~within
+    return boundary & within and get(t, table + 8 * i) & D_CONTIGUOUS
+
+
+cdef void run_break(Tree* t, const Run* run) noexcept nogil:
+    """Take the hint from the leaves of a run that are there."""
+    cdef uint64_t i, d
+    for i in range(run.n):
+        d = get(t, run.entry + 8 * i)
+        if d & D_VALID:
+            put(t, run.entry + 8 * i, d & ~D_CONTIGUOUS)
+
+
+cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
+                Run* run) noexcept nogil:
+    """Unmap from `at` on, which is `first` at the first call, up to `end`.
+
+    DONE, STOPPED at a hole; FULL when the batch must be flushed before it goes on, CUT when the
+    run must be broken up.  Any of them may come after pages were removed: `at` tells.
+    """
+    cdef Path p
+    cdef int level, kind
+    cdef unsigned int shift
+    cdef uint64_t i, n, k, entries, table, want, begin, last
+    while at[0] < end:
+        kind = find(t, at[0], 3, &p)
+        level = p.level
+        shift = t.shift[level]
+        table = p.table[level]
+        if unlikely(kind == KIND_FOREIGN):
+            return STRAY
+        if unlikely(kind == KIND_HOLE):
+            drop_empty(t, &p, level, at[0], first, end - 1, b)
+            return STOPPED
+        if unlikely(at[0] & low_mask(shift)):
+            return STOPPED  # a block that begins below
+        entries = entries_of(t, level)
+        i = (p.entry - table) >> 3
+        n = min(entries - i, ((end - at[0] - 1) >> shift) + 1)
+        want = D_TYPE if level == 3 else D_BLOCK
+        if n > 1:
+            k = 1
+            while k < n and get(t, p.entry + 8 * k) & D_TYPE == want:
+                k += 1
+            n = k
+        if t.run_lg2[level]:
+            if cut_at(t, table, level, i, i, &k) or cut_at(t, table, level, i + n - 1, i + n, &k):
+                run.entry = table + 8 * k
+                run.n = min(<uint64_t>1 << t.run_lg2[level], entries - k)  # the root may be shorter
+                run.shift = shift
+                run.iova = at[0] - (i << shift) + (k << shift)
+                if t.active:
+                    return CUT
+                run_break(t, run)
+        begin = at[0]
+        last = begin + (n << shift) - 1
+        if t.active and not batch_takes(b, begin, last, shift):
+            return FULL
+        at[0] = last + 1
+        t.mapped -= min(t.mapped, last + 1 - begin)
+        if n == entries and level > t.start:
+            # the whole table: what it holds does not matter
+            level -= 1
+            put(t, p.table[level] + offset_of(t, begin, level), 0)
+            retire(t, table, b)
+            n = 1
+            table = p.table[level]
+        else:
+            for k in range(n):
+                put(t, p.entry + 8 * k, 0)
+        if count_out(t, table, level, n):
+            drop_empty(t, &p, level, begin, first, max(end - 1, last), b)
+    return DONE
+
+
+cdef int all_tables(
+        const Tree* t, uint64_t* at, uint64_t end, bint stop, Path* p) noexcept nogil:
+    """STRAY if a table on the way to `at` .. `end` is none; with `stop`, up to the first hole."""
+    cdef int kind
+    while at[0] < end:
+        kind = find(t, at[0], 3, p)
+        if kind == KIND_FOREIGN:
+            return STRAY
+        if kind == KIND_HOLE and stop:
+            return DONE
+        at[0] = (at[0] | low_mask(t.shift[min(p.level, 2)])) + 1
+    return DONE
+
+
+cdef void reclaim(Tree* t, Batch* b) noexcept nogil:
+    """Unlink the noted tables that are empty, and what becomes empty by that."""
+    cdef Path p
+    cdef Note each
+    cdef uint64_t table
+    cdef int level
+    while t.n_notes:
+        t.n_notes -= 1
+        each = t.notes[t.n_notes]
+        level = each.level
+        find(t, each.iova, level, &p)
+        if p.level != level:
+            continue
+        table = p.table[level]
+        frame_of(t, table).noted = False
+        if frame_of(t, table).entries or not vacant(t, table, 0, entries_of(t, level)):
+            continue
+        batch_cover(t, b, each.iova, each.iova | span_mask(t, level))
+        level -= 1
+        put(t, p.table[level] + offset_of(t, each.iova, level), 0)
+        retire(t, table, b)
+        if count_out(t, p.table[level], level, 1):
+            note(t, p.table[level], each.iova & ~span_mask(t, level), level)
+
+
+# --- mapping ---
+
+cdef inline void fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
+                      uint64_t step) noexcept nogil:
+    """Write leaves one after the other."""
+    cdef uint64_t host, k
+    if likely(t.plain):
+        host = t.host + entry
+        for k in range(n):
+            store64(host + 8 * k, le64(d))
+            d += step
+        return
+    for k in range(n):
+        store_slow(t.pages, entry + 8 * k, d)
+        d += step
+
+
+cdef inline void write_leaves(const Tree* t, uint64_t table, int level, uint64_t i, uint64_t n,
+                              uint64_t pa, uint64_t d) noexcept nogil:
+    """Write n leaves from entry i on, with the hint where it may be."""
+    cdef uint64_t entry = table + 8 * i, step = <uint64_t>1 << t.shift[level]
+    cdef unsigned int run = t.run_lg2[level]
+    cdef uint64_t head, runs
+    d |= address_bits(t, pa) | (D_TYPE if level == 3 else D_BLOCK)
+    if t.hints and run:
+        head = (0 - i) & low_mask(run)
+        if head <= n and n - head >> run and not (
+                pa + (head << t.shift[level]) & low_mask(run + t.shift[level])):
+            runs = (n - head) >> run << run
+            fill(t, entry, head, d, step)
+            fill(t, entry + 8 * head, runs, (d + head * step) | D_CONTIGUOUS, step)
+            head += runs
+            fill(t, entry + 8 * head, n - head, d + head * step, step)
+            return
+    fill(t, entry, n, d, step)
+
+
+cdef inline bint map_here(Tree* t, uint64_t iova, uint64_t pa, uint64_t size,
+                          uint64_t attributes) noexcept nogil:
+    """Map what one table takes that is there, where nothing is; false: it is not so simple."""
+    cdef Path p
+    cdef int level = leaf_level(t, iova, pa, size)
+    cdef uint64_t n = size >> t.shift[level], i
+    if n << t.shift[level] != size or n > run_length(t, iova, pa, size, level):
+        return False
+    if find(t, iova, level, &p) != KIND_HOLE or p.level != level:
+        return False
+    i = (p.entry - p.table[level]) >> 3
+    if n > 1 and not vacant(t, p.table[level], i, n):
+        return False
+    write_leaves(t, p.table[level], level, i, n, pa, attributes)
+    count_in(t, p.table[level], level, n)
+    t.mapped += size
+    return True
+
+
+cdef int live(const Tree* t, uint64_t table, int level, Path* p) noexcept nogil:
+    """TAKEN if something is mapped in a table or below; STRAY, which p names; DONE."""
+    cdef uint64_t i, d
+    cdef int kind, status
+    for i in range(entries_of(t, level)):
+        d = get(t, table + 8 * i)
+        kind = kind_of(t, d, level)
+        if kind == KIND_LEAF:
+            return TAKEN
+        if kind == KIND_TABLE:
+            status = below(t, d, level, p)
+            if status:
+                return status
+    return DONE
+
+
+cdef int below(const Tree* t, uint64_t d, int level, Path* p) noexcept nogil:
+    """What `live` says of the table that a descriptor of this level names."""
+    if foreign(t, address_of(t, d), level + 1):
+        p.d, p.level = d, level
+        return STRAY
+    return live(t, address_of(t, d), level + 1, p)
+
+
+cdef int plan_entries(const Tree* t, uint64_t at, int level, uint64_t i, uint64_t n,
+                      Plan* plan) noexcept nogil:
+    """Look at entries that are to hold leaves."""
+    cdef uint64_t table = plan.path.table[level], d, k
+    cdef int kind, status
+    cdef Conversion* grown
+    for k in range(n):
+        d = get(t, table + 8 * (i + k))
+        kind = kind_of(t, d, level)
+        if kind == KIND_HOLE:
+            continue
+        plan.where = at + (k << t.shift[level])
+        if kind == KIND_LEAF:
+            return TAKEN
+        status = below(t, d, level, &plan.path)
+        if status:
+            return status
+        if plan.n_conversions == plan.capacity:
+            plan.capacity = 2 * plan.capacity + 8
+            grown = <Conversion*>realloc(plan.conversions, plan.capacity * sizeof(Conversion))
+            if grown == NULL:
+                return NO_HOST_MEMORY
+            plan.conversions = grown
+        grown = &plan.conversions[plan.n_conversions]
+        grown.table, grown.level, grown.entry = table, level, table + 8 * (i + k)
+        grown.d, grown.iova = d, plan.where
+        plan.n_conversions += 1
+    return DONE
+
+
+cdef int plan_segments(const Tree* t, uint64_t at, const Segment* segments, size_t count,
+                       Plan* plan) noexcept nogil:
+    """Find out whether nothing is mapped there, and which tables it takes."""
+    cdef uint64_t pa, rest, i, n
+    cdef size_t k
+    cdef int level, below, kind, status
+    for k in range(count):
+        pa, rest = segments[k].pa, segments[k].size
+        while rest:
+            level = leaf_level(t, at, pa, rest)
+            n = run_length(t, at, pa, rest, level)
+            kind = find(t, at, level, &plan.path)
+            plan.where = at
+            if kind == KIND_FOREIGN:
+                return STRAY
+            if plan.path.level == level:
+                i = offset_of(t, at, level) >> 3
+                if not vacant(t, plan.path.table[level], i, n):
+                    status = plan_entries(t, at, level, i, n, plan)
+                    if status:
+                        return status
+            elif kind == KIND_LEAF:
+                return TAKEN
+            else:
+                for below in range(plan.path.level + 1, level + 1):
+                    if at >= plan.reached[below]:
+                        plan.n_tables += 1
+                        plan.reached[below] = (at | span_mask(t, below)) + 1
+                if plan.n_tables > t.pages.size >> t.granule:
+                    return NO_PAGES
+            n <<= t.shift[level]
+            at += n
+            pa += n
+            rest -= n
+    return DONE
+
+
+cdef int allocate(Tree* t, Plan* plan) noexcept nogil:
+    """Have all tables that a plan takes, before anything is written."""
+    cdef uint64_t k
+    cdef uint32_t i
+    for k in range(plan.n_tables):
+        i = table_new(t)
+        if i == 0:
+            return NO_PAGES
+        t.frames[i - 1].next = plan.tables
+        plan.tables = i
+    return DONE
+
+
+cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t count,
+                        uint64_t attributes, Plan* plan) noexcept nogil:
+    """Write what was planned.  CHANGED if the tables are not as they were, or cannot be written."""
+    cdef uint64_t pa, rest, i, n, table
+    cdef size_t k
+    cdef int level, below, kind
+    cdef Frame* frame
+    cdef Path p
+    for k in range(count):
+        pa, rest = segments[k].pa, segments[k].size
+        while rest:
+            level = leaf_level(t, at, pa, rest)
+            n = run_length(t, at, pa, rest, level)
+            i = offset_of(t, at, level) >> 3
+            kind = find(t, at, level, &p)
+            below = p.level
+            plan.where = at
+            if kind == KIND_FOREIGN or below < level and kind != KIND_HOLE:
+                return CHANGED
+            while below < level:
+                if plan.tables == 0:
+                    return CHANGED
+                frame = &t.frames[plan.tables - 1]
+                table = t.origin + (<uint64_t>(plan.tables - 1) << FRAME_LG2)
+                plan.tables = frame.next
+                below += 1
+                # contents before the entry that leads there
+                if below < level or n != entries_of(t, level):
+                    pages_zero(t.pages, table, <uint64_t>1 << t.granule)
+                if below == level:
+                    write_leaves(t, table, level, i, n, pa, attributes)
+                frame.level = <uint8_t>below
+                frame.owner = t.tag + <uint32_t>below
+                publish(t, p.entry, address_bits(t, table) | D_TYPE)
+                count_in(t, p.table[below - 1], below - 1, 1)
+                p.table[below] = table
+                p.entry = table + offset_of(t, at, below)
+                p.level = below - 1
+            if p.level == level:
+                write_leaves(t, p.table[level], level, i, n, pa, attributes)
+            count_in(t, p.table[level], level, n)
+            n <<= t.shift[level]
+            t.mapped += n
+            at += n
+            pa += n
+            rest -= n
+            if t.pages.status:
+                plan.where = at
+                return CHANGED
+    return DONE
+
+
+cdef void collect(Tree* t, uint64_t table, int level, Batch* b) noexcept nogil:
+    """Retire a table and those below."""
+    cdef uint64_t i, d
+    for i in range(entries_of(t, level)):
+        d = get(t, table + 8 * i)
+        if kind_of(t, d, level) == KIND_TABLE and not foreign(t, address_of(t, d), level + 1):
+            collect(t, address_of(t, d), level + 1, b)
+    retire(t, table, b)
+
+
+# --- dirty state ---
+
+cdef struct Dirty:
+    uint64_t first         # of what was cleared
+    uint64_t last
+    unsigned int page_lg2  # the smallest page that was; 0: nothing was
+
+
+cdef void read_dirty_bits(Tree* t, uint64_t iova, uint64_t end, bint clear, uint8_t* out,
+                          Dirty* cleared) noexcept nogil:
+    """Fill `out` with a byte for each granule; make clean the dirty leaves that lie in the range."""
+    cdef Path p
+    cdef uint64_t at = iova, beyond, k
+    cdef int kind
+    cdef unsigned int shift
+    cdef bint dirty
+    memset(out, 0, (end - iova) >> t.granule)
+    while at < end:
+        kind = find(t, at, 3, &p)
+        shift = t.shift[p.level]
+        if kind != KIND_LEAF:
+            at = (at | low_mask(shift)) + 1
+            continue
+        # the leaves of a table, one after the other
+        while True:
+            dirty = p.d & (D_DBM | D_READ_ONLY) == D_DBM
+            beyond = (at | low_mask(shift)) + 1
+            if dirty:
+                for k in range((at - iova) >> t.granule,
+                               ((min(beyond, end) - 1 - iova) >> t.granule) + 1):
+                    out[k] = 1
+                if clear and not at & low_mask(shift) and beyond <= end:
+                    if t.plain:
+                        or64(t.host + p.entry, le64(D_READ_ONLY))
+                    else:
+                        store_slow(t.pages, p.entry, p.d | D_READ_ONLY)
+                    if cleared.page_lg2 == 0:
+                        cleared.first, cleared.page_lg2 = at, shift
+                    cleared.page_lg2 = min(cleared.page_lg2, shift)
+                    cleared.last = beyond - 1
+            at = beyond
+            if at >= end or offset_of(t, at, p.level) == 0:
+                break
+            p.entry += 8
+            p.d = get(t, p.entry)
+            if kind_of(t, p.d, p.level) != KIND_LEAF:
+                break
+
+
+# --- the owner ---
+
+cdef tuple SIZES = (32, 36, 40, 42, 44, 48, 52)
+cdef dict GRANULES = {4096: 12, 16384: 14, 65536: 16}
+cdef dict TG = {12: 0b00, 14: 0b10, 16: 0b01}
+cdef dict LEAVES = {12: 0b1110, 14: 0b1100, 16: 0b1100}
+# lg2 of the entries that a contiguous hint joins, by level
+cdef dict RUNS = {12: (0, 4, 4, 4), 14: (0, 0, 5, 7), 16: (0, 0, 5, 5)}
+
+
+cdef uint64_t stage1_attributes(unsigned int prot, bint dirty) noexcept:
+    cdef uint64_t d = pte_s1_set_ng(pte_s1_set_af(0, 1), 1)
+    if not prot & P_WRITE:
+        d = pte_s1_set_ap2(d, 1)
+    elif dirty:
+        d = pte_s1_set_dbm(d, 1)
+    if not prot & P_PRIV:
+        d = pte_s1_set_ap1(d, 1)
+    if prot & P_MMIO:
+        d = pte_s1_set_attrindx(d, 2)
+    elif prot & P_CACHE:
+        d = pte_s1_set_attrindx(d, 1)
+    if prot & P_NOEXEC:
+        d = pte_s1_set_uxn(pte_s1_set_pxn(d, 1), 1)
+    return pte_s1_set_sh(d, 3 if prot & P_CACHE else 2)
+
+
+cdef uint64_t stage2_attributes(unsigned int prot, bint fwb) noexcept:
+    cdef uint64_t d = pte_s2_set_s2ap(pte_s2_set_af(0, 1), prot & (P_READ | P_WRITE))
+    if prot & P_MMIO:
+        d = pte_s2_set_memattr(d, 1)
+    elif prot & P_CACHE:
+        d = pte_s2_set_memattr(d, 6 if fwb else 15)
+    else:
+        d = pte_s2_set_memattr(d, 5)
+    if prot & P_NOEXEC:
+        d = pte_s2_set_xn(d, 2)  # whoever executes; 3 lets privileged accesses, with XNX
+    return pte_s2_set_sh(d, 3 if prot & P_CACHE else 2)
+
+
+cdef bint stage2_starts(int level, int granule, int oas) noexcept:
+    """Stage 2 may start at this level: a larger table there would cover more than there is."""
+    if granule == 12:
+        return level > 0 or oas >= 44
+    if granule == 14:
+        return level > 1 or level == 1 and oas >= 42
+    return level > 1 or oas >= 44
+
+
+@cython.auto_pickle(False)
+@cython.no_gc_clear  # the tables are given back to the pages last
+cdef class PageTable:
+    """Translation tables of one address space, in VMSAv8-64 format, stage 1 or stage 2.
+
+    What it maps is in memory and nowhere else; whoever writes there changes it.  Tables are
+    made as needed and given back when an unmap covers their whole span.  Those that become empty
+    in pieces stay for the next map; once there are 64, they are given back by the unmap that
+    empties the last one.
+
+    Parameters
+    ----------
+    pages : Pages
+        Where the tables lie.
+    stage : {1, 2}
+    granule : {4096, 16384, 65536}
+        The smallest page.
+    ias : int
+        Bits of an input address: 25 to 48, or to 52 with 64 KiB.
+    oas : int
+        Bits of an output address: 32, 36, 40, 42, 44, 48, or 52 with 64 KiB.
+    contiguous : bool
+        Set the contiguous hint on each aligned run of 16 leaves (16 KiB: 128 pages or 32 blocks;
+        64 KiB: 32) that one map fills with one piece of memory.
+    dirty : bool
+        Stage 1: writable leaves are such that hardware can track whether they were written.
+    coherent : bool
+        Walks are cacheable and inner shareable; otherwise they are not cacheable.
+    fwb : bool
+        Stage 2: memory types in the coding of STE.S2FWB.
+    page_sizes : int, optional
+        Page sizes that map() may use, as the bitmap of what an SMMU supports; by default all of
+        the granule.
+    ready : bool
+        As the attribute.
+
+    Attributes
+    ----------
+    active : bool
+        Hardware may have cached what the tables hold.  What is removed is then told to `flush`
+        before tables are given back.  False at first.
+    stage, ias, oas, contiguous, dirty, coherent, fwb
+        As given.
+
+    Raises
+    ------
+    InvalidArgument
+        A value is not allowed, or does not go with the others.
+    NotSupported
+        dirty with stage 2.
+    OutOfMemory
+        No memory is left for the first table.
+
+    Notes
+    -----
+    Sections: DDI 0487 D8.2, D8.3; IHI 0070 5.2, 5.4.  The contents are those that Linux writes:
+    stage 1 leaves have nG and AF, and no unprivileged access only with PRIV.  Stage 2 starts one
+    level lower, with up to 16 tables side by side, where the output size admits no other start.
+
+    A call that raises has changed nothing, but for unmap and read_dirty when `flush` raises.
+
+    Several threads may share it.  A call for 4096 granules or more releases the GIL, and calls of
+    other threads for the same table wait for it, as they do while `flush` runs in the middle of a
+    call.  A table is complete before an entry leads to it, and each descriptor is written as a
+    whole, so that walks of other threads may go on meanwhile.  A call that comes back to a table
+    from its own `flush`, or from a callback of its memory, may meet it at work: Busy.
+
+    Examples
+    --------
+    >>> from smmufast import Memory
+    >>> from smmufast._tables import Pages, PageTable
+    >>> memory = Memory()
+    >>> memory.add_private(0x8000_0000, 1 << 20)
+    >>> table = PageTable(Pages(memory, 0x8000_0000, 1 << 20))
+    >>> table.map(0x20_0000, 0x4000_0000, 0x20_1000)
+    >>> hex(table.iova_to_phys(0x40_0123))
+    '0x40200123'
+    >>> hex(table.unmap(0x20_0000, 0x20_1000))
+    '0x201000'
+    >>> table.close()
+    """
+
+    def __cinit__(self):
+        self.state = CLOSED
+        self.lock = Lock()
+
+    def __init__(self, Pages pages not None, *, stage=1, granule=4096, ias=48, oas=48,
+                 contiguous=False, dirty=False, coherent=True, fwb=False, page_sizes=None,
+                 ready=True):
+        cdef Tree* t = &self.tree
+        cdef int level, bits, most
+        cdef uint64_t sizes = 0
+        if self.pages is not None:
+            raise InvalidArgument("pages", text="the page table has its pages already")
+        if stage not in (1, 2):
+            raise InvalidArgument("stage", stage, "1 or 2")
+        if granule not in GRANULES:
+            raise InvalidArgument("granule", granule, "4096, 16384 or 65536")
+        t.granule = GRANULES[granule]
+        most = 52 if t.granule == 16 else 48
+        bits = <int>min(number("ias", ias), <uint64_t>99)
+        if not 25 <= bits <= most:
+            raise InvalidArgument("ias", ias, f"25 to {most} with this granule")
+        if number("oas", oas) not in SIZES or oas > most:
+            raise InvalidArgument(
+                "oas", oas, f"{', '.join(str(n) for n in SIZES if n <= most)} with this granule")
+        if dirty and stage == 2:
+            raise NotSupported("dirty", dirty, text="dirty is tracked by stage 1 only")
+        t.stride = t.granule - 3
+        for level in range(4):
+            t.shift[level] = t.granule + (3 - level) * t.stride
+            t.run_lg2[level] = RUNS[t.granule][level]
+        t.leaves = LEAVES[t.granule]
+        if t.granule == 16 and oas > 48:
+            t.leaves |= 1 << 1
+        t.start = 3 - (bits - t.granule - 1) // t.stride
+        while stage == 2 and not stage2_starts(t.start, t.granule, oas):
+            t.start += 1
+        if bits - t.shift[t.start] > t.stride + 4:
+            raise InvalidArgument("ias", ias, text=(
+                f"ias is {ias}: stage 2 would need more than 16 tables side by side with oas {oas}"))
+        t.root_offsets = 8 * low_mask(bits - t.shift[t.start])
+        t.root_bytes = max(t.root_offsets + 8, <uint64_t>1 << SMALLEST_LG2)
+        t.offsets = 8 * low_mask(t.stride)
+        for level in range(t.start, 4):
+            if t.leaves >> level & 1 and t.shift[level] <= bits:
+                sizes |= <uint64_t>1 << t.shift[level]
+        if page_sizes is not None:
+            sizes &= number("page_sizes", page_sizes)
+        if sizes == 0:
+            raise InvalidArgument("page_sizes", page_sizes, text=(
+                f"page_sizes is {page_sizes:#x}: no page size of granule {granule} is among them"))
+        for level in range(t.start, 4):
+            if sizes >> t.shift[level] & 1:
+                t.used |= 1 << level
+        t.unaligned = low_mask(<unsigned int>ctz(sizes))
+        t.input_last = low_mask(bits)
+        t.output_last = low_mask(oas)
+        t.low_address = low_mask(48) & ~low_mask(t.granule)
+        t.high_address = 0xF000 if t.granule == 16 else 0
+        t.hints = bool(contiguous)
+        for level in range(64):
+            t.attributes[level] = (
+                stage1_attributes(level, dirty) if stage == 1 else stage2_attributes(level, fwb))
+        self.stage, self.ias, self.oas = stage, bits, oas
+        self.contiguous, self.dirty = bool(contiguous), bool(dirty)
+        self.coherent, self.fwb = bool(coherent), bool(fwb)
+        t.pages = &pages.c
+        t.plain, t.host = pages.c.plain, pages.c.host
+        t.frames, t.origin, t.n_frames = pages.c.frames, pages.c.origin, pages.c.n_frames
+        pages.c.tags += 1
+        t.tag = pages.c.tags << 3
+        self.pages = pages
+        self.state = NOT_READY | (0 if t.plain else SLOW)
+        if ready:
+            try:
+                self._make_root()
+            except BaseException:
+                self.state = CLOSED
+                raise
+
+    def __dealloc__(self):
+        if self.pages is not None:
+            self._give_all()
+
+    # --- what is locked, and what is missing ---
+
+    cdef int _wait(self) except -1:
+        """Wait until no call has the table for itself."""
+        while self.state & BUSY:
+            if self.holder == PyThread_get_thread_ident():
+                raise Busy("table", text="the page table is at work on a call of this thread")
+            with self.lock:
+                pass
+        return 0
+
+    cdef int _open(self) except -1:
+        """As _wait; raise when it is closed."""
+        self._wait()
+        if self.state & CLOSED:
+            raise InvalidArgument("table", text="the page table is closed")
+        return 0
+
+    cdef int _take(self) except -1:
+        """Have the table for this call, whoever has the GIL meanwhile."""
+        self._wait()
+        self.lock.acquire()
+        if self.state & (CLOSED | NOT_READY):
+            self.lock.release()
+            raise NoDevice("table", text="the page table was closed meanwhile")
+        self.state |= BUSY
+        self.holder = PyThread_get_thread_ident()
+        self.pages.memory.ram.users += not self.tree.plain
+        return 0
+
+    cdef int _give(self) except -1:
+        self.pages.memory.ram.users -= not self.tree.plain
+        self.state &= ~BUSY
+        self.lock.release()
+        return 0
+
+    # --- tables as a whole ---
+
+    cdef int _make_root(self) except -1:
+        cdef uint64_t root = self.pages.alloc(self.tree.root_bytes)
+        if self.state & NOT_READY:  # a callback of the memory may have been as quick
+            self.tree.root = root
+            self.tree.table_bytes += self.tree.root_bytes
+            self.state &= ~NOT_READY
+        else:
+            self.pages.free(root, self.tree.root_bytes)
+        return 0
+
+    cdef void _give_all(self) noexcept:
+        """Give every table back, linked or not, whatever memory holds."""
+        cdef Tree* t = &self.tree
+        while t.tables:
+            table_give(t, t.tables)
+        if t.root:
+            pages_free(t.pages, t.root, 64 - <unsigned int>clz(t.root_bytes - 1))
+        t.root = t.table_bytes = t.mapped = 0
+        t.n_notes = 0
+        memset(&self.own, 0, sizeof(Batch))
+        self.epoch += 1
+
+    cdef int _end(self, unsigned int state) except -1:
+        """Flush everything and give it back."""
+        cdef uint64_t epoch = self.epoch
+        if self.tree.active and self.tree.root:
+            self.flush(0, self.tree.input_last, self.tree.granule, True)
+            self._wait()
+            if self.epoch != epoch:
+                return 0
+        self.state |= state
+        self._give_all()
+        return 0
+
+    def close(self):
+        """Give every table back; further calls raise InvalidArgument, but for this one.
+
+        While `active`, the whole address space is flushed first.  An exception of `flush` leaves
+        everything as it was.
+        """
+        self._wait()
+        if not self.state & CLOSED:
+            self._end(CLOSED)
+
+    @property
+    def ready(self):
+        """Whether there are tables.
+
+        While there are none, map raises NoDevice, unmap returns 0 and iova_to_phys 0.  Set True
+        it makes the first table (OutOfMemory); set False it gives all back, when nothing is
+        mapped (Busy).
+        """
+        return not self.state & (NOT_READY | CLOSED)
+
+    @ready.setter
+    def ready(self, value):
+        cdef bint ready = bool(value)
+        self._open()
+        if ready == (not self.state & NOT_READY):
+            return
+        if ready:
+            self._make_root()
+            return
+        if self.tree.mapped:
+            raise Busy("ready", value, text=(
+                f"ready cannot be False while {self.tree.mapped:#x} bytes are mapped"))
+        self._end(NOT_READY)
+
+    def flush(self, first, last, page_lg2, tables):
+        """Invalidate what hardware may have cached; domains override this, here it does nothing.
+
+        Called while `active`, after entries were removed and before tables are given back.
+
+        Parameters
+        ----------
+        first, last : int
+            Input addresses, the last one included.
+        page_lg2 : int
+            log2 of the size of the pages that were there, the smallest if there were several.
+        tables : bool
+            Table entries were removed too: what is cached of the tables goes as well.
+        """
+
+    cdef int _sync(self, Batch* b) except -1:
+        """Flush a batch and give its tables back; if that raises, the batch stays as it is."""
+        cdef Batch mine = b[0]
+        cdef uint64_t epoch = self.epoch
+        if mine.page_lg2 == 0 and mine.tables == 0:
+            return 0
+        memset(b, 0, sizeof(Batch))
+        if mine.page_lg2 and self.tree.active:
+            try:
+                self.flush(mine.first, mine.last, mine.page_lg2, bool(mine.unlinked))
+            except BaseException:
+                if self.epoch == epoch:
+                    self._merge(b, &mine)
+                raise
+        if self.epoch == epoch:
+            tables_give(&self.tree, mine.tables)
+        return 0
+
+    cdef void _merge(self, Batch* b, const Batch* other) noexcept:
+        """Let one batch do the work of another as well."""
+        cdef uint32_t each = other.tables
+        if other.page_lg2:
+            if b.page_lg2:
+                b.first, b.last = min(b.first, other.first), max(b.last, other.last)
+                b.page_lg2 = min(b.page_lg2, other.page_lg2)
+            else:
+                b.first, b.last, b.page_lg2 = other.first, other.last, other.page_lg2
+        b.unlinked |= other.unlinked
+        if each:
+            while self.tree.frames[each - 1].next:
+                each = self.tree.frames[each - 1].next
+            self.tree.frames[each - 1].next = b.tables
+            b.tables = other.tables
+
+    cdef object _stray(self, uint64_t iova, const Path* p):
+        """The error of a descriptor that leads nowhere."""
+        return InputOutput("iova", iova, text=(
+            f"iova {iova:#x}: the level {p.level} descriptor {p.d:#x} names "
+            f"{address_of(&self.tree, p.d):#x}, which is no table of this page table"))
+
+    # --- map ---
+
+    cdef object _refused(self, uint64_t iova, uint64_t pa, uint64_t size, uint64_t prot):
+        """The error of arguments of map, or None."""
+        cdef Tree* t = &self.tree
+        cdef uint64_t page = t.unaligned + 1
+        for name, value in (("iova", iova), ("pa", pa), ("size", size)):
+            if value & t.unaligned:
+                return InvalidArgument(name, value, text=(
+                    f"{name} is {value:#x}, allowed are multiples of {page:#x}"))
+        if iova > t.input_last or size and size - 1 > t.input_last - iova:
+            return OutOfRange("iova", iova, text=(
+                f"iova {iova:#x}, size {size:#x}: beyond {t.input_last:#x}, the last of "
+                f"{self.ias} bits"))
+        if pa > t.output_last or size and size - 1 > t.output_last - pa:
+            return OutOfRange("pa", pa, text=(
+                f"pa {pa:#x}, size {size:#x}: beyond {t.output_last:#x}, the last of "
+                f"{self.oas} bits"))
+        if prot > 63 or not prot & (P_READ | P_WRITE):
+            return InvalidArgument("prot", prot, text=(
+                f"prot is {prot:#x}, allowed are 0 to 63 with READ or WRITE among them"))
+        return None
+
+    cdef int _open_to_map(self) except -1:
+        self._open()
+        if self.state & NOT_READY:
+            raise NoDevice("table", text="the page table is not ready: it has no tables yet")
+        return 0
+
+    def map(self, iova, pa, size, prot=3):
+        """Map a range, by the largest pages that fit; all of it or nothing.
+
+        Parameters
+        ----------
+        iova, pa, size : int
+            Multiples of the smallest page size; 0 bytes map nothing.
+        prot : int
+            READ, WRITE, CACHE, NOEXEC, MMIO, PRIV; READ or WRITE at least.  At stage 1 WRITE alone
+            permits reading, too.
+
+        Raises
+        ------
+        InvalidArgument
+            Not aligned, or neither READ nor WRITE.
+        OutOfRange
+            Beyond `ias` or `oas`.
+        Exists
+            Something is mapped within the range.
+        OutOfMemory
+            No memory is left for a table.
+        NoDevice
+            Not `ready`.
+        InputOutput
+            A descriptor on the way names what is no table of this object, or the memory refused.
+
+        Notes
+        -----
+        An empty table where a block is to be gives way to it, after a flush.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t at = number("iova", iova), to = number("pa", pa), n = number("size", size)
+        cdef uint64_t bits = number("prot", prot)
+        cdef Segment segment
+        if unlikely(self.state):
+            self._open_to_map()
+        if unlikely((at | to | n) & t.unaligned or at > t.input_last or to > t.output_last
+                    or n - 1 > t.input_last - at or n - 1 > t.output_last - to
+                    or bits > 63 or not bits & (P_READ | P_WRITE)):
+            error = self._refused(at, to, n, bits)
+            if error is not None:
+                raise error
+            return  # 0 bytes
+        if likely(t.plain) and map_here(t, at, to, n, t.attributes[bits]):
+            return
+        segment.pa, segment.size = to, n
+        self._map(&segment, 1, at, n, t.attributes[bits])
+
+    def map_sg(self, iova, segments, prot=3):
+        """Map pieces of memory one after the other; all of them or none.
+
+        Parameters
+        ----------
+        iova : int
+        segments : iterable of (pa, size)
+            Empty pieces are passed over; pieces that continue each other are one.
+        prot : int
+
+        Returns
+        -------
+        int
+            Bytes mapped.
+
+        Raises
+        ------
+        IommuError
+            As `map`.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t at = number("iova", iova), bits = number("prot", prot)
+        cdef uint64_t to, n, total = 0
+        cdef Segment* list_ = NULL
+        cdef Segment* grown
+        cdef size_t count = 0, capacity = 0
+        self._open_to_map()
+        try:
+            for pa, size in segments:
+                to, n = number("pa", pa), number("size", size)
+                error = self._refused(at, to, n, bits)
+                if error is not None:
+                    raise error
+                if n == 0:
+                    continue
+                if total + n < total or total + n - 1 > t.input_last - at:
+                    raise OutOfRange("segments", text=(
+                        f"iova {at:#x}: the segments reach beyond {t.input_last:#x}, the last of "
+                        f"{self.ias} bits"))
+                total += n
+                if count and list_[count - 1].pa + list_[count - 1].size == to:
+                    list_[count - 1].size += n
+                    continue
+                if count == capacity:
+                    capacity = 2 * capacity + 16
+                    grown = <Segment*>realloc(list_, capacity * sizeof(Segment))
+                    if grown == NULL:
+                        raise MemoryError()
+                    list_ = grown
+                list_[count].pa, list_[count].size = to, n
+                count += 1
+            error = self._refused(at, 0, 0, bits)
+            if error is not None:
+                raise error
+            if count:
+                self._open_to_map()  # the iterable may have done anything
+                self._map(list_, count, at, total, t.attributes[bits])
+        finally:
+            free(list_)
+        return total
+
+    cdef int _map(self, const Segment* segments, size_t count, uint64_t iova, uint64_t size,
+                  uint64_t attributes) except -1:
+        """Look first, then have the tables, then write."""
+        cdef Tree* t = &self.tree
+        cdef Plan plan
+        cdef int status
+        cdef bint held = False
+        cdef bint large = t.plain and size >> t.granule >= LARGE
+        memset(&plan, 0, sizeof(plan))
+        if large or not t.plain:
+            self._take()
+            held = True
+        try:
+            while True:
+                if large:
+                    with nogil:
+                        status = plan_segments(t, iova, segments, count, &plan)
+                else:
+                    status = plan_segments(t, iova, segments, count, &plan)
+                if not held and status == DONE and plan.n_conversions:
+                    # to be had before the flush; until then it may have changed
+                    self._take()
+                    held = True
+                    free(plan.conversions)
+                    memset(&plan, 0, sizeof(plan))
+                    continue
+                break
+            self.pages._check()
+            if status == DONE:
+                status = allocate(t, &plan)
+            self._judge(status, &plan)
+            if plan.n_conversions:
+                self._convert(&plan)
+            if large:
+                with nogil:
+                    status = write_segments(t, iova, segments, count, attributes, &plan)
+            else:
+                status = write_segments(t, iova, segments, count, attributes, &plan)
+            if status:
+                self._undo(iova, plan.where)
+                self.pages._check()
+                self._judge(status, &plan)
+        finally:
+            tables_give(t, plan.tables)
+            free(plan.conversions)
+            if held:
+                self._give()
+        return 0
+
+    cdef int _judge(self, int status, const Plan* plan) except -1:
+        """Raise what stands in the way of a plan."""
+        cdef uint64_t where = plan.where
+        if status == TAKEN:
+            raise Exists("iova", where, text=f"iova {where:#x} is mapped already")
+        if status == STRAY:
+            raise self._stray(where, &plan.path)
+        if status == NO_PAGES:
+            raise OutOfMemory("table", text=(
+                f"no memory is left for a table: {plan.n_tables} are needed, "
+                f"{self.pages.c.in_use:#x} of {self.pages.c.size:#x} bytes are in use"))
+        if status == NO_HOST_MEMORY:
+            raise MemoryError()
+        if status == CHANGED:
+            raise InputOutput("iova", where, text=(
+                f"iova {where:#x}: the tables changed while it was being mapped"))
+        return 0
+
+    cdef int _convert(self, Plan* plan) except -1:
+        """Take empty tables out of the way of blocks; the table is held."""
+        cdef Tree* t = &self.tree
+        cdef Batch b
+        cdef size_t k
+        cdef uint32_t each
+        cdef Conversion* c
+        memset(&b, 0, sizeof(b))
+        for k in range(plan.n_conversions):
+            c = &plan.conversions[k]
+            put(t, c.entry, 0)
+            count_out(t, c.table, c.level, 1)
+            batch_cover(t, &b, c.iova, c.iova | low_mask(t.shift[c.level]))
+            if not foreign(t, address_of(t, c.d), c.level + 1):
+                collect(t, address_of(t, c.d), c.level + 1, &b)
+        try:
+            self.pages._check()
+            if t.active:
+                self.flush(b.first, b.last, b.page_lg2, True)
+        except BaseException:
+            each = b.tables
+            while each:
+                t.frames[each - 1].owner = t.tag + t.frames[each - 1].level
+                each = t.frames[each - 1].next
+            for k in range(plan.n_conversions):
+                c = &plan.conversions[k]
+                put(t, c.entry, c.d)
+                count_in(t, c.table, c.level, 1)
+            raise
+        tables_give(t, b.tables)
+        return 0
+
+    cdef int _undo(self, uint64_t iova, uint64_t end) except -1:
+        """Take out again what was written below `end`, as far as memory lets."""
+        cdef Tree* t = &self.tree
+        cdef PagesC* p = t.pages
+        cdef int status = p.status
+        cdef void* exception = p.port.exception
+        cdef bint active = t.active
+        cdef Batch b
+        cdef Run run
+        cdef uint64_t at = iova
+        memset(&b, 0, sizeof(b))
+        p.status = 0
+        p.port.exception = NULL
+        t.active = False
+        remove(t, iova, end, &at, &b, &run)
+        tables_give(t, b.tables)
+        t.active = active
+        if p.port.exception != NULL:
+            error = <object>p.port.exception
+            Py_DECREF(error)
+        p.status = status
+        p.port.exception = exception
+        return 0
+
+    # --- unmap ---
+
+    def unmap(self, iova, size, Gather gather=None):
+        """Unmap from an address on, up to the first hole.
+
+        A block that is asked for in part goes as a whole if it begins within the range, and stays
+        otherwise.  Part of a contiguous run takes the hint from all of its leaves, which are
+        absent while the run is flushed.  Tables that the range covers and that hold nothing any
+        more go too.
+
+        Parameters
+        ----------
+        iova, size : int
+            Not aligned to the smallest page, or beyond `ias`: nothing is unmapped.
+        gather : Gather, optional
+            Takes note of what is to be flushed, so that several calls may share a flush.
+
+        Returns
+        -------
+        int
+            Bytes unmapped: less than asked for where there is a hole, more where a block ends
+            beyond the range.
+
+        Raises
+        ------
+        InputOutput
+            A descriptor within the range, before the first hole, names what is no table of this
+            object; nothing is unmapped.
+        Exception
+            What `flush` raised.  What was unmapped stays so; tables that were removed are given
+            back after the next flush that succeeds.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t first = number("iova", iova), n = number("size", size)
+        cdef uint64_t at = first, end
+        cdef Batch* b = &self.own
+        cdef Run run
+        cdef Path p
+        cdef int status
+        cdef bint large
+        if unlikely(gather is not None):
+            if gather.table is not self:
+                raise InvalidArgument("gather", text="the gather is of another page table")
+            gather._renew()
+            if t.active:
+                b = &gather.batch
+        if unlikely(self.state):
+            self._open()
+            if self.state & NOT_READY:
+                return 0
+        if unlikely((first | n) & t.unaligned or first > t.input_last or n == 0):
+            return 0
+        end = first + min(n, t.input_last - first + 1)
+        large = n >> t.granule >= LARGE
+        if (first ^ (end - 1)) >> t.shift[2]:
+            self._check_tables(first, end, True)
+        while True:
+            if large or not t.plain:
+                status = self._remove(first, end, &at, b, &run)
+            else:
+                status = remove(t, first, end, &at, b, &run)
+            if likely(status <= STOPPED):
+                break
+            if status == FULL:
+                self._sync(b)
+            elif status == CUT:
+                self._break(&run)
+            elif at == first:
+                find(t, at, 3, &p)
+                raise self._stray(at, &p)
+            else:
+                break
+            # others may have used it meanwhile
+            self._wait()
+            if self.state & (NOT_READY | CLOSED):
+                return at - first
+        if gather is None or not t.active:
+            if self.own.page_lg2 or self.own.tables:
+                self._sync(&self.own)
+        if unlikely(t.n_notes >= KEPT):
+            self._wait()
+            self._reclaim()
+        return at - first
+
+    cdef int _check_tables(self, uint64_t at, uint64_t end, bint stop) except -1:
+        """Raise if a table on the way to a range is none."""
+        cdef Tree* t = &self.tree
+        cdef Path p
+        cdef int status
+        if t.plain and (end - at) >> t.granule < LARGE:
+            status = all_tables(t, &at, end, stop, &p)
+        else:
+            self._take()
+            try:
+                if t.plain:
+                    with nogil:
+                        status = all_tables(t, &at, end, stop, &p)
+                else:
+                    status = all_tables(t, &at, end, stop, &p)
+                self.pages._check()
+            finally:
+                self._give()
+        if status:
+            raise self._stray(at, &p)
+        return 0
+
+    cdef int _remove(self, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
+                     Run* run) except -1:
+        """Remove with the table held."""
+        cdef Tree* t = &self.tree
+        cdef int status
+        self._take()
+        try:
+            if t.plain:
+                with nogil:
+                    status = remove(t, first, end, at, b, run)
+            else:
+                status = remove(t, first, end, at, b, run)
+            self.pages._check()
+        finally:
+            self._give()
+        return status
+
+    cdef int _break(self, const Run* run) except -1:
+        """Break before make: a run has no leaves while it is flushed, then leaves without hint."""
+        cdef Tree* t = &self.tree
+        cdef uint64_t[LONGEST_RUN] kept
+        cdef uint64_t i, keep = ~D_CONTIGUOUS
+        self._take()
+        try:
+            for i in range(run.n):
+                if t.plain:
+                    kept[i] = le64(exchange64(t.host + run.entry + 8 * i, 0))
+                else:
+                    kept[i] = get(t, run.entry + 8 * i)
+                    put(t, run.entry + 8 * i, 0)
+            try:
+                self.pages._check()
+                self.flush(run.iova, run.iova + (run.n << run.shift) - 1, run.shift, False)
+            except BaseException:
+                keep = ~<uint64_t>0
+                raise
+            finally:
+                for i in range(run.n):
+                    put(t, run.entry + 8 * i, kept[i] & keep)
+        finally:
+            self._give()
+        return self.pages._check()
+
+    cdef int _reclaim(self) except -1:
+        """Give the tables back that became empty in pieces."""
+        if not self.tree.plain:
+            self._take()
+        reclaim(&self.tree, &self.own)
+        if not self.tree.plain:
+            self._give()
+            self.pages._check()
+        return self._sync(&self.own)
+
+    # --- look-up and dirty state ---
+
+    def iova_to_phys(self, iova):
+        """Where an input address goes; 0 where nothing is mapped.
+
+        Raises
+        ------
+        InputOutput
+            A descriptor on the way names what is no table of this object.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t at = number("iova", iova), pa
+        cdef int kind
+        if unlikely(self.state):
+            return self._look_up(at)
+        if unlikely(at > t.input_last):
+            return 0
+        pa = translate(t, at, &kind)
+        if likely(kind == KIND_LEAF):
+            return pa
+        if kind == KIND_FOREIGN:
+            return self._look_up(at)
+        return 0
+
+    cdef object _look_up(self, uint64_t at):
+        """iova_to_phys where that is not simple."""
+        cdef Path p
+        cdef int kind
+        cdef uint64_t pa
+        self._open()
+        if self.state & NOT_READY or at > self.tree.input_last:
+            return 0
+        if not self.tree.plain:
+            self._take()
+        kind = find(&self.tree, at, 3, &p)
+        if not self.tree.plain:
+            self._give()
+            self.pages._check()
+        if kind == KIND_FOREIGN:
+            raise self._stray(at, &p)
+        if kind == KIND_HOLE:
+            return 0
+        pa = low_mask(self.tree.shift[p.level])
+        return address_of(&self.tree, p.d) & ~pa | at & pa
+
+    def read_dirty(self, iova, size, *, clear=True, out=None):
+        """Tell which granules were written, by hardware, since they were last made clean.
+
+        A leaf is dirty when it is writable and hardware can track it.  It is so from the start:
+        what was just mapped counts as written.
+
+        Parameters
+        ----------
+        iova, size : int
+            Multiples of the granule; at least one.
+        clear : bool
+            Make clean what was dirty, and flush it while `active`.  A block stays dirty unless all
+            of it is in the range.
+        out : numpy.ndarray of bool, optional
+            Where to put the answer: writable, contiguous, one element for each granule.
+
+        Returns
+        -------
+        numpy.ndarray of bool
+            `out` or a new array, of shape (size / granule,); False where nothing is mapped.
+
+        Raises
+        ------
+        InvalidArgument
+            Stage 2; not aligned, size 0 or beyond `ias`; `out` does not fit.
+        NotSupported
+            The table was made without dirty.
+        InputOutput
+            A descriptor within the range names what is no table of this object.
+        Exception
+            What `flush` raised; what was dirty is clean then, and `out` says what was.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t first = number("iova", iova), n = number("size", size)
+        cdef cnp.npy_intp count
+        cdef uint8_t* data
+        cdef Dirty cleared
+        cdef bint clean = bool(clear)
+        memset(&cleared, 0, sizeof(cleared))
+        self._open()
+        if self.stage != 1:
+            raise InvalidArgument("stage", self.stage, text="dirty is tracked by stage 1 only")
+        if not self.dirty:
+            raise NotSupported("dirty", text="the page table was made without dirty")
+        if n == 0 or (first | n) & low_mask(t.granule):
+            raise InvalidArgument("size", size, text=(
+                f"iova {first:#x}, size {n:#x}: multiples of {1 << t.granule:#x} are allowed, "
+                "one at least"))
+        if first > t.input_last or n - 1 > t.input_last - first:
+            raise InvalidArgument("iova", iova, text=(
+                f"iova {first:#x}, size {n:#x}: beyond {t.input_last:#x}, the last of "
+                f"{self.ias} bits"))
+        count = n >> t.granule
+        if out is None:
+            out = cnp.PyArray_EMPTY(1, &count, cnp.NPY_BOOL, 0)
+        elif (not cnp.PyArray_Check(out) or cnp.PyArray_TYPE(out) != cnp.NPY_BOOL
+                or not cnp.PyArray_ISCARRAY(out) or cnp.PyArray_NDIM(out) != 1
+                or cnp.PyArray_DIM(out, 0) != count):
+            raise InvalidArgument("out", text=(
+                f"out must be a writable, contiguous numpy array of bool of shape ({count},)"))
+        data = <uint8_t*>cnp.PyArray_DATA(out)
+        if self.state & NOT_READY:
+            memset(data, 0, count)
+            return out
+        self._check_tables(first, first + n, False)
+        self._take()
+        try:
+            if t.plain and count >= LARGE:
+                with nogil:
+                    read_dirty_bits(t, first, first + n, clean, data, &cleared)
+            else:
+                read_dirty_bits(t, first, first + n, clean, data, &cleared)
+            self.pages._check()
+        finally:
+            self._give()
+        if cleared.page_lg2 and t.active:
+            self.flush(cleared.first, cleared.last, cleared.page_lg2, False)
+        return out
+
+    # --- what an STE or CD says of it ---
+
+    @property
+    def active(self):
+        """Whether hardware may have cached what the tables hold."""
+        return bool(self.tree.active)
+
+    @active.setter
+    def active(self, value):
+        cdef bint active = bool(value)
+        self._wait()
+        self.tree.active = active
+
+    @property
+    def root(self):
+        """Address of the first table: TTB0 or S2TTB; 0 while there is none."""
+        return self.tree.root
+
+    @property
+    def start_level(self):
+        """Level of the first table, 0 to 3."""
+        return self.tree.start
+
+    @property
+    def granule(self):
+        """Size of the smallest page of the format in bytes."""
+        return 1 << self.tree.granule
+
+    @property
+    def page_sizes(self):
+        """Page sizes that map() uses, as a bitmap."""
+        return sum(1 << self.tree.shift[level] for level in range(4)
+                   if self.tree.used >> level & 1)
+
+    @property
+    def t0sz(self):
+        """CD.T0SZ or STE.S2T0SZ."""
+        return 64 - self.ias
+
+    @property
+    def tg(self):
+        """CD.TG0 or STE.S2TG."""
+        return TG[self.tree.granule]
+
+    @property
+    def sl0(self):
+        """STE.S2SL0; 0 for stage 1, which has no such field."""
+        if self.stage == 1:
+            return 0
+        return (2 if self.tree.granule == 12 else 3) - self.tree.start
+
+    @property
+    def ps(self):
+        """CD.IPS or STE.S2PS."""
+        return SIZES.index(self.oas)
+
+    @property
+    def mair(self):
+        """CD.MAIR: non-cacheable, write-back, Device-nGnRE, inner non-cacheable; 0 for stage 2."""
+        return 0xF404_FF44 if self.stage == 1 else 0
+
+    @property
+    def irgn(self):
+        """CD.IR0 or STE.S2IR0."""
+        return 1 if self.coherent else 0
+
+    @property
+    def orgn(self):
+        """CD.OR0 or STE.S2OR0."""
+        return 1 if self.coherent else 0
+
+    @property
+    def sh(self):
+        """CD.SH0 or STE.S2SH0."""
+        return 3 if self.coherent else 2
+
+    @property
+    def mapped(self):
+        """Bytes that map mapped and unmap has not unmapped."""
+        return self.tree.mapped
+
+    @property
+    def table_bytes(self):
+        """Bytes of all tables, those included that wait for a flush."""
+        return self.tree.table_bytes
+
+
+@cython.final
+@cython.auto_pickle(False)
+@cython.no_gc_clear  # as the page table
+cdef class Gather:
+    """What unmaps have removed and is not flushed yet; a context manager that flushes at its end.
+
+    A range that does not continue what was gathered, or that has pages of another size, flushes
+    what was there first.
+
+    Parameters
+    ----------
+    table : PageTable
+
+    Examples
+    --------
+    >>> from smmufast import Memory
+    >>> from smmufast._tables import Gather, Pages, PageTable
+    >>> class Domain(PageTable):
+    ...     def flush(self, first, last, page_lg2, tables):
+    ...         print(hex(first), hex(last), page_lg2, tables)
+    >>> memory = Memory()
+    >>> memory.add_private(0x8000_0000, 1 << 20)
+    >>> domain = Domain(Pages(memory, 0x8000_0000, 1 << 20))
+    >>> domain.map(0x1000, 0x4000_0000, 0x3000)
+    >>> domain.active = True
+    >>> with Gather(domain) as gather:
+    ...     total = domain.unmap(0x1000, 0x1000, gather) + domain.unmap(0x2000, 0x2000, gather)
+    0x1000 0x3fff 12 False
+    """
+
+    def __init__(self, PageTable table not None):
+        if self.table is not None:
+            raise InvalidArgument("table", text="the gather has its page table already")
+        self.table = table
+        self.epoch = table.epoch
+
+    def __dealloc__(self):
+        # what was not flushed is flushed with what the table removes next
+        if self.table is not None and self.epoch == self.table.epoch:
+            self.table._merge(&self.table.own, &self.batch)
+
+    cdef void _renew(self) noexcept:
+        """Forget what a page table has given back on its own."""
+        if self.epoch != self.table.epoch:
+            self.epoch = self.table.epoch
+            memset(&self.batch, 0, sizeof(Batch))
+
+    def sync(self):
+        """Flush what was gathered, and give back the tables that were removed.
+
+        If `flush` raises, it stays gathered.
+        """
+        if self.table is None:
+            raise InvalidArgument("table", text="the gather has no page table")
+        self._renew()
+        self.table._wait()
+        self.table._sync(&self.batch)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.sync()
