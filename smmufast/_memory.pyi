@@ -22,9 +22,7 @@ class MemoryRegion(NamedTuple):
 @final
 class Memory:
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
-    def add(
-        self, buffer: _Bytes, base: SupportsIndex, *, readonly: bool | None = None
-    ) -> None: ...
+    def add(self, buffer: _Bytes, base: SupportsIndex, *, readonly: bool | None = None) -> None: ...
     def add_private(
         self,
         base: SupportsIndex = 0,

@@ -270,15 +270,26 @@ class StreamWorld(enum.IntEnum):
 
 # --- codes that several fields share ------------------------------------------------------------
 
-_SH = {0: "NSH: non-shareable", 1: "reserved: as NSH", 2: "OSH: outer shareable",
-       3: "ISH: inner shareable"}
+_SH = {
+    0: "NSH: non-shareable",
+    1: "reserved: as NSH",
+    2: "OSH: outer shareable",
+    3: "ISH: inner shareable",
+}
 _SH_OVERRIDE = {0: "NSH", 1: "INCOMING: as the transaction has it", 2: "OSH", 3: "ISH"}
-_WALK_CACHE = {0: "NC: non-cacheable", 1: "WB_RA_WA: write-back, read and write allocate",
-               2: "WT: write-through, read allocate", 3: "WB_RA: write-back, no write allocate"}
-_CD_CACHE = {0: "NC: non-cacheable", 1: "WB_RA: write-back, read allocate",
-             2: "WT_RA: write-through, read allocate", 3: "WB: write-back, no read allocate"}
-_QUEUE_CACHE = {0: "NC: non-cacheable", 1: "WB: write-back", 2: "WT: write-through",
-                3: "reserved"}
+_WALK_CACHE = {
+    0: "NC: non-cacheable",
+    1: "WB_RA_WA: write-back, read and write allocate",
+    2: "WT: write-through, read allocate",
+    3: "WB_RA: write-back, no write allocate",
+}
+_CD_CACHE = {
+    0: "NC: non-cacheable",
+    1: "WB_RA: write-back, read allocate",
+    2: "WT_RA: write-through, read allocate",
+    3: "WB: write-back, no read allocate",
+}
+_QUEUE_CACHE = {0: "NC: non-cacheable", 1: "WB: write-back", 2: "WT: write-through", 3: "reserved"}
 _TG0 = {0: "4K", 1: "64K", 2: "16K", 3: "reserved"}
 _TG1 = {0: "reserved", 1: "16K", 2: "4K", 3: "64K"}
 #: Bits of address that the codes of CD.IPS, STE.S2PS and IDR5.OAS stand for.

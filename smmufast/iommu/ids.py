@@ -5,6 +5,7 @@ Which number is handed out is the driver's own choice: the lowest free one, and 
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from smmufast._pasid import PasidAllocator, PasidError, PasidExhausted
@@ -83,7 +84,7 @@ class IdSpace:
         InvalidArgument
             It is not 1 to ``2**bits - 1``.
         """
-        number = number.__index__()
+        number = index(number)
         if not 0 < number < self._ids.size:
             raise InvalidArgument(self.name, number, f"1 to {self._ids.size - 1}")
         try:
@@ -118,7 +119,7 @@ class IdSpace:
             raise self._unknown(number) from None
 
     def _unknown(self, number: SupportsIndex) -> NoEntry:
-        value = number.__index__()
+        value = index(number)
         return NoEntry(self.name, value, text=f"{self.name} {value:#x} is not taken")
 
     @property

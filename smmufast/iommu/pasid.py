@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any, Final, Protocol, SupportsIndex
 
 import numpy as np
@@ -208,6 +209,7 @@ class PasidSet:
         self._members: set[int] = set()
         self._spids: dict[int, int] = {}
         self._notifiers: _Chain = ()
+        self._kept = 0  # how many calls need it to stay, even without IDs
         self._plain: _Owner = (self, None)  # shared by all of its IDs that have no data
 
     def adjust(self, quota: int) -> None:
@@ -274,7 +276,7 @@ class PasidSet:
         Busy
             `get`, and the ID is being freed.
         """
-        spid = spid.__index__()
+        spid = index(spid)
         with self.space._lock:
             if spid not in self._spids:
                 raise NoEntry("spid", spid, "a number that attach_spid() gave to an ID of the set")
@@ -491,7 +493,7 @@ class PasidSpace:
         NoDevice
             The policy switched PASIDs off for this device (F22).
         """
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         bound = self._bound(device_max_pasids)
         if pasid >= bound:
             limit = f"1 to {bound - 1}" if bound else "none: the device has no PASIDs"
@@ -582,7 +584,7 @@ class PasidSpace:
         NoSpace, InvalidArgument
             As `alloc`; `count` may not be negative.
         """
-        count = count.__index__()
+        count = index(count)
         if count < 0:
             raise InvalidArgument("count", count, "0 or more")
         first, most = self._range(min, max)
@@ -624,7 +626,7 @@ class PasidSpace:
         Exception
             What the backend refused it with; what a notifier raised, after all were told.
         """
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         with self._lock:
             owner = self._member(pasid, pasid_set)
             if pasid not in self._references:
@@ -723,7 +725,7 @@ class PasidSpace:
         AccessDenied
             It belongs to another set.
         """
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         with self._lock:
             if pasid not in self._ids:
                 raise InvalidArgument("pasid", pasid, _ALLOCATED)
@@ -737,7 +739,7 @@ class PasidSpace:
 
         An ID that is not allocated, or of another set, is left alone.
         """
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         with self._lock:
             try:
                 owner = self._member(pasid, pasid_set)
@@ -755,7 +757,7 @@ class PasidSpace:
 
     def state(self, pasid: SupportsIndex) -> PasidState:
         """Return the state of an ID; FREE for what never can be one, too."""
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         with self._lock:
             if pasid not in self._ids:
                 return PasidState.FREE
@@ -765,7 +767,7 @@ class PasidSpace:
 
     def references(self, pasid: SupportsIndex) -> int:
         """Return how many references are held: 1 when it was just allocated, 0 when free."""
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         with self._lock:
             if pasid not in self._ids:
                 return 0
@@ -941,7 +943,7 @@ class PasidSpace:
         NoEntry
             The ID is not allocated.
         """
-        pasid, spid = pasid.__index__(), spid.__index__()
+        pasid, spid = index(pasid), index(spid)
         if not 0 <= spid < NO_SPID:
             raise InvalidArgument("spid", spid, f"0 to {NO_SPID - 1:#x}")
         with self._lock:
@@ -980,7 +982,7 @@ class PasidSpace:
         NoEntry
             The ID is not allocated, or has none.
         """
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         with self._lock:
             owner = self._owner(pasid)
             if owner is None or owner[0] is None or pasid not in self._spids:
@@ -991,7 +993,7 @@ class PasidSpace:
 
     def spid(self, pasid: SupportsIndex) -> int | None:
         """Return the guest's number of an ID, None if it has none."""
-        return self._spids.get(pasid.__index__())
+        return self._spids.get(index(pasid))
 
     # --- notifiers ---
 
@@ -1095,7 +1097,7 @@ class PasidSpace:
         Exception
             What a notifier raised, after all were told.
         """
-        pasid = pasid.__index__()
+        pasid = index(pasid)
         if change not in (PasidChange.BIND, PasidChange.UNBIND):
             raise InvalidArgument("change", change, "PasidChange.BIND or PasidChange.UNBIND")
         with self._lock:
@@ -1170,14 +1172,14 @@ class PasidSpace:
         try:
             owner: _Owner | None = self._ids.find(pasid)
         except PasidError:
-            raise NoEntry("pasid", pasid.__index__(), _ALLOCATED) from None
+            raise NoEntry("pasid", index(pasid), _ALLOCATED) from None
         return owner
 
     def _member(self, pasid: SupportsIndex, pasid_set: PasidSet | None) -> _Owner | None:
         """As `_owner`, and AccessDenied unless the ID is of this set, or of any."""
         owner = self._owner(pasid)
         if pasid_set is not None and (owner is None or owner[0] is not pasid_set):
-            pasid = pasid.__index__()
+            pasid = index(pasid)
             raise AccessDenied("pasid", pasid, text=f"pasid {pasid:#x} belongs to another set")
         return owner
 
@@ -1193,12 +1195,12 @@ class PasidSpace:
 
     @staticmethod
     def _range(min: SupportsIndex, max: SupportsIndex | None) -> tuple[int, int | None]:
-        first = min.__index__()
+        first = index(min)
         if first < 1:
             raise InvalidArgument("min", first, f"1 to {LAST:#x}")
         if max is None:
             return first, None
-        most = max.__index__()
+        most = index(max)
         if most < first:
             raise InvalidArgument("max", most, f"min, {first:#x}, or more")
         return first, most
@@ -1274,27 +1276,27 @@ class PasidSpace:
         text = f"pasid: fewer than {count} are free in {first:#x} to {last:#x}"
         return NoSpace("pasid", count, text=text)
 
-    def _free(self, freed: dict[int, _Owner | None], keep_sets: bool = False) -> _Told:
+    def _free(self, freed: dict[int, _Owner | None]) -> _Told:
         """Free what nobody else holds, and make the rest pending: who is to be told of it."""
         freed = {pasid: owner for pasid, owner in freed.items() if pasid not in self._pending}
         held = [pasid for pasid in freed if pasid in self._references]
         idle = {pasid: freed[pasid] for pasid in freed if pasid not in self._references}
-        self._release(idle, keep_sets)
+        self._release(idle)
         self._pending.update(held)
         return [
             told for pasid in held for told in self._told(PasidChange.FREE, pasid, freed[pasid])
         ]
 
-    def _release(self, freed: dict[int, _Owner | None], keep_sets: bool = False) -> None:
+    def _release(self, freed: dict[int, _Owner | None]) -> None:
         """Make IDs free, which a backend may refuse."""
         if not self._backends:
-            self._forget(freed, keep_sets)
+            self._forget(freed)
             return
         for pasid, owner in freed.items():
             self._backends[0][0].free(pasid)
-            self._forget({pasid: owner}, keep_sets)
+            self._forget({pasid: owner})
 
-    def _forget(self, freed: dict[int, _Owner | None], keep_sets: bool = False) -> None:
+    def _forget(self, freed: dict[int, _Owner | None]) -> None:
         """Make IDs free, with all that is known of them; sets that have no more IDs end."""
         if len(freed) == 1:
             self._ids.free(*freed)
@@ -1316,7 +1318,7 @@ class PasidSpace:
             for pasid in pasids if pasid_set._spids else ():
                 if pasid in self._spids:
                     self._unlink(pasid, pasid_set)
-            if not pasid_set._members and not keep_sets:
+            if not pasid_set._members and not pasid_set._kept:
                 self._end(pasid_set)
 
     def _unlink(self, pasid: int, pasid_set: PasidSet) -> None:
@@ -1355,12 +1357,18 @@ class PasidSpace:
                 for _, _, notifier in chain:
                     notifier(notice)
         except BaseException:
+            # Who holds references must hear of it; one error is enough.  The set was there before.
+            kept = () if pasid_set is None else (pasid_set,)
             with self._lock:
+                for each in kept:
+                    each._kept += 1
                 freed = {pasid: self._owner(pasid) for pasid in pasids if pasid in self._ids}
-                told = self._free(freed, keep_sets=True)
-            # They hold references and so must hear of it; one error is enough.
+                told = self._free(freed)
             with suppress(Exception):
                 _tell(told)
+            with self._lock:
+                for each in kept:
+                    each._kept -= 1
             raise
 
     # --- copies ---
