@@ -4,6 +4,7 @@ import errno
 import threading
 
 import pytest
+from test_iommu_domains import refused, words
 
 from smmufast import Caches, Features, layout
 from smmufast.iommu import (
@@ -16,7 +17,6 @@ from smmufast.iommu import (
     Device,
     OutOfMemory,
 )
-from test_iommu_domains import refused, words
 
 RAM = 0x8000_0000
 
@@ -154,7 +154,7 @@ def test_f18_running_out_of_pasids_is_einval_and_leaves_nothing(systems):
 
 def test_f18_every_allocation_of_an_aux_attach_may_fail(systems):
     system = systems(profile=AUX, caches=Caches.server)
-    device, main = ready(system, pasid_bits=16)
+    device, _main = ready(system, pasid_bits=16)
     blocker = system.paging_domain()
     device.enabled_features["AUX"] = (2000, 3000)  # a leaf that is not there yet
     nth = 0
@@ -291,7 +291,7 @@ def test_f19_a_device_that_joins_the_parent_is_invalidated_too(systems):
 
 def test_between_the_cd_write_and_the_atc_invalidation_no_other_attach_gets_in(systems):
     system = systems(profile=AUX, caches=Caches.server)
-    device, main = ready(system, ats=True)
+    device, _main = ready(system, ats=True)
     aux, other = system.paging_domain(), system.paging_domain()
     device.attach_aux(aux)
     aux.map(0x1000, RAM, 0x1000)

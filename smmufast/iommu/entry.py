@@ -148,11 +148,10 @@ def _ttb0(table: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
-_QUIET_CLEAR = [
-    layout.pack("CD", **dict.fromkeys(("T0SZ",), 63))
-    | layout.pack("CD", TG0=3, IR0=3, OR0=3, SH0=3),
+_QUIET_CLEAR: Final = (
+    layout.pack("CD", T0SZ=63, TG0=3, IR0=3, OR0=3, SH0=3),
     layout.pack("CD", TTB0=(1 << 56) - 16) >> 64,
-]
+)
 
 
 def cd_quiet(words: Sequence[int], *, stall_force: bool) -> Words:

@@ -14,6 +14,8 @@ from smmufast import layout
 from smmufast.iommu.domain import PagingDomain, SvaDomain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from smmufast.iommu.device import Device
     from smmufast.iommu.system import Iommu
 
@@ -159,14 +161,13 @@ def _answer(fault: PageFault, raised: list[BaseException]) -> str:
         domain = device.aux.get(fault.pasid) or device.group.at(fault.pasid)
     else:
         domain = device.domain
+    handler: Callable[[PageFault], bool | str] | None = None
     if isinstance(domain, SvaDomain):
         if fault.pasid is None or domain.space.exited:
             return "invalid"
         handler = domain.space.handler
     elif isinstance(domain, PagingDomain):
         handler = domain.iopf
-    else:
-        handler = None
     if handler is None:
         return "failure" if not isinstance(domain, SvaDomain) else "invalid"
     try:
@@ -200,7 +201,7 @@ def _page_request(iommu: Iommu, record: bytes, raised: list[BaseException]) -> N
                 bool(fields["Priv"]),
                 group,
                 bool(fields["Last"]),
-            )  # fmt: skip
+            )
         )
     if not fields["Last"]:
         return

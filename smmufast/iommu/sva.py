@@ -12,13 +12,12 @@ from smmufast._tables import Pages, PageTable
 from smmufast.errors import (
     Busy,
     InvalidArgument,
-    NoDevice,
     NoProcess,
     NoSpace,
     NotSupported,
     PasidOverflow,
 )
-from smmufast.iommu.domain import PagingDomain, SvaDomain
+from smmufast.iommu.domain import Domain, PagingDomain, SvaDomain
 from smmufast.iommu.group import AttachHandle
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ _GEOMETRY = ("root", "t0sz", "tg", "ps", "mair", "irgn", "orgn", "sh")
 
 
 class ProcessTable(PageTable):
-    """The page table of a process: what it unmaps is invalidated for every device that shares it."""
+    """The page table of a process: what it unmaps is invalidated for all who share it."""
 
     def __init__(self, space: AddressSpace, pages: Pages, **geometry: Any) -> None:
         super().__init__(pages, stage=1, **geometry)
@@ -94,7 +93,7 @@ class AddressSpace:
         orgn: int = 1,
         sh: int = 3,
         asid: int | None = None,
-        handler: Callable[[PageFault], bool] | None = None,
+        handler: Callable[[PageFault], bool | str] | None = None,
     ) -> None:
         self.table: PageTable | None = None
         self.root = ttb
@@ -115,7 +114,7 @@ class AddressSpace:
         system: System,
         *,
         asid: int | None = None,
-        handler: Callable[[PageFault], bool] | None = None,
+        handler: Callable[[PageFault], bool | str] | None = None,
     ) -> Self:
         """Make a space with a page table of its own, `table`, as the system's processors have it.
 
@@ -377,10 +376,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
         return bond
 
 
-class _Kind:
+class _Kind(Domain):
     """Stands for an SVA domain that is not made yet."""
 
     kind = "sva"
-
-
-__all__ = ["AddressSpace", "Bond", "NoDevice", "ProcessTable", "bind"]

@@ -83,6 +83,7 @@ class Iommu:
     def __init__(self, system: System, smmu: Smmu, number: int) -> None:
         self.system = system
         self.smmu = smmu
+        self.queue: CommandQueue
         self.number = number
         self.memory = smmu.memory
         features = smmu.features
@@ -95,8 +96,8 @@ class Iommu:
         self.can_stall = features.stall_model != 1
         self.stall_force = features.stall_model == 2
         self.e2h = system.e2h and bool(features.hyp)
-        self.asids = system.asids
-        self.vmids = IdSpace(16 if features.vmid16 else 8, "vmid")
+        self.asids: IdSpace = system.asids
+        self.vmids: IdSpace = IdSpace(16 if features.vmid16 else 8, "vmid")
         self.devices: dict[int, Device] = {}
         self._leaves: dict[int, int] = {}
         self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}

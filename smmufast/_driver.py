@@ -1,0 +1,547 @@
+"""What a driver tells an SMMU: commands, entries changed while it looks, invalidations.
+
+The command queue is IHI 0070 3.5 and 4; the used bits of an STE and a CD are those of 5.2 and
+5.4 that its other fields make the SMMU read.  How few stores and CMD_SYNCs an update takes, and
+how invalidations are gathered, is not architectural: it follows what Linux does (F44, F58 to F60).
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from smmufast import layout
+from smmufast.errors import InputOutput, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from smmufast._memory import Memory
+    from smmufast._smmu import Smmu
+
+S1_ASID: Final = 0
+S2_VMID: Final = 1
+S2_VMID_S1_CLEAR: Final = 2
+ATS: Final = 3
+ATS_FULL: Final = 4
+
+_ALL: Final = (1 << 64) - 1
+_CERRORS: Final = {
+    0: "no error", 1: "illegal command", 2: "abort of a command fetch", 3: "ATC timeout",
+}  # fmt: skip
+
+
+class CommandQueue:
+    """The driver's end of a command queue: commands gather until one CMD_SYNC.
+
+    Parameters
+    ----------
+    smmu : Smmu
+    base : int
+        Address of the ring in the SMMU's memory, aligned to its size.
+    size_lg2 : int
+        log2 of the number of commands of 16 bytes.
+
+    Attributes
+    ----------
+    issued, syncs : int
+        Commands so far, and how many of them were CMD_SYNC.
+    log : list or None
+        A list gets (name, fields) of every command.
+    lock : RLock
+        Held from a batch's first command to its CMD_SYNC.
+    """
+
+    def __init__(self, smmu: Smmu, base: int, size_lg2: int) -> None:
+        self.smmu = smmu
+        self.memory = smmu.memory
+        self.base = base
+        self.size_lg2 = size_lg2
+        self.prod = 0
+        self.issued = 0
+        self.syncs = 0
+        self.log: list[tuple[str, dict[str, int]]] | None = None
+        self.lock = threading.RLock()
+        self._mask = (2 << size_lg2) - 1
+        self._free = 1 << size_lg2
+
+    def start(self) -> None:
+        """Tell the SMMU where the queue is; CR0.CMDQEN must be 0."""
+        self.smmu.write("CMDQ_BASE", self.base | 1 << 62 | self.size_lg2, 8)
+        self.smmu.write("CMDQ_PROD", 0)
+        self.smmu.write("CMDQ_CONS", 0)
+        self.prod = 0
+        self._free = 1 << self.size_lg2
+
+    def issue(self, name: str, **fields: int) -> None:
+        """Put a command into the queue, by its name and fields in `smmufast.layout`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            No such command or field, or a value that does not fit.
+        """
+        word = layout.pack(layout.command_record(name), **fields)
+        if self.log is not None:
+            self.log.append((name, layout.unpack(layout.command_record(name), word)))
+        self._put(word)
+
+    def put(self, word0: int, word1: int) -> None:
+        """Put a command of two dwords into the queue."""
+        if not (0 <= word0 <= _ALL and 0 <= word1 <= _ALL):
+            raise InvalidArgument("word0", word0, "dwords of 64 bits")
+        self._put(word0 | word1 << 64)
+
+    def _put(self, word: int) -> None:
+        with self.lock:
+            if not self._free:
+                self._ring()
+            slot = self.prod & self._mask >> 1
+            self.memory.write(self.base + 16 * slot, word.to_bytes(16, "little"))
+            self.prod = self.prod + 1 & self._mask
+            self._free -= 1
+            self.issued += 1
+
+    def _ring(self) -> None:
+        """Write PROD, and see that the SMMU has consumed everything."""
+        self.smmu.write("CMDQ_PROD", self.prod)
+        cons = self.smmu.read("CMDQ_CONS")
+        if (self.smmu.read("GERROR") ^ self.smmu.read("GERRORN")) & 1:
+            self._recover(cons)
+        if cons & self._mask != self.prod:
+            raise InputOutput("queue", self, text="the SMMU does not consume commands: CMDQEN?")
+        self._free = 1 << self.size_lg2
+
+    def _recover(self, cons: int) -> None:
+        """Put a CMD_SYNC where the error is, acknowledge it, go on, and say what it was."""
+        slot = cons & self._mask >> 1
+        address = self.base + 16 * slot
+        bad = int.from_bytes(self.memory.read(address, 16), "little")
+        self.memory.write(address, layout.pack("SYNC").to_bytes(16, "little"))
+        self.smmu.write("GERRORN", self.smmu.read("GERRORN") ^ 1)
+        self.smmu.write("CMDQ_PROD", self.prod)
+        self._free = 1 << self.size_lg2
+        reason = _CERRORS.get(cons >> 24 & 0x7F, "unknown error")
+        raise InputOutput(
+            "command", bad, text=f"command {bad & 0xFF:#x} ({bad:#034x}) was refused: {reason}"
+        )
+
+    def submit(self) -> None:
+        """Let the SMMU consume what was issued, without a CMD_SYNC; errors as `sync`."""
+        with self.lock:
+            self._ring()
+
+    def sync(self) -> None:
+        """Issue CMD_SYNC and wait until everything before it is done.
+
+        Raises
+        ------
+        InputOutput
+            A command was refused; the queue works again.
+        Exception
+            Whatever a host's callback raises while commands are consumed.
+        """
+        with self.lock:
+            self._put(layout.pack("SYNC"))
+            if self.log is not None:
+                self.log.append(("SYNC", {}))
+            self.syncs += 1
+            self._ring()
+
+
+class Update(NamedTuple):
+    """How an entry was changed: CMD_SYNCs that it took, and whether it was valid throughout."""
+
+    syncs: int
+    hitless: bool
+
+
+def _field(record: str, *names: str) -> list[int]:
+    """Masks of the eight dwords that some fields of a record take."""
+    masks = [0] * 8
+    for name in names:
+        field = next(f for f in layout.record(record).fields if f.name == name)
+        mask = (1 << field.msb + 1) - (1 << field.lsb)
+        for i in range(8):
+            masks[i] |= mask >> 64 * i & _ALL
+    return masks
+
+
+_STE_V = _field("STE", "V")
+_STE_CONFIG = _field("STE", "V", "Config")
+_STE_S1 = _field(
+    "STE", "S1Fmt", "S1ContextPtr", "S1CDMax", "S1DSS", "S1CIR", "S1COR", "S1CSH", "S1STALLD",
+    "STRW", "EATS", "MEV", "S2VMID",
+)  # fmt: skip
+_STE_S2 = _field(
+    "STE", "S2FWB", "EATS", "SHCFG", "MEV", "S2VMID", "S2T0SZ", "S2SL0", "S2IR0", "S2OR0", "S2SH0",
+    "S2TG", "S2PS", "S2AA64", "S2ENDI", "S2PTW", "S2S", "S2R", "S2TTB",
+)  # fmt: skip
+_STE_SHCFG = _field("STE", "SHCFG")
+_STE_MEV = _field("STE", "MEV")
+_STE_EATS = _field("STE", "EATS")
+_CD_V = _field("CD", "V")
+_CD_TTB0 = _field("CD", "T0SZ", "TG0", "IR0", "OR0", "SH0", "TTB0")
+_CD_EPD0 = _field("CD", "EPD0")[0]
+_S2S = _field("STE", "S2S")[2]
+
+
+def ste_used(words: Sequence[int]) -> list[int]:
+    """The bits of an STE that the SMMU reads, as masks of its eight dwords."""
+    if not words[0] & 1:
+        return list(_STE_V)
+    used = list(_STE_CONFIG)
+    config = words[0] >> 1 & 7
+    parts = []
+    if config & 4:
+        if config & 1:
+            parts.append(_STE_S1)
+            if words[1] & 3 == 1:
+                parts.append(_STE_SHCFG)
+        if config & 2:
+            parts.append(_STE_S2)
+        if config == 4:
+            parts.append(_STE_SHCFG)
+    for part in parts:
+        used = [a | b for a, b in zip(used, part, strict=True)]
+    return used
+
+
+def ste_safe(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """The bits of an STE that may change at any time, though both values use them."""
+    safe = list(_STE_MEV)
+    low, high = _STE_EATS[1] & -_STE_EATS[1], _STE_EATS[1] & _STE_EATS[1] << 1
+    if not (old[1] | new[1]) & high and not (old[2] | new[2]) & _S2S:
+        safe[1] |= low
+    return safe
+
+
+def cd_used(words: Sequence[int]) -> list[int]:
+    """The bits of a CD that the SMMU reads, as masks of its eight dwords."""
+    if not words[0] & _CD_V[0]:
+        return list(_CD_V)
+    if words[0] & _CD_EPD0:
+        return [_ALL & ~mask for mask in _CD_TTB0]
+    return [_ALL] * 8
+
+
+class EntryWriter:
+    """Changes STEs and CDs so that the SMMU, which may read them at any time, sees no torn one.
+
+    Parameters
+    ----------
+    queue : CommandQueue
+    memory : Memory
+    safe_bits : bool
+        Use the bits that may change at any time.
+
+    Attributes
+    ----------
+    observer : callable or None
+        Called as ``observer(address, index, old_words)`` after each store of a dword.
+    """
+
+    def __init__(self, queue: CommandQueue, memory: Memory, *, safe_bits: bool = True) -> None:
+        self.queue = queue
+        self.memory = memory
+        self.safe_bits = safe_bits
+        self.observer: Callable[[int, int, tuple[int, ...]], object] | None = None
+
+    def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
+        """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
+
+        def sync() -> None:
+            self.queue.issue("CFGI_STE", StreamID=sid, Leaf=1)
+            self.queue.sync()
+
+        return self._write(address, words, ste_used, ste_safe if self.safe_bits else None, sync)
+
+    def write_cd(
+        self, address: int, words: Sequence[int], sids: Iterable[int], ssid: int
+    ) -> Update:
+        """Make the CD at `address` eight dwords; CFGI_CD of each stream at each step."""
+
+        def sync() -> None:
+            for sid in sids:
+                self.queue.issue("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=1)
+            self.queue.sync()
+
+        return self._write(address, words, cd_used, None, sync)
+
+    def _write(
+        self,
+        address: int,
+        target: Sequence[int],
+        used: Callable[[Sequence[int]], list[int]],
+        safe: Callable[[Sequence[int], Sequence[int]], list[int]] | None,
+        sync: Callable[[], None],
+    ) -> Update:
+        with self.queue.lock:
+            data = self.memory.read(address, 64)
+            now = [int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(8)]
+            now_used, target_used = used(now), used(target)
+            if safe is not None:
+                for i, mask in enumerate(safe(now, target)):
+                    now_used[i] &= ~(mask & target_used[i])
+            ahead = [a & mask | b & ~mask for a, b, mask in zip(now, target, now_used, strict=True)]
+            critical = [i for i in range(8) if (ahead[i] ^ target[i]) & target_used[i]]
+            if not critical:
+                steps = [(range(8), target)]
+            elif len(critical) == 1:
+                (i,) = critical
+                steps = [
+                    ([k for k in range(8) if k != i], ahead), ([i], target), (range(8), target),
+                ]  # fmt: skip
+            else:
+                steps = [([0], [0] * 8), (range(1, 8), target), ([0], target)]
+            syncs, hitless = 0, True
+            for indices, wanted in steps:
+                changed = False
+                for i in indices:
+                    if now[i] != wanted[i]:
+                        old = tuple(now)
+                        self.memory.write_u64(address + 8 * i, wanted[i])
+                        now[i] = wanted[i]
+                        changed = True
+                        if self.observer is not None:
+                            self.observer(address, i, old)
+                if changed:
+                    sync()
+                    syncs += 1
+                    hitless = hitless and now[0] != 0
+            return Update(syncs, hitless)
+
+
+class Entry(NamedTuple):
+    """Something that may have cached a domain, and how often it is in use."""
+
+    queue: CommandQueue
+    kind: int
+    id: int
+    ssid: int
+    users: int
+
+
+_Key = tuple[int, int, int, int]
+
+
+class Invalidations:
+    """Where a domain may be cached: TLB tags of SMMUs, ATCs of streams; sorted, counted.
+
+    `merge` and `purge` make new ones; `unref` leaves entries that nobody uses as trash, so that
+    whoever reads the array meanwhile sees no entry move.
+    """
+
+    def __init__(self, entries: Iterable[tuple[CommandQueue, int, int, int]] = ()) -> None:
+        self._keys: list[_Key] = []
+        self._users: list[int] = []
+        self._queues: dict[int, CommandQueue] = {}
+        for queue, kind, number, ssid in entries:
+            self.insert(queue, kind, number, ssid)
+
+    def _key(self, queue: CommandQueue, kind: int, number: int, ssid: int) -> _Key:
+        for order, known in self._queues.items():
+            if known is queue:
+                return order, kind, number, ssid
+        order = queue.base  # where it lies: the same in every array
+        self._queues[order] = queue
+        return order, kind, number, ssid
+
+    def insert(self, queue: CommandQueue, kind: int, number: int, ssid: int = 0) -> int:
+        """Count one more user of an entry; return how many it has."""
+        key = self._key(queue, kind, number, ssid)
+        keys = self._keys
+        at = len(keys) if not keys or keys[-1] < key else bisect_left(keys, key)
+        if at < len(keys) and keys[at] == key:
+            self._users[at] += 1
+        else:
+            keys.insert(at, key)
+            self._users.insert(at, 1)
+        return self._users[at]
+
+    def remove(self, queue: CommandQueue, kind: int, number: int, ssid: int = 0) -> int:
+        """Count one user less; the last takes the entry with it.  Return how many are left.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no such entry.
+        """
+        key = self._key(queue, kind, number, ssid)
+        at = bisect_left(self._keys, key)
+        if at == len(self._keys) or self._keys[at] != key or not self._users[at]:
+            raise InvalidArgument("entry", key, text=f"no entry {key} is in use")
+        self._users[at] -= 1
+        left = self._users[at]
+        if not left:
+            del self._keys[at], self._users[at]
+        return left
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All entries in order, trash among them."""
+        return [
+            Entry(self._queues[order], kind, number, ssid, users)
+            for (order, kind, number, ssid), users in zip(self._keys, self._users, strict=True)
+        ]
+
+    @property
+    def trash(self) -> int:
+        """How many entries nobody uses."""
+        return self._users.count(0)
+
+    def merge(self, other: Invalidations) -> Invalidations:
+        """Return both together: users add up."""
+        both = dict(zip(self._keys, self._users, strict=True))
+        for key, users in zip(other._keys, other._users, strict=True):
+            both[key] = both.get(key, 0) + users
+        made = Invalidations()
+        made._queues = self._queues | other._queues
+        made._keys = sorted(both)
+        made._users = [both[key] for key in made._keys]
+        return made
+
+    def unref(self, other: Invalidations) -> int:
+        """Take the users of another one away, in place; return how much trash there is then.
+
+        Trash at the end is trimmed.
+        """
+        for key, users in zip(other._keys, other._users, strict=True):
+            at = bisect_left(self._keys, key)
+            if at == len(self._keys) or self._keys[at] != key or self._users[at] < users:
+                raise InvalidArgument("entry", key, text=f"no entry {key} is in use")
+            self._users[at] -= users
+        while self._users and not self._users[-1]:
+            del self._keys[-1], self._users[-1]
+        return self.trash
+
+    def purge(self) -> Invalidations | None:
+        """Return what is in use, without the trash; None if there is none."""
+        if not self.trash:
+            return None
+        made = Invalidations()
+        made._queues = dict(self._queues)
+        live = [(k, n) for k, n in zip(self._keys, self._users, strict=True) if n]
+        made._keys = [key for key, _ in live]
+        made._users = [users for _, users in live]
+        return made
+
+    def invalidate_all(self) -> None:
+        """Drop everything that may be cached: by tag, and whole ATCs of the PASIDs."""
+        self.invalidate(0, _ALL, 12, 12, False)
+
+    def invalidate(
+        self, first: int, last: int, granule_lg2: int, page_lg2: int, leaf: bool
+    ) -> None:
+        """Drop what may be cached of some addresses, everywhere; TLBs before ATCs.
+
+        Parameters
+        ----------
+        first, last : int
+            The range, inclusive.
+        granule_lg2 : int
+            Of the page table.
+        page_lg2 : int
+            Of the entries that were removed.
+        leaf : bool
+            Only leaf entries were removed, no table.
+        """
+        rows = [(order, row) for *row, users in self._rows() for order in (row[0],) if users]
+        queues = list(dict.fromkeys(order for order, _ in rows))
+        for ats in (False, True):
+            for order in queues:
+                queue = self._queues[order]
+                with queue.lock:
+                    any_ = False
+                    for other, (_, kind, number, ssid) in rows:
+                        if other != order or (kind >= ATS) != ats:
+                            continue
+                        _one(queue, kind, number, ssid, first, last, granule_lg2, page_lg2, leaf)
+                        any_ = True
+                    if any_:
+                        queue.sync()
+
+    def _rows(self) -> list[tuple[int, int, int, int, int]]:
+        return [(*key, users) for key, users in zip(self._keys, self._users, strict=True)]
+
+
+def atc_span(first: int, last: int) -> tuple[int, int]:
+    """The one power-of-two span of an ATC_INV that covers a range: address, Size field (F59)."""
+    if last - first >= 1 << 63:
+        return 0, 52
+    start, end = first >> 12, last >> 12
+    lg2 = (start ^ end).bit_length()
+    if lg2 >= 52:
+        return 0, 52
+    return (start >> lg2 << lg2) << 12, lg2
+
+
+def tlb_ranges(
+    first: int, last: int, granule_lg2: int, page_lg2: int, leaf: bool, ranges: bool
+) -> list[dict[str, int]] | None:
+    """The address fields of the TLBI commands that cover a range; None: the whole tag (F60)."""
+    size = last - first + 1
+    if size >= 1 << 52 or (not ranges and size >= 1 << (2 * granule_lg2 - 3)):
+        return None
+    if not ranges:
+        step = 1 << (page_lg2 if leaf else granule_lg2)
+        return [
+            {"Address": address, "Leaf": int(leaf)}
+            for address in range(first & -step, last + 1, step)
+        ]
+    address = first >> granule_lg2 << granule_lg2
+    pages = (last - address >> granule_lg2) + 1
+    if not leaf and pages & 31 == 1:
+        pages += 1
+    ttl = 4 - (page_lg2 - 3) // (granule_lg2 - 3) if leaf else 0
+    made = []
+    while pages:
+        scale = min((pages & -pages).bit_length() - 1, 31)
+        number = pages >> scale & 31
+        made.append(
+            {
+                "Address": address & (1 << 64) - 1,
+                "Leaf": int(leaf),
+                "Scale": scale,
+                "Num": number - 1,
+                "TG": (granule_lg2 - 10) // 2,
+                "TTL": ttl,
+            }
+        )
+        address += number << scale + granule_lg2
+        pages -= number << scale
+    return made
+
+
+def _one(
+    queue: CommandQueue, kind: int, number: int, ssid: int, first: int, last: int,
+    granule_lg2: int, page_lg2: int, leaf: bool,
+) -> None:  # fmt: skip
+    """Issue what one entry needs."""
+    if kind == ATS_FULL:
+        queue.issue("ATC_INV", StreamID=number, Size=52)
+    elif kind == ATS:
+        address, size = atc_span(first, last)
+        more = {"SSV": 1, "SubstreamID": ssid} if ssid else {}
+        queue.issue("ATC_INV", StreamID=number, Address=address, Size=size, **more)
+    elif kind == S2_VMID_S1_CLEAR:
+        queue.issue("TLBI_NH_ALL", VMID=number)
+    else:
+        features = queue.smmu.features
+        e2h = bool(queue.smmu.cr2 & 1)
+        fields = tlb_ranges(first, last, granule_lg2, page_lg2, leaf, bool(features.ril))
+        if kind == S2_VMID:
+            if fields is None:
+                queue.issue("TLBI_S12_VMALL", VMID=number)
+            for some in fields or ():
+                some["IPA"] = some.pop("Address")
+                queue.issue("TLBI_S2_IPA", VMID=number, **some)
+        elif fields is None:
+            queue.issue("TLBI_EL2_ASID" if e2h else "TLBI_NH_ASID", ASID=number)
+        else:
+            for some in fields:
+                queue.issue("TLBI_EL2_VA" if e2h else "TLBI_NH_VA", ASID=number, **some)
