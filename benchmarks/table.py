@@ -31,6 +31,7 @@ import bench_nested
 import bench_pasid
 import bench_queues
 import bench_start
+import bench_tables
 import bench_tlb
 import bench_translate
 import numpy
@@ -44,6 +45,7 @@ MODULES = (
     bench_queues,
     bench_pasid,
     bench_start,
+    bench_tables,
 )
 QUESTIONS = sorted(
     (question for module in MODULES for question in module.QUESTIONS),

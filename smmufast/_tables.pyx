@@ -11,7 +11,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 cimport numpy as cnp
 
-from smmufast._bits cimport le64, likely, load64, low_mask, unlikely
+from smmufast._bits cimport le64, likely, low_mask, unlikely
 from smmufast._layout cimport (
     pte_s1_set_af, pte_s1_set_ap1, pte_s1_set_ap2, pte_s1_set_attrindx, pte_s1_set_dbm,
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
@@ -583,7 +583,8 @@ cdef inline void batch_cover(Tree* t, Batch* b, uint64_t first, uint64_t last) n
     b.last = max(b.last, last)
 
 
-cdef inline bint batch_takes(Batch* b, uint64_t first, uint64_t last, unsigned int lg2) noexcept nogil:
+cdef inline bint batch_takes(
+        Batch* b, uint64_t first, uint64_t last, unsigned int lg2) noexcept nogil:
     """Let it cover pages of one size, if they continue what it covers."""
     if b.page_lg2 == 0:
         b.first, b.last, b.page_lg2 = first, last, lg2
@@ -685,6 +686,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
                 if t.active:
                     return CUT
                 run_break(t, run)
+                continue  # the other end may cut another one
         begin = at[0]
         last = begin + (n << shift) - 1
         if t.active and not batch_takes(b, begin, last, shift):
@@ -894,9 +896,9 @@ cdef int plan_segments(const Tree* t, uint64_t at, const Segment* segments, size
 
 cdef int allocate(Tree* t, Plan* plan) noexcept nogil:
     """Have all tables that a plan takes, before anything is written."""
-    cdef uint64_t k
+    cdef uint64_t _
     cdef uint32_t i
-    for k in range(plan.n_tables):
+    for _ in range(plan.n_tables):
         i = table_new(t)
         if i == 0:
             return NO_PAGES
@@ -977,7 +979,7 @@ cdef struct Dirty:
 
 cdef void read_dirty_bits(Tree* t, uint64_t iova, uint64_t end, bint clear, uint8_t* out,
                           Dirty* cleared) noexcept nogil:
-    """Fill `out` with a byte for each granule; make clean the dirty leaves that lie in the range."""
+    """Fill `out` with a byte for each granule; make clean the dirty leaves within the range."""
     cdef Path p
     cdef uint64_t at = iova, beyond, k
     cdef int kind
@@ -1185,7 +1187,7 @@ cdef class PageTable:
             t.start += 1
         if bits - t.shift[t.start] > t.stride + 4:
             raise InvalidArgument("ias", ias, text=(
-                f"ias is {ias}: stage 2 would need more than 16 tables side by side with oas {oas}"))
+                f"ias is {ias}: with oas {oas}, stage 2 needs more than 16 tables side by side"))
         t.root_offsets = 8 * low_mask(bits - t.shift[t.start])
         t.root_bytes = max(t.root_offsets + 8, <uint64_t>1 << SMALLEST_LG2)
         t.offsets = 8 * low_mask(t.stride)

@@ -1,0 +1,261 @@
+"""Page tables of the driver half, beside bare stores in plain C and methods that do nothing."""
+
+import functools
+from functools import partial
+
+import baseline
+import numpy as np
+from questions import LIBRARY, Question, Run
+
+TABLES = 0x8000_0000
+PAGE = 4096
+SPAN = 512 * PAGE  # of a leaf table
+RANGES = 64  # a call is of so many ranges
+CALLS = 4096  # or of so many pages
+GIB = 1 << 30
+PA = 0x1_0000_1000  # no block fits
+
+
+@functools.cache
+def module():
+    """Return _stores."""
+    return baseline.load("_stores", "baseline_stores")
+
+
+def table(size=1 << 24, **keywords):
+    """Return a PageTable in memory of its own."""
+    from smmufast import Memory
+    from smmufast._tables import Pages, PageTable
+
+    memory = Memory()
+    memory.add_private(TABLES, size)
+    return PageTable(Pages(memory, TABLES, size), **keywords)
+
+
+def stores(pages):
+    """Return bare tables for so many pages."""
+    return module().Stores(np.ones(pages, np.uint64))
+
+
+def three(call, arguments):
+    """Call with each of some triples."""
+    for a, b, c in arguments:
+        call(a, b, c)
+
+
+def two(call, arguments):
+    """Call with each of some pairs."""
+    for a, b in arguments:
+        call(a, b)
+
+
+def one(call, arguments):
+    """Call with each of some integers."""
+    for a in arguments:
+        call(a)
+
+
+def checked(run, there, found):
+    """Return run, unless the call leaves something else mapped than it should."""
+    if run.reset is not None:
+        run.reset()
+    run.call()
+    if found() != there:
+        raise AssertionError("the tables hold something else")
+    return run
+
+
+# ---- many pages -------------------------------------------------------------------------------
+
+
+def bare_map(size):
+    """Store a descriptor for each page of the ranges."""
+
+    def build(_bench):
+        count = max(1, RANGES * SPAN // size)
+        bare = stores(count * size // PAGE)
+        ranges = [(i * size, PA + i * size, size) for i in range(count)]
+        three(bare.map, ranges)
+        return Run(partial(three, bare.map, ranges), count * size // PAGE)
+
+    return build
+
+
+def bare_unmap(size):
+    """Clear the descriptor of each page of the ranges."""
+
+    def build(_bench):
+        count = max(1, RANGES * SPAN // size)
+        bare = stores(count * size // PAGE)
+        ranges = [(i * size, size) for i in range(count)]
+        two(bare.unmap, ranges)
+        return Run(partial(two, bare.unmap, ranges), count * size // PAGE)
+
+    return build
+
+
+def mapping(size, keep):
+    """Map the ranges; `keep`: their leaf tables are there already."""
+
+    def build(_bench):
+        own = table()
+        count = max(1, RANGES * SPAN // size)
+        ranges = [(i * size, PA + i * size, size) for i in range(count)]
+        pieces = [(i * size, size) for i in range(count)]
+        if keep:  # no unmap covers a whole table
+            pieces = [(i * size // 2, size // 2) for i in range(2 * count)]
+
+        def reset():
+            two(own.unmap, pieces)
+
+        return checked(
+            Run(partial(three, own.map, ranges), count * size // PAGE, reset),
+            (count * size, PA + count * size - 1),
+            lambda: (own.mapped, own.iova_to_phys(count * size - 1)),
+        )
+
+    return build
+
+
+def unmapping(size, whole):
+    """Unmap the ranges; not `whole`: their leaf tables stay."""
+
+    def build(_bench):
+        own = table()
+        count = max(1, RANGES * SPAN // size)
+        ranges = [(i * size, PA + i * size, size) for i in range(count)]
+        pieces = [(i * size, size) for i in range(count)]
+        if not whole:
+            pieces = [(i * size // 2, size // 2) for i in range(2 * count)]
+
+        def reset():
+            three(own.map, ranges)
+
+        return checked(
+            Run(partial(two, own.unmap, pieces), count * size // PAGE, reset),
+            (0, 0),
+            lambda: (own.mapped, own.iova_to_phys(0)),
+        )
+
+    return build
+
+
+# ---- one page ---------------------------------------------------------------------------------
+
+
+def arguments():
+    """Return (iova, pa, size) of pages that one leaf table after the other holds."""
+    return [(i * PAGE, PA + i * 2 * PAGE, PAGE) for i in range(CALLS)]
+
+
+def empty(name, loop):
+    """Call a method that does nothing."""
+
+    def build(_bench):
+        iova, pa, size = zip(*arguments(), strict=True)
+        given = {one: iova, two: list(zip(iova, size, strict=True)), three: arguments()}[loop]
+        return Run(partial(loop, getattr(module().Empty(), name), given), CALLS)
+
+    return build
+
+
+def one_page(which):
+    """Map, or unmap, one page at a time, in tables that are there."""
+
+    def build(_bench):
+        own = table()
+        maps = arguments()
+        unmaps = [(iova, size) for iova, _, size in maps]
+        if which == "unmap":
+            run = Run(partial(two, own.unmap, unmaps), CALLS, partial(three, own.map, maps))
+            return checked(run, 0, lambda: own.mapped)
+        run = Run(partial(three, own.map, maps), CALLS, partial(two, own.unmap, unmaps))
+        return checked(run, (CALLS * PAGE, maps[-1][1]),
+                       lambda: (own.mapped, own.iova_to_phys(maps[-1][0])))  # fmt: skip
+
+    return build
+
+
+def look_up(mapped):
+    """Ask where pages go."""
+
+    def build(_bench):
+        own = table()
+        maps = arguments()
+        if mapped:
+            three(own.map, maps)
+        else:
+            own.map(0, PA, PAGE)
+            own.unmap(0, PAGE)
+        wanted = [pa if mapped else 0 for _, pa, _ in maps]
+        if [own.iova_to_phys(iova) for iova, _, _ in maps] != wanted:
+            raise AssertionError("iova_to_phys() gives a wrong address")
+        return Run(partial(one, own.iova_to_phys, [iova for iova, _, _ in maps]), CALLS)
+
+    return build
+
+
+QUESTIONS = (
+    Question(
+        "page tables, map() of 512 pages",
+        "page",
+        {
+            "C loop of stores": bare_map(SPAN),
+            f"{LIBRARY}, table there": mapping(SPAN, keep=True),
+            f"{LIBRARY}, table to be made": mapping(SPAN, keep=False),
+        },
+        main=True,
+    ),
+    Question(
+        "page tables, unmap() of 512 pages",
+        "page",
+        {
+            "C loop of stores": bare_unmap(SPAN),
+            f"{LIBRARY}, table goes": unmapping(SPAN, whole=True),
+            f"{LIBRARY}, 256 at a time, table stays": unmapping(SPAN, whole=False),
+        },
+    ),
+    Question(
+        "page tables, 1 GiB of 4 KiB pages in one call",
+        "page",
+        {
+            "C loop of stores": bare_map(GIB),
+            f"{LIBRARY} map()": mapping(GIB, keep=False),
+            f"{LIBRARY} unmap()": unmapping(GIB, whole=True),
+        },
+    ),
+    Question(
+        "page tables, map() of one page",
+        "call",
+        {
+            "empty method, three integers": empty("three_none", three),
+            LIBRARY: one_page("map"),
+        },
+        main=True,
+    ),
+    Question(
+        "page tables, unmap() of one page",
+        "call",
+        {
+            "empty method, three integers": empty("three_int", three),
+            "empty method, two integers": empty("two_int", two),
+            LIBRARY: one_page("unmap"),
+        },
+        main=True,
+    ),
+    Question(
+        "page tables, iova_to_phys()",
+        "call",
+        {
+            "empty method, one integer": empty("one_int", one),
+            LIBRARY: look_up(mapped=True),
+            f"{LIBRARY}, nothing mapped": look_up(mapped=False),
+        },
+        main=True,
+    ),
+)
+
+
+def test_tables(measure, question, run):
+    """Time calls for one page and for many."""
+    measure(question, run)
