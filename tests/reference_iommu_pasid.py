@@ -139,10 +139,10 @@ class SpaceTwin:
         return pasid not in self.ids
 
     def free_many(self, pasids, name=None):
-        for pasid in pasids:
+        for i, pasid in enumerate(pasids):
             self.look(pasid, name)
-        if len(set(pasids)) < len(pasids):
-            raise InvalidArgument("pasids")
+            if pasid in pasids[:i]:
+                raise InvalidArgument("pasids")
         self.tell_free(self.start_free(pasids))
 
     def free_all(self, name):
