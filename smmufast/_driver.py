@@ -79,7 +79,7 @@ class CommandQueue:
 
         Raises
         ------
-        KeyError, ValueError
+        ValueError
             No such command or field, or a value that does not fit.
         """
         word = layout.pack(layout.command_record(name), **fields)
@@ -286,6 +286,7 @@ class EntryWriter:
                     now_used[i] &= ~(mask & target_used[i])
             ahead = [a & mask | b & ~mask for a, b, mask in zip(now, target, now_used, strict=True)]
             critical = [i for i in range(8) if (ahead[i] ^ target[i]) & target_used[i]]
+            steps: list[tuple[Sequence[int], Sequence[int]]]
             if not critical:
                 steps = [(range(8), target)]
             elif len(critical) == 1:

@@ -185,11 +185,9 @@ class Device:
             group, iommu = self.group, self.iommu
             for bond in list(iommu.system.bonds_of(self)):
                 bond.unbind(force=True)
-            for domain in list(self.aux.values()):
-                self.detach_aux(domain)
+            for aux in list(self.aux.values()):
+                self.detach_aux(aux)
             for pasid in list(group.pasids) if len(group.devices) == 1 else []:
-                domain = group.at(pasid)
-                assert domain is not None
                 group.set_pasid(None, pasid)
                 del group.pasids[pasid]
             if len(group.devices) > 1 and self.max_pasids:
@@ -565,7 +563,7 @@ class Device:
         InvalidArgument
             PASID out of range, another SMMU, stage 2, or a main domain without a CD table of ours.
         Busy
-            The PASID is in use, or the device is being reset.
+            The PASID is in use, by a process or otherwise, or the device is being reset.
         OutOfMemory
             No page is left for CDs.
         """
@@ -606,6 +604,7 @@ class Device:
             held = group.pasids.get(pasid)
             if held is None:
                 raise InvalidArgument("pasid", pasid, text=f"pasid {pasid:#x} is not attached")
+            self._not_bound(pasid)
             if group.at(pasid) is not domain:
                 group.set_pasid(domain, pasid)
             if isinstance(held, AttachHandle):
@@ -630,10 +629,16 @@ class Device:
                 raise InvalidArgument(
                     "domain", domain, text=f"pasid {pasid:#x} is not attached to {domain!r}"
                 )
+            self._not_bound(pasid)
             group.set_pasid(None, pasid)
             if isinstance(held, AttachHandle):
                 held.domain = None
             del group.pasids[pasid]
+
+    def _not_bound(self, pasid: int) -> None:
+        domain = self.group.at(pasid)
+        if isinstance(domain, SvaDomain):
+            raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is bound to {domain.space!r}")
 
     def handle(self, pasid: SupportsIndex, kind: str | None = None) -> AttachHandle | Domain:
         """Find what is attached to a PASID (iommu_attach_handle_get).

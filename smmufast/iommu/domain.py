@@ -30,8 +30,12 @@ class Domain:
     """What every domain has: its kind, and answers for those that hold no page table."""
 
     kind: ClassVar[str] = ""
-    stage: int = 0
     users: int = 0
+
+    @property
+    def stage(self) -> int:
+        """1 or 2 for a page table of that stage, 3 for a guest's over a host's, 0 for none."""
+        return 0
 
     def iova_to_phys(self, iova: SupportsIndex, /) -> int:
         """Translate nothing: 0."""
@@ -103,7 +107,7 @@ class PagingDomain(PageTable, Domain):
     ) -> None:
         geometry = iommu.geometry(stage, granule)
         super().__init__(
-            iommu.system.pages, stage=stage, dirty=dirty, contiguous=contiguous,
+            iommu.system.pages, stage=1 if stage == 1 else 2, dirty=dirty, contiguous=contiguous,
             coherent=iommu.coherent, ready=False, **geometry,
         )  # fmt: skip
         self.granule_lg2 = self.granule.bit_length() - 1
@@ -302,7 +306,11 @@ class NestedDomain(Domain):
     """
 
     kind = "nested"
-    stage = 3
+
+    @property
+    def stage(self) -> int:
+        """3: both."""
+        return 3
 
     def __init__(self, parent: PagingDomain, ste: Iterable[int]) -> None:
         words = tuple(ste)
@@ -327,7 +335,6 @@ class SvaDomain(Domain):
     """
 
     kind = "sva"
-    stage = 1
     coherent_only = False
 
     def __init__(self, iommu: Iommu, space: AddressSpace) -> None:
@@ -339,6 +346,11 @@ class SvaDomain(Domain):
         self.active = False
         self.freed = False
         self.asid = space.take_asid(iommu)
+
+    @property
+    def stage(self) -> int:
+        """1."""
+        return 1
 
     @property
     def tags(self) -> tuple[tuple[int, int], ...]:

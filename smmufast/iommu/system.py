@@ -101,6 +101,7 @@ class Iommu:
         self.devices: dict[int, Device] = {}
         self._leaves: dict[int, int] = {}
         self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
+        self.overflows: dict[str, int] = {}  # of the event and page request queues
         self._interrupts: set[str] = set()
         self.boot()
         self.writer = EntryWriter(self.queue, self.memory)
@@ -379,11 +380,6 @@ class Iommu:
         """Do what the interrupts asked for; return how many records were handled."""
         self._interrupts.clear()
         return fault.service(self)
-
-    @property
-    def overflows(self) -> dict[str, int]:
-        """How often the event and page request queues overflowed."""
-        return self.__dict__.setdefault("_overflows", {})
 
     def __repr__(self) -> str:
         """Its number and its devices."""
