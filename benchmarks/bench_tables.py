@@ -152,7 +152,7 @@ def empty(name, loop):
     """Call a method that does nothing."""
 
     def build(_bench):
-        iova, pa, size = zip(*arguments(), strict=True)
+        iova, _, size = zip(*arguments(), strict=True)
         given = {one: iova, two: list(zip(iova, size, strict=True)), three: arguments()}[loop]
         return Run(partial(loop, getattr(module().Empty(), name), given), CALLS)
 

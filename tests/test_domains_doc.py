@@ -1,0 +1,28 @@
+"""docs/domains.md lists every behaviour, F1 to F67, with tests that exist."""
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DOC = HERE.parent / "docs" / "domains.md"
+
+
+def test_every_behaviour_has_a_test_and_every_such_test_is_listed():
+    names = {
+        name
+        for path in HERE.glob("test_*.py")
+        for name in re.findall(r"^def (test_[a-z0-9_]+)", path.read_text(), re.MULTILINE)
+    }
+    rows = re.findall(r"^\| F(\d+) \| .+ \| (.+) \|$", DOC.read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 68))
+    for number, listed in rows:
+        tests = re.findall(r"`(\w+)`", listed)
+        numbered = {name for name in names if re.search(rf"_f0*{number}_", name)}
+        assert numbered and set(tests) == numbered, number
+
+
+def test_the_examples_of_the_page_run():
+    blocks = re.findall(r"^```python$(.+?)^```$", DOC.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
