@@ -185,6 +185,8 @@ cdef struct Run:
     uint64_t iova
     uint64_t n
     unsigned int shift
+    uint64_t at            # what was to be removed when it was found
+    int cuts               # how many were found then
 
 
 cdef struct Segment:

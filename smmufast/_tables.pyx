@@ -530,7 +530,7 @@ cdef void tables_give(Tree* t, uint32_t list_) noexcept nogil:
 
 
 cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t n) noexcept nogil:
-    """No entry of some is valid."""
+    """No entry of some is valid; unknown is not so."""
     cdef const uint64_t* d
     cdef uint64_t i, found = 0
     if likely(t.plain):
@@ -541,7 +541,12 @@ cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t 
         return not le64(found) & D_VALID
     for i in range(first, first + n):
         found |= load_slow(t.pages, table + 8 * i)
-    return not found & D_VALID
+    return not (found & D_VALID or t.pages.status)
+
+
+cdef inline bint refused(const Tree* t) noexcept nogil:
+    """An access to memory failed, and none was made since."""
+    return not t.plain and t.pages.status != 0
 
 
 cdef inline void count_in(Tree* t, uint64_t table, int level, uint64_t n) noexcept nogil:
@@ -624,6 +629,8 @@ cdef void drop_empty(Tree* t, const Path* p, int level, uint64_t at, uint64_t fi
         batch_cover(t, b, at & ~span, at | span)
         level -= 1
         put(t, p.table[level] + offset_of(t, at, level), 0)
+        if refused(t):
+            return
         retire(t, table, b)
         count_out(t, p.table[level], level, 1)
 
@@ -656,6 +663,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
     cdef int level, kind
     cdef unsigned int shift
     cdef uint64_t i, n, k, entries, table, want, begin, last
+    cdef bint whole
     while at[0] < end:
         kind = find(t, at[0], 3, &p)
         level = p.level
@@ -663,6 +671,8 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         table = p.table[level]
         if unlikely(kind == KIND_FOREIGN):
             return STRAY
+        if unlikely(refused(t)):
+            return STOPPED
         if unlikely(kind == KIND_HOLE):
             drop_empty(t, &p, level, at[0], first, end - 1, b)
             return STOPPED
@@ -677,12 +687,15 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
             while k < n and get(t, p.entry + 8 * k) & D_TYPE == want:
                 k += 1
             n = k
-        if t.run_lg2[level]:
+        # twice at most, for a memory that does not keep what is written
+        if t.run_lg2[level] and (run.at != at[0] or run.cuts < 2):
             if cut_at(t, table, level, i, i, &k) or cut_at(t, table, level, i + n - 1, i + n, &k):
                 run.entry = table + 8 * k
                 run.n = min(<uint64_t>1 << t.run_lg2[level], entries - k)  # the root may be shorter
                 run.shift = shift
                 run.iova = at[0] - (i << shift) + (k << shift)
+                run.cuts = run.cuts + 1 if run.at == at[0] else 1
+                run.at = at[0]
                 if t.active:
                     return CUT
                 run_break(t, run)
@@ -691,18 +704,21 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         last = begin + (n << shift) - 1
         if t.active and not batch_takes(b, begin, last, shift):
             return FULL
-        at[0] = last + 1
-        t.mapped -= min(t.mapped, last + 1 - begin)
-        if n == entries and level > t.start:
-            # the whole table: what it holds does not matter
+        whole = n == entries and level > t.start
+        if whole:  # what the table holds does not matter
             level -= 1
             put(t, p.table[level] + offset_of(t, begin, level), 0)
-            retire(t, table, b)
-            n = 1
-            table = p.table[level]
         else:
             for k in range(n):
                 put(t, p.entry + 8 * k, 0)
+        if unlikely(refused(t)):
+            return STOPPED
+        at[0] = last + 1
+        t.mapped -= min(t.mapped, last + 1 - begin)
+        if whole:
+            retire(t, table, b)
+            n = 1
+            table = p.table[level]
         if count_out(t, table, level, n):
             drop_empty(t, &p, level, begin, first, max(end - 1, last), b)
     return DONE
@@ -742,6 +758,8 @@ cdef void reclaim(Tree* t, Batch* b) noexcept nogil:
         batch_cover(t, b, each.iova, each.iova | span_mask(t, level))
         level -= 1
         put(t, p.table[level] + offset_of(t, each.iova, level), 0)
+        if refused(t):
+            return
         retire(t, table, b)
         if count_out(t, p.table[level], level, 1):
             note(t, p.table[level], each.iova & ~span_mask(t, level), level)
@@ -941,6 +959,11 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
                 frame.level = <uint8_t>below
                 frame.owner = t.tag + <uint32_t>below
                 publish(t, p.entry, address_bits(t, table) | D_TYPE)
+                if refused(t):
+                    frame.owner = t.tag + UNLINKED
+                    frame.next = plan.tables
+                    plan.tables = <uint32_t>((table - t.origin) >> FRAME_LG2) + 1
+                    return CHANGED
                 count_in(t, p.table[below - 1], below - 1, 1)
                 p.table[below] = table
                 p.entry = table + offset_of(t, at, below)
@@ -953,7 +976,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
             at += n
             pa += n
             rest -= n
-            if t.pages.status:
+            if refused(t):
                 plan.where = at
                 return CHANGED
     return DONE
@@ -1641,6 +1664,7 @@ cdef class PageTable:
         cdef Run run
         cdef uint64_t at = iova
         memset(&b, 0, sizeof(b))
+        memset(&run, 0, sizeof(run))
         p.status = 0
         p.port.exception = NULL
         t.active = False
@@ -1708,6 +1732,8 @@ cdef class PageTable:
             return 0
         end = first + min(n, t.input_last - first + 1)
         large = n >> t.granule >= LARGE
+        run.cuts = 0
+        run.at = 0
         if (first ^ (end - 1)) >> t.shift[2]:
             self._check_tables(first, end, True)
         while True:
