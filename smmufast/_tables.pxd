@@ -1,9 +1,9 @@
 """Page tables as a driver writes them: what the entries say, and the way down to one of them.
 
 Sections: DDI 0487 D8.2 (geometry), D8.3 (descriptors), D8.6 (attributes); the contents follow what
-Linux writes.  Not architectural: where tables lie (Pages), and what is kept about them.  Nothing
-here is shared with the walker of the hardware half, whose rules are in _vmsa.pxd: that the two
-agree is the test.
+Linux writes.  Not architectural: where tables lie (_pages.pxd), and what is kept about them.
+Nothing here is shared with the walker of the hardware half, whose rules are in _vmsa.pxd: that the
+two agree is the test.
 
 Memory holds the mappings and nothing else does.  What the host keeps of a table (Frame) is that it
 is one and of whom, as an operating system does of its pages: so a descriptor that somebody else
@@ -13,10 +13,13 @@ Numbers of levels are Arm's, 0 to 3.  `d` is a descriptor in host byte order, `a
 input addresses, `table` the physical address of a table, `entry` that of a descriptor.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from smmufast._bits cimport le64, likely, load64, low_mask, unlikely
-from smmufast._memory cimport Memory, Port
+from smmufast._memory cimport Memory
+from smmufast._pages cimport (
+    FRAME_LG2, Frame, PagesC, host_pointer, load_slow, store_slow,
+)
 
 cdef extern from *:
     """
@@ -28,20 +31,14 @@ cdef extern from *:
         __atomic_exchange_n((uint64_t *)(uintptr_t)(p), (v), __ATOMIC_ACQ_REL)
     #define smmufast_or64(p, v) \
         __atomic_fetch_or((uint64_t *)(uintptr_t)(p), (v), __ATOMIC_ACQ_REL)
-    #define smmufast_host(address) ((const void *)(uintptr_t)(address))
     """
     void store64 "smmufast_store64"(uint64_t p, uint64_t value) noexcept nogil
     void publish64 "smmufast_publish64"(uint64_t p, uint64_t value) noexcept nogil
     uint64_t exchange64 "smmufast_exchange64"(uint64_t p, uint64_t value) noexcept nogil
     uint64_t or64 "smmufast_or64"(uint64_t p, uint64_t value) noexcept nogil
-    const void* host_pointer "smmufast_host"(uint64_t address) noexcept nogil
 
 
 cdef enum:
-    SMALLEST_LG2 = 6      # of a block of Pages
-    FRAME_LG2 = 12
-    MOST_ORDERS = 39      # blocks of 2^6 to 2^44 bytes
-    MOST_SUMMARIES = 7    # bits, words of bits, words of words...
     NOTES = 80            # capacity; never more than 64 at the start of a call
     LONGEST_RUN = 128     # entries that a contiguous hint joins
 
@@ -68,56 +65,6 @@ cdef extern from *:
     const uint64_t D_CONTIGUOUS "SMMUFAST_D_CONTIGUOUS"
     const uint64_t D_DBM "SMMUFAST_D_DBM"
     const uint64_t D_READ_ONLY "SMMUFAST_D_READ_ONLY"
-
-
-# --- blocks of memory ---
-
-# Free blocks of one size: a bit for each, and levels of bits that tell which words are not zero.
-cdef struct Order:
-    uint64_t* free[MOST_SUMMARIES]
-    int n_summaries
-    uint64_t* taken        # bits of blocks of this size that were handed out
-
-
-# The table that starts in 4 KiB of memory, as its page table knows it.
-cdef struct Frame:
-    uint32_t owner         # 0: none starts here
-    uint32_t before        # other tables of the owner: number of their frame + 1
-    uint32_t after
-    uint32_t next          # in a list of tables to be given back, or to be used
-    uint16_t entries       # valid descriptors, as far as map and unmap know
-    uint8_t level
-    bint noted             # among the notes of the tree
-
-
-cdef struct PagesC:
-    Port port              # for memory that is not plain
-    int status             # how an access through it failed first
-    bint plain             # the host's address of a byte is `host` + its address
-    uint64_t host
-    uint8_t* touched       # as Region.touched, or NULL
-    uint64_t region        # base of the region
-    uint64_t base
-    uint64_t size
-    uint64_t origin        # where blocks are counted from; aligned to the largest
-    int n_orders
-    Order[MOST_ORDERS] orders
-    Frame* frames
-    uint64_t n_frames
-    uint32_t tags          # how many page tables have had theirs
-    uint64_t in_use
-    uint64_t blocks
-    int64_t fail_after     # negative: never
-    void* arena            # where orders and frames lie
-    size_t arena_size
-
-
-# Hand out and take back blocks.  The caller holds the GIL, or a lock that every other caller holds.
-cdef int pages_alloc(PagesC* p, unsigned int lg2, uint64_t* address) noexcept nogil  # -1: none left
-cdef int pages_free(PagesC* p, uint64_t address, unsigned int lg2) noexcept nogil    # -1: not one
-cdef void pages_zero(PagesC* p, uint64_t address, uint64_t size) noexcept nogil
-cdef uint64_t load_slow(PagesC* p, uint64_t address) noexcept nogil
-cdef void store_slow(PagesC* p, uint64_t address, uint64_t d) noexcept nogil
 
 
 # --- page tables ---

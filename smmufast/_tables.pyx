@@ -17,8 +17,10 @@ from smmufast._layout cimport (
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
-from smmufast._memory cimport (
-    FETCH_RAISED, TOUCHED_LG2, Memory, Region, port_open, port_read, port_write, raise_port,
+from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, raise_port
+from smmufast._pages cimport (
+    FRAME_LG2, SMALLEST_LG2, Frame, PagesC, clz, ctz, host_pointer, load_slow, order_add,
+    pages_alloc, pages_free, pages_zero, store_slow,
 )
 
 from threading import Lock
@@ -36,10 +38,6 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef extern from "Python.h":
     # cpython.long raises its OverflowError, which names no argument
     unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
-
-cdef extern from * nogil:
-    int ctz "__builtin_ctzll"(uint64_t) noexcept
-    int clz "__builtin_clzll"(uint64_t) noexcept
 
 cnp.import_array()
 
@@ -104,154 +102,6 @@ cdef inline uint64_t number(str name, value) except? 0xFFFFFFFFFFFFFFFF:
 
 
 # --- blocks of memory ---
-
-cdef inline bint bit_of(const uint64_t* bits, uint64_t i) noexcept nogil:
-    return bits[i >> 6] >> (i & 63) & 1
-
-
-cdef inline void order_add(Order* order, uint64_t i) noexcept nogil:
-    """A block is free."""
-    cdef int k
-    cdef uint64_t before
-    for k in range(order.n_summaries):
-        before = order.free[k][i >> 6]
-        order.free[k][i >> 6] = before | <uint64_t>1 << (i & 63)
-        if before:
-            return
-        i >>= 6
-
-
-cdef inline void order_drop(Order* order, uint64_t i) noexcept nogil:
-    """A block is not free any more."""
-    cdef int k
-    for k in range(order.n_summaries):
-        order.free[k][i >> 6] &= ~(<uint64_t>1 << (i & 63))
-        if order.free[k][i >> 6]:
-            return
-        i >>= 6
-
-
-cdef inline bint order_empty(const Order* order) noexcept nogil:
-    return order.free[order.n_summaries - 1][0] == 0
-
-
-cdef inline uint64_t order_first(const Order* order) noexcept nogil:
-    """The lowest free block; there is one."""
-    cdef uint64_t i = 0
-    cdef int k = order.n_summaries
-    while k:
-        k -= 1
-        i = i << 6 | <uint64_t>ctz(order.free[k][i])
-    return i
-
-
-cdef void pages_join(PagesC* p, int last) noexcept nogil:
-    """Make one free block of two that are halves of it, in all orders below `last`."""
-    cdef int k
-    cdef Order* order
-    cdef uint64_t i, summary, word, pairs, n_words
-    for k in range(last):
-        order = &p.orders[k]
-        n_words = 1 if order.n_summaries == 1 else (
-            ((p.base + p.size - p.origin - 1) >> (SMALLEST_LG2 + k)) >> 6) + 1
-        i = 0
-        while i < n_words:
-            if order.n_summaries > 1:  # the next word that holds a free block
-                summary = order.free[1][i >> 6] >> (i & 63)
-                if summary == 0:
-                    i = (i | 63) + 1
-                    continue
-                i += <uint64_t>ctz(summary)
-            word = order.free[0][i]
-            pairs = word & word >> 1 & 0x5555555555555555ULL
-            while pairs:
-                word = i << 6 | <uint64_t>ctz(pairs)
-                pairs &= pairs - 1
-                order_drop(order, word)
-                order_drop(order, word + 1)
-                order_add(&p.orders[k + 1], word >> 1)
-            i += 1
-
-
-cdef int pages_alloc(PagesC* p, unsigned int lg2, uint64_t* address) noexcept nogil:
-    """Hand out 2^lg2 bytes, aligned to as much, with whatever they hold; -1 when none are left.
-
-    Free blocks are joined only when there is no block that is large enough.
-    """
-    cdef int want = <int>lg2 - SMALLEST_LG2, k, attempt
-    cdef uint64_t i, at
-    if p.fail_after >= 0:
-        p.fail_after -= 1
-        if p.fail_after < 0:
-            return -1
-    for attempt in range(2):
-        for k in range(want, p.n_orders):
-            if order_empty(&p.orders[k]):
-                continue
-            i = order_first(&p.orders[k])
-            order_drop(&p.orders[k], i)
-            while k > want:
-                k -= 1
-                i <<= 1
-                order_add(&p.orders[k], i + 1)
-            p.orders[k].taken[i >> 6] |= <uint64_t>1 << (i & 63)
-            at = p.origin + (i << lg2)
-            address[0] = at
-            p.in_use += <uint64_t>1 << lg2
-            p.blocks += 1
-            if p.touched != NULL:
-                for i in range((at - p.region) >> TOUCHED_LG2,
-                               ((at + (<uint64_t>1 << lg2) - 1 - p.region) >> TOUCHED_LG2) + 1):
-                    p.touched[i] = 1
-            return 0
-        if attempt == 0:
-            pages_join(p, p.n_orders - 1)
-    return -1
-
-
-cdef int pages_free(PagesC* p, uint64_t address, unsigned int lg2) noexcept nogil:
-    """Take back what pages_alloc handed out for this size; -1 if it did not."""
-    cdef int k = <int>lg2 - SMALLEST_LG2
-    cdef uint64_t i = (address - p.origin) >> lg2
-    if (k < 0 or k >= p.n_orders or address < p.base or address - p.base >= p.size
-            or address & low_mask(lg2) or not bit_of(p.orders[k].taken, i)):
-        return -1
-    p.orders[k].taken[i >> 6] &= ~(<uint64_t>1 << (i & 63))
-    order_add(&p.orders[k], i)
-    p.in_use -= <uint64_t>1 << lg2
-    p.blocks -= 1
-    return 0
-
-
-cdef void pages_zero(PagesC* p, uint64_t address, uint64_t size) noexcept nogil:
-    """Write zeros; where that fails, the status of p says how."""
-    cdef uint64_t[64] zeros
-    cdef uint64_t n
-    if p.plain:
-        memset(<void*>host_pointer(p.host + address), 0, size)
-        return
-    memset(zeros, 0, sizeof(zeros))
-    while size and not p.status:
-        n = min(size, <uint64_t>sizeof(zeros))
-        p.status = port_write(&p.port, address, zeros, n)
-        address += n
-        size -= n
-
-
-cdef uint64_t load_slow(PagesC* p, uint64_t address) noexcept nogil:
-    """Read a descriptor through the port; 0 once an access failed."""
-    cdef uint64_t d = 0
-    if not p.status:
-        p.status = port_read(&p.port, address, &d, 8)
-    return 0 if p.status else le64(d)
-
-
-cdef void store_slow(PagesC* p, uint64_t address, uint64_t d) noexcept nogil:
-    """Write a descriptor through the port, unless an access failed."""
-    d = le64(d)
-    if not p.status:
-        p.status = port_write(&p.port, address, &d, 8)
-
 
 cdef uint64_t size_lg2(object size, uint64_t most) except? 0xFF:
     """lg2 of the block that holds so many bytes."""
@@ -412,7 +262,7 @@ cdef class Pages:
         cdef uint64_t address = 0
         if pages_alloc(&self.c, lg2, &address):
             raise OutOfMemory("size", size, text=(
-                f"no block of {1 << lg2:#x} bytes is left; {self.c.in_use:#x} of "
+                f"no block of {<uint64_t>1 << lg2:#x} bytes is left; {self.c.in_use:#x} of "
                 f"{self.c.size:#x} are in use"))
         self.memory.ram.users += 1
         pages_zero(&self.c, address, <uint64_t>1 << lg2)
@@ -1994,8 +1844,12 @@ cdef class PageTable:
     @property
     def page_sizes(self):
         """Page sizes that map() uses, as a bitmap."""
-        return sum(1 << self.tree.shift[level] for level in range(4)
-                   if self.tree.used >> level & 1)
+        cdef uint64_t sizes = 0
+        cdef int level
+        for level in range(4):
+            if self.tree.used >> level & 1:
+                sizes |= <uint64_t>1 << self.tree.shift[level]
+        return sizes
 
     @property
     def t0sz(self):
