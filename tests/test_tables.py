@@ -5,13 +5,14 @@ Follows F49 to F56 of docs/domains.md; DDI 0487 D8.2, D8.3.
 
 import errno
 import gc
+import itertools
 import pickle
 import random
 
 import numpy as np
 import pytest
 from ptwriter import leaf_descriptor, stage2_leaf_descriptor
-from tablesystem import SID, STREAMS, TABLES, System, live_tables, pages, words
+from tablesystem import SID, STREAMS, TABLES, System, live_tables, pages
 
 from smmufast import Memory
 from smmufast._tables import (
@@ -21,7 +22,6 @@ from smmufast._tables import (
     PRIV,
     READ,
     WRITE,
-    Gather,
     Pages,
     PageTable,
 )
@@ -29,7 +29,6 @@ from smmufast.errors import (
     Busy,
     Exists,
     InvalidArgument,
-    NoDevice,
     NotSupported,
     OutOfMemory,
     OutOfRange,
@@ -98,9 +97,9 @@ def test_blocks_are_aligned_zeroed_and_apart():
     blocks = [(own.alloc(size), max(64, 1 << (size - 1).bit_length())) for size in sizes]
     for address, size in blocks:
         assert address % size == 0 and memory.read(address, size) == bytes(size)
-        assert TABLES <= address and address + size <= TABLES + (1 << 20)
+        assert address >= TABLES and address + size <= TABLES + (1 << 20)
     blocks.sort()
-    assert all(a + n <= b for (a, n), (b, _) in zip(blocks, blocks[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(blocks))
     assert (own.in_use, own.blocks) == (sum(size for _, size in blocks), len(blocks))
     for address, size in blocks:
         own.free(address, size)
@@ -392,7 +391,7 @@ def test_every_permission_is_written_and_judged_at_stage_1(prot):
             )
             # what is writable without privilege is not executed with it
             runs = not prot & NOEXEC and not (priv and prot & WRITE and not prot & PRIV)
-            runs = runs or not priv and not prot & NOEXEC
+            runs = runs or (not priv and not prot & NOEXEC)
             assert bool(system.translate(iova, priv=priv, instr=True)) == runs
         found = system.translate(iova, priv=True)
         assert found.attr == ATTRIBUTES[attrindx]
