@@ -6,8 +6,9 @@ through caches or memory that is not plain, goes one by one through the scalar d
 """
 
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free as release
+from libc.string cimport memcmp, memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
 from smmufast._cache cimport (
@@ -24,57 +25,86 @@ from smmufast._tlb cimport (
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, Descent, Memo, Syndrome, descend, descriptor, leaf_perm, level_of, lookup,
-    translate_known,
+    permissions, translate_known,
 )
 from smmufast._types cimport (
-    ACCESS_WRITE, ACTION_OK, FETCH_TT, BatchC, ColumnC, Context, Half, Hw, Outcome, Request,
+    ACCESS_WRITE, ACTION_OK, FETCH_TT, NO_SSID, BatchC, ColumnC, Context, Half, Hw, Outcome, Request,
 )
 from smmufast._vmsa cimport (
     DESC_LEAF, clean_s1, descriptor_kind, entry_address, half_of, in_range, leaf_address, leaf_sh,
     mair_byte, shareability, stage1_attr,
 )
 
+from smmufast._vector cimport (
+    Lanes, Last, Out, Rows, Span, slot_home, vector_arrive, vector_down, vector_find,
+    vector_on,
+)
+
 
 cdef enum:
-    BLOCK = 32   # requests whose upper levels are walked before the first leaf is read
-    SLOTS = 64   # contexts decoded at a time
+    ROWS = 128        # SMMUFAST_ROWS
+    WALKS = 32        # rows of a block whose upper levels are walked before the first leaf is read
+    SHAPES = 7        # kinds of context told apart in one call
+    SLOTS_LG2 = 13    # pairs remembered in one call, as SMMUFAST_HOME says
+    PROBES = 8
+    LEFT = 15         # Rows.shape: the scalar driver looks the pair up in its turn
+    FEW = 16          # rows that are not worth a vector
 
 
-# A decoded context, kept inside one call, and what follows from it for every request.
+# A decoded context.  Pairs that differ in tables and ASID alone have one shape.
+cdef struct Shape:
+    Memo memo                 # of the pair that had it first
+    bint walks                # stage 1, and nothing else, translates
+    bint[2] laned             # lanes are filled in
+    Lanes[2] lanes
+
+
+# Where the walk of a pair begins, in one half of its addresses.
 cdef struct Slot:
-    uint32_t sid
-    uint32_t ssid
-    uint64_t block            # the last block that uses it, counted from 1; 0: never
-    bint walks                # lookup succeeded and stage 1 translates
-    Memo memo
+    uint64_t key              # slot_key(); with another epoch it is empty
+    uint64_t first            # the first table, aligned, | 2 * shape + half, or LEFT
 
 
-# A block of requests between the two passes over it.
-cdef struct Block:
-    const uint8_t* entry[BLOCK]  # where the leaf lies; NULL: the scalar driver does it
-    uint64_t[BLOCK] held         # leaves already read, as they lie in memory
-    uint64_t[BLOCK] tables       # hierarchical attributes
-    uint8_t[BLOCK] shift         # lg2 of the page
-    uint8_t[BLOCK] upper         # the half, as it was when the request was first read
-    Slot* slot[BLOCK]            # unless all requests are of one pair
-    bint[BLOCK] other            # likewise: slot is not that of the request
+# Pairs, in open addressing.  It outlives a call, so that a call need not clear it.
+cdef struct Pairs:
+    uint64_t epoch            # 1 to 1023
+    Slot[1 << SLOTS_LG2] slot
 
 
 # The last two tables of the previous walk: [0] of pages, [1] the one above.
 cdef struct Near:
-    Slot* slot                # NULL: none
+    uint64_t first            # the table where that walk began
     uint64_t[2] tag           # address bits above the table's reach
     uint64_t[2] table
     uint64_t[2] tables        # hierarchical attributes of the tables above it
     unsigned int[2] reach
+    unsigned int shape        # of that walk
     unsigned int moved        # walks of this block that ended in another last table
     bint trusted              # few of the last block did, so [0] is asked first
 
 
+# A batch under way.
+cdef struct Run:
+    Core* core
+    Port* port
+    const BatchC* batch
+    Pairs* pairs              # NULL: all rows are of one pair, which is shape[0]
+    bint more                 # columns other than pa, action and event are wanted
+    bint vector
+    bint halves               # of one pair, bit 55 of the address selects the shape
+    unsigned int shapes
+    Shape[SHAPES] shape
+    Memo memo                 # of the scalar driver
+    Near near
+    Last last
+    Out out
+
+
 cdef inline void near_forget(Near* near) noexcept nogil:
-    near.slot = NULL
+    near.shape = LEFT
     near.reach[0] = near.reach[1] = 1
     near.tag[0] = near.tag[1] = ~<uint64_t>0  # no address has it
+    near.first = 0
     near.table[0] = near.table[1] = near.tables[0] = near.tables[1] = 0
 
 
@@ -151,59 +181,279 @@ cdef inline int batch_scalar(
     return status
 
 
-cdef inline int batch_known(
-        Core* core, Port* port, Memo* memo, const BatchC* batch, size_t i) noexcept nogil:
-    """One request of a batch by the scalar driver, in the context that its block decoded."""
-    cdef Request request
-    cdef Outcome outcome
-    cdef int status
-    request_at(batch, i, &request)
-    request.sid = memo.sid
-    request.ssid = memo.ssid
-    status = translate_known(&core.hw, port, &request, memo, &outcome)
-    status = deliver(core, port, &request, status, &outcome)
-    if status == 0:
-        store_outcome(batch, i, &outcome)
-    return status
-
-
 ctypedef int (*ByOne)(Core*, Port*, Memo*, const BatchC*, size_t) noexcept nogil
 
 
-cdef inline Slot* slot_of(
-        const Hw* hw, Port* port, Slot* slots, uint32_t sid, uint32_t ssid, uint64_t since,
-        uint64_t block, Near* near) noexcept nogil:
-    """The decoded context of a pair; it is decoded once for as long as it keeps its slot.
+# --- contexts ---
 
-    NULL when the slot is taken by another pair of the same block.  What was decoded before the
-    block `since` counts no longer.
+cdef extern from *:
     """
-    cdef uint32_t hashed = (sid * 0x9E3779B1U) ^ ((ssid + 1) * 0x85EBCA6BU)
-    cdef Slot* slot = &slots[(hashed >> 16) % SLOTS]
+    #define smmufast_exchange(p, value) __atomic_exchange_n((p), (value), __ATOMIC_ACQ_REL)
+    """
+    void* exchange "smmufast_exchange"(void** place, void* value) noexcept nogil
+
+
+cdef inline Pairs* pairs_take(Core* core) noexcept nogil:
+    """The pairs of an earlier call, unless another thread has them; NULL without memory."""
+    cdef void* found = exchange(&core.pairs, NULL)
+    return <Pairs*>(found if found != NULL else calloc(1, sizeof(Pairs)))
+
+
+cdef inline void pairs_give(Core* core, Pairs* pairs) noexcept nogil:
+    release(exchange(&core.pairs, pairs))
+
+
+cdef inline bint same_shape(Memo* memo, Shape* shape) noexcept nogil:
+    """Nothing but tables and ASID of the two contexts differ."""
+    cdef Context* context = &memo.context
+    cdef uint64_t lower = context.half[0].table, upper = context.half[1].table
+    cdef uint16_t asid = context.asid
+    cdef bint same
+    context.half[0].table = shape.memo.context.half[0].table
+    context.half[1].table = shape.memo.context.half[1].table
+    context.asid = shape.memo.context.asid
+    same = memcmp(context, &shape.memo.context, sizeof(Context)) == 0
+    context.half[0].table = lower
+    context.half[1].table = upper
+    context.asid = asid
+    return same and (memo.index != STAGE1_BYPASS) == shape.walks
+
+
+cdef inline bint look_up(Run* run, uint32_t sid, uint32_t ssid, Memo* memo) noexcept nogil:
+    """Decode the context of a pair ahead of its turn; no if that is left to the turn.
+
+    Nothing is updated on the way.  What needs stage 2 waits for its turn.
+    """
     cdef Syndrome syndrome
-    if not (slot.block >= since and slot.sid == sid and slot.ssid == ssid):
-        if slot.block == block:
-            return NULL
-        near_forget(near)
-        slot.sid = sid
-        slot.ssid = ssid
-        slot.memo.whole = False
-        # ahead of its turn it updates nothing; a request through stage 2 looks it up in its turn
-        port.dry = True
-        slot.walks = (
-            cr0_smmuen(hw.cr0)
-            and lookup(hw, port, sid, ssid, &slot.memo, &syndrome) == 0
-            and slot.memo.index != STAGE1_BYPASS and not slot.memo.context.second.on
-        )
-        port.dry = False
-        if slot.memo.context.second.on:
-            slot.memo.whole = False
-    slot.block = block
-    return slot
+    cdef int event
+    memset(&memo.context, 0, sizeof(Context))  # contexts are compared as bytes
+    run.port.dry = True
+    event = lookup(&run.core.hw, run.port, sid, ssid, memo, &syndrome)
+    run.port.dry = False
+    if memo.context.second.on:
+        memo.whole = False
+    return event == 0 and memo.whole
+
+
+cdef inline unsigned int shape_of(Run* run, Memo* memo) noexcept nogil:
+    """The number of this context's shape; SHAPES if there are too many."""
+    cdef unsigned int k
+    cdef Shape* shape
+    for k in range(run.shapes):
+        if same_shape(memo, &run.shape[k]):
+            return k
+    if run.shapes < SHAPES:
+        shape = &run.shape[run.shapes]
+        shape.memo = memo[0]
+        shape.walks = memo.index != STAGE1_BYPASS
+        shape.laned[0] = shape.laned[1] = False
+        run.shapes += 1
+        return run.shapes - 1
+    return SHAPES
+
+
+cdef inline void lanes_fill(
+        Lanes* lanes, const Context* context, unsigned int upper) noexcept nogil:
+    """What vectors ask for in one half of a context."""
+    cdef const Half* half = &context.half[upper]
+    cdef unsigned int access, leaf, shift
+    lanes.walks = context.simple and half.enabled
+    lanes.sign = 0 - <uint64_t>upper
+    lanes.range_mask = half.range_mask
+    lanes.index_mask = half.index_mask
+    lanes.entry_mask = half.entry_mask
+    lanes.table_bits = half.table_bits
+    lanes.low_address = half.low_address
+    lanes.keep = half.keep
+    lanes.leaf_bits = half.leaf_bits
+    lanes.shift = half.shift
+    lanes.granule = half.granule
+    lanes.stride = half.stride
+    lanes.block_shifts = 0
+    if not lanes.walks:
+        return
+    shift = half.shift
+    while shift != half.granule:
+        if half.blocks >> (level_of(half, shift) + 1) & 1:
+            lanes.block_shifts |= <uint64_t>1 << shift
+        shift -= half.stride
+    for access in range(8):
+        lanes.allowed[access] = 0
+        for leaf in range(16):
+            if permissions[context.regime * 32 + upper * 16 + leaf] & context.need[access]:
+                lanes.allowed[access] |= 1 << leaf
+
+
+cdef inline const Lanes* lanes_of(Run* run, unsigned int shape) noexcept nogil:
+    """Of Rows.shape; NULL when its walks are not for vectors."""
+    cdef Shape* found
+    cdef unsigned int upper = shape & 1
+    if shape == LEFT:
+        return NULL
+    found = &run.shape[shape >> 1]
+    if not found.walks:
+        return NULL
+    if not found.laned[upper]:
+        lanes_fill(&found.lanes[upper], &found.memo.context, upper)
+        found.laned[upper] = True
+    return &found.lanes[upper] if found.lanes[upper].walks else NULL
+
+
+cdef inline uint64_t slot_key(
+        uint32_t sid, uint32_t ssid, unsigned int upper, uint64_t epoch) noexcept nogil:
+    """{StreamID, no SubstreamID, SubstreamID, bit 55 of the address, epoch}."""
+    return (<uint64_t>sid << 32 | <uint64_t>(ssid == NO_SSID) << 31
+            | <uint64_t>(ssid & 0xFFFFF) << 11 | <uint64_t>upper << 10 | epoch)
+
+
+cdef inline uint64_t pair_first(Run* run, uint32_t sid, uint32_t ssid, uint64_t va) noexcept nogil:
+    """Slot.first of a row; the pair is decoded once for as long as it keeps its slot."""
+    cdef Pairs* pairs = run.pairs
+    cdef unsigned int upper = <unsigned int>(va >> 55) & 1
+    cdef uint64_t key = slot_key(sid, ssid, upper, pairs.epoch)
+    cdef uint64_t home = slot_home(key)
+    cdef Slot* slot
+    cdef Slot* free = NULL
+    cdef Memo memo
+    cdef unsigned int shape
+    cdef int k
+    for k in range(PROBES):
+        slot = &pairs.slot[(home + k) & ((1 << SLOTS_LG2) - 1)]
+        if slot.key == key:
+            return slot.first
+        if (slot.key ^ pairs.epoch) & 1023:
+            free = slot
+            break
+    if free == NULL:
+        free = &pairs.slot[home]
+    free.key = key
+    free.first = LEFT
+    if look_up(run, sid, ssid, &memo):
+        shape = shape_of(run, &memo)
+        upper = half_of(va, memo.context.two_ttbs)
+        if shape < SHAPES:
+            free.first = 2 * shape
+            if memo.index != STAGE1_BYPASS:
+                free.first |= memo.context.half[upper].table | upper
+    return free.first
+
+
+cdef inline void open_contexts(Run* run) noexcept nogil:
+    """Decode everything anew: memory may have changed."""
+    near_forget(&run.near)
+    run.last.shape = 256
+    run.memo.whole = False
+    if run.shapes == SHAPES:
+        run.shapes = 0
+    if run.pairs != NULL:
+        run.pairs.epoch += 1
+        if run.pairs.epoch == 1024:
+            memset(run.pairs, 0, sizeof(Pairs))
+            run.pairs.epoch = 1
+        return
+    cdef Memo* memo = &run.memo
+    if not look_up(run, load_u32(&run.batch.sid, 0), load_u32(&run.batch.ssid, 0), memo):
+        run.shapes = 0  # each row by the scalar driver
+        return
+    if run.shapes == 1 and same_shape(memo, &run.shape[0]):
+        run.shape[0].memo = memo[0]
+    else:
+        run.shapes = 0
+        shape_of(run, memo)
+
+
+# --- rows ---
+
+cdef inline void rows_fill(Run* run, Rows* rows, unsigned int upper) noexcept nogil:
+    """All rows are in this half of the one context."""
+    cdef uint64_t first = run.shape[0].memo.context.half[upper].table
+    cdef int i
+    memset(rows.shape, upper, ROWS)
+    for i in range(ROWS):
+        rows.first[i] = first
+    rows.half = upper
+
+
+cdef inline void pair_row(Run* run, Rows* rows, size_t i) noexcept nogil:
+    cdef uint64_t first = pair_first(run, rows.sid[i], rows.ssid[i], rows.va[i])
+    rows.first[i] = first & ~<uint64_t>15
+    rows.shape[i] = first & 15
+
+
+cdef inline void column_u32(
+        const ColumnC* column, size_t start, size_t count, uint32_t* into) noexcept nogil:
+    cdef size_t i
+    if column.stride == 4:
+        memcpy(into, <const char*>column.data + 4 * start, 4 * count)
+    else:
+        for i in range(count):
+            into[i] = load_u32(column, start + i)
+
+
+cdef inline void rows_read(
+        Run* run, Rows* rows, size_t start, size_t count, bint one_pair) noexcept nogil:
+    """Take the inputs of a block, once: a caller may write there meanwhile."""
+    cdef const BatchC* batch = run.batch
+    cdef const Context* context
+    cdef size_t i
+    cdef uint64_t any_bit = 0, each = ~<uint64_t>0
+    cdef uint64_t[2] missing
+    cdef unsigned int upper
+    cdef int k
+    rows.start = start
+    rows.count = count
+    if batch.iova.stride == 8:
+        memcpy(rows.va, <const char*>batch.iova.data + 8 * start, 8 * count)
+    else:
+        for i in range(count):
+            rows.va[i] = load_u64(&batch.iova, start + i)
+    if batch.access.stride:
+        for i in range(count):
+            rows.access[i] = load_u8(&batch.access, start + i) & 7
+    if one_pair:
+        if run.halves:
+            for i in range(count):
+                any_bit |= rows.va[i]
+                each &= rows.va[i]
+            upper = half_of(any_bit, True)
+            if upper == half_of(each, True):
+                if rows.half != upper:
+                    rows_fill(run, rows, upper)
+                return
+            rows.half = 2
+            context = &run.shape[0].memo.context
+            for i in range(count):
+                upper = half_of(rows.va[i], True)
+                rows.shape[i] = upper
+                rows.first[i] = context.half[upper].table
+        return
+    column_u32(&batch.sid, start, count, rows.sid)
+    column_u32(&batch.ssid, start, count, rows.ssid)
+    if run.vector:
+        vector_find(<const uint64_t*>run.pairs.slot, run.pairs.epoch, rows, count, missing)
+        for k in range(2):
+            while missing[k]:
+                pair_row(run, rows, 64 * k + ctz64(missing[k]))
+                missing[k] &= missing[k] - 1
+        return
+    for i in range(count):
+        pair_row(run, rows, i)
+
+
+cdef inline void rows_prepare(Run* run, Rows* rows, bint one_pair) noexcept nogil:
+    """Fill in what is the same for all rows of the batch."""
+    if run.batch.access.stride == 0:
+        memset(rows.access, load_u8(&run.batch.access, 0) & 7, ROWS)
+    rows.half = 2
+    if one_pair and run.shapes == 0:
+        memset(rows.shape, LEFT, ROWS)
+    elif one_pair:
+        rows_fill(run, rows, 0)
 
 
 cdef inline void near_keep(
-        Near* near, Slot* slot, const Half* half, uint64_t va, const Descent* at) noexcept nogil:
+        Near* near, unsigned int shape, uint64_t first, const Half* half, uint64_t va,
+        const Descent* at) noexcept nogil:
     """Remember the last two tables of a walk, unless they are the first.
 
     Addresses in a table's reach are in the range of the half then, for the table above it
@@ -213,7 +463,8 @@ cdef inline void near_keep(
     if reach > half.shift:
         return
     near.moved += va >> reach != near.tag[0]
-    near.slot = slot
+    near.shape = shape
+    near.first = first
     near.reach[0] = reach
     near.tag[0] = va >> reach
     near.table[0] = at.table
@@ -227,22 +478,21 @@ cdef inline void near_keep(
 
 
 cdef inline void set_out(
-        Block* block, size_t i, Port* port, Slot* slot, uint64_t va, Near* near, bint one_pair,
+        Rows* rows, size_t i, Port* port, const Context* context, Near* near, bint one_pair,
         bint simple) noexcept nogil:
     """First pass: walk down to the last table and ask for its entry.
 
     Whatever is not an ordinary walk is left to the scalar driver.  `simple` is
     context.simple.
     """
-    cdef const Context* context = &slot.memo.context
-    cdef unsigned int upper = half_of(va, context.two_ttbs)
+    cdef uint64_t va = rows.va[i]
+    cdef unsigned int upper = rows.shape[i] & 1
     cdef const Half* half = &context.half[upper]
     cdef Descent at
     cdef uint64_t ia, offset, raw = 0
     cdef int status
-    block.entry[i] = NULL
-    block.upper[i] = upper
-    if not one_pair and near.slot != slot:
+    rows.entry[i] = NULL
+    if not one_pair and (near.first != rows.first[i] or near.shape != rows.shape[i]):
         near_forget(near)
     if near.trusted and va >> near.reach[0] == near.tag[0]:
         ia = va
@@ -259,7 +509,7 @@ cdef inline void set_out(
             if not half.enabled or not in_range(va, half.range_mask, upper):
                 return
             ia = va & half.index_mask
-            at.table = half.table
+            at.table = rows.first[i]
             at.tables = 0
             at.shift = half.shift
         status = descend(half, port, FETCH_TT, ia, &at, simple)
@@ -267,42 +517,42 @@ cdef inline void set_out(
             if status == AT_OTHER and descriptor_kind(
                     descriptor(half, at.raw, simple), level_of(half, at.shift),
                     half.blocks) == DESC_LEAF:
-                block.tables[i] = at.tables & half.keep
-                block.shift[i] = at.shift
-                block.held[i] = at.raw
-                block.entry[i] = <const uint8_t*>&block.held[i]
+                rows.tables[i] = at.tables & half.keep
+                rows.shift[i] = at.shift
+                rows.held[i] = at.raw
+                rows.entry[i] = <const uint8_t*>&rows.held[i]
             return
-        near_keep(near, slot, half, va, &at)
-    block.tables[i] = at.tables & half.keep
-    block.shift[i] = at.shift
+        near_keep(near, rows.shape[i], rows.first[i], half, va, &at)
+    rows.tables[i] = at.tables & half.keep
+    rows.shift[i] = at.shift
     at.address = entry_address(half, at.table, ia, at.shift)
     offset = at.address - port.window.base
     if likely(offset <= port.window.span):
-        block.entry[i] = port.window.data + offset
-        prefetch(block.entry[i])
+        rows.entry[i] = port.window.data + offset
+        prefetch(rows.entry[i])
     elif fetch8(port, FETCH_TT, 3, at.address, &raw) == FETCH_OK:
-        block.held[i] = le64(raw)
-        block.entry[i] = <const uint8_t*>&block.held[i]
+        rows.held[i] = le64(raw)
+        rows.entry[i] = <const uint8_t*>&rows.held[i]
 
 
 cdef inline int arrive(
-        Block* block, size_t i, Slot* slot, uint64_t va, unsigned int access,
-        const BatchC* batch, size_t row, bint more, bint simple) noexcept nogil:
+        const Rows* rows, size_t i, const Context* context, const BatchC* batch,
+        bint more, bint simple) noexcept nogil:
     """Second pass: read the leaf and write the columns.
 
     0, or 1 when the request is left to the scalar driver.  `more`: columns other than pa,
     action and event are wanted.
     """
-    cdef const Context* context = &slot.memo.context
     cdef const Half* half
-    cdef unsigned int upper, shift, perm, attr
-    cdef uint64_t d, address
-    if unlikely(block.entry[i] == NULL):
+    cdef unsigned int upper, shift, perm, attr, access = rows.access[i]
+    cdef uint64_t d, address, va = rows.va[i]
+    cdef size_t row = rows.start + i
+    if unlikely(rows.entry[i] == NULL):
         return 1
-    upper = block.upper[i]
+    upper = rows.shape[i] & 1
     half = &context.half[upper]
-    shift = block.shift[i]
-    d = descriptor(half, load64(block.entry[i]), simple)
+    shift = rows.shift[i]
+    d = descriptor(half, load64(rows.entry[i]), simple)
     # a page's bit 1 is set; a block's is not, as was checked when it was read
     if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
         return 1
@@ -310,7 +560,7 @@ cdef inline int arrive(
         d & half.low_address & ~low_mask(shift))
     if not simple and address & half.over:
         return 1
-    perm = leaf_perm(context, upper, d, block.tables[i], simple)
+    perm = leaf_perm(context, upper, d, rows.tables[i], simple)
     if unlikely(not perm & context.need[access]):
         return 1
     if not simple and context.hd and access & ACCESS_WRITE and clean_s1(d):
@@ -333,94 +583,185 @@ cdef inline int arrive(
     return 0
 
 
-cdef inline int run_blocks(
-        Core* core, Port* port, const BatchC* batch, Slot* slots, bint one_pair,
-        bint more) noexcept nogil:
-    """Both passes over every block.  `one_pair`: all requests have one sid and one ssid."""
-    cdef const Hw* hw = &core.hw
-    cdef Block block
-    cdef Near near
-    cdef Memo memo
-    cdef Slot* slot = NULL
-    cdef size_t start = 0, i, count
-    cdef size_t most = BLOCK  # requests of a block
-    cdef uint64_t number = 1, since = 1
-    cdef uint64_t va
-    cdef uint32_t sid, ssid
-    cdef unsigned int access
-    cdef bint simple = False
-    cdef int status
-    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
-    cdef ByOne known = <ByOne>apart(<void*>batch_known)
-    memo.whole = False
-    near_forget(&near)
-    near.moved = 0
-    near.trusted = False
-    port.wrote = True
-    while start < batch.n:
-        if unlikely(port.wrote):
-            # contexts may have changed, and the rest of a block that was set out
-            port.wrote = False
-            near_forget(&near)
-            slot = NULL
-            since = number
-            if one_pair:
-                slot = slot_of(hw, port, slots, load_u32(&batch.sid, 0),
-                               load_u32(&batch.ssid, 0), since, number, &near)
-                simple = slot.memo.context.simple
-        count = batch.n - start
-        if count > most:
-            count = most
-        for i in range(count):
-            if not one_pair:
-                sid = load_u32(&batch.sid, start + i)
-                ssid = load_u32(&batch.ssid, start + i)
-                if (slot == NULL or slot.sid != sid or slot.ssid != ssid
-                        or slot.block != number):
-                    slot = slot_of(hw, port, slots, sid, ssid, since, number, &near)
-                block.other[i] = slot == NULL
-                block.slot[i] = &slots[0] if slot == NULL else slot
-                simple = block.slot[i].memo.context.simple
-            if not one_pair and slot == NULL or not slot.walks:
-                block.entry[i] = NULL
-                continue
-            va = load_u64(&batch.iova, start + i)
-            if likely(simple):
-                set_out(&block, i, port, slot, va, &near, one_pair, True)
-            else:
-                set_out(&block, i, port, slot, va, &near, one_pair, False)
+cdef inline void set_out_row(Run* run, Rows* rows, size_t i, bint one_pair) noexcept nogil:
+    cdef const Shape* shape
+    if rows.shape[i] == LEFT or not run.shape[rows.shape[i] >> 1].walks:
+        rows.entry[i] = NULL
+        return
+    shape = &run.shape[rows.shape[i] >> 1]
+    if likely(shape.memo.context.simple):
+        set_out(rows, i, run.port, &shape.memo.context, &run.near, one_pair, True)
+    else:
+        set_out(rows, i, run.port, &shape.memo.context, &run.near, one_pair, False)
+
+
+cdef inline size_t run_of(
+        const Run* run, const Rows* rows, size_t i, size_t step, bint one_pair) noexcept nogil:
+    """The end of the rows from i on that have the shape of row i, looked at by steps of 8."""
+    cdef uint8_t shape = rows.shape[i]
+    cdef uint64_t eight = shape * <uint64_t>0x0101010101010101, found
+    cdef size_t n = i
+    if one_pair and (rows.half < 2 or run.shapes == 0):
+        return rows.count
+    while n + 8 <= rows.count:
+        memcpy(&found, &rows.shape[n], 8)
+        if found != eight:
+            break
+        n += 8
+    if n + 8 > rows.count or step == 1:
+        while n < rows.count and rows.shape[n] == shape:
+            n += 1
+        if step != 1 and n < rows.count:
+            n &= ~<size_t>7
+    return n
+
+
+cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogil:
+    """First pass over a block."""
+    cdef Port* port = run.port
+    cdef const Lanes* lanes
+    cdef size_t i = 0, k, n
+    cdef uint64_t left
+    cdef uint64_t[2] beyond
+    cdef Span window
+    if not run.vector:
+        for i in range(rows.count):
+            set_out_row(run, rows, i, one_pair)
         # a test that half the requests pass costs more than the walk that it saves
-        near.trusted = near.moved <= BLOCK // 8
-        near.moved = 0
-        for i in range(count):
-            va = load_u64(&batch.iova, start + i)
-            access = load_u8(&batch.access, start + i) & 7
-            if not one_pair:
-                slot = block.slot[i]
-                simple = slot.memo.context.simple
-            if likely(simple):
-                status = arrive(&block, i, slot, va, access, batch, start + i, more, True)
+        run.near.trusted = run.near.moved <= rows.count // 8
+        run.near.moved = 0
+        return
+    beyond[0] = beyond[1] = 0
+    run.near.trusted = False
+    while i < rows.count:
+        n = run_of(run, rows, i, 8, one_pair)
+        lanes = lanes_of(run, rows.shape[i]) if n > i else NULL
+        if lanes != NULL:
+            window.base = port.window.base
+            window.span = port.window.span
+            window.data = port.window.data
+            vector_down(lanes, &window, rows, i, n, &run.last, beyond)
+            i = n
+            continue
+        n = i + 8 if n == i else n
+        if n > rows.count:
+            n = rows.count
+        while i < n:
+            beyond[i >> 6] |= <uint64_t>1 << (i & 63)
+            i += 1
+    run.last.trusted = run.last.alike * 10 >= rows.count
+    run.last.careful = run.last.mixed * 40 > rows.count  # a fifth of the groups
+    run.last.alike = run.last.mixed = 0
+    for k in range(2):
+        left = beyond[k]
+        while unlikely(left != 0):
+            i = 64 * k + ctz64(left)
+            left &= left - 1
+            set_out_row(run, rows, i, one_pair)
+
+
+cdef inline int row_scalar(Run* run, const Rows* rows, size_t i, bint one_pair) noexcept nogil:
+    """One row by the scalar driver, in the context that its block decoded where that is its own."""
+    cdef Shape* shape = &run.shape[rows.shape[i] >> 1]
+    cdef Request request
+    cdef Outcome outcome
+    cdef int status
+    request.iova = rows.va[i]
+    request.access = rows.access[i]
+    request.reserved = 0
+    if one_pair:
+        request.sid = load_u32(&run.batch.sid, 0)
+        request.ssid = load_u32(&run.batch.ssid, 0)
+    else:
+        request.sid = rows.sid[i]
+        request.ssid = rows.ssid[i]
+    if rows.shape[i] != LEFT and (one_pair or not shape.walks):
+        status = translate_known(&run.core.hw, run.port, &request, &shape.memo, &outcome)
+        status = deliver(run.core, run.port, &request, status, &outcome)
+    else:
+        status = translate_request(run.core, run.port, &request, &run.memo, &outcome)
+    if status == 0:
+        store_outcome(run.batch, rows.start + i, &outcome)
+    return status
+
+
+ctypedef int (*RowScalar)(Run*, const Rows*, size_t, bint) noexcept nogil
+
+
+cdef inline int rows_arrive(Run* run, Rows* rows, bint one_pair, size_t* done) noexcept nogil:
+    """Second pass over a block; `done` rows of it.  Not all, when memory was written."""
+    cdef RowScalar scalar = <RowScalar>apart(<void*>row_scalar)
+    cdef Shape* shape
+    cdef const Lanes* lanes = NULL
+    cdef size_t i = 0, n = 0
+    cdef int status
+    while i < rows.count:
+        if run.vector and not run.more:
+            if i >= n:
+                n = run_of(run, rows, i, 1, one_pair)
+                lanes = lanes_of(run, rows.shape[i])
+            if lanes != NULL:
+                i = vector_arrive(lanes, rows, i, n, &run.out)
+                if i == n:
+                    continue
+        status = 1
+        if rows.shape[i] != LEFT:
+            shape = &run.shape[rows.shape[i] >> 1]
+            if likely(shape.memo.context.simple):
+                status = arrive(rows, i, &shape.memo.context, run.batch, run.more, True)
             else:
-                status = arrive(&block, i, slot, va, access, batch, start + i, more, False)
-            if unlikely(status):
-                if not one_pair and block.other[i]:
-                    status = scalar(core, port, &memo, batch, start + i)
-                elif slot.memo.whole:
-                    status = known(core, port, &slot.memo, batch, start + i)
-                else:
-                    status = scalar(core, port, &slot.memo, batch, start + i)
-                if status:
-                    return status
-                if port.wrote:
-                    count = i + 1
-                    break
-        start += count
-        number += 1
-        # where memory is written often, fewer requests are set out in vain
-        if port.wrote:
-            most = (count + 1) // 2
-        elif most < BLOCK:
-            most = BLOCK if most > BLOCK // 2 else 2 * most
+                status = arrive(rows, i, &shape.memo.context, run.batch, run.more, False)
+        if unlikely(status):
+            status = scalar(run, rows, i, one_pair)
+            if status:
+                return status
+            if run.port.wrote:
+                done[0] = i + 1
+                return 0
+        i += 1
+    done[0] = rows.count
+    return 0
+
+
+cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
+    """Both passes over every block, the second one block later."""
+    cdef Rows[2] rows
+    cdef size_t n = run.batch.n, start = 0, count, done = 0
+    cdef size_t full = ROWS if run.vector else WALKS
+    cdef size_t most = full
+    cdef unsigned int now = 0
+    cdef bint pending = False
+    cdef int status
+    run.port.wrote = True
+    while pending or start < n:
+        if unlikely(run.port.wrote):
+            # contexts may have changed, and the rows that were set out
+            run.port.wrote = False
+            open_contexts(run)
+            run.halves = run.shapes != 0 and run.shape[0].memo.context.two_ttbs
+            rows_prepare(run, &rows[0], one_pair)
+            rows_prepare(run, &rows[1], one_pair)
+        if start < n:
+            count = n - start if n - start < most else most
+            rows_read(run, &rows[now], start, count, one_pair)
+            rows_set_out(run, &rows[now], one_pair)
+            start += count
+        else:
+            rows[now].count = 0
+        if pending:
+            status = rows_arrive(run, &rows[now ^ 1], one_pair, &done)
+            if status:
+                return status
+            if unlikely(run.port.wrote):
+                # where memory is written often, fewer requests are set out in vain
+                start = rows[now ^ 1].start + done
+                most = (done + 1) // 2
+                pending = False
+                continue
+            if most < full:
+                most = full if most > full // 2 else 2 * most
+        pending = rows[now].count != 0
+        now ^= 1
     return 0
 
 
@@ -431,21 +772,6 @@ cdef inline bint wants_more(const BatchC* batch) noexcept nogil:
         or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
         or batch.ipa.data != NULL or batch.stage.data != NULL or batch.record.data != NULL
     )
-
-
-cdef inline int translate_plain(
-        Core* core, Port* port, const BatchC* batch) noexcept nogil:
-    """Translate a batch of at least one request, in plain memory and with SMMUEN=1."""
-    cdef Slot[SLOTS] slots
-    cdef int k
-    cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
-    cdef bint more = wants_more(batch)
-    for k in range(SLOTS):
-        slots[k].block = 0
-        slots[k].memo.context.simple = False
-    if one_pair and not more:
-        return run_blocks(core, port, batch, slots, True, False)
-    return run_blocks(core, port, batch, slots, one_pair, more)
 
 
 cdef inline int translate_each(
@@ -460,6 +786,39 @@ cdef inline int translate_each(
         if status:
             return status
     return 0
+
+
+cdef inline int translate_plain(
+        Core* core, Port* port, const BatchC* batch) noexcept nogil:
+    """Translate a batch of at least one request, in plain memory and with SMMUEN=1."""
+    cdef Run run
+    cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
+    cdef int status
+    run.core = core
+    run.port = port
+    run.batch = batch
+    run.pairs = NULL
+    run.more = wants_more(batch)
+    run.vector = vector_on and batch.n >= FEW
+    run.shapes = 0
+    run.near.moved = 0
+    run.near.trusted = False
+    run.last.alike = run.last.trusted = run.last.mixed = run.last.careful = 0
+    run.out.pa = <char*>batch.pa.data
+    run.out.action = <char*>batch.action.data
+    run.out.event = <char*>batch.event.data
+    run.out.pa_stride = batch.pa.stride if batch.pa.data != NULL else 8
+    run.out.action_stride = batch.action.stride if batch.action.data != NULL else 1
+    run.out.event_stride = batch.event.stride if batch.event.data != NULL else 1
+    run.out.ok = ACTION_OK
+    if one_pair:
+        return run_blocks(&run, True)
+    run.pairs = pairs_take(core)
+    if run.pairs == NULL:
+        return translate_each(core, port, batch)
+    status = run_blocks(&run, False)
+    pairs_give(core, run.pairs)
+    return status
 
 
 # --- through caches ---

@@ -87,6 +87,7 @@ cdef struct Core:
     void* owner       # the Smmu
     Queues* queues    # never NULL
     CachesC* caches   # NULL: nothing is cached
+    void* pairs       # of the last batch of many streams; NULL: none, or in use
     Mutex mutex       # of the caches; the same thread may take it again
     int64_t shared    # uses of the caches without the GIL, under way or announced
 

@@ -49,8 +49,8 @@ cdef struct Injection:
     int64_t seen
 
 
-# Where plain memory can be read in place: reads of up to 64 bytes at base .. base + span.
-# Shut, it has base 1, which no 8-byte aligned address is.
+# Where plain memory can be read in place: 8 bytes at base .. base + span.  Open, it is 64 bytes
+# long at least.  Shut, it has base 1, which no 8-byte aligned address is.
 cdef struct Window:
     uint64_t base
     uint64_t span
@@ -132,11 +132,16 @@ cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,
     return status
 
 
+cdef inline bint reads64(const Window* window, uint64_t offset) noexcept nogil:
+    """The 64 bytes at base + offset can be read in place."""
+    return offset <= window.span and window.span - offset >= WINDOW - 8
+
+
 cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words) noexcept nogil:
     """Read one 64-byte structure, as eight little-endian dwords."""
     cdef uint64_t offset = address - port.window.base
     cdef int i
-    if likely(offset <= port.window.span):
+    if likely(reads64(&port.window, offset)):
         for i in range(8):
             words[i] = le64(load64(port.window.data + offset + 8 * i))
         return FETCH_OK
@@ -154,7 +159,7 @@ cdef inline bint unchanged64(
     """The structure at `address` still is these eight dwords; no if it cannot be read in place."""
     cdef uint64_t offset = address - port.window.base
     cdef const uint8_t* p
-    if offset > port.window.span:
+    if not reads64(&port.window, offset):
         return False
     p = port.window.data + offset
     return not (

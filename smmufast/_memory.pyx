@@ -235,7 +235,7 @@ cdef void open_window(Port* port, uint64_t address) noexcept nogil:
     if data == NULL or size < WINDOW or (<uint64_t><size_t>data - base) & 7:
         return
     port.window.base = base
-    port.window.span = size - WINDOW
+    port.window.span = size - 8
     port.window.data = data
 
 

@@ -7,6 +7,7 @@ Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (glob
 cimport cython
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int8_t, uint32_t, uint64_t
+from libc.stdlib cimport free
 
 from smmufast._bits cimport le64, low_mask
 from smmufast._command cimport (
@@ -462,6 +463,7 @@ cdef class Registers:
             self._check_queue("PRIQ")
 
     def __dealloc__(self):
+        free(self.core.pairs)
         mutex_close(&self.core.mutex)
 
     # --- what Smmu overrides ---

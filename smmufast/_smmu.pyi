@@ -24,6 +24,8 @@ from smmufast.faults import FETCH_KINDS as FETCH_KINDS
 from smmufast.faults import AtsResponse, Event, Fetch, Perm
 from smmufast.features import modelled as modelled
 
+def vectors(on: bool | None = None) -> bool: ...
+
 NO_SUBSTREAM: Final = 4294967295
 COLUMNS: Final[dict[str, np.dtype[Any]]]
 

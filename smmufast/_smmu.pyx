@@ -24,6 +24,7 @@ from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
 )
 from smmufast._batch cimport translate_each, translate_hits, translate_plain
+from smmufast._vector cimport vector_on, vector_switch
 from smmufast._cached cimport (
     deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
     walk_cached,
@@ -45,6 +46,8 @@ from pickle import PickleBuffer
 
 from types import MappingProxyType
 
+import os
+
 import numpy as np
 
 from smmufast import layout
@@ -57,6 +60,7 @@ cdef extern from "numpy/arrayobject.h":
 cnp.import_array()
 
 open_drivers()
+vector_switch(os.environ.get("SMMUFAST_VECTOR") != "0")
 
 NO_SUBSTREAM = 0xFFFFFFFF
 """In arrays of SubstreamIDs: the transaction has none."""
@@ -558,6 +562,28 @@ cdef int walk_answer(Core* core, Port* own, WalkC* walk, const void* data) noexc
     walk.used += fetch.size // 8 + (2 if fetch.kind >= FETCH_TT_UPDATE else 0)
     walk.count += 1
     return walk_resume(core, own, walk)
+
+
+# --- vectors ---
+
+def vectors(on=None):
+    """Whether batches use the processor's vectors; with an argument, let them or not.
+
+    Results do not depend on it.  Batches do where the processor has AVX-512, unless the
+    environment says SMMUFAST_VECTOR=0.
+
+    Parameters
+    ----------
+    on : bool, optional
+
+    Returns
+    -------
+    bool
+        What holds from now on: False where the processor has none.
+    """
+    if on is not None:
+        vector_switch(on)
+    return bool(vector_on)
 
 
 # --- columns ---

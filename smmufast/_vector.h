@@ -1,0 +1,458 @@
+/* Eight walks at a time with AVX-512, where the processor has it.
+ *
+ * The vector form of the rules that most requests meet and nothing else: tables whose descriptors
+ * are little-endian with the address in place, then one page or block without a fault.  Every
+ * number comes from the scalar rules (_vmsa.pxd, _batch.pxd) as a mask or a bit table; what does
+ * not pass is left to them.  Rows are those of one block, side by side in arrays.
+ *
+ * Not architectural.  SPDX-License-Identifier: Apache-2.0
+ */
+#ifndef SMMUFAST_VECTOR_H
+#define SMMUFAST_VECTOR_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* A pair's home among 2^13 slots: the upper bits of a product. */
+#define SMMUFAST_GOLDEN 0x9E3779B97F4A7C15ULL
+enum { SMMUFAST_HOME = 64 - 13 };
+
+enum { SMMUFAST_ROWS = 128, SMMUFAST_PADDED = SMMUFAST_ROWS + 8 };
+
+/* What one half of a context asks of its addresses and descriptors; Half says what each is. */
+typedef struct {
+    uint64_t sign; /* all ones in the upper half */
+    uint64_t range_mask;
+    uint64_t index_mask;
+    uint64_t entry_mask;
+    uint64_t table_bits;
+    uint64_t low_address;
+    uint64_t keep;
+    uint64_t leaf_bits;
+    uint64_t block_shifts; /* bit s: a block of 2^s bytes is legal */
+    uint64_t allowed[8];   /* by access: bit {UXN, PXN, AP[2:1]}: a leaf permits it */
+    uint8_t shift;
+    uint8_t granule;
+    uint8_t stride;
+    uint8_t walks; /* the half has tables */
+} smmufast_lanes;
+
+/* Rows between their two passes; vectors read and write up to seven rows more. */
+typedef struct {
+    uint64_t va[SMMUFAST_PADDED] __attribute__((aligned(64)));
+    uint64_t first[SMMUFAST_PADDED];       /* the table where the walk begins */
+    const uint8_t *entry[SMMUFAST_PADDED]; /* where the leaf lies; NULL: the scalar driver's */
+    uint64_t held[SMMUFAST_PADDED];        /* leaves already read, as they lie in memory */
+    uint64_t tables[SMMUFAST_PADDED];      /* hierarchical attributes that count */
+    uint32_t sid[SMMUFAST_PADDED];         /* unless all rows are of one pair */
+    uint32_t ssid[SMMUFAST_PADDED];
+    uint8_t shift[SMMUFAST_PADDED];        /* lg2 of the page */
+    uint8_t shape[SMMUFAST_PADDED];        /* which context, and which half of it */
+    uint8_t access[SMMUFAST_PADDED];
+    uint64_t start;                        /* row of the batch */
+    uint64_t count;
+    uint64_t half; /* that all rows of one pair are in; 2: not known */
+} smmufast_rows;
+
+/* Where memory can be read in place: Window. */
+typedef struct {
+    uint64_t base;
+    uint64_t span;
+    const uint8_t *data;
+} smmufast_window;
+
+/* The last table of the walk before. */
+typedef struct {
+    uint64_t first;   /* of the same walk */
+    uint64_t tag;     /* address bits above the table's reach */
+    uint64_t table;
+    uint64_t tables;
+    uint64_t shape;   /* 256: none */
+    uint32_t alike;   /* groups of this block that stayed in one last table */
+    uint32_t trusted; /* most of the last block did, so it is asked for */
+    uint32_t mixed;   /* groups of this block that were no pages alone */
+    uint32_t careful; /* some of the last block were, so that is reckoned with */
+} smmufast_last;
+
+/* Outputs: first row and distance of rows; NULL: not wanted. */
+typedef struct {
+    char *pa, *action, *event;
+    ptrdiff_t pa_stride, action_stride, event_stride;
+    uint8_t ok;
+} smmufast_out;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define SMMUFAST_TARGET "avx512f,avx512dq,avx512bw,avx512vl,bmi,bmi2"
+#define SMMUFAST_AVX512 __attribute__((noinline, target(SMMUFAST_TARGET)))
+#define SMMUFAST_INLINE __attribute__((always_inline, target(SMMUFAST_TARGET)))
+
+static inline int smmufast_vector_here(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+
+static const uint64_t smmufast_nothing = 0;
+
+/* Eight loads, each of them whole; a lane that is off reads 0.  A gather does it too, and takes
+ * longer on Zen 4. */
+SMMUFAST_INLINE
+static inline __m512i smmufast_load8(__mmask8 on, __m512i at)
+{
+    const uint64_t *p[8] __attribute__((aligned(64)));
+    _mm512_store_si512(
+        p, _mm512_mask_mov_epi64(
+               _mm512_set1_epi64((long long)(uintptr_t)&smmufast_nothing), on, at));
+    return _mm512_set_epi64(*(const long long *)p[7], *(const long long *)p[6],
+                            *(const long long *)p[5], *(const long long *)p[4],
+                            *(const long long *)p[3], *(const long long *)p[2],
+                            *(const long long *)p[1], *(const long long *)p[0]);
+}
+
+/* Where the walks of rows [0, count) begin, for the pairs that lie at their home: {key, first} at
+ * slots[home], as pair_first() has them.  `missing` has the bits of the others. */
+SMMUFAST_AVX512
+static void smmufast_vector_find(
+    const uint64_t *slots, uint64_t epoch, smmufast_rows *b, size_t count, uint64_t *missing)
+{
+    const __m512i from = _mm512_set1_epi64((long long)(uintptr_t)slots);
+    const __m512i golden = _mm512_set1_epi64((long long)SMMUFAST_GOLDEN);
+    const __m512i none = _mm512_set1_epi64(0xFFFFFFFF);
+    size_t i;
+    missing[0] = missing[1] = 0;
+    for (i = 0; i < count; i += 8) {
+        __mmask8 rows = count - i >= 8 ? 0xFF : (__mmask8)((1u << (count - i)) - 1), here;
+        __m512i sid = _mm512_cvtepu32_epi64(_mm256_loadu_si256((const void *)&b->sid[i]));
+        __m512i ssid = _mm512_cvtepu32_epi64(_mm256_loadu_si256((const void *)&b->ssid[i]));
+        __m512i pair, at, first;
+        pair = _mm512_or_si512(
+            _mm512_slli_epi64(sid, 22),
+            _mm512_slli_epi64(_mm512_and_si512(ssid, _mm512_set1_epi64(0xFFFFF)), 1));
+        pair = _mm512_mask_or_epi64(
+            pair, _mm512_cmpeq_epi64_mask(ssid, none), pair, _mm512_set1_epi64(1 << 21));
+        pair = _mm512_or_si512(
+            pair, _mm512_and_si512(_mm512_srli_epi64(_mm512_loadu_si512(&b->va[i]), 55),
+                                   _mm512_set1_epi64(1)));
+        at = _mm512_add_epi64(
+            from, _mm512_slli_epi64(
+                      _mm512_srli_epi64(_mm512_mullo_epi64(pair, golden), SMMUFAST_HOME), 4));
+        here = _mm512_mask_cmpeq_epi64_mask(
+            rows, smmufast_load8(rows, at),
+            _mm512_or_si512(_mm512_slli_epi64(pair, 10), _mm512_set1_epi64((long long)epoch)));
+        first = smmufast_load8(rows, _mm512_add_epi64(at, _mm512_set1_epi64(8)));
+        _mm512_storeu_si512(&b->first[i], _mm512_andnot_si512(_mm512_set1_epi64(15), first));
+        _mm_storel_epi64((void *)&b->shape[i],
+                         _mm512_cvtepi64_epi8(_mm512_and_si512(first, _mm512_set1_epi64(15))));
+        missing[i / 64] |= (uint64_t)(rows & ~here) << (i % 64);
+    }
+}
+
+/* What the walks of one half need, in vectors. */
+#define SMMUFAST_CONSTANTS \
+    const __m512i vbase = _mm512_set1_epi64((long long)w->base); \
+    const __m512i vspan = _mm512_set1_epi64((long long)w->span); \
+    const __m512i vdata = _mm512_set1_epi64((long long)(uintptr_t)w->data); \
+    const __m512i entry_mask = _mm512_set1_epi64((long long)k->entry_mask)
+
+/* Where the entries of eight addresses lie in their tables, from the window's begin; entries cover
+ * 2^s bytes. */
+#define SMMUFAST_OFFSET(table, ia, s) \
+    _mm512_sub_epi64( \
+        _mm512_add_epi64( \
+            table, _mm512_and_si512( \
+                       _mm512_srl_epi64(ia, _mm_cvtsi32_si128((int)(s) - 3)), entry_mask)), \
+        vbase)
+
+/* Ask for the entries of the last level, of 8 * groups rows from i on.  The rows of each group
+ * that are not in `on`, or have their entry outside of the window, are left. */
+SMMUFAST_INLINE
+static inline void smmufast_pages(
+    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t i,
+    const unsigned groups, __mmask8 *on, const __m512i *table, const __m512i *tables)
+{
+    SMMUFAST_CONSTANTS;
+    unsigned g;
+#pragma GCC unroll 4
+    for (g = 0; g < groups; g++, i += 8) {
+        __m512i off = SMMUFAST_OFFSET(table[g], _mm512_loadu_si512(&b->va[i]), k->granule);
+        on[g] = _mm512_mask_cmple_epu64_mask(on[g], off, vspan);
+        _mm512_storeu_si512((void *)&b->entry[i],
+                            _mm512_maskz_add_epi64(on[g], off, vdata));
+        _mm512_storeu_si512(&b->tables[i], _mm512_and_si512(tables[g], _mm512_set1_epi64((long long)k->keep)));
+        __builtin_prefetch(b->entry[i]);
+        __builtin_prefetch(b->entry[i + 1]);
+        __builtin_prefetch(b->entry[i + 2]);
+        __builtin_prefetch(b->entry[i + 3]);
+        __builtin_prefetch(b->entry[i + 4]);
+        __builtin_prefetch(b->entry[i + 5]);
+        __builtin_prefetch(b->entry[i + 6]);
+        __builtin_prefetch(b->entry[i + 7]);
+    }
+}
+
+/* Walk down 8 * groups rows from i on, of which `rows` are there, where all are pages below
+ * ordinary tables in the window: no if some are not, and then it is to be done carefully. */
+SMMUFAST_INLINE
+static inline int smmufast_descend(
+    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t i,
+    const unsigned groups, __mmask8 rows, smmufast_last *last)
+{
+    SMMUFAST_CONSTANTS;
+    const __m512i sign = _mm512_set1_epi64((long long)k->sign);
+    const __m512i range_mask = _mm512_set1_epi64((long long)k->range_mask);
+    const __m512i index_mask = _mm512_set1_epi64((long long)k->index_mask);
+    const __m512i table_bits = _mm512_set1_epi64((long long)k->table_bits);
+    const __m512i low_address = _mm512_set1_epi64((long long)k->low_address);
+    const __m512i three = _mm512_set1_epi64(3);
+    __m512i table[4], tables[4];
+    __mmask8 on[4];
+    unsigned g, s, all = 0xFF;
+#pragma GCC unroll 4
+    for (g = 0; g < groups; g++) {
+        table[g] = _mm512_loadu_si512(&b->first[i + 8 * g]);
+        tables[g] = _mm512_setzero_si512();
+        on[g] = _mm512_mask_testn_epi64_mask(
+            rows, _mm512_xor_si512(_mm512_loadu_si512(&b->va[i + 8 * g]), sign), range_mask);
+    }
+    for (s = k->shift; s != k->granule; s -= k->stride) {
+#pragma GCC unroll 4
+        for (g = 0; g < groups; g++) {
+            __m512i ia = _mm512_and_si512(
+                _mm512_loadu_si512(&b->va[i + 8 * g]), index_mask), d;
+            __m512i off = SMMUFAST_OFFSET(table[g], ia, s);
+            on[g] = _mm512_mask_cmple_epu64_mask(on[g], off, vspan);
+            d = smmufast_load8(on[g], _mm512_add_epi64(off, vdata));
+            on[g] = _mm512_mask_cmpeq_epi64_mask(
+                on[g], _mm512_and_si512(d, table_bits), three);
+            table[g] = _mm512_and_si512(d, low_address);
+            tables[g] = _mm512_or_si512(tables[g], d);
+        }
+    }
+    smmufast_pages(k, w, b, i, groups, on, table, tables);
+#pragma GCC unroll 4
+    for (g = 0; g < groups; g++)
+        all &= on[g];
+    if (__builtin_expect(all != rows, 0))
+        return 0;
+    /* eight rows in one last table, which is not the first: remember it */
+    g = groups - 1;
+    if (k->shift != k->granule && rows == 0xFF
+        && !_mm512_cmpneq_epi64_mask(
+            table[g], _mm512_broadcastq_epi64(_mm512_castsi512_si128(table[g])))) {
+        last->shape = b->shape[i];
+        last->first = b->first[i + 8 * g];
+        last->tag = b->va[i + 8 * g] >> (k->granule + k->stride);
+        last->table = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(table[g]));
+        last->tables = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(tables[g]));
+        last->alike += groups;
+    }
+    return 1;
+}
+
+/* The same for eight rows, which may be anything: blocks are held, and what is left is told. */
+SMMUFAST_AVX512
+static void smmufast_descend_any(
+    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t i,
+    __mmask8 rows, smmufast_last *last, uint64_t *beyond)
+{
+    SMMUFAST_CONSTANTS;
+    const __m512i three = _mm512_set1_epi64(3);
+    const __m512i va = _mm512_loadu_si512(&b->va[i]);
+    const __m512i ia = _mm512_and_si512(va, _mm512_set1_epi64((long long)k->index_mask));
+    __m512i table = _mm512_loadu_si512(&b->first[i]), tables = _mm512_setzero_si512(), off, d;
+    __m512i entry = tables, held = tables, above = tables;
+    __m512i lg2 = _mm512_set1_epi64(k->granule);
+    __mmask8 in, leaf, blocks = 0, out = 0;
+    __mmask8 on = _mm512_mask_testn_epi64_mask(
+        rows, _mm512_xor_si512(va, _mm512_set1_epi64((long long)k->sign)),
+        _mm512_set1_epi64((long long)k->range_mask));
+    unsigned s;
+    for (s = k->shift; s != k->granule && on; s -= k->stride) {
+        off = SMMUFAST_OFFSET(table, ia, s);
+        in = _mm512_mask_cmple_epu64_mask(on, off, vspan);
+        out |= on & ~in;
+        d = smmufast_load8(in, _mm512_add_epi64(off, vdata));
+        if (k->block_shifts >> s & 1) {
+            leaf = _mm512_mask_cmpeq_epi64_mask(
+                in, _mm512_and_si512(d, three), _mm512_set1_epi64(1));
+            held = _mm512_mask_mov_epi64(held, leaf, d);
+            above = _mm512_mask_mov_epi64(above, leaf, tables);
+            lg2 = _mm512_mask_mov_epi64(lg2, leaf, _mm512_set1_epi64(s));
+            blocks |= leaf;
+        }
+        on = _mm512_mask_cmpeq_epi64_mask(
+            in, _mm512_and_si512(d, _mm512_set1_epi64((long long)k->table_bits)), three);
+        table = _mm512_and_si512(d, _mm512_set1_epi64((long long)k->low_address));
+        tables = _mm512_or_si512(tables, d);
+    }
+    if (on) {
+        off = SMMUFAST_OFFSET(table, ia, k->granule);
+        in = _mm512_mask_cmple_epu64_mask(on, off, vspan);
+        out |= on & ~in;
+        entry = _mm512_maskz_add_epi64(in, off, vdata);
+        above = _mm512_mask_mov_epi64(above, in, tables);
+    }
+    _mm512_storeu_si512(&b->held[i], held);
+    entry = _mm512_mask_add_epi64(
+        entry, blocks, _mm512_set1_epi64((long long)(uintptr_t)&b->held[i]),
+        _mm512_set_epi64(56, 48, 40, 32, 24, 16, 8, 0));
+    _mm512_storeu_si512((void *)&b->entry[i], entry);
+    _mm512_storeu_si512(&b->tables[i], _mm512_and_si512(above, _mm512_set1_epi64((long long)k->keep)));
+    _mm_storel_epi64((void *)&b->shift[i], _mm512_cvtepi64_epi8(lg2));
+    for (s = 0; s < 8; s++)
+        __builtin_prefetch(b->entry[i + s]);
+    beyond[i / 64] |= (uint64_t)out << (i % 64);
+    last->mixed += on != rows;
+}
+
+/* First pass over rows [from, to) of one half, `from` being a multiple of 8: walk down to the last
+ * table and ask for the entry of each.  A row that is left has no entry; `beyond` has its bit when
+ * memory outside of the window is the reason, so that its tables may still be ordinary. */
+SMMUFAST_AVX512
+static void smmufast_vector_down(
+    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t from, size_t to,
+    smmufast_last *last, uint64_t *beyond)
+{
+    const __m128i reach = _mm_cvtsi32_si128(k->granule + k->stride);
+    size_t i = from, end;
+    memset(&b->shift[from], k->granule, to - from);
+    while (i < to) {
+        __mmask8 rows = to - i >= 8 ? 0xFF : (__mmask8)((1u << (to - i)) - 1);
+        if (last->careful) {
+            smmufast_descend_any(k, w, b, i, rows, last, beyond);
+            i += 8;
+            continue;
+        }
+        if (last->trusted && last->shape == b->shape[from]
+            && !(_mm512_mask_cmpneq_epi64_mask(
+                     rows, _mm512_srl_epi64(_mm512_loadu_si512(&b->va[i]), reach),
+                     _mm512_set1_epi64((long long)last->tag))
+                 | _mm512_mask_cmpneq_epi64_mask(
+                     rows, _mm512_loadu_si512(&b->first[i]),
+                     _mm512_set1_epi64((long long)last->first)))) {
+            const __m512i table = _mm512_set1_epi64((long long)last->table);
+            const __m512i tables = _mm512_set1_epi64((long long)last->tables);
+            __mmask8 on = rows;
+            smmufast_pages(k, w, b, i, 1, &on, &table, &tables);
+            beyond[i / 64] |= (uint64_t)(rows & ~on) << (i % 64);
+            last->alike += 1;
+            i += 8;
+            continue;
+        }
+        if (!last->trusted && to - i >= 32) {
+            end = i + 32;
+            if (smmufast_descend(k, w, b, i, 4, rows, last))
+                i = end;
+        } else {
+            end = i + 8;
+            if (smmufast_descend(k, w, b, i, 1, rows, last))
+                i = end;
+        }
+        for (; i < end; i += 8)
+            smmufast_descend_any(k, w, b, i, rows, last, beyond);
+    }
+}
+
+/* Second pass over rows [from, to) of one half: read the leaves and write the outputs.  Stops
+ * behind the last row before the first that is left, and returns the number of that row. */
+SMMUFAST_AVX512
+static size_t smmufast_vector_arrive(
+    const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
+    const smmufast_out *o)
+{
+    const __m512i one = _mm512_set1_epi64(1);
+    const __m512i three = _mm512_set1_epi64(3);
+    const __m512i twelve = _mm512_set1_epi64(12);
+    const __m512i two = _mm512_set1_epi64(2);
+    const __m512i granule = _mm512_set1_epi64(k->granule);
+    const __m512i leaf_bits = _mm512_set1_epi64((long long)k->leaf_bits);
+    const __m512i page = _mm512_set1_epi64(0x403);
+    const __m512i low_address = _mm512_set1_epi64((long long)k->low_address);
+    const __m512i allowed = _mm512_loadu_si512(k->allowed);
+    size_t i;
+    for (i = from; i < to; i += 8) {
+        __mmask8 rows = to - i >= 8 ? 0xFF : (__mmask8)((1u << (to - i)) - 1), ok;
+        __m512i entry = _mm512_loadu_si512((const void *)&b->entry[i]);
+        __m512i tables = _mm512_loadu_si512(&b->tables[i]);
+        __m512i shift = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const void *)&b->shift[i]));
+        __m512i access = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const void *)&b->access[i]));
+        __m512i d, code, block, within, pa;
+        uint64_t row = b->start + i;
+        ok = _mm512_mask_test_epi64_mask(rows, entry, entry);
+        d = smmufast_load8(ok, entry);
+        /* a page's bit 1 is set; a block's is not, as was checked when it was read */
+        block = _mm512_maskz_mov_epi64(_mm512_cmpneq_epi64_mask(shift, granule), two);
+        ok = _mm512_mask_testn_epi64_mask(
+            ok, _mm512_xor_si512(_mm512_or_si512(d, block), page), leaf_bits);
+        code = _mm512_or_si512(
+            _mm512_and_si512(_mm512_srli_epi64(d, 6), three),
+            _mm512_and_si512(_mm512_srli_epi64(d, 51), twelve));
+        code = _mm512_andnot_si512(_mm512_and_si512(_mm512_srli_epi64(tables, 61), one), code);
+        code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi64(tables, 61), two));
+        code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi64(tables, 57), twelve));
+        ok = _mm512_mask_test_epi64_mask(
+            ok, _mm512_srlv_epi64(_mm512_permutexvar_epi64(access, allowed), code), one);
+        within = _mm512_sub_epi64(_mm512_sllv_epi64(one, shift), one);
+        /* low_address, without the page's own bits, from d; the rest from the address */
+        pa = _mm512_or_si512(
+            _mm512_andnot_si512(within, _mm512_and_si512(d, low_address)),
+            _mm512_and_si512(_mm512_loadu_si512(&b->va[i]), within));
+        if (__builtin_expect(ok == 0xFF && o->pa_stride == 8 && o->action_stride == 1
+                             && o->event_stride == 1, 1)) {
+            if (o->pa)
+                _mm512_storeu_si512(o->pa + 8 * row, pa);
+            if (o->action)
+                memset(o->action + row, o->ok, 8);
+            if (o->event)
+                memset(o->event + row, 0, 8);
+        } else {
+            uint64_t pas[8];
+            unsigned n = (unsigned)__builtin_ctz(~(unsigned)ok), j;
+            _mm512_storeu_si512(pas, pa);
+            for (j = 0; j < n; j++) {
+                if (o->pa)
+                    memcpy(o->pa + (ptrdiff_t)(row + j) * o->pa_stride, &pas[j], 8);
+                if (o->action)
+                    o->action[(ptrdiff_t)(row + j) * o->action_stride] = (char)o->ok;
+                if (o->event)
+                    o->event[(ptrdiff_t)(row + j) * o->event_stride] = 0;
+            }
+            if (i + n < to && n < 8)
+                return i + n;
+        }
+    }
+    return to;
+}
+
+#else
+
+static inline int smmufast_vector_here(void) { return 0; }
+
+static void smmufast_vector_find(
+    const uint64_t *slots, uint64_t epoch, smmufast_rows *b, size_t count, uint64_t *missing)
+{
+    (void)slots, (void)epoch, (void)b, (void)count;
+    missing[0] = missing[1] = ~(uint64_t)0;
+}
+
+static void smmufast_vector_down(
+    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t from, size_t to,
+    smmufast_last *last, uint64_t *beyond)
+{
+    (void)k, (void)w, (void)b, (void)from, (void)to, (void)last, (void)beyond;
+}
+
+static size_t smmufast_vector_arrive(
+    const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
+    const smmufast_out *o)
+{
+    (void)k, (void)b, (void)to, (void)o;
+    return from;
+}
+
+#endif
+#endif
