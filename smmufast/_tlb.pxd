@@ -75,7 +75,8 @@ cdef extern from * nogil:
 
 
 # A translation, as whoever walked found it: 64 bytes.  After tlb_probe() all but the tags (page,
-# lg2, kind, world, vmid, asid, aset, is_global) may be changed in place, such as a CLEAN flag or perm.
+# lg2, kind, world, vmid, asid, aset, is_global) may be changed in place, such as a CLEAN flag or
+# perm.
 cdef struct Entry:
     uint64_t page          # input address >> lg2; all bits above: the sign is in it
     uint64_t key           # the other tags; written by tlb_fill()
