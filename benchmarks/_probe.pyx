@@ -51,7 +51,7 @@ cdef size_t probe_each(
         CachesC* c, const uint64_t* iova, size_t n, uint64_t* out, uint16_t asid) noexcept nogil:
     cdef size_t i, hits = 0
     cdef const Entry* e
-    cdef uint64_t key = tlb_key(c, KIND_S1, WORLD_NS_EL1, 0, asid)
+    cdef uint64_t key = tlb_key(c, KIND_S1, WORLD_NS_EL1, 0, asid, 0)
     for i in range(n):
         e = tlb_probe_key(c, KIND_S1, key, iova[i])
         if e != NULL:

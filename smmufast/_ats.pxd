@@ -249,7 +249,8 @@ cdef inline int ats_stage1(
         return event
     va = canonical(half, iova, upper)
     if view != NULL:
-        e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, va, view.quiet)
+        e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, context.aset, va,
+                      view.quiet)
         if e != NULL and usable(e, access):
             known[0] = True
             leaf_of(e, 1, &pages.first)

@@ -872,7 +872,8 @@ cdef inline void lane_set(
         lane.bits = 1
     lane.within = half.index_mask
     lane.sign = (0 - <uint64_t>upper) & ~half.index_mask
-    lane.key = tlb_key(c, lane.kind, context.world, context.vmid, context.asid)
+    lane.key = tlb_key(
+        c, lane.kind, context.world, context.vmid, context.asid, context.aset)
     lane.lg2 = c.tlb_sizes[lane.kind].lone
     lane.sized = lane.key | c.tlb_sizes[lane.kind].lone_key
     lane.set_mask = cache.set_mask

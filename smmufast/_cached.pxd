@@ -160,7 +160,8 @@ cdef inline int translate_known_cached(
             va = canonical(half, request.iova, upper)
             if context.second.on and not view.c.split:
                 kind = KIND_COMBINED
-            e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, va, view.quiet)
+            e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, context.aset, va,
+                          view.quiet)
             if likely(e != NULL and not context.second.on):
                 if likely(e.perm1 & need and usable(e, access)):
                     # the ordinary hit, without what the others have to set up

@@ -1674,6 +1674,39 @@ cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept 
     return status if status >= 0 else api_end(&port, status)
 
 
+cdef inline bint access_legal(uint64_t offset, uint32_t size) noexcept nogil:
+    """What Registers.read() takes; other accesses are impossible on a bus."""
+    return offset <= 0x1FFFF and (size == 1 or size == 2 or size == 4 or size == 8)
+
+
+cdef int api_read(
+        SmmuC* handle, uint64_t offset, uint32_t size, uint64_t* value) noexcept nogil:
+    if not access_legal(offset, size):
+        return STATUS_EINVAL
+    with gil:
+        try:
+            value[0] = (<Smmu>(<Core*>handle).owner).read(offset, size)
+        except BaseException as error:
+            set_error(error)
+            PyErr_WriteUnraisable(<object>NULL)
+            return STATUS_EPYTHON
+    return STATUS_DONE
+
+
+cdef int api_write(
+        SmmuC* handle, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
+    if not access_legal(offset, size) or size < 8 and value >> 8 * size:
+        return STATUS_EINVAL
+    with gil:
+        try:
+            (<Smmu>(<Core*>handle).owner).write(offset, value, size)
+        except BaseException as error:
+            set_error(error)
+            PyErr_WriteUnraisable(<object>NULL)
+            return STATUS_EPYTHON
+    return STATUS_DONE
+
+
 cdef ApiC api
 api.abi = ABI
 api.size = sizeof(ApiC)
@@ -1683,4 +1716,6 @@ api.translate = api_translate
 api.translate_batch = api_translate_batch
 api.walk_start = api_walk_start
 api.walk_supply = api_walk_supply
+api.read = api_read
+api.write = api_write
 _C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)

@@ -65,15 +65,18 @@ cdef extern from * nogil:
     #define KEY_STAGE1 (1ULL << 38)
     #define KEY_WORLD (3ULL << 40)
     #define KEY_GLOBAL (1ULL << 42)
+    #define KEY_ASET_SHIFT 43
+    #define KEY_ASET (1ULL << 43)
     #define KEY_VALID (1ULL << 63)
     """
-    const int KEY_VMID_SHIFT, KEY_LG2_SHIFT, KEY_KIND_SHIFT, KEY_WORLD_SHIFT
+    const int KEY_VMID_SHIFT, KEY_LG2_SHIFT, KEY_KIND_SHIFT, KEY_WORLD_SHIFT, KEY_ASET_SHIFT
     const uint64_t KEY_ASID, KEY_VMID, KEY_LG2, KEY_KIND, KEY_STAGE1, KEY_WORLD, KEY_GLOBAL
-    const uint64_t KEY_VALID
+    const uint64_t KEY_ASET, KEY_VALID
 
 
 # A translation, as whoever walked found it: 64 bytes.  After tlb_probe() all but the tags (page,
-# lg2, kind, world, vmid, asid, is_global) may be changed in place, such as a CLEAN flag or perm.
+# lg2, kind, world, vmid, asid, aset, is_global) may be changed in place, such as a CLEAN flag or
+# perm.
 cdef struct Entry:
     uint64_t page          # input address >> lg2; all bits above: the sign is in it
     uint64_t key           # the other tags; written by tlb_fill()
@@ -92,7 +95,7 @@ cdef struct Entry:
     uint8_t lg2_s1, lg2_s2          # log2 of each stage's page or block; 0: stage absent
     int8_t level_s1, level_s2
     uint8_t granule_s1, granule_s2  # log2; 0: stage absent
-    uint8_t aset
+    uint8_t aset           # CD.ASET: 0 or 1
     uint8_t[3] extra       # for whoever fills it; not read here
 
 
@@ -168,10 +171,14 @@ cdef class Caches:
 
 cdef inline uint64_t tlb_key(
         const CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid,
-        uint16_t asid) noexcept nogil:
-    """Second word of a tag without its lg2: of entries that are not global."""
+        uint16_t asid, unsigned int aset) noexcept nogil:
+    """Second word of a tag without its lg2: of entries that are not global.
+
+    ASET tags these too, which it may; it must tag the global ones (IHI 0070 3.17).
+    """
     return (
-        ((<uint64_t>vmid << KEY_VMID_SHIFT | asid) & c.key_mask[kind][world])
+        ((<uint64_t>aset << KEY_ASET_SHIFT | <uint64_t>vmid << KEY_VMID_SHIFT | asid)
+         & c.key_mask[kind][world])
         | <uint64_t>kind << KEY_KIND_SHIFT | <uint64_t>world << KEY_WORLD_SHIFT | KEY_VALID
     )
 
@@ -326,13 +333,13 @@ cdef inline Entry* tlb_probe_key(
 
 cdef inline Entry* tlb_probe(
         CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
-        uint64_t address, bint quiet=False) noexcept nogil:
+        unsigned int aset, uint64_t address, bint quiet=False) noexcept nogil:
     """Look an input address up: the entry, which lives until tlb_generation changes, or NULL.
 
     Counts one hit or one miss.  `kind` is one KIND_...: KIND_S2 takes an IPA.  Addresses are
     canonical: bits beyond the input size repeat the half's sign.
     """
-    cdef uint64_t key = tlb_key(c, kind, world, vmid, asid)
+    cdef uint64_t key = tlb_key(c, kind, world, vmid, asid, aset)
     if quiet:
         return tlb_probe_sizes(c, kind, key, address, True)
     return tlb_probe_key(c, kind, key, address)

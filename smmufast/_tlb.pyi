@@ -156,6 +156,7 @@ class Caches:
         world: StreamWorld | int | str = ...,
         vmid: SupportsIndex = 0,
         asid: SupportsIndex = 0,
+        aset: SupportsIndex = 0,
     ) -> TlbEntry | None: ...
     def fill(self, entry: TlbEntry, /) -> None: ...
     def lookup_walk(

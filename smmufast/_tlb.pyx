@@ -163,10 +163,10 @@ class CdEntry(NamedTuple):
 cdef void caches_set_masks(CachesC* c) noexcept nogil:
     """What a TLB entry is tagged with, by kind and StreamWorld (IHI 0070, 3.17)."""
     memset(c.key_mask, 0, sizeof(c.key_mask))
-    c.key_mask[KIND_S1][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_GLOBAL
-    c.key_mask[KIND_COMBINED][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_GLOBAL
+    c.key_mask[KIND_S1][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_ASET | KEY_GLOBAL
+    c.key_mask[KIND_COMBINED][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_ASET | KEY_GLOBAL
     c.key_mask[KIND_S2][WORLD_NS_EL1] = KEY_VMID
-    c.key_mask[KIND_S1][WORLD_EL2_E2H] = KEY_ASID | KEY_GLOBAL
+    c.key_mask[KIND_S1][WORLD_EL2_E2H] = KEY_ASID | KEY_ASET | KEY_GLOBAL
 
 
 cdef inline uint64_t global_key(uint64_t key) noexcept nogil:
@@ -465,7 +465,7 @@ cdef inline void filter_rivals(Filter* f, uint64_t key) noexcept nogil:
 
 
 cdef inline uint64_t entry_key(const CachesC* c, const Entry* e) noexcept nogil:
-    cdef uint64_t key = tlb_key(c, e.kind, e.world, e.vmid, e.asid)
+    cdef uint64_t key = tlb_key(c, e.kind, e.world, e.vmid, e.asid, e.aset)
     if e.is_global and c.key_mask[e.kind][e.world] & KEY_GLOBAL:
         key = global_key(key)
     return key | <uint64_t>e.lg2 << KEY_LG2_SHIFT
@@ -533,7 +533,7 @@ cdef Table* walk_probe(
     """
     cdef CacheC* cache = walk_cache(c, kind)
     cdef uint64_t sizes = c.walk_sizes[kind].mask
-    cdef uint64_t key = tlb_key(c, kind, world, vmid, asid)
+    cdef uint64_t key = tlb_key(c, kind, world, vmid, asid, 0)
     cdef uint64_t prefix
     cdef unsigned int lg2
     cdef int64_t slot
@@ -553,8 +553,11 @@ cdef Table* walk_probe(
 
 
 cdef inline uint64_t walk_key(const CachesC* c, const Table* e) noexcept nogil:
-    """Tables are not known to be global: their entries have the ASID of who filled them."""
-    return tlb_key(c, e.kind, e.world, e.vmid, e.asid) | <uint64_t>e.lg2 << KEY_LG2_SHIFT
+    """Tables are not known to be global: their entries have the ASID of who filled them.
+
+    So ASET need not tag them.
+    """
+    return tlb_key(c, e.kind, e.world, e.vmid, e.asid, 0) | <uint64_t>e.lg2 << KEY_LG2_SHIFT
 
 
 cdef inline void walk_forget(CachesC* c, CacheC* cache, uint64_t slot) noexcept nogil:
@@ -1078,7 +1081,7 @@ cdef int admit_translation(CachesC* c, uint64_t slot, Reader* reader) except -1:
     take(reader, &e, sizeof(Entry))
     if not (KIND_S1 <= e.kind <= KIND_COMBINED and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX
             and e.lg2_s1 <= LG2_MAX and e.lg2_s2 <= LG2_MAX and e.perm1 < 64 and e.perm2 < 64
-            and not e.page >> (64 - e.lg2)):
+            and e.aset < 2 and not e.page >> (64 - e.lg2)):
         refuse("a translation that cannot be", CACHE_TLB, slot)
     if slot // cache.ways != e.page & cache.set_mask:
         refuse("an entry of another set", CACHE_TLB, slot)
@@ -1456,7 +1459,8 @@ cdef class Caches:
 
     # --- TLB ---
 
-    def lookup(self, address, *, kind="stage 1", world=StreamWorld.NS_EL1, vmid=0, asid=0):
+    def lookup(self, address, *, kind="stage 1", world=StreamWorld.NS_EL1, vmid=0, asid=0,
+               aset=0):
         """Look an address up in the TLB; counts one hit or one miss.
 
         Parameters
@@ -1467,7 +1471,7 @@ cdef class Caches:
             The kind of entry that is wanted; other kinds do not answer.
         world : StreamWorld or str
             The translation regime.
-        vmid, asid : int
+        vmid, asid, aset : int
             Tags of the request, compared as far as the kind and the world have them.
 
         Returns
@@ -1480,7 +1484,8 @@ cdef class Caches:
         cdef uint16_t v = field("vmid", vmid, 0xFFFF)
         cdef uint16_t a = field("asid", asid, 0xFFFF)
         cdef uint64_t at = field("address", address, ~<uint64_t>0)
-        cdef Entry* found = tlb_probe(self.c, number, regime, v, a, at)
+        cdef Entry* found = tlb_probe(
+            self.c, number, regime, v, a, <unsigned int>field("aset", aset, 1), at)
         return None if found == NULL else entry_shown(found)
 
     def fill(self, entry, /):

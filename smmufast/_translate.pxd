@@ -522,7 +522,7 @@ cdef inline int stage2_cached(
     if ipa & half.range_mask:
         return EVENT_F_TRANSLATION
     if keeps:
-        e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, ipa, view.quiet)
+        e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, 0, ipa, view.quiet)
         if e != NULL and not (dirty and e.flags & ENTRY_CLEAN2):
             leaf.d = as_said(e.extra[1])
             leaf.address = e.address

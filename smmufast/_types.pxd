@@ -127,6 +127,8 @@ cdef extern from "smmufast.h":
         int (*translate_batch)(SmmuC*, const BatchC*) noexcept nogil
         int (*walk_start)(SmmuC*, const Request*, WalkC*) noexcept nogil
         int (*walk_supply)(SmmuC*, WalkC*, const void*) noexcept nogil
+        int (*read)(SmmuC*, uint64_t offset, uint32_t size, uint64_t* value) noexcept nogil
+        int (*write)(SmmuC*, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil
 
 
 cdef enum:

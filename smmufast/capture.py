@@ -1125,6 +1125,8 @@ def load_queue(path: str | os.PathLike[str], which: str) -> Queue:
     first = fields["ADDR"] & -(size << log2size)
     ring = bytearray(size << log2size)
     where = os.path.join(path, "queues.npz")
+    if not os.path.exists(where):
+        raise CaptureError(where, None, "there is none: the capture holds no queues")
     addresses, pages = _arrays(where, page_addr=("<u8", 8), pages=("u1", PAGE))
     if len(addresses) != len(pages):
         raise CaptureError(where, None, f"{len(addresses)} addresses for {len(pages)} pages")

@@ -68,9 +68,10 @@ class Event:
     <Event F_PERMISSION sid=0x7 ssid=0x3 iova=0x0 read s2 class=TT descriptor=read ipa=0x40001000>
     """
 
-    __slots__ = ("record",)
+    __slots__ = ("_unpacked", "record")
 
     record: bytes
+    _unpacked: tuple[bytes, dict[str, int]] | None  # what it was unpacked from, and the fields
 
     def __init__(self, record: bytes) -> None:
         """Take the record as it lies in memory."""
@@ -78,15 +79,22 @@ class Event:
         if len(record) != 32:
             raise ValueError(f"record: {len(record)} bytes given; 32 needed")
         self.record = record
+        self._unpacked = None
+
+    def _fields(self) -> dict[str, int]:
+        """Unpack the record once: that takes longer than all else here."""
+        if self._unpacked is None or self._unpacked[0] is not self.record:
+            try:
+                kind: str | layout.Record = layout.event_record(self.number)
+            except ValueError:
+                kind = "EVENT"  # no event has this number: every field that some event has
+            self._unpacked = self.record, layout.unpack(kind, self.record)
+        return self._unpacked[1]
 
     @property
     def fields(self) -> dict[str, int]:
         """Every field of this kind of record, by the name that the architecture gives it."""
-        try:
-            kind: str | layout.Record = layout.event_record(self.number)
-        except ValueError:
-            kind = "EVENT"  # no event has this number: every field that some event has
-        return layout.unpack(kind, self.record)
+        return dict(self._fields())
 
     @property
     def number(self) -> int:
@@ -109,29 +117,29 @@ class Event:
     @property
     def ssid(self) -> int | None:
         """SubstreamID, None when the transaction had none or the record does not hold it."""
-        fields = self.fields
+        fields = self._fields()
         return fields.get("SubstreamID") if fields.get("SSV", 1) else None
 
     @property
     def iova(self) -> int | None:
         """Input address, None where the record holds none."""
-        return self.fields.get("InputAddr")
+        return self._fields().get("InputAddr")
 
     @property
     def write(self) -> bool | None:
         """Whether the access was a write (RnW=0), None where the record does not say."""
-        rnw = self.fields.get("RnW")
+        rnw = self._fields().get("RnW")
         return None if rnw is None else not rnw
 
     @property
     def fetch_address(self) -> int | None:
         """Address of the fetch that failed, None for other events."""
-        return self.fields.get("FetchAddr")
+        return self._fields().get("FetchAddr")
 
     @property
     def s2(self) -> bool | None:
         """Whether it is a fault of stage 2, None where the record does not say."""
-        s2 = self.fields.get("S2")
+        s2 = self._fields().get("S2")
         return None if s2 is None else bool(s2)
 
     @property
@@ -141,24 +149,24 @@ class Event:
         "CD": a context descriptor; "TT": a translation table; "IN": what the input address led
         to; "reserved".
         """
-        code = self.fields.get("CLASS")
+        code = self._fields().get("CLASS")
         return None if code is None else _CLASSES[code]
 
     @property
     def ipa(self) -> int | None:
         """Page of the intermediate physical address; None unless it is a fault of stage 2."""
-        fields = self.fields
+        fields = self._fields()
         return fields.get("IPA") if fields.get("S2") else None
 
     @property
     def stalled(self) -> bool:
         """Whether the transaction waits for a CMD_RESUME."""
-        return bool(self.fields.get("Stall"))
+        return bool(self._fields().get("Stall"))
 
     @property
     def stag(self) -> int | None:
         """Tag that the CMD_RESUME of a stalled transaction needs; None for any other."""
-        fields = self.fields
+        fields = self._fields()
         return fields["STAG"] if fields.get("Stall") else None
 
     @property
@@ -167,7 +175,7 @@ class Event:
 
         None unless it is an F_PERMISSION of class TT.
         """
-        fields = self.fields
+        fields = self._fields()
         if "TTRnW" not in fields or _CLASSES[fields["CLASS"]] != "TT" or self.name != _PERMISSION:
             return None
         return bool(fields["TTRnW"])
@@ -206,6 +214,10 @@ class Event:
     def __hash__(self) -> int:
         """Hash of the record."""
         return hash(self.record)
+
+    def __reduce__(self) -> tuple[type[Event], tuple[bytes]]:
+        """Pickle the record alone."""
+        return Event, (self.record,)
 
 
 class AtsResponse(NamedTuple):

@@ -183,6 +183,11 @@ typedef struct smmufast_api {
                       smmufast_walk *walk);
     /* data: fetch[count].size bytes as they lie in memory, or NULL for an external abort. */
     int (*walk_supply)(smmufast_smmu *smmu, smmufast_walk *walk, const void *data);
+    /* Registers as software accesses them, with all that follows from a write, commands
+     * included.  They take the lock themselves: call with it or without.  The offset is in bytes
+     * from the start of page 0, up to 0x1FFFF; size is 1, 2, 4 or 8 bytes. */
+    int (*read)(smmufast_smmu *smmu, uint64_t offset, uint32_t size, uint64_t *value);
+    int (*write)(smmufast_smmu *smmu, uint64_t offset, uint32_t size, uint64_t value);
 } smmufast_api;
 
 #ifdef __cplusplus

@@ -161,13 +161,19 @@ def last(entry):
     return entry.start + (1 << entry.lg2) - 1
 
 
-def answers(entry, kind, world, vmid, asid, address, is_global):
+def aset(entry):
+    """The ASID set of an entry; tables are cached without."""
+    return getattr(entry, "aset", 0)
+
+
+def answers(entry, kind, world, vmid, asid, set_, address, is_global):
     """Whether an entry answers a request; is_global: of the entry, if that counts."""
     return (
         entry.kind == kind
         and entry.world == world
         and (not has_vmid(entry) or entry.vmid == vmid)
         and (not has_asid(entry) or is_global or entry.asid == asid)
+        and (not has_asid(entry) or aset(entry) == set_)
         and entry.start <= address <= last(entry)
     )
 
@@ -179,6 +185,7 @@ def rivals(a, b):
         and a.world == b.world
         and (not has_vmid(a) or a.vmid == b.vmid)
         and (not has_asid(a) or a.is_global or b.is_global or a.asid == b.asid)
+        and (not has_asid(a) or aset(a) == aset(b))
         and a.start <= last(b)
         and b.start <= last(a)
     )
@@ -272,9 +279,9 @@ class Model:
 
     # TLB
 
-    def lookup(self, address, kind, world, vmid, asid):
+    def lookup(self, address, kind, world, vmid, asid, set_):
         """The translation that answers, or None."""
-        request = (kind, world, vmid, asid, address)
+        request = (kind, world, vmid, asid, set_, address)
         found = [e for e in self.tlb.live() if answers(e, *request, e.is_global)]
         assert len(found) < 2, found
         if not found:
@@ -297,7 +304,7 @@ class Model:
     def lookup_walk(self, address, kind, world, vmid, asid):
         """The table that translates least."""
         cache = self.walk(kind)
-        request = (kind, world, vmid, asid, address)
+        request = (kind, world, vmid, asid, 0, address)
         found = [e for e in cache.live() if answers(e, *request, False)]
         if not found:
             cache.counters["misses"] += 1

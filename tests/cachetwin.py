@@ -151,7 +151,7 @@ class Meaning:
 
     @property
     def regime(self):
-        """What shares global pages; None without a stage 1."""
+        """What ASIDs are of; None without a stage 1."""
         if self.world is None:
             return None
         return self.world, self.vmid if self.world == NS_EL1 else 0
@@ -174,6 +174,11 @@ class Meaning:
         """(first, last) address of the stage-1 page."""
         mask = (1 << self.page.shift) - 1
         return self.va & ~mask, self.va | mask
+
+    @property
+    def sharers(self):
+        """What shares global pages: the regime, of one ASID set."""
+        return self.regime, self.cd is not None and reference.bits(self.cd, 47, 47)
 
     def is_global(self):
         """Whether the stage-1 page answers every ASID."""
@@ -271,7 +276,7 @@ def lawful(meanings, before=None, pool=()):
         if all(claims.setdefault(tag, config) == config for tag, config in meaning.claims()):
             left.append(request)
             if meaning.is_global():
-                globals_[meaning.regime].add((meaning.asid, *meaning.reach()))
+                globals_[meaning.sharers].add((meaning.asid, *meaning.reach()))
     updates = {}
     for request in left:
         for address, kind in meanings[request].updates():
@@ -294,7 +299,7 @@ def lawful(meanings, before=None, pool=()):
             continue
         if any(
             asid != meaning.asid and first <= meaning.va <= last
-            for asid, first, last in globals_[meaning.regime]
+            for asid, first, last in globals_[meaning.sharers]
         ):
             continue
         yield request

@@ -356,6 +356,56 @@ def test_an_exception_of_a_python_callback_is_epython_and_is_reported(plain, mon
     memory.remove(BASE)
 
 
+# --- registers ---
+
+CR0, GERROR, CMDQ_BASE, CMDQ_PROD, CMDQ_CONS = 0x20, 0x60, 0x90, 0x98, 0x9C
+
+
+def test_c_registers_are_those_of_python(plain):
+    smmu, _ = small.system(cr0=0)
+    smmu.memory.add_private(0, 1 << 20)
+    assert plain.mmio(smmu, CMDQ_BASE, 8, 0x1_0003) == DONE
+    assert plain.mmio(smmu, CMDQ_BASE + 4, 4) == (DONE, 0)
+    smmu.memory.write(0x1_0000, bytes([0x46]) + bytes(15) + bytes([0xFF]) + bytes(15))
+    assert plain.mmio(smmu, CR0, 4, 0b1001) == DONE
+    assert plain.mmio(smmu, CMDQ_PROD, 4, 2) == DONE
+    # the first command is consumed, the second illegal, and the error is there at once
+    assert plain.mmio(smmu, CMDQ_CONS, 4) == (DONE, 1 << 24 | 1)
+    assert plain.mmio(smmu, GERROR, 4) == (DONE, 1)
+    for offset in (0, 0x0C, 0x14, 0x80, 0x94, 0x100A8, 0x1FFFC):
+        for size in (1, 2, 4, 8):
+            assert plain.mmio(smmu, offset, size) == (DONE, smmu.read(offset, size))
+    assert plain.translate(smmu, *c_arguments(Request(small.STAGE1, small.RW)))[0] == DONE
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "value"),
+    [(0x20000, 4, 0), (1 << 40, 4, 0), (CR0, 3, 0), (CR0, 0, 0), (CR0, 4, 1 << 32), (CR0, 1, 256)],
+)  # fmt: skip
+def test_an_access_that_no_bus_carries_is_einval(plain, offset, size, value):
+    smmu, _ = small.system()
+    assert plain.mmio(smmu, offset, size, value) == EINVAL
+    if not value:
+        assert plain.mmio(smmu, offset, size) == (EINVAL, 0x5A)
+    assert smmu.cr0 == 0b101
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_what_an_interrupt_raises_is_epython_in_c(plain, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda info: seen.append(info.exc_value))
+
+    def on_interrupt(name):
+        raise ZeroDivisionError(name)
+
+    smmu, _ = small.system(cr0=0b1001, cmdq_base=0x1_0000, on_interrupt=on_interrupt)
+    smmu.write("IRQ_CTRL", 1)
+    # the queue lies outside of memory: CERROR_ABT
+    assert plain.mmio(smmu, CMDQ_PROD, 4, 1) == EPYTHON
+    assert [str(error) for error in seen] == ["gerror"]
+    assert smmu.read("CMDQ_CONS") == 2 << 24
+
+
 # --- the header ---
 
 

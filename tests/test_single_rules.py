@@ -1,5 +1,6 @@
 """Rules of docs/rules.md that no other test states alone: what is cached, and what is ignored."""
 
+import numpy as np
 import pytest
 import reference
 import small
@@ -102,6 +103,22 @@ def test_translations_are_shared_by_vmid_and_asid():
     bench.tables.write_descriptor(slot, 0)
     assert smmu.translate(SID + 1, IOVA).pa == 0x5000
     assert smmu.translate(SID + 2, IOVA).fault.name == "F_TRANSLATION"
+
+
+@pytest.mark.parametrize("aset", [0, 1])
+def test_global_pages_are_shared_within_an_asid_set(aset):
+    bench = Bench()
+    slot = bench.tables.slot(IOVA, 3)
+    bench.map(IOVA, 0x5000, ng=0)
+    bench.write_cd(asid=3, aset=0)
+    bench.write_cd(1, asid=4, aset=aset)
+    bench.write_ste(SID + 1, s1contextptr=CONTEXT_TABLE + 64)
+    smmu = cached(bench)
+    assert outcome(smmu) == 0x5000
+    bench.tables.write_descriptor(slot, 0)
+    shared = {0: 0x5000, 1: 0}[aset]
+    assert (smmu.translate(SID + 1, IOVA).pa or 0) == shared
+    assert smmu.translate_batch(SID + 1, np.full(2, IOVA, np.uint64))["pa"].tolist() == [shared] * 2
 
 
 @pytest.mark.parametrize(

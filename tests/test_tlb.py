@@ -161,8 +161,9 @@ def test_random_programs_do_what_the_model_does(shape, lg2s):
         tags = {"kind": kind, "world": world, "vmid": vmid, "asid": asid}
         address = pick_address(choose) + choose.getrandbits(12) & 2**64 - 1
         if what < 0.35:
-            found = caches.lookup(address, **tags)
-            assert found == (model.lookup(address, *tags.values()) if model.tlb else None)
+            aset = choose.randrange(2)
+            found = caches.lookup(address, **tags, aset=aset)
+            assert found == (model.lookup(address, *tags.values(), aset) if model.tlb else None)
         elif what < 0.65:
             entry = pick_entry(choose, lg2s)
             caches.fill(entry)
@@ -279,10 +280,11 @@ def test_no_two_live_entries_answer_one_request(seed, geometry):
         live = list(caches.tlb)
         assert entry in live
         assert not any(rivals(a, b) for i, a in enumerate(live) for b in live[:i])
-        tags = entry.kind, entry.world, entry.vmid, entry.asid
+        tags = entry.kind, entry.world, entry.vmid, entry.asid, entry.aset
         at = entry.start + choose.randrange(1 << entry.lg2)
         assert [e for e in live if answers(e, *tags, at, e.is_global)] == [entry]
-        assert caches.lookup(at, **dict(zip(("kind", "world", "vmid", "asid"), tags, strict=True)))
+        names = "kind", "world", "vmid", "asid", "aset"
+        assert caches.lookup(at, **dict(zip(names, tags, strict=True)))
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
@@ -305,7 +307,7 @@ def test_after_a_command_what_it_names_is_gone_and_all_else_is_there(seed):
     assert (caches.tlb_generation == generation) == (entries == before[0])
     for entry in entries:
         tags = {"kind": entry.kind, "world": entry.world, "vmid": entry.vmid, "asid": entry.asid}
-        assert caches.lookup(entry.start, **tags) == entry
+        assert caches.lookup(entry.start, **tags, aset=entry.aset) == entry
     assert send(caches, command) == 0
 
 
@@ -339,6 +341,29 @@ def test_a_global_entry_answers_every_asid_and_goes_by_address_not_by_asid():
     assert caches.lookup(0x7000_0FFF, vmid=2, asid=5) is None
     assert caches.tlbi("TLBI_NH_ASID", vmid=1, asid=5) == 0
     assert caches.tlbi("TLBI_NH_VA", vmid=1, asid=77, address=0x7000_0000) == 1
+
+
+@pytest.mark.parametrize("world", ["NS_EL1", "EL2_E2H"])
+@pytest.mark.parametrize("kind", ["stage 1", "combined"])
+def test_a_global_entry_answers_its_own_asid_set_alone(world, kind):
+    if kind == "combined" and world != "NS_EL1":
+        pytest.skip("stage 2 is in the world NS_EL1 only")
+    caches = Caches(tlb=(16, 4))
+    tags = {"kind": kind, "world": StreamWorld[world]}
+    for aset in (0, 1):
+        caches.fill(PAGE._replace(output=aset << 12, is_global=True, aset=aset, **tags))
+    assert len(caches.tlb) == 2
+    for aset in (0, 1):
+        assert caches.lookup(PAGE.start, vmid=1, asid=9, aset=aset, **tags).output == aset << 12
+    op = "TLBI_NH_VA" if world == "NS_EL1" else "TLBI_EL2_VA"
+    assert caches.tlbi(op, vmid=1, asid=3, address=PAGE.start) == 2
+
+
+def test_worlds_and_stages_without_asid_have_no_asid_set():
+    caches = Caches(tlb=(16, 4))
+    for tags in ({"kind": "stage 2"}, {"world": StreamWorld.EL2}):
+        caches.fill(PAGE._replace(aset=1, **tags))
+        assert caches.lookup(PAGE.start, vmid=1, asid=5, aset=0, **tags)
 
 
 def test_a_table_goes_by_its_asid_whatever_is_global_below():

@@ -53,22 +53,22 @@ def look_up(Caches caches not None, uint64_t address, int asid, bint by_key):
     cdef Entry* e
     with nogil:
         if by_key:
-            e = tlb_probe_key(c, KIND_S1, tlb_key(c, KIND_S1, WORLD_NS_EL1, 0, asid), address)
+            e = tlb_probe_key(c, KIND_S1, tlb_key(c, KIND_S1, WORLD_NS_EL1, 0, asid, 0), address)
         else:
-            e = tlb_probe(c, KIND_S1, WORLD_NS_EL1, 0, asid, address)
+            e = tlb_probe(c, KIND_S1, WORLD_NS_EL1, 0, asid, 0, address)
     return None if e == NULL else e.address
 
 
 def look_up_and_touch(Caches caches not None, uint64_t address, int asid, int times):
     """Look up once, then touch what was found."""
-    cdef Entry* e = tlb_probe(caches.c, KIND_S1, WORLD_NS_EL1, 0, asid, address)
+    cdef Entry* e = tlb_probe(caches.c, KIND_S1, WORLD_NS_EL1, 0, asid, 0, address)
     for _ in range(times):
         tlb_touch(caches.c, e)
 
 
 def make_dirty(Caches caches not None, uint64_t address, int asid):
     """Change an entry in place."""
-    cdef Entry* e = tlb_probe(caches.c, KIND_S1, WORLD_NS_EL1, 0, asid, address)
+    cdef Entry* e = tlb_probe(caches.c, KIND_S1, WORLD_NS_EL1, 0, asid, 0, address)
     e.flags &= ~<int>ENTRY_CLEAN1
 
 

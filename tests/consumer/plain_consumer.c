@@ -447,6 +447,38 @@ static PyObject *py_misuse(PyObject *module, PyObject *object)
     return found;
 }
 
+/* mmio(smmu, offset, size): (status, value); mmio(smmu, offset, size, value): status */
+static PyObject *py_mmio(PyObject *module, PyObject *args)
+{
+    PyObject *object, *given = NULL;
+    unsigned long long offset, word = 0;
+    unsigned int size;
+    uint64_t value = 0x5A;
+    int status;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OKI|O", &object, &offset, &size, &given))
+        return NULL;
+    if (given != NULL) {
+        word = PyLong_AsUnsignedLongLong(given);
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    smmufast_smmu *smmu = api->acquire(object);
+    if (smmu == NULL)
+        return NULL;
+    if (given == NULL) { /* with the lock */
+        status = api->read(smmu, offset, size, &value);
+    } else {             /* without */
+        Py_BEGIN_ALLOW_THREADS
+        status = api->write(smmu, offset, size, word);
+        Py_END_ALLOW_THREADS
+    }
+    api->release(smmu);
+    if (given != NULL)
+        return PyLong_FromLong(status);
+    return Py_BuildValue("(iK)", status, (unsigned long long)value);
+}
+
 static PyObject *py_version(PyObject *module, PyObject *unused)
 {
     (void)module;
@@ -464,6 +496,7 @@ static PyMethodDef methods[] = {
     {"reads", py_reads, METH_O, NULL},
     {"hold", py_hold, METH_O, NULL},
     {"misuse", py_misuse, METH_O, NULL},
+    {"mmio", py_mmio, METH_VARARGS, NULL},
     {"version", py_version, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
