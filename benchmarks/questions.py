@@ -64,7 +64,7 @@ class Workbench:
     """Builds images, baselines and library objects, each once and on demand."""
 
     def __init__(self):
-        self.module = baseline.load()
+        self.module = baseline.load("_baseline", "baseline_walk")
         workload.check_random(self.module)
 
     @functools.cache  # noqa: B019
