@@ -1,5 +1,6 @@
 """Tables and requests for the benchmarks, and the check that all baselines agree on them."""
 
+import contextlib
 import mmap
 from dataclasses import dataclass
 
@@ -132,6 +133,8 @@ class Image:
     def _map_memory(self, size):
         self.size = size
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(AttributeError, OSError):  # a host that has none
+            mapped.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = np.frombuffer(mapped, np.uint8)
         self.words = self.buffer.view(np.uint64)
 

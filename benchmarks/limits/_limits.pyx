@@ -27,7 +27,7 @@ cdef extern from "limits_walk.h" nogil:
     ctypedef int64_t limits_kernel(const table*, const arrays*, bint) noexcept
     int limits_shape(unsigned, unsigned, unsigned) noexcept
     limits_kernel limits_dependent, limits_plain, limits_bare, limits_pipeline
-    limits_kernel limits_flight, limits_vector, limits_cached
+    limits_kernel limits_staged, limits_flight, limits_vector, limits_cached
     void limits_entries(const table*, const uint64_t*, const uint64_t**, size_t) noexcept
     int64_t limits_ceiling(const table*, const arrays*, const uint64_t**) noexcept
 
@@ -146,6 +146,11 @@ cdef class Table:
                  uint8_t[::1] action not None, uint8_t[::1] event not None, bint write=False):
         """Walk the upper levels 24 requests ahead."""
         return self.run(limits_pipeline, rows(iova, pa, action, event), write)
+
+    def staged(self, const uint64_t[::1] iova not None, uint64_t[::1] pa not None,
+               uint8_t[::1] action not None, uint8_t[::1] event not None, bint write=False):
+        """Walk all levels but the last two 48 requests ahead, the last but one 24 ahead."""
+        return self.run(limits_staged, rows(iova, pa, action, event), write)
 
     def flight(self, const uint64_t[::1] iova not None, uint64_t[::1] pa not None,
                uint8_t[::1] action not None, uint8_t[::1] event not None, bint write=False):

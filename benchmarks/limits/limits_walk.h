@@ -43,6 +43,9 @@ limits_kernel limits_plain;
 limits_kernel limits_bare;
 /* The upper levels of the request AHEAD further on are walked and its leaf entry is prefetched. */
 limits_kernel limits_pipeline;
+/* Two steps: its last table is looked for twice as far ahead, and the entry that leads there
+   prefetched.  Slower than the one above where upper levels are in cache, and faster elsewhere. */
+limits_kernel limits_staged;
 /* 32 walks in flight, level by level. */
 limits_kernel limits_flight;
 /* Blocks of 128: upper levels by AVX-512 gathers, each block finished one block later. */
