@@ -112,7 +112,7 @@ bool fill_vector(uint64_t *entry, size_t n, uint64_t descriptor, uint64_t step)
 void bitmap_clear(struct bitmap *b)
 {
     memset(b, 0xFF, sizeof(*b));
-    b->root[0] = (1ull << (BITMAP_LG2 - 18)) - 1;
+    b->root[0] = (1ull << (sizeof(b->groups) / sizeof(b->groups[0]))) - 1;
 }
 
 static inline void take(struct bitmap *b, uint32_t id)

@@ -22,7 +22,7 @@ void fill_each(uint64_t *entry, size_t n, uint64_t descriptor, uint64_t step);
 /* Eight in each store, of a multiple of eight; false where the processor has no AVX-512. */
 bool fill_vector(uint64_t *entry, size_t n, uint64_t descriptor, uint64_t step);
 
-enum { BITMAP_LG2 = 20, BITMAP_LEVELS = 4 };
+enum { BITMAP_LG2 = 20 };
 
 /* A bit is set where something below it is free. */
 struct bitmap {
