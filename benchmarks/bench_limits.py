@@ -6,6 +6,7 @@ from itertools import repeat
 from pathlib import Path
 
 import baseline
+import bench_cached
 import bench_pasid
 import bench_tables
 import bench_tlb
@@ -246,24 +247,6 @@ def direct(order, name):
     return build
 
 
-def tlb_hits(_bench):
-    """Translate an array through caches that hold every page of it: 1024 sets of 4 ways."""
-    from smmufast import Caches
-
-    image = workload.Image(12)
-    caches = Caches(tlb=(bench_tlb.ENTRIES // 4, 4))
-    own = smmu(image, STRTAB_LINEAR, caches=caches)
-    own.translate_batch(SID, image.sequential(bench_tlb.ENTRIES))
-    iova = image.random(bench_tlb.PROBES)
-    out = Out.empty(len(iova))
-    before = caches.tlb.hits
-    call = partial(own.translate_batch, SID, iova, out=out.columns())
-    run = checked(call, out, by_expectation(image, iova), len(iova))
-    if caches.tlb.hits - before != len(iova):
-        raise AssertionError("an address missed the TLB")
-    return run
-
-
 # ---- stores and IDs ---------------------------------------------------------------------------
 
 
@@ -416,7 +399,10 @@ def _questions():
     yield Question(
         "limits, a table of 4096 pages",
         "probe",
-        probes | {f"{LIBRARY} translate_batch(out=), TLB hits": tlb_hits},
+        probes
+        | {
+            f"{LIBRARY} translate_batch(out=), TLB hits": bench_cached.hits("stage 1", "random"),
+        },
     )
     for label, size in (("512 pages", 1 << 21), ("1 GiB", 1 << 30)):
         runs = {"one store for each": leaf_stores("each", size)}

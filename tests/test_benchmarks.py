@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import os
 import re
 import subprocess
@@ -102,6 +103,87 @@ for seed in range(20):
 print(sorted(met))
 """
     assert run_script(code) == "[0, 11, 16, 18, 19]\n"
+
+
+# What limits/ asks of a table: valid, a table or a page, the access flag, the write permission.
+SPOIL = """
+import numpy as np, bench_limits, questions, workload
+from workload import Out
+
+def spoil(image, rng, first, spared=()):
+    found = np.setdiff1d(first + np.flatnonzero(image.words[first:]), spared)
+    for at in rng.choice(found, len(found) // 8, replace=False):
+        image.words[at] ^= np.uint64(1 << int(rng.choice([0, 7, 10])))
+
+met = set()
+def compare(walks, names, smmu, sid, iova):
+    for write in (False, True):
+        for n in (len(iova), 1, 24, 25, 49, 128, 129):
+            wanted = Out.empty(n)
+            smmu.translate_batch(sid, iova[:n], write=write, out=wanted.columns())
+            met.update(wanted.event.tolist())
+            for name in names:
+                out = Out.empty(n)
+                passed = getattr(walks, name)(iova[:n], *out.arrays(), write)
+                assert out.same(wanted), (name, n, write)
+                assert passed == (wanted.action == 0).sum(), (name, n, write)
+
+strange = np.array([1 << 48, 1 << 55, (1 << 64) - 1, 0xFFFF << 48, 0], np.uint64)
+"""
+
+
+def test_the_walks_of_the_limits_agree_with_the_library_on_spoilt_tables():
+    code = f"""
+{SPOIL}
+names = [name for name in bench_limits.KERNELS.values() if name not in ("bare", "ceiling")]
+if not bench_limits.vectors():
+    names.remove("vector")
+shapes = {{shape for depth in bench_limits.DEPTHS.values() for shape in depth.values()}}
+images = [workload.Image(12), workload.SparseImage(9)]
+images += [workload.Image(14, *shape) for shape in sorted(shapes)]
+for seed, image in enumerate(images):
+    rng = np.random.default_rng(seed)
+    spoil(image, rng, workload.TRANSLATION_TABLES // 8 + (4096 if seed == 1 else 0))
+    iova = image.partly_unmapped(1000, seed)
+    iova[rng.random(1000) < 0.05] = rng.choice(strange)
+    iova[::97] = np.uint64(1 << image.input_lg2)
+    smmu = questions.smmu(image, workload.STRTAB_LINEAR)
+    compare(bench_limits.table(image), names, smmu, workload.SID, iova)
+    assert met >= {{0, 16, 18, 19}}, (seed, met)
+    met.clear()
+print(len(images))
+"""
+    assert run_script(code) == "8\n"
+
+
+def test_the_nested_walks_of_the_limits_agree_with_the_library_on_spoilt_tables():
+    code = f"""
+{SPOIL}
+for seed in range(6):
+    image = workload.NestedImage(11)
+    rng = np.random.default_rng(seed)
+    spoil(image, rng, image.guest // 8 + 8, image.leading)
+    iova = np.concatenate([image.random(600, seed), strange])
+    iova[rng.random(len(iova)) < 0.1] += np.uint64(image.pages << 12)
+    smmu = questions.smmu(image, workload.STRTAB_NESTED)
+    names = ["plain", "reuse"]
+    compare(bench_limits.nested_table(image), names, smmu, workload.NESTED_SID, iova)
+print(sorted(met))
+"""
+    assert run_script(code) == "[0, 16, 18, 19]\n"
+
+
+def test_the_report_has_a_row_for_what_is_asked_and_says_what_is_left_out():
+    asked = ("--only=stage 1 alone", "--largest=1K", "--rounds=7")
+    lines = run("-P", "benchmarks/limits/report.py", *asked).splitlines()
+    (row,) = (line for line in lines if line.startswith("| nested"))
+    figures = r"\| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+–[\d.]+ \| 3 \| (met|\*\*not met\*\*) \|"
+    assert re.search(figures, row), row
+    assert "Cython" in lines[0] and "gcc" in lines[0].lower()
+    from smmufast import Smmu
+
+    threads = "threads" in inspect.signature(Smmu.translate_batch).parameters
+    assert any(line.startswith("Left out: two threads") for line in lines) != threads
 
 
 def test_a_batch_leaves_the_caches_as_its_requests_one_by_one():

@@ -1,4 +1,4 @@
-"""Prints library ÷ limit: what the library costs beside plain C loops that do as little as they can.
+"""Prints library ÷ limit; a limit is a plain C loop that does as little as it can.
 
 From the repository's root, with the package and its `test` extra installed::
 
@@ -21,10 +21,10 @@ import dataclasses
 import functools
 import inspect
 import os
-import re
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from functools import partial
@@ -33,15 +33,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import bench_cached
 import bench_limits as limits
 import bench_pasid
 import bench_tables
-import bench_tlb
 import Cython
-import numpy as np
 import table
 import workload
-from bench_translate import SCALAR_CALLS, empty, three_integers
+from bench_translate import empty, three_integers
 from questions import Run, Workbench, smmu
 from workload import SID, STRTAB_LINEAR, Out
 
@@ -235,10 +234,7 @@ def walk_rows(largest):
         yield Absent("batch, vector path", "this processor has no AVX-512")
         return
     for label, image in working_sets(largest):
-        if vector:
-            kernels = kernel_walk(image, "vector")
-        else:
-            kernels = kernel_walk(image, *limits.PORTABLE)
+        kernels = kernel_walk(image, *(("vector",) if vector else limits.PORTABLE))
         path = "vector path" if vector else "portable path"
         yield Row(f"batch, {path}, {label} pages", library_walk(image), kernels, 1.2)
 
@@ -265,8 +261,9 @@ def other_rows():
     yield Row("  plain C: the same with reuse of tables", limits.nested_c("reuse"),
               limits.stage1_c, None)  # fmt: skip
     yield Row("  plain C: the same without", limits.nested_c("plain"), limits.stage1_c, None)
-    yield Row("batch, hits in a 4096-entry 4-way TLB ÷ bare 4-way probe", limits.tlb_hits,
-              bench_tlb.bare("random"), 1.4)  # fmt: skip
+    yield Row("batch, hits in a 4096-entry 4-way TLB ÷ bare 4-way probe",
+              bench_cached.hits("stage 1", "random"), bench_cached.bare("stage 1", "random"),
+              1.4)  # fmt: skip
     an_object, an_int = empty(three_integers, "three"), empty(three_integers, "three_int")
     yield Row("translate() ÷ empty method, an object back", limits.scalar_library("translate"),
               an_object, 1.8)  # fmt: skip
@@ -343,8 +340,6 @@ def per_item(sample, items):
 
 def compiler():
     """Name what compiled the plain C loops: this Python's own compiler, unless CC says other."""
-    import sysconfig
-
     name = os.environ.get("CC") or sysconfig.get_config_var("CC")
     try:
         done = subprocess.run([*name.split(), "--version"], capture_output=True, text=True)
@@ -383,10 +378,10 @@ def main():
 
     def show(rows):
         for row in rows:
-            if not re.search(re.escape(options.only), row.measure):
-                continue
             if isinstance(row, Absent):
                 absent.append(row)
+                continue
+            if options.only not in row.measure:
                 continue
             os.sched_setaffinity(0, {cpu} if row.cpus == 1 else allowed)
             print(figures(row, bench, rounds), flush=True)
