@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -441,6 +442,25 @@ def spoil(image, rng, n):
         image.words[at] ^= np.uint64(1 << int(rng.choice(bits)))
 
 
+@dataclass(frozen=True)
+class Run:
+    """One thing to time.
+
+    Attributes
+    ----------
+    call : function
+        What is timed.
+    items : int
+        How many translations (or calls, or IDs) a call makes.
+    reset : function, optional
+        Called before every call, untimed.
+    """
+
+    call: Callable[[], object]
+    items: int
+    reset: Callable[[], object] | None = None
+
+
 @dataclass
 class Out:
     """Preallocated results of n requests, in the columns' own types."""
@@ -465,6 +485,15 @@ class Out:
     def same(self, other):
         """Whether all columns are equal."""
         return all(np.array_equal(a, b) for a, b in zip(self.arrays(), other.arrays(), strict=True))
+
+
+def smmu(image, strtab, **registers):
+    """Return a smmufast.Smmu over the bytes of an image."""
+    from smmufast import Memory, Smmu
+
+    memory = Memory()
+    memory.add(image.buffer, BASE)
+    return Smmu(memory, strtab_base=strtab[0], strtab_base_cfg=strtab[1], **registers)
 
 
 class Baselines:

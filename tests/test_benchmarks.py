@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import inspect
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +186,67 @@ def test_the_report_has_a_row_for_what_is_asked_and_says_what_is_left_out():
 
     threads = "threads" in inspect.signature(Smmu.translate_batch).parameters
     assert any(line.startswith("Left out: two threads") for line in lines) != threads
+
+
+def test_builds_are_compared_in_pairs():
+    import smmufast
+
+    build = str(Path(smmufast.__file__).resolve().parent.parent)
+    asked = ("--only=PASID free", "--starts=1", "--rounds=3")
+    last = run("-P", "benchmarks/compare.py", build, build, *asked).splitlines()[-1]
+    found = re.fullmatch(r"\| PASID free\(\) \| .+ \| .+ \| (.+) \| (.+) \| (.+) \|", last)
+    low, middle, high = (float(figure) for figure in found.groups())
+    assert low <= middle <= high
+    assert 0.1 < middle < 10  # one build, measured twice
+
+
+def test_what_is_no_build_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "benchmarks/compare.py", tmp_path, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"{tmp_path}: neither bin/python nor smmufast is in it" in done.stderr
+
+
+def test_instruction_counts_are_compared_under_the_same_versions_only(tmp_path):
+    code = f"""
+import json, pathlib, instructions
+file = pathlib.Path({str(tmp_path)!r}) / "counts.json"
+def judge(key, write=False, **counts):
+    return instructions.judge(key, counts, file, write)
+print("first", judge("A", walk=100.0, map=10.0))
+print("within", judge("A", walk=102.9, map=9.71), judge("A", walk=97.1))
+print("beyond", judge("A", walk=103.1, map=10.0), judge("A", walk=96.9))
+print("other", judge("B", walk=500.0))
+print("more", judge("A", walk=100.0, pa=7.0))
+print("written", judge("A", True, map=20.0), judge("A", map=20.1))
+print(json.dumps(json.loads(file.read_text())))
+"""
+    lines = run_script(code).splitlines()
+    status = [line for line in lines if re.match(r"[a-z]+ \d", line)]
+    assert status == ["first 0", "within 0 0", "beyond 1 1", "other 0", "more 0", "written 0 0"]
+    assert "| walk | 100 | 103.1 | 1.031 | **beyond** |" in lines
+    assert lines[-1] == '{"A": {"map": 20.0, "pa": 7.0, "walk": 100.0}, "B": {"walk": 500.0}}'
+
+
+def test_instructions_are_counted(tmp_path):
+    file = tmp_path / "counts.json"
+    command = ("-P", "benchmarks/instructions.py", f"--file={file}", "--only=PASID free")
+    without = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | {"PATH": ""}, capture_output=True
+    )
+    assert (without.returncode, file.exists()) == (2, False)
+    assert b"valgrind is not installed" in without.stderr
+    if shutil.which("valgrind") is None:
+        pytest.skip("valgrind is not installed")
+    run(*command)
+    ((key, counts),) = json.loads(file.read_text()).items()
+    assert re.fullmatch(r"(GCC|clang) [\d.]+, Cython [\d.]+, CPython [\d.]+", key)
+    assert 50 < counts["PASID free()"] < 5000
+    assert "| 1.0" in run(*command)  # again, beside what was kept
 
 
 def test_a_batch_leaves_the_caches_as_its_requests_one_by_one():

@@ -38,7 +38,7 @@ import bench_limits as limits
 import bench_pasid
 import bench_tables
 import Cython
-import table
+import timing
 import workload
 from bench_translate import empty, three_integers
 from questions import Run, Workbench, smmu
@@ -128,8 +128,8 @@ def kernel_walk(image, *names):
         runs = [limits.walk_c(image(), name, iova) for name in names]
         if len(runs) == 1:
             return runs[0]
-        taken = table.interleaved([partial(table.elapsed, run, time.process_time, 1)
-                                   for run in runs], table.MIN_ROUNDS)  # fmt: skip
+        taken = timing.interleaved([partial(timing.elapsed, run, time.process_time, 1)
+                                   for run in runs], timing.MIN_ROUNDS)  # fmt: skip
         return runs[min(range(len(runs)), key=lambda i: statistics.median(taken[i]))]
 
     return build
@@ -312,10 +312,10 @@ def figures(row, bench, rounds):
     runs = [row.library(bench), row.limit(bench)]
     samplers = []
     for run in runs:
-        times = table.repeats(run, row.clock)
-        samplers.append(partial(table.elapsed, run, row.clock, times))
+        times = timing.repeats(run, row.clock)
+        samplers.append(partial(timing.elapsed, run, row.clock, times))
         samplers[-1] = partial(per_item, samplers[-1], times * run.items)
-    own, limit = table.interleaved(samplers, rounds)
+    own, limit = timing.interleaved(samplers, rounds)
     ratios = [a / b for a, b in zip(own, limit, strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     library_ns, limit_ns = (statistics.median(taken) * 1e9 for taken in (own, limit))
@@ -365,12 +365,12 @@ def main():
     parser.add_argument("--cpu", type=int, help="the processor to run on (default: the idlest)")
     parser.add_argument("--walks", action="store_true", help=argparse.SUPPRESS)  # of the child
     options = parser.parse_args()
-    rounds = max(options.rounds, table.MIN_ROUNDS)
+    rounds = max(options.rounds, timing.MIN_ROUNDS)
     allowed = os.sched_getaffinity(0)
-    cpu = table.idlest_cpu() if options.cpu is None else options.cpu
+    cpu = timing.idlest_cpu() if options.cpu is None else options.cpu
     bench = Workbench()
     if not options.walks:
-        print(f"{table.machine()}, Cython {Cython.__version__}, {compiler()};")
+        print(f"{timing.machine()}, Cython {Cython.__version__}, {compiler()};")
         print(f"{rounds} rounds, interleaved, processor time; ns an item.\n")
         print("| measure | library | limit | ratio | quartiles | at most | |")
         print("|---|---:|---:|---:|---:|---:|---|", flush=True)
