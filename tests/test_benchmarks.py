@@ -168,7 +168,7 @@ for seed in range(6):
     iova = np.concatenate([image.random(600, seed), strange])
     iova[rng.random(len(iova)) < 0.1] += np.uint64(image.pages << 12)
     smmu = questions.smmu(image, workload.STRTAB_NESTED)
-    names = ["plain", "reuse"]
+    names = ["plain", "reuse", "cached"]
     compare(bench_limits.nested_table(image), names, smmu, workload.NESTED_SID, iova)
 print(sorted(met))
 """

@@ -41,6 +41,7 @@ cdef extern from "limits_nested.h" nogil:
 
     int64_t limits_nested(const nested_table*, const arrays*, bint) noexcept
     int64_t limits_nested_reuse(const nested_table*, const arrays*, bint) noexcept
+    int64_t limits_nested_cached(const nested_table*, const arrays*, bint) noexcept
 
 
 cdef extern from "limits_arrays.h" nogil:
@@ -216,6 +217,12 @@ cdef class Nested:
         """Likewise, with what stage 2 made of tables before."""
         cdef arrays given = rows(iova, pa, action, event)
         return limits_nested_reuse(&self.table, &given, write)
+
+    def cached(self, const uint64_t[::1] iova not None, uint64_t[::1] pa not None,
+               uint8_t[::1] action not None, uint8_t[::1] event not None, bint write=False):
+        """Likewise, last-level tables of both stages from caches."""
+        cdef arrays given = rows(iova, pa, action, event)
+        return limits_nested_cached(&self.table, &given, write)
 
 
 @cython.final

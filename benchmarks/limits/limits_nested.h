@@ -17,5 +17,7 @@ struct nested {
 int64_t limits_nested(const struct nested *, const struct arrays *, bool write);
 /* Where stage 2 puts a table of stage 1 is kept in a direct-mapped cache, empty at first. */
 int64_t limits_nested_reuse(const struct nested *, const struct arrays *, bool write);
+/* Caches of last-level tables in front of both stages, likewise. */
+int64_t limits_nested_cached(const struct nested *, const struct arrays *, bool write);
 
 #endif

@@ -4,8 +4,9 @@ From the repository's root, with the package and its `test` extra installed::
 
     python benchmarks/limits/report.py
 
-Five minutes and 6 GiB on an idle machine; `--largest 16M` leaves out the larger working sets and
-takes 1 GiB.  `--only TEXT` asks for the measures that have the text in their names.
+A minute or two and 4 GiB; `--largest 16M` leaves out the larger working sets and takes 1 GiB.
+`--only TEXT` asks for the measures that have the text in their names.  `--limits` prints what the
+walks of limits_walk.h take by themselves, over every working set.
 
 In each round the library and its limit are timed in turn, in one process on one processor, and a
 ratio is taken within the round.  Shown are the medians of the times, the median of the ratios and
@@ -258,6 +259,8 @@ def other_rows():
             )
     yield Row("nested 4K over 4K ÷ stage 1 alone, tables in L2", limits.nested_library,
               limits.stage1_library, 3)  # fmt: skip
+    yield Row("  plain C: the same with walk caches in front of both", limits.nested_c("cached"),
+              limits.stage1_c, None)  # fmt: skip
     yield Row("  plain C: the same with reuse of tables", limits.nested_c("reuse"),
               limits.stage1_c, None)  # fmt: skip
     yield Row("  plain C: the same without", limits.nested_c("plain"), limits.stage1_c, None)
@@ -274,10 +277,11 @@ def other_rows():
               lambda bench: limits.walk_c(bench.image(10), "plain", bench.image(10).random(64)),
               None, 5)  # fmt: skip
     size = bench_pasid.SIZE
-    for label, fill in {"0 %": 0, "50 %": size // 2, "99.8 %": size * 998 // 1000}.items():
-        for name in ("alloc", "free"):
-            yield Row(f"PASID {name}, {label} full ÷ empty method", pasid(name, fill),
-                      nothing(name), 1.7)  # fmt: skip
+    for label, fill in bench_pasid.FILLS.items():
+        if size - fill > bench_pasid.CALLS:
+            for name in ("alloc", "free"):
+                yield Row(f"PASID {name}, {label} ÷ empty method", pasid(name, fill),
+                          nothing(name), 1.7)  # fmt: skip
     yield Row("PASID alloc and free, one ID left ÷ two empty methods", pasid("pair", size - 2),
               nothing("pair"), 1.7)  # fmt: skip
     yield Row(
@@ -327,15 +331,35 @@ def figures(row, bench, rounds):
         bounds.append(f"{'+' if row.difference else ''}{row.bound_ns:g} ns")
         met &= library_ns - (limit_ns if row.difference else 0) <= row.bound_ns
     verdict = ("met" if met else "**not met**") if bounds else ""
+    kernel = getattr(getattr(runs[1].call, "func", None), "__name__", None)
+    chosen = f" ({kernel})" if kernel in limits.PORTABLE else ""
     return (
-        f"| {row.measure} | {library_ns:.3g} | {limit_ns:.3g} | {ratio:.2f} | {low:.2f}–{high:.2f}"
-        f" | {', '.join(bounds)} | {verdict} |"
+        f"| {row.measure} | {library_ns:.3g} | {limit_ns:.3g}{chosen} | {ratio:.2f}"
+        f" | {low:.2f}–{high:.2f} | {', '.join(bounds)} | {verdict} |"
     )
 
 
 def per_item(sample, items):
     """Return seconds an item."""
     return sample() / items
+
+
+def print_limits(largest, rounds):
+    """Print what each kernel takes, over every working set: medians of rounds, in ns."""
+    names = [name for name in limits.KERNELS.values() if name != "vector" or limits.vectors()]
+    columns = {}
+    for label, image in working_sets(largest):
+        iova = limits.random_requests(image())
+        runs = [limits.walk_c(image(), name, iova) for name in names]
+        counted = [(run, timing.repeats(run, time.process_time)) for run in runs]
+        samples = timing.interleaved(
+            [partial(per_item, partial(timing.elapsed, run, time.process_time, times),
+                     times * run.items) for run, times in counted], rounds)  # fmt: skip
+        columns[label] = [statistics.median(taken) * 1e9 for taken in samples]
+    print("| pages | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
+    labels = {name: label for label, name in limits.KERNELS.items()}
+    for name, row in zip(names, zip(*columns.values(), strict=True), strict=True):
+        print(f"| {labels[name]} | " + " | ".join(f"{value:.3g}" for value in row) + " |")
 
 
 def compiler():
@@ -363,11 +387,16 @@ def main():
     parser.add_argument("--largest", type=pages_lg2, default=SIZES["128M"],
                         help=f"pages of the largest working set: {', '.join(SIZES)}")  # fmt: skip
     parser.add_argument("--cpu", type=int, help="the processor to run on (default: the idlest)")
+    parser.add_argument("--limits", action="store_true", help="print the walks in plain C alone")
     parser.add_argument("--walks", action="store_true", help=argparse.SUPPRESS)  # of the child
     options = parser.parse_args()
     rounds = max(options.rounds, timing.MIN_ROUNDS)
     allowed = os.sched_getaffinity(0)
     cpu = timing.idlest_cpu() if options.cpu is None else options.cpu
+    if options.limits:
+        os.sched_setaffinity(0, {cpu})
+        print_limits(options.largest, rounds)
+        return 0
     bench = Workbench()
     if not options.walks:
         print(f"{timing.machine()}, Cython {Cython.__version__}, {compiler()};")
@@ -390,6 +419,8 @@ def main():
     if not has_choice():
         absent.append(Absent("batch, vector path",
                              f"the library has one path: no module reads {VARIABLE}"))  # fmt: skip
+    elif portable and not options.walks:
+        absent.append(Absent("batch, vector path", f"{VARIABLE} is 0"))
     show(walk_rows(options.largest))
     if options.walks:
         return 0
