@@ -364,60 +364,72 @@ VECTOR_INLINE __m512i entry8(__m512i table, __m512i iova, unsigned shift, __m512
     return _mm512_add_epi64(_mm512_slli_epi64(at, 3), table);
 }
 
-/* The leaf entries of 8 addresses. */
-VECTOR_INLINE __m512i upper8(const uint8_t *origin, uint64_t ttb, __m512i iova,
-                             unsigned granule, unsigned input, unsigned leaf)
+/* The leaf entries of a block of addresses, a level of all of them at a time: one walk alone waits
+   for its loads. */
+VECTOR_INLINE void upper_block(const uint8_t *origin, uint64_t ttb, const uint64_t *iova,
+                               const uint64_t **entry, unsigned granule, unsigned input,
+                               unsigned leaf)
 {
     const __m512i index = _mm512_set1_epi64((1ll << (granule - 3)) - 1);
     const __m512i address = _mm512_set1_epi64(((1ll << 48) - 1) & ~((1ll << granule) - 1));
     const __m512i kind = _mm512_set1_epi64(VALID | TABLE_OR_PAGE);
     const __m512i none = _mm512_set1_epi64((long long)&nothing);
     const __m512i from = _mm512_set1_epi64((long long)origin);
+    const __m512i root = _mm512_set1_epi64((long long)(origin + ttb));
+    const __m512i beyond = _mm512_set1_epi64(~0ull << input);
     unsigned shift = start_shift(granule, input);
-    __m512i table = _mm512_set1_epi64((long long)(origin + ttb));
-    __m512i entry = entry8(table, iova, shift, index);
-    __mmask8 alive = _mm512_testn_epi64_mask(iova, _mm512_set1_epi64(~0ull << input));
 
+    for (size_t j = 0; j < BLOCK; j += 8) {
+        const __m512i input8 = _mm512_loadu_si512(iova + j);
+        __mmask8 alive = _mm512_testn_epi64_mask(input8, beyond);
+
+        _mm512_store_si512(entry + j, _mm512_mask_mov_epi64(
+            none, alive, entry8(root, input8, shift, index)));
+    }
 #pragma GCC unroll 4
     while (shift != leaf) {
-        const uint64_t *at[8] __attribute__((aligned(64)));
-        __m512i descriptor;
-
-        _mm512_store_si512(at, _mm512_mask_mov_epi64(none, alive, entry));
-        descriptor = load8(at);
-
-        alive = _mm512_mask_cmpeq_epi64_mask(alive, _mm512_and_epi64(descriptor, kind), kind);
-        table = _mm512_add_epi64(_mm512_and_epi64(descriptor, address), from);
         shift -= granule - 3;
-        entry = entry8(table, iova, shift, index);
+        for (size_t j = 0; j < BLOCK; j += 8) {
+            const __m512i input8 = _mm512_loadu_si512(iova + j);
+            __m512i descriptor = load8(entry + j);
+            __m512i table = _mm512_add_epi64(_mm512_and_epi64(descriptor, address), from);
+            __mmask8 alive = _mm512_cmpeq_epi64_mask(_mm512_and_epi64(descriptor, kind), kind);
+
+            _mm512_store_si512(entry + j, _mm512_mask_mov_epi64(
+                none, alive, entry8(table, input8, shift, index)));
+            if (shift == leaf)
+                for (size_t k = j; k < j + 8; k++)
+                    __builtin_prefetch(entry[k]);
+        }
     }
-    return _mm512_mask_mov_epi64(none, alive, entry);
 }
 
-VECTOR_INLINE int64_t finish8(const struct arrays *a, size_t i, const uint64_t *const *entry,
-                              uint64_t bits, unsigned granule, unsigned leaf)
+/* A block of rows; returns how many leaves passed. */
+VECTOR_INLINE int64_t finish_block(const struct arrays *a, size_t start,
+                                   const uint64_t *const *entry, uint64_t bits,
+                                   unsigned granule, unsigned leaf)
 {
     const __m512i offset = _mm512_set1_epi64((1ll << leaf) - 1);
     const __m512i address = _mm512_set1_epi64(((1ll << 48) - 1) & ~((1ll << leaf) - 1));
     const __m512i wanted = _mm512_set1_epi64(leaf_wanted(granule, leaf));
     const __m512i mask = _mm512_set1_epi64(bits);
-    __m512i descriptor = load8(entry);
-    __m512i iova = _mm512_loadu_si512(a->iova + i);
-    __m512i pa = _mm512_or_epi64(_mm512_and_epi64(descriptor, address),
-                                 _mm512_and_epi64(iova, offset));
-    __mmask8 bad = _mm512_test_epi64_mask(_mm512_xor_epi64(descriptor, wanted), mask);
+    int64_t successes = BLOCK;
 
-    if (__builtin_expect(bad != 0, 0)) {
-        int64_t successes = 0;
+    memset(a->action + start, 0, BLOCK);
+    memset(a->event + start, 0, BLOCK);
+    for (size_t i = start; i < start + BLOCK; i += 8, entry += 8) {
+        __m512i descriptor = load8(entry);
+        __m512i iova = _mm512_loadu_si512(a->iova + i);
+        __mmask8 bad = _mm512_test_epi64_mask(_mm512_xor_epi64(descriptor, wanted), mask);
 
-        for (unsigned j = 0; j < 8; j++)
-            successes += finish(a, i + j, *entry[j], bits, granule, leaf);
-        return successes;
+        _mm512_storeu_si512(a->pa + i,
+                            _mm512_or_epi64(_mm512_and_epi64(descriptor, address),
+                                            _mm512_and_epi64(iova, offset)));
+        if (__builtin_expect(bad != 0, 0))
+            for (unsigned j = 0; j < 8; j++)
+                successes -= !finish(a, i + j, *entry[j], bits, granule, leaf);
     }
-    _mm512_storeu_si512(a->pa + i, pa);
-    memset(a->action + i, 0, 8);
-    memset(a->event + i, 0, 8);
-    return 8;
+    return successes;
 }
 
 VECTOR_INLINE int64_t vector(const struct table *t, const struct arrays a, bool write,
@@ -433,21 +445,14 @@ VECTOR_INLINE int64_t vector(const struct table *t, const struct arrays a, bool 
     for (start = 0; start < whole; start += BLOCK) {
         const uint64_t **now = entry[start / BLOCK % 2];
 
-        for (size_t j = 0; j < BLOCK; j += 8) {
-            _mm512_store_si512(now + j, upper8(origin, ttb, _mm512_loadu_si512(a.iova + start + j),
-                                               granule, input, leaf));
-            for (size_t k = j; k < j + 8; k++)
-                __builtin_prefetch(now[k]);
-        }
+        upper_block(origin, ttb, a.iova + start, now, granule, input, leaf);
         if (start)
-            for (size_t j = 0; j < BLOCK; j += 8)
-                successes += finish8(&a, start - BLOCK + j, entry[(start / BLOCK - 1) % 2] + j,
-                                     bits, granule, leaf);
+            successes += finish_block(&a, start - BLOCK, entry[(start / BLOCK - 1) % 2], bits,
+                                      granule, leaf);
     }
     if (whole)
-        for (size_t j = 0; j < BLOCK; j += 8)
-            successes += finish8(&a, whole - BLOCK + j, entry[(whole / BLOCK - 1) % 2] + j, bits,
-                                 granule, leaf);
+        successes += finish_block(&a, whole - BLOCK, entry[(whole / BLOCK - 1) % 2], bits,
+                                  granule, leaf);
     for (; start < a.n; start++)
         successes += finish(&a, start, *upper(origin, ttb, a.iova[start], granule, input, leaf),
                             bits, granule, leaf);

@@ -48,7 +48,7 @@ limits_kernel limits_pipeline;
 limits_kernel limits_staged;
 /* 32 walks in flight, level by level. */
 limits_kernel limits_flight;
-/* Blocks of 128: upper levels by AVX-512 gathers, each block finished one block later. */
+/* Blocks of 128: upper levels in AVX-512 vectors, each block finished one block later. */
 limits_kernel limits_vector;
 /* A direct-mapped cache of last-level tables, empty at the start of a call. */
 limits_kernel limits_cached;
