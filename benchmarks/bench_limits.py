@@ -272,7 +272,7 @@ def leaf_stores(name, size):
     return build
 
 
-ID_COUNT = 1 << 14
+ID_COUNT = 1 << 17
 NEARLY_FULL = bench_pasid.SIZE * 999 // 1000
 
 

@@ -175,6 +175,36 @@ print(sorted(met))
     assert run_script(code) == "[0, 16, 18, 19]\n"
 
 
+def test_the_bitmap_of_the_limits_gives_free_ids_in_order():
+    code = """
+import numpy as np, bench_limits
+rng = np.random.default_rng(1)
+for _ in range(10):
+    bits, every = bench_limits.module().Bitmap(), np.zeros(1 << 20, np.uint32)
+    assert bits.bulk(every) == 1 << 20 and np.array_equal(every, np.arange(1 << 20))
+    free = np.zeros(1 << 20, bool)
+    for first in rng.integers(0, (1 << 20) - 6000, rng.integers(1, 300)).tolist():
+        free[first : first + int(rng.integers(1, 6000))] = True
+    free = np.flatnonzero(free).astype(np.uint32)
+    bits.free_each(free)
+    found, n, got = [], 0, 0
+    while got == n:
+        n = int(rng.integers(1, 9000))
+        out = np.zeros(n, np.uint32)
+        got = (bits.bulk if rng.random() < 0.8 else bits.alloc_each)(out)
+        found.append(out[:got])
+    assert np.array_equal(np.concatenate(found), free)
+    assert bits.pairs(1) == bits.pairs_in(1, 0, (1 << 20) - 1) == -1
+    chosen = rng.choice(1 << 20, 50, replace=False).astype(np.uint32)
+    bits.free_each(chosen)
+    for low, high in rng.integers(0, 1 << 20, (500, 2)).tolist():
+        within = chosen[(chosen >= low) & (chosen <= high)]
+        assert bits.pairs_in(1, low, high) == (int(within.min()) if len(within) else -1)
+print("same")
+"""
+    assert run_script(code) == "same\n"
+
+
 def test_the_report_has_a_row_for_what_is_asked_and_says_what_is_left_out():
     asked = ("--only=stage 1 alone", "--largest=1K", "--rounds=7")
     lines = run("-P", "benchmarks/limits/report.py", *asked).splitlines()

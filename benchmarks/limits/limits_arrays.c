@@ -198,20 +198,29 @@ size_t bitmap_bulk(struct bitmap *b, uint32_t *out, size_t n)
     size_t done = 0;
 
     while (done < n && b->root[0]) {
-        uint32_t at = lowest(b->words, lowest(b->groups, __builtin_ctzll(b->root[0])));
-        uint64_t word = b->ids[at];
+        uint32_t first = lowest(b->words, lowest(b->groups, __builtin_ctzll(b->root[0])));
+        uint32_t at = first;
 
-        if (!~word && n - done >= 64) {
+        /* whole words, as many as there are below one word of the level above */
+        while (n - done >= 64 && !~b->ids[at]) {
             for (uint32_t i = 0; i < 64; i++)
                 out[done + i] = (at << 6) + i;
             done += 64;
-            b->ids[at] = 1ull << 63;                    /* take() clears the last one */
-            take(b, at << 6 | 63);
-        } else {
-            uint32_t id = at << 6 | __builtin_ctzll(word);
+            b->ids[at] = 0;
+            if (!(++at & 63))
+                break;
+        }
+        if (at == first) {
+            uint32_t id = lowest(b->ids, at);
 
             out[done++] = id;
             take(b, id);
+        } else {
+            /* all of them leave the level above at once; take() sees to the last */
+            b->words[first >> 6] &= ~(~0ull << (first & 63)) | ~(~0ull >> (63 - ((at - 1) & 63)));
+            b->words[first >> 6] |= 1ull << ((at - 1) & 63);
+            b->ids[at - 1] = 1ull << 63;
+            take(b, (at - 1) << 6 | 63);
         }
     }
     return done;
