@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
@@ -33,24 +34,29 @@ DIRECTIVES = {
 }
 
 
-def load(name="_baseline", plain="baseline_walk", package=None):
+def load(name, *plain, package=None, folder=HERE):
     """Return a compiled module, built first where a source is newer than it.
 
     Parameters
     ----------
     name : str
         Of the module, and of its .pyx.
-    plain : str
-        Name of its plain C source and header.
+    *plain : str
+        Names of its plain C sources and headers.
     package : path-like, optional
         The directory of a package whose .pxd files it takes.
+    folder : Path, optional
+        Where all of these are.
     """
-    include = [str(HERE)] if package is None else [str(HERE), str(package)]
+    include = [str(folder), numpy.get_include()]
+    if package is not None:
+        include.append(str(package))
     extension = Extension(
         name,
-        [str(HERE / f"{name}.pyx"), str(HERE / f"{plain}.c")],
+        [str(folder / f"{name}.pyx"), *(str(folder / f"{source}.c") for source in plain)],
         include_dirs=include,
-        depends=[*map(str, HERE.glob("baseline_*.[ch]"))],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        depends=[*map(str, folder.glob("*.[ch]"))],
         extra_compile_args=FLAGS,
     )
     modules = cythonize(

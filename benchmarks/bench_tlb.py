@@ -18,7 +18,7 @@ def module():
     """Return _probe, compiled against the package."""
     import smmufast
 
-    return baseline.load("_probe", "baseline_probe", smmufast.get_include())
+    return baseline.load("_probe", "baseline_probe", package=smmufast.get_include())
 
 
 @functools.cache

@@ -11,28 +11,9 @@ from dataclasses import dataclass
 
 import baseline
 import workload
-from workload import BASE, SID, STRTAB_LINEAR, STRTAB_NESTED, Out
+from workload import SID, STRTAB_LINEAR, STRTAB_NESTED, Out, Run, smmu
 
 LIBRARY = "smmufast"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One thing to time.
-
-    Attributes
-    ----------
-    call : function
-        What is timed.
-    items : int
-        How many translations (or calls, or IDs) a call makes.
-    reset : function, optional
-        Called before every call, untimed.
-    """
-
-    call: Callable[[], object]
-    items: int
-    reset: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,7 @@ class Workbench:
     """Builds images, baselines and library objects, each once and on demand."""
 
     def __init__(self):
-        self.module = baseline.load()
+        self.module = baseline.load("_baseline", "baseline_walk")
         workload.check_random(self.module)
 
     @functools.cache  # noqa: B019
@@ -119,15 +100,6 @@ class Workbench:
         out = Out.empty(len(iova))
         self.baselines(pages_lg2).c.batch(SID, iova, *out.arrays())
         return out
-
-
-def smmu(image, strtab, **registers):
-    """Return a smmufast.Smmu over the bytes of an image."""
-    from smmufast import Memory, Smmu
-
-    memory = Memory()
-    memory.add(image.buffer, BASE)
-    return Smmu(memory, strtab_base=strtab[0], strtab_base_cfg=strtab[1], **registers)
 
 
 def checked(call, out, reference, items):

@@ -17,13 +17,9 @@ times ÷ their median, and is marked where they are far apart.
 """
 
 import argparse
-import contextlib
-import gc
 import os
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import bench_cached
@@ -34,8 +30,8 @@ import bench_start
 import bench_tables
 import bench_tlb
 import bench_translate
-import numpy
 from questions import LIBRARY, Workbench
+from timing import MIN_ROUNDS, elapsed, idlest_cpu, interleaved, machine, repeats
 
 MODULES = (
     bench_translate,
@@ -52,68 +48,8 @@ QUESTIONS = sorted(
     key=lambda question: not question.main,
 )
 
-SAMPLE_SECONDS = 0.01
-MIN_ROUNDS = 7
 SPREAD = 0.1  # between a baseline's quartiles; a larger one is marked
 MARK = "†"
-
-
-def idlest_cpu():
-    """Return the allowed processor that was idle most during a short while."""
-
-    def idle():
-        times = {}
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *values = line.split()
-            if name[:3] == "cpu" and name[3:].isdigit():
-                times[int(name[3:])] = int(values[3])
-        return times
-
-    allowed = os.sched_getaffinity(0)
-    before = idle()
-    time.sleep(0.5)
-    after = idle()
-    return max(allowed, key=lambda cpu: after.get(cpu, 0) - before.get(cpu, 0))
-
-
-def elapsed(run, clock, times):
-    """Return the processor time in seconds that a number of calls take."""
-    if run.reset is None:
-        start = clock()
-        for _ in range(times):
-            run.call()
-        return clock() - start
-    total = 0
-    for _ in range(times):
-        run.reset()
-        start = clock()
-        run.call()
-        total += clock() - start
-    return total
-
-
-def repeats(run, clock):
-    """Return how many calls make a sample long enough for the clock, after warming up."""
-    elapsed(run, clock, 1)
-    times = 1
-    while (taken := elapsed(run, clock, times)) < SAMPLE_SECONDS / 2:
-        times = max(times * 2, int(times * SAMPLE_SECONDS / max(taken, SAMPLE_SECONDS / 64)))
-    return times
-
-
-def interleaved(samplers, rounds):
-    """Call each sampler once in each round, in varying order; return the samples of each."""
-    samples = [[] for _ in samplers]
-    gc.collect()
-    gc.disable()
-    try:
-        for i in range(rounds):
-            for k in range(len(samplers)):
-                j = (i + k if i % 2 else i - k) % len(samplers)
-                samples[j].append(samplers[j]())
-    finally:
-        gc.enable()
-    return samples
 
 
 def rows(question, names, samples):
@@ -153,18 +89,6 @@ def measure(question, bench, rounds, library):
         return lambda: elapsed(run, question.clock, times) / times / run.items
 
     return rows(question, names, interleaved([sampler(run) for run in runs], rounds))
-
-
-def machine():
-    """Describe in one line what this was measured on."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"{model}, {python}, numpy {numpy.__version__}"
 
 
 def main():

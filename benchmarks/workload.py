@@ -1,6 +1,8 @@
 """Tables and requests for the benchmarks, and the check that all baselines agree on them."""
 
+import contextlib
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,7 @@ TRANSLATION_TABLES = 0x6_0000
 STREAMS_LG2 = 10
 SPLIT = 8
 SUBSTREAMS_LG2 = 10
+PAIRS_LG2 = 5
 
 SID = 3
 SID_SUBSTREAMS = 5
@@ -62,9 +65,10 @@ def pack_ste(cd_address, s1cdmax=0, s1fmt=0, s1dss=0):
     return [word0, s1dss | 1 << 44, 0, 0, 0, 0, 0, 0]
 
 
-def pack_cd(ttb0, asid=0):
-    """Return the words of a CD: 4 KiB pages, 48-bit input and output, TTB0 only."""
-    word0 = 16 | 0b01 << 8 | 0b01 << 10 | 3 << 12 | 1 << 30 | 1 << 31
+def pack_cd(ttb0, asid=0, granule_lg2=12, input_lg2=48):
+    """Return the words of a CD: 48-bit output, TTB0 only."""
+    tg0 = {12: 0, 14: 2, 16: 1}[granule_lg2]
+    word0 = 64 - input_lg2 | tg0 << 6 | 0b01 << 8 | 0b01 << 10 | 3 << 12 | 1 << 30 | 1 << 31
     word0 |= 5 << 32 | 1 << 41 | 1 << 45 | 1 << 46 | 1 << 47 | asid << 48
     return [word0, ttb0, 0, 0xFF, 0, 0, 0, 0]
 
@@ -79,7 +83,11 @@ class Image:
     Parameters
     ----------
     pages_lg2 : int
-        log2 of how many 4 KiB pages are mapped, from IOVA_BASE on; 9 to 27.
+        log2 of how many pages are mapped, from `first` on; 9 to 27.
+    granule_lg2, input_lg2 : int
+        Of the tables: the granule, and the size of input addresses.
+    leaf_lg2 : int, optional
+        What a page is: a page of the granule, unless a block is asked for.
 
     Attributes
     ----------
@@ -87,41 +95,58 @@ class Image:
         The bytes of simulated memory from BASE on, aligned to a host page.
     words : ndarray of uint64
         The same bytes.
-    pages : int
+    pages, first, ttb : int
+        How many pages; where the first is; the physical address of the first table.
     """
 
-    def __init__(self, pages_lg2):
+    def __init__(self, pages_lg2, granule_lg2=12, input_lg2=48, leaf_lg2=None):
         self.pages_lg2 = pages_lg2
         self.pages = 1 << pages_lg2
-        leaf_tables = self.pages >> 9
-        level2_tables = -(-leaf_tables >> 9) or 1
-        level0 = TRANSLATION_TABLES
-        level1 = level0 + 0x1000
-        level2 = level1 + 0x1000
-        leaves = level2 + 0x1000 * level2_tables
-        self.size = leaves + 8 * self.pages
-        mapped = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.granule_lg2 = granule_lg2
+        self.input_lg2 = input_lg2
+        self.leaf_lg2 = granule_lg2 if leaf_lg2 is None else leaf_lg2
+        self.first = IOVA_BASE & (1 << input_lg2) - 1
+        self.ttb = BASE + TRANSLATION_TABLES
+        index_lg2 = granule_lg2 - 3
+        shifts = list(range(self.leaf_lg2, input_lg2, index_lg2))[::-1]
+        start = TRANSLATION_TABLES
+        places = []  # of the first entry of each level
+        for shift in shifts:
+            places.append(start + (self.first >> shift & (1 << index_lg2) - 1) * 8)
+            start += self._tables(shift) << granule_lg2
+        self._map_memory(start)
+        for place, below, shift in zip(places, places[1:], shifts[1:], strict=False):
+            tables = np.arange(self._tables(shift), dtype=np.uint64) << np.uint64(granule_lg2)
+            self._put(place, tables + np.uint64(BASE + (below >> granule_lg2 << granule_lg2) | 3))
+        for first in range(0, self.pages, 1 << 20):  # by pieces: temporary arrays stay small
+            pages = np.arange(first, min(first + (1 << 20), self.pages), dtype=np.uint64)
+            self._put(places[-1] + 8 * first, self._output(pages) + np.uint64(self._leaf()))
+        self._put_streams()
+
+    def _tables(self, shift):
+        """Return how many tables of entries of 2**shift bytes there are."""
+        return -(-self.pages << self.leaf_lg2 >> shift + self.granule_lg2 - 3) or 1
+
+    def _leaf(self):
+        """Return what a leaf has beside its address."""
+        return PAGE if self.leaf_lg2 == self.granule_lg2 else PAGE & ~2
+
+    def _map_memory(self, size):
+        self.size = size
+        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(AttributeError, OSError):  # a host that has none
+            mapped.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = np.frombuffer(mapped, np.uint8)
         self.words = self.buffer.view(np.uint64)
 
-        def put(offset, values):
-            self.words[offset // 8 : offset // 8 + len(values)] = values
+    def _put(self, offset, values):
+        self.words[offset // 8 : offset // 8 + len(values)] = values
 
-        def tables(offset, n):
-            """Return n table descriptors for consecutive tables."""
-            return np.arange(n, dtype=np.uint64) * np.uint64(4096) + np.uint64(
-                BASE + offset | TABLE
-            )
+    def _cd(self, asid):
+        return pack_cd(self.ttb, asid, self.granule_lg2, self.input_lg2)
 
-        put(level0 + (IOVA_BASE >> 39 & 511) * 8, tables(level1, 1))
-        put(level1 + (IOVA_BASE >> 30 & 511) * 8, tables(level2, level2_tables))
-        put(level2, tables(leaves, leaf_tables))
-        for first in range(0, self.pages, 1 << 20):  # by pieces: temporary arrays stay small
-            pages = np.arange(first, min(first + (1 << 20), self.pages), dtype=np.uint64)
-            put(leaves + 8 * first, self._output(pages) + np.uint64(PAGE))
-        self._put_streams(put, BASE + level0)
-
-    def _put_streams(self, put, ttb):
+    def _put_streams(self):
+        put = self._put
         for sid in range(1 << STREAMS_LG2):
             if sid == SID_SUBSTREAMS:
                 ste = pack_ste(BASE + L1CDS, SUBSTREAMS_LG2, s1fmt=1, s1dss=0)
@@ -129,36 +154,116 @@ class Image:
                 ste = pack_ste(BASE + CDS + sid * 64)
             put(LINEAR_STES + sid * 64, ste)
             put(L2_STES + sid * 64, ste)
-            put(CDS + sid * 64, pack_cd(ttb, asid=sid))
+            put(CDS + sid * 64, self._cd(sid))
         for ssid in range(1 << SUBSTREAMS_LG2):
-            put(L2_CDS + ssid * 64, pack_cd(ttb, asid=ssid))
+            put(L2_CDS + ssid * 64, self._cd(ssid))
         for i in range(1 << STREAMS_LG2 - SPLIT):
             put(L1STDS + i * 8, [BASE + L2_STES + (i << SPLIT + 6) | SPLIT + 1])
         for i in range(1 << SUBSTREAMS_LG2 - 6):
             put(L1CDS + i * 8, [BASE + L2_CDS + i * 4096 | 1])
 
     def _output(self, pages):
-        return (permuted(pages, self.pages_lg2) << np.uint64(12)) + np.uint64(PA_BASE)
+        return (permuted(pages, self.pages_lg2) << np.uint64(self.leaf_lg2)) + np.uint64(PA_BASE)
 
     def expected(self, iova):
         """Return the output addresses of mapped addresses, from the permutation alone."""
-        pages = (iova - np.uint64(IOVA_BASE)) >> np.uint64(12)
-        return self._output(pages) + (iova & np.uint64(4095))
+        pages = (iova - np.uint64(self.first)) >> np.uint64(self.leaf_lg2)
+        return self._output(pages) + (iova & np.uint64((1 << self.leaf_lg2) - 1))
 
-    def sequential(self, n):
-        """Return n addresses, one in each next page, again from the first after the last."""
-        page = np.arange(n, dtype=np.uint64) & np.uint64(self.pages - 1)
-        return (page << np.uint64(12)) + np.uint64(IOVA_BASE)
+    def sequential(self, n, stride=None):
+        """Return n addresses, each a stride (a page) further on, in turn from the first on."""
+        stride = 1 << self.leaf_lg2 if stride is None else stride
+        offset = np.arange(n, dtype=np.uint64) * np.uint64(stride)
+        return (offset & np.uint64((self.pages << self.leaf_lg2) - 1)) + np.uint64(self.first)
 
     def random(self, n, seed=1):
         """Return n mapped addresses, uniformly at random."""
         rng = np.random.default_rng(seed)
-        return rng.integers(0, self.pages << 12, n, dtype=np.uint64) + np.uint64(IOVA_BASE)
+        offset = rng.integers(0, self.pages << self.leaf_lg2, n, dtype=np.uint64)
+        return offset + np.uint64(self.first)
 
     def partly_unmapped(self, n, seed=2):
         """Return random() with one address in eight, at random, beyond the mapped pages."""
         iova = self.random(n, seed)
-        iova[np.random.default_rng(seed).random(n) < 1 / 8] += np.uint64(self.pages << 12)
+        beyond = np.random.default_rng(seed).random(n) < 1 / 8
+        iova[beyond] += np.uint64(self.pages << self.leaf_lg2)
+        return iova
+
+
+class PairsImage(Image):
+    """An Image whose first 2**PAIRS_LG2 streams have as many substreams each, and no others."""
+
+    def _put_streams(self):
+        for sid in range(1 << PAIRS_LG2):
+            cds = CDS + (sid << PAIRS_LG2 + 6)
+            self._put(LINEAR_STES + sid * 64, pack_ste(BASE + cds, PAIRS_LG2))
+            for ssid in range(1 << PAIRS_LG2):
+                self._put(cds + ssid * 64, self._cd(sid << PAIRS_LG2 | ssid))
+
+
+class SparseImage(Image):
+    """Pages of 4 KiB so far from each other that each has tables of levels 2 and 3 of its own.
+
+    Parameters
+    ----------
+    pages_lg2 : int
+        9 to 18. A page takes 8 KiB of tables.
+    """
+
+    def __init__(self, pages_lg2):
+        self.pages_lg2 = pages_lg2
+        self.pages = 1 << pages_lg2
+        self.granule_lg2 = self.leaf_lg2 = 12
+        self.input_lg2 = 48
+        self.first = 0
+        self.ttb = BASE + TRANSLATION_TABLES
+        level1 = TRANSLATION_TABLES + 0x1000
+        level2 = level1 + (512 << 12)
+        level3 = level2 + (self.pages << 12)
+        self._map_memory(level3 + (self.pages << 12))
+        rng = np.random.default_rng(pages_lg2)
+        page = np.arange(self.pages, dtype=np.uint64)
+        index0, index1 = page & np.uint64(511), page >> np.uint64(9)
+        index2, index3 = (rng.integers(0, 512, self.pages, dtype=np.uint64) for _ in range(2))
+        own2, own3 = (rng.permutation(page) << np.uint64(12) for _ in range(2))
+        self._put(TRANSLATION_TABLES, table_descriptors(level1, 512))
+        for offset, index, descriptor in (
+            (np.uint64(level1) + (index0 << np.uint64(12)), index1, own2 + np.uint64(level2)),
+            (own2 + np.uint64(level2), index2, own3 + np.uint64(level3)),
+        ):
+            self.words[offset // np.uint64(8) + index] = descriptor + np.uint64(BASE | TABLE)
+        self.words[(own3 + np.uint64(level3)) // np.uint64(8) + index3] = self._output(
+            page
+        ) + np.uint64(PAGE)
+        number = index0
+        for index in (index1, index2, index3):
+            number = number << np.uint64(9) | index
+        self._mapped = number << np.uint64(12)
+        self._order = np.argsort(self._mapped)
+        self._put_streams()
+
+    def expected(self, iova):
+        """Return the output addresses of mapped addresses."""
+        start = iova & ~np.uint64(4095)
+        found = np.searchsorted(self._mapped, start, sorter=self._order)
+        return self._output(self._order[found].astype(np.uint64)) + (iova & np.uint64(4095))
+
+    def sequential(self, n, stride=None):
+        """Return n addresses, one in each next page, in turn from the first on."""
+        if stride is not None:
+            raise ValueError("these pages have no stride")
+        return self._mapped[np.arange(n) % self.pages]
+
+    def random(self, n, seed=1):
+        """Return n mapped addresses, uniformly at random."""
+        rng = np.random.default_rng(seed)
+        offset = rng.integers(0, 4096, n, dtype=np.uint64)
+        return self._mapped[rng.integers(0, self.pages, n)] + offset
+
+    def partly_unmapped(self, n, seed=2):
+        """Return random() with one address in eight, at random, in the page after a mapped one."""
+        iova = self.random(n, seed)
+        iova[np.random.default_rng(seed).random(n) < 1 / 8] ^= np.uint64(4096)
         return iova
 
 
@@ -186,6 +291,9 @@ class NestedImage:
     leading : ndarray of int
         Indices of the descriptors of stage 2 that lead to the CD.
     """
+
+    first = IOVA_BASE
+    leaf_lg2 = 12
 
     def __init__(self, pages_lg2):
         self.pages_lg2 = pages_lg2
@@ -334,6 +442,25 @@ def spoil(image, rng, n):
         image.words[at] ^= np.uint64(1 << int(rng.choice(bits)))
 
 
+@dataclass(frozen=True)
+class Run:
+    """One thing to time.
+
+    Attributes
+    ----------
+    call : function
+        What is timed.
+    items : int
+        How many translations (or calls, or IDs) a call makes.
+    reset : function, optional
+        Called before every call, untimed.
+    """
+
+    call: Callable[[], object]
+    items: int
+    reset: Callable[[], object] | None = None
+
+
 @dataclass
 class Out:
     """Preallocated results of n requests, in the columns' own types."""
@@ -358,6 +485,15 @@ class Out:
     def same(self, other):
         """Whether all columns are equal."""
         return all(np.array_equal(a, b) for a, b in zip(self.arrays(), other.arrays(), strict=True))
+
+
+def smmu(image, strtab, **registers):
+    """Return a smmufast.Smmu over the bytes of an image."""
+    from smmufast import Memory, Smmu
+
+    memory = Memory()
+    memory.add(image.buffer, BASE)
+    return Smmu(memory, strtab_base=strtab[0], strtab_base_cfg=strtab[1], **registers)
 
 
 class Baselines:

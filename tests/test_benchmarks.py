@@ -2,8 +2,11 @@
 
 import ast
 import contextlib
+import inspect
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +105,178 @@ for seed in range(20):
 print(sorted(met))
 """
     assert run_script(code) == "[0, 11, 16, 18, 19]\n"
+
+
+# What limits/ asks of a table: valid, a table or a page, the access flag, the write permission.
+SPOIL = """
+import numpy as np, bench_limits, questions, workload
+from workload import Out
+
+def spoil(image, rng, first, spared=()):
+    found = np.setdiff1d(first + np.flatnonzero(image.words[first:]), spared)
+    for at in rng.choice(found, len(found) // 8, replace=False):
+        image.words[at] ^= np.uint64(1 << int(rng.choice([0, 7, 10])))
+
+met = set()
+def compare(walks, names, smmu, sid, iova):
+    for write in (False, True):
+        for n in (len(iova), 1, 24, 25, 49, 128, 129):
+            wanted = Out.empty(n)
+            smmu.translate_batch(sid, iova[:n], write=write, out=wanted.columns())
+            met.update(wanted.event.tolist())
+            for name in names:
+                out = Out.empty(n)
+                passed = getattr(walks, name)(iova[:n], *out.arrays(), write)
+                assert out.same(wanted), (name, n, write)
+                assert passed == (wanted.action == 0).sum(), (name, n, write)
+
+strange = np.array([1 << 48, 1 << 55, (1 << 64) - 1, 0xFFFF << 48, 0], np.uint64)
+"""
+
+
+def test_the_walks_of_the_limits_agree_with_the_library_on_spoilt_tables():
+    code = f"""
+{SPOIL}
+names = [name for name in bench_limits.KERNELS.values() if name not in ("bare", "ceiling")]
+if not bench_limits.vectors():
+    names.remove("vector")
+shapes = {{shape for depth in bench_limits.DEPTHS.values() for shape in depth.values()}}
+images = [workload.Image(12), workload.SparseImage(9)]
+images += [workload.Image(14, *shape) for shape in sorted(shapes)]
+for seed, image in enumerate(images):
+    rng = np.random.default_rng(seed)
+    spoil(image, rng, workload.TRANSLATION_TABLES // 8 + (4096 if seed == 1 else 0))
+    iova = image.partly_unmapped(1000, seed)
+    iova[rng.random(1000) < 0.05] = rng.choice(strange)
+    iova[::97] = np.uint64(1 << image.input_lg2)
+    smmu = questions.smmu(image, workload.STRTAB_LINEAR)
+    compare(bench_limits.table(image), names, smmu, workload.SID, iova)
+    assert met >= {{0, 16, 18, 19}}, (seed, met)
+    met.clear()
+print(len(images))
+"""
+    assert run_script(code) == "8\n"
+
+
+def test_the_nested_walks_of_the_limits_agree_with_the_library_on_spoilt_tables():
+    code = f"""
+{SPOIL}
+for seed in range(6):
+    image = workload.NestedImage(11)
+    rng = np.random.default_rng(seed)
+    spoil(image, rng, image.guest // 8 + 8, image.leading)
+    iova = np.concatenate([image.random(600, seed), strange])
+    iova[rng.random(len(iova)) < 0.1] += np.uint64(image.pages << 12)
+    smmu = questions.smmu(image, workload.STRTAB_NESTED)
+    names = ["plain", "reuse", "cached"]
+    compare(bench_limits.nested_table(image), names, smmu, workload.NESTED_SID, iova)
+print(sorted(met))
+"""
+    assert run_script(code) == "[0, 16, 18, 19]\n"
+
+
+def test_the_bitmap_of_the_limits_gives_free_ids_in_order():
+    code = """
+import numpy as np, bench_limits
+rng = np.random.default_rng(1)
+for _ in range(10):
+    bits, every = bench_limits.module().Bitmap(), np.zeros(1 << 20, np.uint32)
+    assert bits.bulk(every) == 1 << 20 and np.array_equal(every, np.arange(1 << 20))
+    free = np.zeros(1 << 20, bool)
+    for first in rng.integers(0, (1 << 20) - 6000, rng.integers(1, 300)).tolist():
+        free[first : first + int(rng.integers(1, 6000))] = True
+    free = np.flatnonzero(free).astype(np.uint32)
+    bits.free_each(free)
+    found, n, got = [], 0, 0
+    while got == n:
+        n = int(rng.integers(1, 9000))
+        out = np.zeros(n, np.uint32)
+        got = (bits.bulk if rng.random() < 0.8 else bits.alloc_each)(out)
+        found.append(out[:got])
+    assert np.array_equal(np.concatenate(found), free)
+    assert bits.pairs(1) == bits.pairs_in(1, 0, (1 << 20) - 1) == -1
+    chosen = rng.choice(1 << 20, 50, replace=False).astype(np.uint32)
+    bits.free_each(chosen)
+    for low, high in rng.integers(0, 1 << 20, (500, 2)).tolist():
+        within = chosen[(chosen >= low) & (chosen <= high)]
+        assert bits.pairs_in(1, low, high) == (int(within.min()) if len(within) else -1)
+print("same")
+"""
+    assert run_script(code) == "same\n"
+
+
+def test_the_report_has_a_row_for_what_is_asked_and_says_what_is_left_out():
+    asked = ("--only=stage 1 alone", "--largest=1K", "--rounds=7")
+    lines = run("-P", "benchmarks/limits/report.py", *asked).splitlines()
+    (row,) = (line for line in lines if line.startswith("| nested"))
+    figures = r"\| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+–[\d.]+ \| 3 \| (met|\*\*not met\*\*) \|"
+    assert re.search(figures, row), row
+    assert "Cython" in lines[0] and "gcc" in lines[0].lower()
+    from smmufast import Smmu
+
+    threads = "threads" in inspect.signature(Smmu.translate_batch).parameters
+    assert any(line.startswith("Left out: two threads") for line in lines) != threads
+
+
+def test_builds_are_compared_in_pairs():
+    import smmufast
+
+    build = str(Path(smmufast.__file__).resolve().parent.parent)
+    asked = ("--only=PASID free", "--starts=1", "--rounds=3")
+    last = run("-P", "benchmarks/compare.py", build, build, *asked).splitlines()[-1]
+    found = re.fullmatch(r"\| PASID free\(\) \| .+ \| .+ \| (.+) \| (.+) \| (.+) \|", last)
+    low, middle, high = (float(figure) for figure in found.groups())
+    assert low <= middle <= high
+    assert 0.1 < middle < 10  # one build, measured twice
+
+
+def test_what_is_no_build_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "benchmarks/compare.py", tmp_path, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"{tmp_path}: neither bin/python nor smmufast is in it" in done.stderr
+
+
+def test_instruction_counts_are_compared_under_the_same_versions_only(tmp_path):
+    code = f"""
+import json, pathlib, instructions
+file = pathlib.Path({str(tmp_path)!r}) / "counts.json"
+def judge(key, write=False, **counts):
+    return instructions.judge(key, counts, file, write)
+print("first", judge("A", walk=100.0, map=10.0))
+print("within", judge("A", walk=102.9, map=9.71), judge("A", walk=97.1))
+print("beyond", judge("A", walk=103.1, map=10.0), judge("A", walk=96.9))
+print("other", judge("B", walk=500.0))
+print("more", judge("A", walk=100.0, pa=7.0))
+print("written", judge("A", True, map=20.0), judge("A", map=20.1))
+print(json.dumps(json.loads(file.read_text())))
+"""
+    lines = run_script(code).splitlines()
+    status = [line for line in lines if re.match(r"[a-z]+ \d", line)]
+    assert status == ["first 0", "within 0 0", "beyond 1 1", "other 0", "more 0", "written 0 0"]
+    assert "| walk | 100 | 103.1 | 1.031 | **beyond** |" in lines
+    assert lines[-1] == '{"A": {"map": 20.0, "pa": 7.0, "walk": 100.0}, "B": {"walk": 500.0}}'
+
+
+def test_instructions_are_counted(tmp_path):
+    file = tmp_path / "counts.json"
+    command = ("-P", "benchmarks/instructions.py", f"--file={file}", "--only=PASID free")
+    without = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | {"PATH": ""}, capture_output=True
+    )
+    assert (without.returncode, file.exists()) == (2, False)
+    assert b"valgrind is not installed" in without.stderr
+    if shutil.which("valgrind") is None:
+        pytest.skip("valgrind is not installed")
+    run(*command)
+    ((key, counts),) = json.loads(file.read_text()).items()
+    assert re.fullmatch(r"(GCC|clang) [\d.]+, Cython [\d.]+, CPython [\d.]+", key)
+    assert 50 < counts["PASID free()"] < 5000
+    assert "| 1.0" in run(*command)  # again, beside what was kept
 
 
 def test_a_batch_leaves_the_caches_as_its_requests_one_by_one():
