@@ -28,7 +28,8 @@ from smmufast._translate cimport (
     permissions, translate_known,
 )
 from smmufast._types cimport (
-    ACCESS_WRITE, ACTION_OK, FETCH_TT, NO_SSID, BatchC, ColumnC, Context, Half, Hw, Outcome, Request,
+    ACCESS_WRITE, ACTION_OK, FETCH_TT, NO_SSID, BatchC, ColumnC, Context, Half, Hw, Outcome,
+    Request,
 )
 from smmufast._vmsa cimport (
     DESC_LEAF, clean_s1, descriptor_kind, entry_address, half_of, in_range, leaf_address, leaf_sh,
