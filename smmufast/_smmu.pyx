@@ -6,7 +6,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.dict cimport PyDict_CheckExact, PyDict_Next
+from cpython.dict cimport PyDict_CheckExact, PyDict_Next, PyDict_Size
 from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
 from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
@@ -25,7 +25,8 @@ from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
 )
 from smmufast._batch cimport (
-    request_at, store_outcome, translate_each, translate_hits, translate_plain,
+    request_at, store_outcome, store_u8, store_u64, translate_each, translate_hits,
+    translate_plain,
 )
 from smmufast._cached cimport (
     deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
@@ -98,6 +99,9 @@ cdef dict DTYPES = {
 }
 cdef enum:
     OUT_COLUMNS = 12
+    IN_COLUMNS = 6     # sid, iova, ssid, and three of bool
+    OUT_MASK = (1 << OUT_COLUMNS) - 1
+    USUAL = 0b111      # pa, action and event
 
 COLUMNS = MappingProxyType(DTYPES)
 """The columns of a batch and their dtypes."""
@@ -648,12 +652,6 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     return array
 
 
-cdef int point_in(ColumnC* column, cnp.ndarray array) except -1:
-    column.data = cnp.PyArray_DATA(array)
-    column.stride = cnp.PyArray_STRIDE(array, 0)
-    return 0
-
-
 # The columns of a batch, in the order of COLUMNS and of BatchC: borrowed from DTYPES.
 cdef PyObject* column_name[OUT_COLUMNS]
 cdef PyObject* column_dtype[OUT_COLUMNS]
@@ -671,10 +669,18 @@ cdef void open_columns() noexcept:
 open_columns()
 
 
-# The output arrays of a batch, owned: the caller may drop them while the lock is released.
+# Accesses of a batch: the bits of all requests, and arrays of bool for the others, by bit.
+cdef struct Flags:
+    uint8_t always
+    bint by_row
+    ColumnC[3] column
+
+
+# The arrays of a batch, owned: the caller may drop them while the lock is released.  First the
+# output columns, then inputs.
 cdef struct Held:
     unsigned int columns            # a bit for each that is there
-    PyObject* array[OUT_COLUMNS]
+    PyObject* array[OUT_COLUMNS + IN_COLUMNS]
 
 
 cdef inline void let_go(Held* held) noexcept:
@@ -683,6 +689,52 @@ cdef inline void let_go(Held* held) noexcept:
         if held.columns >> k & 1:
             Py_DECREF(<object>held.array[k])
         k += 1
+
+
+cdef inline bint fits(PyObject* value, PyObject* dtype, Py_ssize_t n) noexcept:
+    """It is a 1-D array of this very dtype and of n elements, or of any number if n is negative."""
+    return (
+        cnp.PyArray_Check(<object>value)
+        and <PyObject*>cnp.PyArray_DESCR(<cnp.ndarray>value) == dtype
+        and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
+        and (n < 0 or cnp.PyArray_DIM(<cnp.ndarray>value, 0) == n)
+    )
+
+
+cdef inline bint point_in(ColumnC* column, Held* held, int k, str name, value, dtype,
+                          Py_ssize_t* n) except -1:
+    """Let an input column point into an array; false for a scalar."""
+    cdef cnp.ndarray array
+    if PyLong_CheckExact(value):
+        return False
+    if likely(fits(<PyObject*>value, <PyObject*>dtype, n[0])):
+        array = <cnp.ndarray>value
+        n[0] = cnp.PyArray_DIM(array, 0)
+    else:
+        array = column_in(name, value, dtype, n)
+        if array is None:
+            return False
+    Py_INCREF(array)
+    held.array[OUT_COLUMNS + k] = <PyObject*>array
+    held.columns |= 1U << (OUT_COLUMNS + k)
+    column.data = cnp.PyArray_DATA(array)
+    column.stride = cnp.PyArray_STRIDE(array, 0)
+    return True
+
+
+cdef inline int flag_in(Flags* flags, Held* held, int bit, str name, value,
+                        Py_ssize_t* n) except -1:
+    """A bit of every access, or of those that an array says."""
+    flags.column[bit].data = NULL
+    if value is False:
+        return 0
+    if value is True:
+        flags.always |= 1 << bit
+    elif point_in(&flags.column[bit], held, 3 + bit, name, value, BOOL, n):
+        flags.by_row = True
+    elif value:
+        flags.always |= 1 << bit
+    return 0
 
 
 cdef inline void batch_open(BatchC* batch) noexcept:
@@ -714,11 +766,7 @@ cdef inline bint point_at_once(
         k += 1
         if k == OUT_COLUMNS:
             return False
-    if (not cnp.PyArray_Check(<object>array)
-            or <PyObject*>cnp.PyArray_DESCR(<cnp.ndarray>array) != column_dtype[k]
-            or cnp.PyArray_NDIM(<cnp.ndarray>array) != 1
-            or cnp.PyArray_DIM(<cnp.ndarray>array, 0) != n
-            or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>array)):
+    if not fits(array, column_dtype[k], n) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>array):
         return False
     point_column(batch, held, k, <cnp.ndarray>array)
     return True
@@ -749,6 +797,7 @@ cdef int point_out(BatchC* batch, Held* held, name, array, Py_ssize_t n) except 
 # names can be assigned to, but then it has another tuple and another dict.
 cdef struct Rows:
     int count
+    unsigned int columns        # a bit for each
     int[OUT_COLUMNS] column
     Py_ssize_t[OUT_COLUMNS] offset
 
@@ -758,7 +807,7 @@ cdef object rows_fields = None
 
 
 cdef int point_rows(BatchC* batch, Held* held, cnp.ndarray out, Py_ssize_t n) except -1:
-    """Let the output columns point into the fields of a structured array."""
+    """Let the output columns point into the fields of a structured array: a bit for each."""
     global rows_names, rows_fields
     cdef cnp.dtype dtype = <cnp.dtype><PyObject*>cnp.PyArray_DESCR(out)
     cdef PyObject* names = cnp.PyDataType_NAMES(dtype)
@@ -772,7 +821,7 @@ cdef int point_rows(BatchC* batch, Held* held, cnp.ndarray out, Py_ssize_t n) ex
             column = &batch.pa + rows.column[k]
             column.data = <char*>cnp.PyArray_DATA(out) + rows.offset[k]
             column.stride = cnp.PyArray_STRIDE(out, 0)
-        return 0
+        return rows.columns
     if names == NULL:
         raise TypeError(f"out: dtype {out.dtype} given; a structured one needed")
     names_now = <object>names
@@ -783,31 +832,34 @@ cdef int point_rows(BatchC* batch, Held* held, cnp.ndarray out, Py_ssize_t n) ex
         rows_names = names_now
         rows_fields = fields_now
         rows.count = 0
+        rows.columns = held.columns & OUT_MASK
         for k in range(OUT_COLUMNS):
             column = &batch.pa + k
             if column.data != NULL:
                 rows.column[rows.count] = k
                 rows.offset[rows.count] = <char*>column.data - <char*>cnp.PyArray_DATA(out)
                 rows.count += 1
-    return 0
+    return held.columns & OUT_MASK
 
 
 cdef int point_each(BatchC* batch, Held* held, out, Py_ssize_t n) except -1:
-    """Let the output columns point into the arrays of a dict."""
+    """Let the output columns point into the arrays of a dict: a bit for each."""
     cdef PyObject* key
     cdef PyObject* value
-    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t at = 0, left
     if not PyDict_CheckExact(out):
         for name, array in out.items():
             point_out(batch, held, name, array, n)
-        return 0
-    while PyDict_Next(out, &at, &key, &value):
+        return held.columns & OUT_MASK
+    left = PyDict_Size(out)
+    while left > 0 and PyDict_Next(out, &at, &key, &value):
+        left -= 1
         if likely(point_at_once(batch, held, key, value, n)):
             continue
         name = <object>key
         array = <object>value
         point_out(batch, held, name, array, n)
-    return 0
+    return held.columns & OUT_MASK
 
 
 cdef object make_out(Py_ssize_t n, columns):
@@ -887,20 +939,6 @@ cdef enum:
     FLAGS = 512        # requests whose access bytes are made at a time
     SHORT = 64         # requests that take less time than giving up the GIL
     FEW = 4            # requests that the scalar driver does in less time than a batch driver
-
-
-# Accesses of a batch: the bits of all requests, and arrays of bool for the others, by bit.
-cdef struct Flags:
-    uint8_t always
-    bint by_row
-    ColumnC[3] column
-
-
-cdef inline void point_flag(ColumnC* column, cnp.ndarray array) noexcept:
-    column.data = NULL
-    if array is not None:
-        column.data = cnp.PyArray_DATA(array)
-        column.stride = cnp.PyArray_STRIDE(array, 0)
 
 
 cdef void join_flags(const Flags* flags, size_t first, size_t n, uint8_t* access) noexcept nogil:
@@ -1095,21 +1133,30 @@ cdef inline int run_request(
     status = translate_ahead(&core.hw, &port, request, memo, outcome)
     if unlikely(status or outcome.fault):
         status = end_request(core, &port, request, status, outcome)
-    ram.window = port.window
+    if unlikely(ram.window.base != port.window.base):
+        ram.window = port.window
     if unlikely(status):
         raise_port(&port)
     return 0
 
 
-cdef int run_few(Smmu smmu, const BatchC* batch) except -1:
-    """A batch in plain memory that is not worth the start of a batch driver."""
+cdef int run_few(Smmu smmu, const BatchC* batch, bint more) except -1:
+    """A batch in plain memory that is not worth the start of a batch driver.
+
+    `more`: columns other than pa, action and event are wanted.
+    """
     cdef Request request
     cdef Outcome outcome
     cdef size_t i
     for i in range(batch.n):
         request_at(batch, i, &request)
         run_request(smmu, &request, &outcome)
-        store_outcome(batch, i, &outcome)
+        if more:
+            store_outcome(batch, i, &outcome)
+        else:
+            store_u64(&batch.pa, i, outcome.pa)
+            store_u8(&batch.action, i, outcome.action)
+            store_u8(&batch.event, i, outcome.event)
     return 0
 
 
@@ -1411,62 +1458,49 @@ cdef class Smmu:
         cdef Py_ssize_t n = -1
         cdef uint32_t one_sid, one_ssid
         cdef uint64_t one_iova
-        cdef cnp.ndarray sids, iovas, ssids = None, writes = None, privs = None, instrs = None
-        sids = column_in("sid", sid, U32, &n)
-        iovas = column_in("iova", iova, U64, &n)
-        if ssid is not None:
-            ssids = column_in("ssid", ssid, U32, &n)
-        if write is not True and write is not False:
-            writes = column_in("write", write, BOOL, &n)
-        if priv is not True and priv is not False:
-            privs = column_in("priv", priv, BOOL, &n)
-        if instr is not True and instr is not False:
-            instrs = column_in("instr", instr, BOOL, &n)
-        if n < 0:
-            raise ValueError("sid, iova: no array given; use translate for one request")
-        batch_open(&batch)
+        cdef bint sids, iovas, ssids = False
+        cdef int found
         held.columns = 0
-        if sids is None:
-            one_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
-            batch.sid.data = &one_sid
-        else:
-            point_in(&batch.sid, sids)
-        if iovas is None:
-            one_iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
-            batch.iova.data = &one_iova
-        else:
-            point_in(&batch.iova, iovas)
-        if ssids is None:
-            one_ssid = as_ssid(ssid)
-            batch.ssid.data = &one_ssid
-        else:
-            point_in(&batch.ssid, ssids)
-        batch.n = n
-        if not ssids_legal(&batch):
-            raise ValueError("ssid: a value above 0xfffff given; 20 bits or 0xffffffff allowed")
-        flags.always = <uint8_t>as_access(write if writes is None else False,
-                                          priv if privs is None else False,
-                                          instr if instrs is None else False)
-        batch.access.data = &flags.always
-        flags.by_row = writes is not None or privs is not None or instrs is not None
-        if flags.by_row:
-            point_flag(&flags.column[0], writes)
-            point_flag(&flags.column[1], privs)
-            point_flag(&flags.column[2], instrs)
-        if out is None:
-            out = make_out(n, columns)
-        elif columns is not None:
-            raise TypeError("columns: given beside out, whose own columns are filled")
+        flags.always = 0
+        flags.by_row = False
+        batch_open(&batch)
         try:
+            sids = point_in(&batch.sid, &held, 0, "sid", sid, U32, &n)
+            iovas = point_in(&batch.iova, &held, 1, "iova", iova, U64, &n)
+            if ssid is not None:
+                ssids = point_in(&batch.ssid, &held, 2, "ssid", ssid, U32, &n)
+            flag_in(&flags, &held, 0, "write", write, &n)
+            flag_in(&flags, &held, 1, "priv", priv, &n)
+            flag_in(&flags, &held, 2, "instr", instr, &n)
+            if n < 0:
+                raise ValueError("sid, iova: no array given; use translate for one request")
+            if not sids:
+                one_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+                batch.sid.data = &one_sid
+            if not iovas:
+                one_iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+                batch.iova.data = &one_iova
+            batch.n = n
+            if not ssids:
+                one_ssid = as_ssid(ssid)
+                batch.ssid.data = &one_ssid
+            elif not ssids_legal(&batch):
+                raise ValueError(
+                    "ssid: a value above 0xfffff given; 20 bits or 0xffffffff allowed")
+            batch.access.data = &flags.always
+            if out is None:
+                out = make_out(n, columns)
+            elif columns is not None:
+                raise TypeError("columns: given beside out, whose own columns are filled")
             if isinstance(out, dict):
-                point_each(&batch, &held, out, n)
+                found = point_each(&batch, &held, out, n)
             elif cnp.PyArray_Check(out):
-                point_rows(&batch, &held, <cnp.ndarray>out, n)
+                found = point_rows(&batch, &held, <cnp.ndarray>out, n)
             else:
                 raise TypeError(
                     f"out: {type(out).__name__} given; a structured array or a dict needed")
             if n <= FEW and self.core.ram.plain and not flags.by_row:
-                run_few(self, &batch)
+                run_few(self, &batch, found & ~USUAL != 0)
             else:
                 run_pieces(self, &batch, &flags)
         finally:

@@ -833,7 +833,8 @@ cdef inline int walk_once(
         const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
         bint simple) noexcept nogil:
     cdef unsigned int upper = half_of(va, context.two_ttbs)
-    cdef const Half* half = &context.half[upper]
+    # opaque, or its place is computed again at every use
+    cdef const Half* half = <const Half*>apart(<void*>&context.half[upper])
     cdef Descent at
     cdef int event, status
     leaf_none(leaf)
