@@ -41,8 +41,8 @@ from smmufast._translate cimport (
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
     FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, NO_SSID, STATUS_DONE,
-    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Hw, Outcome, Request,
-    SmmuC, WalkC,
+    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Hw,
+    Outcome, Request, SmmuC, WalkC,
 )
 
 from collections.abc import Iterable
