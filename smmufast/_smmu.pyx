@@ -17,6 +17,7 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, low_mask, unlikely
+from smmufast._cache cimport ctz64
 from smmufast._command cimport Effect
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
@@ -684,11 +685,10 @@ cdef struct Held:
 
 
 cdef inline void let_go(Held* held) noexcept:
-    cdef int k = 0
-    while held.columns >> k:
-        if held.columns >> k & 1:
-            Py_DECREF(<object>held.array[k])
-        k += 1
+    cdef unsigned int left = held.columns
+    while left:
+        Py_DECREF(<object>held.array[ctz64(left)])
+        left &= left - 1
 
 
 cdef inline bint fits(PyObject* value, PyObject* dtype, Py_ssize_t n) noexcept:
