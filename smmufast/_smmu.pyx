@@ -42,8 +42,8 @@ from smmufast._translate cimport (
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
     FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, NO_SSID, STATUS_DONE,
-    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Hw,
-    Outcome, Request, SmmuC, WalkC,
+    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Outcome,
+    Request, SmmuC, WalkC,
 )
 
 from collections.abc import Iterable
@@ -1070,73 +1070,43 @@ cdef int request_any(Core* core, Port* port, const Request* request, Memo* memo,
 cdef ScalarDriver through_caches = request_any  # not inlined
 
 
-ctypedef int (*OneDriver)(const Hw*, Port*, const Request*, Memo*, Outcome*) noexcept nogil
-ctypedef int (*KnownDriver)(
-    const Hw*, Port*, const Request*, const Memo*, Outcome*) noexcept nogil
-ctypedef int (*Deliver)(Core*, Port*, const Request*, int, Outcome*) noexcept nogil
+cdef inline const Context* find_ahead(
+        Smmu smmu, const Request* request, Leaf* leaf) noexcept:
+    """The leaf of a request in the commonest case, inlined: the context that it was found in.
 
-
-cdef int request_one(const Hw* hw, Port* port, const Request* request, Memo* memo,
-                     Outcome* outcome) noexcept nogil:
-    return translate_one(hw, port, request, memo, outcome)
-
-
-cdef int request_known(const Hw* hw, Port* port, const Request* request, const Memo* memo,
-                       Outcome* outcome) noexcept nogil:
-    return translate_known(hw, port, request, memo, outcome)
-
-
-cdef int request_end(Core* core, Port* port, const Request* request, int status,
-                     Outcome* outcome) noexcept nogil:
-    return deliver(core, port, request, status, outcome)
-
-
-# likewise
-cdef OneDriver one_request = request_one
-cdef KnownDriver known_request = request_known
-cdef Deliver end_request = request_end
-
-
-cdef inline int translate_ahead(
-        const Hw* hw, Port* port, const Request* request, Memo* memo,
-        Outcome* outcome) noexcept nogil:
-    """translate_one(), with the commonest case inlined: stage 1 succeeds in a known context."""
-    cdef const Context* context = &memo.context
-    cdef Leaf leaf
-    cdef Syndrome syndrome
-    if unlikely(not cr0_smmuen(hw.cr0)):
-        return one_request(hw, port, request, memo, outcome)
-    if unlikely(not memo_holds(hw, port, memo, request.sid, request.ssid)):
-        memo.whole = False
-        return one_request(hw, port, request, memo, outcome)
-    if likely(context.simple and not context.second.on):
-        if likely(walk_once(context, port, request.iova, request.access, &leaf, True) == 0):
-            finish_stage1(hw, request, context, 0, &leaf, &syndrome, outcome)
-            return 0
-    return known_request(hw, port, request, memo, outcome)
+    That is plain memory, no caches, a context that was decoded before, stage 1 alone, and success.
+    NULL is anything else; then _run() does it from the start.
+    """
+    cdef Core* core = &smmu.core
+    cdef Ram* ram = core.ram
+    cdef Port port
+    cdef const Memo* memo
+    cdef int event
+    if unlikely(not ram.plain or core.caches != NULL or core.shared or not cr0_smmuen(core.hw.cr0)):
+        return NULL
+    # a pointer that the compiler knows nothing of, or it computes the place again at every use
+    memo = <const Memo*>apart(&smmu.memos[(request.sid ^ request.ssid) % MEMOS])
+    if unlikely(not memo.context.simple or memo.context.second.on):
+        return NULL
+    port_open(&port, ram, NULL, False)
+    port.window = ram.window
+    if unlikely(not memo_holds(&core.hw, &port, memo, request.sid, request.ssid)):
+        return NULL
+    event = walk_once(&memo.context, &port, request.iova, request.access, leaf, True)
+    if unlikely(ram.window.base != port.window.base):
+        ram.window = port.window
+    return &memo.context if likely(event == 0) else NULL
 
 
 cdef inline int run_request(
         Smmu smmu, const Request* request, Outcome* outcome) except -1:
     """The scalar driver; with the GIL, which only callbacks may let go."""
-    cdef Core* core = &smmu.core
-    cdef Ram* ram = core.ram
-    cdef Memo* memo
-    cdef Port port
-    cdef int status
-    if unlikely(not ram.plain or core.caches != NULL or core.shared):
+    cdef Leaf leaf
+    cdef Syndrome syndrome
+    cdef const Context* context = find_ahead(smmu, request, &leaf)
+    if unlikely(context == NULL):
         return smmu._run(request, outcome, NULL)
-    port_open(&port, ram, NULL, False)
-    port.window = ram.window
-    # a pointer that the compiler knows nothing of, or it computes the place again at every use
-    memo = <Memo*>apart(&smmu.memos[(request.sid ^ request.ssid) % MEMOS])
-    status = translate_ahead(&core.hw, &port, request, memo, outcome)
-    if unlikely(status or outcome.fault):
-        status = end_request(core, &port, request, status, outcome)
-    if unlikely(ram.window.base != port.window.base):
-        ram.window = port.window
-    if unlikely(status):
-        raise_port(&port)
+    finish_stage1(&smmu.core.hw, request, context, 0, &leaf, &syndrome, outcome)
     return 0
 
 
@@ -1147,16 +1117,23 @@ cdef int run_few(Smmu smmu, const BatchC* batch, bint more) except -1:
     """
     cdef Request request
     cdef Outcome outcome
+    cdef Leaf leaf
+    cdef Syndrome syndrome
+    cdef const Context* context
     cdef size_t i
     for i in range(batch.n):
         request_at(batch, i, &request)
-        run_request(smmu, &request, &outcome)
-        if more:
-            store_outcome(batch, i, &outcome)
+        context = find_ahead(smmu, &request, &leaf)
+        if likely(context != NULL and not more):
+            store_u64(&batch.pa, i, leaf.address | (request.iova & low_mask(leaf.shift)))
+            store_u8(&batch.action, i, ACTION_OK)
+            store_u8(&batch.event, i, 0)
+            continue
+        if context == NULL:
+            smmu._run(&request, &outcome, NULL)
         else:
-            store_u64(&batch.pa, i, outcome.pa)
-            store_u8(&batch.action, i, outcome.action)
-            store_u8(&batch.event, i, outcome.event)
+            finish_stage1(&smmu.core.hw, &request, context, 0, &leaf, &syndrome, &outcome)
+        store_outcome(batch, i, &outcome)
     return 0
 
 
@@ -1380,14 +1357,17 @@ cdef class Smmu:
         """
         cdef Request request
         cdef Outcome outcome
+        cdef Leaf leaf
         cdef Result result
         request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
         request.reserved = 0
-        run_request(self, &request, &outcome)
-        if likely(outcome.action <= ACTION_DISABLED):
+        if likely(find_ahead(self, &request, &leaf) != NULL):
+            return leaf.address | (request.iova & low_mask(leaf.shift))
+        self._run(&request, &outcome, NULL)
+        if outcome.action <= ACTION_DISABLED:
             return outcome.pa
         result = Result.__new__(Result)
         result.request = request
@@ -1395,7 +1375,7 @@ cdef class Smmu:
         raise result_error(result)
 
     cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1:
-        """As run_request(), through caches, memory that is not plain, or with a log."""
+        """The scalar driver for whatever find_ahead() leaves to it."""
         cdef Port port
         cdef Ram* ram = self.core.ram
         cdef Memo* memo = &self.memos[(request.sid ^ request.ssid) % MEMOS]
@@ -1404,7 +1384,12 @@ cdef class Smmu:
         port_open(&port, ram, log, False)
         if ram.plain and log == NULL and not self.core.shared:
             port.window = ram.window
-            status = through_caches(&self.core, &port, request, memo, outcome)
+            if self.core.caches == NULL:
+                status = deliver(
+                    &self.core, &port, request,
+                    translate_one(&self.core.hw, &port, request, memo, outcome), outcome)
+            else:
+                status = through_caches(&self.core, &port, request, memo, outcome)
             ram.window = port.window
             if status:
                 raise_port(&port)
@@ -1434,9 +1419,9 @@ cdef class Smmu:
         write, priv, instr : bool or 1-D bool array
         out : structured array or dict of 1-D arrays, optional
             Where results go: the columns it has are those that are computed.  With it, and with
-            inputs of the dtypes above, nothing is allocated.  It may be an input itself, row by
-            row.  Otherwise it must not overlap the inputs: that is not checked, and rows would
-            be wrong.
+            inputs of the dtypes above, nothing is allocated.  A structured array takes less time
+            to look at than a dict.  It may be an input itself, row by row.  Otherwise it must not
+            overlap the inputs: that is not checked, and rows would be wrong.
         columns : sequence of str, optional
             Without `out`: the columns wanted, by default pa, action and event.
 
