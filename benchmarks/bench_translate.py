@@ -249,29 +249,34 @@ def batch_library(pages_lg2, order):
     return build
 
 
-def batch_of_one(*, with_out):
-    """Call Smmu.translate_batch for an array of one address: what a call costs."""
+def short_batch(n, out):
+    """Call Smmu.translate_batch for an array of n addresses: what a call costs.
+
+    `out` is "dict", "rows" for a structured array, or None for a new array.
+    """
 
     def build(bench):
         translate_batch = bench.smmu(SCALAR_PAGES_LG2).translate_batch
-        iova = bench.image(SCALAR_PAGES_LG2).random(1)
-        expected = scalar_expected(bench)[0]
-        columns = Out.empty(1).columns()
-        if with_out:
-
-            def call():
-                for _ in repeat(None, SCALAR_CALLS):
-                    translate_batch(SID, iova, out=columns)
-
-        else:
+        iova = bench.image(SCALAR_PAGES_LG2).random(n)
+        expected = scalar_expected(bench)[:n]
+        filled = Out.empty(n).columns()
+        if out == "rows":
+            filled = np.ones(n, [(name, column.dtype) for name, column in filled.items()])
+        if out is None:
 
             def call():
                 for _ in repeat(None, SCALAR_CALLS):
                     translate_batch(SID, iova)
 
-        for result in (translate_batch(SID, iova), translate_batch(SID, iova, out=columns)):
-            if result["pa"].tolist() != [expected]:
-                raise AssertionError("translate_batch() gives a wrong address")
+        else:
+
+            def call():
+                for _ in repeat(None, SCALAR_CALLS):
+                    translate_batch(SID, iova, out=filled)
+
+        for result in (translate_batch(SID, iova), translate_batch(SID, iova, out=filled)):
+            if result["pa"].tolist() != expected:
+                raise AssertionError("translate_batch() gives wrong addresses")
         return Run(call, SCALAR_CALLS)
 
     return build
@@ -414,15 +419,17 @@ def _questions():
             NUMPY: batch_numpy(16, "partly_unmapped"),
         },
     )
-    yield Question(
-        "array of one address",
-        "call",
-        {
-            "empty method, an object": empty(three_integers, "three"),
-            f"{LIBRARY} translate_batch(out=)": batch_of_one(with_out=True),
-            f"{LIBRARY} translate_batch()": batch_of_one(with_out=False),
-        },
-    )
+    for n, label in (1, "one address"), (64, "64 addresses"):
+        yield Question(
+            f"array of {label}",
+            "call",
+            {
+                "empty method, an object": empty(three_integers, "three"),
+                f"{LIBRARY} translate_batch(out=), rows": short_batch(n, "rows"),
+                f"{LIBRARY} translate_batch(out=), dict": short_batch(n, "dict"),
+                f"{LIBRARY} translate_batch()": short_batch(n, None),
+            },
+        )
     for kind, label in (
         ("same", "one stream"),
         ("linear", "changing streams, linear table"),

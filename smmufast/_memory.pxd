@@ -154,20 +154,39 @@ cdef inline bint unchanged8(const Port* port, uint64_t address, uint64_t value) 
     return offset <= port.window.span and le64(load64(port.window.data + offset)) == value
 
 
+cdef extern from *:
+    """
+    #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    typedef uint64_t smmufast_pair __attribute__((vector_size(16), aligned(1), may_alias));
+    /* A structure in memory is eight dwords; by vectors, since it is compared on every call. */
+    static inline int smmufast_same64(const uint8_t *at, const uint64_t *words)
+    {
+        const smmufast_pair *a = (const smmufast_pair *)at;
+        const smmufast_pair *b = (const smmufast_pair *)words;
+        smmufast_pair differ = ((a[0] ^ b[0]) | (a[1] ^ b[1])) | ((a[2] ^ b[2]) | (a[3] ^ b[3]));
+        return (differ[0] | differ[1]) == 0;
+    }
+    #else
+    static inline int smmufast_same64(const uint8_t *at, const uint64_t *words)
+    {
+        uint64_t differ = 0, word;
+        int i;
+        for (i = 0; i < 8; i++) {
+            memcpy(&word, at + 8 * i, 8);
+            differ |= __builtin_bswap64(word) ^ words[i];
+        }
+        return differ == 0;
+    }
+    #endif
+    """
+    bint same64 "smmufast_same64"(const uint8_t* at, const uint64_t* words) noexcept nogil
+
+
 cdef inline bint unchanged64(
         const Port* port, uint64_t address, const uint64_t* words) noexcept nogil:
     """The structure at `address` still is these eight dwords; no if it cannot be read in place."""
     cdef uint64_t offset = address - port.window.base
-    cdef const uint8_t* p
-    if not reads64(&port.window, offset):
-        return False
-    p = port.window.data + offset
-    return not (
-        (le64(load64(p)) ^ words[0]) | (le64(load64(p + 8)) ^ words[1])
-        | (le64(load64(p + 16)) ^ words[2]) | (le64(load64(p + 24)) ^ words[3])
-        | (le64(load64(p + 32)) ^ words[4]) | (le64(load64(p + 40)) ^ words[5])
-        | (le64(load64(p + 48)) ^ words[6]) | (le64(load64(p + 56)) ^ words[7])
-    )
+    return likely(reads64(&port.window, offset)) and same64(port.window.data + offset, words)
 
 
 cdef class Memory:

@@ -6,16 +6,18 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.dict cimport PyDict_CheckExact, PyDict_Next, PyDict_Size
 from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
 from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
-from smmufast._bits cimport apart, le64, low_mask
+from smmufast._bits cimport apart, le64, likely, low_mask, unlikely
+from smmufast._cache cimport ctz64
 from smmufast._command cimport Effect
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
@@ -23,7 +25,10 @@ from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, t
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
 )
-from smmufast._batch cimport translate_each, translate_hits, translate_plain
+from smmufast._batch cimport (
+    request_at, store_outcome, store_u8, store_u64, translate_each, translate_hits,
+    translate_plain,
+)
 from smmufast._vector cimport vector_on, vector_switch
 from smmufast._cached cimport (
     deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
@@ -32,13 +37,14 @@ from smmufast._cached cimport (
 from smmufast._config cimport STAGE1_BYPASS
 from smmufast._tlb cimport Caches
 from smmufast._translate cimport (
-    CLASS_IN, Leaf, Memo, Syndrome, View, open_drivers, stage2, translate_known, translate_one,
+    CLASS_IN, Leaf, Memo, Syndrome, View, finish_stage1, memo_holds, open_drivers, stage2,
+    translate_known, translate_one, walk_once,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
     FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, NO_SSID, STATUS_DONE,
-    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, FetchC, Outcome, Request,
-    SmmuC, WalkC,
+    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Outcome,
+    Request, SmmuC, WalkC,
 )
 
 from collections.abc import Iterable
@@ -62,6 +68,23 @@ cnp.import_array()
 open_drivers()
 vector_switch(os.environ.get("SMMUFAST_VECTOR") != "0")
 
+cdef extern from *:
+    """
+    /* Beyond five vectors gcc clears by rep stosq, which takes longer to start than a Result takes
+       to be made. */
+    static inline __attribute__((always_inline)) void *smmufast_memset(void *p, int c, size_t n)
+    {
+        if (__builtin_constant_p(n) && n > 64 && n <= 128) {
+            memset(p, c, 64);
+            memset((char *)p + 64, c, n - 64);
+            return p;
+        }
+        return memset(p, c, n);
+    }
+    #undef memset
+    #define memset(p, c, n) smmufast_memset(p, c, n)
+    """
+
 NO_SUBSTREAM = 0xFFFFFFFF
 """In arrays of SubstreamIDs: the transaction has none."""
 
@@ -79,6 +102,12 @@ cdef dict DTYPES = {
     "stage": np.dtype(np.uint8),
     "record": np.dtype("V32"),
 }
+cdef enum:
+    OUT_COLUMNS = 12
+    IN_COLUMNS = 6     # sid, iova, ssid, and three of bool
+    OUT_MASK = (1 << OUT_COLUMNS) - 1
+    USUAL = 0b111      # pa, action and event
+
 COLUMNS = MappingProxyType(DTYPES)
 """The columns of a batch and their dtypes."""
 
@@ -100,10 +129,37 @@ cdef extern from "Python.h":
     unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
 
 
+cdef extern from *:
+    """
+    /* An int of one or two digits, not negative: read in place, since a call costs more. */
+    static inline int smmufast_two_digits(PyObject *object, uint64_t *value)
+    {
+        const PyLongObject *number = (const PyLongObject *)object;
+    #if PY_VERSION_HEX >= 0x030C0000
+        const digit *digits = number->long_value.ob_digit;
+        const uintptr_t tag = number->long_value.lv_tag;
+        const Py_ssize_t count = (tag & 3) ? 0 : (Py_ssize_t)(tag >> 3);
+    #else
+        const digit *digits = number->ob_digit;
+        const Py_ssize_t count = Py_SIZE(number);
+    #endif
+        if (count != 1 && count != 2)
+            return 0;
+        *value = digits[0];
+        if (count == 2)
+            *value |= (uint64_t)digits[1] << PyLong_SHIFT;
+        return 1;
+    }
+    """
+    bint two_digits "smmufast_two_digits"(object value, uint64_t* number) noexcept
+
+
 cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
     """An argument as a number up to `last`, or an error that names it."""
-    cdef uint64_t number
-    if PyLong_CheckExact(value):
+    cdef uint64_t number = 0
+    if likely(PyLong_CheckExact(value)):
+        if likely(two_digits(value, &number)) and likely(number <= last):
+            return number
         # not ...LongLong, which CPython 3.11 converts byte by byte
         number = as_unsigned_long(value)
         if number == <unsigned long>-1 and PyErr_Occurred():
@@ -602,11 +658,11 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
             array = np.asarray(value)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    if array.ndim == 0:
+    if cnp.PyArray_NDIM(array) == 0:
         return None
-    if array.ndim != 1:
+    if cnp.PyArray_NDIM(array) != 1:
         raise ValueError(f"{name}: an array of {array.ndim} dimensions given; 1 needed")
-    if array.dtype is not dtype and array.dtype != dtype:
+    if <PyObject*>cnp.PyArray_DESCR(array) != <PyObject*>dtype and array.dtype != dtype:
         if array.size == 0 and not isinstance(value, np.ndarray):
             array = array.astype(dtype)  # an empty sequence says nothing of its kind
         if array.dtype.kind not in "biu" or dtype.kind == "b" and array.dtype.kind != "b":
@@ -617,63 +673,234 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
             raise ValueError(f"{name}: values from {array.min():#x} to {array.max():#x} given; "
                              f"0 to {np.iinfo(dtype).max:#x} allowed")
         array = array.astype(dtype)
-    if n[0] >= 0 and array.shape[0] != n[0]:
+    if n[0] >= 0 and cnp.PyArray_DIM(array, 0) != n[0]:
         raise ValueError(f"{name}: {array.shape[0]} values given beside arrays of {n[0]}")
-    n[0] = array.shape[0]
+    n[0] = cnp.PyArray_DIM(array, 0)
     return array
 
 
-cdef int point_in(ColumnC* column, cnp.ndarray array) except -1:
+# The columns of a batch, in the order of COLUMNS and of BatchC: borrowed from DTYPES.
+cdef PyObject* column_name[OUT_COLUMNS]
+cdef PyObject* column_dtype[OUT_COLUMNS]
+cdef dict COLUMN_INDEX = {}
+
+
+cdef void open_columns() noexcept:
+    cdef int k
+    for k, name in enumerate(DTYPES):
+        column_name[k] = <PyObject*>name
+        column_dtype[k] = <PyObject*>DTYPES[name]
+        COLUMN_INDEX[name] = k
+
+
+open_columns()
+
+
+# Accesses of a batch: the bits of all requests, and arrays of bool for the others, by bit.
+cdef struct Flags:
+    uint8_t always
+    bint by_row
+    ColumnC[3] column
+
+
+# The arrays of a batch, owned: the caller may drop them while the lock is released.  First the
+# output columns, then inputs.
+cdef struct Held:
+    unsigned int columns            # a bit for each that is there
+    PyObject* array[OUT_COLUMNS + IN_COLUMNS]
+
+
+cdef inline void let_go(Held* held) noexcept:
+    cdef unsigned int left = held.columns
+    while left:
+        Py_DECREF(<object>held.array[ctz64(left)])
+        left &= left - 1
+
+
+cdef inline bint fits(PyObject* value, PyObject* dtype, Py_ssize_t n) noexcept:
+    """It is a 1-D array of this very dtype and of n elements, or of any number if n is negative."""
+    return (
+        cnp.PyArray_Check(<object>value)
+        and <PyObject*>cnp.PyArray_DESCR(<cnp.ndarray>value) == dtype
+        and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
+        and (n < 0 or cnp.PyArray_DIM(<cnp.ndarray>value, 0) == n)
+    )
+
+
+cdef inline bint point_in(ColumnC* column, Held* held, int k, str name, value, dtype,
+                          Py_ssize_t* n) except -1:
+    """Let an input column point into an array; false for a scalar."""
+    cdef cnp.ndarray array
+    if PyLong_CheckExact(value):
+        return False
+    if likely(fits(<PyObject*>value, <PyObject*>dtype, n[0])):
+        array = <cnp.ndarray>value
+        n[0] = cnp.PyArray_DIM(array, 0)
+    else:
+        array = column_in(name, value, dtype, n)
+        if array is None:
+            return False
+    Py_INCREF(array)
+    held.array[OUT_COLUMNS + k] = <PyObject*>array
+    held.columns |= 1U << (OUT_COLUMNS + k)
     column.data = cnp.PyArray_DATA(array)
     column.stride = cnp.PyArray_STRIDE(array, 0)
+    return True
+
+
+cdef inline int flag_in(Flags* flags, Held* held, int bit, str name, value,
+                        Py_ssize_t* n) except -1:
+    """A bit of every access, or of those that an array says."""
+    flags.column[bit].data = NULL
+    if value is False:
+        return 0
+    if value is True:
+        flags.always |= 1 << bit
+    elif point_in(&flags.column[bit], held, 3 + bit, name, value, BOOL, n):
+        flags.by_row = True
+    elif value:
+        flags.always |= 1 << bit
     return 0
 
 
-cdef ColumnC* column_of(BatchC* batch, str name) noexcept:
-    if name == "pa":
-        return &batch.pa
-    if name == "action":
-        return &batch.action
-    if name == "event":
-        return &batch.event
-    if name == "fault":
-        return &batch.fault
-    if name == "perm":
-        return &batch.perm
-    if name == "level":
-        return &batch.level
-    if name == "page_lg2":
-        return &batch.page_lg2
-    if name == "attr":
-        return &batch.attr
-    if name == "sh":
-        return &batch.sh
-    if name == "ipa":
-        return &batch.ipa
-    if name == "stage":
-        return &batch.stage
-    if name == "record":
-        return &batch.record
-    return NULL
+cdef inline void batch_open(BatchC* batch) noexcept:
+    """A batch without columns; those that are pointed somewhere are the same for every row."""
+    cdef ColumnC* column = &batch.sid
+    while column <= &batch.record:
+        column.data = NULL
+        column.stride = 0
+        column += 1
 
 
-cdef int point_out(BatchC* batch, str name, array, Py_ssize_t n) except -1:
+cdef inline void point_column(BatchC* batch, Held* held, int k, cnp.ndarray array) noexcept:
+    """Let an output column point into an array that fits."""
+    cdef ColumnC* column = &batch.pa + k
+    if unlikely(held.columns >> k & 1):  # a name that equals another, and is not the same
+        Py_DECREF(<object>held.array[k])
+    Py_INCREF(array)
+    held.array[k] = <PyObject*>array
+    held.columns |= 1U << k
+    column.data = cnp.PyArray_DATA(array)
+    column.stride = cnp.PyArray_STRIDE(array, 0)
+
+
+cdef inline bint point_at_once(
+        BatchC* batch, Held* held, PyObject* name, PyObject* array, Py_ssize_t n) noexcept:
+    """point_out(), if the name and the dtype are the very objects that are known here."""
+    cdef int k = 0
+    while column_name[k] != name:
+        k += 1
+        if k == OUT_COLUMNS:
+            return False
+    if not fits(array, column_dtype[k], n) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>array):
+        return False
+    point_column(batch, held, k, <cnp.ndarray>array)
+    return True
+
+
+cdef int point_out(BatchC* batch, Held* held, name, array, Py_ssize_t n) except -1:
     """Let one output column point into an array, once its shape and dtype are right."""
-    cdef ColumnC* column = column_of(batch, name)
     cdef cnp.ndarray found
-    if column == NULL:
+    if point_at_once(batch, held, <PyObject*>name, <PyObject*>array, n):
+        return 0
+    if name not in COLUMN_INDEX:
         raise ValueError(f"out: column {name!r} given; {', '.join(COLUMNS)} known")
     if not isinstance(array, np.ndarray):
         raise TypeError(f"out[{name!r}]: {type(array).__name__} given; a numpy array needed")
     found = array
     dtype = DTYPES[name]
-    if found.dtype is not dtype and found.dtype != dtype:
+    if found.dtype != dtype:
         raise TypeError(f"out[{name!r}]: dtype {found.dtype} given; {dtype} needed")
     if found.ndim != 1 or found.shape[0] != n:
         raise ValueError(f"out[{name!r}]: shape {array.shape} given; ({n},) needed")
     if not cnp.PyArray_ISWRITEABLE(found):
         raise ValueError(f"out[{name!r}]: the array is read-only")
-    return point_in(column, found)
+    point_column(batch, held, COLUMN_INDEX[name], found)
+    return 0
+
+
+# Where a structured array has its columns, by what the last dtype that was checked has.  A dtype's
+# names can be assigned to, but then it has another tuple and another dict.
+cdef struct Rows:
+    int count
+    unsigned int columns        # a bit for each
+    int[OUT_COLUMNS] column
+    Py_ssize_t[OUT_COLUMNS] offset
+
+cdef Rows rows
+cdef object rows_names = None
+cdef object rows_fields = None
+
+
+cdef int point_rows(BatchC* batch, Held* held, cnp.ndarray out, Py_ssize_t n) except -1:
+    """Let the output columns point into the fields of a structured array: a bit for each."""
+    global rows_names, rows_fields
+    cdef cnp.dtype dtype = <cnp.dtype><PyObject*>cnp.PyArray_DESCR(out)
+    cdef PyObject* names = cnp.PyDataType_NAMES(dtype)
+    cdef ColumnC* column
+    cdef int k
+    if (names == <PyObject*>rows_names
+            and cnp.PyDataType_FIELDS(dtype) == <PyObject*>rows_fields
+            and cnp.PyArray_CheckExact(out) and cnp.PyArray_NDIM(out) == 1
+            and cnp.PyArray_DIM(out, 0) == n and cnp.PyArray_ISWRITEABLE(out)):
+        for k in range(rows.count):
+            column = &batch.pa + rows.column[k]
+            column.data = <char*>cnp.PyArray_DATA(out) + rows.offset[k]
+            column.stride = cnp.PyArray_STRIDE(out, 0)
+        return rows.columns
+    if names == NULL:
+        raise TypeError(f"out: dtype {out.dtype} given; a structured one needed")
+    names_now = <object>names
+    fields_now = <object>cnp.PyDataType_FIELDS(dtype)
+    for name in names_now:
+        point_out(batch, held, name, out[name], n)
+    if cnp.PyArray_CheckExact(out):
+        rows_names = names_now
+        rows_fields = fields_now
+        rows.count = 0
+        rows.columns = held.columns & OUT_MASK
+        for k in range(OUT_COLUMNS):
+            column = &batch.pa + k
+            if column.data != NULL:
+                rows.column[rows.count] = k
+                rows.offset[rows.count] = <char*>column.data - <char*>cnp.PyArray_DATA(out)
+                rows.count += 1
+    return held.columns & OUT_MASK
+
+
+cdef int point_each(BatchC* batch, Held* held, out, Py_ssize_t n) except -1:
+    """Let the output columns point into the arrays of a dict: a bit for each."""
+    cdef PyObject* key
+    cdef PyObject* value
+    cdef Py_ssize_t at = 0, left
+    if not PyDict_CheckExact(out):
+        for name, array in out.items():
+            point_out(batch, held, name, array, n)
+        return held.columns & OUT_MASK
+    left = PyDict_Size(out)
+    while left > 0 and PyDict_Next(out, &at, &key, &value):
+        left -= 1
+        if likely(point_at_once(batch, held, key, value, n)):
+            continue
+        name = <object>key
+        array = <object>value
+        point_out(batch, held, name, array, n)
+    return held.columns & OUT_MASK
+
+
+cdef object make_out(Py_ssize_t n, columns):
+    """A structured array with the columns that are wanted."""
+    if columns is None:
+        return np.empty(n, PyArray_DescrNew(DEFAULT_ROW))
+    if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
+        raise TypeError(f"columns: {type(columns).__name__} given; names needed")
+    names = tuple(columns)
+    for name in names:
+        if name not in COLUMNS:
+            raise ValueError(f"columns: {name!r} given; {', '.join(COLUMNS)} known")
+    if len(set(names)) != len(names):
+        raise ValueError(f"columns: {', '.join(names)} given; each at most once")
+    return np.empty(n, row_dtype(names))
 
 
 cdef void shift_columns(BatchC* batch, size_t by) noexcept nogil:
@@ -736,6 +963,22 @@ cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
 cdef enum:
     PIECE = 1 << 20    # requests between looks for signals
     FLAGS = 512        # requests whose access bytes are made at a time
+    SHORT = 64         # requests that take less time than giving up the GIL
+    FEW = 4            # requests that the scalar driver does in less time than a batch driver
+
+
+cdef void join_flags(const Flags* flags, size_t first, size_t n, uint8_t* access) noexcept nogil:
+    """The access bytes of n requests."""
+    cdef const ColumnC* column
+    cdef size_t i
+    cdef int k
+    memset(access, flags.always, n)
+    for k in range(3):
+        column = &flags.column[k]
+        if column.data != NULL:
+            for i in range(n):
+                if (<const uint8_t*>column.data + <ptrdiff_t>(first + i) * column.stride)[0]:
+                    access[i] |= 1 << k
 
 
 # --- bursts ---
@@ -853,6 +1096,112 @@ cdef int request_any(Core* core, Port* port, const Request* request, Memo* memo,
 cdef ScalarDriver through_caches = request_any  # not inlined
 
 
+cdef inline const Context* find_ahead(
+        Smmu smmu, const Request* request, Leaf* leaf) noexcept:
+    """The leaf of a request in the commonest case, inlined: the context that it was found in.
+
+    That is plain memory, no caches, a context that was decoded before, stage 1 alone, and success.
+    NULL is anything else; then _run() does it from the start.
+    """
+    cdef Core* core = &smmu.core
+    cdef Ram* ram = core.ram
+    cdef Port port
+    cdef const Memo* memo
+    cdef int event
+    if unlikely(not ram.plain or core.caches != NULL or core.shared or not cr0_smmuen(core.hw.cr0)):
+        return NULL
+    # a pointer that the compiler knows nothing of, or it computes the place again at every use
+    memo = <const Memo*>apart(&smmu.memos[(request.sid ^ request.ssid) % MEMOS])
+    if unlikely(not memo.context.simple or memo.context.second.on):
+        return NULL
+    port_open(&port, ram, NULL, False)
+    port.window = ram.window
+    if unlikely(not memo_holds(&core.hw, &port, memo, request.sid, request.ssid)):
+        return NULL
+    event = walk_once(&memo.context, &port, request.iova, request.access, leaf, True)
+    if unlikely(ram.window.base != port.window.base):
+        ram.window = port.window
+    return &memo.context if likely(event == 0) else NULL
+
+
+cdef inline int run_request(
+        Smmu smmu, const Request* request, Outcome* outcome) except -1:
+    """The scalar driver; with the GIL, which only callbacks may let go."""
+    cdef Leaf leaf
+    cdef Syndrome syndrome
+    cdef const Context* context = find_ahead(smmu, request, &leaf)
+    if unlikely(context == NULL):
+        return smmu._run(request, outcome, NULL)
+    finish_stage1(&smmu.core.hw, request, context, 0, &leaf, &syndrome, outcome)
+    return 0
+
+
+cdef int run_few(Smmu smmu, const BatchC* batch, bint more) except -1:
+    """A batch in plain memory that is not worth the start of a batch driver.
+
+    `more`: columns other than pa, action and event are wanted.
+    """
+    cdef Request request
+    cdef Outcome outcome
+    cdef Leaf leaf
+    cdef Syndrome syndrome
+    cdef const Context* context
+    cdef size_t i
+    for i in range(batch.n):
+        request_at(batch, i, &request)
+        context = find_ahead(smmu, &request, &leaf)
+        if likely(context != NULL and not more):
+            store_u64(&batch.pa, i, leaf.address | (request.iova & low_mask(leaf.shift)))
+            store_u8(&batch.action, i, ACTION_OK)
+            store_u8(&batch.event, i, 0)
+            continue
+        if context == NULL:
+            smmu._run(&request, &outcome, NULL)
+        else:
+            finish_stage1(&smmu.core.hw, &request, context, 0, &leaf, &syndrome, &outcome)
+        store_outcome(batch, i, &outcome)
+    return 0
+
+
+cdef int run_pieces(Smmu smmu, const BatchC* batch, const Flags* flags) except -1:
+    """A batch, without the GIL; with it while that is shorter than letting it go."""
+    cdef Core* core = &smmu.core
+    cdef BatchC piece
+    cdef Port port
+    cdef uint8_t[FLAGS] accesses
+    cdef size_t done = 0, size
+    cdef bint keep = batch.n <= SHORT and core.ram.plain
+    cdef int status
+    core.ram.users += 1
+    core.shared += core.caches != NULL
+    try:
+        while done < batch.n:
+            if done:
+                PyErr_CheckSignals()
+            piece = batch[0]
+            shift_columns(&piece, done)
+            size = FLAGS if flags.by_row else PIECE
+            piece.n = size if size < batch.n - done else batch.n - done
+            if flags.by_row:
+                join_flags(flags, done, piece.n, accesses)
+                piece.access.data = accesses
+                piece.access.stride = 1
+            if keep:
+                caches_take_gil(core)
+                status = batch_run(core, &port, &piece)
+                caches_give(core)
+            else:
+                with nogil:
+                    status = batch_run(core, &port, &piece)
+            if status:
+                raise_port(&port)
+            done += piece.n
+    finally:
+        core.shared -= core.caches != NULL
+        core.ram.users -= 1
+    return 0
+
+
 cdef tuple ATS_STATUS = ("success", "UR", "CA")
 
 
@@ -930,7 +1279,7 @@ cdef class Smmu:
     """
 
     cdef int _retry(self, const Request* request, Outcome* outcome) except -1:
-        return self._run(request, outcome, NULL)
+        return run_request(self, request, outcome)
 
     cdef object _result(self, const Request* request, const Outcome* outcome):
         cdef Result result = Result.__new__(Result)
@@ -1009,17 +1358,19 @@ cdef class Smmu:
             Whatever a Python memory callback raises.
         """
         cdef Result result
-        cdef WalkC* log = NULL
-        if trace:
-            result = traced()
-            log = (<TracedResult>result).log
-        else:
-            result = Result.__new__(Result)
-        result.request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
-        result.request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
-        result.request.ssid = as_ssid(ssid)
+        cdef uint64_t to_iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+        cdef uint32_t to_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+        cdef uint32_t to_ssid = as_ssid(ssid)
+        result = traced() if trace else Result.__new__(Result)
+        # read back at once: what was stored by halves would be waited for
+        result.request.iova = to_iova
+        result.request.sid = to_sid
+        result.request.ssid = to_ssid
         result.request.access = as_access(write, priv, instr)
-        self._run(&result.request, &result.outcome, log)
+        if trace:
+            self._run(&result.request, &result.outcome, (<TracedResult>result).log)
+        else:
+            run_request(self, &result.request, &result.outcome)
         return result
 
     def pa(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
@@ -1032,11 +1383,15 @@ cdef class Smmu:
         """
         cdef Request request
         cdef Outcome outcome
+        cdef Leaf leaf
         cdef Result result
         request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
+        request.reserved = 0
+        if likely(find_ahead(self, &request, &leaf) != NULL):
+            return leaf.address | (request.iova & low_mask(leaf.shift))
         self._run(&request, &outcome, NULL)
         if outcome.action <= ACTION_DISABLED:
             return outcome.pa
@@ -1046,7 +1401,7 @@ cdef class Smmu:
         raise result_error(result)
 
     cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1:
-        """The scalar driver; with the GIL, which only callbacks may let go."""
+        """The scalar driver for whatever find_ahead() leaves to it."""
         cdef Port port
         cdef Ram* ram = self.core.ram
         cdef Memo* memo = &self.memos[(request.sid ^ request.ssid) % MEMOS]
@@ -1079,6 +1434,8 @@ cdef class Smmu:
                         out=None, columns=None):
         """Translate many accesses; the global lock is released meanwhile.
 
+        It is kept for up to 64 accesses in plain memory, which take less time than that.
+
         Parameters
         ----------
         sid, iova : int or 1-D array
@@ -1088,9 +1445,9 @@ cdef class Smmu:
         write, priv, instr : bool or 1-D bool array
         out : structured array or dict of 1-D arrays, optional
             Where results go: the columns it has are those that are computed.  With it, and with
-            inputs of the dtypes above, nothing is allocated.  It may be an input itself, row by
-            row.  Otherwise it must not overlap the inputs: that is not checked, and rows would
-            be wrong.
+            inputs of the dtypes above, nothing is allocated.  A structured array takes less time
+            to look at than a dict.  It may be an input itself, row by row.  Otherwise it must not
+            overlap the inputs: that is not checked, and rows would be wrong.
         columns : sequence of str, optional
             Without `out`: the columns wanted, by default pa, action and event.
 
@@ -1106,115 +1463,59 @@ cdef class Smmu:
         -------
         structured array, or `out`
         """
-        cdef BatchC batch, piece
-        cdef Py_ssize_t n = -1, done, size, i
+        cdef BatchC batch
+        cdef Held held
+        cdef Flags flags
+        cdef Py_ssize_t n = -1
         cdef uint32_t one_sid, one_ssid
         cdef uint64_t one_iova
-        cdef uint8_t one_access = 0
-        cdef uint8_t[FLAGS] accesses
-        cdef cnp.ndarray sids, iovas, ssids, writes = None, privs = None, instrs = None
-        cdef const uint8_t* flags[3]
-        cdef ptrdiff_t strides[3]
-        cdef bint by_row
-        cdef int k, status = 0
-        cdef Port port
-        cdef list held = []  # the caller may drop them while the lock is released
-        memset(&batch, 0, sizeof(batch))
-        sids = column_in("sid", sid, U32, &n)
-        iovas = column_in("iova", iova, U64, &n)
-        ssids = None if ssid is None else column_in("ssid", ssid, U32, &n)
-        if write is not True and write is not False:
-            writes = column_in("write", write, BOOL, &n)
-        if priv is not True and priv is not False:
-            privs = column_in("priv", priv, BOOL, &n)
-        if instr is not True and instr is not False:
-            instrs = column_in("instr", instr, BOOL, &n)
-        if n < 0:
-            raise ValueError("sid, iova: no array given; use translate for one request")
-        if sids is None:
-            one_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
-            batch.sid.data = &one_sid
-        else:
-            point_in(&batch.sid, sids)
-        if iovas is None:
-            one_iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
-            batch.iova.data = &one_iova
-        else:
-            point_in(&batch.iova, iovas)
-        if ssids is None:
-            one_ssid = as_ssid(ssid)
-            batch.ssid.data = &one_ssid
-        else:
-            point_in(&batch.ssid, ssids)
-        batch.n = n
-        if not ssids_legal(&batch):
-            raise ValueError("ssid: a value above 0xfffff given; 20 bits or 0xffffffff allowed")
-        one_access = <uint8_t>as_access(write if writes is None else False,
-                                        priv if privs is None else False,
-                                        instr if instrs is None else False)
-        batch.access.data = &one_access
-        by_row = writes is not None or privs is not None or instrs is not None
-        for k, array in enumerate((writes, privs, instrs)):
-            flags[k] = NULL
-            if array is not None:
-                flags[k] = <const uint8_t*>cnp.PyArray_DATA(array)
-                strides[k] = cnp.PyArray_STRIDE(array, 0)
-        if out is None and columns is None:
-            out = np.empty(n, PyArray_DescrNew(DEFAULT_ROW))
-        elif out is None:
-            if isinstance(columns, (str, bytes)) or columns is not None and not isinstance(
-                    columns, Iterable):
-                raise TypeError(f"columns: {type(columns).__name__} given; names needed")
-            names = tuple(columns)
-            for name in names:
-                if name not in COLUMNS:
-                    raise ValueError(f"columns: {name!r} given; {', '.join(COLUMNS)} known")
-            if len(set(names)) != len(names):
-                raise ValueError(f"columns: {', '.join(names)} given; each at most once")
-            out = np.empty(n, row_dtype(names))
-        elif columns is not None:
-            raise TypeError("columns: given beside out, whose own columns are filled")
-        if isinstance(out, np.ndarray):
-            if out.dtype.names is None:
-                raise TypeError(f"out: dtype {out.dtype} given; a structured one needed")
-            for name in out.dtype.names:
-                array = out[name]
-                held.append(array)
-                point_out(&batch, name, array, n)
-        elif isinstance(out, dict):
-            for name, array in out.items():
-                if name not in COLUMNS:
-                    raise ValueError(f"out: column {name!r} given; {', '.join(COLUMNS)} known")
-                held.append(array)
-                point_out(&batch, name, array, n)
-        else:
-            raise TypeError(f"out: {type(out).__name__} given; a structured array or a dict needed")
-        done = 0
-        self.core.ram.users += 1
-        self.core.shared += self.core.caches != NULL
+        cdef bint sids, iovas, ssids = False
+        cdef int found
+        held.columns = 0
+        flags.always = 0
+        flags.by_row = False
+        batch_open(&batch)
         try:
-            while done < n:
-                piece = batch
-                shift_columns(&piece, done)
-                size = min(n - done, FLAGS if by_row else PIECE)
-                piece.n = size
-                if by_row:
-                    for i in range(size):
-                        accesses[i] = one_access
-                        for k in range(3):
-                            if flags[k] != NULL and flags[k][(done + i) * strides[k]]:
-                                accesses[i] |= 1 << k
-                    piece.access.data = accesses
-                    piece.access.stride = 1
-                with nogil:
-                    status = batch_run(&self.core, &port, &piece)
-                if status:
-                    raise_port(&port)
-                done += size
-                PyErr_CheckSignals()
+            sids = point_in(&batch.sid, &held, 0, "sid", sid, U32, &n)
+            iovas = point_in(&batch.iova, &held, 1, "iova", iova, U64, &n)
+            if ssid is not None:
+                ssids = point_in(&batch.ssid, &held, 2, "ssid", ssid, U32, &n)
+            flag_in(&flags, &held, 0, "write", write, &n)
+            flag_in(&flags, &held, 1, "priv", priv, &n)
+            flag_in(&flags, &held, 2, "instr", instr, &n)
+            if n < 0:
+                raise ValueError("sid, iova: no array given; use translate for one request")
+            if not sids:
+                one_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
+                batch.sid.data = &one_sid
+            if not iovas:
+                one_iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
+                batch.iova.data = &one_iova
+            batch.n = n
+            if not ssids:
+                one_ssid = as_ssid(ssid)
+                batch.ssid.data = &one_ssid
+            elif not ssids_legal(&batch):
+                raise ValueError(
+                    "ssid: a value above 0xfffff given; 20 bits or 0xffffffff allowed")
+            batch.access.data = &flags.always
+            if out is None:
+                out = make_out(n, columns)
+            elif columns is not None:
+                raise TypeError("columns: given beside out, whose own columns are filled")
+            if isinstance(out, dict):
+                found = point_each(&batch, &held, out, n)
+            elif cnp.PyArray_Check(out):
+                found = point_rows(&batch, &held, <cnp.ndarray>out, n)
+            else:
+                raise TypeError(
+                    f"out: {type(out).__name__} given; a structured array or a dict needed")
+            if n <= FEW and self.core.ram.plain and not flags.by_row:
+                run_few(self, &batch, found & ~USUAL != 0)
+            else:
+                run_pieces(self, &batch, &flags)
         finally:
-            self.core.shared -= self.core.caches != NULL
-            self.core.ram.users -= 1
+            let_go(&held)
         return out
 
     def translate_range(self, sid, iova, size, *, ssid=None, bint write=False, bint priv=False,

@@ -14,7 +14,7 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int8_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from smmufast._bits cimport le64, likely, load64, low_mask, prefetch, swap64, unlikely
+from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
     STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
@@ -610,6 +610,9 @@ cdef inline bint same_place(
                   &syndrome) == 0 and found == address
 
 
+ctypedef bint (*SamePlace)(const Memo*, Port*, uint64_t, uint64_t) noexcept nogil
+
+
 cdef inline bint memo_holds(
         const Hw* hw, Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
     """The memo is this pair's, and registers and memory still hold what it was decoded from."""
@@ -621,12 +624,14 @@ cdef inline bint memo_holds(
     if not unchanged64(port, memo.ste_at, memo.ste):
         return False
     if memo.l1cd_at != NOWHERE:
-        if memo.context.second.on and not same_place(memo, port, memo.l1cd_ipa, memo.l1cd_at):
+        if unlikely(memo.context.second.on) and not (<SamePlace>apart(<void*>same_place))(
+                memo, port, memo.l1cd_ipa, memo.l1cd_at):
             return False
         if not unchanged8(port, memo.l1cd_at, memo.l1cd):
             return False
     if memo.cd_at != NOWHERE:
-        if memo.context.second.on and not same_place(memo, port, memo.cd_ipa, memo.cd_at):
+        if unlikely(memo.context.second.on) and not (<SamePlace>apart(<void*>same_place))(
+                memo, port, memo.cd_ipa, memo.cd_at):
             return False
         return unchanged64(port, memo.cd_at, memo.cd)
     return True
@@ -828,7 +833,8 @@ cdef inline int walk_once(
         const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
         bint simple) noexcept nogil:
     cdef unsigned int upper = half_of(va, context.two_ttbs)
-    cdef const Half* half = &context.half[upper]
+    # opaque, or its place is computed again at every use
+    cdef const Half* half = <const Half*>apart(<void*>&context.half[upper])
     cdef Descent at
     cdef int event, status
     leaf_none(leaf)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import enum
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -16,6 +17,7 @@ from smmufast import (
     ACTIONS,
     COLUMNS,
     NO_SUBSTREAM,
+    Caches,
     ExternalAbort,
     Fault,
     Features,
@@ -475,6 +477,35 @@ def test_a_batch_gives_what_single_translations_give(smmu):
     assert small.batch_rows(smmu) == [small.row(r) for r in small.translate_each(smmu)]
 
 
+def flags(request):
+    return {"write": request.write, "priv": request.priv, "instr": request.instr}
+
+
+@pytest.mark.parametrize("caches", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 33, 64, 65])
+def test_a_batch_of_any_length_gives_what_single_translations_give(n, caches):
+    smmu = small.system(caches=Caches.server() if caches else None)[0]
+    dtype = np.dtype([(name, COLUMNS[name]) for name in small.ALL])
+    checked = 0
+    for kind in sorted({tuple(flags(r).values()) for r in small.REQUESTS}):
+        alike = [r for r in small.REQUESTS if tuple(flags(r).values()) == kind]
+        alike *= -(-n // len(alike))
+        for start in range(0, len(alike) - n + 1, n):
+            requests = alike[start : start + n]
+            expected = [small.row(r) for r in small.translate_each(smmu, requests)]
+            given = small.columns(requests) | flags(requests[0])
+            out = np.full(n, 0x55, np.uint8).repeat(dtype.itemsize).view(dtype)
+            for _ in range(2):  # the second time its dtype is known
+                assert smmu.translate_batch(**given, out=out) is out
+                assert small.rows(out) == expected
+                out = np.zeros(n, dtype)
+            usual = {name: np.full(n, 0x55, COLUMNS[name]) for name in ("pa", "action", "event")}
+            smmu.translate_batch(**given, out=usual)
+            assert list(zip(*usual.values(), strict=True)) == [row[:3] for row in expected]
+            checked += n
+    assert checked >= n
+
+
 def test_scalars_are_repeated(smmu):
     assert smmu.translate_batch(1, PAGES)["pa"].tolist() == PAS
     assert smmu.translate_batch([1, 2, 9], small.RW)["pa"].tolist() == [
@@ -639,6 +670,69 @@ def test_a_dict_out_is_filled_and_returned(smmu):
     assert out["pa"].tolist() == PAS
     assert out["perm"].tolist()[2] == 0
     assert smmu.translate_batch(1, PAGES, out={}) == {}
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_fields_of_out_are_found_where_its_dtype_has_them_now(smmu, n):
+    dtype = np.dtype([("pa", "u8"), ("ipa", "u8"), ("event", "u1")])
+    for names, pa in (("pa", "ipa", "event"), 0), (("ipa", "pa", "event"), 1):
+        dtype.names = names
+        out = np.full(n, 0x55, np.uint8).repeat(dtype.itemsize).view(dtype)
+        smmu.translate_batch(1, PAGES[:n], out=out)
+        assert out["pa"].tolist() == out[names[pa]].tolist() == PAS[:n]
+        assert out["ipa"].tolist() == [0] * n
+    # the same names elsewhere, and an array that does not fit after one that did
+    wide = np.zeros(n, {"names": names, "formats": ["u8", "u8", "u1"], "offsets": [24, 8, 3]})
+    smmu.translate_batch(1, PAGES[:n], out=wide)
+    assert wide["pa"].tolist() == PAS[:n]
+    with pytest.raises(ValueError, match=r"shape \(\d,\) given"):
+        smmu.translate_batch(1, PAGES[:n], out=np.zeros(n + 1, dtype))
+    wide.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        smmu.translate_batch(1, PAGES[:n], out=wide)
+    dtype.names = ("ipa", "other", "event")
+    with pytest.raises(ValueError, match="'other' given"):
+        smmu.translate_batch(1, PAGES[:n], out=np.zeros(n, dtype))
+
+
+class Rows(np.ndarray):
+    """Its columns are elsewhere."""
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
+class Columns(dict):
+    """Its items are others."""
+
+    def items(self):
+        return self.others.items()
+
+
+def test_an_out_of_another_class_says_itself_where_its_columns_are(smmu):
+    dtype = [("pa", "u8"), ("event", "u1")]
+    first = np.zeros(4, dtype)
+    smmu.translate_batch(1, PAGES, out=first)
+    out = np.zeros(4, first.dtype).view(Rows)
+    out.columns = {"pa": np.zeros(4, np.uint64), "event": np.zeros(4, np.uint8)}
+    smmu.translate_batch(1, PAGES, out=out)
+    assert out.columns["pa"].tolist() == PAS
+    assert out.view(np.ndarray)["pa"].tolist() == [0] * 4
+    smmu.translate_batch(1, PAGES, out=first)
+    assert first["pa"].tolist() == PAS
+    out = Columns(pa=np.zeros(4, np.uint64))
+    out.others = {"pa": np.zeros(4, np.uint64)}
+    smmu.translate_batch(1, PAGES, out=out)
+    assert out.others["pa"].tolist() == PAS
+    assert out["pa"].tolist() == [0] * 4
+
+
+def test_a_name_in_out_need_not_be_the_same_object(smmu):
+    name = "".join(["p", "a"])
+    assert name is not sys.intern("pa")
+    out = {name: np.zeros(4, np.uint64)}
+    smmu.translate_batch(1, PAGES, out=out)
+    assert out["pa"].tolist() == PAS
 
 
 def sentinel(n):
