@@ -37,8 +37,8 @@ from smmufast._vmsa cimport (
 )
 
 from smmufast._vector cimport (
-    Lanes, Last, Out, Rows, Span, slot_home, vector_arrive, vector_down, vector_find,
-    vector_on,
+    Lanes, Last, NearTable, Out, Rows, Span, slot_home, vector_arrive, vector_down, vector_find,
+    vector_near, vector_on,
 )
 
 
@@ -98,6 +98,9 @@ cdef struct Run:
     Memo memo                 # of the scalar driver
     Near near
     Last last
+    NearTable near_table
+    bint direct               # columns as vector_near() wants them
+    bint sequence             # the last rows stayed in one table
     Out out
 
 
@@ -342,7 +345,7 @@ cdef inline uint64_t pair_first(Run* run, uint32_t sid, uint32_t ssid, uint64_t 
 cdef inline void open_contexts(Run* run) noexcept nogil:
     """Decode everything anew: memory may have changed."""
     near_forget(&run.near)
-    run.last.shape = 256
+    run.near_table.found = False
     run.memo.whole = False
     if run.shapes == SHAPES:
         run.shapes = 0
@@ -650,7 +653,7 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
         while i < n:
             beyond[i >> 6] |= <uint64_t>1 << (i & 63)
             i += 1
-    run.last.trusted = run.last.alike * 10 >= rows.count
+    run.sequence = one_pair and run.last.alike * 10 >= rows.count
     run.last.careful = run.last.mixed * 40 > rows.count  # a fifth of the groups
     run.last.alike = run.last.mixed = 0
     for k in range(2):
@@ -724,6 +727,28 @@ cdef inline int rows_arrive(Run* run, Rows* rows, bint one_pair, size_t* done) n
     return 0
 
 
+cdef inline size_t run_near(Run* run, size_t start) noexcept nogil:
+    """Translate rows in sequence from `start` on; how many.  The next one is not such a row."""
+    cdef const BatchC* batch = run.batch
+    cdef Port* port = run.port
+    cdef unsigned int upper
+    cdef const Lanes* lanes
+    cdef Span window
+    if run.shapes == 0:
+        return 0
+    upper = half_of(load_u64(&batch.iova, start), run.halves)
+    lanes = lanes_of(run, upper)
+    if lanes == NULL:
+        return 0
+    window.base = port.window.base
+    window.span = port.window.span
+    window.data = port.window.data
+    return vector_near(
+        lanes, &window, run.shape[0].memo.context.half[upper].table,
+        <const char*>batch.iova.data, load_u8(&batch.access, 0) & 7, start, batch.n, &run.out,
+        &run.near_table)
+
+
 cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
     """Both passes over every block, the second one block later."""
     cdef Rows[2] rows
@@ -742,6 +767,17 @@ cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
             run.halves = run.shapes != 0 and run.shape[0].memo.context.two_ttbs
             rows_prepare(run, &rows[0], one_pair)
             rows_prepare(run, &rows[1], one_pair)
+        if run.sequence and run.direct and start < n:
+            if pending:
+                status = rows_arrive(run, &rows[now ^ 1], one_pair, &done)
+                if status:
+                    return status
+                pending = False
+                if unlikely(run.port.wrote):
+                    start = rows[now ^ 1].start + done
+                    most = (done + 1) // 2
+                    continue
+            start += run_near(run, start)
         if start < n:
             count = n - start if n - start < most else most
             rows_read(run, &rows[now], start, count, one_pair)
@@ -804,7 +840,8 @@ cdef inline int translate_plain(
     run.shapes = 0
     run.near.moved = 0
     run.near.trusted = False
-    run.last.alike = run.last.trusted = run.last.mixed = run.last.careful = 0
+    run.sequence = False
+    run.last.alike = run.last.mixed = run.last.careful = 0
     run.out.pa = <char*>batch.pa.data
     run.out.action = <char*>batch.action.data
     run.out.event = <char*>batch.event.data
@@ -812,6 +849,10 @@ cdef inline int translate_plain(
     run.out.action_stride = batch.action.stride if batch.action.data != NULL else 1
     run.out.event_stride = batch.event.stride if batch.event.data != NULL else 1
     run.out.ok = ACTION_OK
+    run.direct = (
+        run.vector and not run.more and one_pair and batch.iova.stride == 8
+        and batch.access.stride == 0 and run.out.pa_stride == 8 and run.out.action_stride == 1
+        and run.out.event_stride == 1)
     if one_pair:
         return run_blocks(&run, True)
     run.pairs = pairs_take(core)

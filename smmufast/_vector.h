@@ -62,18 +62,23 @@ typedef struct {
     const uint8_t *data;
 } smmufast_window;
 
-/* The last table of the walk before. */
+/* What the walks of a block were like: groups of eight rows. */
 typedef struct {
-    uint64_t first;   /* of the same walk */
-    uint64_t tag;     /* address bits above the table's reach */
-    uint64_t table;
-    uint64_t tables;
-    uint64_t shape;   /* 256: none */
-    uint32_t alike;   /* groups of this block that stayed in one last table */
-    uint32_t trusted; /* most of the last block did, so it is asked for */
-    uint32_t mixed;   /* groups of this block that were no pages alone */
-    uint32_t careful; /* some of the last block were, so that is reckoned with */
+    uint32_t alike;   /* in one last table */
+    uint32_t mixed;   /* not pages alone */
+    uint32_t careful; /* some of the last block were mixed, so that is reckoned with */
 } smmufast_last;
+
+/* The table with the leaf of an address: its host address, the address bits above its reach, and
+ * how large its leaves are. */
+typedef struct {
+    const uint8_t *table;
+    uint64_t tag;
+    uint64_t tables; /* hierarchical attributes that count */
+    uint8_t reach;
+    uint8_t lg2;
+    uint8_t found;
+} smmufast_near;
 
 /* Outputs: first row and distance of rows; NULL: not wanted. */
 typedef struct {
@@ -81,6 +86,43 @@ typedef struct {
     ptrdiff_t pa_stride, action_stride, event_stride;
     uint8_t ok;
 } smmufast_out;
+
+/* Walk to the table, all of it in the window, with the leaf of an address: no if there is none. */
+static inline int smmufast_near_find(
+    const smmufast_lanes *k, const smmufast_window *w, uint64_t table, uint64_t va,
+    smmufast_near *near)
+{
+    uint64_t tables = 0, off, d, size = k->entry_mask + 8;
+    unsigned s = k->shift;
+    if ((va ^ k->sign) & k->range_mask)
+        return 0;
+    /* the first table may be smaller, and the bits above it are not of the index */
+    if (s == k->granule)
+        return 0;
+    for (;; s -= k->stride) {
+        off = table + ((va & k->index_mask) >> (s - 3) & k->entry_mask) - w->base;
+        if (off > w->span)
+            return 0;
+        if (s != k->shift) {
+            off = table - w->base;
+            if (off > w->span || w->span - off < size - 8)
+                return 0;
+            near->table = w->data + off;
+            near->lg2 = (uint8_t)s;
+            near->reach = (uint8_t)(s + k->stride);
+            near->tag = va >> near->reach;
+            near->tables = tables & k->keep;
+            if (s == k->granule)
+                return 1;
+            off += va >> (s - 3) & k->entry_mask;
+        }
+        d = __atomic_load_n((const uint64_t *)(w->data + off), __ATOMIC_RELAXED);
+        if ((d & k->table_bits) != 3)
+            return s != k->shift && (k->block_shifts >> s & 1) && (d & 3) == 1;
+        table = d & k->low_address;
+        tables |= d;
+    }
+}
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -238,18 +280,10 @@ static inline int smmufast_descend(
         all &= on[g];
     if (__builtin_expect(all != rows, 0))
         return 0;
-    /* eight rows in one last table, which is not the first: remember it */
     g = groups - 1;
-    if (k->shift != k->granule && rows == 0xFF
-        && !_mm512_cmpneq_epi64_mask(
-            table[g], _mm512_broadcastq_epi64(_mm512_castsi512_si128(table[g])))) {
-        last->shape = b->shape[i];
-        last->first = b->first[i + 8 * g];
-        last->tag = b->va[i + 8 * g] >> (k->granule + k->stride);
-        last->table = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(table[g]));
-        last->tables = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(tables[g]));
+    if (!_mm512_cmpneq_epi64_mask(
+            table[g], _mm512_broadcastq_epi64(_mm512_castsi512_si128(table[g]))))
         last->alike += groups;
-    }
     return 1;
 }
 
@@ -307,6 +341,9 @@ static void smmufast_descend_any(
         __builtin_prefetch(b->entry[i + s]);
     beyond[i / 64] |= (uint64_t)out << (i % 64);
     last->mixed += on != rows;
+    last->alike += !_mm512_cmpneq_epi64_mask(
+        _mm512_srli_epi64(va, 30), _mm512_broadcastq_epi64(_mm512_castsi512_si128(
+                                       _mm512_srli_epi64(va, 30))));
 }
 
 /* First pass over rows [from, to) of one half, `from` being a multiple of 8: walk down to the last
@@ -317,7 +354,6 @@ static void smmufast_vector_down(
     const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t from, size_t to,
     smmufast_last *last, uint64_t *beyond)
 {
-    const __m128i reach = _mm_cvtsi32_si128(k->granule + k->stride);
     size_t i = from, end;
     memset(&b->shift[from], k->granule, to - from);
     while (i < to) {
@@ -327,23 +363,7 @@ static void smmufast_vector_down(
             i += 8;
             continue;
         }
-        if (last->trusted && last->shape == b->shape[from]
-            && !(_mm512_mask_cmpneq_epi64_mask(
-                     rows, _mm512_srl_epi64(_mm512_loadu_si512(&b->va[i]), reach),
-                     _mm512_set1_epi64((long long)last->tag))
-                 | _mm512_mask_cmpneq_epi64_mask(
-                     rows, _mm512_loadu_si512(&b->first[i]),
-                     _mm512_set1_epi64((long long)last->first)))) {
-            const __m512i table = _mm512_set1_epi64((long long)last->table);
-            const __m512i tables = _mm512_set1_epi64((long long)last->tables);
-            __mmask8 on = rows;
-            smmufast_pages(k, w, b, i, 1, &on, &table, &tables);
-            beyond[i / 64] |= (uint64_t)(rows & ~on) << (i % 64);
-            last->alike += 1;
-            i += 8;
-            continue;
-        }
-        if (!last->trusted && to - i >= 32) {
+        if (to - i >= 32) {
             end = i + 32;
             if (smmufast_descend(k, w, b, i, 4, rows, last))
                 i = end;
@@ -428,9 +448,97 @@ static size_t smmufast_vector_arrive(
     return to;
 }
 
+/* Translate rows in sequence, from row `from` of the batch on, as long as eight at a time have
+ * their leaves in one table and none is left; how many.  `last` is the table that they are in;
+ * the next one is walked to.  Addresses are read from their column, once. */
+SMMUFAST_AVX512
+static size_t smmufast_vector_near(
+    const smmufast_lanes *k, const smmufast_window *w, uint64_t first, const char *iova,
+    unsigned access, size_t from, size_t to, const smmufast_out *o, smmufast_near *near)
+{
+    const __m512i one = _mm512_set1_epi64(1);
+    const __m512i three = _mm512_set1_epi64(3);
+    const __m512i twelve = _mm512_set1_epi64(12);
+    const __m512i entry_mask = _mm512_set1_epi64((long long)k->entry_mask);
+    const __m512i leaf_bits = _mm512_set1_epi64((long long)k->leaf_bits);
+    const __m512i allowed = _mm512_set1_epi64((long long)k->allowed[access]);
+    __m512i wanted = one, within = one, address = one, tag = one, table = one, above = one;
+    __m512i removed = one;
+    __m128i lg2 = _mm_setzero_si128(), reach = lg2, index = lg2;
+    int set = 0;
+    size_t i;
+    for (i = from; i + 8 <= to; i += 8) {
+        const __m512i va = _mm512_loadu_si512(iova + 8 * i);
+        __m512i d, page, code;
+        uint64_t at;
+        if (!set || _mm512_cmpneq_epi64_mask(_mm512_srl_epi64(va, reach), tag)) {
+            if (set || !near->found
+                || (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(va)) >> near->reach
+                    != near->tag)
+                near->found = smmufast_near_find(
+                    k, w, first, (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(va)), near);
+            if (!near->found)
+                break;
+            set = 1;
+            lg2 = _mm_cvtsi32_si128(near->lg2);
+            index = _mm_cvtsi32_si128(near->lg2 - 3);
+            reach = _mm_cvtsi32_si128(near->reach);
+            tag = _mm512_set1_epi64((long long)near->tag);
+            table = _mm512_set1_epi64((long long)(uintptr_t)near->table);
+            within = _mm512_set1_epi64((long long)(((uint64_t)1 << near->lg2) - 1));
+            address = _mm512_andnot_si512(within, _mm512_set1_epi64((long long)k->low_address));
+            wanted = _mm512_set1_epi64(near->lg2 == k->granule ? 0x403 : 0x401);
+            removed = _mm512_set1_epi64((long long)(near->tables >> 61 & 1));
+            above = _mm512_set1_epi64(
+                (long long)((near->tables >> 61 & 2) | (near->tables >> 57 & 12)));
+            if (_mm512_cmpneq_epi64_mask(_mm512_srl_epi64(va, reach), tag))
+                break;
+        }
+        page = _mm512_srl_epi64(va, lg2);
+        if (!_mm512_cmpneq_epi64_mask(
+                page, _mm512_broadcastq_epi64(_mm512_castsi512_si128(page)))) {
+            at = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(va)) >> (near->lg2 - 3);
+            d = _mm512_set1_epi64((long long)__atomic_load_n(
+                (const uint64_t *)(near->table + (at & k->entry_mask)), __ATOMIC_RELAXED));
+        } else {
+            d = smmufast_load8(
+                0xFF, _mm512_add_epi64(
+                          table, _mm512_and_si512(_mm512_srl_epi64(va, index), entry_mask)));
+        }
+        code = _mm512_or_si512(
+            _mm512_andnot_si512(
+                removed, _mm512_or_si512(
+                             _mm512_and_si512(_mm512_srli_epi64(d, 6), three),
+                             _mm512_and_si512(_mm512_srli_epi64(d, 51), twelve))),
+            above);
+        if (_mm512_mask_test_epi64_mask(
+                _mm512_testn_epi64_mask(_mm512_xor_si512(d, wanted), leaf_bits),
+                _mm512_srlv_epi64(allowed, code), one) != 0xFF)
+            break;
+        if (o->pa)
+            _mm512_storeu_si512(
+                o->pa + 8 * i,
+                _mm512_or_si512(_mm512_and_si512(d, address), _mm512_and_si512(va, within)));
+        if (o->action)
+            memset(o->action + i, o->ok, 8);
+        if (o->event)
+            memset(o->event + i, 0, 8);
+    }
+    return i - from;
+}
+
 #else
 
 static inline int smmufast_vector_here(void) { return 0; }
+
+static size_t smmufast_vector_near(
+    const smmufast_lanes *k, const smmufast_window *w, uint64_t first, const char *iova,
+    unsigned access, size_t from, size_t to, const smmufast_out *o, smmufast_near *near)
+{
+    (void)k, (void)w, (void)first, (void)iova, (void)access, (void)from, (void)to, (void)o;
+    (void)near;
+    return 0;
+}
 
 static void smmufast_vector_find(
     const uint64_t *slots, uint64_t epoch, smmufast_rows *b, size_t count, uint64_t *missing)

@@ -49,11 +49,12 @@ cdef extern from "_vector.h":
         const uint8_t* data
 
     ctypedef struct Last "smmufast_last":
-        uint64_t shape
         uint32_t alike
-        uint32_t trusted
         uint32_t mixed
         uint32_t careful
+
+    ctypedef struct NearTable "smmufast_near":
+        uint8_t found
 
     ctypedef struct Out "smmufast_out":
         char* pa
@@ -76,6 +77,10 @@ cdef extern from "_vector.h":
     void vector_find "smmufast_vector_find"(
         const uint64_t* slots, uint64_t epoch, Rows* rows, size_t count,
         uint64_t* missing) noexcept nogil
+    size_t vector_near "smmufast_vector_near"(
+        const Lanes* lanes, const Span* window, uint64_t first, const char* iova,
+        unsigned int access, size_t start, size_t end, const Out* out,
+        NearTable* near) noexcept nogil
     size_t vector_arrive "smmufast_vector_arrive"(
         const Lanes* lanes, const Rows* rows, size_t start, size_t end,
         const Out* out) noexcept nogil
