@@ -22,7 +22,9 @@ class CdTable:
     allocated when a CD in them is first written, and freed with the table.
     """
 
-    __slots__ = ("base", "devices", "fmt", "holders", "iommu", "leaves", "s1cdmax", "used")
+    __slots__ = (
+        "base", "devices", "fmt", "holders", "iommu", "leaves", "s1cdmax", "spare", "used",
+    )  # fmt: skip
 
     def __init__(self, iommu: Iommu, ssid_bits: int) -> None:
         self.iommu = iommu
@@ -32,6 +34,7 @@ class CdTable:
         size = 8 << (ssid_bits - LEAF_LG2) if two else 64 << ssid_bits
         self.base = iommu.system.pages.alloc(size)
         self.leaves: dict[int, int] = {}  # by index in level 1
+        self.spare: dict[int, int] = {}  # leaves that `reserve` has, and nothing points to
         self.used = 0  # valid CDs but that of SSID 0
         self.devices: list[Device] = []  # whose STEs point here
         self.holders: dict[int, int] = {}  # AUX: how many devices hold an SVA domain's CD
@@ -49,8 +52,8 @@ class CdTable:
         leaf = self.leaves.get(ssid >> LEAF_LG2)
         return None if leaf is None else leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
 
-    def place(self, ssid: int) -> int:
-        """Return where the CD of a substream is; its leaf is allocated if it is missing.
+    def reserve(self, ssid: int) -> bool:
+        """Have the page for the leaf of a substream, which `place` uses; whether it was missing.
 
         Raises
         ------
@@ -61,13 +64,33 @@ class CdTable:
         """
         if ssid >> self.s1cdmax:
             raise TooBig("ssid", ssid, f"0 to {(1 << self.s1cdmax) - 1}")
+        index = ssid >> LEAF_LG2
+        if not self.fmt or index in self.leaves or index in self.spare:
+            return False
+        self.spare[index] = self.iommu.system.pages.alloc(64 << LEAF_LG2)
+        return True
+
+    def unreserve(self, ssid: int) -> None:
+        """Give back the page that `reserve` had, if it was not used."""
+        leaf = self.spare.pop(ssid >> LEAF_LG2, None)
+        if leaf is not None:
+            self.iommu.system.pages.free(leaf, 64 << LEAF_LG2)
+
+    def place(self, ssid: int) -> int:
+        """Return where the CD of a substream is; its leaf is put there if it is missing.
+
+        Raises
+        ------
+        TooBig, OutOfMemory
+            As `reserve`.
+        """
+        self.reserve(ssid)
         address = self.address(ssid)
         if address is not None:
             return address
         index = ssid >> LEAF_LG2
         iommu = self.iommu
-        leaf = iommu.system.pages.alloc(64 << LEAF_LG2)
-        self.leaves[index] = leaf
+        leaf = self.leaves[index] = self.spare.pop(index)
         iommu.store(self.base + 8 * index, leaf | 1)
         # an invalid level-1 descriptor may be cached (F39)
         iommu.invalidate_cd(self.sids(), ssid, leaf=False)
@@ -97,7 +120,8 @@ class CdTable:
     def free(self) -> None:
         """Give the pages back; no STE points here any more."""
         pages = self.iommu.system.pages
-        for leaf in self.leaves.values():
+        for leaf in (*self.leaves.values(), *self.spare.values()):
             pages.free(leaf, 64 << LEAF_LG2)
         pages.free(self.base, 8 << (self.s1cdmax - LEAF_LG2) if self.fmt else 64 << self.s1cdmax)
         self.leaves.clear()
+        self.spare.clear()

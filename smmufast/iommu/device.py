@@ -8,6 +8,7 @@ Checks and allocations come before the first store, so that what is refused chan
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
 from smmufast._driver import ATS, ATS_FULL
@@ -35,7 +36,8 @@ from smmufast.iommu.domain import (
     Words,
     domain_of,
 )
-from smmufast.iommu.group import NO_PASID, AttachHandle, Group
+from smmufast.iommu.draw import draw
+from smmufast.iommu.group import NO_PASID, AttachHandle, Group, Undo
 from smmufast.iommu.mediated import Mediated
 
 if TYPE_CHECKING:
@@ -175,6 +177,15 @@ class Device:
             ask = self._ask if self.pri_supported else None
             self.atcs = [AtsDevice(iommu.smmu, sid, on_page_request=ask) for sid in self.sids]
 
+    def unprobed(self) -> None:
+        """Leave its place behind an SMMU; nothing is attached."""
+        if self._iommu is not None:
+            for atc in self.atcs:
+                self._iommu.smmu.devices.pop(atc.sid, None)
+        self.atcs.clear()
+        self.pasid_enabled = False
+        self._group = self._iommu = None
+
     def _ask(self, request: object) -> None:
         """A page request was made: the operating system is interrupted."""
         self.system.service()
@@ -183,6 +194,8 @@ class Device:
         """Take the device away: everything is detached, its streams abort, its tables are freed."""
         with self.system.lock:
             group, iommu = self.group, self.iommu
+            if group.resetting:
+                self.reset_done()
             for bond in list(iommu.system.bonds_of(self)):
                 bond.unbind(force=True)
             for aux in list(self.aux.values()):
@@ -193,10 +206,7 @@ class Device:
             if len(group.devices) > 1 and self.max_pasids:
                 for pasid in group.pasids:
                     self.install_pasid(None, pasid, group.at(pasid))
-            self.install(BLOCKED)
-            for atc in self.atcs:
-                iommu.smmu.devices.pop(atc.sid, None)
-            self.atcs.clear()
+            self._install(BLOCKED)
             if self.pasid_enabled:
                 self.disable_pasid()
             self.drop_table()
@@ -204,7 +214,7 @@ class Device:
             group.devices.remove(self)
             if not group.devices:
                 group.domain = group.default
-            self._group = self._iommu = None
+            self.unprobed()
             self.enabled_features.clear()
 
     def drop_table(self) -> None:
@@ -428,29 +438,49 @@ class Device:
 
     def install(self, domain: Domain) -> None:
         """Attach the main domain: the driver's part, for this device alone."""
+        with Undo() as undo:
+            self.reserve(domain, undo)
+            self._install(domain)
+
+    def reserve(self, domain: Domain, undo: Undo) -> None:
+        """Check a main domain, and allocate what it needs here, before anything is written.
+
+        Parameters
+        ----------
+        domain : Domain
+        undo : Undo
+            Gets what takes the allocations back.
+        """
         self._check_main(domain)
+        if not isinstance(domain, PagingDomain):
+            return
+        iommu = self.iommu
+        if domain.iommu is None:
+            domain.finalise(iommu)
+            undo.add(domain.unfinalise)
+        if domain.stage == 1:
+            if not iommu.system.profile.aux:
+                self._reserve_table(undo)
+            elif domain.cd_table is None:
+                domain.cd_table = CdTable(iommu, self.ssid_bits)
+                undo.add(domain.drop_table)
+
+    def _reserve_table(self, undo: Undo) -> CdTable:
+        if self.cd_table is None:
+            undo.add(self.drop_table)
+        return self.own_table()
+
+    def _install(self, domain: Domain) -> None:
         iommu = self.iommu
         aux = iommu.system.profile.aux
         old = self.domain
         table = None if aux else self.cd_table
-        first = False
         if isinstance(domain, PagingDomain):
-            if domain.iommu is None:
-                domain.finalise(iommu)
-                first = True
-            if domain.stage == 1:
-                try:
-                    if not aux:
-                        table = self.own_table()
-                    else:
-                        if domain.cd_table is None:
-                            domain.cd_table = CdTable(iommu, self.ssid_bits)
-                            domain.cd_table.write(0, domain.cd(self.stall_supported))
-                        table = domain.cd_table
-                except BaseException:
-                    if first:
-                        domain.unfinalise()
-                    raise
+            if aux and domain.stage == 1:
+                table = domain.cd_table
+                assert table is not None
+                if not table.devices:
+                    table.write(0, domain.cd(self.stall_supported))
             domain.mode = domain.mode or "main"
         in_table = table is not None and table.used > 0 and domain.kind in ("identity", "blocked")
         ats = self.ats_supported and (
@@ -502,7 +532,7 @@ class Device:
             cached.invalidations.insert(self.iommu.queue, kind, number, 0)
         self._enter_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
         cached.users += 1
-        cached.active = True
+        cached.active = cached.cached = True
 
     def _leave(self, domain: Domain, pasid: int) -> None:
         """Let a domain forget this device; what it filled under the domain's tag goes."""
@@ -666,6 +696,31 @@ class Device:
             raise Busy("kind", kind, text=f"pasid {pasid:#x} has {domain!r}, not {kind}")
         return held
 
+    def reserve_pasid(self, domain: Domain, pasid: int, undo: Undo) -> CdTable:
+        """Check a domain of a PASID, and have the pages for its CD; as `reserve`."""
+        iommu = self.iommu
+        if domain.iommu is not iommu:
+            raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
+        if domain.stage != 1:
+            raise InvalidArgument("domain", domain, text="domain is stage 2: PASIDs are stage 1")
+        if self.domain.stage > 1:
+            raise InvalidArgument(
+                "device", self, text=f"device has {self.domain!r}: there is no CD table of ours"
+            )
+        if domain.coherent_only and not self.coherent:
+            raise InvalidArgument(
+                "device", self, text="domain enforces coherence, and the device cannot snoop"
+            )
+        if not iommu.system.profile.aux:
+            table = self._reserve_table(undo)
+        elif (main := self._table()) is None:
+            raise InvalidArgument("device", self, text="device has no main domain of stage 1")
+        else:
+            table = main
+        if table.reserve(pasid):
+            undo.add(partial(table.unreserve, pasid))
+        return table
+
     def install_pasid(self, domain: Domain | None, pasid: int, old: Domain | None) -> None:
         """Attach a PASID of this device alone, or detach it with None: the driver's part."""
         iommu = self.iommu
@@ -684,27 +739,15 @@ class Device:
                 self._plain_ste()
             return
         assert isinstance(domain, PagingDomain | SvaDomain)
-        if domain.iommu is not iommu:
-            raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
-        if domain.stage != 1:
-            raise InvalidArgument("domain", domain, text="domain is stage 2: PASIDs are stage 1")
-        if self.domain.stage > 1:
-            raise InvalidArgument(
-                "device", self, text=f"device has {self.domain!r}: there is no CD table of ours"
-            )
-        if domain.coherent_only and not self.coherent:
-            raise InvalidArgument(
-                "device", self, text="domain enforces coherence, and the device cannot snoop"
-            )
-        table = self._table() if iommu.system.profile.aux else self.own_table()
-        if table is None:
-            raise InvalidArgument("device", self, text="device has no main domain of stage 1")
-        table.place(pasid)
+        with Undo() as undo:
+            table = self.reserve_pasid(domain, pasid, undo)
+            table.place(pasid)
+        first = not table.used
         self._enter(domain, pasid)
         if iommu.system.profile.aux:
             table.holders[pasid] = table.holders.get(pasid, 0) + 1
         table.write(pasid, domain.cd(self.stall_supported))
-        if self.domain.kind in ("identity", "blocked"):
+        if first and self.domain.kind in ("identity", "blocked"):
             self.write_ste(self._ste(self.domain, table, self.ats_supported))
         if self.ats_supported:
             if self.ats_enabled:
@@ -962,7 +1005,7 @@ class Device:
         domain.aux_pasid = pasid
         main.children[pasid] = domain
         domain.users += 1
-        domain.active = True
+        domain.active = domain.cached = True
         self.aux[pasid] = domain
 
     def detach_aux(self, domain: Domain) -> None:
@@ -1043,16 +1086,20 @@ class Device:
         Raises
         ------
         Busy
-            It is being reset; or it shares its group.
+            It is being reset, shares its group, or has auxiliary domains.
         """
         group = self.group
         with group.system.lock:
             if group.resetting or len(group.devices) != 1:
                 raise Busy("device", self, text="device is being reset, or shares its group")
+            if self.aux:
+                raise Busy("device", self, text="device has auxiliary domains under its main domain")
             group.resetting = True
+            for domain in group.attached():
+                domain.users += 1  # not to be freed meanwhile
             for pasid in group.pasids:
                 self.install_pasid(None, pasid, group.at(pasid))
-            self.install(BLOCKED)
+            self._install(BLOCKED)
 
     def reset_done(self) -> None:
         """Give back what `reset_prepare` blocked."""
@@ -1060,9 +1107,11 @@ class Device:
         with group.system.lock:
             if not group.resetting:
                 raise InvalidArgument("device", self, text="device is not being reset")
-            self.install(group.domain)
+            self._install(group.domain)
             for pasid in group.pasids:
                 self.install_pasid(group.at(pasid), pasid, None)
+            for domain in group.attached():
+                domain.users -= 1
             group.resetting = False
 
     # --- what the device does ---
@@ -1124,6 +1173,32 @@ class Device:
         if not self.ats_enabled:
             return self.translate(iova, pasid=pasid, write=write, priv=priv, instr=execute)
         return self.atcs[0].access(iova, ssid=pasid, write=write, execute=execute, priv=priv)
+
+    def draw(self, *, limit: SupportsIndex = 16) -> str:
+        """Draw what its STEs lead to: CD tables, CDs, page tables, as they are in memory.
+
+        Parameters
+        ----------
+        limit : int
+            Lines below one table; what is beyond is counted in the last one.
+
+        Returns
+        -------
+        str
+            Lines of text.
+
+        Raises
+        ------
+        NoDevice
+            It was not probed.
+        InvalidArgument
+            The limit is below 1.
+
+        Notes
+        -----
+        Nothing but memory is read: see `smmufast.iommu.draw`.
+        """
+        return draw(((self.iommu, sid) for sid in self.sids), limit)
 
     def __repr__(self) -> str:
         """Its streams, PASIDs and main domain."""

@@ -120,6 +120,7 @@ class PagingDomain(PageTable, Domain):
         self.guests: dict[int, int] = {}  # StreamIDs with a guest's stage 1, how often
         self.asid = self.vmid = 0
         self.users = 0
+        self.cached = False  # something was attached, so that the tag may be in a TLB
         self.invalidations = Invalidations()
         self._words: Words | None = None
         # the auxiliary profile
@@ -162,6 +163,12 @@ class PagingDomain(PageTable, Domain):
         self.asid = self.vmid = 0
         self.ready = False
         self.iommu = None
+
+    def drop_table(self) -> None:
+        """AUX profile: free the CD table, to which no STE points."""
+        if self.cd_table is not None:
+            self.cd_table.free()
+            self.cd_table = None
 
     def cd(self, stall: bool) -> Words:
         """The context descriptor of this domain, as eight dwords."""
@@ -258,15 +265,13 @@ class PagingDomain(PageTable, Domain):
             if self.users or self.children:
                 what = f"{self.users} attachments" if self.users else "auxiliary domains"
                 raise Busy("domain", self, text=f"domain has {what}: detach first")
-            if self.iommu is not None:
+            if self.cached:
                 self.flush_tag()
             self.close()
             if self.iommu is not None:
                 ids = self.iommu.asids if self.stage == 1 else self.iommu.vmids
                 ids.free(self.asid or self.vmid)
-                if self.cd_table is not None:
-                    self.cd_table.free()
-                    self.cd_table = None
+                self.drop_table()
             if self.aux_pasid:
                 if self.parent is not None:
                     del self.parent.children[self.aux_pasid]
@@ -343,9 +348,14 @@ class SvaDomain(Domain):
         self.space = space
         self.invalidations = Invalidations()
         self.users = 0
-        self.active = False
+        self.active = self.cached = False
         self.freed = False
-        self.asid = space.take_asid(iommu)
+        self.asid = 0
+
+    def take_asid(self) -> None:
+        """Take the ASID, if that was not done; errors as `AddressSpace.take_asid`."""
+        if not self.asid:
+            self.asid = self.space.take_asid(self.iommu)
 
     @property
     def stage(self) -> int:

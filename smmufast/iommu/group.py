@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from smmufast.errors import Busy, InvalidArgument
 from smmufast.iommu.domain import BLOCKED, Domain, domain_of, no_pasid_op
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from smmufast.iommu.device import Device
     from smmufast.iommu.system import System
 
 NO_PASID: Final = 0
+
+
+class Undo:
+    """What takes back the preparations of a call, should it fail: a context manager."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], object]] = []
+
+    def add(self, call: Callable[[], object]) -> None:
+        """Remember a call; the last one is made first."""
+        self._calls.append(call)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        if kind is not None:
+            for call in reversed(self._calls):
+                call()
 
 
 class AttachHandle:
@@ -111,6 +132,12 @@ class Group:
         """Make a domain the current one, on all devices or on none (F11)."""
         if domain is self.domain:
             return
+        with Undo() as undo:
+            for device in self.devices:
+                device.reserve(domain, undo)
+            self._set(domain)
+
+    def _set(self, domain: Domain) -> None:
         old = self.domain
         done: list[Device] = []
         tables = [device.cd_table for device in self.devices]
@@ -146,8 +173,17 @@ class Group:
     def set_pasid(self, domain: Domain | None, pasid: int) -> None:
         """Attach a PASID on all devices or on none; None detaches."""
         old = self.at(pasid)
-        done: list[Device] = []
         members = [device for device in self.devices if device.max_pasids]
+        with Undo() as undo:
+            if domain is not None:
+                for device in members:
+                    device.reserve_pasid(domain, pasid, undo)
+            self._set_pasid(domain, pasid, old, members)
+
+    def _set_pasid(
+        self, domain: Domain | None, pasid: int, old: Domain | None, members: list[Device]
+    ) -> None:
+        done: list[Device] = []
         tables = [device.cd_table for device in members]
         leaves = [table is not None and table.address(pasid) is not None for table in tables]
         try:
@@ -163,6 +199,14 @@ class Group:
                 elif not leaf:
                     table.drop_leaf(pasid)
             raise
+
+    def attached(self) -> list[Domain]:
+        """The domains of the group and of its PASIDs, as often as they are attached.
+
+        Identity and blocked domains are everybody's, and not counted.
+        """
+        at = [self.domain, *(self.at(pasid) for pasid in self.pasids)]
+        return [domain for domain in at if domain is not None and domain.stage]
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""

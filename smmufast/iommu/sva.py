@@ -17,8 +17,8 @@ from smmufast.errors import (
     NotSupported,
     PasidOverflow,
 )
-from smmufast.iommu.domain import Domain, PagingDomain, SvaDomain
-from smmufast.iommu.group import AttachHandle
+from smmufast.iommu.domain import PagingDomain, SvaDomain
+from smmufast.iommu.group import AttachHandle, Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -348,17 +348,18 @@ def bind(device: Device, space: AddressSpace) -> Bond:
                 raise PasidOverflow("pasid", pasid, f"{first} to {last}")
             if pasid in group.pasids:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} holds {group.at(pasid)!r}")
-            group.check_pasid(_Kind(), pasid)
-            domain = space.domains.get(iommu)
-            if domain is None:
-                domain = SvaDomain(iommu, space)
+            domain = space.domains.get(iommu) or SvaDomain(iommu, space)
+            group.check_pasid(domain, pasid)
+            with Undo() as undo:
+                # before an ASID is taken, for which another domain may have to move
+                for member in group.devices:
+                    if member.max_pasids:
+                        member.reserve_pasid(domain, pasid, undo)
+                device.enable_iopf()
+                undo.add(device.disable_iopf)
+                domain.take_asid()
                 space.domains[iommu] = domain
-            device.enable_iopf()
-            try:
                 group.set_pasid(domain, pasid)
-            except BaseException:
-                device.disable_iopf()
-                raise
         except BaseException:
             _drop_domains(space)
             if new:
@@ -374,9 +375,3 @@ def bind(device: Device, space: AddressSpace) -> Bond:
         space.bonds.append(bond)
         system.bonds.setdefault(device, {})[space] = bond
         return bond
-
-
-class _Kind(Domain):
-    """Stands for an SVA domain that is not made yet."""
-
-    kind = "sva"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast import layout
@@ -30,7 +31,8 @@ from smmufast.features import Features
 from smmufast.iommu import entry, fault
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
-from smmufast.iommu.group import Group
+from smmufast.iommu.draw import draw
+from smmufast.iommu.group import Group, Undo
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
 
@@ -100,6 +102,7 @@ class Iommu:
         self.vmids: IdSpace = IdSpace(16 if features.vmid16 else 8, "vmid")
         self.devices: dict[int, Device] = {}
         self._leaves: dict[int, int] = {}
+        self._spare: dict[int, int] = {}  # leaves that `reserve_ste` has, and nothing points to
         self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
         self.overflows: dict[str, int] = {}  # of the event and page request queues
         self._interrupts: set[str] = set()
@@ -263,6 +266,26 @@ class Iommu:
         one = b"".join(word.to_bytes(8, "little") for word in words)
         self.memory.write(base, one * count)
 
+    def reserve_ste(self, sid: int) -> bool:
+        """Have the page for the leaf of a stream, which `ste_address` uses; whether it was missing.
+
+        Raises
+        ------
+        OutOfMemory
+            No page is left for it.
+        """
+        index = sid >> SPLIT
+        if self._l1_lg2 < 0 or index in self._leaves or index in self._spare:
+            return False
+        self._spare[index] = self.system.pages.alloc(64 << SPLIT)
+        return True
+
+    def unreserve_ste(self, sid: int) -> None:
+        """Give back the page that `reserve_ste` had, if it was not used."""
+        leaf = self._spare.pop(sid >> SPLIT, None)
+        if leaf is not None:
+            self.system.pages.free(leaf, 64 << SPLIT)
+
     def ste_address(self, sid: int) -> int:
         """Where the STE of a stream is; its leaf is allocated when it is first asked for.
 
@@ -280,9 +303,9 @@ class Iommu:
         index = sid >> SPLIT
         leaf = self._leaves.get(index)
         if leaf is None:
-            leaf = self.system.pages.alloc(64 << SPLIT)
+            self.reserve_ste(sid)
+            leaf = self._leaves[index] = self._spare.pop(index)
             self._fill(leaf, 1 << SPLIT)
-            self._leaves[index] = leaf
             self.store(self.strtab + 8 * index, leaf | SPLIT + 1)
             # an invalid level-1 descriptor may be cached
             self.queue.issue("CFGI_STE", StreamID=sid, Leaf=0)
@@ -597,32 +620,44 @@ class System:
                     raise OutOfRange("sid", sid, f"0 to {one.last_sid:#x}")
                 if sid in one.devices:
                     raise NoDevice("sid", sid, text=f"sid {sid:#x} belongs to {one.devices[sid]!r}")
-            for sid in device.sids:
-                one.ste_address(sid)
-            device.probed(one)
-            for sid in device.sids:
-                one.devices[sid] = device
-            self._join(device)
+            with Undo() as undo:
+                for sid in device.sids:
+                    if one.reserve_ste(sid):
+                        undo.add(partial(one.unreserve_ste, sid))
+                undo.add(device.unprobed)
+                device.probed(one)
+                undo.add(partial(self._unlink, device, one))
+                for sid in device.sids:
+                    one.devices[sid] = device
+                self._join(device, undo)
 
-    def _join(self, device: Device) -> None:
+    @staticmethod
+    def _unlink(device: Device, iommu: Iommu) -> None:
+        for sid in device.sids:
+            iommu.devices.pop(sid, None)
+
+    def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
         group = device.group
-        new = not group.devices
         group.devices.append(device)
-        try:
-            if new:
-                group.default = self._default(device)
-                group.set(group.default)
-            else:
-                device.install(group.domain)
-                if device.max_pasids:
-                    for pasid in group.pasids:
-                        device.install_pasid(group.at(pasid), pasid, None)
-        except BaseException:
-            device.release()
-            raise
+        undo.add(partial(group.devices.remove, device))
+        if len(group.devices) == 1:
+            undo.add(partial(setattr, group, "default", group.default))
+            undo.add(partial(setattr, group, "domain", group.domain))
+            default = self._default(device, undo)
+            device.reserve(default, undo)
+            group.default = group.domain = default
+        else:
+            device.reserve(group.domain, undo)
+            for pasid in group.pasids if device.max_pasids else ():
+                domain = group.at(pasid)
+                assert isinstance(domain, PagingDomain | SvaDomain)
+                device.reserve_pasid(domain, pasid, undo)
+        device.install(group.domain)
+        for pasid in group.pasids if device.max_pasids else ():
+            device.install_pasid(group.at(pasid), pasid, None)
 
-    def _default(self, device: Device) -> Domain:
+    def _default(self, device: Device, undo: Undo) -> Domain:
         if self.default_domain == "identity" or (
             self.default_domain == "blocked" and device.direct
         ):
@@ -630,6 +665,7 @@ class System:
         if self.default_domain == "blocked":
             return BLOCKED
         domain = device.iommu.paging_domain()
+        undo.add(domain.free)
         for base, size in device.direct:
             domain.map(base, base, size)
         return domain
@@ -673,6 +709,17 @@ class System:
     def bonds_of(self, device: Device) -> list[Bond]:
         """The bonds of a device with address spaces."""
         return list(self.bonds.get(device, {}).values())
+
+    def draw(self, *, limit: SupportsIndex = 16) -> str:
+        """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
+
+        Raises
+        ------
+        InvalidArgument
+            The limit is below 1.
+        """
+        streams = ((iommu, sid) for iommu in self.iommus for sid in sorted(iommu.devices))
+        return draw(streams, limit)
 
     def __repr__(self) -> str:
         """Its SMMUs, devices and profile."""
