@@ -70,7 +70,7 @@ def everything(system, domains=(), spaces=(), others=()):
             memory.read(iommu.strtab, size), dict(iommu._spare),
             {n: memory.read(leaf, 64 << 8) for n, leaf in iommu._leaves.items()},
         )  # fmt: skip
-        seen["smmu", number] = iommu.smmu.save(memory=False)
+        seen["smmu", number] = iommu.smmu.save()
         seen["vmids", number] = list(iommu.vmids)
         seen["devices", number] = dict(iommu.devices)
         seen["atcs", number] = dict(iommu.smmu.devices)
@@ -102,7 +102,7 @@ def probe(system):
 def probe_paging(system):
     system.default_domain = "paging"
     call = lambda: system.device([0x300, 0x700], pasid_bits=12, direct=[(RAM, 4 * PAGE)])  # noqa: E731
-    return call, {}, 7  # two leaves, four tables, a CD table
+    return call, {}, 8  # two leaves, four tables, a CD table and its leaf
 
 
 def probe_into_a_group(system):
@@ -127,7 +127,7 @@ def make_space(system):
 def attach(system):
     device = system.device(1, pasid_bits=12, ats=True)
     domain = device.paging_domain()
-    return (lambda: device.attach(domain)), {"domains": [domain]}, 1
+    return (lambda: device.attach(domain)), {"domains": [domain]}, 2
 
 
 def attach_group(system):
@@ -142,14 +142,14 @@ def attach_aux_main(system):
     devices = [system.device(sid, pasid_bits=12, group=group) for sid in (1, 2, 3)]
     domain = system.paging_domain()
     assert devices
-    return (lambda: group.attach(domain)), {"domains": [domain]}, 2
+    return (lambda: group.attach(domain)), {"domains": [domain]}, 3  # page table, CD table, leaf
 
 
 def replace(system):
     device = system.device(1, pasid_bits=12, ats=True)
     two, one = device.paging_domain(stage=2), device.paging_domain()
     device.attach(two)
-    return (lambda: device.replace(one)), {"domains": [one, two]}, 1
+    return (lambda: device.replace(one)), {"domains": [one, two]}, 2
 
 
 def attach_nested(system):

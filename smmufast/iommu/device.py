@@ -460,10 +460,14 @@ class Device:
             undo.add(domain.unfinalise)
         if domain.stage == 1:
             if not iommu.system.profile.aux:
-                self._reserve_table(undo)
+                table = self._reserve_table(undo)
             elif domain.cd_table is None:
-                domain.cd_table = CdTable(iommu, self.ssid_bits)
+                table = domain.cd_table = CdTable(iommu, self.ssid_bits)
                 undo.add(domain.drop_table)
+            else:
+                table = domain.cd_table
+            if table.reserve(0):
+                undo.add(partial(table.unreserve, 0))
 
     def _reserve_table(self, undo: Undo) -> CdTable:
         if self.cd_table is None:
