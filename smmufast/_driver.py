@@ -235,6 +235,8 @@ class EntryWriter:
     memory : Memory
     safe_bits : bool
         Use the bits that may change at any time.
+    call : callable, optional
+        Calls the observer, with it and its arguments; to let it raise at a better time.
 
     Attributes
     ----------
@@ -242,10 +244,18 @@ class EntryWriter:
         Called as ``observer(address, index, old_words)`` after each store of a dword.
     """
 
-    def __init__(self, queue: CommandQueue, memory: Memory, *, safe_bits: bool = True) -> None:
+    def __init__(
+        self,
+        queue: CommandQueue,
+        memory: Memory,
+        *,
+        safe_bits: bool = True,
+        call: Callable[..., object] | None = None,
+    ) -> None:
         self.queue = queue
         self.memory = memory
         self.safe_bits = safe_bits
+        self.call = call or (lambda observer, *arguments: observer(*arguments))
         self.observer: Callable[[int, int, tuple[int, ...]], object] | None = None
 
     def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
@@ -306,7 +316,7 @@ class EntryWriter:
                         now[i] = wanted[i]
                         changed = True
                         if self.observer is not None:
-                            self.observer(address, i, old)
+                            self.call(self.observer, address, i, old)
                 if changed:
                     sync()
                     syncs += 1
@@ -383,6 +393,10 @@ class Invalidations:
             del self._users[key]
         self._version += 1
         return left
+
+    def users(self, queue: CommandQueue, kind: int, number: int, ssid: int = 0) -> int:
+        """How many users an entry has; 0 if it is not there."""
+        return self._users.get(self._key(queue, kind, number, ssid), 0)
 
     def _used(self, key: _Key, least: int) -> int:
         users = self._users.get(key, 0)

@@ -911,3 +911,26 @@ def test_errors_are_builtins_too():
         assert isinstance(error, builtin) and isinstance(error, IommuError)
         assert str(error) == "pasid is 16, allowed is 1 to 15"
         assert (error.argument, error.value, error.limit) == ("pasid", 16, "1 to 15")
+
+
+def test_f47_a_domain_changes_its_asid_wherever_it_is_attached(system):
+    device, other = system.device(1, pasid_bits=4, ats=True), system.device(2, pasid_bits=4)
+    domain = device.paging_domain()
+    domain.map(0x1000, RAM, 0x1000)
+    device.attach(domain)
+    device.attach_pasid(domain, 3)
+    other.attach_pasid(domain, 5)
+    places = ((device, None), (device, 3), (other, 5))
+    for one, pasid in places:
+        assert one.translate(0x1000, pasid=pasid).pa == RAM
+    old = domain.asid
+    with device.iommu.watch((1, 0x1000, None), (1, 0x1000, 3), (2, 0x1000, 5)) as seen:
+        domain.change_asid()
+    assert domain.asid != old and old not in system.asids
+    assert len(seen) == 3 and all(one.pa == RAM for results in seen for one in results)
+    assert [cd(device, 0)["ASID"], cd(device, 3)["ASID"], cd(other, 5)["ASID"]] == [domain.asid] * 3
+    domain.unmap(0x1000, 0x1000)
+    for one, pasid in places:
+        assert not one.translate(0x1000, pasid=pasid)
+    with pytest.raises(InvalidArgument, match="no ASID"):
+        device.paging_domain(stage=2).change_asid()

@@ -761,6 +761,18 @@ class Device:
         if old is not None:
             self._leave(old, pasid)
 
+    def write_cds(self, domain: PagingDomain) -> None:
+        """Write the CDs of a domain again, wherever it is attached to this device (NOW)."""
+        table = self.cd_table
+        if table is None or self.group.resetting:
+            return
+        words = domain.cd(self.stall_supported)
+        if self.domain is domain:
+            table.write(0, words)
+        for pasid in self.group.pasids if self.max_pasids else ():
+            if self.group.at(pasid) is domain:
+                table.write(pasid, words)
+
     def _flush_pasid(self, pasid: int) -> None:
         """Empty the ATCs of one PASID."""
         if self.ats_enabled:

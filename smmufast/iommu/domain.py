@@ -208,23 +208,31 @@ class PagingDomain(PageTable, Domain):
         ------
         Busy
             No ASID is left.
+        InvalidArgument
+            It has none: stage 2, freed, or never attached in the AUX profile.
         """
-        iommu = self.iommu
-        assert iommu is not None
-        old, new = self.asid, iommu.asids.alloc(self)
-        for _ in range(self.users):
-            self.invalidations.insert(iommu.queue, S1_ASID, new, 0)
-        self.asid = new
-        self._words = None
-        if self.cd_table is not None:
-            self.cd_table.write(0, self.cd(self._stall))
-        elif self.parent is not None and self.users:
-            assert self.parent.cd_table is not None
-            self.parent.cd_table.write(self.aux_pasid, self.cd(self._stall))
-        for _ in range(self.users):
-            self.invalidations.remove(iommu.queue, S1_ASID, old, 0)
-        iommu.flush_asid(old)
-        iommu.asids.free(old)
+        with self.system.lock:
+            iommu = self.iommu
+            if self.freed or iommu is None or not self.asid:
+                raise InvalidArgument("domain", self, text="domain has no ASID")
+            old, new = self.asid, iommu.asids.alloc(self)
+            users = self.invalidations.users(iommu.queue, S1_ASID, old)
+            for _ in range(users):
+                self.invalidations.insert(iommu.queue, S1_ASID, new)
+            self.asid = new
+            self._words = None
+            if self.cd_table is not None:
+                self.cd_table.write(0, self.cd(self._stall))
+            elif self.parent is not None and self.users:
+                assert self.parent.cd_table is not None
+                self.parent.cd_table.write(self.aux_pasid, self.cd(self._stall))
+            elif users:
+                for device in dict.fromkeys(iommu.devices.values()):
+                    device.write_cds(self)
+            for _ in range(users):
+                self.invalidations.remove(iommu.queue, S1_ASID, old)
+            iommu.flush_asid(old)
+            iommu.asids.free(old)
 
     def flush_all(self) -> None:
         """Invalidate everything that may be cached of this domain."""

@@ -102,7 +102,7 @@ class AddressSpace:
         self.asid = asid
         self.handler = handler
         self.pasid = 0
-        self.exited = False
+        self.exited = self._exiting = False
         self.bonds: list[Bond] = []
         self.domains: dict[Iommu, SvaDomain] = {}
         self._asid_users = 0
@@ -162,16 +162,18 @@ class AddressSpace:
         """End the process: its devices' accesses are refused from now on, without events (F34).
 
         Each CD becomes quiet, then TLBs and ATCs forget the space.  Bonds stay until they are
-        unbound; the PASID is free for others after the last one.
+        unbound; the PASID is free for others after the last one.  What `mm_exit` of a device
+        raises is raised when all that is done.
         """
         system = self._system
-        if self.exited or system is None:
-            self.exited = True
+        if self._exiting or system is None:
+            self._exiting = self.exited = True
             return
         with system.lock:
-            for bond in self.bonds:
-                if bond.device.mm_exit is not None:
-                    bond.device.mm_exit(self)
+            self._exiting = True
+            for bond in list(self.bonds):  # a callback may unbind
+                if bond.device.mm_exit is not None and bond.references:
+                    system.lock.defer(bond.device.mm_exit, self)
             self.exited = True
             for bond in self.bonds:
                 for device in bond.device.group.devices:

@@ -7,8 +7,8 @@ the system's.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
@@ -34,11 +34,13 @@ from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDo
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group, Undo
 from smmufast.iommu.ids import IdSpace
+from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
+    from smmufast._smmu import Result
     from smmufast._tlb import Caches, StaleEntry
     from smmufast.iommu.sva import AddressSpace, Bond
 
@@ -75,7 +77,7 @@ class Iommu:
     smmu : Smmu
     queue : CommandQueue
     writer : EntryWriter
-        Updates STEs and CDs; set its `observer` to look between two stores.
+        Updates STEs and CDs; set its `observer` to look between two stores, or use `watch`.
     asids, vmids : IdSpace
         `asids` is the system's, `vmids` this SMMU's.
     devices : dict
@@ -107,7 +109,7 @@ class Iommu:
         self.overflows: dict[str, int] = {}  # of the event and page request queues
         self._interrupts: set[str] = set()
         self.boot()
-        self.writer = EntryWriter(self.queue, self.memory)
+        self.writer = EntryWriter(self.queue, self.memory, call=system.lock.call)
 
     # --- what the SMMU has (F1) ---
 
@@ -404,6 +406,55 @@ class Iommu:
         self._interrupts.clear()
         return fault.service(self)
 
+    # --- what the SMMU sees meanwhile ---
+
+    @contextmanager
+    def watch(
+        self, *accesses: tuple[SupportsIndex, SupportsIndex, SupportsIndex | None]
+    ) -> Iterator[list[tuple[Result, ...]]]:
+        """Ask the SMMU, after each store into an STE or a CD, what becomes of some accesses.
+
+        Parameters
+        ----------
+        *accesses : (int, int, int or None)
+            StreamID, address and SubstreamID of each.
+
+        Yields
+        ------
+        list of tuple of Result
+            Grows by one tuple at each store of a dword: the results of the accesses at that moment.
+
+        Raises
+        ------
+        Busy
+            The writer has an observer.
+
+        >>> from smmufast.iommu import IDENTITY, System
+        >>> system = System()
+        >>> nic = system.device(8, pasid_bits=4)
+        >>> domain = nic.paging_domain()
+        >>> domain.map(0x1000, 0x8000_0000, 0x1000)
+        >>> nic.attach(IDENTITY)
+        >>> with nic.iommu.watch((8, 0x1000, None)) as seen:
+        ...     nic.replace(domain)
+        >>> [hex(result.pa) for (result,) in seen][-3:]
+        ['0x1000', '0x80000000', '0x80000000']
+        """
+        seen: list[tuple[Result, ...]] = []
+
+        def look(address: int, index: int, old: tuple[int, ...]) -> None:
+            seen.append(
+                tuple(self.smmu.translate(sid, iova, ssid=ssid) for sid, iova, ssid in accesses)
+            )
+
+        if self.writer.observer is not None:
+            raise Busy("observer", self.writer.observer, text="the writer has an observer")
+        self.writer.observer = look
+        try:
+            yield seen
+        finally:
+            self.writer.observer = None
+
     def __repr__(self) -> str:
         """Its number and its devices."""
         return f"<Iommu {self.number}: {len(set(self.devices.values()))} devices>"
@@ -504,7 +555,7 @@ class System:
             raise InvalidArgument("profile", profile, "AUX or NOW")
         if default_domain not in ("blocked", "identity", "paging"):
             raise InvalidArgument("default_domain", default_domain, "blocked, identity or paging")
-        self.lock = threading.RLock()
+        self.lock = SystemLock()
         self.profile = profile
         self.default_domain = default_domain
         self.disable_bypass = disable_bypass
