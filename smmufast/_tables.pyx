@@ -577,14 +577,25 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
 cdef int all_tables(
         const Tree* t, uint64_t* at, uint64_t end, bint stop, Path* p) noexcept nogil:
     """STRAY if a table on the way to `at` .. `end` is none; with `stop`, up to the first hole."""
-    cdef int kind
+    cdef int kind, level
+    cdef unsigned int shift
     while at[0] < end:
         kind = find(t, at[0], 3, p)
         if kind == KIND_FOREIGN:
             return STRAY
         if kind == KIND_HOLE and stop:
             return DONE
-        at[0] = (at[0] | low_mask(t.shift[min(p.level, 2)])) + 1
+        level = min(p.level, 2)
+        shift = t.shift[level]
+        at[0] = (at[0] | low_mask(shift)) + 1
+        if p.level == 3:
+            continue
+        # the blocks beside it, in the same table
+        while at[0] < end and offset_of(t, at[0], level):
+            p.entry += 8
+            if kind_of(t, get(t, p.entry), level) != KIND_LEAF:
+                break
+            at[0] = (at[0] | low_mask(shift)) + 1
     return DONE
 
 

@@ -5,6 +5,7 @@ does not change.  What generic_pt calls -EADDRINUSE is EEXIST here, as F50 has i
 """
 
 import random
+from itertools import pairwise
 
 import pytest
 from tablesystem import System
@@ -100,7 +101,7 @@ def test_map_simple(system):
 def test_map_table_to_oa(system):
     table = system.table
     sizes = sizes_of(table)
-    for small, large in zip(sizes, sizes[1:], strict=False):
+    for small, large in pairwise(sizes):
         count = large // small
         iova, pa = large, output(table, large)
         if iova + large > 1 << table.ias:
@@ -125,7 +126,7 @@ def test_map_table_to_oa(system):
 def test_unmap_split(system):
     table = system.table
     sizes = sizes_of(table)
-    for small, large in zip(sizes, sizes[1:], strict=False):
+    for small, large in pairwise(sizes):
         if 3 * large > 1 << table.ias or 2 * large > 1 << table.oas:
             continue
         table.map(large, 0, large)
@@ -138,7 +139,7 @@ def test_unmap_split(system):
 
 
 def test_random_map(system):
-    """1000 random ranges: whatever is in the way is refused, taken away, and the range is mapped."""
+    """1000 random ranges: what is in the way is refused and taken away, and the range is mapped."""
     table = system.table
     rng = random.Random(7)
     page = table.granule

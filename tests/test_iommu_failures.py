@@ -12,9 +12,7 @@ from smmufast.iommu import (
     NOW,
     AddressSpace,
     AttachHandle,
-    Device,
     OutOfMemory,
-    System,
     Viommu,
 )
 from smmufast.iommu.iova import DmaMapper, IovaAllocator

@@ -1109,7 +1109,7 @@ class Device:
             if group.resetting or len(group.devices) != 1:
                 raise Busy("device", self, text="device is being reset, or shares its group")
             if self.aux:
-                raise Busy("device", self, text="device has auxiliary domains under its main domain")
+                raise Busy("device", self, text="device has auxiliary domains attached")
             group.resetting = True
             for domain in group.attached():
                 domain.users += 1  # not to be freed meanwhile

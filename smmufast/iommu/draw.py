@@ -6,7 +6,7 @@ keeps beside them is not asked, so that a picture shows what the SMMU finds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from smmufast.iommu.system import Iommu
 
 _LEAF_LG2: Final = {1: 6, 2: 10}  # S1Fmt: lg2 of the CDs in a leaf of 4 KiB and of 64 KiB
-_S1DSS: Final = {0: "no PASID: terminated", 1: "no PASID: bypass", 2: "no PASID: CD 0"}
+_S1DSS: Final = {0: "without PASID terminated", 1: "without PASID bypass"}
 _UNITS: Final = ("", "K", "M", "G", "T")
 
 
@@ -83,13 +83,18 @@ class Picture:
         self.limit = limit
         self.lines: list[str] = []
 
-    def words(self, address: int, count: int) -> list[int] | None:
+    def array(self, address: int, count: int) -> np.ndarray | None:
         """Read dwords; None where memory refuses."""
         try:
             data = self.memory.read(address, 8 * count)
         except ExternalAbort:
             return None
-        return [int(word) for word in np.frombuffer(data, "<u8")]
+        return np.frombuffer(data, "<u8").astype(np.uint64)
+
+    def words(self, address: int, count: int) -> list[int] | None:
+        """Read dwords as a list; None where memory refuses."""
+        found = self.array(address, count)
+        return None if found is None else found.tolist()
 
     def stream(self, sid: int, address: int) -> None:
         """Draw what one STE leads to."""
@@ -101,8 +106,8 @@ class Picture:
         config = ste["Config"] if ste["V"] else -1
         what = {-1: "invalid", 4: "bypass", 5: "stage 1", 6: "stage 2", 7: "both stages"}
         text = what.get(config, "abort")
-        if config & 1 and config > 4 and ste["S1CDMax"]:
-            text += f"; {_S1DSS.get(ste['S1DSS'], 'no PASID: reserved S1DSS')}"
+        if config & 1 and config > 4 and ste["S1CDMax"] and ste["S1DSS"] != 2:
+            text += f", {_S1DSS.get(ste['S1DSS'], 'S1DSS reserved')}"
         self.lines.append(f"sid {sid:#x}: STE at {address:#x}: {text}")
         if config < 4:
             return
@@ -133,52 +138,52 @@ class Picture:
             self._table(below, ste["S2TTB"], lg2, level, bits, 2, None)
 
     def _contexts(self, ste: dict[str, int], guest: _Stage2 | None, last: bool) -> None:
-        base, bits = ste["S1ContextPtr"], ste["S1CDMax"]
-        two = bits and ste["S1Fmt"]
-        form = f"level 1 of {_size(bits)} CDs" if two else f"{_size(bits)} CD{'s' * (bits > 0)}"
-        below = self._branch("", last, f"CD table at {'IPA ' * bool(guest)}{base:#x}, {form}")
-        found = list(self._cds(base, bits, ste["S1Fmt"] if two else 0, guest))
-        rows: list[tuple[str, int | None, int]] = []  # text, SSID of a CD, its address
-        leaf_of = -1
-        for ssid, address, leaf in found:
-            if two and leaf != leaf_of:
-                leaf_of = leaf
-                first = ssid >> _LEAF_LG2[ste["S1Fmt"]] << _LEAF_LG2[ste["S1Fmt"]]
-                rows.append((f"[{first >> _LEAF_LG2[ste['S1Fmt']]}] leaf at {leaf:#x}", None, 0))
-            rows.append(("", ssid, address))
-        shown = rows[: self.limit]
-        for index, (text, ssid, address) in enumerate(shown):
-            end = index + 1 == len(rows)
-            if ssid is None:
-                self._branch(below, end, text)
-            else:
-                self._context(below, end, ssid, address, guest)
-        if len(rows) > len(shown):
-            self._branch(below, True, f"… {len(rows) - len(shown)} more")
+        base, bits = ste["S1ContextPtr"], min(ste["S1CDMax"], 20)
+        leaf_lg2 = _LEAF_LG2.get(ste["S1Fmt"], 0) if bits else 0
+        levels = "two levels, " * bool(leaf_lg2)
+        count = f"{_size(bits)} CD{'s' * (bits > 0)}"
+        below = self._branch(
+            "", last, f"CD table at {'IPA ' * bool(guest)}{base:#x}, {levels}{count}"
+        )
+        if not leaf_lg2:
+            self._leaf(below, base, 0, 1 << bits, guest)
+            return
+        leaves = self._leaves_of(base, 1 << max(bits - leaf_lg2, 0), guest)
+        for number, (index, leaf) in enumerate(leaves[: self.limit]):
+            inner = self._branch(below, number + 1 == len(leaves), f"[{index}] CDs at {leaf:#x}")
+            self._leaf(inner, leaf, index << leaf_lg2, 1 << leaf_lg2, guest)
+        self._more(below, len(leaves), "nothing")
 
-    def _cds(
-        self, base: int, bits: int, fmt: int, guest: _Stage2 | None
-    ) -> Iterator[tuple[int, int, int]]:
-        """Yield SubstreamID, address and leaf of each valid CD."""
-        leaves = [(0, base)]
-        lg2 = bits
-        if fmt:
-            lg2 = _LEAF_LG2.get(fmt, 10)
-            leaves = []
-            for index in range(1 << max(bits - lg2, 0)):
-                at = self._at(base + 8 * index, guest)
-                word = self.words(at, 1) if at is not None else None
-                if word and word[0] & 1:
-                    leaves.append((index << lg2, layout.unpack("L1CD", word[0])["L2Ptr"]))
-        for first, leaf in leaves:
-            for start in range(0, 1 << lg2, 64):  # 4 KiB: the smallest page of a guest
-                at = self._at(leaf + 64 * start, guest)
-                count = min(64, (1 << lg2) - start)
-                found = self.words(at, 8 * count) if at is not None else None
-                for index in range(count) if found else ():
-                    assert found is not None and at is not None
-                    if found[8 * index] >> 31 & 1:
-                        yield first + start + index, at + 64 * index, leaf
+    def _leaves_of(self, base: int, count: int, guest: _Stage2 | None) -> list[tuple[int, int]]:
+        """Index and address of each leaf of a two-level CD table."""
+        found = []
+        for start in range(0, count, 512):  # 4 KiB: the smallest page of a guest
+            at = self._at(base + 8 * start, guest)
+            words = self.words(at, min(512, count - start)) if at is not None else None
+            for index, word in enumerate(words or ()):
+                if word & 1:
+                    found.append((start + index, layout.unpack("L1CD", word)["L2Ptr"]))
+        return found
+
+    def _leaf(self, prefix: str, base: int, first: int, count: int, guest: _Stage2 | None) -> None:
+        """Draw the CDs that lie side by side, of substreams from `first` on."""
+        found: list[tuple[int, int]] = []
+        for start in range(0, count, 64):
+            at = self._at(base + 64 * start, guest)
+            words = self.array(at, 8 * min(64, count - start)) if at is not None else None
+            if words is not None and at is not None:
+                valid = np.flatnonzero(words[::8] & np.uint64(1 << 31)).tolist()
+                found += [(first + start + index, at + 64 * index) for index in valid]
+        for number, (ssid, address) in enumerate(found[: self.limit]):
+            self._context(prefix, number + 1 == len(found), ssid, address, guest)
+        self._more(prefix, len(found), "no CD is valid")
+
+    def _more(self, prefix: str, count: int, none: str) -> None:
+        """Add a line for what is beyond the limit, or for nothing at all."""
+        if not count:
+            self._branch(prefix, True, none)
+        elif count > self.limit:
+            self._branch(prefix, True, f"… {count - self.limit} more")
 
     @staticmethod
     def _at(address: int, guest: _Stage2 | None) -> int | None:
@@ -189,7 +194,8 @@ class Picture:
     ) -> None:
         words = self.words(address, 8) or [0] * 8
         cd = layout.unpack("CD", sum(word << 64 * i for i, word in enumerate(words)))
-        text = f"CD {ssid} at {address:#x}: ASID {cd['ASID']}"
+        whose = f"PASID {ssid}" if ssid else "no PASID"
+        text = f"CD {ssid} at {address:#x}: {whose}, ASID {cd['ASID']}"
         if cd["EPD0"]:
             self._branch(prefix, last, f"{text}, quiet (EPD0)")
             return
@@ -205,19 +211,21 @@ class Picture:
     ) -> None:  # fmt: skip
         """Draw a table: one line for each table below, and for leaves that continue each other."""
         shift = _shift(lg2, level)
-        count = 1 << max(bits - shift, 0)
+        count = 1 << max(min(bits - shift, lg2 + 1), 0)  # up to 16 tables side by side
         at = self._at(table, guest)
-        words = self.words(at, count) if at is not None else None
+        words = self.array(at, count) if at is not None else None
         if words is None:
             self._branch(prefix, True, f"level {level} table at {table:#x}: memory refuses it")
             return
         rows: list[tuple[str, int, int]] = []  # text, table below, its first input address
         run: list[int] = []  # first index, output, attributes, length
-        for index in np.flatnonzero(np.array(words, np.uint64) & np.uint64(1)).tolist():
-            d = words[index]
+        for index in np.flatnonzero(words & np.uint64(1)).tolist():
+            d = int(words[index])
             start = iova + (index << shift)
             if d & 3 == 3 and level < 3:
-                rows.append((f"[{index}] level {level + 1} table at", _address(d, lg2, False), start))
+                rows.append(
+                    (f"[{index}] level {level + 1} table at", _address(d, lg2, False), start)
+                )
                 run = []
                 continue
             output = _address(d, lg2, False) & -(1 << shift)
@@ -230,23 +238,17 @@ class Picture:
             else:
                 run = [index, output, rest, 1]
             rows.append((self._leaves(run, shift, lg2, level, stage, iova), 0, 0))
-        if not rows:
-            self._branch(prefix, True, "nothing mapped")
-        shown = rows[: self.limit]
-        for number, (text, lower, start) in enumerate(shown):
+        for number, (text, lower, start) in enumerate(rows[: self.limit]):
             last = number + 1 == len(rows)
             if not lower:
                 self._branch(prefix, last, text)
                 continue
             below = self._branch(prefix, last, f"{text} {lower:#x}")
             self._table(below, lower, lg2, level + 1, shift, stage, guest, start)
-        if len(rows) > len(shown):
-            self._branch(prefix, True, f"… {len(rows) - len(shown)} more")
+        self._more(prefix, len(rows), "nothing is mapped")
 
     @staticmethod
-    def _leaves(
-        run: list[int], shift: int, lg2: int, level: int, stage: int, iova: int
-    ) -> str:
+    def _leaves(run: list[int], shift: int, lg2: int, level: int, stage: int, iova: int) -> str:
         """Put leaves that continue each other into words."""
         index, output, attributes, count = run
         first = iova + (index << shift)
