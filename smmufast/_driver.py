@@ -525,7 +525,8 @@ def tlb_ranges(
     made = []
     while pages:
         scale = min((pages & -pages).bit_length() - 1, 31)
-        number = pages >> scale & 31
+        # Num is number - 1, of 5 bits
+        number = pages >> scale & 31 if scale < 31 else min(pages >> scale, 32)
         made.append(
             {
                 "Address": address & (1 << 64) - 1,

@@ -23,10 +23,12 @@ from smmufast._pages cimport (
     pages_alloc, pages_free, pages_zero, store_slow,
 )
 
+from collections.abc import Iterable
 from threading import Lock
 
 from smmufast.errors import (
     Busy, Exists, InputOutput, InvalidArgument, NoDevice, NotSupported, OutOfMemory, OutOfRange,
+    WrongType, instance,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -83,7 +85,8 @@ cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
     try:
         given = PyNumber_Index(value)
     except TypeError:
-        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+        raise WrongType(
+            name, value, text=f"{name}: {type(value).__name__} given; an integer needed") from None
     if not 0 <= given <= 0xFFFFFFFFFFFFFFFF:
         raise InvalidArgument(name, given, "0 to 2^64 - 1")
     return given
@@ -1382,7 +1385,13 @@ cdef class PageTable:
         cdef size_t count = 0, capacity = 0
         self._open_to_map()
         try:
-            for pa, size in segments:
+            instance("segments", segments, Iterable)
+            for piece in segments:
+                try:
+                    pa, size = piece
+                except (TypeError, ValueError):
+                    raise InvalidArgument("segments", piece, text=(
+                        f"segments has {piece!r}, not a pair of address and size")) from None
                 to, n = number("pa", pa), number("size", size)
                 error = self._refused(at, to, n, bits)
                 if error is not None:

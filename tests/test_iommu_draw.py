@@ -2,6 +2,7 @@
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -35,7 +36,7 @@ def agree(device, found):
     for pasid, rows in found.items():
         rows = [*rows, None]
         before = None
-        for row, after in zip(rows, rows[1:], strict=False):
+        for row, after in pairwise(rows):
             first, last, output, writable = row
             for at in (first, (first + last) // 2, last):
                 assert device.translate(at, pasid=pasid).pa == output + at - first
@@ -86,8 +87,9 @@ def test_stage_2_and_guests_are_drawn(systems):
     assert found == {None: [(0x4000_0000, 0x403F_FFFF, RAM, True)]}
     agree(device, found)
     # the guest's CD and tables lie at IPAs: each is put where its page of the host is
-    guest = {0x4000_0000: ("CD", {"V": 1, "AA64": 1, "EPD1": 1, "R": 1, "A": 1, "T0SZ": 25, "IPS": 5,
-                                  "ASID": 7, "TTB0": 0x4000_1000, "MAIR0": 0xFF})}  # fmt: skip
+    context = {"V": 1, "AA64": 1, "EPD1": 1, "R": 1, "A": 1, "T0SZ": 25, "IPS": 5, "ASID": 7,
+               "TTB0": 0x4000_1000, "MAIR0": 0xFF}  # fmt: skip
+    guest = {0x4000_0000: ("CD", context)}
     for at, fields in ((0x4000_1000, 0x4000_2000), (0x4000_2000, 0x4000_3000)):
         guest[at] = "PTE_S1_TABLE", {"Valid": 1, "Type": 1, "Addr_4K": fields}
     guest[0x4000_3008] = (

@@ -27,6 +27,7 @@ from smmufast.errors import (
     TooBig,
     TryAgain,
     WrongSmmu,
+    WrongType,
 )
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, NestedDomain, PagingDomain
@@ -111,6 +112,7 @@ __all__ = [
     "Viommu",
     "VirtualCommand",
     "WrongSmmu",
+    "WrongType",
 ]
 
 

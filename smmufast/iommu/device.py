@@ -8,6 +8,7 @@ Checks and allocations come before the first store, so that what is refused chan
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
@@ -23,6 +24,8 @@ from smmufast.errors import (
     NotSupported,
     PasidOverflow,
     WrongSmmu,
+    instance,
+    integer,
 )
 from smmufast.iommu import entry
 from smmufast.iommu.cdtable import INVALID_CD, CdTable
@@ -41,13 +44,24 @@ from smmufast.iommu.group import NO_PASID, AttachHandle, Group, Undo
 from smmufast.iommu.mediated import Mediated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from smmufast._smmu import Result
     from smmufast.iommu.sva import AddressSpace, Bond
     from smmufast.iommu.system import Iommu, System
 
 FEATURES: Final = ("AUX", "SVA", "IOPF")
+
+
+def _pieces(direct: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Check the pieces of memory that firmware wants mapped."""
+    instance("direct", direct, Iterable)
+    pieces = []
+    for piece in direct:
+        if not isinstance(piece, tuple | list) or len(piece) != 2:
+            raise InvalidArgument("direct", piece, "pairs of address and size")
+        pieces.append((integer("direct", piece[0]), integer("direct", piece[1])))
+    return tuple(pieces)
 
 
 class Device:
@@ -96,12 +110,15 @@ class Device:
         group: Group | None = None,
     ) -> None:
         given = (sids,) if isinstance(sids, SupportsIndex) else sids
-        numbers = dict.fromkeys(sid.__index__() for sid in given)
+        instance("sids", given, Iterable)
+        numbers = dict.fromkeys(integer("sid", sid) for sid in given)
         self.sids: tuple[int, ...] = tuple(numbers)
+        pasid_bits = integer("pasid_bits", pasid_bits)
         if not 0 <= pasid_bits <= 20:
             raise InvalidArgument("pasid_bits", pasid_bits, "0 to 20")
         if pasids is None:
             pasids = 1 << pasid_bits if pasid_bits else 0
+        pasids = integer("pasids", pasids)
         if not 0 <= pasids <= 1 << 20:
             raise InvalidArgument("pasids", pasids, "0 to 1048576")
         if pri and not ats:
@@ -111,7 +128,9 @@ class Device:
         self.pri = pri
         self.stall = stall
         self.coherent = coherent
-        self.direct = tuple(direct)
+        self.direct = _pieces(direct)
+        if group is not None:
+            instance("group", group, Group)
         self._wanted_group = group
         self._iommu: Iommu | None = None
         self._group: Group | None = None
@@ -124,6 +143,7 @@ class Device:
         self.atcs: list[AtsDevice] = []
         self.enabled_features: dict[str, tuple[int, int]] = {}
         self.aux: dict[int, PagingDomain] = {}
+        self.shares: list[Mediated] = []  # those with a domain
         self.iopf_users = 0
         self.mm_exit: Callable[[object], object] | None = None
 
@@ -198,6 +218,8 @@ class Device:
                 self.reset_done()
             for bond in list(iommu.system.bonds_of(self)):
                 bond.unbind(force=True)
+            for share in list(self.shares):
+                share.detach()
             for aux in list(self.aux.values()):
                 self.detach_aux(aux)
             for pasid in list(group.pasids) if len(group.devices) == 1 else []:
@@ -337,8 +359,7 @@ class Device:
         """Attach another main domain in place of any other (iommu_group_replace_domain)."""
         group = self.group
         with group.system.lock:
-            if group.resetting:
-                raise Busy("group", group, text="group has a device that is being reset")
+            group.check_reset()
             group.set(domain_of(domain))
 
     def _check_main(self, domain: Domain) -> None:
@@ -604,10 +625,12 @@ class Device:
         group = self.group
         with group.system.lock:
             self._now()
-            pasid = pasid.__index__()
+            pasid = integer("pasid", pasid)
             group.check_pasid(domain_of(domain), pasid)
             if pasid in group.pasids:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is in use")
+            if handle is not None:
+                instance("handle", handle, AttachHandle)
             if handle is not None and handle.domain is not None:
                 raise InvalidArgument("handle", handle, text="handle is in use")
             group.set_pasid(domain, pasid)
@@ -631,8 +654,10 @@ class Device:
         group = self.group
         with group.system.lock:
             self._now()
-            pasid = pasid.__index__()
+            pasid = integer("pasid", pasid)
             group.check_pasid(domain_of(domain), pasid)
+            if handle is not None:
+                instance("handle", handle, AttachHandle)
             if handle is None or handle.domain is not None:
                 raise InvalidArgument("handle", handle, text="handle is missing or in use")
             held = group.pasids.get(pasid)
@@ -657,11 +682,11 @@ class Device:
         group = self.group
         with group.system.lock:
             self._now()
-            pasid = pasid.__index__()
+            pasid = integer("pasid", pasid)
             held = group.pasids.get(pasid)
             if held is None or group.at(pasid) is not domain:
                 raise InvalidArgument(
-                    "domain", domain, text=f"pasid {pasid:#x} is not attached to {domain!r}"
+                    "domain", domain, text=f"domain: pasid {pasid:#x} is not attached to {domain!r}"
                 )
             self._not_bound(pasid)
             group.set_pasid(None, pasid)
@@ -690,7 +715,7 @@ class Device:
             Its domain is not of that kind (EBUSY).
         """
         group = self.group
-        pasid = pasid.__index__()
+        pasid = integer("pasid", pasid)
         held = group.pasids.get(pasid)
         if held is None:
             raise NoEntry("pasid", pasid, text=f"pasid {pasid:#x} is not attached")
@@ -847,6 +872,7 @@ class Device:
             self.enabled_features[feature] = self._limits(min_pasid, max_pasid)
 
     def _limits(self, min_pasid: int, max_pasid: int) -> tuple[int, int]:
+        min_pasid, max_pasid = integer("min_pasid", min_pasid), integer("max_pasid", max_pasid)
         first = max(min_pasid, 1)
         last = min(max_pasid or self.max_pasids - 1, self.max_pasids - 1)
         if min_pasid < 0 or max_pasid < 0 or (self.max_pasids and last < first):
@@ -991,13 +1017,15 @@ class Device:
         new = domain.aux_pasid == 0
         if new:
             try:
-                pasid = system.pasids.alloc(first, last, data=domain)
+                pasid = system.take_pasid(first, last, data=domain)
             except NoSpace as error:
                 raise InvalidArgument("pasid", None, text=f"no PASID is left: {error}") from error
             try:
+                if not first <= pasid <= last:  # a backend takes the range for a hint
+                    raise PasidOverflow("pasid", pasid, f"{first} to {last}")
                 domain.finalise(self.iommu)
             except BaseException:
-                system.pasids.free(pasid)
+                system.give_pasid(pasid)
                 raise
         else:
             pasid = domain.aux_pasid
@@ -1007,7 +1035,7 @@ class Device:
             except BaseException:
                 if new:
                     domain.unfinalise()
-                    system.pasids.free(pasid)
+                    system.give_pasid(pasid)
                 raise
             for device in table.devices:
                 device._enter_atcs(domain, pasid)
@@ -1159,7 +1187,7 @@ class Device:
             Of `Smmu.translate`, or of the stalled access after it was resumed.
         """
         smmu = self.iommu.smmu
-        one = self.sids[0] if sid is None else sid.__index__()
+        one = self.sids[0] if sid is None else integer("sid", sid)
         result = smmu.translate(one, iova, ssid=pasid, write=write, priv=priv, instr=instr)
         if result.action == "stall":
             stall = next(s for s in smmu.stalls if s.stag == result.stag)

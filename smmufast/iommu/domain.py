@@ -7,15 +7,16 @@ domain is a page table that something else owns: `smmufast.iommu.sva`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Final, SupportsIndex
 
 from smmufast._driver import S1_ASID, S2_VMID, S2_VMID_S1_CLEAR, Invalidations
 from smmufast._tables import PageTable
-from smmufast.errors import Busy, InvalidArgument, NotSupported
+from smmufast.errors import Busy, InvalidArgument, NotSupported, instance, integer
 from smmufast.iommu import entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from smmufast.iommu.cdtable import CdTable
     from smmufast.iommu.device import Device
@@ -39,6 +40,7 @@ class Domain:
 
     def iova_to_phys(self, iova: SupportsIndex, /) -> int:
         """Translate nothing: 0."""
+        _address(iova)
         return 0
 
     def map(
@@ -58,11 +60,18 @@ class Domain:
         return f"<{self.kind} domain>"
 
 
+def _address(iova: SupportsIndex) -> int:
+    address = integer("iova", iova)
+    if not 0 <= address < 1 << 64:
+        raise InvalidArgument("iova", address, "0 to 2^64 - 1")
+    return address
+
+
 class _Identity(Domain):
     kind = "identity"
 
     def iova_to_phys(self, iova: SupportsIndex, /) -> int:
-        return iova.__index__()
+        return _address(iova)
 
 
 class _Blocked(Domain):
@@ -275,7 +284,7 @@ class PagingDomain(PageTable, Domain):
                 raise Busy("domain", self, text=f"domain has {what}: detach first")
             if self.cached:
                 self.flush_tag()
-            self.close()
+            super().close()
             if self.iommu is not None:
                 ids = self.iommu.asids if self.stage == 1 else self.iommu.vmids
                 ids.free(self.asid or self.vmid)
@@ -283,15 +292,33 @@ class PagingDomain(PageTable, Domain):
             if self.aux_pasid:
                 if self.parent is not None:
                     del self.parent.children[self.aux_pasid]
-                self.system.pasids.free(self.aux_pasid)
+                self.system.give_pasid(self.aux_pasid)
                 self.aux_pasid = 0
             self.freed = True
             self.asid = self.vmid = 0
 
+    def close(self) -> None:
+        """As `free`."""
+        self.free()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are tables; only a domain without an ASID or VMID can be made to have none.
+
+        Otherwise it is Busy: a CD or an STE may point to them.
+        """
+        return bool(PageTable.ready.__get__(self))  # type: ignore[attr-defined]
+
+    @ready.setter
+    def ready(self, value: object) -> None:
+        if not value and (self.asid or self.vmid):
+            raise Busy("ready", value, text="ready cannot be False while the domain has a tag")
+        PageTable.ready.__set__(self, value)  # type: ignore[attr-defined]
+
     def flush_tag(self) -> None:
         """Drop every TLB entry under the tag, before it is used for something else (F48)."""
-        assert self.iommu is not None
-        self.iommu.flush_tag(self)
+        if self.iommu is not None and (self.asid or self.vmid):
+            self.iommu.flush_tag(self)
 
     def __repr__(self) -> str:
         """Stage, tag and how much is mapped."""
@@ -326,7 +353,8 @@ class NestedDomain(Domain):
         return 3
 
     def __init__(self, parent: PagingDomain, ste: Iterable[int]) -> None:
-        words = tuple(ste)
+        instance("ste", ste, Iterable)
+        words = tuple(integer("ste", word) for word in ste)
         if not isinstance(parent, PagingDomain) or not parent.nest_parent or parent.freed:
             raise InvalidArgument(
                 "parent", parent, text="parent is not a stage-2 domain made with nest_parent=True"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, SupportsIndex
 import numpy as np
 
 from smmufast import layout
-from smmufast.errors import InvalidArgument
+from smmufast.errors import InvalidArgument, integer
 from smmufast.explain import _address, _first_level, _granule, _s2_granule, _s2_level, _shift
 from smmufast.faults import ExternalAbort
 
@@ -31,7 +31,7 @@ def _size(lg2: int) -> str:
 
 def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
     """Draw what the STEs of some streams lead to; `Device.draw` says more."""
-    most = limit.__index__()
+    most = integer("limit", limit)
     if most < 1:
         raise InvalidArgument("limit", most, "1 or more")
     lines: list[str] = []

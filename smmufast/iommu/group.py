@@ -89,8 +89,7 @@ class Group:
             domain = domain_of(domain)
             if self.domain is not self.default and self.domain is not BLOCKED:
                 raise Busy("group", self, text=f"group has {self.domain!r}: detach it first")
-            if self.resetting:
-                raise Busy("group", self, text="group has a device that is being reset")
+            self.check_reset()
             self.set(domain)
 
     def detach(self, domain: Domain) -> None:
@@ -132,6 +131,7 @@ class Group:
         """Make a domain the current one, on all devices or on none (F11)."""
         if domain is self.domain:
             return
+        self.check_reset()
         with Undo() as undo:
             for device in self.devices:
                 device.reserve(domain, undo)
@@ -167,11 +167,16 @@ class Group:
                 raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
         if not any(device.max_pasids for device in self.devices):
             raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
+        self.check_reset()
+
+    def check_reset(self) -> None:
+        """Refuse changes while a device is being reset (EBUSY)."""
         if self.resetting:
             raise Busy("group", self, text="group has a device that is being reset")
 
     def set_pasid(self, domain: Domain | None, pasid: int) -> None:
         """Attach a PASID on all devices or on none; None detaches."""
+        self.check_reset()
         old = self.at(pasid)
         members = [device for device in self.devices if device.max_pasids]
         with Undo() as undo:

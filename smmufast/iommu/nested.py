@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, SupportsIndex
 
 from smmufast import layout
-from smmufast.errors import Exists, InputOutput, InvalidArgument, NoEntry
+from smmufast.errors import Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
+from smmufast.iommu.device import Device
 from smmufast.iommu.domain import NestedDomain, PagingDomain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from smmufast.iommu.device import Device
 
 _BY_VMID = ("TLBI_NH_ALL", "TLBI_NH_ASID", "TLBI_NH_VA", "TLBI_NH_VAA")
 _BY_STREAM = ("CFGI_CD", "CFGI_CD_ALL", "ATC_INV")
@@ -60,7 +59,10 @@ class Viommu:
         InvalidArgument
             The device is behind another SMMU, or has several StreamIDs.
         """
-        number = vsid.__index__()
+        number = integer("vsid", vsid)
+        if not 0 <= number < 1 << 32:
+            raise InvalidArgument("vsid", number, "0 to 0xffffffff")
+        instance("device", device, Device)
         if number in self.devices:
             raise Exists("vsid", number, text=f"vsid {number:#x} is a device of the guest")
         if device.iommu is not self.parent.iommu or len(device.sids) != 1:
@@ -71,7 +73,7 @@ class Viommu:
 
     def remove(self, vsid: SupportsIndex) -> None:
         """Take a device away from the guest; NoEntry if there is none (ENOENT)."""
-        if self.devices.pop(vsid.__index__(), None) is None:
+        if self.devices.pop(integer("vsid", vsid), None) is None:
             raise NoEntry("vsid", vsid, text=f"vsid {vsid!r} is no device of the guest")
 
     def domain(self, ste: Iterable[int]) -> NestedDomain:
@@ -110,7 +112,7 @@ class Viommu:
         return len(done)
 
     def _real(self, index: int, first: int, second: int) -> tuple[int, int]:
-        for word in (first, second):
+        for word in (integer("commands", first), integer("commands", second)):
             if not 0 <= word < 1 << 64:
                 raise InvalidArgument("commands", word, "dwords of 64 bits")
         name = _OPCODES.get(first & 0xFF, "unknown")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from smmufast import layout
 from smmufast._tables import Pages, PageTable
 from smmufast.errors import (
     Busy,
@@ -16,6 +17,9 @@ from smmufast.errors import (
     NoSpace,
     NotSupported,
     PasidOverflow,
+    WrongType,
+    instance,
+    integer,
 )
 from smmufast.iommu.domain import PagingDomain, SvaDomain
 from smmufast.iommu.group import AttachHandle, Undo
@@ -27,7 +31,22 @@ if TYPE_CHECKING:
     from smmufast.iommu.fault import PageFault
     from smmufast.iommu.system import Iommu, System
 
+_ARGUMENTS = {
+    "TTB0": "ttb", "T0SZ": "t0sz", "TG0": "tg", "IPS": "ps", "IR0": "irgn", "OR0": "orgn",
+    "SH0": "sh",
+}  # fmt: skip
 _GEOMETRY = ("root", "t0sz", "tg", "ps", "mair", "irgn", "orgn", "sh")
+
+
+def _check(name: str, value: int) -> None:
+    """Refuse what a field of a CD cannot hold."""
+    field = layout.CD.field(name)
+    if field.address and (value & ~field.mask or value < 0):
+        raise InvalidArgument(
+            "ttb", value, f"0 to {field.mask:#x} in steps of {1 << field.lsb % 64}"
+        )
+    if not field.address and not 0 <= value < 1 << field.width:
+        raise InvalidArgument(_ARGUMENTS[name], value, f"0 to {(1 << field.width) - 1}")
 
 
 class ProcessTable(PageTable):
@@ -55,8 +74,6 @@ class AddressSpace:
         Memory attributes, 64 bits.
     irgn, orgn, sh : int
         Attributes of the walks.
-    granule : int, optional
-        In bytes; what tg says.
     asid : int, optional
         The ASID that the processors use for it: shared in the AUX profile (F47); 0: they have
         none for it.  None: the SMMU's driver takes one of its own.
@@ -95,6 +112,21 @@ class AddressSpace:
         asid: int | None = None,
         handler: Callable[[PageFault], bool | str] | None = None,
     ) -> None:
+        fields = {
+            "TTB0": ttb,
+            "T0SZ": t0sz,
+            "TG0": tg,
+            "IPS": ps,
+            "IR0": irgn,
+            "OR0": orgn,
+            "SH0": sh,
+        }
+        for name, value in fields.items():
+            _check(name, integer(_ARGUMENTS[name], value))
+        if not 0 <= integer("mair", mair) < 1 << 64:
+            raise InvalidArgument("mair", mair, "0 to 2^64 - 1")
+        if asid is not None and not 0 <= integer("asid", asid) < 1 << 16:
+            raise InvalidArgument("asid", asid, "0 to 65535, or None")
         self.table: PageTable | None = None
         self.root = ttb
         self.t0sz, self.tg, self.ps, self.mair = t0sz, tg, ps, mair
@@ -123,7 +155,9 @@ class AddressSpace:
         OutOfMemory
             No page is left for its first table.
         """
-        cpu = system.cpu
+        cpu = getattr(system, "cpu", None)
+        if cpu is None:
+            raise WrongType("system", system, text=f"system is {system!r}, not a System")
         space = cls(0, asid=asid, handler=handler)
         wide = cpu.granule == 65536
         table = ProcessTable(
@@ -150,7 +184,7 @@ class AddressSpace:
         InvalidArgument
             The range is empty, or beyond 64 bits.
         """
-        if not 0 <= first <= last < 1 << 64:
+        if not 0 <= integer("first", first) <= integer("last", last) < 1 << 64:
             raise InvalidArgument("last", last, f"{first:#x} to 0xffffffffffffffff")
         self._invalidate(first, last, self.granule_lg2, False)
 
@@ -178,7 +212,7 @@ class AddressSpace:
             for bond in self.bonds:
                 for device in bond.device.group.devices:
                     table = device._table()
-                    if device.max_pasids and table is not None:
+                    if device.max_pasids and table is not None and not device.group.resetting:
                         domain = self.domains[device.iommu]
                         table.write(self.pasid, domain.cd(device.stall_supported))
             for domain in self.domains.values():
@@ -189,7 +223,7 @@ class AddressSpace:
         """Free the PASID, when the process is gone and nothing is bound."""
         if self.exited and not self.bonds and self.pasid:
             assert self._system is not None
-            self._system.pasids.free(self.pasid)
+            self._system.give_pasid(self.pasid)
             self.pasid = 0
 
     def __repr__(self) -> str:
@@ -323,6 +357,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
     """
     group = device.group
     system = group.system
+    instance("space", space, AddressSpace)
     with system.lock:
         bond = system.bonds.get(device, {}).get(space)
         if bond is not None:
@@ -344,7 +379,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             raise NoSpace("device", device, text="device has no PASIDs")
         first, last = device.enabled_features["SVA"] if aux else (1, device.max_pasids - 1)
         new = not space.pasid
-        pasid = space.pasid or system.pasids.alloc(first, last, data=space)
+        pasid = space.pasid or system.take_pasid(first, last, data=space)
         try:
             if not first <= pasid <= last:
                 raise PasidOverflow("pasid", pasid, f"{first} to {last}")
@@ -365,7 +400,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
         except BaseException:
             _drop_domains(space)
             if new:
-                system.pasids.free(pasid)
+                system.give_pasid(pasid)
             raise
         space.pasid = pasid
         space._system = system

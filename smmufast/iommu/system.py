@@ -8,6 +8,7 @@ the system's.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,9 @@ from smmufast.errors import (
     NoEntry,
     NotSupported,
     OutOfRange,
+    WrongType,
+    instance,
+    integer,
 )
 from smmufast.features import Features
 from smmufast.iommu import entry, fault
@@ -38,7 +42,7 @@ from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from smmufast._smmu import Result
     from smmufast._tlb import Caches, StaleEntry
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 
 SPLIT: Final = 8  # a leaf of a two-level stream table holds 256 STEs
 MAX_L1_LG2: Final = 17
+MOST_SMMUS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,7 @@ class Iommu:
         has = {4096: features.gran4k, 16384: features.gran16k, 65536: features.gran64k}
         if granule is None:
             granule = next(size for size, there in has.items() if there)
-        elif granule not in has:
+        elif granule not in tuple(has):
             raise InvalidArgument("granule", granule, "4096, 16384 or 65536")
         if not has[granule]:
             raise NotSupported(
@@ -553,6 +558,12 @@ class System:
     ) -> None:
         if not isinstance(profile, Profile):
             raise InvalidArgument("profile", profile, "AUX or NOW")
+        instance("pasid_policy", pasid_policy, PasidPolicy)
+        for name, value, kind in (("memory", memory, Memory), ("cpu", cpu, Cpu)):
+            if value is not None:
+                instance(name, value, kind)
+        if caches is not None and not callable(caches):
+            raise WrongType("caches", caches, text=f"caches is {caches!r}, not callable")
         if default_domain not in ("blocked", "identity", "paging"):
             raise InvalidArgument("default_domain", default_domain, "blocked, identity or paging")
         self.lock = SystemLock()
@@ -593,17 +604,29 @@ class System:
         smmu: Smmu | Iterable[Smmu] | None,
     ) -> list[Smmu]:
         if smmu is not None:
+            instance("smmu", smmu, Smmu, Iterable)
             mine = [smmu] if isinstance(smmu, Smmu) else list(smmu)
+            for one in mine:
+                instance("smmu", one, Smmu)
             if not mine or any(one.memory is not mine[0].memory for one in mine):
                 raise InvalidArgument("smmu", smmu, text="smmu: one or more that share a memory")
             return mine
         if features is None or isinstance(features, Features):
+            count = integer("smmus", count)
+            if not 1 <= count <= MOST_SMMUS:
+                raise InvalidArgument("smmus", count, f"1 to {MOST_SMMUS}")
             each = [features or Features.full()] * count
         else:
+            instance("features", features, Iterable)
             each = list(features)
-            count = len(each)
-        if count < 1:
-            raise InvalidArgument("smmus", count, "1 or more")
+            for one in each:
+                instance("features", one, Features)
+            if not 1 <= len(each) <= MOST_SMMUS:
+                raise InvalidArgument(
+                    "features",
+                    len(each),
+                    text=(f"features has {len(each)} elements, allowed are 1 to {MOST_SMMUS}"),
+                )
         if memory is None:
             bits = min(45, cpu.pa_bits if cpu else 45, *(one.oas_bits for one in each))
             memory = Memory()
@@ -659,8 +682,10 @@ class System:
             No page is left for a stream table's leaf.
         """
         with self.lock:
+            instance("device", device, Device)
             if device._iommu is not None:
                 raise Busy("device", device, text="device was probed")
+            iommu = integer("iommu", iommu)
             if not 0 <= iommu < len(self.iommus):
                 raise NoDevice("iommu", iommu, f"0 to {len(self.iommus) - 1}")
             one = self.iommus[iommu]
@@ -740,6 +765,18 @@ class System:
         """
         with self.lock:
             return self.iommus[0].paging_domain(ready=False, **more)
+
+    # --- PASIDs ---
+
+    def take_pasid(self, first: int, last: int, data: object = None) -> int:
+        """Allocate a PASID for the driver half; a notifier cannot change the system meanwhile."""
+        with self.lock.closed():
+            return self.pasids.alloc(first, last, data=data)
+
+    def give_pasid(self, pasid: int) -> None:
+        """Free what `take_pasid` took."""
+        with self.lock.closed():
+            self.pasids.free(pasid)
 
     # --- running ---
 
