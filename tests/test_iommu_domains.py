@@ -934,3 +934,54 @@ def test_f47_a_domain_changes_its_asid_wherever_it_is_attached(system):
         assert not one.translate(0x1000, pasid=pasid)
     with pytest.raises(InvalidArgument, match="no ASID"):
         device.paging_domain(stage=2).change_asid()
+
+
+def test_f44_no_moment_of_a_replace_shows_a_torn_entry(system):
+    device = system.device(8, pasid_bits=4)
+    one, two = device.paging_domain(), device.paging_domain()
+    host = device.paging_domain(stage=2)
+    for number, domain in enumerate((one, two, host)):
+        domain.map(0x1000, RAM + number * 0x1000, 0x1000)
+    domains = IDENTITY, BLOCKED, one, two, host
+    for old in domains:
+        for new in domains:
+            if old is new:
+                continue
+            device.replace(old)
+            before = device.translate(0x1000).pa
+            with device.iommu.watch((8, 0x1000, None)) as seen:
+                device.replace(new)
+            after = device.translate(0x1000).pa
+            assert seen and before != after
+            results = [result for (result,) in seen]
+            found = [result.pa for result in results]
+            if {old, new} <= {one, two, host}:
+                # what differs lies in two dwords, ASID and TTB0 of the CD, or Config and S2VMID of
+                # the STE, which stage 1 uses too: the entry is invalid in between
+                assert {None, after} <= set(found) <= {before, None, after}
+                event = "C_BAD_STE" if host in (old, new) else "C_BAD_CD"
+                assert all(r.event.name == event for r in results if r.pa is None)
+            else:
+                assert set(found) <= {before, after}
+                assert all(result.event is None for result in results)
+            # once it is new it stays so
+            assert found == sorted(found, key=lambda pa: pa == after)
+
+
+def test_f07_a_guest_that_sends_nonsense_is_refused(systems):
+    system = systems()
+    device, other = system.device(1), system.device(2)
+    host = device.paging_domain(nest_parent=True)
+    viommu = Viommu(host)
+    viommu.add(1, device)
+    issued = device.iommu.queue.issued
+    for commands in (5, [5], [(1, 2, 3)], [(-1, 0)], [("a", 0)], [(1 << 64, 0)]):
+        refused(errno.EINVAL, viommu.invalidate, commands)
+    for commands in ([(0x12, 0), (0xEE, 0)], [(0x46, 0)], [(0x05 | 5 << 32, 0)]):
+        refused(errno.EIO, viommu.invalidate, commands)
+    viommu.add(2, other)
+    other.release()
+    refused(errno.EIO, viommu.invalidate, [(0x05 | 2 << 32, 0)])
+    assert device.iommu.queue.issued == issued
+    host.free()
+    refused(errno.EINVAL, viommu.invalidate, [(0x12, 0)])

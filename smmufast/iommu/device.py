@@ -38,6 +38,7 @@ from smmufast.iommu.domain import (
     SvaDomain,
     Words,
     domain_of,
+    no_pasid_op,
 )
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import NO_PASID, AttachHandle, Group, Undo
@@ -728,6 +729,8 @@ class Device:
     def reserve_pasid(self, domain: Domain, pasid: int, undo: Undo) -> CdTable:
         """Check a domain of a PASID, and have the pages for its CD; as `reserve`."""
         iommu = self.iommu
+        if not isinstance(domain, PagingDomain | SvaDomain):
+            raise no_pasid_op(domain)
         if domain.iommu is not iommu:
             raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
         if domain.stage != 1:

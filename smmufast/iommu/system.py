@@ -619,8 +619,8 @@ class System:
         else:
             instance("features", features, Iterable)
             each = list(features)
-            for one in each:
-                instance("features", one, Features)
+            for some in each:
+                instance("features", some, Features)
             if not 1 <= len(each) <= MOST_SMMUS:
                 raise InvalidArgument(
                     "features",
