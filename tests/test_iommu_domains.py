@@ -8,6 +8,7 @@ from smmufast import Caches, Features, layout
 from smmufast.iommu import (
     BLOCKED,
     IDENTITY,
+    AddressSpace,
     AttachHandle,
     Busy,
     Device,
@@ -985,3 +986,32 @@ def test_f07_a_guest_that_sends_nonsense_is_refused(systems):
     assert device.iommu.queue.issued == issued
     host.free()
     refused(errno.EINVAL, viommu.invalidate, [(0x12, 0)])
+
+
+@pytest.mark.parametrize("ats", [False, True])
+@pytest.mark.parametrize("stall", [False, True])
+def test_f66_a_device_that_stalls_and_has_ats_has_legal_entries(systems, ats, stall):
+    """EATS and S2S exclude each other: with ATS, stage 2 does not stall."""
+    device = systems().device(8, pasid_bits=4, ats=ats, stall=stall)
+    host = device.paging_domain(nest_parent=True)
+    guest = Viommu(host).domain((0b1001, 0))
+    domains = [device.paging_domain(), device.paging_domain(stage=2), host, guest]
+    for number, domain in enumerate(domains, 1):
+        iova = 0x1000 * number
+        (host if domain is guest else domain).map(iova, RAM, 0x1000)
+        device.replace(domain)
+        assert device.translate(iova).pa == RAM
+        if device.ats_enabled:
+            assert device.access(iova).pa == RAM
+
+
+def test_what_belongs_to_another_system_is_refused(systems):
+    one, other = systems(), systems()
+    device, strange = one.device(1, pasid_bits=4), other.device(1, pasid_bits=4)
+    domain = device.paging_domain()
+    refused(errno.EINVAL, strange.attach, domain)
+    refused(errno.EINVAL, strange.attach_pasid, domain, 1)
+    refused(errno.EBUSY, strange.bind, AddressSpace.of(one))
+    refused(errno.EINVAL, lambda: other.device(5, group=device.group))
+    refused(errno.EBUSY, other.probe, device)
+    assert 5 not in other.iommus[0].devices and len(device.group.devices) == 1

@@ -165,6 +165,7 @@ class AddressSpace:
             oas=min(max(cpu.pa_bits, 32), 52 if wide else 48),
         )  # fmt: skip
         space.table = table
+        space._system = system
         for name in _GEOMETRY:
             setattr(space, name, getattr(table, name))
         return space

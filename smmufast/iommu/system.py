@@ -686,6 +686,9 @@ class System:
             if device._iommu is not None:
                 raise Busy("device", device, text="device was probed")
             iommu = integer("iommu", iommu)
+            group = device._wanted_group
+            if group is not None and group.system is not self:
+                raise InvalidArgument("group", group, text="group is another system's")
             if not 0 <= iommu < len(self.iommus):
                 raise NoDevice("iommu", iommu, f"0 to {len(self.iommus) - 1}")
             one = self.iommus[iommu]
