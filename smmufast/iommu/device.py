@@ -1193,7 +1193,11 @@ class Device:
         one = self.sids[0] if sid is None else integer("sid", sid)
         result = smmu.translate(one, iova, ssid=pasid, write=write, priv=priv, instr=instr)
         if result.action == "stall":
-            stall = next(s for s in smmu.stalls if s.stag == result.stag)
+            stall = next((s for s in smmu.stalls if s.stag == result.stag), None)
+            if stall is None:  # another thread has handled it
+                return self.translate(
+                    iova, pasid=pasid, write=write, priv=priv, instr=instr, sid=sid
+                )
             self.system.service()
             if stall.done and stall.result is not None:
                 return stall.result

@@ -24,6 +24,7 @@ class SystemLock:
         self._lock = threading.RLock()
         self._depth = 0
         self._closed = 0
+        self._owner = 0
         self._raised: list[BaseException] = []
 
     def __enter__(self) -> Self:
@@ -32,10 +33,13 @@ class SystemLock:
             self._lock.release()
             raise Busy("system", self, text="system is in the middle of a change: not from here")
         self._depth += 1
+        self._owner = threading.get_ident()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
         self._depth -= 1
+        if not self._depth:
+            self._owner = 0
         raised: list[BaseException] = []
         if not self._depth:
             raised, self._raised = self._raised, raised
@@ -53,7 +57,10 @@ class SystemLock:
             self._closed -= 1
 
     def call(self, callback: Callable[..., object], *arguments: object) -> None:
-        """Call an observer; the lock is held."""
+        """Call an observer; without the lock, it is only called."""
+        if self._owner != threading.get_ident():
+            callback(*arguments)
+            return
         with self.closed():
             self.defer(callback, *arguments)
 

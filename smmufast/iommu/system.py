@@ -7,6 +7,7 @@ the system's.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -113,6 +114,7 @@ class Iommu:
         self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
         self.overflows: dict[str, int] = {}  # of the event and page request queues
         self._interrupts: set[str] = set()
+        self._servicing = threading.RLock()
         self.boot()
         self.writer = EntryWriter(self.queue, self.memory, call=system.lock.call)
 
@@ -407,9 +409,13 @@ class Iommu:
     # --- interrupts ---
 
     def service(self) -> int:
-        """Do what the interrupts asked for; return how many records were handled."""
-        self._interrupts.clear()
-        return fault.service(self)
+        """Do what the interrupts asked for; return how many records were handled.
+
+        One thread at a time: the others wait until what it found is answered.
+        """
+        with self._servicing:
+            self._interrupts.clear()
+            return fault.service(self)
 
     # --- what the SMMU sees meanwhile ---
 
