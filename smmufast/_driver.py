@@ -258,6 +258,11 @@ class EntryWriter:
         self.call = call or (lambda observer, *arguments: observer(*arguments))
         self.observer: Callable[[int, int, tuple[int, ...]], object] | None = None
 
+    def read(self, address: int) -> tuple[int, ...]:
+        """The eight dwords of the entry at `address`."""
+        data = self.memory.read(address, 64)
+        return tuple(int.from_bytes(data[i : i + 8], "little") for i in range(0, 64, 8))
+
     def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
         """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
 
@@ -288,8 +293,7 @@ class EntryWriter:
         sync: Callable[[], None],
     ) -> Update:
         with self.queue.lock:
-            data = self.memory.read(address, 64)
-            now = [int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(8)]
+            now = list(self.read(address))
             now_used, target_used = used(now), used(target)
             if safe is not None:
                 for i, mask in enumerate(safe(now, target)):

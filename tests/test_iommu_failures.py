@@ -6,13 +6,15 @@ command queue, the SMMU itself, every allocator, and what devices, groups and do
 
 import pytest
 
-from smmufast import Caches
+from smmufast import Caches, Features, Memory
 from smmufast.iommu import (
     AUX,
+    BLOCKED,
     NOW,
     AddressSpace,
     AttachHandle,
     OutOfMemory,
+    System,
     Viommu,
 )
 from smmufast.iommu.iova import DmaMapper, IovaAllocator
@@ -292,3 +294,96 @@ def test_whichever_allocation_fails_nothing_has_changed(systems, profile, case, 
     system.pages.fail_after(allocations)  # one more than it needs
     call()
     system.pages.fail_after(None)
+
+
+# --- memory that raises ---
+
+
+class Medium:
+    """Memory behind callbacks, one of whose writes raises."""
+
+    BASE = 0x4000_0000
+
+    def __init__(self):
+        self.bytes = bytearray(1 << 22)
+        self.left = None
+        self.memory = Memory()
+        self.memory.add_callback(self.BASE, len(self.bytes), self.read, self.write)
+        self.system = System(
+            memory=self.memory, pages=(self.BASE, len(self.bytes)),
+            features=Features.full().replace(sidsize=8),
+        )  # fmt: skip
+
+    def read(self, address, size):
+        at = address - self.BASE
+        return bytes(self.bytes[at : at + size])
+
+    def write(self, address, data):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                self.left = None
+                raise OSError("the medium refuses")
+        at = address - self.BASE
+        self.bytes[at : at + len(data)] = data
+        return True
+
+
+CHANGES = {
+    "attach": (lambda d, one, two, space: None, lambda d, one, two, space: d.attach(one)),
+    "replace": (
+        lambda d, one, two, space: d.attach(one), lambda d, one, two, space: d.replace(two)
+    ),
+    "detach": (
+        lambda d, one, two, space: d.attach(one), lambda d, one, two, space: d.detach(one)
+    ),
+    "attach_pasid": (
+        lambda d, one, two, space: None, lambda d, one, two, space: d.attach_pasid(one, 2)
+    ),
+    "replace_pasid": (
+        lambda d, one, two, space: d.attach_pasid(one, 2),
+        lambda d, one, two, space: d.replace_pasid(two, 2, AttachHandle()),
+    ),
+    "detach_pasid": (
+        lambda d, one, two, space: d.attach_pasid(one, 2),
+        lambda d, one, two, space: d.detach_pasid(one, 2),
+    ),
+    "bind": (lambda d, one, two, space: None, lambda d, one, two, space: d.bind(space)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ats", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_whichever_write_raises_the_counts_are_right_and_all_works_again(what, ats):
+    before, change = CHANGES[what]
+    nth = 0
+    while True:
+        medium = Medium()
+        system = medium.system
+        device = system.device(8, pasid_bits=4, ats=ats)
+        one, two, space = device.paging_domain(), device.paging_domain(), AddressSpace.of(system)
+        before(device, one, two, space)
+        medium.left = nth
+        try:
+            change(device, one, two, space)
+        except OSError:
+            nth += 1
+        else:
+            break
+        held = [device.domain, *(device.group.at(pasid) for pasid in device.group.pasids)]
+        assert (one.users, two.users) == (held.count(one), held.count(two))
+        assert len(one.invalidations) == (1 + ats) * one.users
+        device.replace(BLOCKED)
+        for domain in (one, two):
+            for pasid in [p for p in device.group.pasids if device.group.at(p) is domain]:
+                device.detach_pasid(domain, pasid)
+        for bond in list(space.bonds):
+            bond.unbind()
+        assert (one.users, two.users, device.pasids_in_use) == (0, 0, 0)
+        device.attach(one)
+        one.map(PAGE, RAM, PAGE)
+        assert device.translate(PAGE).pa == RAM
+        bond = device.bind(space)
+        space.table.map(PAGE, RAM, PAGE)
+        assert device.translate(PAGE, pasid=bond.pasid).pa == RAM
+    assert nth > 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import TooBig
@@ -9,6 +10,7 @@ from smmufast.errors import TooBig
 if TYPE_CHECKING:
     from smmufast.iommu.device import Device
     from smmufast.iommu.domain import Words
+    from smmufast.iommu.group import Undo
     from smmufast.iommu.system import Iommu
 
 LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
@@ -96,17 +98,25 @@ class CdTable:
         iommu.invalidate_cd(self.sids(), ssid, leaf=False)
         return leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
 
-    def write(self, ssid: int, words: Words) -> None:
-        """Make a CD what is given, through the entry writer; all zero clears it."""
+    def write(self, ssid: int, words: Words, undo: Undo | None = None) -> None:
+        """Make a CD what is given, through the entry writer; all zero clears it.
+
+        `undo`, if given, gets what makes it what it was.
+        """
         address = self.address(ssid)
         if address is None:
             if not any(words):
                 return
             address = self.place(ssid)
-        valid = self.iommu.memory.read_u64(address) >> 31 & 1
-        self.iommu.writer.write_cd(address, words, self.sids(), ssid)
-        if ssid:
-            self.used += (words[0] >> 31 & 1) - valid
+        writer = self.iommu.writer
+        before = writer.read(address)
+        if undo is not None:
+            undo.add(partial(self.write, ssid, before))
+        try:
+            writer.write_cd(address, words, self.sids(), ssid)
+        finally:
+            if ssid:
+                self.used += (writer.read(address)[0] >> 31 & 1) - (before[0] >> 31 & 1)
 
     def drop_leaf(self, ssid: int) -> None:
         """Take back the leaf that `place` allocated; no CD in it is valid."""

@@ -452,11 +452,18 @@ class Device:
             stall=self.stall_supported, e2h=iommu.e2h, features=iommu.smmu.features,
         )  # fmt: skip
 
-    def write_ste(self, words: Words) -> None:
-        """Make the STE of each of its streams what is given, through the entry writer."""
+    def write_ste(self, words: Words, undo: Undo | None = None) -> None:
+        """Make the STE of each of its streams what is given, through the entry writer.
+
+        `undo`, if given, gets what makes it what it was.
+        """
         iommu = self.iommu
         for sid in self.sids:
-            iommu.writer.write_ste(iommu.ste_address(sid), words, sid)
+            address = iommu.ste_address(sid)
+            if undo is not None:
+                before = iommu.writer.read(address)
+                undo.add(partial(iommu.writer.write_ste, address, before, sid))
+            iommu.writer.write_ste(address, words, sid)
 
     def install(self, domain: Domain) -> None:
         """Attach the main domain: the driver's part, for this device alone."""
@@ -501,51 +508,56 @@ class Device:
         aux = iommu.system.profile.aux
         old = self.domain
         table = None if aux else self.cd_table
-        if isinstance(domain, PagingDomain):
-            if aux and domain.stage == 1:
-                table = domain.cd_table
-                assert table is not None
-                if not table.devices:
-                    table.write(0, domain.cd(self.stall_supported))
-            domain.mode = domain.mode or "main"
+        if aux and isinstance(domain, PagingDomain) and domain.stage == 1:
+            table = domain.cd_table
+            assert table is not None
+            if not table.devices:
+                table.write(0, domain.cd(self.stall_supported))
         in_table = table is not None and table.used > 0 and domain.kind in ("identity", "blocked")
         ats = self.ats_supported and (
             in_table
             or isinstance(domain, PagingDomain)
             or (isinstance(domain, NestedDomain) and domain.ats)
         )
-        self._enter(domain, NO_PASID)
-        if aux and isinstance(domain, PagingDomain) and table is not None:
-            table.devices.append(self)
-            for child in domain.children.values():
-                if child.users:
-                    self._enter_atcs(child, child.aux_pasid)
-        if self.ats_enabled and not ats:
-            self._ats_off()
-        if domain.stage == 1 and not aux:
-            assert table is not None and isinstance(domain, PagingDomain)
-            table.write(0, domain.cd(self.stall_supported))
-        self.write_ste(self._ste(domain, table, ats))
-        if not aux and domain.stage != 1 and self.cd_table is not None:
-            self.cd_table.write(0, INVALID_CD)
-        if ats and not self.ats_enabled:
-            self._ats_on()
-        elif ats:
-            for sid in self.sids:
-                iommu.invalidate_atc(sid)
-            iommu.queue.sync()
+        with Undo() as undo:
+            self._enter(domain, NO_PASID, undo)
+            if aux and isinstance(domain, PagingDomain) and table is not None:
+                table.devices.append(self)
+                undo.add(partial(table.devices.remove, self))
+                for child in domain.children.values():
+                    if child.users:
+                        self._enter_atcs(child, child.aux_pasid)
+                        undo.add(partial(self._leave_atcs, child, child.aux_pasid))
+            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
+            if self.ats_enabled and not ats:
+                self._ats_off()
+            if domain.stage == 1 and not aux:
+                assert table is not None and isinstance(domain, PagingDomain)
+                table.write(0, domain.cd(self.stall_supported), undo)
+            self.write_ste(self._ste(domain, table, ats), undo)
+            if not aux and domain.stage != 1 and self.cd_table is not None:
+                self.cd_table.write(0, INVALID_CD, undo)
+            if ats and not self.ats_enabled:
+                self._ats_on()
+            elif ats:
+                for sid in self.sids:
+                    iommu.invalidate_atc(sid)
+                iommu.queue.sync()
+        if isinstance(domain, PagingDomain):
+            domain.mode = domain.mode or "main"
         if aux and isinstance(old, PagingDomain) and old.cd_table is not None:
             for child in old.children.values():
                 if child.users:
                     self._leave_atcs(child, child.aux_pasid)
             old.cd_table.devices.remove(self)
-        self._leave(old, NO_PASID)
         self.domain = domain
+        self._leave(old, NO_PASID)
 
     # --- where a domain may be cached ---
 
-    def _enter(self, domain: Domain, pasid: int) -> None:
+    def _enter(self, domain: Domain, pasid: int, undo: Undo) -> None:
         """Let a domain know that this device, with this PASID, may cache it."""
+        undo.add(partial(self._leave, domain, pasid))
         cached = domain
         if isinstance(domain, NestedDomain):
             domain.users += 1
@@ -577,7 +589,8 @@ class Device:
         self._leave_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
         cached.users -= 1
         cached.active = cached.users > 0
-        cached.flush_tag()
+        # the change is done: what goes wrong now is raised when the call is
+        self.iommu.system.lock.defer(cached.flush_tag)
 
     def _enter_atcs(self, domain: PagingDomain | SvaDomain, pasid: int, kind: int = ATS) -> None:
         for sid in self.sids if self.ats_supported else ():
@@ -759,33 +772,35 @@ class Device:
         if domain is None:
             table = self._table()
             assert table is not None
-            holders = table.holders.pop(pasid, 0) if iommu.system.profile.aux else 0
-            if holders > 1:
-                table.holders[pasid] = holders - 1  # other devices of the main domain have it
-            else:
+            holders = table.holders.get(pasid, 0) if iommu.system.profile.aux else 0
+            if holders <= 1:
                 table.write(pasid, INVALID_CD)
-            self._flush_pasid(pasid)
+            table.holders.pop(pasid, None)
+            if holders > 1:  # other devices of the main domain have it
+                table.holders[pasid] = holders - 1
+            iommu.system.lock.defer(self._flush_pasid, pasid)
             if old is not None:
                 self._leave(old, pasid)
             if not table.used and self.domain.kind in ("identity", "blocked"):
-                self._plain_ste()
+                iommu.system.lock.defer(self._plain_ste)
             return
         assert isinstance(domain, PagingDomain | SvaDomain)
         with Undo() as undo:
             table = self.reserve_pasid(domain, pasid, undo)
             table.place(pasid)
-        first = not table.used
-        self._enter(domain, pasid)
+            first = not table.used
+            self._enter(domain, pasid, undo)
+            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
+            table.write(pasid, domain.cd(self.stall_supported), undo)
+            if first and self.domain.kind in ("identity", "blocked"):
+                self.write_ste(self._ste(self.domain, table, self.ats_supported), undo)
+            if self.ats_supported:
+                if self.ats_enabled:
+                    self._flush_pasid(pasid)
+                else:
+                    self._ats_on()
         if iommu.system.profile.aux:
             table.holders[pasid] = table.holders.get(pasid, 0) + 1
-        table.write(pasid, domain.cd(self.stall_supported))
-        if first and self.domain.kind in ("identity", "blocked"):
-            self.write_ste(self._ste(self.domain, table, self.ats_supported))
-        if self.ats_supported:
-            if self.ats_enabled:
-                self._flush_pasid(pasid)
-            else:
-                self._ats_on()
         if old is not None:
             self._leave(old, pasid)
 

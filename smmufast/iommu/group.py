@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import TYPE_CHECKING, Final, Self
 
@@ -31,8 +32,8 @@ class Undo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
-        if kind is not None:
-            for call in reversed(self._calls):
+        for call in reversed(self._calls) if kind is not None else ():
+            with contextlib.suppress(Exception):  # what failed first is what is raised
                 call()
 
 
@@ -147,7 +148,8 @@ class Group:
                 done.append(device)
         except BaseException:
             for device in reversed(done):
-                device.install(old)
+                with contextlib.suppress(Exception):
+                    device.install(old)
             for device, table in zip(self.devices, tables, strict=True):
                 if table is None:
                     device.drop_table()
@@ -197,7 +199,8 @@ class Group:
                 done.append(device)
         except BaseException:
             for device in reversed(done):
-                device.install_pasid(old, pasid, domain)
+                with contextlib.suppress(Exception):
+                    device.install_pasid(old, pasid, domain)
             for device, table, leaf in zip(members, tables, leaves, strict=True):
                 if table is None:
                     device.drop_table()
