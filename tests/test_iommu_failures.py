@@ -304,14 +304,14 @@ class Medium:
 
     BASE = 0x4000_0000
 
-    def __init__(self):
+    def __init__(self, **more):
         self.bytes = bytearray(1 << 22)
         self.left = None
         self.memory = Memory()
         self.memory.add_callback(self.BASE, len(self.bytes), self.read, self.write)
         self.system = System(
             memory=self.memory, pages=(self.BASE, len(self.bytes)),
-            features=Features.full().replace(sidsize=8),
+            features=Features.full().replace(sidsize=8), **more,
         )  # fmt: skip
 
     def read(self, address, size):
@@ -387,3 +387,52 @@ def test_whichever_write_raises_the_counts_are_right_and_all_works_again(what, a
         space.table.map(PAGE, RAM, PAGE)
         assert device.translate(PAGE, pasid=bond.pasid).pa == RAM
     assert nth > 5
+
+
+def aux_device(system):
+    device, main = ready_for_aux(system)
+    domain = system.paging_domain()
+    return device, main, domain, AddressSpace.of(system)
+
+
+AUX_CHANGES = {
+    "attach_aux": (lambda *_: None, lambda d, domain, space: d.attach_aux(domain)),
+    "detach_aux": (
+        lambda d, domain, space: d.attach_aux(domain),
+        lambda d, domain, space: d.detach_aux(domain),
+    ),
+    "bind": (lambda *_: None, lambda d, domain, space: d.bind(space)),
+    "exit": (lambda d, domain, space: d.bind(space), lambda d, domain, space: space.exit()),
+}
+
+
+@pytest.mark.parametrize("what", AUX_CHANGES)
+def test_whichever_write_raises_the_old_profile_works_again(what):
+    before, change = AUX_CHANGES[what]
+    nth = 0
+    while True:
+        medium = Medium(profile=AUX)
+        system = medium.system
+        device, main, domain, space = aux_device(system)
+        before(device, domain, space)
+        medium.left = nth
+        try:
+            change(device, domain, space)
+        except OSError:
+            nth += 1
+        else:
+            break
+        attached = domain in device.aux.values()
+        assert domain.users == attached
+        assert len(domain.invalidations) == 2 * attached
+        assert list(system.pasids) == sorted({domain.aux_pasid, space.pasid} - {0})
+        for bond in list(space.bonds):
+            bond.unbind()
+        if not attached:
+            device.attach_aux(domain)
+        domain.map(PAGE, RAM, PAGE)
+        assert device.translate(PAGE, pasid=domain.aux_pasid).pa == RAM
+        device.detach_aux(domain)
+        assert (domain.users, device.pasids_in_use, main.users) == (0, 0, 1)
+        assert not device.translate(PAGE, pasid=domain.aux_pasid)
+    assert nth > 3

@@ -6,11 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import TooBig
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from smmufast.iommu.device import Device
     from smmufast.iommu.domain import Words
-    from smmufast.iommu.group import Undo
     from smmufast.iommu.system import Iommu
 
 LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
@@ -92,11 +92,17 @@ class CdTable:
             return address
         index = ssid >> LEAF_LG2
         iommu = self.iommu
-        leaf = self.leaves[index] = self.spare.pop(index)
+        leaf = self.spare[index]
         iommu.store(self.base + 8 * index, leaf | 1)
+        self.leaves[index] = self.spare.pop(index)
         # an invalid level-1 descriptor may be cached (F39)
         iommu.invalidate_cd(self.sids(), ssid, leaf=False)
         return leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
+
+    def clear(self, ssid: int) -> None:
+        """Make a CD invalid, or leave it as it was."""
+        with Undo() as undo:
+            self.write(ssid, INVALID_CD, undo)
 
     def write(self, ssid: int, words: Words, undo: Undo | None = None) -> None:
         """Make a CD what is given, through the entry writer; all zero clears it.

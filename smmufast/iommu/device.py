@@ -41,8 +41,9 @@ from smmufast.iommu.domain import (
     no_pasid_op,
 )
 from smmufast.iommu.draw import draw
-from smmufast.iommu.group import NO_PASID, AttachHandle, Group, Undo
+from smmufast.iommu.group import NO_PASID, AttachHandle, Group
 from smmufast.iommu.mediated import Mediated
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -774,7 +775,7 @@ class Device:
             assert table is not None
             holders = table.holders.get(pasid, 0) if iommu.system.profile.aux else 0
             if holders <= 1:
-                table.write(pasid, INVALID_CD)
+                table.clear(pasid)
             table.holders.pop(pasid, None)
             if holders > 1:  # other devices of the main domain have it
                 table.holders[pasid] = holders - 1
@@ -1032,34 +1033,28 @@ class Device:
     def _attach_aux(self, domain: PagingDomain, main: PagingDomain, first: int, last: int) -> None:
         system, table = self.system, main.cd_table
         assert table is not None
-        new = domain.aux_pasid == 0
-        if new:
-            try:
-                pasid = system.take_pasid(first, last, data=domain)
-            except NoSpace as error:
-                raise InvalidArgument("pasid", None, text=f"no PASID is left: {error}") from error
-            try:
+        with Undo() as undo:
+            pasid = domain.aux_pasid
+            if not pasid:
+                try:
+                    pasid = system.take_pasid(first, last, data=domain)
+                except NoSpace as error:
+                    text = f"no PASID is left: {error}"
+                    raise InvalidArgument("pasid", None, text=text) from error
+                undo.add(partial(system.give_pasid, pasid))
                 if not first <= pasid <= last:  # a backend takes the range for a hint
                     raise PasidOverflow("pasid", pasid, f"{first} to {last}")
                 domain.finalise(self.iommu)
-            except BaseException:
-                system.give_pasid(pasid)
-                raise
-        else:
-            pasid = domain.aux_pasid
-        if not domain.users:
-            try:
-                table.place(pasid)
-            except BaseException:
-                if new:
-                    domain.unfinalise()
-                    system.give_pasid(pasid)
-                raise
-            for device in table.devices:
-                device._enter_atcs(domain, pasid)
-            table.write(pasid, domain.cd(self.stall_supported))
-            for device in table.devices:
-                device._flush_pasid(pasid)
+                undo.add(domain.unfinalise)
+            if not domain.users:
+                if table.reserve(pasid):
+                    undo.add(partial(table.unreserve, pasid))
+                for device in table.devices:
+                    device._enter_atcs(domain, pasid)
+                    undo.add(partial(device._leave_atcs, domain, pasid))
+                table.write(pasid, domain.cd(self.stall_supported), undo)
+                for device in table.devices:
+                    device._flush_pasid(pasid)
         for kind, number in domain.tags:
             domain.invalidations.insert(self.iommu.queue, kind, number, 0)
         domain.mode = "aux"
@@ -1087,20 +1082,20 @@ class Device:
                 )
             pasid, parent = domain.aux_pasid, domain.parent
             assert parent is not None and parent.cd_table is not None
-            table = parent.cd_table
-            del self.aux[pasid]
+            table, lock = parent.cd_table, group.system.lock
             if domain.users > 1:
-                self._flush_pasid(pasid)
+                lock.defer(self._flush_pasid, pasid)
             else:
-                table.write(pasid, INVALID_CD)
+                table.clear(pasid)
                 for device in table.devices:
-                    device._flush_pasid(pasid)
+                    lock.defer(device._flush_pasid, pasid)
                     device._leave_atcs(domain, pasid)
+            del self.aux[pasid]
             for kind, number in domain.tags:
                 domain.invalidations.remove(self.iommu.queue, kind, number, 0)
             domain.users -= 1
             domain.active = domain.users > 0
-            domain.flush_tag()
+            lock.defer(domain.flush_tag)
 
     # --- SVA and mediated devices ---
 

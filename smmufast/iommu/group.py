@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import Busy, InvalidArgument
 from smmufast.iommu.domain import BLOCKED, Domain, domain_of, no_pasid_op
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from smmufast.iommu.device import Device
     from smmufast.iommu.system import System
 
 NO_PASID: Final = 0
-
-
-class Undo:
-    """What takes back the preparations of a call, should it fail: a context manager."""
-
-    def __init__(self) -> None:
-        self._calls: list[Callable[[], object]] = []
-
-    def add(self, call: Callable[[], object]) -> None:
-        """Remember a call; the last one is made first."""
-        self._calls.append(call)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
-        for call in reversed(self._calls) if kind is not None else ():
-            with contextlib.suppress(Exception):  # what failed first is what is raised
-                call()
 
 
 class AttachHandle:

@@ -22,7 +22,8 @@ from smmufast.errors import (
     integer,
 )
 from smmufast.iommu.domain import PagingDomain, SvaDomain
-from smmufast.iommu.group import AttachHandle, Undo
+from smmufast.iommu.group import AttachHandle
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -215,9 +216,10 @@ class AddressSpace:
                     table = device._table()
                     if device.max_pasids and table is not None and not device.group.resetting:
                         domain = self.domains[device.iommu]
-                        table.write(self.pasid, domain.cd(device.stall_supported))
+                        words = domain.cd(device.stall_supported)
+                        system.lock.defer(table.write, self.pasid, words)
             for domain in self.domains.values():
-                domain.invalidations.invalidate_all()
+                system.lock.defer(domain.invalidations.invalidate_all)
             self._end()
 
     def _end(self) -> None:

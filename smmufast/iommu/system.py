@@ -37,10 +37,11 @@ from smmufast.iommu import entry, fault
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
 from smmufast.iommu.draw import draw
-from smmufast.iommu.group import Group, Undo
+from smmufast.iommu.group import Group
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -313,9 +314,10 @@ class Iommu:
         leaf = self._leaves.get(index)
         if leaf is None:
             self.reserve_ste(sid)
-            leaf = self._leaves[index] = self._spare.pop(index)
+            leaf = self._spare[index]
             self._fill(leaf, 1 << SPLIT)
             self.store(self.strtab + 8 * index, leaf | SPLIT + 1)
+            self._leaves[index] = self._spare.pop(index)
             # an invalid level-1 descriptor may be cached
             self.queue.issue("CFGI_STE", StreamID=sid, Leaf=0)
             self.queue.sync()
