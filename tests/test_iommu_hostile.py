@@ -165,6 +165,17 @@ def test_a_released_device_takes_everything_with_it(systems):
     assert device.translate(0x10_0000).pa == 0x10_0000
 
 
+def test_a_released_device_leaves_no_half_of_a_request_group(systems):
+    system = systems()
+    device = system.device(9, pasid_bits=4, ats=True, pri=True)
+    space = AddressSpace.of(system, handler=lambda fault: True)
+    device.bind(space)
+    system.smmu.page_request(9, PAGE, ssid=space.pasid, read=True, last=False, prg_index=5)
+    assert system.service() == 1 and len(system.iommus[0].page_requests) == 1
+    device.release()
+    assert system.iommus[0].page_requests == {}
+
+
 @pytest.mark.parametrize("profile", [AUX, None], ids=["aux", "now"])
 def test_nothing_is_changed_while_a_device_is_being_reset(systems, profile):
     system = systems(caches=Caches.server, **({"profile": AUX} if profile else {}))

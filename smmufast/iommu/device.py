@@ -204,6 +204,9 @@ class Device:
         if self._iommu is not None:
             for atc in self.atcs:
                 self._iommu.smmu.devices.pop(atc.sid, None)
+            waiting = self._iommu.page_requests
+            for key in [key for key in waiting if key[0] in self.sids]:
+                del waiting[key]  # of groups whose last request never came
         self.atcs.clear()
         self.pasid_enabled = False
         self._group = self._iommu = None
