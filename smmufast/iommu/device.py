@@ -233,7 +233,7 @@ class Device:
             if len(group.devices) > 1 and self.max_pasids:
                 for pasid in group.pasids:
                     self.install_pasid(None, pasid, group.at(pasid))
-            self._install(BLOCKED)
+            self.reinstall(BLOCKED)
             if self.pasid_enabled:
                 self.disable_pasid()
             self.drop_table()
@@ -473,7 +473,7 @@ class Device:
         """Attach the main domain: the driver's part, for this device alone."""
         with Undo() as undo:
             self.reserve(domain, undo)
-            self._install(domain)
+            self.reinstall(domain)
 
     def reserve(self, domain: Domain, undo: Undo) -> None:
         """Check a main domain, and allocate what it needs here, before anything is written.
@@ -507,7 +507,8 @@ class Device:
             undo.add(self.drop_table)
         return self.own_table()
 
-    def _install(self, domain: Domain) -> None:
+    def reinstall(self, domain: Domain) -> None:
+        """Attach a main domain that needs no check and no page any more."""
         iommu = self.iommu
         aux = iommu.system.profile.aux
         old = self.domain
@@ -1159,7 +1160,7 @@ class Device:
                 domain.users += 1  # not to be freed meanwhile
             for pasid in group.pasids:
                 self.install_pasid(None, pasid, group.at(pasid))
-            self._install(BLOCKED)
+            self.reinstall(BLOCKED)
 
     def reset_done(self) -> None:
         """Give back what `reset_prepare` blocked."""
@@ -1167,7 +1168,7 @@ class Device:
         with group.system.lock:
             if not group.resetting:
                 raise InvalidArgument("device", self, text="device is not being reset")
-            self._install(group.domain)
+            self.reinstall(group.domain)
             for pasid in group.pasids:
                 self.install_pasid(group.at(pasid), pasid, None)
             for domain in group.attached():

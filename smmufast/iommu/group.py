@@ -129,7 +129,7 @@ class Group:
         except BaseException:
             for device in reversed(done):
                 with contextlib.suppress(Exception):
-                    device.install(old)
+                    device.reinstall(old)
             for device, table in zip(self.devices, tables, strict=True):
                 if table is None:
                     device.drop_table()
