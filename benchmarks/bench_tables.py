@@ -140,6 +140,23 @@ def unmapping(size, whole):
     return build
 
 
+def blocks(which):
+    """Map, or unmap, 1 GiB at a time by blocks of 2 MiB."""
+
+    def build(_bench):
+        own = table()
+        maps = [(i * GIB, (i + 1) * GIB + SPAN, GIB) for i in range(RANGES)]  # no larger block fits
+        unmaps = [(iova, size) for iova, _, size in maps]
+        run, back = partial(three, own.map, maps), partial(two, own.unmap, unmaps)
+        found = (RANGES * GIB, (RANGES + 1) * GIB + SPAN - 1)
+        if which == "unmap":
+            run, back, found = back, run, (0, 0)
+        return checked(Run(run, RANGES * 512, back), found,
+                       lambda: (own.mapped, own.iova_to_phys(RANGES * GIB - 1)))  # fmt: skip
+
+    return build
+
+
 # ---- one page ---------------------------------------------------------------------------------
 
 
@@ -222,6 +239,15 @@ QUESTIONS = (
             "C loop of stores": bare_map(GIB),
             f"{LIBRARY} map()": mapping(GIB, keep=False),
             f"{LIBRARY} unmap()": unmapping(GIB, whole=True),
+        },
+    ),
+    Question(
+        "page tables, 1 GiB of 2 MiB blocks in one call",
+        "block",
+        {
+            "C loop of stores": bare_map(SPAN),
+            f"{LIBRARY} map()": blocks("map"),
+            f"{LIBRARY} unmap()": blocks("unmap"),
         },
     ),
     Question(

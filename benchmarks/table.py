@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 import bench_cached
+import bench_domains
 import bench_nested
 import bench_pasid
 import bench_queues
@@ -42,6 +43,7 @@ MODULES = (
     bench_pasid,
     bench_start,
     bench_tables,
+    bench_domains,
 )
 QUESTIONS = sorted(
     (question for module in MODULES for question in module.QUESTIONS),

@@ -8,7 +8,6 @@ how invalidations are gathered, is not architectural: it follows what Linux does
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from smmufast import layout
@@ -27,6 +26,7 @@ ATS: Final = 3
 ATS_FULL: Final = 4
 
 _ALL: Final = (1 << 64) - 1
+_SYNC: Final = layout.pack("SYNC")
 _CERRORS: Final = {
     0: "no error", 1: "illegal command", 2: "abort of a command fetch", 3: "ATC timeout",
 }  # fmt: skip
@@ -118,7 +118,7 @@ class CommandQueue:
         slot = cons & self._mask >> 1
         address = self.base + 16 * slot
         bad = int.from_bytes(self.memory.read(address, 16), "little")
-        self.memory.write(address, layout.pack("SYNC").to_bytes(16, "little"))
+        self.memory.write(address, _SYNC.to_bytes(16, "little"))
         self.smmu.write("GERRORN", self.smmu.read("GERRORN") ^ 1)
         self.smmu.write("CMDQ_PROD", self.prod)
         self._free = 1 << self.size_lg2
@@ -143,7 +143,7 @@ class CommandQueue:
             Whatever a host's callback raises while commands are consumed.
         """
         with self.lock:
-            self._put(layout.pack("SYNC"))
+            self._put(_SYNC)
             if self.log is not None:
                 self.log.append(("SYNC", {}))
             self.syncs += 1
@@ -235,6 +235,8 @@ class EntryWriter:
     memory : Memory
     safe_bits : bool
         Use the bits that may change at any time.
+    call : callable, optional
+        Calls the observer, with it and its arguments; to let it raise at a better time.
 
     Attributes
     ----------
@@ -242,11 +244,24 @@ class EntryWriter:
         Called as ``observer(address, index, old_words)`` after each store of a dword.
     """
 
-    def __init__(self, queue: CommandQueue, memory: Memory, *, safe_bits: bool = True) -> None:
+    def __init__(
+        self,
+        queue: CommandQueue,
+        memory: Memory,
+        *,
+        safe_bits: bool = True,
+        call: Callable[..., object] | None = None,
+    ) -> None:
         self.queue = queue
         self.memory = memory
         self.safe_bits = safe_bits
+        self.call = call or (lambda observer, *arguments: observer(*arguments))
         self.observer: Callable[[int, int, tuple[int, ...]], object] | None = None
+
+    def read(self, address: int) -> tuple[int, ...]:
+        """The eight dwords of the entry at `address`."""
+        data = self.memory.read(address, 64)
+        return tuple(int.from_bytes(data[i : i + 8], "little") for i in range(0, 64, 8))
 
     def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
         """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
@@ -278,8 +293,7 @@ class EntryWriter:
         sync: Callable[[], None],
     ) -> Update:
         with self.queue.lock:
-            data = self.memory.read(address, 64)
-            now = [int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(8)]
+            now = list(self.read(address))
             now_used, target_used = used(now), used(target)
             if safe is not None:
                 for i, mask in enumerate(safe(now, target)):
@@ -306,7 +320,7 @@ class EntryWriter:
                         now[i] = wanted[i]
                         changed = True
                         if self.observer is not None:
-                            self.observer(address, i, old)
+                            self.call(self.observer, address, i, old)
                 if changed:
                     sync()
                     syncs += 1
@@ -330,14 +344,15 @@ _Key = tuple[int, int, int, int]
 class Invalidations:
     """Where a domain may be cached: TLB tags of SMMUs, ATCs of streams; sorted, counted.
 
-    `merge` and `purge` make new ones; `unref` leaves entries that nobody uses as trash, so that
-    whoever reads the array meanwhile sees no entry move.
+    `merge` and `purge` make new ones; `unref` leaves entries that nobody uses as trash.  Whoever
+    invalidates while others insert and remove works on the entries of one moment.
     """
 
     def __init__(self, entries: Iterable[tuple[CommandQueue, int, int, int]] = ()) -> None:
-        self._keys: list[_Key] = []
-        self._users: list[int] = []
+        self._users: dict[_Key, int] = {}
         self._queues: dict[int, CommandQueue] = {}
+        self._version = 0  # moves after each change
+        self._sorted: tuple[int, list[tuple[_Key, int]]] = (-1, [])  # of which version
         for queue, kind, number, ssid in entries:
             self.insert(queue, kind, number, ssid)
 
@@ -349,17 +364,24 @@ class Invalidations:
         self._queues[order] = queue
         return order, kind, number, ssid
 
+    def _rows(self) -> list[tuple[_Key, int]]:
+        """Keys and their users, in order."""
+        version = self._version
+        known, rows = self._sorted
+        if known != version:
+            # list() first: one step between threads
+            rows = list(self._users.items())
+            rows.sort()
+            self._sorted = version, rows
+        return rows
+
     def insert(self, queue: CommandQueue, kind: int, number: int, ssid: int = 0) -> int:
         """Count one more user of an entry; return how many it has."""
         key = self._key(queue, kind, number, ssid)
-        keys = self._keys
-        at = len(keys) if not keys or keys[-1] < key else bisect_left(keys, key)
-        if at < len(keys) and keys[at] == key:
-            self._users[at] += 1
-        else:
-            keys.insert(at, key)
-            self._users.insert(at, 1)
-        return self._users[at]
+        users = self._users.get(key, 0) + 1
+        self._users[key] = users
+        self._version += 1
+        return users
 
     def remove(self, queue: CommandQueue, kind: int, number: int, ssid: int = 0) -> int:
         """Count one user less; the last takes the entry with it.  Return how many are left.
@@ -370,54 +392,64 @@ class Invalidations:
             There is no such entry.
         """
         key = self._key(queue, kind, number, ssid)
-        at = bisect_left(self._keys, key)
-        if at == len(self._keys) or self._keys[at] != key or not self._users[at]:
-            raise InvalidArgument("entry", key, text=f"no entry {key} is in use")
-        self._users[at] -= 1
-        left = self._users[at]
-        if not left:
-            del self._keys[at], self._users[at]
+        left = self._used(key, 1) - 1
+        if left:
+            self._users[key] = left
+        else:
+            del self._users[key]
+        self._version += 1
         return left
 
+    def users(self, queue: CommandQueue, kind: int, number: int, ssid: int = 0) -> int:
+        """How many users an entry has; 0 if it is not there."""
+        return self._users.get(self._key(queue, kind, number, ssid), 0)
+
+    def _used(self, key: _Key, least: int) -> int:
+        users = self._users.get(key, 0)
+        if users < least:
+            raise InvalidArgument("entry", key, text=f"entry {key} has {users} users, not {least}")
+        return users
+
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._users)
 
     @property
     def entries(self) -> list[Entry]:
         """All entries in order, trash among them."""
         return [
             Entry(self._queues[order], kind, number, ssid, users)
-            for (order, kind, number, ssid), users in zip(self._keys, self._users, strict=True)
+            for (order, kind, number, ssid), users in self._rows()
         ]
 
     @property
     def trash(self) -> int:
         """How many entries nobody uses."""
-        return self._users.count(0)
+        return sum(not users for _, users in self._rows())
 
     def merge(self, other: Invalidations) -> Invalidations:
         """Return both together: users add up."""
-        both = dict(zip(self._keys, self._users, strict=True))
-        for key, users in zip(other._keys, other._users, strict=True):
-            both[key] = both.get(key, 0) + users
         made = Invalidations()
         made._queues = self._queues | other._queues
-        made._keys = sorted(both)
-        made._users = [both[key] for key in made._keys]
+        made._users = dict(self._rows())
+        for key, users in other._rows():
+            made._users[key] = made._users.get(key, 0) + users
         return made
 
     def unref(self, other: Invalidations) -> int:
         """Take the users of another one away, in place; return how much trash there is then.
 
-        Trash at the end is trimmed.
+        Trash at the end is trimmed.  An entry that is not there, or has fewer users, is an
+        InvalidArgument, and nothing is changed.
         """
-        for key, users in zip(other._keys, other._users, strict=True):
-            at = bisect_left(self._keys, key)
-            if at == len(self._keys) or self._keys[at] != key or self._users[at] < users:
-                raise InvalidArgument("entry", key, text=f"no entry {key} is in use")
-            self._users[at] -= users
-        while self._users and not self._users[-1]:
-            del self._keys[-1], self._users[-1]
+        rows = other._rows()
+        left = {key: self._used(key, users) - users for key, users in rows}
+        self._users.update(left)
+        self._version += 1
+        for key, users in reversed(self._rows()):
+            if users:
+                break
+            del self._users[key]
+        self._version += 1
         return self.trash
 
     def purge(self) -> Invalidations | None:
@@ -426,9 +458,7 @@ class Invalidations:
             return None
         made = Invalidations()
         made._queues = dict(self._queues)
-        live = [(k, n) for k, n in zip(self._keys, self._users, strict=True) if n]
-        made._keys = [key for key, _ in live]
-        made._users = [users for _, users in live]
+        made._users = {key: users for key, users in self._rows() if users}
         return made
 
     def invalidate_all(self) -> None:
@@ -451,23 +481,20 @@ class Invalidations:
         leaf : bool
             Only leaf entries were removed, no table.
         """
-        rows = [(order, row) for *row, users in self._rows() for order in (row[0],) if users]
-        queues = list(dict.fromkeys(order for order, _ in rows))
+        rows = [key for key, users in self._rows() if users]
+        queues = list(dict.fromkeys(key[0] for key in rows))
         for ats in (False, True):
             for order in queues:
                 queue = self._queues[order]
                 with queue.lock:
                     any_ = False
-                    for other, (_, kind, number, ssid) in rows:
+                    for other, kind, number, ssid in rows:
                         if other != order or (kind >= ATS) != ats:
                             continue
                         _one(queue, kind, number, ssid, first, last, granule_lg2, page_lg2, leaf)
                         any_ = True
                     if any_:
                         queue.sync()
-
-    def _rows(self) -> list[tuple[int, int, int, int, int]]:
-        return [(*key, users) for key, users in zip(self._keys, self._users, strict=True)]
 
 
 def atc_span(first: int, last: int) -> tuple[int, int]:
@@ -502,7 +529,8 @@ def tlb_ranges(
     made = []
     while pages:
         scale = min((pages & -pages).bit_length() - 1, 31)
-        number = pages >> scale & 31
+        # Num is number - 1, of 5 bits
+        number = pages >> scale & 31 if scale < 31 else min(pages >> scale, 32)
         made.append(
             {
                 "Address": address & (1 << 64) - 1,

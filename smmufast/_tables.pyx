@@ -23,10 +23,12 @@ from smmufast._pages cimport (
     pages_alloc, pages_free, pages_zero, store_slow,
 )
 
+from collections.abc import Iterable
 from threading import Lock
 
 from smmufast.errors import (
     Busy, Exists, InputOutput, InvalidArgument, NoDevice, NotSupported, OutOfMemory, OutOfRange,
+    WrongType, instance,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -83,7 +85,8 @@ cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
     try:
         given = PyNumber_Index(value)
     except TypeError:
-        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+        raise WrongType(
+            name, value, text=f"{name}: {type(value).__name__} given; an integer needed") from None
     if not 0 <= given <= 0xFFFFFFFFFFFFFFFF:
         raise InvalidArgument(name, given, "0 to 2^64 - 1")
     return given
@@ -577,14 +580,25 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
 cdef int all_tables(
         const Tree* t, uint64_t* at, uint64_t end, bint stop, Path* p) noexcept nogil:
     """STRAY if a table on the way to `at` .. `end` is none; with `stop`, up to the first hole."""
-    cdef int kind
+    cdef int kind, level
+    cdef unsigned int shift
     while at[0] < end:
         kind = find(t, at[0], 3, p)
         if kind == KIND_FOREIGN:
             return STRAY
         if kind == KIND_HOLE and stop:
             return DONE
-        at[0] = (at[0] | low_mask(t.shift[min(p.level, 2)])) + 1
+        level = min(p.level, 2)
+        shift = t.shift[level]
+        at[0] = (at[0] | low_mask(shift)) + 1
+        if p.level == 3:
+            continue
+        # the blocks beside it, in the same table
+        while at[0] < end and offset_of(t, at[0], level):
+            p.entry += 8
+            if kind_of(t, get(t, p.entry), level) != KIND_LEAF:
+                break
+            at[0] = (at[0] | low_mask(shift)) + 1
     return DONE
 
 
@@ -1371,7 +1385,13 @@ cdef class PageTable:
         cdef size_t count = 0, capacity = 0
         self._open_to_map()
         try:
-            for pa, size in segments:
+            instance("segments", segments, Iterable)
+            for piece in segments:
+                try:
+                    pa, size = piece
+                except (TypeError, ValueError):
+                    raise InvalidArgument("segments", piece, text=(
+                        f"segments has {piece!r}, not a pair of address and size")) from None
                 to, n = number("pa", pa), number("size", size)
                 error = self._refused(at, to, n, bits)
                 if error is not None:

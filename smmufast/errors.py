@@ -7,6 +7,7 @@ and what is allowed; these three are attributes too.
 # The causes are named for what they are; all are errors.
 # ruff: noqa: N818
 import errno as _errno
+import operator as _operator
 
 
 def _shown(value: object) -> str:
@@ -64,6 +65,12 @@ def _restore(
 
 class InvalidArgument(IommuError, ValueError):
     """EINVAL: the value is not allowed.  From an attach it is soft: try another domain."""
+
+    errno = _errno.EINVAL
+
+
+class WrongType(IommuError, TypeError):
+    """EINVAL: no integer, or an object of another kind."""
 
     errno = _errno.EINVAL
 
@@ -162,3 +169,21 @@ class AccessDenied(IommuError, PermissionError):
     """EACCES: it belongs to another set."""
 
     errno = _errno.EACCES
+
+
+def integer(name: str, value: object) -> int:
+    """Return an argument that must be an integer, or raise a WrongType that names it."""
+    try:
+        return _operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        given = type(value).__name__
+        text = f"{name}: {given} given; an integer needed"
+        raise WrongType(name, value, text=text) from None
+
+
+def instance(name: str, value: object, *kinds: type) -> None:
+    """Raise a WrongType that names an argument unless it is of one of some types."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        text = f"{name}: {type(value).__name__} given; {wanted} needed"
+        raise WrongType(name, value, text=text)

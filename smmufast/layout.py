@@ -28,6 +28,7 @@ This module imports the standard library only, so that it runs before the packag
 """
 
 import enum
+import functools
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -95,25 +96,30 @@ class Field:
     overlay: bool = _field(default=False, kw_only=True)
     doubt: str = _field(default="", kw_only=True)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Number of bits."""
         return self.msb - self.lsb + 1
 
-    @property
+    @functools.cached_property
     def dword(self) -> int:
         """Index of the dword that holds the field."""
         return self.lsb // 64
 
-    @property
+    @functools.cached_property
     def mask(self) -> int:
         """The field's bits within its dword."""
         return ((1 << self.width) - 1) << self.lsb % 64
 
-    @property
+    @functools.cached_property
     def shift(self) -> int:
         """How far a value moves up in its dword: 0 for an address, which is in place already."""
         return 0 if self.address else self.lsb % 64
+
+    @functools.cached_property
+    def absolute(self) -> int:
+        """The field's bits within the record as one integer."""
+        return self.mask << 64 * self.dword
 
     @property
     def bits(self) -> str:
@@ -1056,9 +1062,9 @@ def pack(rec: str | Record, /, **fields: int) -> int:
         If there is no such field, a value does not fit, or two values meet in the same bits.
     """
     rec = record(rec)
-    result = 0
+    result = filled = 0
     used: list[tuple[Field, int]] = []
-    fixed = {name.lower() for name in rec.fixed}
+    fixed = {name.lower() for name in rec.fixed} if rec.fixed else ()
     for name, value in (*rec.fixed.items(), *fields.items()):
         f = rec.field(name)
         value = operator.index(value)
@@ -1066,17 +1072,14 @@ def pack(rec: str | Record, /, **fields: int) -> int:
             raise ValueError(f"{rec.name}.{f.name} is {rec.fixed[f.name]:#x}, not {value:#x}")
         _check(rec, f, value)
         bits = (value << f.shift) << 64 * f.dword
-        for other, before in used:
-            shared = _absolute(f) & _absolute(other)
+        for other, before in used if f.absolute & filled else ():
+            shared = f.absolute & other.absolute
             if bits & shared and before & shared and (bits ^ before) & shared:
                 raise ValueError(f"{rec.name}.{f.name} and {rec.name}.{other.name} share bits")
         used.append((f, bits))
+        filled |= f.absolute
         result |= bits
     return result
-
-
-def _absolute(field: Field) -> int:
-    return field.mask << 64 * field.dword
 
 
 def _extract(field: Field, word: int) -> int:
@@ -1166,7 +1169,7 @@ def format(rec: str | Record, data: Any, *, zeros: bool = False) -> str:
     rest = word
     for f in rec.fields:
         value = _extract(f, word)
-        rest &= ~_absolute(f)
+        rest &= ~f.absolute
         if not (value or zeros or f.name in ("V", "RnW")):
             continue
         meaning = f.doc

@@ -363,3 +363,11 @@ def test_baselines_are_compiled_as_the_library_is(monkeypatch, keyword, name):
     wanted = eval(compile(ast.Expression(node.value), "setup.py", "eval"), library)
     assert baseline[name] == wanted
     assert len(wanted) >= 4
+
+
+def test_the_memory_of_domains_is_printed():
+    printed = run("benchmarks/domain_memory.py", "--counts", "100", "2000")
+    rows = [re.findall(r"[\d.]+", line) for line in printed.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["100", "2000"]
+    host, tables = (float(figure) for figure in rows[1][1:])
+    assert 4 < tables < host < 40  # KiB: a first table of 4 KiB, and what the host keeps

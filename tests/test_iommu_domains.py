@@ -8,6 +8,7 @@ from smmufast import Caches, Features, layout
 from smmufast.iommu import (
     BLOCKED,
     IDENTITY,
+    AddressSpace,
     AttachHandle,
     Busy,
     Device,
@@ -911,3 +912,106 @@ def test_errors_are_builtins_too():
         assert isinstance(error, builtin) and isinstance(error, IommuError)
         assert str(error) == "pasid is 16, allowed is 1 to 15"
         assert (error.argument, error.value, error.limit) == ("pasid", 16, "1 to 15")
+
+
+def test_f47_a_domain_changes_its_asid_wherever_it_is_attached(system):
+    device, other = system.device(1, pasid_bits=4, ats=True), system.device(2, pasid_bits=4)
+    domain = device.paging_domain()
+    domain.map(0x1000, RAM, 0x1000)
+    device.attach(domain)
+    device.attach_pasid(domain, 3)
+    other.attach_pasid(domain, 5)
+    places = ((device, None), (device, 3), (other, 5))
+    for one, pasid in places:
+        assert one.translate(0x1000, pasid=pasid).pa == RAM
+    old = domain.asid
+    with device.iommu.watch((1, 0x1000, None), (1, 0x1000, 3), (2, 0x1000, 5)) as seen:
+        domain.change_asid()
+    assert domain.asid != old and old not in system.asids
+    assert len(seen) == 3 and all(one.pa == RAM for results in seen for one in results)
+    assert [cd(device, 0)["ASID"], cd(device, 3)["ASID"], cd(other, 5)["ASID"]] == [domain.asid] * 3
+    domain.unmap(0x1000, 0x1000)
+    for one, pasid in places:
+        assert not one.translate(0x1000, pasid=pasid)
+    with pytest.raises(InvalidArgument, match="no ASID"):
+        device.paging_domain(stage=2).change_asid()
+
+
+def test_f44_no_moment_of_a_replace_shows_a_torn_entry(system):
+    device = system.device(8, pasid_bits=4)
+    one, two = device.paging_domain(), device.paging_domain()
+    host = device.paging_domain(stage=2)
+    for number, domain in enumerate((one, two, host)):
+        domain.map(0x1000, RAM + number * 0x1000, 0x1000)
+    domains = IDENTITY, BLOCKED, one, two, host
+    for old in domains:
+        for new in domains:
+            if old is new:
+                continue
+            device.replace(old)
+            before = device.translate(0x1000).pa
+            with device.iommu.watch((8, 0x1000, None)) as seen:
+                device.replace(new)
+            after = device.translate(0x1000).pa
+            assert seen and before != after
+            results = [result for (result,) in seen]
+            found = [result.pa for result in results]
+            if {old, new} <= {one, two, host}:
+                # what differs lies in two dwords, ASID and TTB0 of the CD, or Config and S2VMID of
+                # the STE, which stage 1 uses too: the entry is invalid in between
+                assert {None, after} <= set(found) <= {before, None, after}
+                event = "C_BAD_STE" if host in (old, new) else "C_BAD_CD"
+                assert all(r.event.name == event for r in results if r.pa is None)
+            else:
+                assert set(found) <= {before, after}
+                assert all(result.event is None for result in results)
+            # once it is new it stays so
+            assert found == sorted(found, key=lambda pa: pa == after)
+
+
+def test_f07_a_guest_that_sends_nonsense_is_refused(systems):
+    system = systems()
+    device, other = system.device(1), system.device(2)
+    host = device.paging_domain(nest_parent=True)
+    viommu = Viommu(host)
+    viommu.add(1, device)
+    issued = device.iommu.queue.issued
+    for commands in (5, [5], [(1, 2, 3)], [(-1, 0)], [("a", 0)], [(1 << 64, 0)]):
+        refused(errno.EINVAL, viommu.invalidate, commands)
+    for commands in ([(0x12, 0), (0xEE, 0)], [(0x46, 0)], [(0x05 | 5 << 32, 0)]):
+        refused(errno.EIO, viommu.invalidate, commands)
+    viommu.add(2, other)
+    other.release()
+    refused(errno.EIO, viommu.invalidate, [(0x05 | 2 << 32, 0)])
+    assert device.iommu.queue.issued == issued
+    host.free()
+    refused(errno.EINVAL, viommu.invalidate, [(0x12, 0)])
+
+
+@pytest.mark.parametrize("ats", [False, True])
+@pytest.mark.parametrize("stall", [False, True])
+def test_f66_a_device_that_stalls_and_has_ats_has_legal_entries(systems, ats, stall):
+    """EATS and S2S exclude each other: with ATS, stage 2 does not stall."""
+    device = systems().device(8, pasid_bits=4, ats=ats, stall=stall)
+    host = device.paging_domain(nest_parent=True)
+    guest = Viommu(host).domain((0b1001, 0))
+    domains = [device.paging_domain(), device.paging_domain(stage=2), host, guest]
+    for number, domain in enumerate(domains, 1):
+        iova = 0x1000 * number
+        (host if domain is guest else domain).map(iova, RAM, 0x1000)
+        device.replace(domain)
+        assert device.translate(iova).pa == RAM
+        if device.ats_enabled:
+            assert device.access(iova).pa == RAM
+
+
+def test_what_belongs_to_another_system_is_refused(systems):
+    one, other = systems(), systems()
+    device, strange = one.device(1, pasid_bits=4), other.device(1, pasid_bits=4)
+    domain = device.paging_domain()
+    refused(errno.EINVAL, strange.attach, domain)
+    refused(errno.EINVAL, strange.attach_pasid, domain, 1)
+    refused(errno.EBUSY, strange.bind, AddressSpace.of(one))
+    refused(errno.EINVAL, lambda: other.device(5, group=device.group))
+    refused(errno.EBUSY, other.probe, device)
+    assert 5 not in other.iommus[0].devices and len(device.group.devices) == 1

@@ -19,7 +19,9 @@ from smmufast.iommu import (
     Busy,
     InvalidArgument,
     IommuError,
+    NoSpace,
     System,
+    Viommu,
 )
 
 RAM = 0x1_0000_0000
@@ -45,6 +47,7 @@ class Machine(RuleBasedStateMachine):
             make(4), make(1, iommu=1, pasid_bits=4, stall=True), make(9, iommu=1),
         ]  # fmt: skip
         self.domains = []  # (domain, its pages)
+        self.guests = []  # nested domains over some of them
         self.spaces = []  # (space, its pages)
         self.main = {device: (BLOCKED, None) for device in self.devices}
         self.at = {}  # (device, pasid): (domain or Bond, its pages)
@@ -59,6 +62,27 @@ class Machine(RuleBasedStateMachine):
     def new_domain(self, number, stage):
         device = self.pick(self.devices, number)
         self.domains.append((device.paging_domain(stage=stage), {}))
+
+    @precondition(lambda self: len(self.domains) < 5)
+    @rule(number=numbers)
+    def new_host(self, number):
+        """A stage-2 domain under a guest's stage 1, which the guest bypasses: a pair of domains."""
+        device = self.pick(self.devices, number)
+        host, model = device.paging_domain(nest_parent=True), {}
+        self.domains.append((host, model))
+        self.guests.append((Viommu(host).domain((0b1001, 0)), model))
+
+    @precondition(lambda self: self.guests)
+    @rule(device=numbers, number=numbers)
+    def replace_by_guest(self, device, number):
+        device = self.pick(self.devices, device)
+        target = self.pick(self.guests, number)
+        try:
+            device.replace(target[0])
+        except (Busy, InvalidArgument):
+            assert target[0].iommu is not device.iommu or device.pasids_in_use
+        else:
+            self.main[device] = target
 
     @precondition(lambda self: self.domains)
     @rule(number=numbers, iova=pages, pa=frames, count=st.sampled_from([1, 1, 3, 512]))
@@ -90,7 +114,10 @@ class Machine(RuleBasedStateMachine):
     @rule(number=numbers)
     def free_domain(self, number):
         pair = self.pick(self.domains, number)
-        used = any(held[0] is pair[0] for held in (*self.main.values(), *self.at.values()))
+        used = any(
+            pair[0] in (held[0], getattr(held[0], "parent", None))
+            for held in (*self.main.values(), *self.at.values())
+        )
         try:
             pair[0].free()
         except Busy:
@@ -98,6 +125,7 @@ class Machine(RuleBasedStateMachine):
         else:
             assert not used
             self.domains.remove(pair)
+            self.guests = [guest for guest in self.guests if guest[0].parent is not pair[0]]
 
     # --- devices ---
 
@@ -133,7 +161,7 @@ class Machine(RuleBasedStateMachine):
                 or held != replace
                 or target[0].iommu is not device.iommu
                 or target[0].stage != 1
-                or self.main[device][0].stage == 2
+                or self.main[device][0].stage > 1
                 or isinstance(self.at[device, pasid][0], AddressSpace)
             )
         else:
@@ -149,6 +177,23 @@ class Machine(RuleBasedStateMachine):
         else:
             device.detach_pasid(held, pasid)
         del self.at[device, pasid]
+
+    @rule(device=numbers)
+    def reset(self, device):
+        device = self.pick(self.devices, device)
+        device.reset_prepare()
+        for pasid in (None, *(PASIDS if device.max_pasids else ())):
+            assert not device.translate(0x10, pasid=pasid)
+        device.reset_done()
+
+    @precondition(lambda self: self.domains)
+    @rule(number=numbers)
+    def change_asid(self, number):
+        domain, _ = self.pick(self.domains, number)
+        if domain.stage == 1:
+            old = domain.asid
+            domain.change_asid()
+            assert domain.asid != old
 
     @rule(device=numbers)
     def release_and_probe(self, device):
@@ -189,7 +234,7 @@ class Machine(RuleBasedStateMachine):
             assert (
                 space.exited
                 or not device.max_pasids
-                or self.main[device][0].stage == 2
+                or self.main[device][0].stage > 1
                 or (device, space.pasid) in self.at
                 or (not space.pasid and any((device, p) in self.at for p in PASIDS))
             )
@@ -287,29 +332,42 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=20, stateful_step_count=30, deadline=None,
+    max_examples=40, stateful_step_count=40, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TestMachine = Machine.TestCase
 
 
 class AuxMachine(RuleBasedStateMachine):
-    """The old profile: auxiliary domains under main domains that two devices share."""
+    """The old profile: two SMMUs, auxiliary domains and processes under shared main domains."""
 
-    @initialize()
-    def start(self):
-        self.system = System(profile=AUX, caches=Caches.server)
-        self.devices = [self.system.device(sid, pasid_bits=3, ats=sid == 2) for sid in (1, 2, 3)]
+    @initialize(seed=st.integers(0, 1))
+    def start(self, seed):
+        caches = [Caches.server, Caches.small][seed]
+        self.system = System(2, profile=AUX, caches=caches)
+        self.base = self.system.pages.in_use
+        make = self.system.device
+        self.devices = [
+            make(1, pasid_bits=3), make(2, pasid_bits=3, ats=True),
+            make(3, pasid_bits=3, stall=True), make(1, pasid_bits=3, iommu=1),
+        ]  # fmt: skip
         self.mains = []
-        for group in (self.devices[:2], self.devices[2:]):
+        for group in (self.devices[:2], self.devices[2:3], self.devices[3:]):
             main = self.system.paging_domain()
             for device in group:
                 device.attach(main)
-                device.enable_feature("AUX")
+                for feature in ("AUX", "IOPF", "SVA"):
+                    if device.has_feature(feature):
+                        device.enable_feature(feature)
             main.map(0x1000, RAM, PAGE)
             self.mains.append(main)
         self.aux = []  # (domain, its pages)
+        self.spaces = []  # (space, its pages)
         self.attached = {device: [] for device in self.devices}
+        self.bonds = {}  # (device, space): Bond
+
+    def pick(self, things, number):
+        return things[number % len(things)]
 
     @precondition(lambda self: len(self.aux) < 6)
     @rule()
@@ -319,8 +377,8 @@ class AuxMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.aux)
     @rule(device=numbers, number=numbers)
     def attach(self, device, number):
-        device = self.devices[device % 3]
-        domain, _ = self.aux[number % len(self.aux)]
+        device = self.pick(self.devices, device)
+        domain, _ = self.pick(self.aux, number)
         try:
             device.attach_aux(domain)
         except InvalidArgument:
@@ -333,7 +391,7 @@ class AuxMachine(RuleBasedStateMachine):
 
     @rule(device=numbers, number=numbers)
     def detach(self, device, number):
-        device = self.devices[device % 3]
+        device = self.pick(self.devices, device)
         mine = self.attached[device]
         if mine:
             device.detach_aux(mine.pop(number % len(mine)))
@@ -341,7 +399,7 @@ class AuxMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.aux)
     @rule(number=numbers, iova=pages, pa=frames)
     def change(self, number, iova, pa):
-        domain, model = self.aux[number % len(self.aux)]
+        domain, model = self.pick(self.aux, number)
         if not domain.aux_pasid:
             return
         if iova in model:
@@ -354,7 +412,7 @@ class AuxMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.aux)
     @rule(number=numbers)
     def free(self, number):
-        pair = self.aux[number % len(self.aux)]
+        pair = self.pick(self.aux, number)
         used = any(pair[0] in mine for mine in self.attached.values())
         try:
             pair[0].free()
@@ -364,32 +422,145 @@ class AuxMachine(RuleBasedStateMachine):
             assert not used
             self.aux.remove(pair)
 
+    # --- processes ---
+
+    @precondition(lambda self: len(self.spaces) < 3)
+    @rule(lazy=st.booleans(), shared=st.booleans())
+    def new_process(self, lazy, shared):
+        """Lazy: its pages are mapped at faults; shared: under the processors' ASID (F47)."""
+        model = {}
+
+        def handler(fault):
+            page = fault.iova & -PAGE
+            if page in model:
+                return False
+            space.table.map(page, RAM + PAGE, PAGE)
+            model[page] = RAM + PAGE
+            return True
+
+        taken = {space.asid for space, _ in self.spaces}
+        asid = next(n for n in range(1, 9) if n not in taken) if shared else None
+        space = AddressSpace.of(self.system, asid=asid, handler=handler if lazy else None)
+        self.spaces.append((space, model))
+
+    @precondition(lambda self: self.spaces)
+    @rule(device=numbers, number=numbers)
+    def bind(self, device, number):
+        device = self.pick(self.devices, device)
+        space, _ = self.pick(self.spaces, number)
+        try:
+            bond = device.bind(space)
+        except InvalidArgument:
+            # the ASID is that of another process, which took one of the driver's
+            assert space.asid in self.system.asids and (device, space) not in self.bonds
+        except NoSpace:
+            assert not space.pasid and len(self.system.pasids) == 7
+        else:
+            assert self.bonds.setdefault((device, space), bond) is bond
+
+    @precondition(lambda self: self.bonds)
+    @rule(number=numbers, force=st.booleans())
+    def unbind(self, number, force):
+        at = self.pick(list(self.bonds), number)
+        bond = self.bonds[at]
+        bond.unbind(force=force)
+        if not bond.references:
+            del self.bonds[at]
+
+    @precondition(lambda self: self.spaces)
+    @rule(number=numbers, iova=pages, pa=frames)
+    def process_changes(self, number, iova, pa):
+        space, model = self.pick(self.spaces, number)
+        if iova in model:
+            assert space.table.unmap(iova, PAGE) == PAGE
+            del model[iova]
+        else:
+            space.table.map(iova, pa, PAGE)
+            model[iova] = pa
+
+    @precondition(lambda self: self.spaces)
+    @rule(number=numbers)
+    def process_ends(self, number):
+        space, _ = pair = self.pick(self.spaces, number)
+        space.exit()
+        for at, bond in list(self.bonds.items()):
+            if at[1] is space:
+                assert not at[0].translate(0x1000, pasid=space.pasid)
+                bond.unbind(force=True)
+                del self.bonds[at]
+        space.table.close()
+        self.spaces.remove(pair)
+        assert space.pasid == 0
+
+    # --- what must hold ---
+
+    def live(self):
+        """{(main domain, PASID): pages} of what CDs hold."""
+        models = dict(self.aux)
+        found = {}
+        for device, mine in self.attached.items():
+            for domain in mine:
+                found[device.domain, domain.aux_pasid] = models[domain], False
+        spaces = dict(self.spaces)
+        for device, space in self.bonds:
+            found[device.domain, space.pasid] = spaces[space], True
+        return found
+
     @invariant()
     def every_pasid_is_one_domain_and_the_main_domains_stay(self):
         if not hasattr(self, "system"):
             return
-        live = {}
-        for device, mine in self.attached.items():
-            for domain in mine:
-                live[device.domain, domain.aux_pasid] = domain
-        models = {domain: model for domain, model in self.aux}
+        live = self.live()
         for device in self.devices:
             assert device.translate(0x1008).pa == RAM + 8
             for pasid in range(1, 8):
-                domain = live.get((device.domain, pasid))
+                model, process = live.get((device.domain, pasid), ({}, False))
                 for iova in (0, 0x1000, 0x20_0000):
-                    pa = models[domain].get(iova) if domain else None
-                    assert device.translate(iova, pasid=pasid).pa == pa
-                    if pa is not None and device.ats_enabled:
-                        assert device.access(iova, pasid=pasid).pa == pa
+                    # a fault of a process may map the page first
+                    found = device.translate(iova, pasid=pasid).pa
+                    assert found == model.get(iova)
+                    bound = not process or any(
+                        one is device and space.pasid == pasid for one, space in self.bonds
+                    )
+                    if found is not None and device.ats_enabled and bound:
+                        assert device.access(iova, pasid=pasid).pa == found
         assert self.system.stale() == []
+
+    @invariant()
+    def nothing_is_leaked(self):
+        if not hasattr(self, "system"):
+            return
         owners = [domain for domain, _ in self.aux if domain.aux_pasid]
-        assert len(self.system.pasids) == len(owners)
-        assert len(self.system.asids) == len(owners) + 2
+        processes = [space for space, _ in self.spaces if space.pasid]
+        assert set(self.system.pasids) == {
+            *(domain.aux_pasid for domain in owners), *(space.pasid for space in processes)
+        }  # fmt: skip
+        asids = {domain.asid for domain in (*owners, *self.mains)}
+        asids |= {domain.asid for space, _ in self.spaces for domain in space.domains.values()}
+        assert set(self.system.asids) == asids
+        assert all(iommu.smmu.stalls == [] for iommu in self.system.iommus)
+
+    def teardown(self):
+        if not hasattr(self, "system"):
+            return
+        for device in self.devices:
+            device.release()
+        for domain, _ in self.aux:
+            domain.free()
+        for main in self.mains:
+            main.free()
+        for space, _ in self.spaces:
+            space.exit()
+            space.table.close()
+        system = self.system
+        assert (len(system.asids), len(system.pasids)) == (0, 0)
+        # the leaves of the stream tables stay, one for each SMMU
+        assert system.pages.in_use == self.base + 2 * 64 * 256
+        assert system.stale() == []
 
 
 AuxMachine.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=30, deadline=None,
+    max_examples=40, stateful_step_count=40, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TestAuxMachine = AuxMachine.TestCase

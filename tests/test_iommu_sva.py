@@ -3,9 +3,11 @@
 import errno
 
 import pytest
+from captures import SHIPPED
 from test_iommu_domains import refused, snapshot
 
 from smmufast import Caches, Features, layout
+from smmufast.capture import Capture
 from smmufast.iommu import (
     AUX,
     NOW,
@@ -367,3 +369,32 @@ def test_f47_no_asid_is_left_to_move_to(systems):
     before = snapshot(system)
     refused(errno.ENOSPC, device.bind, space)
     assert snapshot(system) == before and len(others) == 254
+
+
+def test_f35_the_tables_of_a_captured_kernel_are_an_address_space(systems):
+    """A device of ours, bound to what a Linux kernel mapped for its own, goes where that did."""
+    configuration = Capture.load(SHIPPED)[0]
+    memory, theirs = configuration.memory(), configuration.smmu()
+    memory.add_private(1 << 40, 1 << 30)
+    system = systems(memory=memory, pages=(1 << 40, 1 << 30), caches=Caches.server)
+    device = system.device(8, pasid_bits=8)
+    spaces = {}
+    agreed = 0
+    for request in configuration.requests[::40]:
+        sid, iova = int(request["sid"]), int(request["iova"])
+        found = theirs.translate(sid, iova, trace=True)
+        contexts = [fetch for fetch in found.fetches if fetch.kind == "CD"]
+        if not found or not contexts:
+            continue
+        cd = layout.unpack("CD", contexts[0].data)
+        if cd["TTB0"] not in spaces:
+            space = AddressSpace(
+                cd["TTB0"], t0sz=cd["T0SZ"], tg=cd["TG0"], ps=cd["IPS"], irgn=cd["IR0"],
+                orgn=cd["OR0"], sh=cd["SH0"], mair=cd["MAIR0"] | cd["MAIR1"] << 32,
+            )  # fmt: skip
+            spaces[cd["TTB0"]] = device.bind(space)
+        bond = spaces[cd["TTB0"]]
+        ours = device.translate(iova, pasid=bond.pasid)
+        assert (ours.pa, ours.page_size) == (found.pa, found.page_size)
+        agreed += 1
+    assert agreed > 100 and len(spaces) > 5

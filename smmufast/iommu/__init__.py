@@ -27,19 +27,29 @@ from smmufast.errors import (
     TooBig,
     TryAgain,
     WrongSmmu,
+    WrongType,
 )
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, NestedDomain, PagingDomain
+from smmufast.iommu.fault import PageFault, Report
 from smmufast.iommu.group import AttachHandle, Group
-from smmufast.iommu.iova import IovaAllocator
+from smmufast.iommu.iova import DmaMapper, IovaAllocator
 from smmufast.iommu.mediated import Mediated
 from smmufast.iommu.nested import Viommu
 from smmufast.iommu.pasid import (
     PER_DEVICE,
     SYSTEM_WIDE,
     SYSTEM_WIDE_STRICT,
+    NotifierOrder,
+    PasidBackend,
+    PasidChange,
+    PasidNotice,
     PasidPolicy,
+    PasidSet,
     PasidSpace,
+    PasidState,
+    SetKind,
+    VirtualCommand,
 )
 from smmufast.iommu.sva import AddressSpace, Bond
 from smmufast.iommu.system import AUX, NOW, Cpu, Iommu, Profile, System
@@ -59,6 +69,7 @@ __all__ = [
     "Busy",
     "Cpu",
     "Device",
+    "DmaMapper",
     "Domain",
     "Exists",
     "Gather",
@@ -76,21 +87,32 @@ __all__ = [
     "NoSpace",
     "NotPermitted",
     "NotSupported",
+    "NotifierOrder",
     "OutOfMemory",
     "OutOfRange",
+    "PageFault",
     "PageTable",
     "Pages",
     "PagingDomain",
+    "PasidBackend",
+    "PasidChange",
+    "PasidNotice",
     "PasidOverflow",
     "PasidPolicy",
+    "PasidSet",
     "PasidSpace",
+    "PasidState",
     "Profile",
     "Prot",
+    "Report",
+    "SetKind",
     "System",
     "TooBig",
     "TryAgain",
     "Viommu",
+    "VirtualCommand",
     "WrongSmmu",
+    "WrongType",
 ]
 
 

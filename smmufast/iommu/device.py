@@ -8,6 +8,8 @@ Checks and allocations come before the first store, so that what is refused chan
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
 from smmufast._driver import ATS, ATS_FULL
@@ -22,6 +24,8 @@ from smmufast.errors import (
     NotSupported,
     PasidOverflow,
     WrongSmmu,
+    instance,
+    integer,
 )
 from smmufast.iommu import entry
 from smmufast.iommu.cdtable import INVALID_CD, CdTable
@@ -34,18 +38,32 @@ from smmufast.iommu.domain import (
     SvaDomain,
     Words,
     domain_of,
+    no_pasid_op,
 )
+from smmufast.iommu.draw import draw
 from smmufast.iommu.group import NO_PASID, AttachHandle, Group
 from smmufast.iommu.mediated import Mediated
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from smmufast._smmu import Result
     from smmufast.iommu.sva import AddressSpace, Bond
     from smmufast.iommu.system import Iommu, System
 
 FEATURES: Final = ("AUX", "SVA", "IOPF")
+
+
+def _pieces(direct: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Check the pieces of memory that firmware wants mapped."""
+    instance("direct", direct, Iterable)
+    pieces = []
+    for piece in direct:
+        if not isinstance(piece, tuple | list) or len(piece) != 2:
+            raise InvalidArgument("direct", piece, "pairs of address and size")
+        pieces.append((integer("direct", piece[0]), integer("direct", piece[1])))
+    return tuple(pieces)
 
 
 class Device:
@@ -94,12 +112,15 @@ class Device:
         group: Group | None = None,
     ) -> None:
         given = (sids,) if isinstance(sids, SupportsIndex) else sids
-        numbers = dict.fromkeys(sid.__index__() for sid in given)
+        instance("sids", given, Iterable)
+        numbers = dict.fromkeys(integer("sid", sid) for sid in given)
         self.sids: tuple[int, ...] = tuple(numbers)
+        pasid_bits = integer("pasid_bits", pasid_bits)
         if not 0 <= pasid_bits <= 20:
             raise InvalidArgument("pasid_bits", pasid_bits, "0 to 20")
         if pasids is None:
             pasids = 1 << pasid_bits if pasid_bits else 0
+        pasids = integer("pasids", pasids)
         if not 0 <= pasids <= 1 << 20:
             raise InvalidArgument("pasids", pasids, "0 to 1048576")
         if pri and not ats:
@@ -109,7 +130,9 @@ class Device:
         self.pri = pri
         self.stall = stall
         self.coherent = coherent
-        self.direct = tuple(direct)
+        self.direct = _pieces(direct)
+        if group is not None:
+            instance("group", group, Group)
         self._wanted_group = group
         self._iommu: Iommu | None = None
         self._group: Group | None = None
@@ -122,6 +145,7 @@ class Device:
         self.atcs: list[AtsDevice] = []
         self.enabled_features: dict[str, tuple[int, int]] = {}
         self.aux: dict[int, PagingDomain] = {}
+        self.shares: list[Mediated] = []  # those with a domain
         self.iopf_users = 0
         self.mm_exit: Callable[[object], object] | None = None
 
@@ -175,6 +199,18 @@ class Device:
             ask = self._ask if self.pri_supported else None
             self.atcs = [AtsDevice(iommu.smmu, sid, on_page_request=ask) for sid in self.sids]
 
+    def unprobed(self) -> None:
+        """Leave its place behind an SMMU; nothing is attached."""
+        if self._iommu is not None:
+            for atc in self.atcs:
+                self._iommu.smmu.devices.pop(atc.sid, None)
+            waiting = self._iommu.page_requests
+            for key in [key for key in waiting if key[0] in self.sids]:
+                del waiting[key]  # of groups whose last request never came
+        self.atcs.clear()
+        self.pasid_enabled = False
+        self._group = self._iommu = None
+
     def _ask(self, request: object) -> None:
         """A page request was made: the operating system is interrupted."""
         self.system.service()
@@ -183,8 +219,12 @@ class Device:
         """Take the device away: everything is detached, its streams abort, its tables are freed."""
         with self.system.lock:
             group, iommu = self.group, self.iommu
+            if group.resetting:
+                self.reset_done()
             for bond in list(iommu.system.bonds_of(self)):
                 bond.unbind(force=True)
+            for share in list(self.shares):
+                share.detach()
             for aux in list(self.aux.values()):
                 self.detach_aux(aux)
             for pasid in list(group.pasids) if len(group.devices) == 1 else []:
@@ -193,10 +233,7 @@ class Device:
             if len(group.devices) > 1 and self.max_pasids:
                 for pasid in group.pasids:
                     self.install_pasid(None, pasid, group.at(pasid))
-            self.install(BLOCKED)
-            for atc in self.atcs:
-                iommu.smmu.devices.pop(atc.sid, None)
-            self.atcs.clear()
+            self.reinstall(BLOCKED)
             if self.pasid_enabled:
                 self.disable_pasid()
             self.drop_table()
@@ -204,7 +241,7 @@ class Device:
             group.devices.remove(self)
             if not group.devices:
                 group.domain = group.default
-            self._group = self._iommu = None
+            self.unprobed()
             self.enabled_features.clear()
 
     def drop_table(self) -> None:
@@ -327,8 +364,7 @@ class Device:
         """Attach another main domain in place of any other (iommu_group_replace_domain)."""
         group = self.group
         with group.system.lock:
-            if group.resetting:
-                raise Busy("group", group, text="group has a device that is being reset")
+            group.check_reset()
             group.set(domain_of(domain))
 
     def _check_main(self, domain: Domain) -> None:
@@ -420,76 +456,113 @@ class Device:
             stall=self.stall_supported, e2h=iommu.e2h, features=iommu.smmu.features,
         )  # fmt: skip
 
-    def write_ste(self, words: Words) -> None:
-        """Make the STE of each of its streams what is given, through the entry writer."""
+    def write_ste(self, words: Words, undo: Undo | None = None) -> None:
+        """Make the STE of each of its streams what is given, through the entry writer.
+
+        `undo`, if given, gets what makes it what it was.
+        """
         iommu = self.iommu
         for sid in self.sids:
-            iommu.writer.write_ste(iommu.ste_address(sid), words, sid)
+            address = iommu.ste_address(sid)
+            if undo is not None:
+                before = iommu.writer.read(address)
+                undo.add(partial(iommu.writer.write_ste, address, before, sid))
+            iommu.writer.write_ste(address, words, sid)
 
     def install(self, domain: Domain) -> None:
         """Attach the main domain: the driver's part, for this device alone."""
+        with Undo() as undo:
+            self.reserve(domain, undo)
+            self.reinstall(domain)
+
+    def reserve(self, domain: Domain, undo: Undo) -> None:
+        """Check a main domain, and allocate what it needs here, before anything is written.
+
+        Parameters
+        ----------
+        domain : Domain
+        undo : Undo
+            Gets what takes the allocations back.
+        """
         self._check_main(domain)
+        if not isinstance(domain, PagingDomain):
+            return
+        iommu = self.iommu
+        if domain.iommu is None:
+            domain.finalise(iommu)
+            undo.add(domain.unfinalise)
+        if domain.stage == 1:
+            if not iommu.system.profile.aux:
+                table = self._reserve_table(undo)
+            elif domain.cd_table is None:
+                table = domain.cd_table = CdTable(iommu, self.ssid_bits)
+                undo.add(domain.drop_table)
+            else:
+                table = domain.cd_table
+            if table.reserve(0):
+                undo.add(partial(table.unreserve, 0))
+
+    def _reserve_table(self, undo: Undo) -> CdTable:
+        if self.cd_table is None:
+            undo.add(self.drop_table)
+        return self.own_table()
+
+    def reinstall(self, domain: Domain) -> None:
+        """Attach a main domain that needs no check and no page any more."""
         iommu = self.iommu
         aux = iommu.system.profile.aux
         old = self.domain
         table = None if aux else self.cd_table
-        first = False
-        if isinstance(domain, PagingDomain):
-            if domain.iommu is None:
-                domain.finalise(iommu)
-                first = True
-            if domain.stage == 1:
-                try:
-                    if not aux:
-                        table = self.own_table()
-                    else:
-                        if domain.cd_table is None:
-                            domain.cd_table = CdTable(iommu, self.ssid_bits)
-                            domain.cd_table.write(0, domain.cd(self.stall_supported))
-                        table = domain.cd_table
-                except BaseException:
-                    if first:
-                        domain.unfinalise()
-                    raise
-            domain.mode = domain.mode or "main"
+        if aux and isinstance(domain, PagingDomain) and domain.stage == 1:
+            table = domain.cd_table
+            assert table is not None
+            if not table.devices:
+                table.write(0, domain.cd(self.stall_supported))
         in_table = table is not None and table.used > 0 and domain.kind in ("identity", "blocked")
         ats = self.ats_supported and (
             in_table
             or isinstance(domain, PagingDomain)
             or (isinstance(domain, NestedDomain) and domain.ats)
         )
-        self._enter(domain, NO_PASID)
-        if aux and isinstance(domain, PagingDomain) and table is not None:
-            table.devices.append(self)
-            for child in domain.children.values():
-                if child.users:
-                    self._enter_atcs(child, child.aux_pasid)
-        if self.ats_enabled and not ats:
-            self._ats_off()
-        if domain.stage == 1 and not aux:
-            assert table is not None and isinstance(domain, PagingDomain)
-            table.write(0, domain.cd(self.stall_supported))
-        self.write_ste(self._ste(domain, table, ats))
-        if not aux and domain.stage != 1 and self.cd_table is not None:
-            self.cd_table.write(0, INVALID_CD)
-        if ats and not self.ats_enabled:
-            self._ats_on()
-        elif ats:
-            for sid in self.sids:
-                iommu.invalidate_atc(sid)
-            iommu.queue.sync()
+        with Undo() as undo:
+            self._enter(domain, NO_PASID, undo)
+            if aux and isinstance(domain, PagingDomain) and table is not None:
+                table.devices.append(self)
+                undo.add(partial(table.devices.remove, self))
+                for child in domain.children.values():
+                    if child.users:
+                        self._enter_atcs(child, child.aux_pasid)
+                        undo.add(partial(self._leave_atcs, child, child.aux_pasid))
+            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
+            if self.ats_enabled and not ats:
+                self._ats_off()
+            if domain.stage == 1 and not aux:
+                assert table is not None and isinstance(domain, PagingDomain)
+                table.write(0, domain.cd(self.stall_supported), undo)
+            self.write_ste(self._ste(domain, table, ats), undo)
+            if not aux and domain.stage != 1 and self.cd_table is not None:
+                self.cd_table.write(0, INVALID_CD, undo)
+            if ats and not self.ats_enabled:
+                self._ats_on()
+            elif ats:
+                for sid in self.sids:
+                    iommu.invalidate_atc(sid)
+                iommu.queue.sync()
+        if isinstance(domain, PagingDomain):
+            domain.mode = domain.mode or "main"
         if aux and isinstance(old, PagingDomain) and old.cd_table is not None:
             for child in old.children.values():
                 if child.users:
                     self._leave_atcs(child, child.aux_pasid)
             old.cd_table.devices.remove(self)
-        self._leave(old, NO_PASID)
         self.domain = domain
+        self._leave(old, NO_PASID)
 
     # --- where a domain may be cached ---
 
-    def _enter(self, domain: Domain, pasid: int) -> None:
+    def _enter(self, domain: Domain, pasid: int, undo: Undo) -> None:
         """Let a domain know that this device, with this PASID, may cache it."""
+        undo.add(partial(self._leave, domain, pasid))
         cached = domain
         if isinstance(domain, NestedDomain):
             domain.users += 1
@@ -502,7 +575,7 @@ class Device:
             cached.invalidations.insert(self.iommu.queue, kind, number, 0)
         self._enter_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
         cached.users += 1
-        cached.active = True
+        cached.active = cached.cached = True
 
     def _leave(self, domain: Domain, pasid: int) -> None:
         """Let a domain forget this device; what it filled under the domain's tag goes."""
@@ -521,7 +594,8 @@ class Device:
         self._leave_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
         cached.users -= 1
         cached.active = cached.users > 0
-        cached.flush_tag()
+        # the change is done: what goes wrong now is raised when the call is
+        self.iommu.system.lock.defer(cached.flush_tag)
 
     def _enter_atcs(self, domain: PagingDomain | SvaDomain, pasid: int, kind: int = ATS) -> None:
         for sid in self.sids if self.ats_supported else ():
@@ -570,10 +644,12 @@ class Device:
         group = self.group
         with group.system.lock:
             self._now()
-            pasid = pasid.__index__()
+            pasid = integer("pasid", pasid)
             group.check_pasid(domain_of(domain), pasid)
             if pasid in group.pasids:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is in use")
+            if handle is not None:
+                instance("handle", handle, AttachHandle)
             if handle is not None and handle.domain is not None:
                 raise InvalidArgument("handle", handle, text="handle is in use")
             group.set_pasid(domain, pasid)
@@ -597,8 +673,10 @@ class Device:
         group = self.group
         with group.system.lock:
             self._now()
-            pasid = pasid.__index__()
+            pasid = integer("pasid", pasid)
             group.check_pasid(domain_of(domain), pasid)
+            if handle is not None:
+                instance("handle", handle, AttachHandle)
             if handle is None or handle.domain is not None:
                 raise InvalidArgument("handle", handle, text="handle is missing or in use")
             held = group.pasids.get(pasid)
@@ -623,11 +701,11 @@ class Device:
         group = self.group
         with group.system.lock:
             self._now()
-            pasid = pasid.__index__()
+            pasid = integer("pasid", pasid)
             held = group.pasids.get(pasid)
             if held is None or group.at(pasid) is not domain:
                 raise InvalidArgument(
-                    "domain", domain, text=f"pasid {pasid:#x} is not attached to {domain!r}"
+                    "domain", domain, text=f"domain: pasid {pasid:#x} is not attached to {domain!r}"
                 )
             self._not_bound(pasid)
             group.set_pasid(None, pasid)
@@ -656,7 +734,7 @@ class Device:
             Its domain is not of that kind (EBUSY).
         """
         group = self.group
-        pasid = pasid.__index__()
+        pasid = integer("pasid", pasid)
         held = group.pasids.get(pasid)
         if held is None:
             raise NoEntry("pasid", pasid, text=f"pasid {pasid:#x} is not attached")
@@ -666,24 +744,11 @@ class Device:
             raise Busy("kind", kind, text=f"pasid {pasid:#x} has {domain!r}, not {kind}")
         return held
 
-    def install_pasid(self, domain: Domain | None, pasid: int, old: Domain | None) -> None:
-        """Attach a PASID of this device alone, or detach it with None: the driver's part."""
+    def reserve_pasid(self, domain: Domain, pasid: int, undo: Undo) -> CdTable:
+        """Check a domain of a PASID, and have the pages for its CD; as `reserve`."""
         iommu = self.iommu
-        if domain is None:
-            table = self._table()
-            assert table is not None
-            holders = table.holders.pop(pasid, 0) if iommu.system.profile.aux else 0
-            if holders > 1:
-                table.holders[pasid] = holders - 1  # other devices of the main domain have it
-            else:
-                table.write(pasid, INVALID_CD)
-            self._flush_pasid(pasid)
-            if old is not None:
-                self._leave(old, pasid)
-            if not table.used and self.domain.kind in ("identity", "blocked"):
-                self._plain_ste()
-            return
-        assert isinstance(domain, PagingDomain | SvaDomain)
+        if not isinstance(domain, PagingDomain | SvaDomain):
+            raise no_pasid_op(domain)
         if domain.iommu is not iommu:
             raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
         if domain.stage != 1:
@@ -696,23 +761,65 @@ class Device:
             raise InvalidArgument(
                 "device", self, text="domain enforces coherence, and the device cannot snoop"
             )
-        table = self._table() if iommu.system.profile.aux else self.own_table()
-        if table is None:
+        if not iommu.system.profile.aux:
+            table = self._reserve_table(undo)
+        elif (main := self._table()) is None:
             raise InvalidArgument("device", self, text="device has no main domain of stage 1")
-        table.place(pasid)
-        self._enter(domain, pasid)
+        else:
+            table = main
+        if table.reserve(pasid):
+            undo.add(partial(table.unreserve, pasid))
+        return table
+
+    def install_pasid(self, domain: Domain | None, pasid: int, old: Domain | None) -> None:
+        """Attach a PASID of this device alone, or detach it with None: the driver's part."""
+        iommu = self.iommu
+        if domain is None:
+            table = self._table()
+            assert table is not None
+            holders = table.holders.get(pasid, 0) if iommu.system.profile.aux else 0
+            if holders <= 1:
+                table.clear(pasid)
+            table.holders.pop(pasid, None)
+            if holders > 1:  # other devices of the main domain have it
+                table.holders[pasid] = holders - 1
+            iommu.system.lock.defer(self._flush_pasid, pasid)
+            if old is not None:
+                self._leave(old, pasid)
+            if not table.used and self.domain.kind in ("identity", "blocked"):
+                iommu.system.lock.defer(self._plain_ste)
+            return
+        assert isinstance(domain, PagingDomain | SvaDomain)
+        with Undo() as undo:
+            table = self.reserve_pasid(domain, pasid, undo)
+            table.place(pasid)
+            first = not table.used
+            self._enter(domain, pasid, undo)
+            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
+            table.write(pasid, domain.cd(self.stall_supported), undo)
+            if first and self.domain.kind in ("identity", "blocked"):
+                self.write_ste(self._ste(self.domain, table, self.ats_supported), undo)
+            if self.ats_supported:
+                if self.ats_enabled:
+                    self._flush_pasid(pasid)
+                else:
+                    self._ats_on()
         if iommu.system.profile.aux:
             table.holders[pasid] = table.holders.get(pasid, 0) + 1
-        table.write(pasid, domain.cd(self.stall_supported))
-        if self.domain.kind in ("identity", "blocked"):
-            self.write_ste(self._ste(self.domain, table, self.ats_supported))
-        if self.ats_supported:
-            if self.ats_enabled:
-                self._flush_pasid(pasid)
-            else:
-                self._ats_on()
         if old is not None:
             self._leave(old, pasid)
+
+    def write_cds(self, domain: PagingDomain) -> None:
+        """Write the CDs of a domain again, wherever it is attached to this device (NOW)."""
+        table = self.cd_table
+        if table is None or self.group.resetting:
+            return
+        words = domain.cd(self.stall_supported)
+        if self.domain is domain:
+            table.write(0, words)
+        for pasid in self.group.pasids if self.max_pasids else ():
+            if self.group.at(pasid) is domain:
+                table.write(pasid, words)
 
     def _flush_pasid(self, pasid: int) -> None:
         """Empty the ATCs of one PASID."""
@@ -788,6 +895,7 @@ class Device:
             self.enabled_features[feature] = self._limits(min_pasid, max_pasid)
 
     def _limits(self, min_pasid: int, max_pasid: int) -> tuple[int, int]:
+        min_pasid, max_pasid = integer("min_pasid", min_pasid), integer("max_pasid", max_pasid)
         first = max(min_pasid, 1)
         last = min(max_pasid or self.max_pasids - 1, self.max_pasids - 1)
         if min_pasid < 0 or max_pasid < 0 or (self.max_pasids and last < first):
@@ -929,32 +1037,28 @@ class Device:
     def _attach_aux(self, domain: PagingDomain, main: PagingDomain, first: int, last: int) -> None:
         system, table = self.system, main.cd_table
         assert table is not None
-        new = domain.aux_pasid == 0
-        if new:
-            try:
-                pasid = system.pasids.alloc(first, last, data=domain)
-            except NoSpace as error:
-                raise InvalidArgument("pasid", None, text=f"no PASID is left: {error}") from error
-            try:
-                domain.finalise(self.iommu)
-            except BaseException:
-                system.pasids.free(pasid)
-                raise
-        else:
+        with Undo() as undo:
             pasid = domain.aux_pasid
-        if not domain.users:
-            try:
-                table.place(pasid)
-            except BaseException:
-                if new:
-                    domain.unfinalise()
-                    system.pasids.free(pasid)
-                raise
-            for device in table.devices:
-                device._enter_atcs(domain, pasid)
-            table.write(pasid, domain.cd(self.stall_supported))
-            for device in table.devices:
-                device._flush_pasid(pasid)
+            if not pasid:
+                try:
+                    pasid = system.take_pasid(first, last, data=domain)
+                except NoSpace as error:
+                    text = f"no PASID is left: {error}"
+                    raise InvalidArgument("pasid", None, text=text) from error
+                undo.add(partial(system.give_pasid, pasid))
+                if not first <= pasid <= last:  # a backend takes the range for a hint
+                    raise PasidOverflow("pasid", pasid, f"{first} to {last}")
+                domain.finalise(self.iommu)
+                undo.add(domain.unfinalise)
+            if not domain.users:
+                if table.reserve(pasid):
+                    undo.add(partial(table.unreserve, pasid))
+                for device in table.devices:
+                    device._enter_atcs(domain, pasid)
+                    undo.add(partial(device._leave_atcs, domain, pasid))
+                table.write(pasid, domain.cd(self.stall_supported), undo)
+                for device in table.devices:
+                    device._flush_pasid(pasid)
         for kind, number in domain.tags:
             domain.invalidations.insert(self.iommu.queue, kind, number, 0)
         domain.mode = "aux"
@@ -962,7 +1066,7 @@ class Device:
         domain.aux_pasid = pasid
         main.children[pasid] = domain
         domain.users += 1
-        domain.active = True
+        domain.active = domain.cached = True
         self.aux[pasid] = domain
 
     def detach_aux(self, domain: Domain) -> None:
@@ -982,20 +1086,20 @@ class Device:
                 )
             pasid, parent = domain.aux_pasid, domain.parent
             assert parent is not None and parent.cd_table is not None
-            table = parent.cd_table
-            del self.aux[pasid]
+            table, lock = parent.cd_table, group.system.lock
             if domain.users > 1:
-                self._flush_pasid(pasid)
+                lock.defer(self._flush_pasid, pasid)
             else:
-                table.write(pasid, INVALID_CD)
+                table.clear(pasid)
                 for device in table.devices:
-                    device._flush_pasid(pasid)
+                    lock.defer(device._flush_pasid, pasid)
                     device._leave_atcs(domain, pasid)
+            del self.aux[pasid]
             for kind, number in domain.tags:
                 domain.invalidations.remove(self.iommu.queue, kind, number, 0)
             domain.users -= 1
             domain.active = domain.users > 0
-            domain.flush_tag()
+            lock.defer(domain.flush_tag)
 
     # --- SVA and mediated devices ---
 
@@ -1043,16 +1147,20 @@ class Device:
         Raises
         ------
         Busy
-            It is being reset; or it shares its group.
+            It is being reset, shares its group, or has auxiliary domains.
         """
         group = self.group
         with group.system.lock:
             if group.resetting or len(group.devices) != 1:
                 raise Busy("device", self, text="device is being reset, or shares its group")
+            if self.aux:
+                raise Busy("device", self, text="device has auxiliary domains attached")
             group.resetting = True
+            for domain in group.attached():
+                domain.users += 1  # not to be freed meanwhile
             for pasid in group.pasids:
                 self.install_pasid(None, pasid, group.at(pasid))
-            self.install(BLOCKED)
+            self.reinstall(BLOCKED)
 
     def reset_done(self) -> None:
         """Give back what `reset_prepare` blocked."""
@@ -1060,9 +1168,11 @@ class Device:
         with group.system.lock:
             if not group.resetting:
                 raise InvalidArgument("device", self, text="device is not being reset")
-            self.install(group.domain)
+            self.reinstall(group.domain)
             for pasid in group.pasids:
                 self.install_pasid(group.at(pasid), pasid, None)
+            for domain in group.attached():
+                domain.users -= 1
             group.resetting = False
 
     # --- what the device does ---
@@ -1094,10 +1204,14 @@ class Device:
             Of `Smmu.translate`, or of the stalled access after it was resumed.
         """
         smmu = self.iommu.smmu
-        one = self.sids[0] if sid is None else sid.__index__()
+        one = self.sids[0] if sid is None else integer("sid", sid)
         result = smmu.translate(one, iova, ssid=pasid, write=write, priv=priv, instr=instr)
         if result.action == "stall":
-            stall = next(s for s in smmu.stalls if s.stag == result.stag)
+            stall = next((s for s in smmu.stalls if s.stag == result.stag), None)
+            if stall is None:  # another thread has handled it
+                return self.translate(
+                    iova, pasid=pasid, write=write, priv=priv, instr=instr, sid=sid
+                )
             self.system.service()
             if stall.done and stall.result is not None:
                 return stall.result
@@ -1124,6 +1238,32 @@ class Device:
         if not self.ats_enabled:
             return self.translate(iova, pasid=pasid, write=write, priv=priv, instr=execute)
         return self.atcs[0].access(iova, ssid=pasid, write=write, execute=execute, priv=priv)
+
+    def draw(self, *, limit: SupportsIndex = 16) -> str:
+        """Draw what its STEs lead to: CD tables, CDs, page tables, as they are in memory.
+
+        Parameters
+        ----------
+        limit : int
+            Lines below one table; what is beyond is counted in the last one.
+
+        Returns
+        -------
+        str
+            Lines of text.
+
+        Raises
+        ------
+        NoDevice
+            It was not probed.
+        InvalidArgument
+            The limit is below 1.
+
+        Notes
+        -----
+        Nothing but memory is read: see `smmufast.iommu.draw`.
+        """
+        return draw(((self.iommu, sid) for sid in self.sids), limit)
 
     def __repr__(self) -> str:
         """Its streams, PASIDs and main domain."""

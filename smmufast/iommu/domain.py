@@ -7,15 +7,16 @@ domain is a page table that something else owns: `smmufast.iommu.sva`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Final, SupportsIndex
 
 from smmufast._driver import S1_ASID, S2_VMID, S2_VMID_S1_CLEAR, Invalidations
 from smmufast._tables import PageTable
-from smmufast.errors import Busy, InvalidArgument, NotSupported
+from smmufast.errors import Busy, InvalidArgument, NotSupported, instance, integer
 from smmufast.iommu import entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from smmufast.iommu.cdtable import CdTable
     from smmufast.iommu.device import Device
@@ -39,6 +40,7 @@ class Domain:
 
     def iova_to_phys(self, iova: SupportsIndex, /) -> int:
         """Translate nothing: 0."""
+        _address(iova)
         return 0
 
     def map(
@@ -58,11 +60,18 @@ class Domain:
         return f"<{self.kind} domain>"
 
 
+def _address(iova: SupportsIndex) -> int:
+    address = integer("iova", iova)
+    if not 0 <= address < 1 << 64:
+        raise InvalidArgument("iova", address, "0 to 2^64 - 1")
+    return address
+
+
 class _Identity(Domain):
     kind = "identity"
 
     def iova_to_phys(self, iova: SupportsIndex, /) -> int:
-        return iova.__index__()
+        return _address(iova)
 
 
 class _Blocked(Domain):
@@ -120,6 +129,7 @@ class PagingDomain(PageTable, Domain):
         self.guests: dict[int, int] = {}  # StreamIDs with a guest's stage 1, how often
         self.asid = self.vmid = 0
         self.users = 0
+        self.cached = False  # something was attached, so that the tag may be in a TLB
         self.invalidations = Invalidations()
         self._words: Words | None = None
         # the auxiliary profile
@@ -163,6 +173,12 @@ class PagingDomain(PageTable, Domain):
         self.ready = False
         self.iommu = None
 
+    def drop_table(self) -> None:
+        """AUX profile: free the CD table, to which no STE points."""
+        if self.cd_table is not None:
+            self.cd_table.free()
+            self.cd_table = None
+
     def cd(self, stall: bool) -> Words:
         """The context descriptor of this domain, as eight dwords."""
         assert self.iommu is not None
@@ -201,23 +217,31 @@ class PagingDomain(PageTable, Domain):
         ------
         Busy
             No ASID is left.
+        InvalidArgument
+            It has none: stage 2, freed, or never attached in the AUX profile.
         """
-        iommu = self.iommu
-        assert iommu is not None
-        old, new = self.asid, iommu.asids.alloc(self)
-        for _ in range(self.users):
-            self.invalidations.insert(iommu.queue, S1_ASID, new, 0)
-        self.asid = new
-        self._words = None
-        if self.cd_table is not None:
-            self.cd_table.write(0, self.cd(self._stall))
-        elif self.parent is not None and self.users:
-            assert self.parent.cd_table is not None
-            self.parent.cd_table.write(self.aux_pasid, self.cd(self._stall))
-        for _ in range(self.users):
-            self.invalidations.remove(iommu.queue, S1_ASID, old, 0)
-        iommu.flush_asid(old)
-        iommu.asids.free(old)
+        with self.system.lock:
+            iommu = self.iommu
+            if self.freed or iommu is None or not self.asid:
+                raise InvalidArgument("domain", self, text="domain has no ASID")
+            old, new = self.asid, iommu.asids.alloc(self)
+            users = self.invalidations.users(iommu.queue, S1_ASID, old)
+            for _ in range(users):
+                self.invalidations.insert(iommu.queue, S1_ASID, new)
+            self.asid = new
+            self._words = None
+            if self.cd_table is not None:
+                self.cd_table.write(0, self.cd(self._stall))
+            elif self.parent is not None and self.users:
+                assert self.parent.cd_table is not None
+                self.parent.cd_table.write(self.aux_pasid, self.cd(self._stall))
+            elif users:
+                for device in dict.fromkeys(iommu.devices.values()):
+                    device.write_cds(self)
+            for _ in range(users):
+                self.invalidations.remove(iommu.queue, S1_ASID, old)
+            iommu.flush_asid(old)
+            iommu.asids.free(old)
 
     def flush_all(self) -> None:
         """Invalidate everything that may be cached of this domain."""
@@ -258,27 +282,43 @@ class PagingDomain(PageTable, Domain):
             if self.users or self.children:
                 what = f"{self.users} attachments" if self.users else "auxiliary domains"
                 raise Busy("domain", self, text=f"domain has {what}: detach first")
-            if self.iommu is not None:
+            if self.cached:
                 self.flush_tag()
-            self.close()
+            super().close()
             if self.iommu is not None:
                 ids = self.iommu.asids if self.stage == 1 else self.iommu.vmids
                 ids.free(self.asid or self.vmid)
-                if self.cd_table is not None:
-                    self.cd_table.free()
-                    self.cd_table = None
+                self.drop_table()
             if self.aux_pasid:
                 if self.parent is not None:
                     del self.parent.children[self.aux_pasid]
-                self.system.pasids.free(self.aux_pasid)
+                self.system.give_pasid(self.aux_pasid)
                 self.aux_pasid = 0
             self.freed = True
             self.asid = self.vmid = 0
 
+    def close(self) -> None:
+        """As `free`."""
+        self.free()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are tables; only a domain without an ASID or VMID can be made to have none.
+
+        Otherwise it is Busy: a CD or an STE may point to them.
+        """
+        return bool(PageTable.ready.__get__(self))  # type: ignore[attr-defined]
+
+    @ready.setter
+    def ready(self, value: object) -> None:
+        if not value and (self.asid or self.vmid):
+            raise Busy("ready", value, text="ready cannot be False while the domain has a tag")
+        PageTable.ready.__set__(self, value)  # type: ignore[attr-defined]
+
     def flush_tag(self) -> None:
         """Drop every TLB entry under the tag, before it is used for something else (F48)."""
-        assert self.iommu is not None
-        self.iommu.flush_tag(self)
+        if self.iommu is not None and (self.asid or self.vmid):
+            self.iommu.flush_tag(self)
 
     def __repr__(self) -> str:
         """Stage, tag and how much is mapped."""
@@ -313,7 +353,8 @@ class NestedDomain(Domain):
         return 3
 
     def __init__(self, parent: PagingDomain, ste: Iterable[int]) -> None:
-        words = tuple(ste)
+        instance("ste", ste, Iterable)
+        words = tuple(integer("ste", word) for word in ste)
         if not isinstance(parent, PagingDomain) or not parent.nest_parent or parent.freed:
             raise InvalidArgument(
                 "parent", parent, text="parent is not a stage-2 domain made with nest_parent=True"
@@ -343,9 +384,14 @@ class SvaDomain(Domain):
         self.space = space
         self.invalidations = Invalidations()
         self.users = 0
-        self.active = False
+        self.active = self.cached = False
         self.freed = False
-        self.asid = space.take_asid(iommu)
+        self.asid = 0
+
+    def take_asid(self) -> None:
+        """Take the ASID, if that was not done; errors as `AddressSpace.take_asid`."""
+        if not self.asid:
+            self.asid = self.space.take_asid(self.iommu)
 
     @property
     def stage(self) -> int:

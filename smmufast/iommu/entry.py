@@ -67,8 +67,9 @@ def ste_cd_table(
 
 
 def ste_stage2(table: Any, vmid: int, *, stall: bool, ats: bool, features: Features) -> Words:
-    """Stage 2, through a page table of `smmufast._tables`."""
-    return _words("STE", V=1, Config=6, EATS=int(ats), **_stage2(table, vmid, stall, features))
+    """Stage 2, through a page table of `smmufast._tables`; S2S and EATS exclude each other."""
+    rest = _stage2(table, vmid, stall and not ats, features)
+    return _words("STE", V=1, Config=6, EATS=int(ats), **rest)
 
 
 def _stage2(table: Any, vmid: int, stall: bool, features: Features) -> dict[str, int]:
@@ -119,9 +120,10 @@ def ste_nested(
         return ste_abort()
     if config == 4:
         return ste_stage2(table, vmid, stall=stall, ats=False, features=features)
-    two = _words("STE", V=1, Config=7, **_stage2(table, vmid, stall, features))
+    ats = ats and eats(guest) == 1
+    two = _words("STE", V=1, Config=7, **_stage2(table, vmid, stall and not ats, features))
     first = guest[0] & ~(0xF) | two[0]
-    second = guest[1] & ~(3 << 28) | two[1] | (eats(guest) << 28 if ats else 0)
+    second = guest[1] & ~(3 << 28) | two[1] | (1 << 28 if ats else 0)
     return (first, second, *two[2:])
 
 

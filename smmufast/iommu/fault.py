@@ -7,7 +7,7 @@ space resolves; the SMMU is told with CMD_RESUME or CMD_PRI_RESP (IHI 0070 3.12,
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from smmufast import layout
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: How a page fault may be answered.
 RESPONSES: Final = ("success", "invalid", "failure")
+#: How often one access may stall in a call of `service` although each time the answer is success.
+RETRIES: Final = 16
 _EVENTS: Final = {event.value: event.name for event in layout.Event}
 _PAGE_FAULTS: Final = ("F_TRANSLATION", "F_ADDR_SIZE", "F_ACCESS", "F_PERMISSION")
 _PRI_CODES: Final = {"failure": 0, "invalid": 1, "success": 2}
@@ -97,13 +99,16 @@ def service(iommu: Iommu) -> int:
     """Handle what is in the queues of one SMMU; return how many records there were.
 
     Every record is taken and every stalled transaction answered, also when a handler raises: its
-    fault is answered as invalid, and the first exception is raised when the queues are empty.
+    fault is answered as invalid, and the first exception is raised when the queues are empty.  An
+    access that stalls once more after RETRIES answers of success is answered as invalid, so that
+    a handler that maps nothing does not keep it for ever.
     """
     raised: list[BaseException] = []
+    tried: dict[PageFault, int] = {}
     count = 0
     for record in iommu.take("EVENTQ"):
         count += 1
-        _event(iommu, record, raised)
+        _event(iommu, record, raised, tried)
     for record in iommu.take("PRIQ"):
         count += 1
         _page_request(iommu, record, raised)
@@ -112,7 +117,9 @@ def service(iommu: Iommu) -> int:
     return count
 
 
-def _event(iommu: Iommu, record: bytes, raised: list[BaseException]) -> None:
+def _event(
+    iommu: Iommu, record: bytes, raised: list[BaseException], tried: dict[PageFault, int]
+) -> None:
     fields = layout.unpack("EVENT", record)
     number, sid = fields["ID"], fields["StreamID"]
     name = _EVENTS.get(number, f"{number:#04x}")
@@ -130,7 +137,12 @@ def _event(iommu: Iommu, record: bytes, raised: list[BaseException]) -> None:
             device, pasid, fields["InputAddr"], bool(fields["RnW"]) and not fields["InD"],
             not fields["RnW"], bool(fields["InD"]), bool(fields["PnU"]), fields["STAG"], True,
         )  # fmt: skip
-        answer = "invalid" if fields["S2"] and name != "F_TRANSLATION" else _answer(fault, raised)
+        same = replace(fault, group=0)  # the stall tag is another one each time
+        tried[same] = tried.get(same, 0) + 1
+        if (fields["S2"] and name != "F_TRANSLATION") or tried[same] > RETRIES:
+            answer = "invalid"
+        else:
+            answer = _answer(fault, raised)
         status = 0 if answer == "success" else errno.EFAULT
     if stalled:
         # retry, or terminate with an abort; no CMD_SYNC follows (F62)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import Busy, InvalidArgument
 from smmufast.iommu.domain import BLOCKED, Domain, domain_of, no_pasid_op
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from smmufast.iommu.device import Device
@@ -68,8 +70,7 @@ class Group:
             domain = domain_of(domain)
             if self.domain is not self.default and self.domain is not BLOCKED:
                 raise Busy("group", self, text=f"group has {self.domain!r}: detach it first")
-            if self.resetting:
-                raise Busy("group", self, text="group has a device that is being reset")
+            self.check_reset()
             self.set(domain)
 
     def detach(self, domain: Domain) -> None:
@@ -111,6 +112,13 @@ class Group:
         """Make a domain the current one, on all devices or on none (F11)."""
         if domain is self.domain:
             return
+        self.check_reset()
+        with Undo() as undo:
+            for device in self.devices:
+                device.reserve(domain, undo)
+            self._set(domain)
+
+    def _set(self, domain: Domain) -> None:
         old = self.domain
         done: list[Device] = []
         tables = [device.cd_table for device in self.devices]
@@ -120,7 +128,8 @@ class Group:
                 done.append(device)
         except BaseException:
             for device in reversed(done):
-                device.install(old)
+                with contextlib.suppress(Exception):
+                    device.reinstall(old)
             for device, table in zip(self.devices, tables, strict=True):
                 if table is None:
                     device.drop_table()
@@ -140,14 +149,28 @@ class Group:
                 raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
         if not any(device.max_pasids for device in self.devices):
             raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
+        self.check_reset()
+
+    def check_reset(self) -> None:
+        """Refuse changes while a device is being reset (EBUSY)."""
         if self.resetting:
             raise Busy("group", self, text="group has a device that is being reset")
 
     def set_pasid(self, domain: Domain | None, pasid: int) -> None:
         """Attach a PASID on all devices or on none; None detaches."""
+        self.check_reset()
         old = self.at(pasid)
-        done: list[Device] = []
         members = [device for device in self.devices if device.max_pasids]
+        with Undo() as undo:
+            if domain is not None:
+                for device in members:
+                    device.reserve_pasid(domain, pasid, undo)
+            self._set_pasid(domain, pasid, old, members)
+
+    def _set_pasid(
+        self, domain: Domain | None, pasid: int, old: Domain | None, members: list[Device]
+    ) -> None:
+        done: list[Device] = []
         tables = [device.cd_table for device in members]
         leaves = [table is not None and table.address(pasid) is not None for table in tables]
         try:
@@ -156,13 +179,22 @@ class Group:
                 done.append(device)
         except BaseException:
             for device in reversed(done):
-                device.install_pasid(old, pasid, domain)
+                with contextlib.suppress(Exception):
+                    device.install_pasid(old, pasid, domain)
             for device, table, leaf in zip(members, tables, leaves, strict=True):
                 if table is None:
                     device.drop_table()
                 elif not leaf:
                     table.drop_leaf(pasid)
             raise
+
+    def attached(self) -> list[Domain]:
+        """The domains of the group and of its PASIDs, as often as they are attached.
+
+        Identity and blocked domains are everybody's, and not counted.
+        """
+        at = [self.domain, *(self.at(pasid) for pasid in self.pasids)]
+        return [domain for domain in at if domain is not None and domain.stage]
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""

@@ -10,7 +10,7 @@ import threading
 from bisect import bisect_left, bisect_right, insort
 from typing import TYPE_CHECKING, Final, Protocol
 
-from smmufast.errors import InvalidArgument, NoSpace
+from smmufast.errors import InvalidArgument, NoSpace, integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,8 +55,9 @@ class IovaAllocator:
         self, first: int, last: int, granule: int = 4096, *, align_limit: int | None = None
     ) -> None:
         for name, value in (("granule", granule), ("align_limit", align_limit)):
-            if value is not None and (value < 1 or value & (value - 1)):
+            if value is not None and (integer(name, value) < 1 or value & (value - 1)):
                 raise InvalidArgument(name, value, "a power of two")
+        first, last = integer("first", first), integer("last", last)
         if first < 0 or first % granule:
             raise InvalidArgument("first", first, f"a multiple of {granule:#x}")
         if last < first or (last + 1) % granule:
@@ -103,10 +104,10 @@ class IovaAllocator:
             align = 1 << (size - 1).bit_length()
             if self.align_limit is not None:
                 align = min(align, self.align_limit)
-        elif align < 1 or align & (align - 1):
+        elif integer("align", align) < 1 or align & (align - 1):
             raise InvalidArgument("align", align, "a power of two")
         align = max(align, self.granule)
-        limit = self.last if limit is None else min(limit, self.last)
+        limit = self.last if limit is None else min(integer("limit", limit), self.last)
         with self._lock:
             iova = self._highest(size, align, limit)
             if iova < 0:
@@ -187,7 +188,7 @@ class IovaAllocator:
         return f"<IovaAllocator {self.first:#x} to {self.last:#x}: {len(self)} ranges>"
 
     def _whole(self, size: int) -> int:
-        if size < 1:
+        if integer("size", size) < 1:
             raise InvalidArgument("size", size, "1 or more")
         return (size + self.granule - 1) & -self.granule
 
@@ -290,8 +291,10 @@ class DmaMapper:
         IommuError
             As the domain's `map`; the IOVA is free again then.
         """
-        if size < 1:
+        if integer("size", size) < 1:
             raise InvalidArgument("size", size, "1 or more")
+        if integer("pa", pa) < 0:
+            raise InvalidArgument("pa", pa, "0 or more")
         offset, length = self._span(pa, size)
         iova = self.iovas.alloc(length, limit=self.limit)
         try:
@@ -309,7 +312,7 @@ class DmaMapper:
         InvalidArgument
             Nothing of this size is mapped there; nothing was unmapped.
         """
-        offset, length = self._span(iova, size)
+        offset, length = self._span(integer("iova", iova), integer("size", size))
         if self.iovas.find(iova - offset) != length:
             text = f"iova: no buffer of {size:#x} bytes is mapped at {iova:#x}"
             raise InvalidArgument("iova", iova, text=text)

@@ -44,14 +44,15 @@ class Mediated:
             else:
                 if not parent.max_pasids:
                     raise InvalidArgument("device", parent, text="the device has no PASIDs")
-                pasid = system.pasids.alloc(1, parent.max_pasids - 1)
+                pasid = system.take_pasid(1, parent.max_pasids - 1)
                 try:
                     parent.attach_pasid(domain, pasid)
                 except BaseException:
-                    system.pasids.free(pasid)
+                    system.give_pasid(pasid)
                     raise
                 self.pasid = pasid
             self.domain = domain
+            parent.shares.append(self)
 
     def detach(self, domain: PagingDomain | None = None) -> None:
         """Detach its domain; InvalidArgument if it has none, or another one than was given."""
@@ -66,8 +67,9 @@ class Mediated:
                 parent.detach_aux(current)
             else:
                 parent.detach_pasid(current, self.pasid)
-                system.pasids.free(self.pasid)
+                system.give_pasid(self.pasid)
             self.domain = self.pasid = None
+            parent.shares.remove(self)
 
     def translate(self, iova: SupportsIndex, *, write: bool = False) -> Result:
         """Make one access under its PASID; InvalidArgument without a domain."""

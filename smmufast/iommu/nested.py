@@ -6,16 +6,13 @@ host, which puts in the VMID and the StreamIDs that are real (IHI 0070 4.2 to 4.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsIndex
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 from smmufast import layout
-from smmufast.errors import Exists, InputOutput, InvalidArgument, NoEntry
+from smmufast.errors import Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
+from smmufast.iommu.device import Device
 from smmufast.iommu.domain import NestedDomain, PagingDomain
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from smmufast.iommu.device import Device
 
 _BY_VMID = ("TLBI_NH_ALL", "TLBI_NH_ASID", "TLBI_NH_VA", "TLBI_NH_VAA")
 _BY_STREAM = ("CFGI_CD", "CFGI_CD_ALL", "ATC_INV")
@@ -60,7 +57,10 @@ class Viommu:
         InvalidArgument
             The device is behind another SMMU, or has several StreamIDs.
         """
-        number = vsid.__index__()
+        number = integer("vsid", vsid)
+        if not 0 <= number < 1 << 32:
+            raise InvalidArgument("vsid", number, "0 to 0xffffffff")
+        instance("device", device, Device)
         if number in self.devices:
             raise Exists("vsid", number, text=f"vsid {number:#x} is a device of the guest")
         if device.iommu is not self.parent.iommu or len(device.sids) != 1:
@@ -71,7 +71,7 @@ class Viommu:
 
     def remove(self, vsid: SupportsIndex) -> None:
         """Take a device away from the guest; NoEntry if there is none (ENOENT)."""
-        if self.devices.pop(vsid.__index__(), None) is None:
+        if self.devices.pop(integer("vsid", vsid), None) is None:
             raise NoEntry("vsid", vsid, text=f"vsid {vsid!r} is no device of the guest")
 
     def domain(self, ste: Iterable[int]) -> NestedDomain:
@@ -96,10 +96,17 @@ class Viommu:
         InputOutput
             A command that a guest may not send, or a StreamID that it does not have (EIO); none
             of them was done.
+        InvalidArgument
+            Something else than pairs of dwords, or the parent was freed.
         """
         done: list[tuple[int, int]] = []
-        for index, (first, second) in enumerate(commands):
-            done.append(self._real(index, first, second))
+        if self.parent.freed:
+            raise InvalidArgument("parent", self.parent, text="parent was freed")
+        instance("commands", commands, Iterable)
+        for index, command in enumerate(commands):
+            if not isinstance(command, tuple | list) or len(command) != 2:
+                raise InvalidArgument("commands", command, "pairs of dwords")
+            done.append(self._real(index, *command))
         iommu = self.parent.iommu
         assert iommu is not None
         with self.parent.system.lock:
@@ -110,7 +117,7 @@ class Viommu:
         return len(done)
 
     def _real(self, index: int, first: int, second: int) -> tuple[int, int]:
-        for word in (first, second):
+        for word in (integer("commands", first), integer("commands", second)):
             if not 0 <= word < 1 << 64:
                 raise InvalidArgument("commands", word, "dwords of 64 bits")
         name = _OPCODES.get(first & 0xFF, "unknown")
@@ -125,7 +132,7 @@ class Viommu:
             word = first | second << 64
             fields = layout.unpack(name, word)
             device = self.devices.get(fields["StreamID"])
-            if device is None:
+            if device is None or device._iommu is not self.parent.iommu:
                 raise InputOutput(
                     "commands", index,
                     text=f"command {index}, {name}: the guest has no sid {fields['StreamID']:#x}",

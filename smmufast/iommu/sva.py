@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from smmufast import layout
 from smmufast._tables import Pages, PageTable
 from smmufast.errors import (
     Busy,
@@ -16,9 +17,13 @@ from smmufast.errors import (
     NoSpace,
     NotSupported,
     PasidOverflow,
+    WrongType,
+    instance,
+    integer,
 )
-from smmufast.iommu.domain import Domain, PagingDomain, SvaDomain
+from smmufast.iommu.domain import PagingDomain, SvaDomain
 from smmufast.iommu.group import AttachHandle
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +32,22 @@ if TYPE_CHECKING:
     from smmufast.iommu.fault import PageFault
     from smmufast.iommu.system import Iommu, System
 
+_ARGUMENTS = {
+    "TTB0": "ttb", "T0SZ": "t0sz", "TG0": "tg", "IPS": "ps", "IR0": "irgn", "OR0": "orgn",
+    "SH0": "sh",
+}  # fmt: skip
 _GEOMETRY = ("root", "t0sz", "tg", "ps", "mair", "irgn", "orgn", "sh")
+
+
+def _check(name: str, value: int) -> None:
+    """Refuse what a field of a CD cannot hold."""
+    field = layout.CD.field(name)
+    if field.address and (value & ~field.mask or value < 0):
+        raise InvalidArgument(
+            "ttb", value, f"0 to {field.mask:#x} in steps of {1 << field.lsb % 64}"
+        )
+    if not field.address and not 0 <= value < 1 << field.width:
+        raise InvalidArgument(_ARGUMENTS[name], value, f"0 to {(1 << field.width) - 1}")
 
 
 class ProcessTable(PageTable):
@@ -55,8 +75,6 @@ class AddressSpace:
         Memory attributes, 64 bits.
     irgn, orgn, sh : int
         Attributes of the walks.
-    granule : int, optional
-        In bytes; what tg says.
     asid : int, optional
         The ASID that the processors use for it: shared in the AUX profile (F47); 0: they have
         none for it.  None: the SMMU's driver takes one of its own.
@@ -95,6 +113,21 @@ class AddressSpace:
         asid: int | None = None,
         handler: Callable[[PageFault], bool | str] | None = None,
     ) -> None:
+        fields = {
+            "TTB0": ttb,
+            "T0SZ": t0sz,
+            "TG0": tg,
+            "IPS": ps,
+            "IR0": irgn,
+            "OR0": orgn,
+            "SH0": sh,
+        }
+        for name, value in fields.items():
+            _check(name, integer(_ARGUMENTS[name], value))
+        if not 0 <= integer("mair", mair) < 1 << 64:
+            raise InvalidArgument("mair", mair, "0 to 2^64 - 1")
+        if asid is not None and not 0 <= integer("asid", asid) < 1 << 16:
+            raise InvalidArgument("asid", asid, "0 to 65535, or None")
         self.table: PageTable | None = None
         self.root = ttb
         self.t0sz, self.tg, self.ps, self.mair = t0sz, tg, ps, mair
@@ -102,7 +135,7 @@ class AddressSpace:
         self.asid = asid
         self.handler = handler
         self.pasid = 0
-        self.exited = False
+        self.exited = self._exiting = False
         self.bonds: list[Bond] = []
         self.domains: dict[Iommu, SvaDomain] = {}
         self._asid_users = 0
@@ -123,7 +156,9 @@ class AddressSpace:
         OutOfMemory
             No page is left for its first table.
         """
-        cpu = system.cpu
+        cpu = getattr(system, "cpu", None)
+        if cpu is None:
+            raise WrongType("system", system, text=f"system is {system!r}, not a System")
         space = cls(0, asid=asid, handler=handler)
         wide = cpu.granule == 65536
         table = ProcessTable(
@@ -131,6 +166,7 @@ class AddressSpace:
             oas=min(max(cpu.pa_bits, 32), 52 if wide else 48),
         )  # fmt: skip
         space.table = table
+        space._system = system
         for name in _GEOMETRY:
             setattr(space, name, getattr(table, name))
         return space
@@ -150,7 +186,7 @@ class AddressSpace:
         InvalidArgument
             The range is empty, or beyond 64 bits.
         """
-        if not 0 <= first <= last < 1 << 64:
+        if not 0 <= integer("first", first) <= integer("last", last) < 1 << 64:
             raise InvalidArgument("last", last, f"{first:#x} to 0xffffffffffffffff")
         self._invalidate(first, last, self.granule_lg2, False)
 
@@ -162,32 +198,35 @@ class AddressSpace:
         """End the process: its devices' accesses are refused from now on, without events (F34).
 
         Each CD becomes quiet, then TLBs and ATCs forget the space.  Bonds stay until they are
-        unbound; the PASID is free for others after the last one.
+        unbound; the PASID is free for others after the last one.  What `mm_exit` of a device
+        raises is raised when all that is done.
         """
         system = self._system
-        if self.exited or system is None:
-            self.exited = True
+        if self._exiting or system is None:
+            self._exiting = self.exited = True
             return
         with system.lock:
-            for bond in self.bonds:
-                if bond.device.mm_exit is not None:
-                    bond.device.mm_exit(self)
+            self._exiting = True
+            for bond in list(self.bonds):  # a callback may unbind
+                if bond.device.mm_exit is not None and bond.references:
+                    system.lock.defer(bond.device.mm_exit, self)
             self.exited = True
             for bond in self.bonds:
                 for device in bond.device.group.devices:
                     table = device._table()
-                    if device.max_pasids and table is not None:
+                    if device.max_pasids and table is not None and not device.group.resetting:
                         domain = self.domains[device.iommu]
-                        table.write(self.pasid, domain.cd(device.stall_supported))
+                        words = domain.cd(device.stall_supported)
+                        system.lock.defer(table.write, self.pasid, words)
             for domain in self.domains.values():
-                domain.invalidations.invalidate_all()
+                system.lock.defer(domain.invalidations.invalidate_all)
             self._end()
 
     def _end(self) -> None:
         """Free the PASID, when the process is gone and nothing is bound."""
         if self.exited and not self.bonds and self.pasid:
             assert self._system is not None
-            self._system.pasids.free(self.pasid)
+            self._system.give_pasid(self.pasid)
             self.pasid = 0
 
     def __repr__(self) -> str:
@@ -321,6 +360,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
     """
     group = device.group
     system = group.system
+    instance("space", space, AddressSpace)
     with system.lock:
         bond = system.bonds.get(device, {}).get(space)
         if bond is not None:
@@ -342,27 +382,28 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             raise NoSpace("device", device, text="device has no PASIDs")
         first, last = device.enabled_features["SVA"] if aux else (1, device.max_pasids - 1)
         new = not space.pasid
-        pasid = space.pasid or system.pasids.alloc(first, last, data=space)
+        pasid = space.pasid or system.take_pasid(first, last, data=space)
         try:
             if not first <= pasid <= last:
                 raise PasidOverflow("pasid", pasid, f"{first} to {last}")
             if pasid in group.pasids:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} holds {group.at(pasid)!r}")
-            group.check_pasid(_Kind(), pasid)
-            domain = space.domains.get(iommu)
-            if domain is None:
-                domain = SvaDomain(iommu, space)
+            domain = space.domains.get(iommu) or SvaDomain(iommu, space)
+            group.check_pasid(domain, pasid)
+            with Undo() as undo:
+                # before an ASID is taken, for which another domain may have to move
+                for member in group.devices:
+                    if member.max_pasids:
+                        member.reserve_pasid(domain, pasid, undo)
+                device.enable_iopf()
+                undo.add(device.disable_iopf)
+                domain.take_asid()
                 space.domains[iommu] = domain
-            device.enable_iopf()
-            try:
                 group.set_pasid(domain, pasid)
-            except BaseException:
-                device.disable_iopf()
-                raise
         except BaseException:
             _drop_domains(space)
             if new:
-                system.pasids.free(pasid)
+                system.give_pasid(pasid)
             raise
         space.pasid = pasid
         space._system = system
@@ -374,9 +415,3 @@ def bind(device: Device, space: AddressSpace) -> Bond:
         space.bonds.append(bond)
         system.bonds.setdefault(device, {})[space] = bond
         return bond
-
-
-class _Kind(Domain):
-    """Stands for an SVA domain that is not made yet."""
-
-    kind = "sva"

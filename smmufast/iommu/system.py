@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast import layout
@@ -25,23 +28,31 @@ from smmufast.errors import (
     NoEntry,
     NotSupported,
     OutOfRange,
+    WrongType,
+    instance,
+    integer,
 )
 from smmufast.features import Features
 from smmufast.iommu import entry, fault
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
+from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group
 from smmufast.iommu.ids import IdSpace
+from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
 
+    from smmufast._smmu import Result
     from smmufast._tlb import Caches, StaleEntry
     from smmufast.iommu.sva import AddressSpace, Bond
 
 SPLIT: Final = 8  # a leaf of a two-level stream table holds 256 STEs
 MAX_L1_LG2: Final = 17
+MOST_SMMUS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class Iommu:
     smmu : Smmu
     queue : CommandQueue
     writer : EntryWriter
-        Updates STEs and CDs; set its `observer` to look between two stores.
+        Updates STEs and CDs; set its `observer` to look between two stores, or use `watch`.
     asids, vmids : IdSpace
         `asids` is the system's, `vmids` this SMMU's.
     devices : dict
@@ -100,11 +111,13 @@ class Iommu:
         self.vmids: IdSpace = IdSpace(16 if features.vmid16 else 8, "vmid")
         self.devices: dict[int, Device] = {}
         self._leaves: dict[int, int] = {}
+        self._spare: dict[int, int] = {}  # leaves that `reserve_ste` has, and nothing points to
         self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
         self.overflows: dict[str, int] = {}  # of the event and page request queues
         self._interrupts: set[str] = set()
+        self._servicing = threading.RLock()
         self.boot()
-        self.writer = EntryWriter(self.queue, self.memory)
+        self.writer = EntryWriter(self.queue, self.memory, call=system.lock.call)
 
     # --- what the SMMU has (F1) ---
 
@@ -139,7 +152,7 @@ class Iommu:
         has = {4096: features.gran4k, 16384: features.gran16k, 65536: features.gran64k}
         if granule is None:
             granule = next(size for size, there in has.items() if there)
-        elif granule not in has:
+        elif granule not in tuple(has):
             raise InvalidArgument("granule", granule, "4096, 16384 or 65536")
         if not has[granule]:
             raise NotSupported(
@@ -263,6 +276,26 @@ class Iommu:
         one = b"".join(word.to_bytes(8, "little") for word in words)
         self.memory.write(base, one * count)
 
+    def reserve_ste(self, sid: int) -> bool:
+        """Have the page for the leaf of a stream, which `ste_address` uses; whether it was missing.
+
+        Raises
+        ------
+        OutOfMemory
+            No page is left for it.
+        """
+        index = sid >> SPLIT
+        if self._l1_lg2 < 0 or index in self._leaves or index in self._spare:
+            return False
+        self._spare[index] = self.system.pages.alloc(64 << SPLIT)
+        return True
+
+    def unreserve_ste(self, sid: int) -> None:
+        """Give back the page that `reserve_ste` had, if it was not used."""
+        leaf = self._spare.pop(sid >> SPLIT, None)
+        if leaf is not None:
+            self.system.pages.free(leaf, 64 << SPLIT)
+
     def ste_address(self, sid: int) -> int:
         """Where the STE of a stream is; its leaf is allocated when it is first asked for.
 
@@ -280,10 +313,11 @@ class Iommu:
         index = sid >> SPLIT
         leaf = self._leaves.get(index)
         if leaf is None:
-            leaf = self.system.pages.alloc(64 << SPLIT)
+            self.reserve_ste(sid)
+            leaf = self._spare[index]
             self._fill(leaf, 1 << SPLIT)
-            self._leaves[index] = leaf
             self.store(self.strtab + 8 * index, leaf | SPLIT + 1)
+            self._leaves[index] = self._spare.pop(index)
             # an invalid level-1 descriptor may be cached
             self.queue.issue("CFGI_STE", StreamID=sid, Leaf=0)
             self.queue.sync()
@@ -377,9 +411,62 @@ class Iommu:
     # --- interrupts ---
 
     def service(self) -> int:
-        """Do what the interrupts asked for; return how many records were handled."""
-        self._interrupts.clear()
-        return fault.service(self)
+        """Do what the interrupts asked for; return how many records were handled.
+
+        One thread at a time: the others wait until what it found is answered.
+        """
+        with self._servicing:
+            self._interrupts.clear()
+            return fault.service(self)
+
+    # --- what the SMMU sees meanwhile ---
+
+    @contextmanager
+    def watch(
+        self, *accesses: tuple[SupportsIndex, SupportsIndex, SupportsIndex | None]
+    ) -> Iterator[list[tuple[Result, ...]]]:
+        """Ask the SMMU, after each store into an STE or a CD, what becomes of some accesses.
+
+        Parameters
+        ----------
+        *accesses : (int, int, int or None)
+            StreamID, address and SubstreamID of each.
+
+        Yields
+        ------
+        list of tuple of Result
+            Grows by one tuple at each store of a dword: the results of the accesses at that moment.
+
+        Raises
+        ------
+        Busy
+            The writer has an observer.
+
+        >>> from smmufast.iommu import IDENTITY, System
+        >>> system = System()
+        >>> nic = system.device(8, pasid_bits=4)
+        >>> domain = nic.paging_domain()
+        >>> domain.map(0x1000, 0x8000_0000, 0x1000)
+        >>> nic.attach(IDENTITY)
+        >>> with nic.iommu.watch((8, 0x1000, None)) as seen:
+        ...     nic.replace(domain)
+        >>> [hex(result.pa) for (result,) in seen][-3:]
+        ['0x1000', '0x80000000', '0x80000000']
+        """
+        seen: list[tuple[Result, ...]] = []
+
+        def look(address: int, index: int, old: tuple[int, ...]) -> None:
+            seen.append(
+                tuple(self.smmu.translate(sid, iova, ssid=ssid) for sid, iova, ssid in accesses)
+            )
+
+        if self.writer.observer is not None:
+            raise Busy("observer", self.writer.observer, text="the writer has an observer")
+        self.writer.observer = look
+        try:
+            yield seen
+        finally:
+            self.writer.observer = None
 
     def __repr__(self) -> str:
         """Its number and its devices."""
@@ -479,9 +566,15 @@ class System:
     ) -> None:
         if not isinstance(profile, Profile):
             raise InvalidArgument("profile", profile, "AUX or NOW")
+        instance("pasid_policy", pasid_policy, PasidPolicy)
+        for name, value, kind in (("memory", memory, Memory), ("cpu", cpu, Cpu)):
+            if value is not None:
+                instance(name, value, kind)
+        if caches is not None and not callable(caches):
+            raise WrongType("caches", caches, text=f"caches is {caches!r}, not callable")
         if default_domain not in ("blocked", "identity", "paging"):
             raise InvalidArgument("default_domain", default_domain, "blocked, identity or paging")
-        self.lock = threading.RLock()
+        self.lock = SystemLock()
         self.profile = profile
         self.default_domain = default_domain
         self.disable_bypass = disable_bypass
@@ -519,17 +612,29 @@ class System:
         smmu: Smmu | Iterable[Smmu] | None,
     ) -> list[Smmu]:
         if smmu is not None:
+            instance("smmu", smmu, Smmu, Iterable)
             mine = [smmu] if isinstance(smmu, Smmu) else list(smmu)
+            for one in mine:
+                instance("smmu", one, Smmu)
             if not mine or any(one.memory is not mine[0].memory for one in mine):
                 raise InvalidArgument("smmu", smmu, text="smmu: one or more that share a memory")
             return mine
         if features is None or isinstance(features, Features):
+            count = integer("smmus", count)
+            if not 1 <= count <= MOST_SMMUS:
+                raise InvalidArgument("smmus", count, f"1 to {MOST_SMMUS}")
             each = [features or Features.full()] * count
         else:
+            instance("features", features, Iterable)
             each = list(features)
-            count = len(each)
-        if count < 1:
-            raise InvalidArgument("smmus", count, "1 or more")
+            for some in each:
+                instance("features", some, Features)
+            if not 1 <= len(each) <= MOST_SMMUS:
+                raise InvalidArgument(
+                    "features",
+                    len(each),
+                    text=(f"features has {len(each)} elements, allowed are 1 to {MOST_SMMUS}"),
+                )
         if memory is None:
             bits = min(45, cpu.pa_bits if cpu else 45, *(one.oas_bits for one in each))
             memory = Memory()
@@ -585,8 +690,13 @@ class System:
             No page is left for a stream table's leaf.
         """
         with self.lock:
+            instance("device", device, Device)
             if device._iommu is not None:
                 raise Busy("device", device, text="device was probed")
+            iommu = integer("iommu", iommu)
+            group = device._wanted_group
+            if group is not None and group.system is not self:
+                raise InvalidArgument("group", group, text="group is another system's")
             if not 0 <= iommu < len(self.iommus):
                 raise NoDevice("iommu", iommu, f"0 to {len(self.iommus) - 1}")
             one = self.iommus[iommu]
@@ -597,32 +707,44 @@ class System:
                     raise OutOfRange("sid", sid, f"0 to {one.last_sid:#x}")
                 if sid in one.devices:
                     raise NoDevice("sid", sid, text=f"sid {sid:#x} belongs to {one.devices[sid]!r}")
-            for sid in device.sids:
-                one.ste_address(sid)
-            device.probed(one)
-            for sid in device.sids:
-                one.devices[sid] = device
-            self._join(device)
+            with Undo() as undo:
+                for sid in device.sids:
+                    if one.reserve_ste(sid):
+                        undo.add(partial(one.unreserve_ste, sid))
+                undo.add(device.unprobed)
+                device.probed(one)
+                undo.add(partial(self._unlink, device, one))
+                for sid in device.sids:
+                    one.devices[sid] = device
+                self._join(device, undo)
 
-    def _join(self, device: Device) -> None:
+    @staticmethod
+    def _unlink(device: Device, iommu: Iommu) -> None:
+        for sid in device.sids:
+            iommu.devices.pop(sid, None)
+
+    def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
         group = device.group
-        new = not group.devices
         group.devices.append(device)
-        try:
-            if new:
-                group.default = self._default(device)
-                group.set(group.default)
-            else:
-                device.install(group.domain)
-                if device.max_pasids:
-                    for pasid in group.pasids:
-                        device.install_pasid(group.at(pasid), pasid, None)
-        except BaseException:
-            device.release()
-            raise
+        undo.add(partial(group.devices.remove, device))
+        if len(group.devices) == 1:
+            undo.add(partial(setattr, group, "default", group.default))
+            undo.add(partial(setattr, group, "domain", group.domain))
+            default = self._default(device, undo)
+            device.reserve(default, undo)
+            group.default = group.domain = default
+        else:
+            device.reserve(group.domain, undo)
+            for pasid in group.pasids if device.max_pasids else ():
+                domain = group.at(pasid)
+                assert isinstance(domain, PagingDomain | SvaDomain)
+                device.reserve_pasid(domain, pasid, undo)
+        device.install(group.domain)
+        for pasid in group.pasids if device.max_pasids else ():
+            device.install_pasid(group.at(pasid), pasid, None)
 
-    def _default(self, device: Device) -> Domain:
+    def _default(self, device: Device, undo: Undo) -> Domain:
         if self.default_domain == "identity" or (
             self.default_domain == "blocked" and device.direct
         ):
@@ -630,6 +752,7 @@ class System:
         if self.default_domain == "blocked":
             return BLOCKED
         domain = device.iommu.paging_domain()
+        undo.add(domain.free)
         for base, size in device.direct:
             domain.map(base, base, size)
         return domain
@@ -654,6 +777,18 @@ class System:
         with self.lock:
             return self.iommus[0].paging_domain(ready=False, **more)
 
+    # --- PASIDs ---
+
+    def take_pasid(self, first: int, last: int, data: object = None) -> int:
+        """Allocate a PASID for the driver half; a notifier cannot change the system meanwhile."""
+        with self.lock.closed():
+            return self.pasids.alloc(first, last, data=data)
+
+    def give_pasid(self, pasid: int) -> None:
+        """Free what `take_pasid` took."""
+        with self.lock.closed():
+            self.pasids.free(pasid)
+
     # --- running ---
 
     def service(self) -> int:
@@ -673,6 +808,17 @@ class System:
     def bonds_of(self, device: Device) -> list[Bond]:
         """The bonds of a device with address spaces."""
         return list(self.bonds.get(device, {}).values())
+
+    def draw(self, *, limit: SupportsIndex = 16) -> str:
+        """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
+
+        Raises
+        ------
+        InvalidArgument
+            The limit is below 1.
+        """
+        streams = ((iommu, sid) for iommu in self.iommus for sid in sorted(iommu.devices))
+        return draw(streams, limit)
 
     def __repr__(self) -> str:
         """Its SMMUs, devices and profile."""

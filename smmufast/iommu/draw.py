@@ -1,0 +1,266 @@
+"""Pictures of what a stream's STE leads to: CD table, CDs, page tables, in lines of text.
+
+Drawn from the bytes in memory alone (IHI 0070 5.2, 5.3, 5.4; DDI 0487 D8.3): what the driver half
+keeps beside them is not asked, so that a picture shows what the SMMU finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, SupportsIndex
+
+import numpy as np
+
+from smmufast import layout
+from smmufast.errors import InvalidArgument, integer
+from smmufast.explain import _address, _first_level, _granule, _s2_granule, _s2_level, _shift
+from smmufast.faults import ExternalAbort
+
+if TYPE_CHECKING:
+    from smmufast._memory import Memory
+    from smmufast.iommu.system import Iommu
+
+_LEAF_LG2: Final = {1: 6, 2: 10}  # S1Fmt: lg2 of the CDs in a leaf of 4 KiB and of 64 KiB
+_S1DSS: Final = {0: "without PASID terminated", 1: "without PASID bypass"}
+_UNITS: Final = ("", "K", "M", "G", "T")
+
+
+def _size(lg2: int) -> str:
+    return f"{1 << lg2 % 10}{_UNITS[lg2 // 10]}"
+
+
+def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
+    """Draw what the STEs of some streams lead to; `Device.draw` says more."""
+    most = integer("limit", limit)
+    if most < 1:
+        raise InvalidArgument("limit", most, "1 or more")
+    lines: list[str] = []
+    for iommu, sid in streams:
+        picture = Picture(iommu.memory, most)
+        picture.stream(sid, iommu.ste_address(sid))
+        lines += picture.lines
+    return "\n".join(lines)
+
+
+class _Stage2:
+    """Addresses of a guest, as the tables of stage 2 put them into memory."""
+
+    def __init__(self, picture: Picture, ste: dict[str, int]) -> None:
+        self._picture = picture
+        self._ste = ste
+
+    def pa(self, ipa: int) -> int | None:
+        """Return where an intermediate physical address is; None where stage 2 has nothing."""
+        lg2, level = _s2_granule(self._ste), _s2_level(self._ste, None)
+        if not lg2 or level is None or ipa >> (64 - self._ste["S2T0SZ"]):
+            return None
+        table = self._ste["S2TTB"]
+        while True:
+            shift = _shift(lg2, level)
+            first = level == _s2_level(self._ste, None)
+            index = ipa >> shift & ((1 << 20) - 1 if first else (1 << lg2 - 3) - 1)
+            (d,) = self._picture.words(table + 8 * index, 1) or (0,)
+            if d & 3 == 3 and level < 3:
+                table, level = _address(d, lg2, False), level + 1
+            elif d & 1:
+                return _address(d, lg2, False) & -(1 << shift) | ipa & (1 << shift) - 1
+            else:
+                return None
+
+
+class Picture:
+    """The lines of a picture, as they come.
+
+    Parameters
+    ----------
+    memory : Memory
+    limit : int
+        Lines below one table or CD table; what is beyond is counted.
+    """
+
+    def __init__(self, memory: Memory, limit: int) -> None:
+        self.memory = memory
+        self.limit = limit
+        self.lines: list[str] = []
+
+    def array(self, address: int, count: int) -> np.ndarray | None:
+        """Read dwords; None where memory refuses."""
+        try:
+            data = self.memory.read(address, 8 * count)
+        except ExternalAbort:
+            return None
+        return np.frombuffer(data, "<u8").astype(np.uint64)
+
+    def words(self, address: int, count: int) -> list[int] | None:
+        """Read dwords as a list; None where memory refuses."""
+        found = self.array(address, count)
+        return None if found is None else found.tolist()
+
+    def stream(self, sid: int, address: int) -> None:
+        """Draw what one STE leads to."""
+        words = self.words(address, 8)
+        if words is None:
+            self.lines.append(f"sid {sid:#x}: STE at {address:#x}, which memory refuses")
+            return
+        ste = layout.unpack("STE", sum(word << 64 * i for i, word in enumerate(words)))
+        config = ste["Config"] if ste["V"] else -1
+        what = {-1: "invalid", 4: "bypass", 5: "stage 1", 6: "stage 2", 7: "both stages"}
+        text = what.get(config, "abort")
+        if config & 1 and config > 4 and ste["S1CDMax"] and ste["S1DSS"] != 2:
+            text += f", {_S1DSS.get(ste['S1DSS'], 'S1DSS reserved')}"
+        self.lines.append(f"sid {sid:#x}: STE at {address:#x}: {text}")
+        if config < 4:
+            return
+        guest = _Stage2(self, ste) if config == 7 else None
+        parts = []
+        if config & 2:
+            parts.append("stage 2")
+        if config & 1:
+            parts.append("stage 1")
+        for part in parts:
+            last = part == parts[-1]
+            if part == "stage 1":
+                self._contexts(ste, guest, last)
+            else:
+                self._stage2(ste, last)
+
+    def _branch(self, prefix: str, last: bool, text: str) -> str:
+        """Add a line; return the prefix of what is below it."""
+        self.lines.append(f"{prefix}{'└─' if last else '├─'} {text}")
+        return prefix + ("   " if last else "│  ")
+
+    def _stage2(self, ste: dict[str, int], last: bool) -> None:
+        lg2, level = _s2_granule(ste), _s2_level(ste, None)
+        text = f"VMID {ste['S2VMID']}, S2TTB {ste['S2TTB']:#x}"
+        below = self._branch("", last, text)
+        if lg2 and level is not None:
+            bits = 64 - ste["S2T0SZ"]
+            self._table(below, ste["S2TTB"], lg2, level, bits, 2, None)
+
+    def _contexts(self, ste: dict[str, int], guest: _Stage2 | None, last: bool) -> None:
+        base, bits = ste["S1ContextPtr"], min(ste["S1CDMax"], 20)
+        leaf_lg2 = _LEAF_LG2.get(ste["S1Fmt"], 0) if bits else 0
+        levels = "two levels, " * bool(leaf_lg2)
+        count = f"{_size(bits)} CD{'s' * (bits > 0)}"
+        below = self._branch(
+            "", last, f"CD table at {'IPA ' * bool(guest)}{base:#x}, {levels}{count}"
+        )
+        if not leaf_lg2:
+            self._leaf(below, base, 0, 1 << bits, guest)
+            return
+        leaves = self._leaves_of(base, 1 << max(bits - leaf_lg2, 0), guest)
+        for number, (index, leaf) in enumerate(leaves[: self.limit]):
+            inner = self._branch(below, number + 1 == len(leaves), f"[{index}] CDs at {leaf:#x}")
+            self._leaf(inner, leaf, index << leaf_lg2, 1 << leaf_lg2, guest)
+        self._more(below, len(leaves), "nothing")
+
+    def _leaves_of(self, base: int, count: int, guest: _Stage2 | None) -> list[tuple[int, int]]:
+        """Index and address of each leaf of a two-level CD table."""
+        found = []
+        for start in range(0, count, 512):  # 4 KiB: the smallest page of a guest
+            at = self._at(base + 8 * start, guest)
+            words = self.words(at, min(512, count - start)) if at is not None else None
+            for index, word in enumerate(words or ()):
+                if word & 1:
+                    found.append((start + index, layout.unpack("L1CD", word)["L2Ptr"]))
+        return found
+
+    def _leaf(self, prefix: str, base: int, first: int, count: int, guest: _Stage2 | None) -> None:
+        """Draw the CDs that lie side by side, of substreams from `first` on."""
+        found: list[tuple[int, int]] = []
+        for start in range(0, count, 64):
+            at = self._at(base + 64 * start, guest)
+            words = self.array(at, 8 * min(64, count - start)) if at is not None else None
+            if words is not None and at is not None:
+                valid = np.flatnonzero(words[::8] & np.uint64(1 << 31)).tolist()
+                found += [(first + start + index, at + 64 * index) for index in valid]
+        for number, (ssid, address) in enumerate(found[: self.limit]):
+            self._context(prefix, number + 1 == len(found), ssid, address, guest)
+        self._more(prefix, len(found), "no CD is valid")
+
+    def _more(self, prefix: str, count: int, none: str) -> None:
+        """Add a line for what is beyond the limit, or for nothing at all."""
+        if not count:
+            self._branch(prefix, True, none)
+        elif count > self.limit:
+            self._branch(prefix, True, f"… {count - self.limit} more")
+
+    @staticmethod
+    def _at(address: int, guest: _Stage2 | None) -> int | None:
+        return address if guest is None else guest.pa(address)
+
+    def _context(
+        self, prefix: str, last: bool, ssid: int, address: int, guest: _Stage2 | None
+    ) -> None:
+        words = self.words(address, 8) or [0] * 8
+        cd = layout.unpack("CD", sum(word << 64 * i for i, word in enumerate(words)))
+        whose = f"PASID {ssid}" if ssid else "no PASID"
+        text = f"CD {ssid} at {address:#x}: {whose}, ASID {cd['ASID']}"
+        if cd["EPD0"]:
+            self._branch(prefix, last, f"{text}, quiet (EPD0)")
+            return
+        lg2 = _granule(cd, 0)
+        below = self._branch(prefix, last, f"{text}, TTB0 {cd['TTB0']:#x}")
+        if lg2:
+            bits = 64 - cd["T0SZ"]
+            self._table(below, cd["TTB0"], lg2, _first_level(lg2, bits), bits, 1, guest)
+
+    def _table(
+        self, prefix: str, table: int, lg2: int, level: int, bits: int, stage: int,
+        guest: _Stage2 | None, iova: int = 0,
+    ) -> None:  # fmt: skip
+        """Draw a table: one line for each table below, and for leaves that continue each other."""
+        shift = _shift(lg2, level)
+        count = 1 << max(min(bits - shift, lg2 + 1), 0)  # up to 16 tables side by side
+        at = self._at(table, guest)
+        words = self.array(at, count) if at is not None else None
+        if words is None:
+            self._branch(prefix, True, f"level {level} table at {table:#x}: memory refuses it")
+            return
+        rows: list[tuple[str, int, int]] = []  # text, table below, its first input address
+        run: list[int] = []  # first index, output, attributes, length
+        for index in np.flatnonzero(words & np.uint64(1)).tolist():
+            d = int(words[index])
+            start = iova + (index << shift)
+            if d & 3 == 3 and level < 3:
+                rows.append(
+                    (f"[{index}] level {level + 1} table at", _address(d, lg2, False), start)
+                )
+                run = []
+                continue
+            output = _address(d, lg2, False) & -(1 << shift)
+            rest = d & ~(_address(-1, lg2, False) | 0xF000 * (lg2 == 16)) & ~(1 << 52)
+            if run and [run[0] + run[3], run[1] + (run[3] << shift), run[2]] == [
+                index, output, rest,
+            ]:  # fmt: skip
+                run[3] += 1
+                rows.pop()
+            else:
+                run = [index, output, rest, 1]
+            rows.append((self._leaves(run, shift, lg2, level, stage, iova), 0, 0))
+        for number, (text, lower, start) in enumerate(rows[: self.limit]):
+            last = number + 1 == len(rows)
+            if not lower:
+                self._branch(prefix, last, text)
+                continue
+            below = self._branch(prefix, last, f"{text} {lower:#x}")
+            self._table(below, lower, lg2, level + 1, shift, stage, guest, start)
+        self._more(prefix, len(rows), "nothing is mapped")
+
+    @staticmethod
+    def _leaves(run: list[int], shift: int, lg2: int, level: int, stage: int, iova: int) -> str:
+        """Put leaves that continue each other into words."""
+        index, output, attributes, count = run
+        first = iova + (index << shift)
+        entries = f"[{index}]" if count == 1 else f"[{index}..{index + count - 1}]"
+        if stage == 1:
+            leaf = layout.unpack("PTE_S1", attributes)
+            allowed = "read" if leaf["AP"] & 2 else "read write"
+            allowed += " privileged" * (not leaf["AP"] & 1)
+        else:
+            access = layout.unpack("PTE_S2", attributes)["S2AP"]
+            allowed = ("no access", "read", "write", "read write")[access]
+        return (
+            f"{entries} {first:#x} to {first + (count << shift) - 1:#x} -> {output:#x}, "
+            f"{count} of {_size(shift)}, {allowed}"
+        )

@@ -1,0 +1,28 @@
+"""What takes back the beginning of a call that fails."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Undo:
+    """What takes back the preparations of a call, should it fail: a context manager."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], object]] = []
+
+    def add(self, call: Callable[[], object]) -> None:
+        """Remember a call; the last one is made first."""
+        self._calls.append(call)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        for call in reversed(self._calls) if kind is not None else ():
+            with contextlib.suppress(Exception):  # what failed first is what is raised
+                call()
