@@ -37,8 +37,8 @@ from smmufast._vmsa cimport (
 )
 
 from smmufast._vector cimport (
-    Lanes, Last, NearTable, Out, Rows, Span, slot_home, vector_arrive, vector_down, vector_find,
-    vector_near, vector_on,
+    Lanes, Last, NearTable, Out, Rows, Span, plain_arrive, plain_down, plain_near, slot_home,
+    vector_arrive, vector_down, vector_find, vector_near, vector_on,
 )
 
 
@@ -49,7 +49,7 @@ cdef enum:
     SLOTS_LG2 = 13    # pairs remembered in one call, as SMMUFAST_HOME says
     PROBES = 8
     LEFT = 15         # Rows.shape: the scalar driver looks the pair up in its turn
-    FEW = 16          # rows that are not worth a vector
+    FEW = 16          # rows that Lanes are worth
 
 
 # A decoded context.  Pairs that differ in tables and ASID alone have one shape.
@@ -92,6 +92,7 @@ cdef struct Run:
     Pairs* pairs              # NULL: all rows are of one pair, which is shape[0]
     bint more                 # columns other than pa, action and event are wanted
     bint vector
+    bint laned                # there are rows enough for Lanes to be filled in
     bint halves               # of one pair, bit 55 of the address selects the shape
     unsigned int shapes
     Shape[SHAPES] shape
@@ -628,7 +629,7 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
     cdef uint64_t left
     cdef uint64_t[2] beyond
     cdef Span window
-    if not run.vector:
+    if not run.laned:
         for i in range(rows.count):
             set_out_row(run, rows, i, one_pair)
         # a test that half the requests pass costs more than the walk that it saves
@@ -636,7 +637,6 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
         run.near.moved = 0
         return
     beyond[0] = beyond[1] = 0
-    run.near.trusted = False
     while i < rows.count:
         n = run_of(run, rows, i, 8, one_pair)
         lanes = lanes_of(run, rows.shape[i]) if n > i else NULL
@@ -644,7 +644,10 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
             window.base = port.window.base
             window.span = port.window.span
             window.data = port.window.data
-            vector_down(lanes, &window, rows, i, n, &run.last, beyond)
+            if run.vector:
+                vector_down(lanes, &window, rows, i, n, &run.last, beyond)
+            else:
+                plain_down(lanes, &window, rows, i, n, &run.last, beyond)
             i = n
             continue
         n = i + 8 if n == i else n
@@ -653,7 +656,7 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
         while i < n:
             beyond[i >> 6] |= <uint64_t>1 << (i & 63)
             i += 1
-    run.sequence = one_pair and run.last.alike * 10 >= rows.count
+    run.sequence = one_pair and run.last.alike * (10 if run.vector else 2) >= rows.count
     run.last.careful = run.last.mixed * 40 > rows.count  # a fifth of the groups
     run.last.alike = run.last.mixed = 0
     for k in range(2):
@@ -700,12 +703,15 @@ cdef inline int rows_arrive(Run* run, Rows* rows, bint one_pair, size_t* done) n
     cdef size_t i = 0, n = 0
     cdef int status
     while i < rows.count:
-        if run.vector and not run.more:
+        if run.laned and not run.more:
             if i >= n:
                 n = run_of(run, rows, i, 1, one_pair)
                 lanes = lanes_of(run, rows.shape[i])
             if lanes != NULL:
-                i = vector_arrive(lanes, rows, i, n, &run.out)
+                if run.vector:
+                    i = vector_arrive(lanes, rows, i, n, &run.out)
+                else:
+                    i = plain_arrive(lanes, rows, i, n, &run.out)
                 if i == n:
                     continue
         status = 1
@@ -743,7 +749,7 @@ cdef inline size_t run_near(Run* run, size_t start) noexcept nogil:
     window.base = port.window.base
     window.span = port.window.span
     window.data = port.window.data
-    return vector_near(
+    return (vector_near if run.vector else plain_near)(
         lanes, &window, run.shape[0].memo.context.half[upper].table,
         <const char*>batch.iova.data, load_u8(&batch.access, 0) & 7, start, batch.n, &run.out,
         &run.near_table)
@@ -836,7 +842,8 @@ cdef inline int translate_plain(
     run.batch = batch
     run.pairs = NULL
     run.more = wants_more(batch)
-    run.vector = vector_on and batch.n >= FEW
+    run.laned = batch.n >= FEW
+    run.vector = vector_on and run.laned
     run.shapes = 0
     run.near.moved = 0
     run.near.trusted = False
@@ -850,7 +857,7 @@ cdef inline int translate_plain(
     run.out.event_stride = batch.event.stride if batch.event.data != NULL else 1
     run.out.ok = ACTION_OK
     run.direct = (
-        run.vector and not run.more and one_pair and batch.iova.stride == 8
+        run.laned and not run.more and one_pair and batch.iova.stride == 8
         and batch.access.stride == 0 and run.out.pa_stride == 8 and run.out.action_stride == 1
         and run.out.event_stride == 1)
     if one_pair:

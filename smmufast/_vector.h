@@ -1,6 +1,7 @@
-/* Eight walks at a time with AVX-512, where the processor has it.
+/* Both passes over a block of a batch: one row at a time, or eight with AVX-512 where the processor
+ * has it.
  *
- * The vector form of the rules that most requests meet and nothing else: tables whose descriptors
+ * The rules that most requests meet and nothing else: tables whose descriptors
  * are little-endian with the address in place, then one page or block without a fault.  Every
  * number comes from the scalar rules (_vmsa.pxd, _batch.pxd) as a mask or a bit table; what does
  * not pass is left to them.  Rows are those of one block, side by side in arrays.
@@ -44,7 +45,7 @@ typedef struct {
     uint64_t first[SMMUFAST_PADDED];       /* the table where the walk begins */
     const uint8_t *entry[SMMUFAST_PADDED]; /* where the leaf lies; NULL: the scalar driver's */
     uint64_t held[SMMUFAST_PADDED];        /* leaves already read, as they lie in memory */
-    uint64_t tables[SMMUFAST_PADDED];      /* hierarchical attributes that count */
+    uint64_t tables[SMMUFAST_PADDED];      /* hierarchical attributes, to be masked */
     uint32_t sid[SMMUFAST_PADDED];         /* unless all rows are of one pair */
     uint32_t ssid[SMMUFAST_PADDED];
     uint8_t shift[SMMUFAST_PADDED];        /* lg2 of the page */
@@ -64,7 +65,7 @@ typedef struct {
 
 /* What the walks of a block were like: groups of eight rows. */
 typedef struct {
-    uint32_t alike;   /* in one last table */
+    uint32_t alike;   /* in one last table; one row at a time, rows in that of the row before */
     uint32_t mixed;   /* not pages alone */
     uint32_t careful; /* some of the last block were mixed, so that is reckoned with */
 } smmufast_last;
@@ -123,6 +124,206 @@ static inline int smmufast_near_find(
         tables |= d;
     }
 }
+
+/* --- one row at a time --- */
+
+static inline uint64_t smmufast_load(const void *at)
+{
+    return __atomic_load_n((const uint64_t *)at, __ATOMIC_RELAXED);
+}
+
+/* {UXN, PXN, AP[2:1]} of a leaf after the tables above it. */
+static inline unsigned smmufast_code(uint64_t d, uint64_t tables)
+{
+    unsigned code = (unsigned)((d >> 6 & 3) | (d >> 51 & 12));
+    return (code & ~(unsigned)(tables >> 61 & 1)) | (unsigned)(tables >> 61 & 2)
+        | (unsigned)(tables >> 57 & 12);
+}
+
+/* First pass over rows [from, to) of one half: walk down to the last table and ask for the entry
+ * of each.  A row that is left has no entry; `beyond` has its bit when memory outside of the
+ * window is the reason, so that its tables may still be ordinary. */
+__attribute__((always_inline))
+static inline void smmufast_plain_walks(
+    const smmufast_lanes *k, const unsigned granule, const unsigned shift,
+    const smmufast_window *w, smmufast_rows *b, size_t from, size_t to, smmufast_last *last,
+    uint64_t *beyond)
+{
+    const uint64_t base = w->base, span = w->span, entry_mask = k->entry_mask;
+    const uint64_t table_bits = k->table_bits, low_address = k->low_address;
+    const uint64_t index_mask = k->index_mask, sign = k->sign, range_mask = k->range_mask;
+    const uint8_t *data = w->data;
+    const unsigned stride = granule - 3;
+    uint64_t previous = 0;
+    uint32_t alike = 0;
+    size_t i;
+    for (i = from; i < to; i++) {
+        const uint64_t va = b->va[i], ia = va & index_mask;
+        uint64_t table = b->first[i], tables = 0, off, d = 0;
+        unsigned s = shift;
+        off = table + (ia >> (s - 3) & entry_mask) - base;
+        if (__builtin_expect(((va ^ sign) & range_mask) != 0, 0)) {
+            b->entry[i] = NULL;
+            continue;
+        }
+#pragma GCC unroll 5
+        while (s != granule) {
+            if (__builtin_expect(off > span, 0))
+                goto away;
+            d = smmufast_load(data + off);
+            if (__builtin_expect((d & table_bits) != 3, 0))
+                goto other;
+            table = d & low_address;
+            tables |= d;
+            s -= stride;
+            off = table + (ia >> (s - 3) & entry_mask) - base;
+        }
+        if (__builtin_expect(off > span, 0))
+            goto away;
+        b->entry[i] = data + off;
+        __builtin_prefetch(data + off);
+    found:
+        b->shift[i] = (uint8_t)s;
+        b->tables[i] = tables;
+        alike += table == previous;
+        previous = table;
+        continue;
+    other:
+        if ((k->block_shifts >> s & 1) && (d & 3) == 1) {
+            b->held[i] = d;
+            b->entry[i] = (const uint8_t *)&b->held[i];
+            goto found;
+        }
+        b->entry[i] = NULL;
+        continue;
+    away:
+        b->entry[i] = NULL;
+        beyond[i / 64] |= (uint64_t)1 << (i % 64);
+    }
+    last->alike += alike;
+}
+
+__attribute__((noinline))
+static void smmufast_plain_down(
+    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t from, size_t to,
+    smmufast_last *last, uint64_t *beyond)
+{
+    switch (k->granule << 8 | k->shift) { /* the commonest, with constants */
+#define SMMUFAST_WALKS(granule, shift) \
+    case (granule) << 8 | (shift): \
+        smmufast_plain_walks(k, granule, shift, w, b, from, to, last, beyond); \
+        return;
+        SMMUFAST_WALKS(12, 39)
+        SMMUFAST_WALKS(12, 30)
+        SMMUFAST_WALKS(14, 36)
+        SMMUFAST_WALKS(16, 42)
+#undef SMMUFAST_WALKS
+    default:
+        smmufast_plain_walks(k, k->granule, k->shift, w, b, from, to, last, beyond);
+    }
+}
+
+__attribute__((always_inline))
+static inline size_t smmufast_plain_leaves(
+    const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
+    const smmufast_out *o, const int direct)
+{
+    const uint64_t leaf_bits = k->leaf_bits, low_address = k->low_address, keep = k->keep;
+    const unsigned granule = k->granule;
+    const smmufast_out out = *o;
+    size_t i;
+    for (i = from; i < to; i++) {
+        const ptrdiff_t row = (ptrdiff_t)(b->start + i);
+        const unsigned shift = b->shift[i];
+        const uint64_t within = ((uint64_t)1 << shift) - 1;
+        const uint64_t tables = b->tables[i] & keep;
+        unsigned code;
+        uint64_t d, pa;
+        if (__builtin_expect(b->entry[i] == NULL, 0))
+            return i;
+        d = smmufast_load(b->entry[i]);
+        /* a page's bit 1 is set; a block's is not, as was checked when it was read */
+        if (__builtin_expect(
+                (((d | (uint64_t)(shift != granule) << 1) ^ 0x403) & leaf_bits) != 0, 0))
+            return i;
+        code = tables ? smmufast_code(d, tables) : (unsigned)((d >> 6 & 3) | (d >> 51 & 12));
+        if (__builtin_expect(!(k->allowed[b->access[i]] >> code & 1), 0))
+            return i;
+        pa = (d & low_address & ~within) | (b->va[i] & within);
+        if (direct) {
+            memcpy(out.pa + 8 * row, &pa, 8);
+            out.action[row] = (char)out.ok;
+            out.event[row] = 0;
+        } else {
+            if (out.pa)
+                memcpy(out.pa + row * out.pa_stride, &pa, 8);
+            if (out.action)
+                out.action[row * out.action_stride] = (char)out.ok;
+            if (out.event)
+                out.event[row * out.event_stride] = 0;
+        }
+    }
+    return to;
+}
+
+/* Second pass over rows [from, to) of one half: read the leaves and write the outputs.  Stops
+ * behind the last row before the first that is left, and returns the number of that row. */
+__attribute__((noinline))
+static size_t smmufast_plain_arrive(
+    const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
+    const smmufast_out *o)
+{
+    if (o->pa && o->action && o->event && o->pa_stride == 8 && o->action_stride == 1
+        && o->event_stride == 1)
+        return smmufast_plain_leaves(k, b, from, to, o, 1);
+    return smmufast_plain_leaves(k, b, from, to, o, 0);
+}
+
+/* Translate rows in sequence, from row `from` of the batch on, as long as they stay in one table
+ * for a while and none is left; how many.  `near` is the table that they are in; the next one is
+ * walked to.  Addresses are read from their column, once. */
+__attribute__((noinline))
+static size_t smmufast_plain_near(
+    const smmufast_lanes *k, const smmufast_window *w, uint64_t first, const char *iova,
+    unsigned access, size_t from, size_t to, const smmufast_out *o, smmufast_near *near)
+{
+    const uint64_t leaf_bits = k->leaf_bits, entry_mask = k->entry_mask;
+    const uint64_t allowed = k->allowed[access];
+    const smmufast_out out = *o;
+    uint64_t wanted = 0, within = 0, address = 0;
+    int set = 0;
+    size_t i, failed = from;
+    for (i = from; i < to; i++) {
+        uint64_t va, d, pa;
+        memcpy(&va, iova + 8 * i, 8);
+        if (__builtin_expect(!set || va >> near->reach != near->tag, 0)) {
+            if (set && i - failed < 8)
+                break; /* tables change too often */
+            failed = i;
+            near->found = (uint8_t)smmufast_near_find(k, w, first, va, near);
+            if (!near->found)
+                break;
+            set = 1;
+            within = ((uint64_t)1 << near->lg2) - 1;
+            address = k->low_address & ~within;
+            wanted = near->lg2 == k->granule ? 0x403 : 0x401;
+        }
+        d = smmufast_load(near->table + (va >> (near->lg2 - 3) & entry_mask));
+        if (__builtin_expect(((d ^ wanted) & leaf_bits) != 0, 0)
+            || __builtin_expect(!(allowed >> smmufast_code(d, near->tables) & 1), 0))
+            break;
+        pa = (d & address) | (va & within);
+        if (out.pa)
+            memcpy(out.pa + 8 * i, &pa, 8);
+        if (out.action)
+            out.action[i] = (char)out.ok;
+        if (out.event)
+            out.event[i] = 0;
+    }
+    return i - from;
+}
+
+/* --- eight rows at a time --- */
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -346,9 +547,7 @@ static void smmufast_descend_any(
                                        _mm512_srli_epi64(va, 30))));
 }
 
-/* First pass over rows [from, to) of one half, `from` being a multiple of 8: walk down to the last
- * table and ask for the entry of each.  A row that is left has no entry; `beyond` has its bit when
- * memory outside of the window is the reason, so that its tables may still be ordinary. */
+/* As smmufast_plain_down(); `from` is a multiple of 8. */
 SMMUFAST_AVX512
 static void smmufast_vector_down(
     const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t from, size_t to,
@@ -377,8 +576,7 @@ static void smmufast_vector_down(
     }
 }
 
-/* Second pass over rows [from, to) of one half: read the leaves and write the outputs.  Stops
- * behind the last row before the first that is left, and returns the number of that row. */
+/* As smmufast_plain_arrive(). */
 SMMUFAST_AVX512
 static size_t smmufast_vector_arrive(
     const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
@@ -448,9 +646,7 @@ static size_t smmufast_vector_arrive(
     return to;
 }
 
-/* Translate rows in sequence, from row `from` of the batch on, as long as eight at a time have
- * their leaves in one table and none is left; how many.  `last` is the table that they are in;
- * the next one is walked to.  Addresses are read from their column, once. */
+/* As smmufast_plain_near(), eight rows at a time that have their leaves in one table. */
 SMMUFAST_AVX512
 static size_t smmufast_vector_near(
     const smmufast_lanes *k, const smmufast_window *w, uint64_t first, const char *iova,
@@ -531,15 +727,6 @@ static size_t smmufast_vector_near(
 
 static inline int smmufast_vector_here(void) { return 0; }
 
-static size_t smmufast_vector_near(
-    const smmufast_lanes *k, const smmufast_window *w, uint64_t first, const char *iova,
-    unsigned access, size_t from, size_t to, const smmufast_out *o, smmufast_near *near)
-{
-    (void)k, (void)w, (void)first, (void)iova, (void)access, (void)from, (void)to, (void)o;
-    (void)near;
-    return 0;
-}
-
 static void smmufast_vector_find(
     const uint64_t *slots, uint64_t epoch, smmufast_rows *b, size_t count, uint64_t *missing)
 {
@@ -547,20 +734,9 @@ static void smmufast_vector_find(
     missing[0] = missing[1] = ~(uint64_t)0;
 }
 
-static void smmufast_vector_down(
-    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t from, size_t to,
-    smmufast_last *last, uint64_t *beyond)
-{
-    (void)k, (void)w, (void)b, (void)from, (void)to, (void)last, (void)beyond;
-}
-
-static size_t smmufast_vector_arrive(
-    const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
-    const smmufast_out *o)
-{
-    (void)k, (void)b, (void)to, (void)o;
-    return from;
-}
+#define smmufast_vector_down smmufast_plain_down
+#define smmufast_vector_arrive smmufast_plain_arrive
+#define smmufast_vector_near smmufast_plain_near
 
 #endif
 #endif

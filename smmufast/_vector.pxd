@@ -69,6 +69,16 @@ cdef extern from "_vector.h":
         GOLDEN "SMMUFAST_GOLDEN"
         HOME "SMMUFAST_HOME"
 
+    void plain_down "smmufast_plain_down"(
+        const Lanes* lanes, const Span* window, Rows* rows, size_t start, size_t end, Last* last,
+        uint64_t* beyond) noexcept nogil
+    size_t plain_arrive "smmufast_plain_arrive"(
+        const Lanes* lanes, const Rows* rows, size_t start, size_t end,
+        const Out* out) noexcept nogil
+    size_t plain_near "smmufast_plain_near"(
+        const Lanes* lanes, const Span* window, uint64_t first, const char* iova,
+        unsigned int access, size_t start, size_t end, const Out* out,
+        NearTable* near) noexcept nogil
     bint vector_here "smmufast_vector_here"() noexcept nogil
     bint vector_on "smmufast_vector_on"
     void vector_down "smmufast_vector_down"(
