@@ -15,25 +15,25 @@ from smmufast._cache cimport (
     POLICY_LRU, POLICY_PLRU, CacheC, ctz64, match4, plru_touch, print_of,
 )
 from smmufast._cached cimport deliver, translate_request, usable
-from smmufast._config cimport STAGE1_BYPASS, admitted
+from smmufast._config cimport STAGE1_BYPASS, admitted, ste_stage2
 from smmufast._core cimport Core
-from smmufast._layout cimport cr0_smmuen
+from smmufast._layout cimport cr0_smmuen, ste_v
 from smmufast._memory cimport FETCH_OK, Port, fetch8
 from smmufast._tlb cimport (
     CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch,
     tlb_key, tlb_probe_sizes,
 )
 from smmufast._translate cimport (
-    AT_OTHER, AT_PAGES, Descent, Memo, Syndrome, descend, descriptor, leaf_perm, level_of, lookup,
-    permissions, translate_known,
+    AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
+    level_of, lookup, permissions, stage2, ste_fetch, translate_known,
 )
 from smmufast._types cimport (
-    ACCESS_WRITE, ACTION_OK, FETCH_TT, NO_SSID, BatchC, ColumnC, Context, Half, Hw, Outcome,
-    Request,
+    ACCESS_WRITE, ACTION_OK, FETCH_S2TT, FETCH_TT, NO_SSID, PERM_PR, BatchC, ColumnC, Context,
+    Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_LEAF, clean_s1, descriptor_kind, entry_address, half_of, in_range, leaf_address, leaf_sh,
-    mair_byte, shareability, stage1_attr,
+    DESC_LEAF, clean_s1, descriptor_kind, entry_address, first_table, half_of, in_range,
+    leaf_address, leaf_sh, mair_byte, shareability, stage1_attr, stage2_permitted,
 )
 
 from smmufast._vector cimport (
@@ -198,14 +198,14 @@ cdef extern from *:
     void* exchange "smmufast_exchange"(void** place, void* value) noexcept nogil
 
 
-cdef inline Pairs* pairs_take(Core* core) noexcept nogil:
-    """The pairs of an earlier call, unless another thread has them; NULL without memory."""
-    cdef void* found = exchange(&core.pairs, NULL)
-    return <Pairs*>(found if found != NULL else calloc(1, sizeof(Pairs)))
+cdef inline void* scratch_take(void** place, size_t size) noexcept nogil:
+    """What an earlier call left there, unless another thread has it; NULL without memory."""
+    cdef void* found = exchange(place, NULL)
+    return found if found != NULL else calloc(1, size)
 
 
-cdef inline void pairs_give(Core* core, Pairs* pairs) noexcept nogil:
-    release(exchange(&core.pairs, pairs))
+cdef inline void scratch_give(void** place, void* scratch) noexcept nogil:
+    release(exchange(place, scratch))
 
 
 cdef inline bint same_shape(Memo* memo, Shape* shape) noexcept nogil:
@@ -656,7 +656,7 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
         while i < n:
             beyond[i >> 6] |= <uint64_t>1 << (i & 63)
             i += 1
-    run.sequence = one_pair and run.last.alike * (10 if run.vector else 2) >= rows.count
+    run.sequence = one_pair and run.last.alike * (10U if run.vector else 2U) >= rows.count
     run.last.careful = run.last.mixed * 40 > rows.count  # a fifth of the groups
     run.last.alike = run.last.mixed = 0
     for k in range(2):
@@ -808,6 +808,278 @@ cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
     return 0
 
 
+# --- both stages ---
+# One pair whose context has stage 2.  The first row is the scalar driver's, which decodes the
+# context in its turn; the rest have the last tables of both stages from a cache of this call.
+
+cdef enum:
+    TABLES_LG2 = 10
+    NESTED = 64       # rows of a block
+
+
+# A last table: where it lies on the host, for these address bits above its reach.
+cdef struct Reused:
+    uint64_t tag
+    uint64_t kept             # epoch << 4 | attributes [62:59] of the tables above it
+    const uint8_t* table
+
+
+cdef struct Reuse:
+    uint64_t epoch            # with another one an entry is empty
+    Reused[1 << TABLES_LG2] first
+    Reused[1 << TABLES_LG2] second
+
+
+# A block between its three passes.
+cdef struct NestedRows:
+    uint64_t[NESTED] va
+    uint64_t[NESTED] ipa
+    const uint8_t* entry[NESTED]   # of the next leaf to be read; NULL: the scalar driver's
+    uint64_t[NESTED] held          # leaves already read, as they lie in memory
+    uint64_t[NESTED] tables
+    uint8_t[NESTED] shift          # lg2 of the page of that leaf
+    uint8_t[NESTED] access
+    uint8_t[NESTED] upper
+
+
+cdef inline Reused* reused(Reused* tables, uint64_t tag) noexcept nogil:
+    return &tables[(tag ^ tag >> TABLES_LG2) & ((1 << TABLES_LG2) - 1)]
+
+
+cdef inline const uint8_t* in_window(
+        const Port* port, uint64_t address, uint64_t size) noexcept nogil:
+    """All of a table, on the host; NULL if it is not in the window."""
+    cdef uint64_t offset = address - port.window.base
+    if offset > port.window.span or port.window.span - offset < size - 8:
+        return NULL
+    return port.window.data + offset
+
+
+cdef inline int stage2_table(
+        const Half* half, Port* port, uint64_t ipa, const uint8_t** table,
+        uint64_t* held, unsigned int* shift) noexcept nogil:
+    """Walk stage 2 to the last table of an IPA, or to a block: 0, or 1 for the scalar driver."""
+    cdef Descent at
+    cdef int status
+    at.table = first_table(half, ipa)
+    at.tables = 0
+    at.shift = half.shift
+    status = descend(half, port, FETCH_S2TT, ipa, &at, True)
+    table[0] = NULL
+    held[0] = at.raw
+    shift[0] = at.shift
+    if status == AT_PAGES:
+        table[0] = in_window(port, at.table, half.entry_mask + 8)
+        return table[0] == NULL
+    return status != AT_OTHER or descriptor_kind(
+        le64(at.raw), level_of(half, at.shift), half.blocks) != DESC_LEAF
+
+
+cdef inline int nested_table(
+        const Context* context, const Half* half, Port* port, uint64_t ia,
+        const uint8_t** table, uint64_t* held, uint64_t* tables,
+        unsigned int* shift) noexcept nogil:
+    """The same for stage 1, each table through stage 2."""
+    cdef Leaf outer
+    cdef Syndrome syndrome
+    cdef uint64_t at = half.table, address = 0, d = 0
+    cdef int status
+    shift[0] = half.shift
+    tables[0] = 0
+    table[0] = NULL
+    while True:
+        if shift[0] != half.granule:
+            at = entry_address(half, at, ia, shift[0])
+        status = stage2(NULL, context, port, at, PERM_PR, False, CLASS_TT, &outer, &address,
+                        &syndrome)
+        if status or outer.desired != outer.d:
+            return 1
+        if shift[0] == half.granule:
+            if outer.shift < half.granule:
+                return 1  # the table has several pages
+            table[0] = in_window(port, address, half.entry_mask + 8)
+            return table[0] == NULL
+        if fetch8(port, FETCH_TT, level_of(half, shift[0]), address, &d) != FETCH_OK:
+            return 1
+        status = descriptor_kind(d, level_of(half, shift[0]), half.blocks)
+        if status == DESC_LEAF:
+            held[0] = le64(d)
+            return 0
+        if (d & half.table_bits) != 3:
+            return 1
+        at = d & half.low_address
+        tables[0] |= d
+        shift[0] -= half.stride
+
+
+ctypedef int (*NestedTable)(
+    const Context*, const Half*, Port*, uint64_t, const uint8_t**, uint64_t*, uint64_t*,
+    unsigned int*) noexcept nogil
+ctypedef int (*Stage2Table)(
+    const Half*, Port*, uint64_t, const uint8_t**, uint64_t*, unsigned int*) noexcept nogil
+
+
+cdef inline void nested_first(
+        Run* run, Reuse* reuse, NestedRows* rows, size_t i) noexcept nogil:
+    """First pass: ask for the leaf of stage 1."""
+    cdef const Context* context = &run.memo.context
+    cdef uint64_t va = rows.va[i], tag, tables = 0, ia
+    cdef unsigned int upper = half_of(va, context.two_ttbs), shift = 0, reach
+    cdef const Half* half = &context.half[upper]
+    cdef const uint8_t* table = NULL
+    cdef Reused* known
+    rows.upper[i] = upper
+    rows.entry[i] = NULL
+    if unlikely(not half.enabled or not in_range(va, half.range_mask, upper)):
+        return
+    ia = va & half.index_mask
+    reach = half.granule + half.stride
+    tag = va >> reach
+    known = reused(reuse.first, tag)
+    if likely(known.tag == tag and known.kept >> 4 == reuse.epoch):
+        rows.tables[i] = (known.kept & 15) << 59
+        rows.shift[i] = half.granule
+        rows.entry[i] = known.table + (ia >> (half.granule - 3) & half.entry_mask)
+        prefetch(rows.entry[i])
+        return
+    if (<NestedTable>apart(<void*>nested_table))(
+            context, half, run.port, ia, &table, &rows.held[i], &tables, &shift):
+        return
+    tables &= half.keep
+    rows.tables[i] = tables
+    rows.shift[i] = shift
+    if table == NULL:
+        rows.entry[i] = <const uint8_t*>&rows.held[i]
+        return
+    known.tag = tag
+    known.kept = reuse.epoch << 4 | (tables >> 59 & 15)
+    known.table = table
+    rows.entry[i] = table + (ia >> (half.granule - 3) & half.entry_mask)
+
+
+cdef inline void nested_second(
+        Run* run, Reuse* reuse, NestedRows* rows, size_t i, bint stage1) noexcept nogil:
+    """Second pass: read the leaf of stage 1 and ask for that of stage 2."""
+    cdef const Context* context = &run.memo.context
+    cdef const Half* half = &context.half[rows.upper[i]]
+    cdef uint64_t d, ipa, tag
+    cdef unsigned int shift
+    cdef const uint8_t* table = NULL
+    cdef Reused* known
+    if stage1:
+        if unlikely(rows.entry[i] == NULL):
+            return
+        d = descriptor(half, load64(rows.entry[i]), True)
+        rows.entry[i] = NULL
+        shift = rows.shift[i]
+        if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
+            return
+        if unlikely(not leaf_perm(context, rows.upper[i], d, rows.tables[i], True)
+                    & context.need[rows.access[i]]):
+            return
+        ipa = d & half.low_address & ~low_mask(shift) | rows.va[i] & low_mask(shift)
+    else:
+        ipa = rows.va[i]
+        rows.entry[i] = NULL
+        if unlikely(ipa & run.core.hw.oas_over):
+            return
+    half = &context.second.half
+    rows.ipa[i] = ipa
+    if unlikely(ipa & half.range_mask):
+        return
+    tag = ipa >> (half.granule + half.stride)
+    known = reused(reuse.second, tag)
+    if likely(known.tag == tag and known.kept >> 4 == reuse.epoch):
+        rows.shift[i] = half.granule
+        rows.entry[i] = known.table + (ipa >> (half.granule - 3) & half.entry_mask)
+        prefetch(rows.entry[i])
+        return
+    if (<Stage2Table>apart(<void*>stage2_table))(
+            half, run.port, ipa, &table, &rows.held[i], &shift):
+        return
+    rows.shift[i] = shift
+    if table == NULL:
+        rows.entry[i] = <const uint8_t*>&rows.held[i]
+        return
+    known.tag = tag
+    known.kept = reuse.epoch << 4
+    known.table = table
+    rows.entry[i] = table + (ipa >> (half.granule - 3) & half.entry_mask)
+
+
+cdef inline int nested_third(Run* run, NestedRows* rows, size_t i, size_t row) noexcept nogil:
+    """Third pass: read the leaf of stage 2 and write the columns; 1 for the scalar driver."""
+    cdef const Second* second = &run.memo.context.second
+    cdef const Half* half = &second.half
+    cdef const BatchC* batch = run.batch
+    cdef unsigned int shift = rows.shift[i]
+    cdef uint64_t d
+    if unlikely(rows.entry[i] == NULL):
+        return 1
+    d = descriptor(half, load64(rows.entry[i]), True)
+    if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
+        return 1
+    if unlikely(not stage2_permitted(d, second.xnx) & run.memo.context.need[rows.access[i]]):
+        return 1
+    store_u64(&batch.pa, row,
+              d & half.low_address & ~low_mask(shift) | rows.ipa[i] & low_mask(shift))
+    store_u8(&batch.action, row, ACTION_OK)
+    store_u8(&batch.event, row, 0)
+    return 0
+
+
+cdef inline bint nested_takes(const Run* run) noexcept nogil:
+    """The context that the scalar driver left is one for these passes."""
+    cdef const Context* context = &run.memo.context
+    return (
+        run.memo.whole and context.second.on and context.second.simple and not context.second.hd
+        and (run.memo.index == STAGE1_BYPASS or context.simple))
+
+
+cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
+    """Translate the rows of one pair, of which the first may turn out to have stage 2."""
+    cdef const BatchC* batch = run.batch
+    cdef NestedRows rows
+    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
+    cdef size_t start = 0, count, i
+    cdef bint takes = False, stage1 = True
+    cdef int status
+    while start < batch.n:
+        if not takes:
+            run.port.wrote = False
+            status = scalar(run.core, run.port, &run.memo, batch, start)
+            if status:
+                return status
+            start += 1
+            takes = not run.port.wrote and nested_takes(run)
+            stage1 = run.memo.index != STAGE1_BYPASS
+            reuse.epoch += 1
+            continue
+        count = batch.n - start
+        if count > NESTED:
+            count = NESTED
+        run.port.dry = True  # tables are walked ahead of their turn
+        for i in range(count):
+            rows.va[i] = load_u64(&batch.iova, start + i)
+            rows.access[i] = load_u8(&batch.access, start + i) & 7
+            if stage1:
+                nested_first(run, reuse, &rows, i)
+        for i in range(count):
+            nested_second(run, reuse, &rows, i, stage1)
+        run.port.dry = False
+        for i in range(count):
+            if unlikely(nested_third(run, &rows, i, start + i)):
+                status = scalar(run.core, run.port, &run.memo, batch, start + i)
+                if status:
+                    return status
+                if run.port.wrote or not run.memo.whole:
+                    count = i + 1
+                    takes = False
+                    break
+        start += count
+    return 0
+
+
 cdef inline bint wants_more(const BatchC* batch) noexcept nogil:
     """Columns other than pa, action and event are wanted."""
     return (
@@ -831,11 +1103,23 @@ cdef inline int translate_each(
     return 0
 
 
+cdef inline bint through_stage2(Run* run) noexcept nogil:
+    """The one pair's STE enables stage 2."""
+    cdef Syndrome syndrome
+    run.memo.whole = False
+    return ste_fetch(&run.core.hw, run.port, load_u32(&run.batch.sid, 0), &run.memo,
+                     &syndrome) == 0 and ste_v(run.memo.ste) and ste_stage2(run.memo.ste)
+
+
+ctypedef int (*NestedRun)(Run*, Reuse*) noexcept nogil
+
+
 cdef inline int translate_plain(
         Core* core, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch of at least one request, in plain memory and with SMMUEN=1."""
     cdef Run run
     cdef bint one_pair = batch.sid.stride == 0 and batch.ssid.stride == 0
+    cdef Reuse* reuse
     cdef int status
     run.core = core
     run.port = port
@@ -860,13 +1144,20 @@ cdef inline int translate_plain(
         run.laned and not run.more and one_pair and batch.iova.stride == 8
         and batch.access.stride == 0 and run.out.pa_stride == 8 and run.out.action_stride == 1
         and run.out.event_stride == 1)
+    if one_pair and not run.more and batch.n >= FEW and through_stage2(&run):
+        reuse = <Reuse*>scratch_take(&core.reuse, sizeof(Reuse))
+        if reuse == NULL:
+            return translate_each(core, port, batch)
+        status = (<NestedRun>apart(<void*>run_nested))(&run, reuse)
+        scratch_give(&core.reuse, reuse)
+        return status
     if one_pair:
         return run_blocks(&run, True)
-    run.pairs = pairs_take(core)
+    run.pairs = <Pairs*>scratch_take(&core.pairs, sizeof(Pairs))
     if run.pairs == NULL:
         return translate_each(core, port, batch)
     status = run_blocks(&run, False)
-    pairs_give(core, run.pairs)
+    scratch_give(&core.pairs, run.pairs)
     return status
 
 

@@ -88,6 +88,7 @@ cdef struct Core:
     Queues* queues    # never NULL
     CachesC* caches   # NULL: nothing is cached
     void* pairs       # of the last batch of many streams; NULL: none, or in use
+    void* reuse       # tables of the last batch through stage 2; likewise
     Mutex mutex       # of the caches; the same thread may take it again
     int64_t shared    # uses of the caches without the GIL, under way or announced
 

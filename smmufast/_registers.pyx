@@ -464,6 +464,7 @@ cdef class Registers:
 
     def __dealloc__(self):
         free(self.core.pairs)
+        free(self.core.reuse)
         mutex_close(&self.core.mutex)
 
     # --- what Smmu overrides ---

@@ -946,12 +946,29 @@ cdef Driver each = batch_each
 cdef Driver plain = batch_plain
 
 
+cdef extern from *:
+    """
+    /* Batches in plain memory that this thread is in: an interrupt may start one inside another. */
+    static __thread int smmufast_deep;
+    #define smmufast_deep_set(n) (smmufast_deep = (n))
+    """
+    const int deep "smmufast_deep"
+    void deep_set "smmufast_deep_set"(int n) noexcept nogil
+
+cdef enum:
+    DEEP = 8           # any more find no room for their blocks on the stack, and go one by one
+
+
 cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch: 0, or FETCH_RAISED with the exception in the port."""
     cdef int status
     port_open(port, core.ram, NULL, False)
-    if core.caches == NULL and core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0:
-        return plain(core, port, batch)
+    if (core.caches == NULL and core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0
+            and deep < DEEP):
+        deep_set(deep + 1)
+        status = plain(core, port, batch)
+        deep_set(deep - 1)
+        return status
     if core.caches == NULL:
         return each(core, port, batch)
     caches_take(core)

@@ -45,7 +45,7 @@ typedef struct {
     uint64_t first[SMMUFAST_PADDED];       /* the table where the walk begins */
     const uint8_t *entry[SMMUFAST_PADDED]; /* where the leaf lies; NULL: the scalar driver's */
     uint64_t held[SMMUFAST_PADDED];        /* leaves already read, as they lie in memory */
-    uint64_t tables[SMMUFAST_PADDED];      /* hierarchical attributes, to be masked */
+    uint64_t tables[SMMUFAST_PADDED];      /* hierarchical attributes that count */
     uint32_t sid[SMMUFAST_PADDED];         /* unless all rows are of one pair */
     uint32_t ssid[SMMUFAST_PADDED];
     uint8_t shift[SMMUFAST_PADDED];        /* lg2 of the page */
@@ -152,6 +152,7 @@ static inline void smmufast_plain_walks(
     const uint64_t base = w->base, span = w->span, entry_mask = k->entry_mask;
     const uint64_t table_bits = k->table_bits, low_address = k->low_address;
     const uint64_t index_mask = k->index_mask, sign = k->sign, range_mask = k->range_mask;
+    const uint64_t keep = k->keep;
     const uint8_t *data = w->data;
     const unsigned stride = granule - 3;
     uint64_t previous = 0;
@@ -184,7 +185,7 @@ static inline void smmufast_plain_walks(
         __builtin_prefetch(data + off);
     found:
         b->shift[i] = (uint8_t)s;
-        b->tables[i] = tables;
+        b->tables[i] = tables & keep;
         alike += table == previous;
         previous = table;
         continue;
@@ -228,7 +229,7 @@ static inline size_t smmufast_plain_leaves(
     const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
     const smmufast_out *o, const int direct)
 {
-    const uint64_t leaf_bits = k->leaf_bits, low_address = k->low_address, keep = k->keep;
+    const uint64_t leaf_bits = k->leaf_bits, low_address = k->low_address;
     const unsigned granule = k->granule;
     const smmufast_out out = *o;
     size_t i;
@@ -236,7 +237,7 @@ static inline size_t smmufast_plain_leaves(
         const ptrdiff_t row = (ptrdiff_t)(b->start + i);
         const unsigned shift = b->shift[i];
         const uint64_t within = ((uint64_t)1 << shift) - 1;
-        const uint64_t tables = b->tables[i] & keep;
+        const uint64_t tables = b->tables[i];
         unsigned code;
         uint64_t d, pa;
         if (__builtin_expect(b->entry[i] == NULL, 0))

@@ -100,6 +100,35 @@ except RecursionError:
     assert (done.returncode, done.stdout) == (0, "recursion\n"), done.stderr
 
 
+def test_interrupts_that_start_batches_end_in_a_recursion_error():
+    program = """
+import numpy as np
+from smmufast import Memory, Smmu
+
+memory = Memory()
+memory.add_private(0, 1 << 24)
+iova = np.arange(64, dtype=np.uint64)
+pairs = np.arange(64, dtype=np.uint32) % 4
+
+def interrupt(name):
+    smmu.write("EVENTQ_CONS", smmu.read("EVENTQ_PROD"))
+    smmu.translate_batch(pairs, iova)
+
+smmu = Smmu(memory, cr0=0, on_interrupt=interrupt)
+smmu.write("EVENTQ_BASE", 0x10_0000 | 8)
+smmu.write("STRTAB_BASE", 0x20_0000)
+smmu.write("STRTAB_BASE_CFG", 4)
+smmu.write("IRQ_CTRL", 7)
+smmu.write("CR0", 5)
+try:
+    smmu.translate_batch(3, iova)
+except RecursionError:
+    print("recursion")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "recursion\n"), done.stderr
+
+
 def test_a_traced_result_that_nobody_made_has_no_fetches():
     traced = type(bypass().translate(0, 0, trace=True))
     assert traced.__new__(traced).fetches == []
