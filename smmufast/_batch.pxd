@@ -724,6 +724,7 @@ cdef inline int rows_arrive(Run* run, Rows* rows, bint one_pair, size_t* done) n
         if unlikely(status):
             status = scalar(run, rows, i, one_pair)
             if status:
+                run.port.stopped = rows.start + i
                 return status
             if run.port.wrote:
                 done[0] = i + 1
@@ -1049,6 +1050,7 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
             run.port.wrote = False
             status = scalar(run.core, run.port, &run.memo, batch, start)
             if status:
+                run.port.stopped = start
                 return status
             start += 1
             takes = not run.port.wrote and nested_takes(run)
@@ -1071,6 +1073,7 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
             if unlikely(nested_third(run, &rows, i, start + i)):
                 status = scalar(run.core, run.port, &run.memo, batch, start + i)
                 if status:
+                    run.port.stopped = start + i
                     return status
                 if run.port.wrote or not run.memo.whole:
                     count = i + 1
@@ -1099,6 +1102,7 @@ cdef inline int translate_each(
     for i in range(batch.n):
         status = batch_scalar(core, port, &memo, batch, i)
         if status:
+            port.stopped = i
             return status
     return 0
 

@@ -17,7 +17,7 @@ from smmufast._bits cimport likely, low_mask
 from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._core cimport Core
 from smmufast._layout cimport EVENT_C_BAD_STREAMID, EVENT_F_PERMISSION, cr0_smmuen
-from smmufast._memory cimport Port, port_open
+from smmufast._memory cimport FETCH_STOPPED, Port, port_open
 from smmufast._queue cimport event_deliver
 from smmufast._tlb cimport (
     ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, CachesC, Entry, caches_spare, cd_fill,
@@ -275,6 +275,8 @@ cdef inline int deliver(
         return status
     if outcome.action != ACTION_STALL and (outcome.event == 0 or not core.queues.events.placed):
         return 0  # in the outcome alone
+    if port.pure:
+        return FETCH_STOPPED
     port.wrote = True
     return event_deliver(core, port, request, outcome)
 

@@ -75,6 +75,8 @@ cdef struct Port:
     uint32_t asked         # how many answers the script has given
     bint dry               # updates of descriptors count as made, and are not
     bint wrote             # memory was written, or a callback ran: what was read may differ now
+    bint pure              # whoever would write stops instead (FETCH_STOPPED)
+    uint64_t stopped       # then: the row of the batch
     void* exception        # a Python exception raised by a callback, owned
 
 
@@ -107,6 +109,8 @@ cdef inline void port_open(Port* port, Ram* ram, WalkC* log, bint script) noexce
     port.asked = 0
     port.dry = False
     port.wrote = False
+    port.pure = False
+    port.stopped = 0
     port.exception = NULL
 
 
@@ -116,6 +120,7 @@ cdef enum:
     FETCH_ABORT = 1      # external abort
     FETCH_PENDING = -1   # a resumable walk has not been told yet
     FETCH_RAISED = -2    # a Python callback raised; the exception is in the port
+    FETCH_STOPPED = -3   # memory would be written, which this port must not
 
 
 cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,

@@ -455,6 +455,8 @@ cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t 
     if port.dry:
         found[0] = expected
         return FETCH_OK
+    if port.pure:
+        return FETCH_STOPPED
     port.wrote = True
     region = find_region(port.ram, address)
     if region == NULL or not region.writable or region.last - address < 7:

@@ -167,6 +167,7 @@ class Smmu(Registers):
         instr: _Flags = False,
         out: None = None,
         columns: Iterable[_Column] | None = None,
+        threads: SupportsIndex = 1,
     ) -> NDArray[np.void]: ...
     @overload
     def translate_batch(
@@ -180,6 +181,7 @@ class Smmu(Registers):
         instr: _Flags = False,
         out: _Out,
         columns: None = None,
+        threads: SupportsIndex = 1,
     ) -> _Out: ...
     def translate_range(
         self,
