@@ -558,8 +558,8 @@ cdef inline int arrive(
     half = &context.half[upper]
     shift = rows.shift[i]
     d = descriptor(half, load64(rows.entry[i]), simple)
-    # a page's bit 1 is set; a block's is not, as was checked when it was read
-    if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
+    # a page's bit 1 is set, a block's is not
+    if unlikely((d ^ 0x403 ^ <uint64_t>(shift != half.granule) << 1) & half.leaf_bits):
         return 1
     address = leaf_address(d, half, shift) if not simple else (
         d & half.low_address & ~low_mask(shift))
@@ -657,8 +657,10 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
             beyond[i >> 6] |= <uint64_t>1 << (i & 63)
             i += 1
     run.sequence = one_pair and run.last.alike * (10U if run.vector else 2U) >= rows.count
-    run.last.careful = run.last.mixed * 40 > rows.count  # a fifth of the groups
-    run.last.alike = run.last.mixed = 0
+    if run.last.mixed:
+        run.last.lg2 = run.last.size if run.last.blocks * 8 >= rows.count else 0
+    run.last.careful = not run.last.lg2 and run.last.mixed * 40 > rows.count  # a fifth of them
+    run.last.alike = run.last.mixed = run.last.blocks = run.last.size = 0
     for k in range(2):
         left = beyond[k]
         while unlikely(left != 0):
@@ -722,6 +724,7 @@ cdef inline int rows_arrive(Run* run, Rows* rows, bint one_pair, size_t* done) n
             else:
                 status = arrive(rows, i, &shape.memo.context, run.batch, run.more, False)
         if unlikely(status):
+            run.last.lg2 = 0
             status = scalar(run, rows, i, one_pair)
             if status:
                 run.port.stopped = rows.start + i
@@ -1137,6 +1140,7 @@ cdef inline int translate_plain(
     run.near.trusted = False
     run.sequence = False
     run.last.alike = run.last.mixed = run.last.careful = 0
+    run.last.blocks = run.last.size = run.last.lg2 = 0
     run.out.pa = <char*>batch.pa.data
     run.out.action = <char*>batch.action.data
     run.out.event = <char*>batch.event.data

@@ -14,9 +14,9 @@ from smmufast._types cimport (
     Context, Half, Hw, Second,
 )
 from smmufast._vmsa cimport (
-    ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE,
-    REGIME_WXN, address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
-    hierarchical_bits, leaf_bits, levels_below_start, needed, range_mask, shareability,
+    ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE, REGIME_WXN,
+    address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
+    hierarchical_bits, in_place, leaf_bits, levels_below_start, needed, range_mask, shareability,
     stage2_level, stage2_size_legal, table_align_lg2, table_bits, tsz_max, tsz_min,
 )
 
@@ -308,7 +308,7 @@ cdef inline int stage2_decode(
     half.enabled = half.unprivileged = True
     half.sh = <uint8_t>ste_s2sh0(ste)
     half.swap = ste_s2endi(ste)
-    second.simple = not (half.swap or half.high_address)
+    second.simple = not half.swap and in_place(half)
     second.xnx = hw.xnx
     second.fwb = hw.fwb and ste_s2fwb(ste)
     second.ptw = ste_s2ptw(ste) and not hw.ignore_s2ptw
@@ -395,9 +395,9 @@ cdef inline int cd_decode(
     context.two_ttbs = two
     context.world = world
     context.aset = cd_aset(cd)
-    context.simple = not (
-        cd_endi(cd) or context.half[0].high_address or context.half[1].high_address
-        or context.hd)
+    context.simple = (
+        not (cd_endi(cd) or context.hd)
+        and in_place(&context.half[0]) and in_place(&context.half[1]))
     context.regime = REGIME_WXN if cd_wxn(cd) else 0
     if not two:
         context.regime |= REGIME_SINGLE

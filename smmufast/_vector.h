@@ -68,6 +68,9 @@ typedef struct {
     uint32_t alike;   /* in one last table; one row at a time, rows in that of the row before */
     uint32_t mixed;   /* not pages alone */
     uint32_t careful; /* some of the last block were mixed, so that is reckoned with */
+    uint32_t blocks;  /* blocks of one size alone: lg2 of it is `size` */
+    uint32_t size;
+    uint32_t lg2;     /* all of the last block were, of this size; 0: no */
 } smmufast_last;
 
 /* The table with the leaf of an address: its host address, the address bits above its reach, and
@@ -243,9 +246,9 @@ static inline size_t smmufast_plain_leaves(
         if (__builtin_expect(b->entry[i] == NULL, 0))
             return i;
         d = smmufast_load(b->entry[i]);
-        /* a page's bit 1 is set; a block's is not, as was checked when it was read */
+        /* a page's bit 1 is set, a block's is not */
         if (__builtin_expect(
-                (((d | (uint64_t)(shift != granule) << 1) ^ 0x403) & leaf_bits) != 0, 0))
+                ((d ^ 0x403 ^ (uint64_t)(shift != granule) << 1) & leaf_bits) != 0, 0))
             return i;
         code = tables ? smmufast_code(d, tables) : (unsigned)((d >> 6 & 3) | (d >> 51 & 12));
         if (__builtin_expect(!(k->allowed[b->access[i]] >> code & 1), 0))
@@ -411,18 +414,21 @@ static void smmufast_vector_find(
                        _mm512_srl_epi64(ia, _mm_cvtsi32_si128((int)(s) - 3)), entry_mask)), \
         vbase)
 
-/* Ask for the entries of the last level, of 8 * groups rows from i on.  The rows of each group
+/* Ask for the leaves in tables whose entries cover 2^bottom bytes, of 8 * groups rows from i on.  The rows of each group
  * that are not in `on`, or have their entry outside of the window, are left. */
 SMMUFAST_INLINE
-static inline void smmufast_pages(
-    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t i,
+static inline void smmufast_leaves(
+    const smmufast_lanes *k, unsigned bottom, const smmufast_window *w, smmufast_rows *b, size_t i,
     const unsigned groups, __mmask8 *on, const __m512i *table, const __m512i *tables)
 {
     SMMUFAST_CONSTANTS;
     unsigned g;
 #pragma GCC unroll 4
     for (g = 0; g < groups; g++, i += 8) {
-        __m512i off = SMMUFAST_OFFSET(table[g], _mm512_loadu_si512(&b->va[i]), k->granule);
+        /* a first table may have fewer entries */
+        __m512i ia = _mm512_and_si512(
+            _mm512_loadu_si512(&b->va[i]), _mm512_set1_epi64((long long)k->index_mask));
+        __m512i off = SMMUFAST_OFFSET(table[g], ia, bottom);
         on[g] = _mm512_mask_cmple_epu64_mask(on[g], off, vspan);
         _mm512_storeu_si512((void *)&b->entry[i],
                             _mm512_maskz_add_epi64(on[g], off, vdata));
@@ -438,11 +444,12 @@ static inline void smmufast_pages(
     }
 }
 
-/* Walk down 8 * groups rows from i on, of which `rows` are there, where all are pages below
- * ordinary tables in the window: no if some are not, and then it is to be done carefully. */
+/* Walk down 8 * groups rows from i on, of which `rows` are there, where all have leaves of 2^bottom
+ * bytes below ordinary tables in the window: no if some are not, and then it is to be done
+ * carefully. */
 SMMUFAST_INLINE
 static inline int smmufast_descend(
-    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t i,
+    const smmufast_lanes *k, unsigned bottom, const smmufast_window *w, smmufast_rows *b, size_t i,
     const unsigned groups, __mmask8 rows, smmufast_last *last)
 {
     SMMUFAST_CONSTANTS;
@@ -462,7 +469,7 @@ static inline int smmufast_descend(
         on[g] = _mm512_mask_testn_epi64_mask(
             rows, _mm512_xor_si512(_mm512_loadu_si512(&b->va[i + 8 * g]), sign), range_mask);
     }
-    for (s = k->shift; s != k->granule; s -= k->stride) {
+    for (s = k->shift; s != bottom; s -= k->stride) {
 #pragma GCC unroll 4
         for (g = 0; g < groups; g++) {
             __m512i ia = _mm512_and_si512(
@@ -476,7 +483,7 @@ static inline int smmufast_descend(
             tables[g] = _mm512_or_si512(tables[g], d);
         }
     }
-    smmufast_pages(k, w, b, i, groups, on, table, tables);
+    smmufast_leaves(k, bottom, w, b, i, groups, on, table, tables);
 #pragma GCC unroll 4
     for (g = 0; g < groups; g++)
         all &= on[g];
@@ -543,6 +550,14 @@ static void smmufast_descend_any(
         __builtin_prefetch(b->entry[i + s]);
     beyond[i / 64] |= (uint64_t)out << (i % 64);
     last->mixed += on != rows;
+    if (blocks == rows) {
+        const unsigned size = b->shift[i];
+        if (!_mm512_mask_cmpneq_epi64_mask(rows, lg2, _mm512_set1_epi64(size))
+            && (!last->size || last->size == size)) {
+            last->size = size;
+            last->blocks += 1;
+        }
+    }
     last->alike += !_mm512_cmpneq_epi64_mask(
         _mm512_srli_epi64(va, 30), _mm512_broadcastq_epi64(_mm512_castsi512_si128(
                                        _mm512_srli_epi64(va, 30))));
@@ -554,8 +569,11 @@ static void smmufast_vector_down(
     const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t from, size_t to,
     smmufast_last *last, uint64_t *beyond)
 {
+    /* blocks are as many levels deep as those of the last block of rows */
+    const unsigned bottom =
+        last->lg2 && (k->block_shifts >> last->lg2 & 1) ? last->lg2 : k->granule;
     size_t i = from, end;
-    memset(&b->shift[from], k->granule, to - from);
+    memset(&b->shift[from], (int)bottom, to - from);
     while (i < to) {
         __mmask8 rows = to - i >= 8 ? 0xFF : (__mmask8)((1u << (to - i)) - 1);
         if (last->careful) {
@@ -565,11 +583,11 @@ static void smmufast_vector_down(
         }
         if (to - i >= 32) {
             end = i + 32;
-            if (smmufast_descend(k, w, b, i, 4, rows, last))
+            if (smmufast_descend(k, bottom, w, b, i, 4, rows, last))
                 i = end;
         } else {
             end = i + 8;
-            if (smmufast_descend(k, w, b, i, 1, rows, last))
+            if (smmufast_descend(k, bottom, w, b, i, 1, rows, last))
                 i = end;
         }
         for (; i < end; i += 8)
@@ -603,10 +621,10 @@ static size_t smmufast_vector_arrive(
         uint64_t row = b->start + i;
         ok = _mm512_mask_test_epi64_mask(rows, entry, entry);
         d = smmufast_load8(ok, entry);
-        /* a page's bit 1 is set; a block's is not, as was checked when it was read */
+        /* a page's bit 1 is set, a block's is not */
         block = _mm512_maskz_mov_epi64(_mm512_cmpneq_epi64_mask(shift, granule), two);
         ok = _mm512_mask_testn_epi64_mask(
-            ok, _mm512_xor_si512(_mm512_or_si512(d, block), page), leaf_bits);
+            ok, _mm512_xor_si512(_mm512_xor_si512(d, block), page), leaf_bits);
         code = _mm512_or_si512(
             _mm512_and_si512(_mm512_srli_epi64(d, 6), three),
             _mm512_and_si512(_mm512_srli_epi64(d, 51), twelve));

@@ -52,6 +52,9 @@ cdef extern from "_vector.h":
         uint32_t alike
         uint32_t mixed
         uint32_t careful
+        uint32_t blocks
+        uint32_t size
+        uint32_t lg2
 
     ctypedef struct NearTable "smmufast_near":
         uint8_t found

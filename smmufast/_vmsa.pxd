@@ -243,13 +243,18 @@ cdef inline uint64_t dirty_s2(uint64_t d) noexcept nogil:
 # Several rules in one comparison.  What does not pass is not decided here: the rules above are.
 
 cdef inline uint64_t table_bits(const Half* half, uint64_t over) noexcept nogil:
-    """Bits that read 0b11 in a table descriptor whose address in place is within `over`."""
-    return 3 | half.low_address & over
+    """Bits that read 0b11 in a table descriptor whose address has no bit of `over`."""
+    return 3 | half.low_address & over | half.high_address & over >> half.high_shift
 
 
 cdef inline uint64_t leaf_bits(const Half* half, uint64_t over, bint affd) noexcept nogil:
     """Bits that read 0b11 and AF in a page descriptor without a fault before permissions."""
-    return 3 | half.low_address & over | (0 if affd else 1 << 10)
+    return table_bits(half, over) | (0 if affd else 1 << 10)
+
+
+cdef inline bint in_place(const Half* half) noexcept nogil:
+    """Once they pass table_bits or leaf_bits, descriptors have no address bits elsewhere."""
+    return half.high_address & ~half.table_bits == 0
 
 
 # --- permissions (D8.4) ---

@@ -323,7 +323,7 @@ def check_nested_system(seed):
                 sid, tiled, ssid=members[0].ssid, write=write, priv=priv, instr=instr
             )
             for name in many.dtype.names:
-                assert (many[name] == np.tile(part[name], times)).all(), f"seed {seed}: {key}: {name}"
+                assert (many[name] == np.tile(part[name], times)).all(), f"seed {seed}: {key}"
     else:
         found = batch(smmu, requests)
     for request, row, one in zip(requests, rows, found, strict=True):
