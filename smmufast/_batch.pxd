@@ -37,8 +37,9 @@ from smmufast._vmsa cimport (
 )
 
 from smmufast._vector cimport (
-    Lanes, Last, NearTable, Out, Rows, Span, plain_arrive, plain_down, plain_near, slot_home,
-    vector_arrive, vector_down, vector_find, vector_near, vector_on,
+    EPOCH_LG2, KNOWN_LG2, Known, Lanes, Last, NearTable, Out, Rows, Span, known_home, known_key,
+    plain_arrive, plain_down, plain_find, plain_near, slot_home, vector_arrive, vector_down,
+    vector_find, vector_known, vector_near, vector_on,
 )
 
 
@@ -261,9 +262,21 @@ cdef inline void lanes_fill(
         Lanes* lanes, const Context* context, unsigned int upper) noexcept nogil:
     """What vectors ask for in one half of a context."""
     cdef const Half* half = &context.half[upper]
-    cdef unsigned int access, leaf, shift
+    cdef unsigned int access, leaf
     lanes.walks = context.simple and half.enabled
     lanes.sign = 0 - <uint64_t>upper
+    if not lanes.walks:
+        return
+    half_lanes(lanes, half)
+    for access in range(8):
+        lanes.allowed[access] = 0
+        for leaf in range(16):
+            if permissions[context.regime * 32 + upper * 16 + leaf] & context.need[access]:
+                lanes.allowed[access] |= 1 << leaf
+
+
+cdef inline void half_lanes(Lanes* lanes, const Half* half) noexcept nogil:
+    cdef unsigned int shift = half.shift
     lanes.range_mask = half.range_mask
     lanes.index_mask = half.index_mask
     lanes.entry_mask = half.entry_mask
@@ -275,18 +288,10 @@ cdef inline void lanes_fill(
     lanes.granule = half.granule
     lanes.stride = half.stride
     lanes.block_shifts = 0
-    if not lanes.walks:
-        return
-    shift = half.shift
     while shift != half.granule:
         if half.blocks >> (level_of(half, shift) + 1) & 1:
             lanes.block_shifts |= <uint64_t>1 << shift
         shift -= half.stride
-    for access in range(8):
-        lanes.allowed[access] = 0
-        for leaf in range(16):
-            if permissions[context.regime * 32 + upper * 16 + leaf] & context.need[access]:
-                lanes.allowed[access] |= 1 << leaf
 
 
 cdef inline const Lanes* lanes_of(Run* run, unsigned int shape) noexcept nogil:
@@ -816,38 +821,10 @@ cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
 # One pair whose context has stage 2.  The first row is the scalar driver's, which decodes the
 # context in its turn; the rest have the last tables of both stages from a cache of this call.
 
-cdef enum:
-    TABLES_LG2 = 10
-    NESTED = 64       # rows of a block
-
-
-# A last table: where it lies on the host, for these address bits above its reach.
-cdef struct Reused:
-    uint64_t tag
-    uint64_t kept             # epoch << 4 | attributes [62:59] of the tables above it
-    const uint8_t* table
-
-
 cdef struct Reuse:
-    uint64_t epoch            # with another one an entry is empty
-    Reused[1 << TABLES_LG2] first
-    Reused[1 << TABLES_LG2] second
-
-
-# A block between its three passes.
-cdef struct NestedRows:
-    uint64_t[NESTED] va
-    uint64_t[NESTED] ipa
-    const uint8_t* entry[NESTED]   # of the next leaf to be read; NULL: the scalar driver's
-    uint64_t[NESTED] held          # leaves already read, as they lie in memory
-    uint64_t[NESTED] tables
-    uint8_t[NESTED] shift          # lg2 of the page of that leaf
-    uint8_t[NESTED] access
-    uint8_t[NESTED] upper
-
-
-cdef inline Reused* reused(Reused* tables, uint64_t tag) noexcept nogil:
-    return &tables[(tag ^ tag >> TABLES_LG2) & ((1 << TABLES_LG2) - 1)]
+    uint64_t epoch            # 1 to 2^20 - 1
+    Known[1 << KNOWN_LG2] first
+    Known[1 << KNOWN_LG2] second
 
 
 cdef inline const uint8_t* in_window(
@@ -916,120 +893,83 @@ cdef inline int nested_table(
         shift[0] -= half.stride
 
 
-ctypedef int (*NestedTable)(
-    const Context*, const Half*, Port*, uint64_t, const uint8_t**, uint64_t*, uint64_t*,
-    unsigned int*) noexcept nogil
-ctypedef int (*Stage2Table)(
-    const Half*, Port*, uint64_t, const uint8_t**, uint64_t*, unsigned int*) noexcept nogil
-
-
-cdef inline void nested_first(
-        Run* run, Reuse* reuse, NestedRows* rows, size_t i) noexcept nogil:
-    """First pass: ask for the leaf of stage 1."""
+cdef inline void nested_missing(
+        Run* run, Reuse* reuse, const Lanes* lanes, Rows* rows, size_t i,
+        bint stage1) noexcept nogil:
+    """Walk to the last table of a row, or to its block; keep the table."""
     cdef const Context* context = &run.memo.context
-    cdef uint64_t va = rows.va[i], tag, tables = 0, ia
-    cdef unsigned int upper = half_of(va, context.two_ttbs), shift = 0, reach
-    cdef const Half* half = &context.half[upper]
+    cdef uint64_t ia = rows.va[i] & lanes.index_mask, key = known_key(lanes, ia, reuse.epoch)
+    cdef uint64_t tables = 0
+    cdef const Half* half = &context.second.half
     cdef const uint8_t* table = NULL
-    cdef Reused* known
-    rows.upper[i] = upper
-    rows.entry[i] = NULL
-    if unlikely(not half.enabled or not in_range(va, half.range_mask, upper)):
-        return
-    ia = va & half.index_mask
-    reach = half.granule + half.stride
-    tag = va >> reach
-    known = reused(reuse.first, tag)
-    if likely(known.tag == tag and known.kept >> 4 == reuse.epoch):
-        rows.tables[i] = (known.kept & 15) << 59
-        rows.shift[i] = half.granule
-        rows.entry[i] = known.table + (ia >> (half.granule - 3) & half.entry_mask)
-        prefetch(rows.entry[i])
-        return
-    if (<NestedTable>apart(<void*>nested_table))(
-            context, half, run.port, ia, &table, &rows.held[i], &tables, &shift):
-        return
-    tables &= half.keep
-    rows.tables[i] = tables
-    rows.shift[i] = shift
-    if table == NULL:
-        rows.entry[i] = <const uint8_t*>&rows.held[i]
-        return
-    known.tag = tag
-    known.kept = reuse.epoch << 4 | (tables >> 59 & 15)
-    known.table = table
-    rows.entry[i] = table + (ia >> (half.granule - 3) & half.entry_mask)
-
-
-cdef inline void nested_second(
-        Run* run, Reuse* reuse, NestedRows* rows, size_t i, bint stage1) noexcept nogil:
-    """Second pass: read the leaf of stage 1 and ask for that of stage 2."""
-    cdef const Context* context = &run.memo.context
-    cdef const Half* half = &context.half[rows.upper[i]]
-    cdef uint64_t d, ipa, tag
-    cdef unsigned int shift
-    cdef const uint8_t* table = NULL
-    cdef Reused* known
+    cdef unsigned int shift = 0
+    cdef int left
+    cdef Known* known = &reuse.second[known_home(key)]
     if stage1:
-        if unlikely(rows.entry[i] == NULL):
-            return
-        d = descriptor(half, load64(rows.entry[i]), True)
-        rows.entry[i] = NULL
-        shift = rows.shift[i]
-        if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
-            return
-        if unlikely(not leaf_perm(context, rows.upper[i], d, rows.tables[i], True)
-                    & context.need[rows.access[i]]):
-            return
-        ipa = d & half.low_address & ~low_mask(shift) | rows.va[i] & low_mask(shift)
+        half = &context.half[lanes.sign & 1]
+        known = &reuse.first[known_home(key)]
+        left = nested_table(context, half, run.port, ia, &table, &rows.held[i], &tables, &shift)
     else:
-        ipa = rows.va[i]
-        rows.entry[i] = NULL
-        if unlikely(ipa & run.core.hw.oas_over):
-            return
-    half = &context.second.half
-    rows.ipa[i] = ipa
-    if unlikely(ipa & half.range_mask):
+        left = stage2_table(half, run.port, ia, &table, &rows.held[i], &shift)
+    if left:
         return
-    tag = ipa >> (half.granule + half.stride)
-    known = reused(reuse.second, tag)
-    if likely(known.tag == tag and known.kept >> 4 == reuse.epoch):
-        rows.shift[i] = half.granule
-        rows.entry[i] = known.table + (ipa >> (half.granule - 3) & half.entry_mask)
-        prefetch(rows.entry[i])
-        return
-    if (<Stage2Table>apart(<void*>stage2_table))(
-            half, run.port, ipa, &table, &rows.held[i], &shift):
-        return
+    rows.tables[i] = tables & half.keep
     rows.shift[i] = shift
-    if table == NULL:
-        rows.entry[i] = <const uint8_t*>&rows.held[i]
-        return
-    known.tag = tag
-    known.kept = reuse.epoch << 4
-    known.table = table
-    rows.entry[i] = table + (ipa >> (half.granule - 3) & half.entry_mask)
+    rows.entry[i] = <const uint8_t*>&rows.held[i]
+    if table != NULL:
+        rows.entry[i] = table + (ia >> (half.granule - 3) & half.entry_mask)
+        known.key = key
+        known.table = <uint64_t><size_t>table | (tables & half.keep) >> 59 << 60
 
 
-cdef inline int nested_third(Run* run, NestedRows* rows, size_t i, size_t row) noexcept nogil:
-    """Third pass: read the leaf of stage 2 and write the columns; 1 for the scalar driver."""
-    cdef const Second* second = &run.memo.context.second
-    cdef const Half* half = &second.half
-    cdef const BatchC* batch = run.batch
-    cdef unsigned int shift = rows.shift[i]
-    cdef uint64_t d
-    if unlikely(rows.entry[i] == NULL):
-        return 1
-    d = descriptor(half, load64(rows.entry[i]), True)
-    if unlikely(((d | <uint64_t>(shift != half.granule) << 1) ^ 0x403) & half.leaf_bits):
-        return 1
-    if unlikely(not stage2_permitted(d, second.xnx) & run.memo.context.need[rows.access[i]]):
-        return 1
-    store_u64(&batch.pa, row,
-              d & half.low_address & ~low_mask(shift) | rows.ipa[i] & low_mask(shift))
-    store_u8(&batch.action, row, ACTION_OK)
-    store_u8(&batch.event, row, 0)
-    return 0
+ctypedef void (*NestedMissing)(
+    Run*, Reuse*, const Lanes*, Rows*, size_t, bint) noexcept nogil
+
+
+cdef inline void nested_ask(
+        Run* run, Reuse* reuse, const Lanes* lanes, Rows* rows, bint stage1) noexcept nogil:
+    """Ask for the leaves of a block at one stage."""
+    cdef const Known* known = &reuse.first[0] if stage1 else &reuse.second[0]
+    cdef uint64_t[2] missing
+    cdef int k
+    if run.vector:
+        vector_known(lanes, known, reuse.epoch, rows, rows.count, missing)
+    else:
+        plain_find(lanes, known, reuse.epoch, rows, rows.count, missing)
+    for k in range(2):
+        while unlikely(missing[k] != 0):
+            (<NestedMissing>apart(<void*>nested_missing))(
+                run, reuse, lanes, rows, 64 * k + ctz64(missing[k]), stage1)
+            missing[k] &= missing[k] - 1
+
+
+cdef inline size_t leaves_arrive(
+        const Run* run, const Lanes* lanes, const Rows* rows, size_t i,
+        const Out* out) noexcept nogil:
+    if run.vector:
+        return vector_arrive(lanes, rows, i, rows.count, out)
+    return plain_arrive(lanes, rows, i, rows.count, out)
+
+
+cdef inline void nested_lanes(Run* run, Lanes* first, Lanes* second) noexcept nogil:
+    """Both halves of stage 1 and stage 2, as the passes over blocks ask for them."""
+    cdef const Context* context = &run.memo.context
+    cdef unsigned int access, code
+    cdef uint64_t leaf
+    if run.memo.index != STAGE1_BYPASS:
+        lanes_fill(&first[0], context, 0)
+        lanes_fill(&first[1], context, 1)
+    half_lanes(second, &context.second.half)
+    second.sign = 0
+    second.walks = True
+    if run.memo.index == STAGE1_BYPASS:
+        second.range_mask |= run.core.hw.oas_over
+    for access in range(8):
+        second.allowed[access] = 0
+        for code in range(16):  # {XN, S2AP}
+            leaf = <uint64_t>(code & 3) << 6 | <uint64_t>(code >> 2) << 53
+            if stage2_permitted(leaf, context.second.xnx) & context.need[access]:
+                second.allowed[access] |= <uint64_t>1 << code
 
 
 cdef inline bint nested_takes(const Run* run) noexcept nogil:
@@ -1043,11 +983,21 @@ cdef inline bint nested_takes(const Run* run) noexcept nogil:
 cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
     """Translate the rows of one pair, of which the first may turn out to have stage 2."""
     cdef const BatchC* batch = run.batch
-    cdef NestedRows rows
+    cdef Rows[2] rows         # at stage 1, at stage 2
+    cdef Lanes[2] first
+    cdef Lanes second
+    cdef uint8_t[ROWS] left   # stage 1 leaves the row to the scalar driver
+    cdef Out ipas
     cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
     cdef size_t start = 0, count, i
     cdef bint takes = False, stage1 = True
+    cdef const Lanes* lanes
     cdef int status
+    ipas.pa = <char*>rows[1].va
+    ipas.action = ipas.event = NULL
+    ipas.pa_stride = 8
+    ipas.action_stride = ipas.event_stride = 1
+    ipas.ok = 0
     while start < batch.n:
         if not takes:
             run.port.wrote = False
@@ -1057,32 +1007,64 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
                 return status
             start += 1
             takes = not run.port.wrote and nested_takes(run)
-            stage1 = run.memo.index != STAGE1_BYPASS
-            reuse.epoch += 1
+            if takes:
+                stage1 = run.memo.index != STAGE1_BYPASS
+                nested_lanes(run, first, &second)
+                reuse.epoch += 1
+                if reuse.epoch >> EPOCH_LG2:
+                    memset(reuse, 0, sizeof(Reuse))
+                    reuse.epoch = 1
             continue
         count = batch.n - start
-        if count > NESTED:
-            count = NESTED
+        if count > ROWS:
+            count = ROWS
+        rows[0].count = rows[1].count = count
+        rows[0].start = 0
+        rows[1].start = start
+        for i in range(count):
+            rows[0].va[i] = load_u64(&batch.iova, start + i)
+            rows[0].access[i] = rows[1].access[i] = load_u8(&batch.access, start + i) & 7
         run.port.dry = True  # tables are walked ahead of their turn
-        for i in range(count):
-            rows.va[i] = load_u64(&batch.iova, start + i)
-            rows.access[i] = load_u8(&batch.access, start + i) & 7
-            if stage1:
-                nested_first(run, reuse, &rows, i)
-        for i in range(count):
-            nested_second(run, reuse, &rows, i, stage1)
+        memset(left, 0, count)
+        if stage1:
+            lanes = &first[half_of(rows[0].va[0], run.memo.context.two_ttbs)]
+            if not lanes.walks:
+                memset(left, 1, count)
+            else:
+                nested_ask(run, reuse, lanes, &rows[0], True)
+                i = 0
+                while True:
+                    i = leaves_arrive(run, lanes, &rows[0], i, &ipas)
+                    if i >= count:
+                        break
+                    left[i] = 1
+                    rows[1].va[i] = 0
+                    i += 1
+                    if i >= count:
+                        break
+        else:
+            memcpy(rows[1].va, rows[0].va, 8 * count)
+        nested_ask(run, reuse, &second, &rows[1], False)
         run.port.dry = False
         for i in range(count):
-            if unlikely(nested_third(run, &rows, i, start + i)):
-                status = scalar(run.core, run.port, &run.memo, batch, start + i)
-                if status:
-                    run.port.stopped = start + i
-                    return status
-                if run.port.wrote or not run.memo.whole:
-                    count = i + 1
-                    takes = False
-                    break
-        start += count
+            if unlikely(left[i]):
+                rows[1].entry[i] = NULL
+        i = 0
+        while True:
+            i = leaves_arrive(run, &second, &rows[1], i, &run.out)
+            if i >= count:
+                break
+            status = scalar(run.core, run.port, &run.memo, batch, start + i)
+            if status:
+                run.port.stopped = start + i
+                return status
+            i += 1
+            if run.port.wrote or not run.memo.whole:
+                takes = False
+                break
+            if i >= count:
+                break
+        start += i
     return 0
 
 

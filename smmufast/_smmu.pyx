@@ -979,7 +979,7 @@ cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
 
 cdef enum:
     PIECE = 1 << 20    # requests between looks for signals
-    FLAGS = 4096       # requests whose access bytes are made at a time
+    FLAGS = 512        # requests whose access bytes are made at a time
     SHORT = 64         # requests that take less time than giving up the GIL
     FEW = 4            # requests that the scalar driver does in less time than a batch driver
 

@@ -327,6 +327,57 @@ static size_t smmufast_plain_near(
     return i - from;
 }
 
+/* Last tables by the address bits above their reach, for walks that go through stage 2. */
+typedef struct {
+    uint64_t key;   /* bit 63: upper half; then these bits; [19:0] epoch, with another it is empty */
+    uint64_t table; /* host address, and in [63:60] attributes [62:59] of the tables above */
+} smmufast_known;
+
+enum { SMMUFAST_KNOWN_LG2 = 10, SMMUFAST_EPOCH_LG2 = 20 };
+
+static inline uint64_t smmufast_known_key(const smmufast_lanes *k, uint64_t ia, uint64_t epoch)
+{
+    return (k->sign << 63) | (ia >> (k->granule + k->stride)) << SMMUFAST_EPOCH_LG2 | epoch;
+}
+
+static inline size_t smmufast_known_home(uint64_t key)
+{
+    uint64_t tag = key >> SMMUFAST_EPOCH_LG2;
+    return (size_t)((tag ^ tag >> SMMUFAST_KNOWN_LG2) & ((1 << SMMUFAST_KNOWN_LG2) - 1));
+}
+
+/* The leaf of stage 1 or 2 for rows [0, count) of one half whose last table is known; `missing` has
+ * the bits of the others, and rows out of range have no entry. */
+__attribute__((noinline))
+static void smmufast_plain_find(
+    const smmufast_lanes *k, const smmufast_known *known, uint64_t epoch, smmufast_rows *b,
+    size_t count, uint64_t *missing)
+{
+    const uint64_t index_mask = k->index_mask, entry_mask = k->entry_mask;
+    const uint64_t sign = k->sign, range_mask = k->range_mask;
+    const unsigned granule = k->granule;
+    size_t i;
+    missing[0] = missing[1] = 0;
+    memset(b->shift, (int)granule, count);
+    for (i = 0; i < count; i++) {
+        const uint64_t va = b->va[i], ia = va & index_mask;
+        const uint64_t key = smmufast_known_key(k, ia, epoch);
+        const smmufast_known *home = &known[smmufast_known_home(key)];
+        const uint64_t table = home->table;
+        b->entry[i] = NULL;
+        if (__builtin_expect(((va ^ sign) & range_mask) != 0, 0))
+            continue;
+        if (__builtin_expect(home->key != key, 0)) {
+            missing[i / 64] |= (uint64_t)1 << (i % 64);
+            continue;
+        }
+        b->tables[i] = table >> 60 << 59;
+        b->entry[i] = (const uint8_t *)(uintptr_t)(table << 4 >> 4)
+            + (ia >> (granule - 3) & entry_mask);
+        __builtin_prefetch(b->entry[i]);
+    }
+}
+
 /* --- eight rows at a time --- */
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -595,6 +646,59 @@ static void smmufast_vector_down(
     }
 }
 
+/* As smmufast_plain_find(). */
+SMMUFAST_AVX512
+static void smmufast_vector_known(
+    const smmufast_lanes *k, const smmufast_known *known, uint64_t epoch, smmufast_rows *b,
+    size_t count, uint64_t *missing)
+{
+    const __m512i sign = _mm512_set1_epi64((long long)k->sign);
+    const __m512i range_mask = _mm512_set1_epi64((long long)k->range_mask);
+    const __m512i index_mask = _mm512_set1_epi64((long long)k->index_mask);
+    const __m512i entry_mask = _mm512_set1_epi64((long long)k->entry_mask);
+    const __m512i same = _mm512_set1_epi64((long long)((k->sign << 63) | epoch));
+    const __m512i home_mask = _mm512_set1_epi64(((1 << SMMUFAST_KNOWN_LG2) - 1) << 4);
+    const __m512i from = _mm512_set1_epi64((long long)(uintptr_t)known);
+    const __m128i reach = _mm_cvtsi32_si128(k->granule + k->stride);
+    const __m128i index = _mm_cvtsi32_si128(k->granule - 3);
+    size_t i;
+    missing[0] = missing[1] = 0;
+    memset(b->shift, (int)k->granule, count);
+    for (i = 0; i < count; i += 8) {
+        const __mmask8 rows = count - i >= 8 ? 0xFF : (__mmask8)((1u << (count - i)) - 1);
+        const __m512i va = _mm512_loadu_si512(&b->va[i]);
+        const __m512i ia = _mm512_and_si512(va, index_mask);
+        const __m512i tag = _mm512_srl_epi64(ia, reach);
+        /* bit 63 of the key is bit 43 of what home is made of: too far up to count */
+        const __m512i home = _mm512_add_epi64(
+            from, _mm512_and_si512(
+                      _mm512_slli_epi64(
+                          _mm512_xor_si512(tag, _mm512_srli_epi64(tag, SMMUFAST_KNOWN_LG2)), 4),
+                      home_mask));
+        const __m512i key = _mm512_or_si512(_mm512_slli_epi64(tag, SMMUFAST_EPOCH_LG2), same);
+        const __mmask8 in = _mm512_mask_testn_epi64_mask(
+            rows, _mm512_xor_si512(va, sign), range_mask);
+        const __mmask8 here = _mm512_mask_cmpeq_epi64_mask(in, smmufast_load8(in, home), key);
+        const __m512i table = smmufast_load8(here, _mm512_add_epi64(home, _mm512_set1_epi64(8)));
+        _mm512_storeu_si512(
+            &b->tables[i], _mm512_slli_epi64(_mm512_srli_epi64(table, 60), 59));
+        _mm512_storeu_si512(
+            (void *)&b->entry[i],
+            _mm512_maskz_add_epi64(
+                here, _mm512_srli_epi64(_mm512_slli_epi64(table, 4), 4),
+                _mm512_and_si512(_mm512_srl_epi64(ia, index), entry_mask)));
+        missing[i / 64] |= (uint64_t)(in & ~here) << (i % 64);
+        __builtin_prefetch(b->entry[i]);
+        __builtin_prefetch(b->entry[i + 1]);
+        __builtin_prefetch(b->entry[i + 2]);
+        __builtin_prefetch(b->entry[i + 3]);
+        __builtin_prefetch(b->entry[i + 4]);
+        __builtin_prefetch(b->entry[i + 5]);
+        __builtin_prefetch(b->entry[i + 6]);
+        __builtin_prefetch(b->entry[i + 7]);
+    }
+}
+
 /* As smmufast_plain_arrive(). */
 SMMUFAST_AVX512
 static size_t smmufast_vector_arrive(
@@ -753,6 +857,7 @@ static void smmufast_vector_find(
     missing[0] = missing[1] = ~(uint64_t)0;
 }
 
+#define smmufast_vector_known smmufast_plain_find
 #define smmufast_vector_down smmufast_plain_down
 #define smmufast_vector_arrive smmufast_plain_arrive
 #define smmufast_vector_near smmufast_plain_near

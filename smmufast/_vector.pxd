@@ -68,7 +68,23 @@ cdef extern from "_vector.h":
         ptrdiff_t event_stride
         uint8_t ok
 
+    ctypedef struct Known "smmufast_known":
+        uint64_t key
+        uint64_t table
+
+    uint64_t known_key "smmufast_known_key"(
+        const Lanes* lanes, uint64_t ia, uint64_t epoch) noexcept nogil
+    size_t known_home "smmufast_known_home"(uint64_t key) noexcept nogil
+    void plain_find "smmufast_plain_find"(
+        const Lanes* lanes, const Known* known, uint64_t epoch, Rows* rows, size_t count,
+        uint64_t* missing) noexcept nogil
+    void vector_known "smmufast_vector_known"(
+        const Lanes* lanes, const Known* known, uint64_t epoch, Rows* rows, size_t count,
+        uint64_t* missing) noexcept nogil
+
     enum:
+        KNOWN_LG2 "SMMUFAST_KNOWN_LG2"
+        EPOCH_LG2 "SMMUFAST_EPOCH_LG2"
         GOLDEN "SMMUFAST_GOLDEN"
         HOME "SMMUFAST_HOME"
 
