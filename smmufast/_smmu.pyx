@@ -1255,6 +1255,11 @@ cdef int shares_run(Core* core, Port* port, const BatchC* batch, int threads) no
     return batch_run(core, port, &rest)
 
 
+# Called through a pointer, so that it takes no room on the stack of every batch.
+cdef int (*by_threads)(Core*, Port*, const BatchC*, int) noexcept nogil
+by_threads = shares_run
+
+
 cdef bint apart_from_inputs(const BatchC* batch) noexcept nogil:
     """No output column lies where an input does: rows can be translated twice."""
     cdef const ColumnC* given = &batch.sid
@@ -1333,7 +1338,7 @@ cdef int run_pieces(
             else:
                 with nogil:
                     if threads > 1:
-                        status = shares_run(core, &port, &piece, threads)
+                        status = by_threads(core, &port, &piece, threads)
                     else:
                         status = batch_run(core, &port, &piece)
             if status:
