@@ -25,7 +25,7 @@ from smmufast._tlb cimport (
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
-    level_of, lookup, permissions, stage2, ste_fetch, translate_known,
+    level_of, lookup, permitted_leaves, stage2, ste_fetch, translate_known,
 )
 from smmufast._types cimport (
     ACCESS_WRITE, ACTION_OK, FETCH_S2TT, FETCH_TT, NO_SSID, PERM_PR, BatchC, ColumnC, Context,
@@ -262,17 +262,15 @@ cdef inline void lanes_fill(
         Lanes* lanes, const Context* context, unsigned int upper) noexcept nogil:
     """What vectors ask for in one half of a context."""
     cdef const Half* half = &context.half[upper]
-    cdef unsigned int access, leaf
+    cdef unsigned int access
     lanes.walks = context.simple and half.enabled
     lanes.sign = 0 - <uint64_t>upper
     if not lanes.walks:
         return
     half_lanes(lanes, half)
     for access in range(8):
-        lanes.allowed[access] = 0
-        for leaf in range(16):
-            if permissions[context.regime * 32 + upper * 16 + leaf] & context.need[access]:
-                lanes.allowed[access] |= 1 << leaf
+        lanes.allowed[access] = permitted_leaves[
+            context.regime * 12 + upper * 6 + ctz64(context.need[access])]
 
 
 cdef inline void half_lanes(Lanes* lanes, const Half* half) noexcept nogil:
@@ -412,6 +410,9 @@ cdef inline void rows_read(
     cdef int k
     rows.start = start
     rows.count = count
+    rows.lg2 = 1
+    rows.removed = 0
+    rows.alike = batch.access.stride == 0
     if batch.iova.stride == 8:
         memcpy(rows.va, <const char*>batch.iova.data + 8 * start, 8 * count)
     else:
@@ -671,6 +672,7 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
         while unlikely(left != 0):
             i = 64 * k + ctz64(left)
             left &= left - 1
+            rows.lg2 = 0
             set_out_row(run, rows, i, one_pair)
 
 
@@ -1021,6 +1023,7 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
         rows[0].count = rows[1].count = count
         rows[0].start = 0
         rows[1].start = start
+        rows[0].lg2 = rows[1].lg2 = 0
         for i in range(count):
             rows[0].va[i] = load_u64(&batch.iova, start + i)
             rows[0].access[i] = rows[1].access[i] = load_u8(&batch.access, start + i) & 7

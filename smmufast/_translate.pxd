@@ -11,7 +11,7 @@ fetch of a stage-1 descriptor (walk_steps), and after stage 1 (translate_stage2)
 """
 
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport int8_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swap64, unlikely
@@ -774,16 +774,22 @@ cdef extern from *:
     """
     /* permitted() of every regime, half and leaf, filled in when the module is loaded. */
     static uint8_t smmufast_permissions[64 * 2 * 16];
+    /* The same by PERM_ bit: bit n says that leaf n has it. */
+    static uint16_t smmufast_leaves[64 * 2 * 6];
     """
     uint8_t* permissions "smmufast_permissions"
+    uint16_t* permitted_leaves "smmufast_leaves"
 
 
 cdef inline void fill_permissions() noexcept nogil:
-    cdef unsigned int regime, upper, leaf
+    cdef unsigned int regime, upper, leaf, bit
     for regime in range(64):
         for upper in range(2):
             for leaf in range(16):
                 permissions[regime * 32 + upper * 16 + leaf] = permitted(leaf, regime, upper)
+                for bit in range(6):
+                    if permitted(leaf, regime, upper) >> bit & 1:
+                        permitted_leaves[regime * 12 + upper * 6 + bit] |= 1 << leaf
 
 
 cdef inline unsigned int leaf_perm(

@@ -54,6 +54,9 @@ typedef struct {
     uint64_t start;                        /* row of the batch */
     uint64_t count;
     uint64_t half; /* that all rows of one pair are in; 2: not known */
+    uint64_t lg2;  /* of all pages of the block, none of which was read; 0: not known, 1: none yet */
+    uint64_t removed; /* tables of all rows in one */
+    uint64_t alike;   /* all rows have the access of the first */
 } smmufast_rows;
 
 /* Where memory can be read in place: Window. */
@@ -465,86 +468,88 @@ static void smmufast_vector_find(
                        _mm512_srl_epi64(ia, _mm_cvtsi32_si128((int)(s) - 3)), entry_mask)), \
         vbase)
 
-/* Ask for the leaves in tables whose entries cover 2^bottom bytes, of 8 * groups rows from i on.  The rows of each group
- * that are not in `on`, or have their entry outside of the window, are left. */
+/* Ask for the entries of eight rows in their tables, whose entries cover 2^s bytes: their host
+ * addresses become the rows' entries.  Those of rows that are not `on`, or that lie outside of the
+ * window, are `none`. */
 SMMUFAST_INLINE
-static inline void smmufast_leaves(
-    const smmufast_lanes *k, unsigned bottom, const smmufast_window *w, smmufast_rows *b, size_t i,
-    const unsigned groups, __mmask8 *on, const __m512i *table, const __m512i *tables)
+static inline void smmufast_ask8(
+    const smmufast_lanes *k, const smmufast_window *w, smmufast_rows *b, size_t i, unsigned s,
+    __mmask8 on, __m512i table, __m512i none)
 {
     SMMUFAST_CONSTANTS;
-    unsigned g;
-#pragma GCC unroll 4
-    for (g = 0; g < groups; g++, i += 8) {
-        /* a first table may have fewer entries */
-        __m512i ia = _mm512_and_si512(
-            _mm512_loadu_si512(&b->va[i]), _mm512_set1_epi64((long long)k->index_mask));
-        __m512i off = SMMUFAST_OFFSET(table[g], ia, bottom);
-        on[g] = _mm512_mask_cmple_epu64_mask(on[g], off, vspan);
-        _mm512_storeu_si512((void *)&b->entry[i],
-                            _mm512_maskz_add_epi64(on[g], off, vdata));
-        _mm512_storeu_si512(&b->tables[i], _mm512_and_si512(tables[g], _mm512_set1_epi64((long long)k->keep)));
-        __builtin_prefetch(b->entry[i]);
-        __builtin_prefetch(b->entry[i + 1]);
-        __builtin_prefetch(b->entry[i + 2]);
-        __builtin_prefetch(b->entry[i + 3]);
-        __builtin_prefetch(b->entry[i + 4]);
-        __builtin_prefetch(b->entry[i + 5]);
-        __builtin_prefetch(b->entry[i + 6]);
-        __builtin_prefetch(b->entry[i + 7]);
-    }
+    const __m512i ia = _mm512_and_si512(
+        _mm512_loadu_si512(&b->va[i]), _mm512_set1_epi64((long long)k->index_mask));
+    const __m512i off = SMMUFAST_OFFSET(table, ia, s);
+    on = _mm512_mask_cmple_epu64_mask(on, off, vspan);
+    _mm512_storeu_si512((void *)&b->entry[i],
+                        _mm512_mask_add_epi64(none, on, off, vdata));
 }
 
-/* Walk down 8 * groups rows from i on, of which `rows` are there, where all have leaves of 2^bottom
- * bytes below ordinary tables in the window: no if some are not, and then it is to be done
- * carefully. */
 SMMUFAST_INLINE
-static inline int smmufast_descend(
-    const smmufast_lanes *k, unsigned bottom, const smmufast_window *w, smmufast_rows *b, size_t i,
-    const unsigned groups, __mmask8 rows, smmufast_last *last)
+static inline void smmufast_prefetch8(const smmufast_rows *b, size_t i)
 {
-    SMMUFAST_CONSTANTS;
+    __builtin_prefetch(b->entry[i]);
+    __builtin_prefetch(b->entry[i + 1]);
+    __builtin_prefetch(b->entry[i + 2]);
+    __builtin_prefetch(b->entry[i + 3]);
+    __builtin_prefetch(b->entry[i + 4]);
+    __builtin_prefetch(b->entry[i + 5]);
+    __builtin_prefetch(b->entry[i + 6]);
+    __builtin_prefetch(b->entry[i + 7]);
+}
+
+/* Walk rows [from, to) down to tables whose entries cover 2^bottom bytes, a level of all of them at
+ * a time: the walk of eight rows alone waits for its loads.  A row has no entry where something on
+ * the way was no ordinary table in the window. */
+SMMUFAST_INLINE
+static inline void smmufast_descend(
+    const smmufast_lanes *k, unsigned bottom, const smmufast_window *w, smmufast_rows *b,
+    size_t from, size_t to)
+{
     const __m512i sign = _mm512_set1_epi64((long long)k->sign);
     const __m512i range_mask = _mm512_set1_epi64((long long)k->range_mask);
-    const __m512i index_mask = _mm512_set1_epi64((long long)k->index_mask);
     const __m512i table_bits = _mm512_set1_epi64((long long)k->table_bits);
     const __m512i low_address = _mm512_set1_epi64((long long)k->low_address);
     const __m512i three = _mm512_set1_epi64(3);
-    __m512i table[4], tables[4];
-    __mmask8 on[4];
-    unsigned g, s, all = 0xFF;
-#pragma GCC unroll 4
-    for (g = 0; g < groups; g++) {
-        table[g] = _mm512_loadu_si512(&b->first[i + 8 * g]);
-        tables[g] = _mm512_setzero_si512();
-        on[g] = _mm512_mask_testn_epi64_mask(
-            rows, _mm512_xor_si512(_mm512_loadu_si512(&b->va[i + 8 * g]), sign), range_mask);
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i nothing = _mm512_set1_epi64((long long)(uintptr_t)&smmufast_nothing);
+    const __m512i keep = _mm512_set1_epi64((long long)k->keep);
+    __m512i removed = zero;
+    unsigned s = k->shift;
+    size_t i;
+    for (i = from; i < to; i += 8) {
+        smmufast_ask8(
+            k, w, b, i, s,
+            _mm512_testn_epi64_mask(
+                _mm512_xor_si512(_mm512_loadu_si512(&b->va[i]), sign), range_mask),
+            _mm512_loadu_si512(&b->first[i]), s == bottom ? zero : nothing);
+        _mm512_storeu_si512(&b->tables[i], zero);
+        if (s == bottom)
+            smmufast_prefetch8(b, i);
     }
-    for (s = k->shift; s != bottom; s -= k->stride) {
-#pragma GCC unroll 4
-        for (g = 0; g < groups; g++) {
-            __m512i ia = _mm512_and_si512(
-                _mm512_loadu_si512(&b->va[i + 8 * g]), index_mask), d;
-            __m512i off = SMMUFAST_OFFSET(table[g], ia, s);
-            on[g] = _mm512_mask_cmple_epu64_mask(on[g], off, vspan);
-            d = smmufast_load8(on[g], _mm512_add_epi64(off, vdata));
-            on[g] = _mm512_mask_cmpeq_epi64_mask(
-                on[g], _mm512_and_si512(d, table_bits), three);
-            table[g] = _mm512_and_si512(d, low_address);
-            tables[g] = _mm512_or_si512(tables[g], d);
+    while (s != bottom) {
+        s -= k->stride;
+        for (i = from; i < to; i += 8) {
+            const uint64_t *const *at = (const uint64_t *const *)&b->entry[i];
+            const __m512i d = _mm512_set_epi64(
+                *(const long long *)at[7], *(const long long *)at[6],
+                *(const long long *)at[5], *(const long long *)at[4],
+                *(const long long *)at[3], *(const long long *)at[2],
+                *(const long long *)at[1], *(const long long *)at[0]);
+            const __m512i tables = _mm512_or_si512(
+                _mm512_loadu_si512(&b->tables[i]), _mm512_and_si512(d, keep));
+            removed = _mm512_or_si512(removed, tables);
+            _mm512_storeu_si512(&b->tables[i], tables);
+            smmufast_ask8(
+                k, w, b, i, s,
+                _mm512_cmpeq_epi64_mask(_mm512_and_si512(d, table_bits), three),
+                _mm512_and_si512(d, low_address), s == bottom ? zero : nothing);
+            if (s == bottom)
+                smmufast_prefetch8(b, i);
         }
     }
-    smmufast_leaves(k, bottom, w, b, i, groups, on, table, tables);
-#pragma GCC unroll 4
-    for (g = 0; g < groups; g++)
-        all &= on[g];
-    if (__builtin_expect(all != rows, 0))
-        return 0;
-    g = groups - 1;
-    if (!_mm512_cmpneq_epi64_mask(
-            table[g], _mm512_broadcastq_epi64(_mm512_castsi512_si128(table[g]))))
-        last->alike += groups;
-    return 1;
+    if (_mm512_test_epi64_mask(removed, removed))
+        b->removed = 1;
 }
 
 /* The same for eight rows, which may be anything: blocks are held, and what is left is told. */
@@ -600,6 +605,7 @@ static void smmufast_descend_any(
     for (s = 0; s < 8; s++)
         __builtin_prefetch(b->entry[i + s]);
     beyond[i / 64] |= (uint64_t)out << (i % 64);
+    b->lg2 = 0;
     last->mixed += on != rows;
     if (blocks == rows) {
         const unsigned size = b->shift[i];
@@ -614,6 +620,12 @@ static void smmufast_descend_any(
                                        _mm512_srli_epi64(va, 30))));
 }
 
+/* Which of the next eight rows there are. */
+static inline __mmask8 smmufast_there(size_t rows)
+{
+    return rows >= 8 ? 0xFF : (__mmask8)((1u << rows) - 1);
+}
+
 /* As smmufast_plain_down(); `from` is a multiple of 8. */
 SMMUFAST_AVX512
 static void smmufast_vector_down(
@@ -623,26 +635,25 @@ static void smmufast_vector_down(
     /* blocks are as many levels deep as those of the last block of rows */
     const unsigned bottom =
         last->lg2 && (k->block_shifts >> last->lg2 & 1) ? last->lg2 : k->granule;
-    size_t i = from, end;
+    const __m128i reach = _mm_cvtsi32_si128((int)bottom + k->stride);
+    size_t i;
     memset(&b->shift[from], (int)bottom, to - from);
-    while (i < to) {
-        __mmask8 rows = to - i >= 8 ? 0xFF : (__mmask8)((1u << (to - i)) - 1);
-        if (last->careful) {
+    b->lg2 = b->lg2 == 1 || b->lg2 == bottom ? bottom : 0;
+    if (last->careful) {
+        for (i = from; i < to; i += 8)
+            smmufast_descend_any(k, w, b, i, smmufast_there(to - i), last, beyond);
+        return;
+    }
+    smmufast_descend(k, bottom, w, b, from, to);
+    for (i = from; i < to; i += 8) {
+        const __mmask8 rows = smmufast_there(to - i);
+        const __m512i entry = _mm512_loadu_si512((const void *)&b->entry[i]);
+        const __m512i ia = _mm512_srl_epi64(_mm512_loadu_si512(&b->va[i]), reach);
+        if (__builtin_expect(_mm512_mask_testn_epi64_mask(rows, entry, entry) != 0, 0))
             smmufast_descend_any(k, w, b, i, rows, last, beyond);
-            i += 8;
-            continue;
-        }
-        if (to - i >= 32) {
-            end = i + 32;
-            if (smmufast_descend(k, bottom, w, b, i, 4, rows, last))
-                i = end;
-        } else {
-            end = i + 8;
-            if (smmufast_descend(k, bottom, w, b, i, 1, rows, last))
-                i = end;
-        }
-        for (; i < end; i += 8)
-            smmufast_descend_any(k, w, b, i, rows, last, beyond);
+        else
+            last->alike += !_mm512_mask_cmpneq_epi64_mask(
+                rows, ia, _mm512_broadcastq_epi64(_mm512_castsi512_si128(ia)));
     }
 }
 
@@ -699,6 +710,47 @@ static void smmufast_vector_known(
     }
 }
 
+/* As smmufast_plain_arrive(), for the commonest block: pages of one size below tables that take
+ * nothing away, one access, columns without gaps.  The rows may go on after it. */
+SMMUFAST_AVX512
+static size_t smmufast_vector_usual(
+    const smmufast_lanes *k, const smmufast_rows *b, size_t from, size_t to,
+    const smmufast_out *o)
+{
+    const uint64_t bits = ((uint64_t)1 << b->lg2) - 1;
+    const __m512i leaf_bits = _mm512_set1_epi64((long long)k->leaf_bits);
+    const __m512i page = _mm512_set1_epi64(b->lg2 == k->granule ? 0x403 : 0x401);
+    const __m512i address = _mm512_set1_epi64((long long)(k->low_address & ~bits));
+    const __m512i within = _mm512_set1_epi64((long long)bits);
+    const __m512i allowed = _mm512_set1_epi64((long long)k->allowed[b->access[0]]);
+    const __m512i three = _mm512_set1_epi64(3);
+    const __m512i twelve = _mm512_set1_epi64(12);
+    const __m512i one = _mm512_set1_epi64(1);
+    size_t i;
+    for (i = from; i + 8 <= to; i += 8) {
+        const uint64_t row = b->start + i;
+        const __m512i entry = _mm512_loadu_si512((const void *)&b->entry[i]);
+        const __m512i d = smmufast_load8(_mm512_test_epi64_mask(entry, entry), entry);
+        const __m512i code = _mm512_or_si512(
+            _mm512_and_si512(_mm512_srli_epi64(d, 6), three),
+            _mm512_and_si512(_mm512_srli_epi64(d, 51), twelve));
+        /* a row without an entry has read 0, which is no leaf */
+        if (__builtin_expect(
+                _mm512_mask_test_epi64_mask(
+                    _mm512_testn_epi64_mask(_mm512_xor_si512(d, page), leaf_bits),
+                    _mm512_srlv_epi64(allowed, code), one) != 0xFF, 0))
+            break;
+        _mm512_storeu_si512(
+            o->pa + 8 * row,
+            _mm512_or_si512(
+                _mm512_and_si512(d, address),
+                _mm512_and_si512(_mm512_loadu_si512(&b->va[i]), within)));
+        memset(o->action + row, o->ok, 8);
+        memset(o->event + row, 0, 8);
+    }
+    return i;
+}
+
 /* As smmufast_plain_arrive(). */
 SMMUFAST_AVX512
 static size_t smmufast_vector_arrive(
@@ -715,6 +767,9 @@ static size_t smmufast_vector_arrive(
     const __m512i low_address = _mm512_set1_epi64((long long)k->low_address);
     const __m512i allowed = _mm512_loadu_si512(k->allowed);
     size_t i;
+    if (b->lg2 > 1 && !b->removed && b->alike && o->pa && o->action && o->event
+        && o->pa_stride == 8 && o->action_stride == 1 && o->event_stride == 1)
+        from = smmufast_vector_usual(k, b, from, to, o);
     for (i = from; i < to; i += 8) {
         __mmask8 rows = to - i >= 8 ? 0xFF : (__mmask8)((1u << (to - i)) - 1), ok;
         __m512i entry = _mm512_loadu_si512((const void *)&b->entry[i]);

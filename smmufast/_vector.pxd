@@ -42,6 +42,9 @@ cdef extern from "_vector.h":
         uint64_t start
         uint64_t count
         uint64_t half
+        uint64_t lg2
+        uint64_t removed
+        uint64_t alike
 
     ctypedef struct Span "smmufast_window":
         uint64_t base
