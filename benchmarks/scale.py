@@ -467,11 +467,11 @@ def main():
     parser.add_argument("--svg", type=Path, metavar="FILE")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    os.sched_setaffinity(0, {idlest_cpu()})
     if arguments.measure:
         name, size = arguments.measure
         print(json.dumps(memory_of(size) if name == "memory" else by_name[name](int(size))))
         return
+    os.sched_setaffinity(0, {idlest_cpu()})  # the children's too
     found = {}
     for call, sizes in SIZES.items():
         if arguments.only and call.__name__ not in arguments.only:
