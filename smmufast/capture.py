@@ -89,6 +89,8 @@ from smmufast.features import Features, modelled
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from smmufast._tlb import Caches
+
 __all__ = [
     "ANY",
     "REQUEST",
@@ -721,10 +723,10 @@ class Configuration:
                 memory.write(first, page[first - address : end - address])
         return memory
 
-    def smmu(self, memory: Memory | None = None) -> Smmu:
+    def smmu(self, memory: Memory | None = None, caches: Caches | None = None) -> Smmu:
         """Return a Smmu with the recorded registers, by default over a new `memory()`.
 
-        Its features are those recorded without `masked`.
+        Its features are those recorded without `masked`, its caches those given.
         """
         return Smmu(
             self.memory() if memory is None else memory,
@@ -735,6 +737,7 @@ class Configuration:
             cr2=self.registers["CR2"],
             gbpa=self.registers["GBPA"],
             ignore_s2ptw=self.ignore_s2ptw,
+            caches=caches,
         )
 
     def __repr__(self) -> str:

@@ -162,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--sid", type=_number, metavar="S", help="StreamID, if the file has none")
     made.add_argument("--ssid", type=_number, metavar="P", help="SubstreamID, likewise")
     made.add_argument("--write", action="store_true", help="writes, if the file does not say")
+    made.add_argument(
+        "--caches", choices=("small", "server"), help="model these caches, and show their counters"
+    )
     made.add_argument("--config", metavar="ID", help="configuration, if the capture has several")
 
     made = command("streams", "List the streams with their STEs and CDs, equal ones as one.")
@@ -526,6 +529,7 @@ def _walk(arguments: argparse.Namespace) -> int:
 
 def _trace(arguments: argparse.Namespace) -> int:
     from smmufast._smmu import COLUMNS
+    from smmufast._tlb import Caches
     from smmufast.capture import Capture
     from smmufast.trace import TraceError, translate_trace
 
@@ -540,10 +544,13 @@ def _trace(arguments: argparse.Namespace) -> int:
                 f"--columns: {arguments.columns!r} given; names of {', '.join(COLUMNS)}, each once"
             )
     configuration = _chosen(Capture.load(arguments.capture), arguments.config)
+    caches: Caches | None = None
+    if arguments.caches is not None:
+        caches = Caches.small() if arguments.caches == "small" else Caches.server()
     progress = _Progress() if sys.stderr.isatty() else None
     try:
         found = translate_trace(
-            configuration.smmu(),
+            configuration.smmu(caches=caches),
             arguments.requests,
             arguments.out,
             sid=arguments.sid,
@@ -563,6 +570,7 @@ def _trace(arguments: argparse.Namespace) -> int:
             {"configuration": configuration.id, "masked": configuration.masked}
             | files
             | found.as_dict()
+            | {"caches": None if caches is None else caches.counters}
         )
         return AGREES
     if configuration.masked:
@@ -572,6 +580,13 @@ def _trace(arguments: argparse.Namespace) -> int:
         [*((name, str(n)) for name, n in found.actions.items()),
          *((f"  {name}", str(n)) for name, n in found.events.items())],
     )  # fmt: skip
+    if caches is not None:
+        counters = caches.counters
+        print()
+        _table(
+            ("cache", *next(iter(counters.values()))),
+            ((name, *map(str, counts.values())) for name, counts in counters.items()),
+        )
     print(f"\n{_plural(found.requests, 'request')}: {_rate(found.rate) or '-'} million/s")
     return AGREES
 

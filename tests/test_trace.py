@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_cli import HOME, run, run_json
 
-from smmufast import Smmu, layout
+from smmufast import Caches, Smmu, layout
 from smmufast.capture import REQUEST, Capture
 from smmufast.faults import ACTIONS
 from smmufast.trace import TraceError, open_trace, translate_chunks, translate_trace
@@ -402,6 +402,23 @@ def test_the_command_counts_and_writes(configuration, tmp_path):
     one = run_json("trace", captures.SHIPPED, tmp_path / "addresses.npy", "--sid", "0xf8")
     assert one["actions"] == translate_trace(configuration.smmu(), rows["iova"], sid=0xF8).actions
     json.dumps(found)
+
+
+def test_the_command_models_caches(configuration, tmp_path):
+    rows = some_requests(configuration, 2000, NARROW)
+    np.save(tmp_path / "trace.npy", rows)
+    arguments = ("trace", captures.SHIPPED, tmp_path / "trace.npy", "--caches", "server")
+    caches = Caches.server()
+    configuration.smmu(caches=caches).translate_batch(rows["sid"], rows["iova"], ssid=rows["ssid"])
+    counters = caches.counters
+    assert counters["tlb"]["hits"] > 0
+    assert run_json(*arguments)["caches"] == counters
+    lines = run(*arguments).splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("cache "))
+    assert lines[head].split()[1:] == list(counters["tlb"])
+    for line, (name, counts) in zip(lines[head + 1 :], counters.items(), strict=False):
+        assert line.split() == [name, *map(str, counts.values())]
+    assert run_json(*arguments[:-2])["caches"] is None
 
 
 def test_options_of_the_command_that_do_not_go(tmp_path):
