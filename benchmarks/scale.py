@@ -439,7 +439,7 @@ def drawing(found):
         out.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
         text = short(10**e * 1e-9).replace(".00", "").replace(".0", "")
         out.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-    out.append(f'<text x="{LEFT}" y="{HEIGHT - 10}">items; time an item, processor</text>')
+    out.append(f'<text x="{LEFT}" y="{HEIGHT - 10}">how many items; processor time an item</text>')
     # each name at the end of its line, moved down until it is below the one before
     labels = sorted((y(line[3][-1][1]), line) for line in lines)
     floor = 0.0
