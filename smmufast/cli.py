@@ -163,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--ssid", type=_number, metavar="P", help="SubstreamID, likewise")
     made.add_argument("--write", action="store_true", help="writes, if the file does not say")
     made.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="share the work among N threads"
+    )
+    made.add_argument(
         "--caches", choices=("small", "server"), help="model these caches, and show their counters"
     )
     made.add_argument("--config", metavar="ID", help="configuration, if the capture has several")
@@ -533,7 +536,7 @@ def _trace(arguments: argparse.Namespace) -> int:
     from smmufast.capture import Capture
     from smmufast.trace import TraceError, translate_trace
 
-    _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20))
+    _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), threads=(arguments.threads, 32))
     columns = None
     if arguments.columns is not None:
         if arguments.out is None:
@@ -557,6 +560,7 @@ def _trace(arguments: argparse.Namespace) -> int:
             ssid=arguments.ssid,
             write=arguments.write,
             columns=columns,
+            threads=arguments.threads,
             progress=progress,
         )
     except TraceError as error:

@@ -208,12 +208,18 @@ class _Trace:
     """Columns of requests, and the SMMU that translates them."""
 
     def __init__(
-        self, smmu: Smmu, requests: _Requests, constants: Mapping[str, Any], chunk: int
+        self,
+        smmu: Smmu,
+        requests: _Requests,
+        constants: Mapping[str, Any],
+        chunk: int,
+        threads: int,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk: {chunk} given; at least 1 needed")
         self.smmu = smmu
         self.chunk = chunk
+        self.threads = threads
         self.path: str | None = None
         if isinstance(requests, (str, os.PathLike)):
             self.path = os.fspath(requests)
@@ -273,7 +279,7 @@ class _Trace:
         rows = {name: column[start:stop] for name, column in self.columns.items()}
         access: dict[str, Any] = {**rows, **self.constants}
         try:
-            self.smmu.translate_batch(**access, out=columns)
+            self.smmu.translate_batch(**access, out=columns, threads=self.threads)
         except ValueError:
             self.say_which(start, rows)
             raise
@@ -345,6 +351,7 @@ def translate_chunks(
     instr: bool = False,
     columns: Iterable[str] | None = None,
     chunk: int = CHUNK,
+    threads: int = 1,
 ) -> Iterator[tuple[int, NDArray[Any]]]:
     """Translate a trace, and yield the results of each chunk.
 
@@ -357,7 +364,7 @@ def translate_chunks(
         chunk.
     """
     constants = {"sid": sid, "ssid": ssid, "write": write, "priv": priv, "instr": instr}
-    trace = _Trace(smmu, requests, constants, chunk)
+    trace = _Trace(smmu, requests, constants, chunk, threads)
     buffer = np.empty(min(chunk, trace.total), trace.row_dtype(columns))
     return _chunks(trace, buffer)
 
@@ -383,6 +390,7 @@ def translate_trace(
     instr: bool = False,
     columns: Iterable[str] | None = None,
     chunk: int = CHUNK,
+    threads: int = 1,
     progress: _Progress | None = None,
 ) -> TraceSummary:
     """Translate a trace from its first request to its last, in memory that does not grow with it.
@@ -404,6 +412,8 @@ def translate_trace(
         For a path: the columns wanted, by default pa, action and event.
     chunk : int
         Requests translated at a time.
+    threads : int
+        How many share a chunk, as `Smmu.translate_batch` says.
     progress : callable, optional
         Called after each chunk with the requests done and all requests.
 
@@ -430,7 +440,7 @@ def translate_trace(
     ({'bypass': 990, 'abort': 10}, {'C_BAD_STE': 10})
     """
     constants = {"sid": sid, "ssid": ssid, "write": write, "priv": priv, "instr": instr}
-    trace = _Trace(smmu, requests, constants, chunk)
+    trace = _Trace(smmu, requests, constants, chunk, threads)
     began = time.perf_counter()
     for done in _results(trace, out, columns):
         if progress is not None:

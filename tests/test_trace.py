@@ -99,6 +99,18 @@ def test_a_trace_gives_what_one_batch_gives(configuration, tmp_path, dtype, chun
     assert ends == 1000
 
 
+def test_threads_give_what_one_gives(configuration, tmp_path):
+    rows = some_requests(configuration, 1 << 16, NARROW)
+    expected = by_batch(configuration.smmu(), rows)
+    np.save(tmp_path / "trace.npy", rows)
+    out = np.zeros(len(rows), expected.dtype)
+    found = translate_trace(configuration.smmu(), tmp_path / "trace.npy", out, threads=2)
+    assert (out == expected).all()
+    assert (found.actions, found.events) == counted(expected)
+    one = run_json("trace", captures.SHIPPED, tmp_path / "trace.npy", "--threads", "2")
+    assert (one["actions"], one["events"]) == counted(expected)
+
+
 def test_columns_that_the_trace_lacks_are_given(configuration, tmp_path):
     rows = some_requests(configuration, 500, NARROW)
     rows["sid"], rows["ssid"] = 0xF8, 0xFFFF_FFFF
@@ -428,6 +440,7 @@ def test_options_of_the_command_that_do_not_go(tmp_path):
         (("--sid", "1"), "sid is in the trace, and given beside it"),
         (("--sid", hex(1 << 32)), "--sid: 0x100000000 does not fit 32 bits"),
         (("--ssid", "0x100000"), "--ssid: 0x100000 does not fit 20 bits"),
+        (("--threads", hex(1 << 32)), "--threads: 0x100000000 does not fit 32 bits"),
         (("--columns", "pa"), "--columns: of the results, which need --out"),
         (("--out", tmp_path / "o.npy", "--columns", "pa,pa"), "--columns: 'pa,pa' given"),
         (("--out", tmp_path / "o.npy", "--columns", "px"), "--columns: 'px' given"),
