@@ -101,7 +101,7 @@ _HOMES = {
 }  # fmt: skip
 
 
-_MODULES = (*_HOMES, "decode", "explain", "layout", "replay", "streams")
+_MODULES = (*_HOMES, "decode", "explain", "layout", "replay", "streams", "trace")
 
 
 def __getattr__(name: str) -> _Any:

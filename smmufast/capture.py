@@ -74,7 +74,7 @@ import re
 import zipfile
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -88,6 +88,8 @@ from smmufast.features import Features, modelled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from smmufast._tlb import Caches
 
 __all__ = [
     "ANY",
@@ -104,6 +106,7 @@ __all__ = [
     "load_events",
     "load_fillings",
     "load_queue",
+    "npy_header",
     "translate_alone",
 ]
 
@@ -359,16 +362,29 @@ def _arrays(path: str, **wanted: tuple[str, int]) -> list[NDArray[Any]]:
     return found
 
 
-def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> NDArray[Any]:
-    width = row // dtype.itemsize
+def npy_header(
+    file: Any, problem: Callable[[str], Exception]
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of an .npy file: its shape, whether it is in columns, and its dtype.
+
+    `problem` makes the exception for a header that is damaged from what is wrong with it; what
+    the file itself raises goes through.
+    """
     try:
         version = npy.read_magic(file)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, given = read(file)
+        return read(file)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
         raise
     except Exception as error:  # numpy does not say what a damaged header may raise
-        raise CaptureError(path, None, f"{name}: {str(error).partition(chr(10))[0]}") from None
+        raise problem(str(error).partition("\n")[0]) from None
+
+
+def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> NDArray[Any]:
+    width = row // dtype.itemsize
+    shape, fortran, given = npy_header(
+        file, lambda what: CaptureError(path, None, f"{name}: {what}")
+    )
     if given != dtype or given.hasobject:
         raise CaptureError(path, None, f"{name}: dtype {given} found; {dtype} is wanted")
     if shape[1:] != (() if width == 1 else (width,)) or not shape or fortran:
@@ -707,10 +723,10 @@ class Configuration:
                 memory.write(first, page[first - address : end - address])
         return memory
 
-    def smmu(self, memory: Memory | None = None) -> Smmu:
+    def smmu(self, memory: Memory | None = None, caches: Caches | None = None) -> Smmu:
         """Return a Smmu with the recorded registers, by default over a new `memory()`.
 
-        Its features are those recorded without `masked`.
+        Its features are those recorded without `masked`, its caches those given.
         """
         return Smmu(
             self.memory() if memory is None else memory,
@@ -721,6 +737,7 @@ class Configuration:
             cr2=self.registers["CR2"],
             gbpa=self.registers["GBPA"],
             ignore_s2ptw=self.ignore_s2ptw,
+            caches=caches,
         )
 
     def __repr__(self) -> str:

@@ -1,5 +1,7 @@
 """The command `smmufast`: replay captures, walk them, list their streams and queues; decode words.
 
+`trace` translates a file of requests through the tables of a capture.
+
 Exit statuses: 0 done, and every outcome agrees; 1 some outcome differs; 2 bad input or usage;
 3 nothing differs, but requests were left out as unsupported; 130 interrupted; 141 the reader of
 the output went away.
@@ -142,6 +144,30 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--write", action="store_true", help="a write instead of a read")
     made.add_argument("--priv", action="store_true", help="a privileged access")
     made.add_argument("--instr", action="store_true", help="an instruction read")
+    made.add_argument("--config", metavar="ID", help="configuration, if the capture has several")
+
+    made = command("trace", "Translate a file of requests and count what becomes of them.")
+    made.add_argument(
+        "requests",
+        metavar="REQUESTS",
+        help="an .npy file: rows with iova, sid and, as needed, ssid, write, priv and instr; or "
+        "addresses alone",
+    )
+    made.add_argument("--out", metavar="FILE", help="write the results as an .npy file")
+    made.add_argument(
+        "--columns",
+        metavar="NAMES",
+        help="of the results, with commas between (default pa,action,event)",
+    )
+    made.add_argument("--sid", type=_number, metavar="S", help="StreamID, if the file has none")
+    made.add_argument("--ssid", type=_number, metavar="P", help="SubstreamID, likewise")
+    made.add_argument("--write", action="store_true", help="writes, if the file does not say")
+    made.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="share the work among N threads"
+    )
+    made.add_argument(
+        "--caches", choices=("small", "server"), help="model these caches, and show their counters"
+    )
     made.add_argument("--config", metavar="ID", help="configuration, if the capture has several")
 
     made = command("streams", "List the streams with their STEs and CDs, equal ones as one.")
@@ -423,17 +449,18 @@ def _chosen(capture: Capture, id: str | None) -> Configuration:
     return capture[0]
 
 
+def _check_bits(**values: tuple[int | None, int]) -> None:
+    """Raise for an option whose number is too large."""
+    for name, (value, bits) in values.items():
+        if value is not None and value >> bits:
+            raise UsageError(f"--{name}: {value:#x} does not fit {bits} bits")
+
+
 def _walk(arguments: argparse.Namespace) -> int:
     from smmufast.capture import Capture
     from smmufast.explain import explain
 
-    for name, value, bits in (
-        ("--sid", arguments.sid, 32),
-        ("--ssid", arguments.ssid or 0, 20),
-        ("--iova", arguments.iova, 64),
-    ):
-        if value >> bits:
-            raise UsageError(f"{name}: {value:#x} does not fit {bits} bits")
+    _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), iova=(arguments.iova, 64))
     configuration = _chosen(Capture.load(arguments.capture), arguments.config)
     smmu = configuration.smmu()
     result = smmu.translate(
@@ -497,6 +524,74 @@ def _walk(arguments: argparse.Namespace) -> int:
             "explain": explain(result, smmu),
         }
     )
+    return AGREES
+
+
+# --- trace ----------------------------------------------------------------------------------------
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from smmufast._smmu import COLUMNS
+    from smmufast._tlb import Caches
+    from smmufast.capture import Capture
+    from smmufast.trace import TraceError, translate_trace
+
+    _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), threads=(arguments.threads, 32))
+    columns = None
+    if arguments.columns is not None:
+        if arguments.out is None:
+            raise UsageError("--columns: of the results, which need --out")
+        columns = arguments.columns.split(",")
+        if not set(columns) <= set(COLUMNS) or len(set(columns)) != len(columns):
+            raise UsageError(
+                f"--columns: {arguments.columns!r} given; names of {', '.join(COLUMNS)}, each once"
+            )
+    configuration = _chosen(Capture.load(arguments.capture), arguments.config)
+    caches: Caches | None = None
+    if arguments.caches is not None:
+        caches = Caches.small() if arguments.caches == "small" else Caches.server()
+    progress = _Progress() if sys.stderr.isatty() else None
+    try:
+        found = translate_trace(
+            configuration.smmu(caches=caches),
+            arguments.requests,
+            arguments.out,
+            sid=arguments.sid,
+            ssid=arguments.ssid,
+            write=arguments.write,
+            columns=columns,
+            threads=arguments.threads,
+            progress=progress,
+        )
+    except TraceError as error:
+        raise UsageError(error) from None
+    finally:
+        if progress is not None:
+            progress.clear()
+    if arguments.json:
+        files = {"trace": arguments.requests, "out": arguments.out}
+        _print_json(
+            {"configuration": configuration.id, "masked": configuration.masked}
+            | files
+            | found.as_dict()
+            | {"caches": None if caches is None else caches.counters}
+        )
+        return AGREES
+    if configuration.masked:
+        print(_masked_text(configuration.masked) + "\n")
+    _table(
+        ("outcome", "requests"),
+        [*((name, str(n)) for name, n in found.actions.items()),
+         *((f"  {name}", str(n)) for name, n in found.events.items())],
+    )  # fmt: skip
+    if caches is not None:
+        counters = caches.counters
+        print()
+        _table(
+            ("cache", *next(iter(counters.values()))),
+            ((name, *map(str, counts.values())) for name, counts in counters.items()),
+        )
+    print(f"\n{_plural(found.requests, 'request')}: {_rate(found.rate) or '-'} million/s")
     return AGREES
 
 
@@ -894,6 +989,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 _COMMANDS = {
     "replay": _replay,
     "walk": _walk,
+    "trace": _trace,
     "streams": _streams,
     "events": _events,
     "commands": _commands,

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -346,6 +347,42 @@ def constants(path):
             with contextlib.suppress(NameError):
                 found[node.targets[0].id] = eval(code, found)
     return tree, found
+
+
+def test_costs_at_scale_are_tabled_and_drawn(tmp_path):
+    things = ("streams", "devices", "pasids", "pages", "domains")
+    output = run(
+        *("benchmarks/scale.py", "--most", "1024", "--svg", tmp_path / "plot.svg"),
+        *(word for thing in things for word in ("--only", thing)),
+        *("--markdown", tmp_path / "table.md"),
+    )
+    assert output.endswith((tmp_path / "table.md").read_text())
+    lines = output.splitlines()
+    for thing in ("streams", "devices", "PASIDs on one device", "paging domains"):
+        assert f"| {thing} | 10^2 | 10^3 |" in lines
+    assert "| mapped 4K pages | 2^10 |" in lines
+    cells = [line.split(" | ") for line in lines if re.match(r"\| (translation|map|attach) ", line)]
+    assert len(cells) == 6
+    for cell in (cell for row in cells for cell in row[1:]):
+        assert re.fullmatch(r"[0-9.]+ (ns|µs|ms)( \|)?", cell), cell
+    drawn = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    for line in ("streams: translation", "mapped 4K pages: map", "paging domains: replace"):
+        assert line in texts
+    circles = len(list(drawn.iter("{http://www.w3.org/2000/svg}circle")))
+    assert circles == 2 * (1 + 3 + 3 + 2) + 3  # two sizes of each line, one of those of pages
+
+
+def test_a_long_trace_is_measured_in_a_process_that_stays_small():
+    code = """
+import json
+import scale
+found = scale.requests(1 << 21)  # 32 MiB
+print(json.dumps(found))
+"""
+    found = json.loads(run_script(code))
+    assert found["a request"] > 0
+    assert 0 <= found["peak growth"] < 8 << 20
 
 
 @pytest.mark.parametrize(

@@ -626,7 +626,7 @@ def test_bad_captures_are_one_clear_line(tmp_path, command):
 def test_help_and_version():
     assert run("--version") == f"smmufast {smmufast.__version__}\n"
     text = run("--help")
-    commands = ("replay", "walk", "streams", "events", "commands", "decode")
+    commands = ("replay", "walk", "trace", "streams", "events", "commands", "decode")
     for word in (*commands, "exit status"):
         assert word in text
     for command in commands:
