@@ -17,12 +17,14 @@ from smmufast._layout cimport (
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
+from smmufast._leaves cimport leaves_alike, leaves_fill, leaves_here, leaves_union, leaves_wide
 from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, raise_port
 from smmufast._pages cimport (
-    FRAME_LG2, SMALLEST_LG2, Frame, PagesC, clz, ctz, host_pointer, load_slow, order_add,
-    pages_alloc, pages_free, pages_zero, store_slow,
+    FRAME_LG2, SMALLEST_LG2, Frame, PagesC, clz, ctz, load_slow, order_add, pages_alloc,
+    pages_free, pages_zero, store_slow,
 )
 
+import os
 from collections.abc import Iterable
 from threading import Lock
 
@@ -77,6 +79,32 @@ cdef enum:
     CHANGED               # the tables are not as they were
     NO_PAGES
     NO_HOST_MEMORY
+
+
+# --- vectors ---
+
+def vectors(on=None):
+    """Whether page tables use the processor's vectors; with an argument, let them or not.
+
+    What is written does not depend on it.  They do where the processor has AVX-512, unless the
+    environment says SMMUFAST_VECTOR=0.
+
+    Parameters
+    ----------
+    on : bool, optional
+
+    Returns
+    -------
+    bool
+        What holds from now on: False where the processor has none.
+    """
+    global leaves_wide
+    if on is not None:
+        leaves_wide = bool(on) and leaves_here()
+    return bool(leaves_wide)
+
+
+vectors(os.environ.get("SMMUFAST_VECTOR") != "0")
 
 
 # --- numbers ---
@@ -384,17 +412,35 @@ cdef void tables_give(Tree* t, uint32_t list_) noexcept nogil:
 
 cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t n) noexcept nogil:
     """No entry of some is valid; unknown is not so."""
-    cdef const uint64_t* d
     cdef uint64_t i, found = 0
     if likely(t.plain):
         # what is found is not used, so these need not be single loads
-        d = <const uint64_t*>host_pointer(t.host + table) + first
-        for i in range(n):
-            found |= d[i]
-        return not le64(found) & D_VALID
+        return not leaves_union(t.host + table + 8 * first, n) & D_VALID
     for i in range(first, first + n):
         found |= load_slow(t.pages, table + 8 * i)
     return not (found & D_VALID or t.pages.status)
+
+
+cdef inline void fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
+                      uint64_t step) noexcept nogil:
+    """Write descriptors one after the other."""
+    cdef uint64_t k
+    if likely(t.plain):
+        leaves_fill(t.host + entry, n, d, step)
+        return
+    for k in range(n):
+        store_slow(t.pages, entry + 8 * k, d)
+        d += step
+
+
+cdef inline uint64_t alike(const Tree* t, uint64_t entry, uint64_t n, uint64_t kind) noexcept nogil:
+    """How many descriptors from one on are of a kind."""
+    cdef uint64_t k = 0
+    if likely(t.plain):
+        return leaves_alike(t.host + entry, n, D_TYPE, kind)
+    while k < n and load_slow(t.pages, entry + 8 * k) & D_TYPE == kind:
+        k += 1
+    return k
 
 
 cdef inline bint refused(const Tree* t) noexcept nogil:
@@ -516,9 +562,9 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
     cdef int level, kind
     cdef unsigned int shift
     cdef uint64_t i, n, k, entries, table, want, begin, last
-    cdef bint whole
+    cdef bint whole, is_near = False
     while at[0] < end:
-        kind = find(t, at[0], 3, &p)
+        kind = find_next(t, at[0], 3, is_near, &p)
         level = p.level
         shift = t.shift[level]
         table = p.table[level]
@@ -536,10 +582,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         n = min(entries - i, ((end - at[0] - 1) >> shift) + 1)
         want = D_TYPE if level == 3 else D_BLOCK
         if n > 1:
-            k = 1
-            while k < n and get(t, p.entry + 8 * k) & D_TYPE == want:
-                k += 1
-            n = k
+            n = alike(t, p.entry + 8, n - 1, want) + 1
         # twice at most, for a memory that does not keep what is written
         if t.run_lg2[level] and (run.at != at[0] or run.cuts < 2):
             if cut_at(t, table, level, i, i, &k) or cut_at(t, table, level, i + n - 1, i + n, &k):
@@ -552,6 +595,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
                 if t.active:
                     return CUT
                 run_break(t, run)
+                is_near = False
                 continue  # the other end may cut another one
         begin = at[0]
         last = begin + (n << shift) - 1
@@ -562,8 +606,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
             level -= 1
             put(t, p.table[level] + offset_of(t, begin, level), 0)
         else:
-            for k in range(n):
-                put(t, p.entry + 8 * k, 0)
+            fill(t, p.entry, n, 0, 0)
         if unlikely(refused(t)):
             return STOPPED
         at[0] = last + 1
@@ -572,8 +615,10 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
             retire(t, table, b)
             n = 1
             table = p.table[level]
+        is_near = near(t, &p, begin, at[0])
         if count_out(t, table, level, n):
             drop_empty(t, &p, level, begin, first, max(end - 1, last), b)
+            is_near = False  # that may have been the table
     return DONE
 
 
@@ -582,23 +627,25 @@ cdef int all_tables(
     """STRAY if a table on the way to `at` .. `end` is none; with `stop`, up to the first hole."""
     cdef int kind, level
     cdef unsigned int shift
+    cdef uint64_t before
+    cdef bint is_near = False
     while at[0] < end:
-        kind = find(t, at[0], 3, p)
+        before = at[0]
+        kind = find_next(t, before, 3, is_near, p)
         if kind == KIND_FOREIGN:
             return STRAY
         if kind == KIND_HOLE and stop:
             return DONE
         level = min(p.level, 2)
         shift = t.shift[level]
-        at[0] = (at[0] | low_mask(shift)) + 1
-        if p.level == 3:
-            continue
+        at[0] = (before | low_mask(shift)) + 1
         # the blocks beside it, in the same table
-        while at[0] < end and offset_of(t, at[0], level):
+        while p.level != 3 and at[0] < end and offset_of(t, at[0], level):
             p.entry += 8
             if kind_of(t, get(t, p.entry), level) != KIND_LEAF:
                 break
             at[0] = (at[0] | low_mask(shift)) + 1
+        is_near = near(t, p, before, at[0])
     return DONE
 
 
@@ -630,21 +677,6 @@ cdef void reclaim(Tree* t, Batch* b) noexcept nogil:
 
 
 # --- mapping ---
-
-cdef inline void fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
-                      uint64_t step) noexcept nogil:
-    """Write leaves one after the other."""
-    cdef uint64_t host, k
-    if likely(t.plain):
-        host = t.host + entry
-        for k in range(n):
-            store64(host + 8 * k, le64(d))
-            d += step
-        return
-    for k in range(n):
-        store_slow(t.pages, entry + 8 * k, d)
-        d += step
-
 
 cdef inline void write_leaves(const Tree* t, uint64_t table, int level, uint64_t i, uint64_t n,
                               uint64_t pa, uint64_t d) noexcept nogil:
@@ -745,12 +777,13 @@ cdef int plan_segments(const Tree* t, uint64_t at, const Segment* segments, size
     cdef uint64_t pa, rest, i, n
     cdef size_t k
     cdef int level, below, kind, status
+    cdef bint is_near = False
     for k in range(count):
         pa, rest = segments[k].pa, segments[k].size
         while rest:
             level = leaf_level(t, at, pa, rest)
             n = run_length(t, at, pa, rest, level)
-            kind = find(t, at, level, &plan.path)
+            kind = find_next(t, at, level, is_near, &plan.path)
             plan.where = at
             if kind == KIND_FOREIGN:
                 return STRAY
@@ -770,6 +803,7 @@ cdef int plan_segments(const Tree* t, uint64_t at, const Segment* segments, size
                 if plan.n_tables > t.pages.size >> t.granule:
                     return NO_PAGES
             n <<= t.shift[level]
+            is_near = near(t, &plan.path, at, at + n)
             at += n
             pa += n
             rest -= n
@@ -795,6 +829,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
     cdef uint64_t pa, rest, i, n, table
     cdef size_t k
     cdef int level, below, kind
+    cdef bint is_near = False
     cdef Frame* frame
     cdef Path p
     for k in range(count):
@@ -803,7 +838,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
             level = leaf_level(t, at, pa, rest)
             n = run_length(t, at, pa, rest, level)
             i = offset_of(t, at, level) >> 3
-            kind = find(t, at, level, &p)
+            kind = find_next(t, at, level, is_near, &p)
             below = p.level
             plan.where = at
             if kind == KIND_FOREIGN or below < level and kind != KIND_HOLE:
@@ -837,6 +872,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
             count_in(t, p.table[level], level, n)
             n <<= t.shift[level]
             t.mapped += n
+            is_near = near(t, &p, at, at + n)
             at += n
             pa += n
             rest -= n
