@@ -7,6 +7,8 @@ how invalidations are gathered, is not architectural: it follows what Linux does
 
 from __future__ import annotations
 
+import functools
+import struct
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -27,6 +29,7 @@ ATS_FULL: Final = 4
 
 _ALL: Final = (1 << 64) - 1
 _SYNC: Final = layout.pack("SYNC")
+_DWORDS: Final = struct.Struct("<8Q")
 _CERRORS: Final = {
     0: "no error", 1: "illegal command", 2: "abort of a command fetch", 3: "ATC timeout",
 }  # fmt: skip
@@ -85,31 +88,39 @@ class CommandQueue:
         word = layout.pack(layout.command_record(name), **fields)
         if self.log is not None:
             self.log.append((name, layout.unpack(layout.command_record(name), word)))
-        self._put(word)
+        with self.lock:
+            self._put(word)
 
     def put(self, word0: int, word1: int) -> None:
         """Put a command of two dwords into the queue."""
         if not (0 <= word0 <= _ALL and 0 <= word1 <= _ALL):
             raise InvalidArgument("word0", word0, "dwords of 64 bits")
-        self._put(word0 | word1 << 64)
-
-    def _put(self, word: int) -> None:
         with self.lock:
+            self._put(word0 | word1 << 64)
+
+    def _put(self, *words: int) -> None:
+        """With the lock held: commands into the queue, one write for what lies side by side."""
+        done = 0
+        while done < len(words):
             if not self._free:
                 self._ring()
             slot = self.prod & self._mask >> 1
-            self.memory.write(self.base + 16 * slot, word.to_bytes(16, "little"))
-            self.prod = self.prod + 1 & self._mask
-            self._free -= 1
-            self.issued += 1
+            n = min(len(words) - done, self._free, (1 << self.size_lg2) - slot)
+            data = b"".join([word.to_bytes(16, "little") for word in words[done : done + n]])
+            self.memory.write(self.base + 16 * slot, data)
+            self.prod = self.prod + n & self._mask
+            self._free -= n
+            self.issued += n
+            done += n
 
     def _ring(self) -> None:
         """Write PROD, and see that the SMMU has consumed everything."""
-        self.smmu.write("CMDQ_PROD", self.prod)
-        cons = self.smmu.read("CMDQ_CONS")
-        if (self.smmu.read("GERROR") ^ self.smmu.read("GERRORN")) & 1:
-            self._recover(cons)
+        smmu = self.smmu
+        smmu.write("CMDQ_PROD", self.prod)
+        cons = smmu.read("CMDQ_CONS")
         if cons & self._mask != self.prod:
+            if (smmu.read("GERROR") ^ smmu.read("GERRORN")) & 1:
+                self._recover(cons)
             raise InputOutput("queue", self, text="the SMMU does not consume commands: CMDQEN?")
         self._free = 1 << self.size_lg2
 
@@ -142,10 +153,16 @@ class CommandQueue:
         Exception
             Whatever a host's callback raises while commands are consumed.
         """
+        self.run(())
+
+    def run(self, words: Sequence[int]) -> None:
+        """Put commands into the queue, then CMD_SYNC; wait and raise as `sync`."""
         with self.lock:
-            self._put(_SYNC)
+            self._put(*words, _SYNC)
             if self.log is not None:
-                self.log.append(("SYNC", {}))
+                for word in (*words, _SYNC):
+                    record = layout.command_record(word & 0xFF)
+                    self.log.append((record.name, layout.unpack(record, word)))
             self.syncs += 1
             self._ring()
 
@@ -260,8 +277,7 @@ class EntryWriter:
 
     def read(self, address: int) -> tuple[int, ...]:
         """The eight dwords of the entry at `address`."""
-        data = self.memory.read(address, 64)
-        return tuple(int.from_bytes(data[i : i + 8], "little") for i in range(0, 64, 8))
+        return _DWORDS.unpack(self.memory.read(address, 64))
 
     def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
         """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
@@ -339,6 +355,7 @@ class Entry(NamedTuple):
 
 
 _Key = tuple[int, int, int, int]
+_Part = tuple["CommandQueue", list[_Key]]
 
 
 class Invalidations:
@@ -353,6 +370,7 @@ class Invalidations:
         self._queues: dict[int, CommandQueue] = {}
         self._version = 0  # moves after each change
         self._sorted: tuple[int, list[tuple[_Key, int]]] = (-1, [])  # of which version
+        self._order: tuple[int, list[_Part]] = (-1, [])  # the same
         for queue, kind, number, ssid in entries:
             self.insert(queue, kind, number, ssid)
 
@@ -481,20 +499,28 @@ class Invalidations:
         leaf : bool
             Only leaf entries were removed, no table.
         """
-        rows = [key for key, users in self._rows() if users]
-        queues = list(dict.fromkeys(key[0] for key in rows))
-        for ats in (False, True):
-            for order in queues:
-                queue = self._queues[order]
-                with queue.lock:
-                    any_ = False
-                    for other, kind, number, ssid in rows:
-                        if other != order or (kind >= ATS) != ats:
-                            continue
-                        _one(queue, kind, number, ssid, first, last, granule_lg2, page_lg2, leaf)
-                        any_ = True
-                    if any_:
-                        queue.sync()
+        for queue, keys in self._parts():
+            words: list[int] = []
+            for _, kind, number, ssid in keys:
+                words += _words(
+                    queue, kind, number, ssid, first, last, granule_lg2, page_lg2, leaf
+                )
+            queue.run(words)
+
+    def _parts(self) -> list[_Part]:
+        """What is told to each queue until its CMD_SYNC, in this order: TLBs before ATCs."""
+        version = self._version
+        known, parts = self._order
+        if known != version:
+            rows = [key for key, users in self._rows() if users]
+            parts = []
+            for ats in (False, True):
+                for order in dict.fromkeys(key[0] for key in rows):
+                    keys = [key for key in rows if key[0] == order and (key[1] >= ATS) == ats]
+                    if keys:
+                        parts.append((self._queues[order], keys))
+            self._order = version, parts
+        return parts
 
 
 def atc_span(first: int, last: int) -> tuple[int, int]:
@@ -546,31 +572,51 @@ def tlb_ranges(
     return made
 
 
-def _one(
+_FEW: Final = 32  # granules: the commands for so many are remembered
+
+
+@functools.lru_cache(maxsize=1024)
+def _tlbis_at_0(
+    name: str, field: str, last: int, granule_lg2: int, page_lg2: int, leaf: bool, ranges: bool
+) -> tuple[int, ...]:
+    """The TLBI commands for a range that begins at address 0, without their opcode and tag."""
+    fields = tlb_ranges(0, last, granule_lg2, page_lg2, leaf, ranges) or ()
+    same = layout.pack(name)
+    return tuple(layout.pack(name, **_renamed(some, field)) - same for some in fields)
+
+
+def _renamed(fields: dict[str, int], address: str) -> dict[str, int]:
+    """The fields of a TLBI command with the name that this command has for its address."""
+    return {address if name == "Address" else name: value for name, value in fields.items()}
+
+
+def _words(
     queue: CommandQueue, kind: int, number: int, ssid: int, first: int, last: int,
     granule_lg2: int, page_lg2: int, leaf: bool,
-) -> None:  # fmt: skip
-    """Issue what one entry needs."""
+) -> list[int]:  # fmt: skip
+    """The commands that one entry needs."""
     if kind == ATS_FULL:
-        queue.issue("ATC_INV", StreamID=number, Size=52)
-    elif kind == ATS:
+        return [layout.pack("ATC_INV", StreamID=number, Size=52)]
+    if kind == ATS:
         address, size = atc_span(first, last)
         more = {"SSV": 1, "SubstreamID": ssid} if ssid else {}
-        queue.issue("ATC_INV", StreamID=number, Address=address, Size=size, **more)
-    elif kind == S2_VMID_S1_CLEAR:
-        queue.issue("TLBI_NH_ALL", VMID=number)
+        return [layout.pack("ATC_INV", StreamID=number, Address=address, Size=size, **more)]
+    if kind == S2_VMID_S1_CLEAR:
+        return [layout.pack("TLBI_NH_ALL", VMID=number)]
+    ranges = bool(queue.smmu.features.ril)
+    if kind == S2_VMID:
+        name, whole, field, tag = "TLBI_S2_IPA", "TLBI_S12_VMALL", "IPA", "VMID"
+    elif queue.smmu.cr2 & 1:  # E2H
+        name, whole, field, tag = "TLBI_EL2_VA", "TLBI_EL2_ASID", "Address", "ASID"
     else:
-        features = queue.smmu.features
-        e2h = bool(queue.smmu.cr2 & 1)
-        fields = tlb_ranges(first, last, granule_lg2, page_lg2, leaf, bool(features.ril))
-        if kind == S2_VMID:
-            if fields is None:
-                queue.issue("TLBI_S12_VMALL", VMID=number)
-            for some in fields or ():
-                some["IPA"] = some.pop("Address")
-                queue.issue("TLBI_S2_IPA", VMID=number, **some)
-        elif fields is None:
-            queue.issue("TLBI_EL2_ASID" if e2h else "TLBI_NH_ASID", ASID=number)
-        else:
-            for some in fields:
-                queue.issue("TLBI_EL2_VA" if e2h else "TLBI_NH_VA", ASID=number, **some)
+        name, whole, field, tag = "TLBI_NH_VA", "TLBI_NH_ASID", "Address", "ASID"
+    size = last - first
+    if not (size >> granule_lg2 >= _FEW or last >> 51 or first & (1 << page_lg2) - 1):
+        # the same commands as at address 0, further up
+        above = layout.pack(name, **{tag: number, field: first})
+        at_0 = _tlbis_at_0(name, field, size, granule_lg2, page_lg2, leaf, ranges)
+        return [word + above for word in at_0]
+    fields = tlb_ranges(first, last, granule_lg2, page_lg2, leaf, ranges)
+    if fields is None:
+        return [layout.pack(whole, **{tag: number})]
+    return [layout.pack(name, **{tag: number}, **_renamed(some, field)) for some in fields]
