@@ -66,8 +66,9 @@ class CommandQueue:
         self.syncs = 0
         self.log: list[tuple[str, dict[str, int]]] | None = None
         self.lock = threading.RLock()
-        self._mask = (2 << size_lg2) - 1
-        self._free = 1 << size_lg2
+        self._size = 1 << size_lg2
+        self._mask = 2 * self._size - 1
+        self._free = self._size
 
     def start(self) -> None:
         """Tell the SMMU where the queue is; CR0.CMDQEN must be 0."""
@@ -75,7 +76,7 @@ class CommandQueue:
         self.smmu.write("CMDQ_PROD", 0)
         self.smmu.write("CMDQ_CONS", 0)
         self.prod = 0
-        self._free = 1 << self.size_lg2
+        self._free = self._size
 
     def issue(self, name: str, **fields: int) -> None:
         """Put a command into the queue, by its name and fields in `smmufast.layout`.
@@ -89,24 +90,25 @@ class CommandQueue:
         if self.log is not None:
             self.log.append((name, layout.unpack(layout.command_record(name), word)))
         with self.lock:
-            self._put(word)
+            self._put((word,))
 
     def put(self, word0: int, word1: int) -> None:
         """Put a command of two dwords into the queue."""
         if not (0 <= word0 <= _ALL and 0 <= word1 <= _ALL):
             raise InvalidArgument("word0", word0, "dwords of 64 bits")
         with self.lock:
-            self._put(word0 | word1 << 64)
+            self._put((word0 | word1 << 64,))
 
-    def _put(self, *words: int) -> None:
+    def _put(self, words: Sequence[int]) -> None:
         """With the lock held: commands into the queue, one write for what lies side by side."""
-        done = 0
-        while done < len(words):
+        done, count = 0, len(words)
+        while done < count:
             if not self._free:
                 self._ring()
             slot = self.prod & self._mask >> 1
-            n = min(len(words) - done, self._free, (1 << self.size_lg2) - slot)
-            data = b"".join([word.to_bytes(16, "little") for word in words[done : done + n]])
+            n = min(count - done, self._free, self._size - slot)
+            piece = words if n == count else words[done : done + n]
+            data = b"".join([word.to_bytes(16, "little") for word in piece])
             self.memory.write(self.base + 16 * slot, data)
             self.prod = self.prod + n & self._mask
             self._free -= n
@@ -122,7 +124,7 @@ class CommandQueue:
             if (smmu.read("GERROR") ^ smmu.read("GERRORN")) & 1:
                 self._recover(cons)
             raise InputOutput("queue", self, text="the SMMU does not consume commands: CMDQEN?")
-        self._free = 1 << self.size_lg2
+        self._free = self._size
 
     def _recover(self, cons: int) -> None:
         """Put a CMD_SYNC where the error is, acknowledge it, go on, and say what it was."""
@@ -132,7 +134,7 @@ class CommandQueue:
         self.memory.write(address, _SYNC.to_bytes(16, "little"))
         self.smmu.write("GERRORN", self.smmu.read("GERRORN") ^ 1)
         self.smmu.write("CMDQ_PROD", self.prod)
-        self._free = 1 << self.size_lg2
+        self._free = self._size
         reason = _CERRORS.get(cons >> 24 & 0x7F, "unknown error")
         raise InputOutput(
             "command", bad, text=f"command {bad & 0xFF:#x} ({bad:#034x}) was refused: {reason}"
@@ -158,9 +160,10 @@ class CommandQueue:
     def run(self, words: Sequence[int]) -> None:
         """Put commands into the queue, then CMD_SYNC; wait and raise as `sync`."""
         with self.lock:
-            self._put(*words, _SYNC)
+            words = [*words, _SYNC]
+            self._put(words)
             if self.log is not None:
-                for word in (*words, _SYNC):
+                for word in words:
                     record = layout.command_record(word & 0xFF)
                     self.log.append((record.name, layout.unpack(record, word)))
             self.syncs += 1
@@ -282,23 +285,19 @@ class EntryWriter:
     def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
         """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
 
-        def sync() -> None:
-            self.queue.issue("CFGI_STE", StreamID=sid, Leaf=1)
-            self.queue.sync()
-
-        return self._write(address, words, ste_used, ste_safe if self.safe_bits else None, sync)
+        command = layout.pack("CFGI_STE", StreamID=sid, Leaf=1)
+        safe = ste_safe if self.safe_bits else None
+        return self._write(address, words, ste_used, safe, [command])
 
     def write_cd(
         self, address: int, words: Sequence[int], sids: Iterable[int], ssid: int
     ) -> Update:
         """Make the CD at `address` eight dwords; CFGI_CD of each stream at each step."""
 
-        def sync() -> None:
-            for sid in sids:
-                self.queue.issue("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=1)
-            self.queue.sync()
-
-        return self._write(address, words, cd_used, None, sync)
+        commands = [
+            layout.pack("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=1) for sid in sids
+        ]
+        return self._write(address, words, cd_used, None, commands)
 
     def _write(
         self,
@@ -306,7 +305,7 @@ class EntryWriter:
         target: Sequence[int],
         used: Callable[[Sequence[int]], list[int]],
         safe: Callable[[Sequence[int], Sequence[int]], list[int]] | None,
-        sync: Callable[[], None],
+        commands: Sequence[int],
     ) -> Update:
         with self.queue.lock:
             now = list(self.read(address))
@@ -338,7 +337,7 @@ class EntryWriter:
                         if self.observer is not None:
                             self.call(self.observer, address, i, old)
                 if changed:
-                    sync()
+                    self.queue.run(commands)
                     syncs += 1
                     hitless = hitless and now[0] != 0
             return Update(syncs, hitless)

@@ -31,13 +31,13 @@ class Steps:
         self.writer = EntryWriter(self.queue, self.memory, safe_bits=safe_bits)
         self.stores, self.syncs = [], []
         self.writer.observer = lambda address, index, old: self.stores.append(self.now())
-        done = self.queue.sync
+        done = self.queue.run
 
-        def sync():
-            done()
+        def run(words):
+            done(words)
             self.syncs.append(self.now())
 
-        self.queue.sync = sync
+        self.queue.run = run
 
     def now(self):
         return tuple(self.memory.read_u64(ENTRY + 8 * i) for i in range(8))
