@@ -30,6 +30,7 @@ ATS_FULL: Final = 4
 _ALL: Final = (1 << 64) - 1
 _SYNC: Final = layout.pack("SYNC")
 _DWORDS: Final = struct.Struct("<8Q")
+_DWORD: Final = tuple(_ALL << 64 * i for i in range(8))  # the bits of each in an entry
 _CERRORS: Final = {
     0: "no error", 1: "illegal command", 2: "abort of a command fetch", 3: "ATC timeout",
 }  # fmt: skip
@@ -177,73 +178,67 @@ class Update(NamedTuple):
     hitless: bool
 
 
-def _field(record: str, *names: str) -> list[int]:
-    """Masks of the eight dwords that some fields of a record take."""
-    masks = [0] * 8
+def _mask(record: str, *names: str) -> int:
+    """The bits that some fields of a record take."""
+    mask = 0
     for name in names:
-        field = next(f for f in layout.record(record).fields if f.name == name)
-        mask = (1 << field.msb + 1) - (1 << field.lsb)
-        for i in range(8):
-            masks[i] |= mask >> 64 * i & _ALL
-    return masks
+        mask |= layout.record(record).field(name).absolute
+    return mask
 
 
-_STE_V = _field("STE", "V")
-_STE_CONFIG = _field("STE", "V", "Config")
-_STE_S1 = _field(
+_STE_V: Final = _mask("STE", "V")
+_STE_CONFIG: Final = _mask("STE", "V", "Config")
+_STE_S1: Final = _mask(
     "STE", "S1Fmt", "S1ContextPtr", "S1CDMax", "S1DSS", "S1CIR", "S1COR", "S1CSH", "S1STALLD",
     "STRW", "EATS", "MEV", "S2VMID",
 )  # fmt: skip
-_STE_S2 = _field(
+_STE_S2: Final = _mask(
     "STE", "S2FWB", "EATS", "SHCFG", "MEV", "S2VMID", "S2T0SZ", "S2SL0", "S2IR0", "S2OR0", "S2SH0",
     "S2TG", "S2PS", "S2AA64", "S2ENDI", "S2PTW", "S2S", "S2R", "S2TTB",
 )  # fmt: skip
-_STE_SHCFG = _field("STE", "SHCFG")
-_STE_MEV = _field("STE", "MEV")
-_STE_EATS = _field("STE", "EATS")
-_CD_V = _field("CD", "V")
-_CD_TTB0 = _field("CD", "T0SZ", "TG0", "IR0", "OR0", "SH0", "TTB0")
-_CD_EPD0 = _field("CD", "EPD0")[0]
-_S2S = _field("STE", "S2S")[2]
+_STE_SHCFG: Final = _mask("STE", "SHCFG")
+_STE_MEV: Final = _mask("STE", "MEV")
+_STE_EATS: Final = _mask("STE", "EATS")
+_STE_S1DSS: Final = _mask("STE", "S1DSS")
+_STE_BYPASS_DSS: Final = layout.pack("STE", S1DSS=1)
+_STE_S2S: Final = _mask("STE", "S2S")
+_CD_V: Final = _mask("CD", "V")
+_CD_EPD0: Final = _mask("CD", "EPD0")
+_ENTRY: Final = (1 << 512) - 1
+_CD_NO_TTB0: Final = _ENTRY & ~_mask("CD", "T0SZ", "TG0", "IR0", "OR0", "SH0", "TTB0")
 
 
-def ste_used(words: Sequence[int]) -> list[int]:
-    """The bits of an STE that the SMMU reads, as masks of its eight dwords."""
-    if not words[0] & 1:
-        return list(_STE_V)
-    used = list(_STE_CONFIG)
-    config = words[0] >> 1 & 7
-    parts = []
+def ste_used(ste: int) -> int:
+    """The bits of an STE, as one number, that the SMMU reads."""
+    if not ste & _STE_V:
+        return _STE_V
+    used = _STE_CONFIG
+    config = ste >> 1 & 7
     if config & 4:
         if config & 1:
-            parts.append(_STE_S1)
-            if words[1] & 3 == 1:
-                parts.append(_STE_SHCFG)
+            used |= _STE_S1
+            if ste & _STE_S1DSS == _STE_BYPASS_DSS:
+                used |= _STE_SHCFG
         if config & 2:
-            parts.append(_STE_S2)
+            used |= _STE_S2
         if config == 4:
-            parts.append(_STE_SHCFG)
-    for part in parts:
-        used = [a | b for a, b in zip(used, part, strict=True)]
+            used |= _STE_SHCFG
     return used
 
 
-def ste_safe(old: Sequence[int], new: Sequence[int]) -> list[int]:
+def ste_safe(old: int, new: int) -> int:
     """The bits of an STE that may change at any time, though both values use them."""
-    safe = list(_STE_MEV)
-    low, high = _STE_EATS[1] & -_STE_EATS[1], _STE_EATS[1] & _STE_EATS[1] << 1
-    if not (old[1] | new[1]) & high and not (old[2] | new[2]) & _S2S:
-        safe[1] |= low
-    return safe
+    low = _STE_EATS & -_STE_EATS
+    if not (old | new) & (_STE_EATS ^ low | _STE_S2S):
+        return _STE_MEV | low
+    return _STE_MEV
 
 
-def cd_used(words: Sequence[int]) -> list[int]:
-    """The bits of a CD that the SMMU reads, as masks of its eight dwords."""
-    if not words[0] & _CD_V[0]:
-        return list(_CD_V)
-    if words[0] & _CD_EPD0:
-        return [_ALL & ~mask for mask in _CD_TTB0]
-    return [_ALL] * 8
+def cd_used(cd: int) -> int:
+    """The bits of a CD, as one number, that the SMMU reads."""
+    if not cd & _CD_V:
+        return _CD_V
+    return _CD_NO_TTB0 if cd & _CD_EPD0 else _ENTRY
 
 
 class EntryWriter:
@@ -302,20 +297,23 @@ class EntryWriter:
     def _write(
         self,
         address: int,
-        target: Sequence[int],
-        used: Callable[[Sequence[int]], list[int]],
-        safe: Callable[[Sequence[int], Sequence[int]], list[int]] | None,
+        words: Sequence[int],
+        used: Callable[[int], int],
+        safe: Callable[[int, int], int] | None,
         commands: Sequence[int],
     ) -> Update:
         with self.queue.lock:
-            now = list(self.read(address))
+            now = int.from_bytes(self.memory.read(address, 64), "little")
+            target = int.from_bytes(_DWORDS.pack(*words), "little")
+            if now == target:
+                return Update(0, True)
             now_used, target_used = used(now), used(target)
             if safe is not None:
-                for i, mask in enumerate(safe(now, target)):
-                    now_used[i] &= ~(mask & target_used[i])
-            ahead = [a & mask | b & ~mask for a, b, mask in zip(now, target, now_used, strict=True)]
-            critical = [i for i in range(8) if (ahead[i] ^ target[i]) & target_used[i]]
-            steps: list[tuple[Sequence[int], Sequence[int]]]
+                now_used &= ~(safe(now, target) & target_used)
+            # all that can change before anybody sees it
+            ahead = now ^ (now ^ target) & ~now_used
+            critical = [i for i in range(8) if (ahead ^ target) & target_used & _DWORD[i]]
+            steps: list[tuple[Iterable[int], int]]
             if not critical:
                 steps = [(range(8), target)]
             elif len(critical) == 1:
@@ -324,23 +322,28 @@ class EntryWriter:
                     ([k for k in range(8) if k != i], ahead), ([i], target), (range(8), target),
                 ]  # fmt: skip
             else:
-                steps = [([0], [0] * 8), (range(1, 8), target), ([0], target)]
+                steps = [([0], 0), (range(1, 8), target), ([0], target)]
             syncs, hitless = 0, True
             for indices, wanted in steps:
                 changed = False
                 for i in indices:
-                    if now[i] != wanted[i]:
-                        old = tuple(now)
-                        self.memory.write_u64(address + 8 * i, wanted[i])
-                        now[i] = wanted[i]
+                    change = (now ^ wanted) & _DWORD[i]
+                    if change:
+                        old = now
+                        now ^= change
+                        self.memory.write_u64(address + 8 * i, now >> 64 * i & _ALL)
                         changed = True
                         if self.observer is not None:
-                            self.call(self.observer, address, i, old)
+                            self.call(self.observer, address, i, _dwords(old))
                 if changed:
                     self.queue.run(commands)
                     syncs += 1
-                    hitless = hitless and now[0] != 0
+                    hitless = hitless and now & _ALL != 0
             return Update(syncs, hitless)
+
+
+def _dwords(entry: int) -> tuple[int, ...]:
+    return _DWORDS.unpack(entry.to_bytes(64, "little"))
 
 
 class Entry(NamedTuple):
