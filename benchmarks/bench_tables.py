@@ -157,6 +157,50 @@ def blocks(which):
     return build
 
 
+# ---- dirty state ------------------------------------------------------------------------------
+
+DIRTY = 1 << 51 | 0x403  # DBM, and not read-only
+CLEAN = DIRTY | 1 << 7
+
+
+def bare_dirty(clear):
+    """Look at the descriptors of RANGES tables, all dirty; `clear`: make them clean."""
+
+    def build(_bench):
+        entries = np.full(RANGES * 512, DIRTY, np.uint64)
+        bare = module().Stores(entries)
+        out = np.zeros(RANGES * 512, np.uint8)
+        bare.read_dirty(out, clear)
+        if not out.all() or (entries == CLEAN).all() != clear:
+            raise AssertionError("other pages are dirty than should be")
+        reset = partial(entries.fill, DIRTY) if clear else None
+        return Run(partial(bare.read_dirty, out, clear), RANGES * 512, reset)
+
+    return build
+
+
+def dirty(clear):
+    """Ask which pages of RANGES tables are dirty, which all are; `clear`: make them clean."""
+
+    def build(_bench):
+        own = table(dirty=True)
+        size = RANGES * SPAN
+        out = np.zeros(size // PAGE, bool)
+        call = partial(own.read_dirty, 0, size, clear=clear, out=out)
+
+        def reset():
+            own.unmap(0, size)
+            own.map(0, PA, size)
+
+        reset()
+        call()
+        if not out.all() or call().any() == clear:
+            raise AssertionError("other pages are dirty than should be")
+        return Run(call, size // PAGE, reset if clear else None)
+
+    return build
+
+
 # ---- one page ---------------------------------------------------------------------------------
 
 
@@ -249,6 +293,16 @@ QUESTIONS = (
             f"{LIBRARY} map()": blocks("map"),
             f"{LIBRARY} unmap()": blocks("unmap"),
         },
+    ),
+    Question(
+        "page tables, read_dirty(clear=False) of 128 MiB, all of it dirty",
+        "page",
+        {"C loop of loads": bare_dirty(False), LIBRARY: dirty(False)},
+    ),
+    Question(
+        "page tables, read_dirty() of 128 MiB, all of it dirty",
+        "page",
+        {"C loop of loads and atomic stores": bare_dirty(True), LIBRARY: dirty(True)},
     ),
     Question(
         "page tables, map() of one page",

@@ -23,9 +23,13 @@ static int smmufast_leaves_wide;
 
 #include <immintrin.h>
 
-#define SMMUFAST_LEAVES_AVX512 __attribute__((noinline, target("avx512f")))
+#define SMMUFAST_LEAVES_AVX512 __attribute__((noinline, target("avx512f,avx512bw,avx512vl")))
 
-static inline int smmufast_leaves_here(void) { return __builtin_cpu_supports("avx512f"); }
+static inline int smmufast_leaves_here(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl");
+}
 
 SMMUFAST_LEAVES_AVX512
 static void smmufast_fill_wide(uint64_t *entry, uint64_t n, uint64_t d, uint64_t step)
@@ -75,9 +79,33 @@ static uint64_t smmufast_alike_wide(const uint64_t *entry, uint64_t n, uint64_t 
     return i;
 }
 
+SMMUFAST_LEAVES_AVX512
+static void smmufast_each_wide(
+    const uint64_t *entry, uint64_t n, uint64_t mask, uint64_t d, uint8_t *out)
+{
+    const __m512i bits = _mm512_set1_epi64((long long)mask), want = _mm512_set1_epi64((long long)d);
+    uint64_t i, k, equal;
+    for (i = 0; n - i >= 64; i += 64) {
+        equal = 0;
+        for (k = 0; k < 64; k += 8)
+            equal |= (uint64_t)_mm512_cmpeq_epi64_mask(
+                         _mm512_and_si512(_mm512_loadu_si512(entry + i + k), bits), want)
+                << k;
+        _mm512_storeu_si512(out + i, _mm512_maskz_set1_epi8(equal, 1));
+    }
+    for (; i < n; i++)
+        out[i] = (__atomic_load_n(entry + i, __ATOMIC_RELAXED) & mask) == d;
+}
+
 #else
 
 static inline int smmufast_leaves_here(void) { return 0; }
+
+static void smmufast_each_wide(
+    const uint64_t *entry, uint64_t n, uint64_t mask, uint64_t d, uint8_t *out)
+{
+    (void)entry, (void)n, (void)mask, (void)d, (void)out;
+}
 
 static void smmufast_fill_wide(uint64_t *entry, uint64_t n, uint64_t d, uint64_t step)
 {
@@ -137,6 +165,21 @@ static inline uint64_t smmufast_leaves_alike(uint64_t host, uint64_t n, uint64_t
     for (i = 0; i < n && (__atomic_load_n(entry + i, __ATOMIC_RELAXED) & mask) == d; i++)
         ;
     return i;
+}
+
+/* A byte for each of n descriptors: 1 if it is `d` in the bits of a mask, else 0. */
+static inline void smmufast_leaves_each(
+    uint64_t host, uint64_t n, uint64_t mask, uint64_t d, uint8_t *out)
+{
+    const uint64_t *entry = SMMUFAST_ENTRIES(host);
+    if (n > SMMUFAST_LEAVES_FEW && smmufast_leaves_wide) {
+        smmufast_each_wide(entry, n, mask, d, out);
+        return;
+    }
+    mask = smmufast_le64(mask);
+    d = smmufast_le64(d);
+    for (uint64_t i = 0; i < n; i++)
+        out[i] = (entry[i] & mask) == d;
 }
 
 #endif

@@ -4,7 +4,7 @@ Not architectural.  `host` is the host's address of the first descriptor, a mult
 descriptor in host byte order.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 
 from smmufast._bits cimport le64
 
@@ -17,3 +17,5 @@ cdef extern from "_leaves.h" nogil:
     uint64_t leaves_union "smmufast_leaves_union"(uint64_t host, uint64_t n) noexcept
     uint64_t leaves_alike "smmufast_leaves_alike"(
         uint64_t host, uint64_t n, uint64_t mask, uint64_t d) noexcept
+    void leaves_each "smmufast_leaves_each"(
+        uint64_t host, uint64_t n, uint64_t mask, uint64_t d, uint8_t* out) noexcept

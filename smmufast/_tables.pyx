@@ -8,7 +8,7 @@ from cpython.ref cimport Py_DECREF
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 cimport numpy as cnp
 
 from smmufast._bits cimport le64, likely, low_mask, unlikely
@@ -17,7 +17,9 @@ from smmufast._layout cimport (
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
-from smmufast._leaves cimport leaves_alike, leaves_fill, leaves_here, leaves_union, leaves_wide
+from smmufast._leaves cimport (
+    leaves_alike, leaves_each, leaves_fill, leaves_here, leaves_union, leaves_wide,
+)
 from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, raise_port
 from smmufast._pages cimport (
     FRAME_LG2, SMALLEST_LG2, Frame, PagesC, clz, ctz, load_slow, order_add, pages_alloc,
@@ -627,7 +629,7 @@ cdef int all_tables(
     """STRAY if a table on the way to `at` .. `end` is none; with `stop`, up to the first hole."""
     cdef int kind, level
     cdef unsigned int shift
-    cdef uint64_t before
+    cdef uint64_t before, n
     cdef bint is_near = False
     while at[0] < end:
         before = at[0]
@@ -640,11 +642,10 @@ cdef int all_tables(
         shift = t.shift[level]
         at[0] = (before | low_mask(shift)) + 1
         # the blocks beside it, in the same table
-        while p.level != 3 and at[0] < end and offset_of(t, at[0], level):
-            p.entry += 8
-            if kind_of(t, get(t, p.entry), level) != KIND_LEAF:
-                break
-            at[0] = (at[0] | low_mask(shift)) + 1
+        n = entries_of(t, level) - 1 - (offset_of(t, before, level) >> 3)
+        if kind == KIND_LEAF and p.level == level and n and at[0] < end:
+            n = min(n, ((end - at[0] - 1) >> shift) + 1)
+            at[0] += alike(t, p.entry + 8, n, D_BLOCK) << shift
         is_near = near(t, p, before, at[0])
     return DONE
 
@@ -900,38 +901,70 @@ cdef struct Dirty:
     unsigned int page_lg2  # the smallest page that was; 0: nothing was
 
 
+cdef inline void clean(Tree* t, uint64_t entry, uint64_t d, Dirty* cleared, uint64_t at,
+                       unsigned int shift) noexcept nogil:
+    """Make a leaf clean; hardware may change other bits of it meanwhile."""
+    if t.plain:
+        or64(t.host + entry, le64(D_READ_ONLY))
+    else:
+        store_slow(t.pages, entry, d | D_READ_ONLY)
+    if cleared.page_lg2 == 0:
+        cleared.first, cleared.page_lg2 = at, shift
+    cleared.page_lg2 = min(cleared.page_lg2, shift)
+    cleared.last = at | low_mask(shift)
+
+
+cdef void read_dirty_pages(Tree* t, uint64_t entry, uint64_t n, uint64_t at, bint clear,
+                           uint8_t* out, Dirty* cleared) noexcept nogil:
+    """Tell of entries of one table of level 3, in plain memory; make the dirty ones clean.
+
+    What is not found dirty is not touched, and stays so if hardware makes it dirty meanwhile.
+    """
+    cdef const uint8_t* found = out
+    leaves_each(t.host + entry, n, D_TYPE | D_DBM | D_READ_ONLY, D_TYPE | D_DBM, out)
+    if not clear:
+        return
+    while found < out + n:
+        if not found[0]:
+            found = <const uint8_t*>memchr(found, 1, out + n - found)
+            if found == NULL:
+                return
+        clean(t, entry + 8 * (found - out), 0, cleared,
+              at + (<uint64_t>(found - out) << t.granule), t.granule)
+        found += 1
+
+
 cdef void read_dirty_bits(Tree* t, uint64_t iova, uint64_t end, bint clear, uint8_t* out,
                           Dirty* cleared) noexcept nogil:
     """Fill `out` with a byte for each granule; make clean the dirty leaves within the range."""
     cdef Path p
-    cdef uint64_t at = iova, beyond, k
+    cdef uint64_t at = iova, beyond, k, n
     cdef int kind
     cdef unsigned int shift
-    cdef bint dirty
+    cdef bint is_near = False
     memset(out, 0, (end - iova) >> t.granule)
     while at < end:
-        kind = find(t, at, 3, &p)
+        kind = find_next(t, at, 3, is_near, &p)
         shift = t.shift[p.level]
+        if t.plain and p.level == 3:
+            n = entries_of(t, 3) - (offset_of(t, at, 3) >> 3)
+            n = min(n, (end - at) >> t.granule)
+            read_dirty_pages(t, p.entry, n, at, clear, out + ((at - iova) >> t.granule), cleared)
+            is_near = near(t, &p, at, at + (n << t.granule))
+            at += n << t.granule
+            continue
+        is_near = False
         if kind != KIND_LEAF:
             at = (at | low_mask(shift)) + 1
             continue
         # the leaves of a table, one after the other
         while True:
-            dirty = p.d & (D_DBM | D_READ_ONLY) == D_DBM
             beyond = (at | low_mask(shift)) + 1
-            if dirty:
-                for k in range((at - iova) >> t.granule,
-                               ((min(beyond, end) - 1 - iova) >> t.granule) + 1):
-                    out[k] = 1
+            if p.d & (D_DBM | D_READ_ONLY) == D_DBM:
+                k = (at - iova) >> t.granule
+                memset(out + k, 1, ((min(beyond, end) - 1 - iova) >> t.granule) + 1 - k)
                 if clear and not at & low_mask(shift) and beyond <= end:
-                    if t.plain:
-                        or64(t.host + p.entry, le64(D_READ_ONLY))
-                    else:
-                        store_slow(t.pages, p.entry, p.d | D_READ_ONLY)
-                    if cleared.page_lg2 == 0:
-                        cleared.first, cleared.page_lg2 = at, shift
-                    cleared.page_lg2 = min(cleared.page_lg2, shift)
-                    cleared.last = beyond - 1
+                    clean(t, p.entry, p.d, cleared, at, shift)
             at = beyond
             if at >= end or offset_of(t, at, p.level) == 0:
                 break
