@@ -38,14 +38,21 @@ static void smmufast_fill_wide(uint64_t *entry, uint64_t n, uint64_t d, uint64_t
     /* vectors that cross no cache line */
     for (; (uintptr_t)entry & 63 && n; n--, d += step)
         __atomic_store_n(entry++, d, __ATOMIC_RELAXED);
-    value = _mm512_set_epi64(7 * step, 6 * step, 5 * step, 4 * step, 3 * step, 2 * step, step, 0);
-    value = _mm512_add_epi64(value, _mm512_set1_epi64((long long)d));
-    by = _mm512_set1_epi64((long long)(8 * step));
+    /* lane i is d + i * step: by bits of i */
+    by = _mm512_set1_epi64((long long)step);
+    value = _mm512_set1_epi64((long long)d);
+    value = _mm512_mask_add_epi64(value, 0xAA, value, by);
+    by = _mm512_add_epi64(by, by);
+    value = _mm512_mask_add_epi64(value, 0xCC, value, by);
+    by = _mm512_add_epi64(by, by);
+    value = _mm512_mask_add_epi64(value, 0xF0, value, by);
+    by = _mm512_add_epi64(by, by);
     for (; n >= 8; n -= 8, entry += 8) {
         _mm512_store_si512(entry, value);
         value = _mm512_add_epi64(value, by);
     }
-    _mm512_mask_storeu_epi64(entry, (__mmask8)((1u << n) - 1), value);
+    if (n)
+        _mm512_mask_storeu_epi64(entry, (__mmask8)((1u << n) - 1), value);
 }
 
 SMMUFAST_LEAVES_AVX512
@@ -56,9 +63,13 @@ static uint64_t smmufast_union_wide(const uint64_t *entry, uint64_t n)
         found = _mm512_or_si512(found, _mm512_loadu_si512(entry));
         more = _mm512_or_si512(more, _mm512_loadu_si512(entry + 8));
     }
-    for (; n >= 8; n -= 8, entry += 8)
+    if (n >= 8) {
         found = _mm512_or_si512(found, _mm512_loadu_si512(entry));
-    more = _mm512_or_si512(more, _mm512_maskz_loadu_epi64((__mmask8)((1u << n) - 1), entry));
+        n -= 8;
+        entry += 8;
+    }
+    if (n)
+        more = _mm512_or_si512(more, _mm512_maskz_loadu_epi64((__mmask8)((1u << n) - 1), entry));
     return (uint64_t)_mm512_reduce_or_epi64(_mm512_or_si512(found, more));
 }
 

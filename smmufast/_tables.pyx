@@ -12,6 +12,7 @@ from libc.string cimport memchr, memset
 cimport numpy as cnp
 
 from smmufast._bits cimport le64, likely, low_mask, unlikely
+from smmufast._ints cimport digits_of
 from smmufast._layout cimport (
     pte_s1_set_af, pte_s1_set_ap1, pte_s1_set_ap2, pte_s1_set_attrindx, pte_s1_set_dbm,
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
@@ -62,7 +63,7 @@ cdef enum:
     P_MMIO = 16
     P_PRIV = 32
 
-    LARGE = 4096          # granules: from here on a call lets other threads run
+    LARGE = 16384         # granules: from here on a call lets other threads run
     KEPT = 64             # tables that may stay although they became empty
 
     # PageTable.state
@@ -124,8 +125,10 @@ cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
 
 cdef inline uint64_t number(str name, value) except? 0xFFFFFFFFFFFFFFFF:
     """An argument of 64 bits, or an error that names it."""
-    cdef uint64_t given
+    cdef uint64_t given = 0
     if likely(PyLong_Check(value)):
+        if likely(digits_of(value, &given)):
+            return given
         given = as_unsigned_long(value)
         if likely(given != <unsigned long>-1):
             return given
@@ -1084,7 +1087,7 @@ cdef class PageTable:
 
     A call that raises has changed nothing, but for unmap and read_dirty when `flush` raises.
 
-    Several threads may share it.  A call for 4096 granules or more releases the GIL, and calls of
+    Several threads may share it.  A call for 16384 granules or more releases the GIL, and calls of
     other threads for the same table wait for it, as they do while `flush` runs in the middle of a
     call.  A table is complete before an entry leads to it, and each descriptor is written as a
     whole, so that walks of other threads may go on meanwhile.  A call that comes back to a table
