@@ -279,7 +279,6 @@ class EntryWriter:
 
     def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
         """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
-
         command = layout.pack("CFGI_STE", StreamID=sid, Leaf=1)
         safe = ste_safe if self.safe_bits else None
         return self._write(address, words, ste_used, safe, [command])
@@ -288,7 +287,6 @@ class EntryWriter:
         self, address: int, words: Sequence[int], sids: Iterable[int], ssid: int
     ) -> Update:
         """Make the CD at `address` eight dwords; CFGI_CD of each stream at each step."""
-
         commands = [
             layout.pack("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=1) for sid in sids
         ]
@@ -358,6 +356,7 @@ class Entry(NamedTuple):
 
 _Key = tuple[int, int, int, int]
 _Part = tuple["CommandQueue", list[_Key]]
+_NO_PARTS: Final[tuple[int, list[_Part]]] = (-1, [])
 
 
 class Invalidations:
@@ -372,7 +371,7 @@ class Invalidations:
         self._queues: dict[int, CommandQueue] = {}
         self._version = 0  # moves after each change
         self._sorted: tuple[int, list[tuple[_Key, int]]] = (-1, [])  # of which version
-        self._order: tuple[int, list[_Part]] = (-1, [])  # the same
+        self._order: tuple[int, list[_Part]] = _NO_PARTS  # the same
         for queue, kind, number, ssid in entries:
             self.insert(queue, kind, number, ssid)
 
