@@ -6,7 +6,7 @@ descriptor in host byte order.
 
 from libc.stdint cimport uint8_t, uint64_t
 
-from smmufast._bits cimport le64
+from smmufast._bits cimport le64  # _leaves.h uses it
 
 
 cdef extern from "_leaves.h" nogil:
@@ -19,3 +19,9 @@ cdef extern from "_leaves.h" nogil:
         uint64_t host, uint64_t n, uint64_t mask, uint64_t d) noexcept
     void leaves_each "smmufast_leaves_each"(
         uint64_t host, uint64_t n, uint64_t mask, uint64_t d, uint8_t* out) noexcept
+
+
+cdef inline void leaves_switch(bint on) noexcept nogil:
+    """Let runs use vectors, or not."""
+    global leaves_wide
+    leaves_wide = on and leaves_here()

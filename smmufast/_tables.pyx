@@ -19,7 +19,7 @@ from smmufast._layout cimport (
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
 from smmufast._leaves cimport (
-    leaves_alike, leaves_each, leaves_fill, leaves_here, leaves_union, leaves_wide,
+    leaves_alike, leaves_each, leaves_fill, leaves_switch, leaves_union, leaves_wide,
 )
 from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, raise_port
 from smmufast._pages cimport (
@@ -101,9 +101,8 @@ def vectors(on=None):
     bool
         What holds from now on: False where the processor has none.
     """
-    global leaves_wide
     if on is not None:
-        leaves_wide = bool(on) and leaves_here()
+        leaves_switch(on)
     return bool(leaves_wide)
 
 
