@@ -2,12 +2,14 @@
 
 cimport cython
 from libc.stddef cimport size_t
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 
 
 cdef extern from "baseline_stores.h" nogil:
     void stores_fill(uint64_t*, size_t, uint64_t, uint64_t) noexcept
     void stores_clear(uint64_t*, size_t) noexcept
+    void stores_dirty(const uint64_t*, size_t, uint8_t*) noexcept
+    void stores_clean(uint64_t*, size_t, uint8_t*) noexcept
 
 
 @cython.final
@@ -42,6 +44,15 @@ cdef class Stores:
             raise ValueError("beyond the tables")
         stores_clear(&self.entries[first], n)
         return size
+
+    def read_dirty(self, uint8_t[::1] dirty not None, bint clear):
+        """Tell of each page whether it is dirty; with `clear`, make it clean."""
+        if dirty.shape[0] != self.entries.shape[0] or dirty.shape[0] == 0:
+            raise ValueError("as many bytes as there are pages")
+        if clear:
+            stores_clean(&self.entries[0], dirty.shape[0], &dirty[0])
+        else:
+            stores_dirty(&self.entries[0], dirty.shape[0], &dirty[0])
 
 
 @cython.final

@@ -11,4 +11,10 @@ void stores_fill(uint64_t *entry, size_t n, uint64_t descriptor, uint64_t step);
 /* n descriptors, none of them valid. */
 void stores_clear(uint64_t *entry, size_t n);
 
+/* Which of n page descriptors are writable with DBM: a byte for each. */
+void stores_dirty(const uint64_t *entry, size_t n, uint8_t *dirty);
+
+/* The same, and those become read-only, as hardware that writes them meanwhile needs it. */
+void stores_clean(uint64_t *entry, size_t n, uint8_t *dirty);
+
 #endif

@@ -10,7 +10,7 @@ from questions import LIBRARY, Question, Run
 TABLES = 0x8000_0000
 PAGE = 4096
 SPAN = 512 * PAGE  # of a leaf table
-RANGES = 64  # a call is of so many ranges
+RANGES = 48  # a call is of so many ranges; fewer than the empty tables that are given back
 CALLS = 4096  # or of so many pages
 GIB = 1 << 30
 PA = 0x1_0000_1000  # no block fits
@@ -103,11 +103,16 @@ def mapping(size, keep):
         ranges = [(i * size, PA + i * size, size) for i in range(count)]
         pieces = [(i * size, size) for i in range(count)]
         if keep:  # no unmap covers a whole table
-            pieces = [(i * size // 2, size // 2) for i in range(2 * count)]
+            pieces = [(i * SPAN // 2, SPAN // 2) for i in range(2 * count * size // SPAN)]
 
         def reset():
             two(own.unmap, pieces)
 
+        three(own.map, ranges)
+        tables = own.table_bytes
+        reset()
+        if keep != (own.table_bytes == tables):
+            raise AssertionError("other tables stay than should")
         return checked(
             Run(partial(three, own.map, ranges), count * size // PAGE, reset),
             (count * size, PA + count * size - 1),
@@ -126,11 +131,16 @@ def unmapping(size, whole):
         ranges = [(i * size, PA + i * size, size) for i in range(count)]
         pieces = [(i * size, size) for i in range(count)]
         if not whole:
-            pieces = [(i * size // 2, size // 2) for i in range(2 * count)]
+            pieces = [(i * SPAN // 2, SPAN // 2) for i in range(2 * count * size // SPAN)]
 
         def reset():
             three(own.map, ranges)
 
+        reset()
+        tables = own.table_bytes
+        two(own.unmap, pieces)
+        if whole == (own.table_bytes == tables):
+            raise AssertionError("other tables stay than should")
         return checked(
             Run(partial(two, own.unmap, pieces), count * size // PAGE, reset),
             (0, 0),
@@ -153,6 +163,50 @@ def blocks(which):
             run, back, found = back, run, (0, 0)
         return checked(Run(run, RANGES * 512, back), found,
                        lambda: (own.mapped, own.iova_to_phys(RANGES * GIB - 1)))  # fmt: skip
+
+    return build
+
+
+# ---- dirty state ------------------------------------------------------------------------------
+
+DIRTY = 1 << 51 | 0x403  # DBM, and not read-only
+CLEAN = DIRTY | 1 << 7
+
+
+def bare_dirty(clear):
+    """Look at the descriptors of RANGES tables, all dirty; `clear`: make them clean."""
+
+    def build(_bench):
+        entries = np.full(RANGES * 512, DIRTY, np.uint64)
+        bare = module().Stores(entries)
+        out = np.zeros(RANGES * 512, np.uint8)
+        bare.read_dirty(out, clear)
+        if not out.all() or (entries == CLEAN).all() != clear:
+            raise AssertionError("other pages are dirty than should be")
+        reset = partial(entries.fill, DIRTY) if clear else None
+        return Run(partial(bare.read_dirty, out, clear), RANGES * 512, reset)
+
+    return build
+
+
+def dirty(clear):
+    """Ask which pages of RANGES tables are dirty, which all are; `clear`: make them clean."""
+
+    def build(_bench):
+        own = table(dirty=True)
+        size = RANGES * SPAN
+        out = np.zeros(size // PAGE, bool)
+        call = partial(own.read_dirty, 0, size, clear=clear, out=out)
+
+        def reset():
+            own.unmap(0, size)
+            own.map(0, PA, size)
+
+        reset()
+        call()
+        if not out.all() or call().any() == clear:
+            raise AssertionError("other pages are dirty than should be")
+        return Run(call, size // PAGE, reset if clear else None)
 
     return build
 
@@ -249,6 +303,16 @@ QUESTIONS = (
             f"{LIBRARY} map()": blocks("map"),
             f"{LIBRARY} unmap()": blocks("unmap"),
         },
+    ),
+    Question(
+        "page tables, read_dirty(clear=False) of 96 MiB, all of it dirty",
+        "page",
+        {"C loop of loads": bare_dirty(False), LIBRARY: dirty(False)},
+    ),
+    Question(
+        "page tables, read_dirty() of 96 MiB, all of it dirty",
+        "page",
+        {"C loop of loads and atomic stores": bare_dirty(True), LIBRARY: dirty(True)},
     ),
     Question(
         "page tables, map() of one page",

@@ -7,6 +7,8 @@ how invalidations are gathered, is not architectural: it follows what Linux does
 
 from __future__ import annotations
 
+import functools
+import struct
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -27,6 +29,8 @@ ATS_FULL: Final = 4
 
 _ALL: Final = (1 << 64) - 1
 _SYNC: Final = layout.pack("SYNC")
+_DWORDS: Final = struct.Struct("<8Q")
+_DWORD: Final = tuple(_ALL << 64 * i for i in range(8))  # the bits of each in an entry
 _CERRORS: Final = {
     0: "no error", 1: "illegal command", 2: "abort of a command fetch", 3: "ATC timeout",
 }  # fmt: skip
@@ -63,8 +67,9 @@ class CommandQueue:
         self.syncs = 0
         self.log: list[tuple[str, dict[str, int]]] | None = None
         self.lock = threading.RLock()
-        self._mask = (2 << size_lg2) - 1
-        self._free = 1 << size_lg2
+        self._size = 1 << size_lg2
+        self._mask = 2 * self._size - 1
+        self._free = self._size
 
     def start(self) -> None:
         """Tell the SMMU where the queue is; CR0.CMDQEN must be 0."""
@@ -72,7 +77,7 @@ class CommandQueue:
         self.smmu.write("CMDQ_PROD", 0)
         self.smmu.write("CMDQ_CONS", 0)
         self.prod = 0
-        self._free = 1 << self.size_lg2
+        self._free = self._size
 
     def issue(self, name: str, **fields: int) -> None:
         """Put a command into the queue, by its name and fields in `smmufast.layout`.
@@ -85,33 +90,42 @@ class CommandQueue:
         word = layout.pack(layout.command_record(name), **fields)
         if self.log is not None:
             self.log.append((name, layout.unpack(layout.command_record(name), word)))
-        self._put(word)
+        with self.lock:
+            self._put((word,))
 
     def put(self, word0: int, word1: int) -> None:
         """Put a command of two dwords into the queue."""
         if not (0 <= word0 <= _ALL and 0 <= word1 <= _ALL):
             raise InvalidArgument("word0", word0, "dwords of 64 bits")
-        self._put(word0 | word1 << 64)
-
-    def _put(self, word: int) -> None:
         with self.lock:
+            self._put((word0 | word1 << 64,))
+
+    def _put(self, words: Sequence[int]) -> None:
+        """With the lock held: commands into the queue, one write for what lies side by side."""
+        done, count = 0, len(words)
+        while done < count:
             if not self._free:
                 self._ring()
             slot = self.prod & self._mask >> 1
-            self.memory.write(self.base + 16 * slot, word.to_bytes(16, "little"))
-            self.prod = self.prod + 1 & self._mask
-            self._free -= 1
-            self.issued += 1
+            n = min(count - done, self._free, self._size - slot)
+            piece = words if n == count else words[done : done + n]
+            data = b"".join([word.to_bytes(16, "little") for word in piece])
+            self.memory.write(self.base + 16 * slot, data)
+            self.prod = self.prod + n & self._mask
+            self._free -= n
+            self.issued += n
+            done += n
 
     def _ring(self) -> None:
         """Write PROD, and see that the SMMU has consumed everything."""
-        self.smmu.write("CMDQ_PROD", self.prod)
-        cons = self.smmu.read("CMDQ_CONS")
-        if (self.smmu.read("GERROR") ^ self.smmu.read("GERRORN")) & 1:
-            self._recover(cons)
+        smmu = self.smmu
+        smmu.write("CMDQ_PROD", self.prod)
+        cons = smmu.read("CMDQ_CONS")
         if cons & self._mask != self.prod:
+            if (smmu.read("GERROR") ^ smmu.read("GERRORN")) & 1:
+                self._recover(cons)
             raise InputOutput("queue", self, text="the SMMU does not consume commands: CMDQEN?")
-        self._free = 1 << self.size_lg2
+        self._free = self._size
 
     def _recover(self, cons: int) -> None:
         """Put a CMD_SYNC where the error is, acknowledge it, go on, and say what it was."""
@@ -121,7 +135,7 @@ class CommandQueue:
         self.memory.write(address, _SYNC.to_bytes(16, "little"))
         self.smmu.write("GERRORN", self.smmu.read("GERRORN") ^ 1)
         self.smmu.write("CMDQ_PROD", self.prod)
-        self._free = 1 << self.size_lg2
+        self._free = self._size
         reason = _CERRORS.get(cons >> 24 & 0x7F, "unknown error")
         raise InputOutput(
             "command", bad, text=f"command {bad & 0xFF:#x} ({bad:#034x}) was refused: {reason}"
@@ -142,10 +156,17 @@ class CommandQueue:
         Exception
             Whatever a host's callback raises while commands are consumed.
         """
+        self.run(())
+
+    def run(self, words: Sequence[int]) -> None:
+        """Put commands into the queue, then CMD_SYNC; wait and raise as `sync`."""
         with self.lock:
-            self._put(_SYNC)
+            words = [*words, _SYNC]
+            self._put(words)
             if self.log is not None:
-                self.log.append(("SYNC", {}))
+                for word in words:
+                    record = layout.command_record(word & 0xFF)
+                    self.log.append((record.name, layout.unpack(record, word)))
             self.syncs += 1
             self._ring()
 
@@ -157,73 +178,67 @@ class Update(NamedTuple):
     hitless: bool
 
 
-def _field(record: str, *names: str) -> list[int]:
-    """Masks of the eight dwords that some fields of a record take."""
-    masks = [0] * 8
+def _mask(record: str, *names: str) -> int:
+    """The bits that some fields of a record take."""
+    mask = 0
     for name in names:
-        field = next(f for f in layout.record(record).fields if f.name == name)
-        mask = (1 << field.msb + 1) - (1 << field.lsb)
-        for i in range(8):
-            masks[i] |= mask >> 64 * i & _ALL
-    return masks
+        mask |= layout.record(record).field(name).absolute
+    return mask
 
 
-_STE_V = _field("STE", "V")
-_STE_CONFIG = _field("STE", "V", "Config")
-_STE_S1 = _field(
+_STE_V: Final = _mask("STE", "V")
+_STE_CONFIG: Final = _mask("STE", "V", "Config")
+_STE_S1: Final = _mask(
     "STE", "S1Fmt", "S1ContextPtr", "S1CDMax", "S1DSS", "S1CIR", "S1COR", "S1CSH", "S1STALLD",
     "STRW", "EATS", "MEV", "S2VMID",
 )  # fmt: skip
-_STE_S2 = _field(
+_STE_S2: Final = _mask(
     "STE", "S2FWB", "EATS", "SHCFG", "MEV", "S2VMID", "S2T0SZ", "S2SL0", "S2IR0", "S2OR0", "S2SH0",
     "S2TG", "S2PS", "S2AA64", "S2ENDI", "S2PTW", "S2S", "S2R", "S2TTB",
 )  # fmt: skip
-_STE_SHCFG = _field("STE", "SHCFG")
-_STE_MEV = _field("STE", "MEV")
-_STE_EATS = _field("STE", "EATS")
-_CD_V = _field("CD", "V")
-_CD_TTB0 = _field("CD", "T0SZ", "TG0", "IR0", "OR0", "SH0", "TTB0")
-_CD_EPD0 = _field("CD", "EPD0")[0]
-_S2S = _field("STE", "S2S")[2]
+_STE_SHCFG: Final = _mask("STE", "SHCFG")
+_STE_MEV: Final = _mask("STE", "MEV")
+_STE_EATS: Final = _mask("STE", "EATS")
+_STE_S1DSS: Final = _mask("STE", "S1DSS")
+_STE_BYPASS_DSS: Final = layout.pack("STE", S1DSS=1)
+_STE_S2S: Final = _mask("STE", "S2S")
+_CD_V: Final = _mask("CD", "V")
+_CD_EPD0: Final = _mask("CD", "EPD0")
+_ENTRY: Final = (1 << 512) - 1
+_CD_NO_TTB0: Final = _ENTRY & ~_mask("CD", "T0SZ", "TG0", "IR0", "OR0", "SH0", "TTB0")
 
 
-def ste_used(words: Sequence[int]) -> list[int]:
-    """The bits of an STE that the SMMU reads, as masks of its eight dwords."""
-    if not words[0] & 1:
-        return list(_STE_V)
-    used = list(_STE_CONFIG)
-    config = words[0] >> 1 & 7
-    parts = []
+def ste_used(ste: int) -> int:
+    """The bits of an STE, as one number, that the SMMU reads."""
+    if not ste & _STE_V:
+        return _STE_V
+    used = _STE_CONFIG
+    config = ste >> 1 & 7
     if config & 4:
         if config & 1:
-            parts.append(_STE_S1)
-            if words[1] & 3 == 1:
-                parts.append(_STE_SHCFG)
+            used |= _STE_S1
+            if ste & _STE_S1DSS == _STE_BYPASS_DSS:
+                used |= _STE_SHCFG
         if config & 2:
-            parts.append(_STE_S2)
+            used |= _STE_S2
         if config == 4:
-            parts.append(_STE_SHCFG)
-    for part in parts:
-        used = [a | b for a, b in zip(used, part, strict=True)]
+            used |= _STE_SHCFG
     return used
 
 
-def ste_safe(old: Sequence[int], new: Sequence[int]) -> list[int]:
+def ste_safe(old: int, new: int) -> int:
     """The bits of an STE that may change at any time, though both values use them."""
-    safe = list(_STE_MEV)
-    low, high = _STE_EATS[1] & -_STE_EATS[1], _STE_EATS[1] & _STE_EATS[1] << 1
-    if not (old[1] | new[1]) & high and not (old[2] | new[2]) & _S2S:
-        safe[1] |= low
-    return safe
+    low = _STE_EATS & -_STE_EATS
+    if not (old | new) & (_STE_EATS ^ low | _STE_S2S):
+        return _STE_MEV | low
+    return _STE_MEV
 
 
-def cd_used(words: Sequence[int]) -> list[int]:
-    """The bits of a CD that the SMMU reads, as masks of its eight dwords."""
-    if not words[0] & _CD_V[0]:
-        return list(_CD_V)
-    if words[0] & _CD_EPD0:
-        return [_ALL & ~mask for mask in _CD_TTB0]
-    return [_ALL] * 8
+def cd_used(cd: int) -> int:
+    """The bits of a CD, as one number, that the SMMU reads."""
+    if not cd & _CD_V:
+        return _CD_V
+    return _CD_NO_TTB0 if cd & _CD_EPD0 else _ENTRY
 
 
 class EntryWriter:
@@ -260,47 +275,43 @@ class EntryWriter:
 
     def read(self, address: int) -> tuple[int, ...]:
         """The eight dwords of the entry at `address`."""
-        data = self.memory.read(address, 64)
-        return tuple(int.from_bytes(data[i : i + 8], "little") for i in range(0, 64, 8))
+        return _DWORDS.unpack(self.memory.read(address, 64))
 
     def write_ste(self, address: int, words: Sequence[int], sid: int) -> Update:
         """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
-
-        def sync() -> None:
-            self.queue.issue("CFGI_STE", StreamID=sid, Leaf=1)
-            self.queue.sync()
-
-        return self._write(address, words, ste_used, ste_safe if self.safe_bits else None, sync)
+        command = layout.pack("CFGI_STE", StreamID=sid, Leaf=1)
+        safe = ste_safe if self.safe_bits else None
+        return self._write(address, words, ste_used, safe, [command])
 
     def write_cd(
         self, address: int, words: Sequence[int], sids: Iterable[int], ssid: int
     ) -> Update:
         """Make the CD at `address` eight dwords; CFGI_CD of each stream at each step."""
-
-        def sync() -> None:
-            for sid in sids:
-                self.queue.issue("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=1)
-            self.queue.sync()
-
-        return self._write(address, words, cd_used, None, sync)
+        commands = [
+            layout.pack("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=1) for sid in sids
+        ]
+        return self._write(address, words, cd_used, None, commands)
 
     def _write(
         self,
         address: int,
-        target: Sequence[int],
-        used: Callable[[Sequence[int]], list[int]],
-        safe: Callable[[Sequence[int], Sequence[int]], list[int]] | None,
-        sync: Callable[[], None],
+        words: Sequence[int],
+        used: Callable[[int], int],
+        safe: Callable[[int, int], int] | None,
+        commands: Sequence[int],
     ) -> Update:
         with self.queue.lock:
-            now = list(self.read(address))
+            now = int.from_bytes(self.memory.read(address, 64), "little")
+            target = int.from_bytes(_DWORDS.pack(*words), "little")
+            if now == target:
+                return Update(0, True)
             now_used, target_used = used(now), used(target)
             if safe is not None:
-                for i, mask in enumerate(safe(now, target)):
-                    now_used[i] &= ~(mask & target_used[i])
-            ahead = [a & mask | b & ~mask for a, b, mask in zip(now, target, now_used, strict=True)]
-            critical = [i for i in range(8) if (ahead[i] ^ target[i]) & target_used[i]]
-            steps: list[tuple[Sequence[int], Sequence[int]]]
+                now_used &= ~(safe(now, target) & target_used)
+            # all that can change before anybody sees it
+            ahead = now ^ (now ^ target) & ~now_used
+            critical = [i for i in range(8) if (ahead ^ target) & target_used & _DWORD[i]]
+            steps: list[tuple[Iterable[int], int]]
             if not critical:
                 steps = [(range(8), target)]
             elif len(critical) == 1:
@@ -309,23 +320,28 @@ class EntryWriter:
                     ([k for k in range(8) if k != i], ahead), ([i], target), (range(8), target),
                 ]  # fmt: skip
             else:
-                steps = [([0], [0] * 8), (range(1, 8), target), ([0], target)]
+                steps = [([0], 0), (range(1, 8), target), ([0], target)]
             syncs, hitless = 0, True
             for indices, wanted in steps:
                 changed = False
                 for i in indices:
-                    if now[i] != wanted[i]:
-                        old = tuple(now)
-                        self.memory.write_u64(address + 8 * i, wanted[i])
-                        now[i] = wanted[i]
+                    change = (now ^ wanted) & _DWORD[i]
+                    if change:
+                        old = now
+                        now ^= change
+                        self.memory.write_u64(address + 8 * i, now >> 64 * i & _ALL)
                         changed = True
                         if self.observer is not None:
-                            self.call(self.observer, address, i, old)
+                            self.call(self.observer, address, i, _dwords(old))
                 if changed:
-                    sync()
+                    self.queue.run(commands)
                     syncs += 1
-                    hitless = hitless and now[0] != 0
+                    hitless = hitless and now & _ALL != 0
             return Update(syncs, hitless)
+
+
+def _dwords(entry: int) -> tuple[int, ...]:
+    return _DWORDS.unpack(entry.to_bytes(64, "little"))
 
 
 class Entry(NamedTuple):
@@ -339,6 +355,8 @@ class Entry(NamedTuple):
 
 
 _Key = tuple[int, int, int, int]
+_Part = tuple["CommandQueue", list[_Key]]
+_NO_PARTS: Final[tuple[int, list[_Part]]] = (-1, [])
 
 
 class Invalidations:
@@ -353,6 +371,7 @@ class Invalidations:
         self._queues: dict[int, CommandQueue] = {}
         self._version = 0  # moves after each change
         self._sorted: tuple[int, list[tuple[_Key, int]]] = (-1, [])  # of which version
+        self._order: tuple[int, list[_Part]] = _NO_PARTS  # the same
         for queue, kind, number, ssid in entries:
             self.insert(queue, kind, number, ssid)
 
@@ -481,20 +500,28 @@ class Invalidations:
         leaf : bool
             Only leaf entries were removed, no table.
         """
-        rows = [key for key, users in self._rows() if users]
-        queues = list(dict.fromkeys(key[0] for key in rows))
-        for ats in (False, True):
-            for order in queues:
-                queue = self._queues[order]
-                with queue.lock:
-                    any_ = False
-                    for other, kind, number, ssid in rows:
-                        if other != order or (kind >= ATS) != ats:
-                            continue
-                        _one(queue, kind, number, ssid, first, last, granule_lg2, page_lg2, leaf)
-                        any_ = True
-                    if any_:
-                        queue.sync()
+        for queue, keys in self._parts():
+            words: list[int] = []
+            for _, kind, number, ssid in keys:
+                words += _words(
+                    queue, kind, number, ssid, first, last, granule_lg2, page_lg2, leaf
+                )
+            queue.run(words)
+
+    def _parts(self) -> list[_Part]:
+        """What is told to each queue until its CMD_SYNC, in this order: TLBs before ATCs."""
+        version = self._version
+        known, parts = self._order
+        if known != version:
+            rows = [key for key, users in self._rows() if users]
+            parts = []
+            for ats in (False, True):
+                for order in dict.fromkeys(key[0] for key in rows):
+                    keys = [key for key in rows if key[0] == order and (key[1] >= ATS) == ats]
+                    if keys:
+                        parts.append((self._queues[order], keys))
+            self._order = version, parts
+        return parts
 
 
 def atc_span(first: int, last: int) -> tuple[int, int]:
@@ -546,31 +573,51 @@ def tlb_ranges(
     return made
 
 
-def _one(
+_FEW: Final = 32  # granules: the commands for so many are remembered
+
+
+@functools.lru_cache(maxsize=1024)
+def _tlbis_at_0(
+    name: str, field: str, last: int, granule_lg2: int, page_lg2: int, leaf: bool, ranges: bool
+) -> tuple[int, ...]:
+    """The TLBI commands for a range that begins at address 0, without their opcode and tag."""
+    fields = tlb_ranges(0, last, granule_lg2, page_lg2, leaf, ranges) or ()
+    same = layout.pack(name)
+    return tuple(layout.pack(name, **_renamed(some, field)) - same for some in fields)
+
+
+def _renamed(fields: dict[str, int], address: str) -> dict[str, int]:
+    """The fields of a TLBI command with the name that this command has for its address."""
+    return {address if name == "Address" else name: value for name, value in fields.items()}
+
+
+def _words(
     queue: CommandQueue, kind: int, number: int, ssid: int, first: int, last: int,
     granule_lg2: int, page_lg2: int, leaf: bool,
-) -> None:  # fmt: skip
-    """Issue what one entry needs."""
+) -> list[int]:  # fmt: skip
+    """The commands that one entry needs."""
     if kind == ATS_FULL:
-        queue.issue("ATC_INV", StreamID=number, Size=52)
-    elif kind == ATS:
+        return [layout.pack("ATC_INV", StreamID=number, Size=52)]
+    if kind == ATS:
         address, size = atc_span(first, last)
         more = {"SSV": 1, "SubstreamID": ssid} if ssid else {}
-        queue.issue("ATC_INV", StreamID=number, Address=address, Size=size, **more)
-    elif kind == S2_VMID_S1_CLEAR:
-        queue.issue("TLBI_NH_ALL", VMID=number)
+        return [layout.pack("ATC_INV", StreamID=number, Address=address, Size=size, **more)]
+    if kind == S2_VMID_S1_CLEAR:
+        return [layout.pack("TLBI_NH_ALL", VMID=number)]
+    ranges = bool(queue.smmu.features.ril)
+    if kind == S2_VMID:
+        name, whole, field, tag = "TLBI_S2_IPA", "TLBI_S12_VMALL", "IPA", "VMID"
+    elif queue.smmu.cr2 & 1:  # E2H
+        name, whole, field, tag = "TLBI_EL2_VA", "TLBI_EL2_ASID", "Address", "ASID"
     else:
-        features = queue.smmu.features
-        e2h = bool(queue.smmu.cr2 & 1)
-        fields = tlb_ranges(first, last, granule_lg2, page_lg2, leaf, bool(features.ril))
-        if kind == S2_VMID:
-            if fields is None:
-                queue.issue("TLBI_S12_VMALL", VMID=number)
-            for some in fields or ():
-                some["IPA"] = some.pop("Address")
-                queue.issue("TLBI_S2_IPA", VMID=number, **some)
-        elif fields is None:
-            queue.issue("TLBI_EL2_ASID" if e2h else "TLBI_NH_ASID", ASID=number)
-        else:
-            for some in fields:
-                queue.issue("TLBI_EL2_VA" if e2h else "TLBI_NH_VA", ASID=number, **some)
+        name, whole, field, tag = "TLBI_NH_VA", "TLBI_NH_ASID", "Address", "ASID"
+    size = last - first
+    if not (size >> granule_lg2 >= _FEW or last >> 51 or first & (1 << page_lg2) - 1):
+        # the same commands as at address 0, further up
+        above = layout.pack(name, **{tag: number, field: first})
+        at_0 = _tlbis_at_0(name, field, size, granule_lg2, page_lg2, leaf, ranges)
+        return [word + above for word in at_0]
+    fields = tlb_ranges(first, last, granule_lg2, page_lg2, leaf, ranges)
+    if fields is None:
+        return [layout.pack(whole, **{tag: number})]
+    return [layout.pack(name, **{tag: number}, **_renamed(some, field)) for some in fields]

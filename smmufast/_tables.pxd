@@ -229,12 +229,13 @@ cdef inline uint64_t span_mask(const Tree* t, int level) noexcept nogil:
     return low_mask(t.shift[level] + t.stride)
 
 
-cdef inline int find(const Tree* t, uint64_t iova, int lowest, Path* p) noexcept nogil:
-    """Walk down to what is not a table, to level `lowest` at most; return its kind."""
-    cdef int level = t.start, kind
+cdef inline int find_from(
+        const Tree* t, uint64_t iova, int level, uint64_t table, int lowest,
+        Path* p) noexcept nogil:
+    """As find, from a table of a level on."""
+    cdef int kind
     cdef unsigned int shift = t.shift[level]
-    cdef uint64_t table = t.root
-    cdef uint64_t offset = iova >> shift << 3
+    cdef uint64_t offset = offset_of(t, iova, level)
     while True:
         p.table[level] = table
         p.entry = table + offset
@@ -249,6 +250,29 @@ cdef inline int find(const Tree* t, uint64_t iova, int lowest, Path* p) noexcept
             return KIND_FOREIGN
         shift -= t.stride
         offset = iova >> shift << 3 & t.offsets
+
+
+cdef inline int find(const Tree* t, uint64_t iova, int lowest, Path* p) noexcept nogil:
+    """Walk down to what is not a table, to level `lowest` at most; return its kind."""
+    return find_from(t, iova, t.start, t.root, lowest, p)
+
+
+cdef inline bint near(
+        const Tree* t, const Path* p, uint64_t before, uint64_t iova) noexcept nogil:
+    """The path to an address before names the table of level 2 of another one, too.
+
+    Memory that is not plain is asked again, from the root on: it sees every access.
+    """
+    return (t.plain and t.start <= 2 and p.level >= 2
+            and not (before ^ iova) >> t.shift[1])
+
+
+cdef inline int find_next(
+        const Tree* t, uint64_t iova, int lowest, bint is_near, Path* p) noexcept nogil:
+    """As find, for one address after the other."""
+    if is_near:
+        return find_from(t, iova, 2, p.table[2], lowest, p)
+    return find(t, iova, lowest, p)
 
 
 cdef inline uint64_t translate(const Tree* t, uint64_t iova, int* kind) noexcept nogil:

@@ -14,6 +14,8 @@ NOEXEC: Final = 8
 MMIO: Final = 16
 PRIV: Final = 32
 
+def vectors(on: bool | None = None) -> bool: ...
+
 @final
 class Pages:
     def __init__(self, memory: Memory, base: SupportsIndex, size: SupportsIndex) -> None: ...

@@ -8,21 +8,26 @@ from cpython.ref cimport Py_DECREF
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 cimport numpy as cnp
 
 from smmufast._bits cimport le64, likely, low_mask, unlikely
+from smmufast._ints cimport digits_of
 from smmufast._layout cimport (
     pte_s1_set_af, pte_s1_set_ap1, pte_s1_set_ap2, pte_s1_set_attrindx, pte_s1_set_dbm,
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
+from smmufast._leaves cimport (
+    leaves_alike, leaves_each, leaves_fill, leaves_switch, leaves_union, leaves_wide,
+)
 from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, raise_port
 from smmufast._pages cimport (
-    FRAME_LG2, SMALLEST_LG2, Frame, PagesC, clz, ctz, host_pointer, load_slow, order_add,
-    pages_alloc, pages_free, pages_zero, store_slow,
+    FRAME_LG2, SMALLEST_LG2, Frame, PagesC, clz, ctz, load_slow, order_add, pages_alloc,
+    pages_free, pages_zero, store_slow,
 )
 
+import os
 from collections.abc import Iterable
 from threading import Lock
 
@@ -58,7 +63,7 @@ cdef enum:
     P_MMIO = 16
     P_PRIV = 32
 
-    LARGE = 4096          # granules: from here on a call lets other threads run
+    LARGE = 16384         # granules: from here on a call lets other threads run
     KEPT = 64             # tables that may stay although they became empty
 
     # PageTable.state
@@ -79,6 +84,31 @@ cdef enum:
     NO_HOST_MEMORY
 
 
+# --- vectors ---
+
+def vectors(on=None):
+    """Whether page tables use the processor's vectors; with an argument, let them or not.
+
+    What is written does not depend on it.  They do where the processor has AVX-512, unless the
+    environment says SMMUFAST_VECTOR=0.
+
+    Parameters
+    ----------
+    on : bool, optional
+
+    Returns
+    -------
+    bool
+        What holds from now on: False where the processor has none.
+    """
+    if on is not None:
+        leaves_switch(on)
+    return bool(leaves_wide)
+
+
+vectors(os.environ.get("SMMUFAST_VECTOR") != "0")
+
+
 # --- numbers ---
 
 cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
@@ -94,8 +124,10 @@ cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
 
 cdef inline uint64_t number(str name, value) except? 0xFFFFFFFFFFFFFFFF:
     """An argument of 64 bits, or an error that names it."""
-    cdef uint64_t given
+    cdef uint64_t given = 0
     if likely(PyLong_Check(value)):
+        if likely(digits_of(value, &given)):
+            return given
         given = as_unsigned_long(value)
         if likely(given != <unsigned long>-1):
             return given
@@ -384,17 +416,35 @@ cdef void tables_give(Tree* t, uint32_t list_) noexcept nogil:
 
 cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t n) noexcept nogil:
     """No entry of some is valid; unknown is not so."""
-    cdef const uint64_t* d
     cdef uint64_t i, found = 0
     if likely(t.plain):
         # what is found is not used, so these need not be single loads
-        d = <const uint64_t*>host_pointer(t.host + table) + first
-        for i in range(n):
-            found |= d[i]
-        return not le64(found) & D_VALID
+        return not leaves_union(t.host + table + 8 * first, n) & D_VALID
     for i in range(first, first + n):
         found |= load_slow(t.pages, table + 8 * i)
     return not (found & D_VALID or t.pages.status)
+
+
+cdef inline void fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
+                      uint64_t step) noexcept nogil:
+    """Write descriptors one after the other."""
+    cdef uint64_t k
+    if likely(t.plain):
+        leaves_fill(t.host + entry, n, d, step)
+        return
+    for k in range(n):
+        store_slow(t.pages, entry + 8 * k, d)
+        d += step
+
+
+cdef inline uint64_t alike(const Tree* t, uint64_t entry, uint64_t n, uint64_t kind) noexcept nogil:
+    """How many descriptors from one on are of a kind."""
+    cdef uint64_t k = 0
+    if likely(t.plain):
+        return leaves_alike(t.host + entry, n, D_TYPE, kind)
+    while k < n and load_slow(t.pages, entry + 8 * k) & D_TYPE == kind:
+        k += 1
+    return k
 
 
 cdef inline bint refused(const Tree* t) noexcept nogil:
@@ -516,9 +566,9 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
     cdef int level, kind
     cdef unsigned int shift
     cdef uint64_t i, n, k, entries, table, want, begin, last
-    cdef bint whole
+    cdef bint whole, is_near = False
     while at[0] < end:
-        kind = find(t, at[0], 3, &p)
+        kind = find_next(t, at[0], 3, is_near, &p)
         level = p.level
         shift = t.shift[level]
         table = p.table[level]
@@ -536,10 +586,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         n = min(entries - i, ((end - at[0] - 1) >> shift) + 1)
         want = D_TYPE if level == 3 else D_BLOCK
         if n > 1:
-            k = 1
-            while k < n and get(t, p.entry + 8 * k) & D_TYPE == want:
-                k += 1
-            n = k
+            n = alike(t, p.entry + 8, n - 1, want) + 1
         # twice at most, for a memory that does not keep what is written
         if t.run_lg2[level] and (run.at != at[0] or run.cuts < 2):
             if cut_at(t, table, level, i, i, &k) or cut_at(t, table, level, i + n - 1, i + n, &k):
@@ -552,6 +599,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
                 if t.active:
                     return CUT
                 run_break(t, run)
+                is_near = False
                 continue  # the other end may cut another one
         begin = at[0]
         last = begin + (n << shift) - 1
@@ -562,8 +610,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
             level -= 1
             put(t, p.table[level] + offset_of(t, begin, level), 0)
         else:
-            for k in range(n):
-                put(t, p.entry + 8 * k, 0)
+            fill(t, p.entry, n, 0, 0)
         if unlikely(refused(t)):
             return STOPPED
         at[0] = last + 1
@@ -572,8 +619,10 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
             retire(t, table, b)
             n = 1
             table = p.table[level]
+        is_near = near(t, &p, begin, at[0])
         if count_out(t, table, level, n):
             drop_empty(t, &p, level, begin, first, max(end - 1, last), b)
+            is_near = False  # that may have been the table
     return DONE
 
 
@@ -582,23 +631,24 @@ cdef int all_tables(
     """STRAY if a table on the way to `at` .. `end` is none; with `stop`, up to the first hole."""
     cdef int kind, level
     cdef unsigned int shift
+    cdef uint64_t before, n
+    cdef bint is_near = False
     while at[0] < end:
-        kind = find(t, at[0], 3, p)
+        before = at[0]
+        kind = find_next(t, before, 3, is_near, p)
         if kind == KIND_FOREIGN:
             return STRAY
         if kind == KIND_HOLE and stop:
             return DONE
         level = min(p.level, 2)
         shift = t.shift[level]
-        at[0] = (at[0] | low_mask(shift)) + 1
-        if p.level == 3:
-            continue
+        at[0] = (before | low_mask(shift)) + 1
         # the blocks beside it, in the same table
-        while at[0] < end and offset_of(t, at[0], level):
-            p.entry += 8
-            if kind_of(t, get(t, p.entry), level) != KIND_LEAF:
-                break
-            at[0] = (at[0] | low_mask(shift)) + 1
+        n = entries_of(t, level) - 1 - (offset_of(t, before, level) >> 3)
+        if kind == KIND_LEAF and p.level == level and n and at[0] < end:
+            n = min(n, ((end - at[0] - 1) >> shift) + 1)
+            at[0] += alike(t, p.entry + 8, n, D_BLOCK) << shift
+        is_near = near(t, p, before, at[0])
     return DONE
 
 
@@ -630,21 +680,6 @@ cdef void reclaim(Tree* t, Batch* b) noexcept nogil:
 
 
 # --- mapping ---
-
-cdef inline void fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
-                      uint64_t step) noexcept nogil:
-    """Write leaves one after the other."""
-    cdef uint64_t host, k
-    if likely(t.plain):
-        host = t.host + entry
-        for k in range(n):
-            store64(host + 8 * k, le64(d))
-            d += step
-        return
-    for k in range(n):
-        store_slow(t.pages, entry + 8 * k, d)
-        d += step
-
 
 cdef inline void write_leaves(const Tree* t, uint64_t table, int level, uint64_t i, uint64_t n,
                               uint64_t pa, uint64_t d) noexcept nogil:
@@ -745,12 +780,13 @@ cdef int plan_segments(const Tree* t, uint64_t at, const Segment* segments, size
     cdef uint64_t pa, rest, i, n
     cdef size_t k
     cdef int level, below, kind, status
+    cdef bint is_near = False
     for k in range(count):
         pa, rest = segments[k].pa, segments[k].size
         while rest:
             level = leaf_level(t, at, pa, rest)
             n = run_length(t, at, pa, rest, level)
-            kind = find(t, at, level, &plan.path)
+            kind = find_next(t, at, level, is_near, &plan.path)
             plan.where = at
             if kind == KIND_FOREIGN:
                 return STRAY
@@ -770,6 +806,7 @@ cdef int plan_segments(const Tree* t, uint64_t at, const Segment* segments, size
                 if plan.n_tables > t.pages.size >> t.granule:
                     return NO_PAGES
             n <<= t.shift[level]
+            is_near = near(t, &plan.path, at, at + n)
             at += n
             pa += n
             rest -= n
@@ -795,6 +832,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
     cdef uint64_t pa, rest, i, n, table
     cdef size_t k
     cdef int level, below, kind
+    cdef bint is_near = False
     cdef Frame* frame
     cdef Path p
     for k in range(count):
@@ -803,7 +841,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
             level = leaf_level(t, at, pa, rest)
             n = run_length(t, at, pa, rest, level)
             i = offset_of(t, at, level) >> 3
-            kind = find(t, at, level, &p)
+            kind = find_next(t, at, level, is_near, &p)
             below = p.level
             plan.where = at
             if kind == KIND_FOREIGN or below < level and kind != KIND_HOLE:
@@ -837,6 +875,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
             count_in(t, p.table[level], level, n)
             n <<= t.shift[level]
             t.mapped += n
+            is_near = near(t, &p, at, at + n)
             at += n
             pa += n
             rest -= n
@@ -864,38 +903,70 @@ cdef struct Dirty:
     unsigned int page_lg2  # the smallest page that was; 0: nothing was
 
 
+cdef inline void clean(Tree* t, uint64_t entry, uint64_t d, Dirty* cleared, uint64_t at,
+                       unsigned int shift) noexcept nogil:
+    """Make a leaf clean; hardware may change other bits of it meanwhile."""
+    if t.plain:
+        or64(t.host + entry, le64(D_READ_ONLY))
+    else:
+        store_slow(t.pages, entry, d | D_READ_ONLY)
+    if cleared.page_lg2 == 0:
+        cleared.first, cleared.page_lg2 = at, shift
+    cleared.page_lg2 = min(cleared.page_lg2, shift)
+    cleared.last = at | low_mask(shift)
+
+
+cdef void read_dirty_pages(Tree* t, uint64_t entry, uint64_t n, uint64_t at, bint clear,
+                           uint8_t* out, Dirty* cleared) noexcept nogil:
+    """Tell of entries of one table of level 3, in plain memory; make the dirty ones clean.
+
+    What is not found dirty is not touched, and stays so if hardware makes it dirty meanwhile.
+    """
+    cdef const uint8_t* found = out
+    leaves_each(t.host + entry, n, D_TYPE | D_DBM | D_READ_ONLY, D_TYPE | D_DBM, out)
+    if not clear:
+        return
+    while found < out + n:
+        if not found[0]:
+            found = <const uint8_t*>memchr(found, 1, out + n - found)
+            if found == NULL:
+                return
+        clean(t, entry + 8 * (found - out), 0, cleared,
+              at + (<uint64_t>(found - out) << t.granule), t.granule)
+        found += 1
+
+
 cdef void read_dirty_bits(Tree* t, uint64_t iova, uint64_t end, bint clear, uint8_t* out,
                           Dirty* cleared) noexcept nogil:
     """Fill `out` with a byte for each granule; make clean the dirty leaves within the range."""
     cdef Path p
-    cdef uint64_t at = iova, beyond, k
+    cdef uint64_t at = iova, beyond, k, n
     cdef int kind
     cdef unsigned int shift
-    cdef bint dirty
+    cdef bint is_near = False
     memset(out, 0, (end - iova) >> t.granule)
     while at < end:
-        kind = find(t, at, 3, &p)
+        kind = find_next(t, at, 3, is_near, &p)
         shift = t.shift[p.level]
+        if t.plain and p.level == 3:
+            n = entries_of(t, 3) - (offset_of(t, at, 3) >> 3)
+            n = min(n, (end - at) >> t.granule)
+            read_dirty_pages(t, p.entry, n, at, clear, out + ((at - iova) >> t.granule), cleared)
+            is_near = near(t, &p, at, at + (n << t.granule))
+            at += n << t.granule
+            continue
+        is_near = False
         if kind != KIND_LEAF:
             at = (at | low_mask(shift)) + 1
             continue
         # the leaves of a table, one after the other
         while True:
-            dirty = p.d & (D_DBM | D_READ_ONLY) == D_DBM
             beyond = (at | low_mask(shift)) + 1
-            if dirty:
-                for k in range((at - iova) >> t.granule,
-                               ((min(beyond, end) - 1 - iova) >> t.granule) + 1):
-                    out[k] = 1
+            if p.d & (D_DBM | D_READ_ONLY) == D_DBM:
+                k = (at - iova) >> t.granule
+                memset(out + k, 1, ((min(beyond, end) - 1 - iova) >> t.granule) + 1 - k)
                 if clear and not at & low_mask(shift) and beyond <= end:
-                    if t.plain:
-                        or64(t.host + p.entry, le64(D_READ_ONLY))
-                    else:
-                        store_slow(t.pages, p.entry, p.d | D_READ_ONLY)
-                    if cleared.page_lg2 == 0:
-                        cleared.first, cleared.page_lg2 = at, shift
-                    cleared.page_lg2 = min(cleared.page_lg2, shift)
-                    cleared.last = beyond - 1
+                    clean(t, p.entry, p.d, cleared, at, shift)
             at = beyond
             if at >= end or offset_of(t, at, p.level) == 0:
                 break
@@ -1015,7 +1086,7 @@ cdef class PageTable:
 
     A call that raises has changed nothing, but for unmap and read_dirty when `flush` raises.
 
-    Several threads may share it.  A call for 4096 granules or more releases the GIL, and calls of
+    Several threads may share it.  A call for 16384 granules or more releases the GIL, and calls of
     other threads for the same table wait for it, as they do while `flush` runs in the middle of a
     call.  A table is complete before an entry leads to it, and each descriptor is written as a
     whole, so that walks of other threads may go on meanwhile.  A call that comes back to a table

@@ -131,6 +131,11 @@ class Field:
         return self.values.get(value, "")
 
 
+# How fields of some names are packed: the bits that are there anyway, then of each field the bits
+# that its value may have, and how far they move.  None: they have to be looked at one by one.
+_Way = tuple[int, tuple[tuple[int, int], ...]] | None
+
+
 @dataclass(frozen=True)
 class Record:
     """A record: its size and its fields.
@@ -163,6 +168,9 @@ class Record:
     fixed: Mapping[str, int] = _field(default_factory=dict, hash=False)
     offset: int | None = None
     _by_name: dict[str, Field] = _field(init=False, repr=False, compare=False)
+    _ways: dict[tuple[str, ...], "_Way"] = _field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for f in self.fields:
@@ -976,7 +984,7 @@ def record(name: str | Record) -> Record:
     """
     if isinstance(name, Record):
         return name
-    found = _RECORDS_UPPER.get(name.upper())
+    found = RECORDS.get(name) or _RECORDS_UPPER.get(name.upper())
     if found is None:
         raise ValueError(f"no record is called {name!r}; layout.RECORDS lists them")
     return found
@@ -1012,8 +1020,10 @@ def command_record(command: int | str) -> Record:
     ValueError
         If there is none.
     """
-    if isinstance(command, str) and command.upper() in COMMANDS:
-        return COMMANDS[command.upper()]
+    if isinstance(command, str):
+        known = COMMANDS.get(command) or COMMANDS.get(command.upper())
+        if known is not None:
+            return known
     number = _number(command, Opcode, "command")
     for found in COMMANDS.values():
         if found.fixed["Opcode"] == number:
@@ -1062,6 +1072,47 @@ def pack(rec: str | Record, /, **fields: int) -> int:
         If there is no such field, a value does not fit, or two values meet in the same bits.
     """
     rec = record(rec)
+    names = tuple(fields)
+    try:
+        way = rec._ways[names]
+    except KeyError:
+        way = _way(rec, names)
+        if len(rec._ways) >= _MOST_WAYS:
+            rec._ways.clear()
+        rec._ways[names] = way
+    if way is not None:
+        result, moves = way
+        for value, (allowed, shift) in zip(fields.values(), moves, strict=True):
+            if value.__class__ is not int or value | allowed != allowed:
+                break
+            result |= value << shift
+        else:
+            return result
+    return _pack_checked(rec, fields)
+
+
+_MOST_WAYS = 64  # that a record keeps
+
+
+def _way(rec: Record, names: tuple[str, ...]) -> _Way:
+    """How fields of these names are packed; None if some share bits or are fixed."""
+    result = filled = 0
+    for name, value in rec.fixed.items():
+        f = rec.field(name)
+        result |= (value << f.shift) << 64 * f.dword
+        filled |= f.absolute
+    moves = []
+    for name in names:
+        f = rec.field(name)
+        if f.absolute & filled:
+            return None
+        filled |= f.absolute
+        moves.append((f.mask >> f.shift, f.shift + 64 * f.dword))
+    return result, tuple(moves)
+
+
+def _pack_checked(rec: Record, fields: Mapping[str, Any]) -> int:
+    """Pack field by field, and say what is wrong."""
     result = filled = 0
     used: list[tuple[Field, int]] = []
     fixed = {name.lower() for name in rec.fixed} if rec.fixed else ()

@@ -17,6 +17,16 @@ FEATURES = Features.full()
 FAKE_TABLE = 0xF0F0F0F0F0C0
 
 
+def whole(words):
+    """Eight dwords as one number."""
+    return sum(word << 64 * i for i, word in enumerate(words))
+
+
+def dwords(number):
+    """The dwords of an entry."""
+    return tuple(number >> 64 * i & (1 << 64) - 1 for i in range(8))
+
+
 class Steps:
     """An entry in memory, and what it was at each store and at each CMD_SYNC."""
 
@@ -31,13 +41,13 @@ class Steps:
         self.writer = EntryWriter(self.queue, self.memory, safe_bits=safe_bits)
         self.stores, self.syncs = [], []
         self.writer.observer = lambda address, index, old: self.stores.append(self.now())
-        done = self.queue.sync
+        done = self.queue.run
 
-        def sync():
-            done()
+        def run(words):
+            done(words)
             self.syncs.append(self.now())
 
-        self.queue.sync = sync
+        self.queue.run = run
 
     def now(self):
         return tuple(self.memory.read_u64(ENTRY + 8 * i) for i in range(8))
@@ -134,14 +144,14 @@ def check(steps, kind, old, new, update):
     assert steps.now() == new
     for seen in (*steps.stores, *steps.syncs):
         valid = seen[0] & (1 if kind == "STE" else 1 << 31)
-        masks = used(seen)
+        masks = dwords(used(whole(seen)))
         safe = [0] * 8
         if kind == "STE":
             safe[1] = 1 << 19 | 3 << 28
         like = [
             all((a ^ b) & mask & ~free == 0 for a, b, mask, free in
-                zip(seen, whole, masks, safe, strict=True))
-            for whole in (old, new)
+                zip(seen, end, masks, safe, strict=True))
+            for end in (old, new)
         ]  # fmt: skip
         assert any(like) or (not valid and not update.hitless)
 
@@ -221,7 +231,7 @@ def test_f45_random_entries_end_at_the_target_and_use_whole_dwords():
             for words in (old, new):
                 for _ in range(rng.randrange(4)):
                     words[rng.randrange(8)] ^= 1 << rng.randrange(64)
-            new = tuple(word & mask for word, mask in zip(new, used(new), strict=True))
+            new = dwords(whole(new) & used(whole(new)))
             update = steps.go(tuple(old), new)
             assert steps.now() == new
             assert update.syncs <= 3

@@ -207,6 +207,62 @@ def test_f58_tlbs_come_before_atcs_and_each_ends_with_one_sync(ril):
     assert names[:3] == ["TLBI_NH_ASID", "TLBI_S12_VMALL", "TLBI_NH_ALL"]
 
 
+@pytest.mark.parametrize("ril", [0, 1])
+@pytest.mark.parametrize("granule_lg2", [12, 14, 16])
+def test_f60_commands_of_short_and_long_ranges_are_those_of_their_fields(ril, granule_lg2):
+    queue = queue_of(Features.full().replace(ril=ril))
+    rng = random.Random(granule_lg2)
+    for _ in range(400):
+        kind = rng.choice([S1_ASID, S2_VMID])
+        page_lg2 = rng.choice([granule_lg2, granule_lg2, 2 * granule_lg2 - 3])
+        leaf = rng.random() < 0.7
+        shift = rng.choice([granule_lg2, page_lg2])
+        first = rng.choice([rng.getrandbits(48), (1 << 51) - (rng.randrange(1, 40) << shift)])
+        first = first >> shift << shift
+        size = rng.choice([rng.randrange(1, 3), rng.randrange(1, 40)]) << shift
+        last = first + size - 1
+        number = rng.randrange(1, 1 << 16)
+        fields = tlb_ranges(first, last, granule_lg2, page_lg2, leaf, bool(ril))
+        one = array(queue, (kind, number, 0))
+        log = commands(queue, one.invalidate, first, last, granule_lg2, page_lg2, leaf)
+        assert log.pop()[0] == "SYNC"
+        if fields is None:
+            assert [name for name, _ in log] == [
+                "TLBI_NH_ASID" if kind == S1_ASID else "TLBI_S12_VMALL"
+            ]
+            continue
+        tag, address = ("ASID", "Address") if kind == S1_ASID else ("VMID", "IPA")
+        assert len(log) == len(fields)
+        for (name, found), some in zip(log, fields, strict=True):
+            assert name == ("TLBI_NH_VA" if kind == S1_ASID else "TLBI_S2_IPA")
+            wanted = {tag: number, address: some["Address"]}
+            wanted |= {key: some[key] for key in some if key != "Address"}
+            values = {key.lower(): value for key, value in found.items() if value}
+            del values["opcode"]
+            assert values == {key.lower(): value for key, value in wanted.items() if value}
+
+
+def test_a_batch_larger_than_the_queue_goes_round():
+    queue = queue_of(size_lg2=2)
+    told = []
+    run = queue.smmu.write
+
+    class Told:
+        """The SMMU, and each PROD that it is told."""
+
+        read = queue.smmu.read
+
+        def write(self, name, value):
+            told.append(value)
+            run(name, value)
+
+    queue.smmu = Told()
+    words = [layout.pack("TLBI_NH_ASID", ASID=asid) for asid in range(1, 11)]
+    queue.run(words)
+    assert told == [4, 0, 3] and (queue.issued, queue.syncs) == (11, 1)
+    assert queue.memory.read_u64(queue.base + 16) == words[9] & (1 << 64) - 1
+
+
 def test_one_array_serves_several_smmus():
     one, two = queue_of(), queue_of(base=0x9000_0000)
     both = Invalidations([(one, S1_ASID, 1, 0), (two, S1_ASID, 2, 0)])

@@ -258,6 +258,26 @@ def test_pack_puts_each_field_alone_where_it_belongs(rec):
         assert layout.pack(rec, **{f.name: top}) == fixed | bits_of(f), f
 
 
+@every_record
+def test_fields_that_share_no_bits_are_packed_together(rec):
+    rng = random.Random(rec.name)
+    for word in random_words(rec, 10, "together"):
+        chosen, taken = [], sum(bits_of(rec.field(name)) for name in rec.fixed)
+        for f in rng.sample(rec.fields, len(rec.fields)):
+            if not bits_of(f) & taken and rng.random() < 0.7:
+                chosen.append(f)
+                taken |= bits_of(f)
+        wanted = layout.pack(rec) | sum(word & bits_of(f) for f in chosen)
+        values = {f.name: expected_value(f, word) for f in chosen}
+        for given in (values, {name: np.uint64(value) for name, value in values.items()}):
+            for _ in range(2):  # the second time it is known how
+                assert layout.pack(rec, **given) == wanted
+        for f in chosen:
+            for wrong in (-1, (bits_of(f) >> f.lsb << (f.lsb % 64 if f.address else 0)) + 1):
+                with pytest.raises(ValueError, match=f.name):
+                    layout.pack(rec, **values | {f.name: wrong})
+
+
 def test_names_are_found_in_any_case():
     assert layout.pack("ste", v=1, config=5) == layout.pack("STE", V=1, Config=5) == 0xB
     assert layout.record("f_translation") is layout.EVENTS[0x10]

@@ -258,8 +258,8 @@ def wheel(tmp_path_factory):
     directory = tmp_path_factory.mktemp("wheel")
     sources = directory / "sources"
     (sources / "smmufast").mkdir(parents=True)
-    more = [*(ROOT / "smmufast").glob("*.h"), ROOT / "smmufast" / "py.typed"]
-    for path in SOURCES + more:
+    headers = (ROOT / "smmufast").glob("*.h")
+    for path in (*SOURCES, *headers, ROOT / "smmufast" / "py.typed"):
         target = sources / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
@@ -294,7 +294,8 @@ def test_cython_has_no_performance_hints_and_no_warnings(wheel):
 def test_a_wheel_holds_what_python_and_cython_users_need_and_no_more(wheel):
     names = {name for name in zipfile.ZipFile(wheel[0]).namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in SOURCES if path.suffix != ".pyx"}
-    expected |= {"smmufast/smmufast.h", "smmufast/_vector.h", "smmufast/py.typed"}
+    expected |= {f"smmufast/{path.name}" for path in (ROOT / "smmufast").glob("*.h")}
+    expected |= {"smmufast/py.typed"}
     compiled = {name for name in names if name.endswith((".so", ".pyd"))}
     assert {Path(name).name.split(".")[0] for name in compiled} == set(COMPILED)
     assert names - compiled == expected

@@ -4,11 +4,13 @@ What is compared after each call is all of memory: each descriptor of each table
 """
 
 import random
+from functools import partial
 
 import pytest
 from reference_iommu_tables import CACHE, MMIO, NOEXEC, PRIV, READ, WRITE, RefusedError, Twin
 from tablesystem import System, same
 
+from smmufast._tables import vectors
 from smmufast.errors import IommuError
 
 CONFIGURATIONS = [
@@ -208,8 +210,10 @@ class Player:
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name)
-@pytest.mark.parametrize("seed", range(2))
-def test_random_calls_write_what_the_twin_writes(configuration, seed):
+@pytest.mark.parametrize("seed, wide", [(0, True), (1, True), (2, False)])
+def test_random_calls_write_what_the_twin_writes(configuration, seed, wide, request):
+    request.addfinalizer(partial(vectors, vectors()))
+    vectors(wide)
     cd = {"ha": 1, "hd": 1} if configuration.get("dirty") else {}
     player = Player(configuration, seed, size=1 << 26, cd=cd)
     for i in range(60):

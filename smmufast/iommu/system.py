@@ -337,12 +337,11 @@ class Iommu:
 
     def invalidate_cd(self, sids: Iterable[int], ssid: int, *, leaf: bool = True) -> None:
         """CFGI_CD for each stream, and one CMD_SYNC."""
-        any_ = False
-        for sid in sids:
-            self.queue.issue("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=int(leaf))
-            any_ = True
-        if any_:
-            self.queue.sync()
+        words = [
+            layout.pack("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=int(leaf)) for sid in sids
+        ]
+        if words:
+            self.queue.run(words)
 
     def invalidate_atc(self, sid: int, pasid: int = 0) -> None:
         """CMD_ATC_INV of all addresses: of one PASID, or with 0 of all and none; no CMD_SYNC."""
@@ -363,11 +362,8 @@ class Iommu:
 
     def flush_asid(self, asid: int) -> None:
         """Drop all TLB entries under an ASID."""
-        if self.e2h:
-            self.queue.issue("TLBI_EL2_ASID", ASID=asid)
-        else:
-            self.queue.issue("TLBI_NH_ASID", VMID=0, ASID=asid)
-        self.queue.sync()
+        name = "TLBI_EL2_ASID" if self.e2h else "TLBI_NH_ASID"
+        self.queue.run([layout.pack(name, ASID=asid)])
 
     # --- domains ---
 
