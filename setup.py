@@ -32,7 +32,7 @@ extensions = [
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         undef_macros=["NDEBUG"] if DEBUG else [],
         extra_compile_args=[*OPTIMISE, "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"],
-        depends=["smmufast/smmufast.h", "smmufast/_vector.h"],
+        depends=["smmufast/smmufast.h", "smmufast/_probe.h", "smmufast/_vector.h"],
     )
     for name in MODULES
     if os.path.exists(f"smmufast/{name}.pyx")
