@@ -12,15 +12,15 @@ from libc.string cimport memcmp, memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
 from smmufast._cache cimport POLICY_LRU, POLICY_PLRU, CacheC, ctz64, plru_touch
-from smmufast._cached cimport deliver, translate_request, usable
+from smmufast._cached cimport UNDECODED, deliver, translate_request, usable
 from smmufast._config cimport STAGE1_BYPASS, admitted, ste_stage2
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen, ste_v
 from smmufast._memory cimport FETCH_OK, Port, fetch8
-from smmufast._probe cimport Hits, each_hit, vector_hits
+from smmufast._probe cimport Hits, each_hit, vector_fits, vector_hits
 from smmufast._tlb cimport (
-    CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch,
-    tlb_key, tlb_probe_sizes,
+    CACHE_CD, CACHE_STE, CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry,
+    config_touch, tlb_key, tlb_probe_sizes,
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
@@ -1209,21 +1209,38 @@ cdef inline void lane_set(
     hits.clock = lane.told = cache.clock
 
 
+cdef inline bint lane_knows(
+        const Memo* memo, const Hw* hw, const CachesC* c, const Port* port) noexcept nogil:
+    """Every request of this pair meets this configuration.
+
+    It is cached; or, where there is no such cache, it was read from plain memory, which was not
+    written since.  A CD that stage 2 leads to goes through the other caches each time.
+    """
+    cdef bint read = port.ram.plain and not port.wrote
+    if memo.edition != hw.edition or memo.generation != c.config_generation:
+        return False
+    if not (memo.ste_handle or (read and c.cache[CACHE_STE].ways == 0)):
+        return False
+    return (memo.index == STAGE1_BYPASS or memo.cd_handle
+            or (read and c.cache[CACHE_CD].ways == 0 and not memo.context.second.on))
+
+
 cdef inline bint lane_takes(const Memo* memo, const CachesC* c) noexcept nogil:
     """Requests of this pair are looked up in the TLB once."""
-    return memo.whole and (
-        memo.index != STAGE1_BYPASS and not (memo.context.second.on and c.split)
-        or memo.index == STAGE1_BYPASS and memo.context.second.on)
+    if memo.index == STAGE1_BYPASS:
+        return memo.context.second.on
+    return not (memo.context.second.on and c.split)
 
 
 cdef inline size_t lane_hits(
-        Lane* lane, const BatchC* batch, size_t i, size_t* tried) noexcept nogil:
-    """Rows from i on that simply hit: the first that is left.
+        Lane* lane, const BatchC* batch, size_t i, bint vector, size_t* tried) noexcept nogil:
+    """The first row, from i on, that does not simply hit.
 
-    Where one of eight rows is left, the others of them go one by one: misses are seldom alone.
+    Vectors stop at eight rows of which one does not.  These go one by one, and `tried` is where
+    the next eight begin.
     """
     cdef size_t n = batch.n
-    if not vector_on:
+    if not vector:
         return each_hit(&lane.hits, batch, i, n)
     while True:
         if i >= tried[0]:
@@ -1248,15 +1265,16 @@ cdef inline int run_hits(Core* core, Port* port, const BatchC* batch, bint more)
     cdef size_t i = 0, n = batch.n, tried = 0
     cdef uint64_t va
     cdef unsigned int access, upper
-    cdef bint takes = False
+    cdef bint takes = False, vector = vector_on and vector_fits(batch)
     cdef int status
     memo.whole = False
     memo.sid = memo.ssid = 0
-    memo.edition = memo.generation = 0
+    memo.edition = 0
+    memo.generation = UNDECODED
     lane.hits.clock = lane.told = 0
     while i < n:
         if takes and lane.hits.lg2:
-            i = lane_hits(&lane, batch, i, &tried)
+            i = lane_hits(&lane, batch, i, vector, &tried)
             if i == n:
                 break
         va = load_u64(&batch.iova, i)
@@ -1290,8 +1308,8 @@ cdef inline int run_hits(Core* core, Port* port, const BatchC* batch, bint more)
         if status:
             return status
         i += 1
-        takes = (not more and cr0_smmuen(hw.cr0) and lane_takes(&memo, c)
-                 and memo.edition == hw.edition and memo.generation == c.config_generation)
+        takes = (not more and cr0_smmuen(hw.cr0) and lane_knows(&memo, hw, c, port)
+                 and lane_takes(&memo, c))
         if takes:
             lane_set(&lane, hw, c, &memo, half_of(va, context.two_ttbs))
     lane_flush(&lane, c, &memo)

@@ -92,15 +92,17 @@ static inline unsigned smmufast_match4(const uint32_t *prints, uint32_t print)
 }
 #endif
 
-/* What a hit tells the replacement of four ways. */
-#define SMMUFAST_TOUCH(h, slot, now) \
-    do { \
-        if ((h)->path) \
-            (h)->order[(slot) >> 2] = ((h)->order[(slot) >> 2] & ~(h)->path[2 * ((slot) & 3)]) \
-                | (h)->path[2 * ((slot) & 3) + 1]; \
-        else if ((h)->order) \
-            (h)->order[slot] = (now); \
-    } while (0)
+/* What a hit tells the replacement of four ways, unless they are random or FIFO. */
+static inline __attribute__((always_inline)) void smmufast_touch(
+    const smmufast_hits *h, uint64_t slot, uint64_t now)
+{
+    if (h->path) {
+        const uint64_t *path = &h->path[2 * (slot & 3)];
+        h->order[slot >> 2] = (h->order[slot >> 2] & ~path[0]) | path[1];
+    } else if (h->order) {
+        h->order[slot] = now;
+    }
+}
 
 static inline uint32_t smmufast_word_at(const smmufast_column *c, size_t i)
 {
@@ -109,42 +111,48 @@ static inline uint32_t smmufast_word_at(const smmufast_column *c, size_t i)
     return value;
 }
 
-static inline uint64_t smmufast_dword_at(const smmufast_column *c, size_t i)
-{
-    uint64_t value;
-    memcpy(&value, (const char *)c->data + (ptrdiff_t)i * c->stride, 8);
-    return value;
-}
-
 static inline uint8_t smmufast_byte_at(const smmufast_column *c, size_t i)
 {
     return ((const uint8_t *)c->data)[(ptrdiff_t)i * c->stride];
 }
 
-/* The outputs of a row that hits. */
-static inline void smmufast_hit_row(
-    const smmufast_column *pa, const smmufast_column *action, const smmufast_column *event,
-    size_t i, uint64_t address)
-{
-    if (pa->data)
-        memcpy((char *)pa->data + (ptrdiff_t)i * pa->stride, &address, 8);
-    if (action->data)
-        ((uint8_t *)action->data)[(ptrdiff_t)i * action->stride] = SMMUFAST_OK;
-    if (event->data)
-        ((uint8_t *)event->data)[(ptrdiff_t)i * event->stride] = 0;
-}
-
-/* Every row has its own value, in an array without gaps. */
+/* Every row has its own value, in arrays without gaps; or the column is not wanted. */
 static inline int smmufast_dense(const smmufast_batch *b)
 {
-    return b->iova.stride == 8 && b->pa.stride == 8 && b->action.stride == 1
-        && b->event.stride == 1 && b->pa.data && b->action.data && b->event.data;
+    return b->iova.stride == 8 && (b->pa.stride == 8 || !b->pa.data)
+        && (b->action.stride == 1 || !b->action.data)
+        && (b->event.stride == 1 || !b->event.data);
 }
 
 /* All rows are of one pair and of one access. */
 static inline int smmufast_alike(const smmufast_batch *b)
 {
     return b->sid.stride == 0 && b->ssid.stride == 0 && b->access.stride == 0;
+}
+
+/* Actions and events of rows [from, to), which hit. */
+static inline void smmufast_say_hits(const smmufast_batch *b, size_t from, size_t to, int dense)
+{
+    char *action = (char *)b->action.data, *event = (char *)b->event.data;
+    if (dense) {
+        if (action && to != from)
+            memset(action + from, SMMUFAST_OK, to - from);
+        if (event && to != from)
+            memset(event + from, 0, to - from);
+        return;
+    }
+    for (; from < to; from++) {
+        if (action)
+            action[(ptrdiff_t)from * b->action.stride] = SMMUFAST_OK;
+        if (event)
+            event[(ptrdiff_t)from * b->event.stride] = 0;
+    }
+}
+
+/* Flags that an access must not meet: a write walks again to mark a clean page dirty. */
+static inline unsigned smmufast_unwanted(unsigned access)
+{
+    return access & SMMUFAST_WRITE ? SMMUFAST_ENTRY_CLEAN1 | SMMUFAST_ENTRY_CLEAN2 : 0;
 }
 
 /* The loop over rows [i, n): how far they hit.  The first row that is anything else is returned,
@@ -154,8 +162,11 @@ static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
     const int dense, const int lru)
 {
     /* copies, so that the compiler sees that no store changes them */
-    const smmufast_column sids = b->sid, ssids = b->ssid, iovas = b->iova, accesses = b->access;
-    const smmufast_column pas = b->pa, actions = b->action, events = b->event;
+    const smmufast_column sids = b->sid, ssids = b->ssid, accesses = b->access;
+    const char *iova = (const char *)b->iova.data;
+    const ptrdiff_t iova_step = dense ? 8 : b->iova.stride;
+    char *pa = (char *)b->pa.data;
+    const ptrdiff_t pa_step = dense ? 8 : b->pa.stride;
     const uint64_t fixed = h->fixed, bits = h->bits, within = h->within, sign = h->sign;
     const uint64_t set_mask = h->set_mask, sized = h->sized;
     const uint32_t sid = h->sid, ssid = h->ssid;
@@ -166,8 +177,13 @@ static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
     const smmufast_entry *entries = h->entries;
     uint64_t *order = h->order;
     uint64_t clock = h->clock;
-    unsigned access = n > i ? smmufast_byte_at(&accesses, i) & counted : 0;
-    unsigned need = needs[access];
+    const size_t from = i;
+    unsigned access, need, unwanted;
+    if (i >= n)
+        return i;
+    access = smmufast_byte_at(&accesses, i) & counted;
+    need = needs[access];
+    unwanted = smmufast_unwanted(access);
     for (; i < n; i++) {
         uint64_t va, page, slot;
         unsigned found;
@@ -177,8 +193,9 @@ static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
                 break;
             access = smmufast_byte_at(&accesses, i) & counted;
             need = needs[access];
+            unwanted = smmufast_unwanted(access);
         }
-        va = dense ? ((const uint64_t *)iovas.data)[i] : smmufast_dword_at(&iovas, i);
+        memcpy(&va, iova + (ptrdiff_t)i * iova_step, 8);
         if (__builtin_expect((va & fixed) != bits, 0))
             break;
         page = ((va & within) | sign) >> lg2;
@@ -188,237 +205,267 @@ static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
             break;
         slot += (unsigned)__builtin_ctz(found);
         e = &entries[slot];
-        if (__builtin_expect(((e->page ^ page) | (e->key ^ sized)) != 0, 0)
-            || __builtin_expect(!(e->perm1 & e->perm2 & need), 0)
-            || __builtin_expect((access & SMMUFAST_WRITE)
-                                && (e->flags & (SMMUFAST_ENTRY_CLEAN1 | SMMUFAST_ENTRY_CLEAN2)), 0))
+        if (__builtin_expect(((e->page ^ page) | (e->key ^ sized) | (e->flags & unwanted)) != 0, 0)
+            || __builtin_expect(!(e->perm1 & e->perm2 & need), 0))
             break;
         clock++;
         if (lru)
             order[slot] = clock;
         else
-            SMMUFAST_TOUCH(h, slot, clock);
-        if (dense) {
-            ((uint64_t *)pas.data)[i] = e->address | (va & low);
-            ((uint8_t *)actions.data)[i] = SMMUFAST_OK;
-            ((uint8_t *)events.data)[i] = 0;
-        } else {
-            smmufast_hit_row(&pas, &actions, &events, i, e->address | (va & low));
-        }
+            smmufast_touch(h, slot, clock);
+        va = e->address | (va & low);
+        if (pa)
+            memcpy(pa + (ptrdiff_t)i * pa_step, &va, 8);
     }
     h->clock = clock;
+    smmufast_say_hits(b, from, i, dense);
     return i;
 }
 
 __attribute__((noinline))
 static size_t smmufast_each_hit(smmufast_hits *h, const smmufast_batch *b, size_t i, size_t n)
 {
-    int lru = h->order && !h->path;
+    const int lru = h->order && !h->path;
     if (lru && smmufast_dense(b) && smmufast_alike(b))
         return smmufast_each_hit_of(h, b, i, n, 1, 1, 1);
-    if (lru && smmufast_dense(b))
-        return smmufast_each_hit_of(h, b, i, n, 0, 1, 1);
     return smmufast_each_hit_of(h, b, i, n, 0, 0, 0);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-/* Four pieces of 16 bytes of the entries of rows 0, 2, 4, 6, or of the prints of four rows. */
-SMMUFAST_INLINE
-static inline __m512i smmufast_four(const void *a, const void *b, const void *c, const void *d)
-{
-    __m512i four = _mm512_castsi128_si512(_mm_loadu_si128(a));
-    four = _mm512_inserti32x4(four, _mm_loadu_si128(b), 1);
-    four = _mm512_inserti32x4(four, _mm_loadu_si128(c), 2);
-    return _mm512_inserti32x4(four, _mm_loadu_si128(d), 3);
-}
+/* Elements of vectors are to be taken from memory, which costs less than from the vector. */
+#define SMMUFAST_STORED(array) __asm__("" : "+m"(array))
 
-/* Two words, `from` on, of the entries of eight slots. */
-#define SMMUFAST_EVEN(from) \
-    smmufast_four(&entries[slots[0]].from, &entries[slots[2]].from, &entries[slots[4]].from, \
-                  &entries[slots[6]].from)
-#define SMMUFAST_ODD(from) \
-    smmufast_four(&entries[slots[1]].from, &entries[slots[3]].from, &entries[slots[5]].from, \
-                  &entries[slots[7]].from)
-
-/* Bit j: row i + j has this value. */
+/* Eight values of 32 bits are this one. */
 SMMUFAST_INLINE
-static inline unsigned smmufast_same8(const smmufast_column *c, size_t i, uint32_t value)
+static inline int smmufast_same8(const smmufast_column *c, size_t i, uint32_t value)
 {
-    unsigned j, same = 0;
-    if (c->stride == 4)
-        return _mm256_cmpeq_epi32_mask(
-            _mm256_loadu_si256((const void *)((const char *)c->data + 4 * i)),
-            _mm256_set1_epi32((int)value));
     if (c->stride == 0)
-        return smmufast_word_at(c, i) == value ? 0xFF : 0;
-    for (j = 0; j < 8; j++)
-        same |= (unsigned)(smmufast_word_at(c, i + j) == value) << j;
-    return same;
+        return smmufast_word_at(c, i) == value;
+    return _mm256_cmpeq_epi32_mask(
+               _mm256_loadu_si256((const void *)((const char *)c->data + 4 * i)),
+               _mm256_set1_epi32((int)value)) == 0xFF;
 }
 
-/* Eight rows of a column of bytes, or of dwords. */
 SMMUFAST_INLINE
-static inline __m512i smmufast_bytes8(const smmufast_column *c, size_t i)
+static inline __m512i smmufast_access8(const smmufast_column *c, size_t i)
 {
-    uint8_t eight[8];
-    unsigned j;
-    if (c->stride == 1) {
-        memcpy(eight, (const char *)c->data + i, 8);
-    } else {
-        for (j = 0; j < 8; j++)
-            eight[j] = smmufast_byte_at(c, i + j);
+    if (c->stride == 0)
+        return _mm512_set1_epi64(smmufast_byte_at(c, i));
+    return _mm512_cvtepu8_epi64(_mm_loadl_epi64((const void *)((const char *)c->data + i)));
+}
+
+/* Prints of the set of row j that are those of its tag, all ones each. */
+#define SMMUFAST_AGREE(j) \
+    _mm_cmpeq_epi32(_mm_loadu_si128((const void *)((const char *)prints + at[j])), \
+                    _mm_set1_epi32(((const int32_t *)print)[2 * (j)]))
+/* Four prints of two rows each, as bytes. */
+#define SMMUFAST_AGREE4(j) \
+    _mm_packs_epi16(_mm_packs_epi32(SMMUFAST_AGREE(j), SMMUFAST_AGREE(j + 1)), \
+                    _mm_packs_epi32(SMMUFAST_AGREE(j + 2), SMMUFAST_AGREE(j + 3)))
+
+/* Groups of eight side by side: one alone would wait for its loads, each for the one before. */
+enum { SMMUFAST_SIDE = 4 };
+
+/* Rows from i on, 8 * groups of them, which all hit; or no, and nothing is done. */
+SMMUFAST_INLINE
+static inline int smmufast_hit_groups(
+    smmufast_hits *h, const smmufast_batch *b, size_t i, const unsigned groups, const int alike,
+    const int lru, const __m512i need_all, const __m512i unwanted_all)
+{
+    enum { MOST = 8 * SMMUFAST_SIDE };
+    uint64_t at[MOST] __attribute__((aligned(64))), print[MOST] __attribute__((aligned(64)));
+    uint64_t within_page[MOST] __attribute__((aligned(64)));
+    uint64_t tag[2 * MOST] __attribute__((aligned(64))), ask[2 * MOST] __attribute__((aligned(64)));
+    const char *iova = (const char *)b->iova.data;
+    char *pa = (char *)b->pa.data;
+    const __m512i sized = _mm512_set1_epi64((long long)h->sized);
+    const uint32_t *prints = h->prints;
+    const char *entries = (const char *)h->entries;
+    uint64_t *order = h->order;
+    const uint64_t clock = h->clock;
+    __m512i set[SMMUFAST_SIDE];
+    __mmask8 out = 0;
+    __m128i wrong[2], lack[2], to[MOST / 2];
+    unsigned g, j, none = 0;
+#pragma GCC unroll 4
+    for (g = 0; g < groups; g++) {
+        const __m512i va = _mm512_loadu_si512(iova + 8 * (i + 8 * g));
+        const __m512i page = _mm512_srl_epi64(
+            _mm512_or_si512(_mm512_and_si512(va, _mm512_set1_epi64((long long)h->within)),
+                            _mm512_set1_epi64((long long)h->sign)),
+            _mm_cvtsi32_si128(h->lg2));
+        if (!alike) {
+            const __m512i access = _mm512_and_si512(
+                smmufast_access8(&b->access, i + 8 * g), _mm512_set1_epi64(h->access));
+            out |= !smmufast_same8(&b->sid, i + 8 * g, h->sid)
+                | !smmufast_same8(&b->ssid, i + 8 * g, h->ssid);
+            _mm512_store_si512(ask + 16 * g, _mm512_permutexvar_epi64(access, need_all));
+            _mm512_store_si512(
+                ask + 16 * g + 8,
+                _mm512_maskz_mov_epi64(
+                    _mm512_test_epi64_mask(access, _mm512_set1_epi64(SMMUFAST_WRITE)),
+                    unwanted_all));
+        }
+        out |= _mm512_cmpneq_epi64_mask(
+            _mm512_and_si512(va, _mm512_set1_epi64((long long)h->fixed)),
+            _mm512_set1_epi64((long long)h->bits));
+        /* the offset of a set's prints, 16 bytes */
+        set[g] = _mm512_slli_epi64(
+            _mm512_and_si512(page, _mm512_set1_epi64((long long)h->set_mask)), 4);
+        _mm512_store_si512(at + 8 * g, set[g]);
+        _mm512_store_si512(
+            print + 8 * g,
+            _mm512_or_si512(
+                _mm512_srli_epi64(
+                    _mm512_add_epi64(
+                        _mm512_mullo_epi64(page, _mm512_set1_epi64(SMMUFAST_PRINT_FIRST)),
+                        _mm512_set1_epi64((long long)(h->sized * SMMUFAST_PRINT_SECOND))),
+                    24),
+                _mm512_set1_epi64(1)));
+        _mm512_store_si512(
+            within_page + 8 * g,
+            _mm512_and_si512(
+                va, _mm512_set1_epi64((long long)(((uint64_t)1 << h->lg2) - 1))));
+        /* rows 0, 2, 4, 6, then the others */
+        _mm512_store_si512(tag + 16 * g, _mm512_unpacklo_epi64(page, sized));
+        _mm512_store_si512(tag + 16 * g + 8, _mm512_unpackhi_epi64(page, sized));
     }
-    return _mm512_cvtepu8_epi64(_mm_loadl_epi64((const void *)eight));
-}
-
-SMMUFAST_INLINE
-static inline __m512i smmufast_dwords8(const smmufast_column *c, size_t i)
-{
-    uint64_t eight[8];
-    unsigned j;
-    if (c->stride == 8)
-        return _mm512_loadu_si512((const char *)c->data + 8 * i);
-    for (j = 0; j < 8; j++)
-        eight[j] = smmufast_dword_at(c, i + j);
-    return _mm512_loadu_si512(eight);
+    if (__builtin_expect(out != 0, 0))
+        return 0;
+    SMMUFAST_STORED(at);
+    SMMUFAST_STORED(print);
+    SMMUFAST_STORED(tag);
+    SMMUFAST_STORED(within_page);
+#pragma GCC unroll 4
+    for (g = 0; g < groups; g++) {
+        /* four bits a row: the prints that agree */
+        const unsigned found = (unsigned)_mm256_movemask_epi8(
+            _mm256_set_m128i(SMMUFAST_AGREE4(8 * g + 4), SMMUFAST_AGREE4(8 * g)));
+        const unsigned some = found | found >> 1;
+        /* the lowest of them, as in the other loop */
+        const unsigned way = (~found & (found >> 1 | ~(found >> 2)) & 0x11111111)
+            | (~some & 0x11111111) << 1;
+        none |= ~(some | some >> 2) & 0x11111111;
+        /* the offset of a slot's order, 8 bytes */
+        set[g] = _mm512_or_si512(
+            _mm512_add_epi64(set[g], set[g]),
+            _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(
+                (long long)_pdep_u64(way, 0x7878787878787878ULL))));
+    }
+    if (__builtin_expect(none != 0, 0))
+        return 0;
+#pragma GCC unroll 4
+    for (g = 0; g < groups; g++)
+        _mm512_store_si512(at + 8 * g, set[g]);
+    SMMUFAST_STORED(at);
+    wrong[0] = wrong[1] = lack[0] = lack[1] = _mm_setzero_si128();
+#pragma GCC unroll 16
+    for (j = 0; j < 8 * groups; j += 2) {
+        const char *e = entries + 8 * at[j], *f = entries + 8 * at[j + 1];
+        const __m128i even = _mm_loadu_si128((const void *)(e + 16));
+        const __m128i odd = _mm_loadu_si128((const void *)(f + 16));
+        const __m128i rights = _mm_unpackhi_epi64(even, odd);
+        const uint64_t *tags = &tag[16 * (j / 8) + j % 8], *asks = &ask[16 * (j / 8) + j % 8];
+        /* wrong | (tag ^ entry) */
+        wrong[0] = _mm_ternarylogic_epi64(
+            wrong[0], _mm_loadu_si128((const void *)e), _mm_load_si128((const void *)tags), 0xF6);
+        wrong[1] = _mm_ternarylogic_epi64(
+            wrong[1], _mm_loadu_si128((const void *)f), _mm_load_si128((const void *)(tags + 8)),
+            0xF6);
+        /* lack | need & ~(perm1 & perm2), lack | rights & unwanted */
+        lack[0] = _mm_or_si128(
+            lack[0],
+            _mm_ternarylogic_epi64(
+                alike ? _mm512_castsi512_si128(need_all) : _mm_load_si128((const void *)asks),
+                rights, _mm_srli_epi64(rights, 8), 0x70));
+        lack[1] = _mm_ternarylogic_epi64(
+            lack[1], rights,
+            alike ? _mm512_castsi512_si128(unwanted_all)
+                  : _mm_load_si128((const void *)(asks + 8)),
+            0xF8);
+        to[j / 2] = _mm_or_si128(_mm_unpacklo_epi64(even, odd),
+                                 _mm_load_si128((const void *)&within_page[j]));
+    }
+    wrong[0] = _mm_or_si128(_mm_or_si128(wrong[0], wrong[1]), _mm_or_si128(lack[0], lack[1]));
+    if (__builtin_expect(!_mm_testz_si128(wrong[0], wrong[0]), 0))
+        return 0;
+#pragma GCC unroll 32
+    for (j = 0; j < 8 * groups; j++) {
+        if (lru)
+            *(uint64_t *)((char *)order + at[j]) = clock + 1 + j;
+        else
+            smmufast_touch(h, at[j] >> 3, clock + 1 + j);
+    }
+    h->clock = clock + 8 * groups;
+    if (pa) {
+#pragma GCC unroll 16
+        for (j = 0; j < 4 * groups; j++)
+            _mm_storeu_si128((void *)(pa + 8 * i + 16 * j), to[j]);
+    }
+    return 1;
 }
 
 SMMUFAST_INLINE
 static inline size_t smmufast_vector_hits_of(
-    smmufast_hits *h, const smmufast_batch *b, size_t i, size_t n, const int alike,
-    const int dense, const int lru)
+    smmufast_hits *hits, const smmufast_batch *batch, size_t i, size_t n, const int alike,
+    const int lru)
 {
-    const smmufast_column sids = b->sid, ssids = b->ssid, iovas = b->iova, accesses = b->access;
-    const smmufast_column pas = b->pa, actions = b->action, events = b->event;
-    const __m512i fixed = _mm512_set1_epi64((long long)h->fixed);
-    const __m512i bits = _mm512_set1_epi64((long long)h->bits);
-    const __m512i within = _mm512_set1_epi64((long long)h->within);
-    const __m512i sign = _mm512_set1_epi64((long long)h->sign);
-    const __m512i set_mask = _mm512_set1_epi64((long long)h->set_mask);
-    const __m512i sized = _mm512_set1_epi64((long long)h->sized);
-    const __m512i printed = _mm512_set1_epi64((long long)(h->sized * SMMUFAST_PRINT_SECOND));
-    const __m512i low = _mm512_set1_epi64((long long)(((uint64_t)1 << h->lg2) - 1));
-    const __m512i counted = _mm512_set1_epi64(h->access);
-    const __m512i needs = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const void *)h->need));
-    const __m128i lg2 = _mm_cvtsi32_si128(h->lg2);
-    /* rights: perm1, perm2, flags from bit 0 on */
-    const __m512i cleans =
-        _mm512_set1_epi64((SMMUFAST_ENTRY_CLEAN1 | SMMUFAST_ENTRY_CLEAN2) << 16);
-    const __m512i write = _mm512_set1_epi64(SMMUFAST_WRITE);
-    const __m512i lower = _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
-    const __m512i upper =
-        _mm512_set_epi32(14, 14, 14, 14, 12, 12, 12, 12, 10, 10, 10, 10, 8, 8, 8, 8);
-    const uint32_t *prints = h->prints;
-    const smmufast_entry *entries = h->entries;
-    uint64_t *order = h->order;
-    uint64_t clock = h->clock;
-    __m512i access = _mm512_and_si512(
-        _mm512_set1_epi64(smmufast_byte_at(&accesses, i)), counted);
-    __m512i need = _mm512_permutexvar_epi64(access, needs);
-    __m512i clean = _mm512_maskz_mov_epi64(_mm512_test_epi64_mask(access, write), cleans);
+    /* copies, so that the compiler sees that no store changes them */
+    smmufast_hits h = *hits;
+    const smmufast_batch b = *batch;
+    const size_t from = i;
+    size_t singly = i;
+    /* rights as they lie in an entry: perm1, perm2, flags */
+    __m512i need = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const void *)h.need));
+    __m512i unwanted = _mm512_set1_epi64((long long)smmufast_unwanted(SMMUFAST_WRITE) << 16);
+    if (alike) {
+        const unsigned access = smmufast_byte_at(&b.access, i) & h.access;
+        need = _mm512_set1_epi64(h.need[access]);
+        unwanted = _mm512_set1_epi64((long long)smmufast_unwanted(access) << 16);
+    }
     while (n - i >= 8) {
-        uint64_t slots[8] __attribute__((aligned(64))), pa[8];
-        __m512i va, page, slot, print, even, odd, address, rights;
-        unsigned hit = 0xFF, found, some, way, j, count;
-        if (!alike) {
-            hit = smmufast_same8(&sids, i, h->sid) & smmufast_same8(&ssids, i, h->ssid);
-            if (!(hit & 1))
-                break;
-            access = _mm512_and_si512(smmufast_bytes8(&accesses, i), counted);
-            need = _mm512_permutexvar_epi64(access, needs);
-            clean = _mm512_maskz_mov_epi64(_mm512_test_epi64_mask(access, write), cleans);
-        }
-        va = smmufast_dwords8(&iovas, i);
-        hit &= _mm512_cmpeq_epi64_mask(_mm512_and_si512(va, fixed), bits);
-        page = _mm512_srl_epi64(_mm512_or_si512(_mm512_and_si512(va, within), sign), lg2);
-        slot = _mm512_slli_epi64(_mm512_and_si512(page, set_mask), 2);
-        print = _mm512_or_si512(
-            _mm512_srli_epi64(
-                _mm512_add_epi64(
-                    _mm512_mullo_epi64(page, _mm512_set1_epi64(SMMUFAST_PRINT_FIRST)), printed),
-                24),
-            _mm512_set1_epi64(1));
-        _mm512_store_si512(slots, slot);
-        found = _mm512_cmpeq_epi32_mask(
-            smmufast_four(&prints[slots[0]], &prints[slots[1]], &prints[slots[2]],
-                          &prints[slots[3]]),
-            _mm512_permutexvar_epi32(lower, print));
-        found |= (unsigned)_mm512_cmpeq_epi32_mask(
-                     smmufast_four(&prints[slots[4]], &prints[slots[5]], &prints[slots[6]],
-                                   &prints[slots[7]]),
-                     _mm512_permutexvar_epi32(upper, print))
-            << 16;
-        /* four bits a row: the lowest way whose print agrees, as in the other loop */
-        some = found | found >> 1;
-        way = (~found & (found >> 1 | ~(found >> 2)) & 0x11111111) | (~some & 0x11111111) << 1;
-        hit &= (unsigned)_pext_u32(some | some >> 2, 0x11111111);
-        slot = _mm512_or_si512(
-            slot, _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(
-                      (long long)_pdep_u64(way, 0x0F0F0F0F0F0F0F0FULL))));
-        _mm512_store_si512(slots, slot);
-        even = SMMUFAST_EVEN(page);
-        odd = SMMUFAST_ODD(page);
-        hit &= _mm512_cmpeq_epi64_mask(_mm512_unpacklo_epi64(even, odd), page)
-            & _mm512_cmpeq_epi64_mask(_mm512_unpackhi_epi64(even, odd), sized);
-        even = SMMUFAST_EVEN(address);
-        odd = SMMUFAST_ODD(address);
-        address = _mm512_unpacklo_epi64(even, odd);
-        rights = _mm512_unpackhi_epi64(even, odd);
-        hit &= _mm512_mask_testn_epi64_mask(
-            _mm512_test_epi64_mask(
-                _mm512_and_si512(rights, _mm512_srli_epi64(rights, 8)), need),
-            rights, clean);
-        address = _mm512_or_si512(address, _mm512_and_si512(va, low));
-        if (__builtin_expect(hit == 0xFF, 1)) {
-#pragma GCC unroll 8
-            for (j = 0; j < 8; j++) {
-                if (lru)
-                    order[slots[j]] = clock + 1 + j;
-                else
-                    SMMUFAST_TOUCH(h, slots[j], clock + 1 + j);
-            }
-            clock += 8;
-            if (dense) {
-                _mm512_storeu_si512((char *)pas.data + 8 * i, address);
-                memset((char *)actions.data + i, SMMUFAST_OK, 8);
-                memset((char *)events.data + i, 0, 8);
-                i += 8;
+        if (i >= singly && n - i >= SMMUFAST_SIDE * 8) {
+            if (smmufast_hit_groups(&h, &b, i, SMMUFAST_SIDE, alike, lru, need, unwanted)) {
+                i += SMMUFAST_SIDE * 8;
                 continue;
             }
-            count = 8;
-        } else {
-            count = (unsigned)__builtin_ctz(~hit);
-            for (j = 0; j < count; j++)
-                SMMUFAST_TOUCH(h, slots[j], clock + 1 + j);
-            clock += count;
+            singly = i + SMMUFAST_SIDE * 8;
         }
-        _mm512_storeu_si512(pa, address);
-        for (j = 0; j < count; j++)
-            smmufast_hit_row(&pas, &actions, &events, i + j, pa[j]);
-        i += count;
-        if (count < 8)
+        if (!smmufast_hit_groups(&h, &b, i, 1, alike, lru, need, unwanted))
             break;
+        i += 8;
     }
-    h->clock = clock;
+    hits->clock = h.clock;
+    smmufast_say_hits(&b, from, i, 1);
     return i;
 }
 
-/* The same eight rows at a time.  The last ones may be too few. */
+/* The columns are such as the vector loop takes. */
+static inline int smmufast_vector_fits(const smmufast_batch *b)
+{
+    return smmufast_dense(b) && !(b->sid.stride & ~4) && !(b->ssid.stride & ~4)
+        && !(b->access.stride & ~1);
+}
+
+/* The same eight rows at a time, of columns that fit; it stops where one of eight is anything
+ * else, or where fewer are left. */
 SMMUFAST_AVX512
 static size_t smmufast_vector_hits(smmufast_hits *h, const smmufast_batch *b, size_t i, size_t n)
 {
-    int lru = h->order && !h->path;
+    const int lru = h->order && !h->path;
     if (n - i < 8)
         return i;
-    if (lru && smmufast_dense(b) && smmufast_alike(b))
-        return smmufast_vector_hits_of(h, b, i, n, 1, 1, 1);
-    if (lru && smmufast_dense(b))
-        return smmufast_vector_hits_of(h, b, i, n, 0, 1, 1);
-    return smmufast_vector_hits_of(h, b, i, n, 0, 0, 0);
+    if (!smmufast_alike(b))
+        return lru ? smmufast_vector_hits_of(h, b, i, n, 0, 1)
+                   : smmufast_vector_hits_of(h, b, i, n, 0, 0);
+    return lru ? smmufast_vector_hits_of(h, b, i, n, 1, 1)
+               : smmufast_vector_hits_of(h, b, i, n, 1, 0);
 }
 
 #else
+
+static inline int smmufast_vector_fits(const smmufast_batch *b) { (void)b; return 0; }
 
 static size_t smmufast_vector_hits(smmufast_hits *h, const smmufast_batch *b, size_t i, size_t n)
 {

@@ -31,6 +31,7 @@ cdef extern from "_probe.h":
     # Rows [start, end) until the first that does not simply hit, whose number is returned.
     size_t each_hit "smmufast_each_hit"(
         Hits* hits, const BatchC* batch, size_t start, size_t end) noexcept nogil
-    # Likewise, but it stops where fewer than eight rows are left.
+    # Likewise, but eight rows at a time, as far as they all hit; of columns that fit.
+    bint vector_fits "smmufast_vector_fits"(const BatchC* batch) noexcept nogil
     size_t vector_hits "smmufast_vector_hits"(
         Hits* hits, const BatchC* batch, size_t start, size_t end) noexcept nogil

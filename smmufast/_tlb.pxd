@@ -242,8 +242,9 @@ cdef inline void ste_touch(CachesC* c, uint32_t handle) noexcept nogil:
 
 cdef inline void config_touch(
         CachesC* c, uint32_t ste_handle, uint32_t cd_handle, uint64_t n) noexcept nogil:
-    """ste_touch() and, if there is a CD, cd_touch(), n times; n is not 0."""
-    cache_hit_times(&c.cache[CACHE_STE], ste_handle - 1, n)
+    """ste_touch() and cd_touch() of what has a handle, n times; n is not 0."""
+    if ste_handle:
+        cache_hit_times(&c.cache[CACHE_STE], ste_handle - 1, n)
     if cd_handle:
         cache_hit_times(&c.cache[CACHE_CD], cd_handle - 1, n)
 
