@@ -20,7 +20,7 @@ from smmufast._memory cimport FETCH_OK, Port, fetch8
 from smmufast._probe cimport Hits, each_hit, vector_fits, vector_hits
 from smmufast._tlb cimport (
     CACHE_CD, CACHE_STE, CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry,
-    config_touch, tlb_key, tlb_probe_sizes,
+    config_touch, tlb_find_key, tlb_key, tlb_probe_sizes,
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
@@ -50,6 +50,9 @@ cdef enum:
     PROBES = 8
     LEFT = 15         # Rows.shape: the scalar driver looks the pair up in its turn
     FEW = 16          # rows that Lanes are worth
+    STREAK = 3        # rows that hit, so that more are expected to
+    REST_MIN = 8      # rows for which vectors rest where they did something before
+    REST_MAX = 256
 
 
 # A decoded context.  Pairs that differ in tables and ASID alone have one shape.
@@ -1159,6 +1162,8 @@ cdef struct Lane:
     uint64_t key           # TLB tag
     unsigned int kind
     unsigned int upper     # which half
+    size_t next            # row from which on vectors are tried again
+    size_t gap             # rows until then
 
 
 cdef inline void lane_flush(Lane* lane, CachesC* c, const Memo* memo) noexcept nogil:
@@ -1233,38 +1238,46 @@ cdef inline bint lane_takes(const Memo* memo, const CachesC* c) noexcept nogil:
 
 
 cdef inline size_t lane_hits(
-        Lane* lane, const BatchC* batch, size_t i, bint vector, size_t* tried) noexcept nogil:
+        Lane* lane, const BatchC* batch, size_t i, bint vector) noexcept nogil:
     """The first row, from i on, that does not simply hit.
 
-    Vectors stop at eight rows of which one does not.  These go one by one, and `tried` is where
-    the next eight begin.
+    Vectors stop at eight rows of which one does not.  Then they rest, the longer the less they do.
     """
-    cdef size_t n = batch.n
+    cdef size_t n = batch.n, from_row
     if not vector:
         return each_hit(&lane.hits, batch, i, n)
     while True:
-        if i >= tried[0]:
+        if i >= lane.next:
+            from_row = i
             i = vector_hits(&lane.hits, batch, i, n)
-            tried[0] = i + 8
-        n = tried[0] if tried[0] < batch.n else batch.n
+            if i != from_row:
+                lane.gap = REST_MIN
+            elif lane.gap < REST_MAX:
+                lane.gap *= 2
+            lane.next = i + lane.gap
+        n = lane.next if lane.next < batch.n else batch.n
         i = each_hit(&lane.hits, batch, i, n)
         if i != n or n == batch.n:
             return i
         n = batch.n
 
 
-cdef inline int run_hits(Core* core, Port* port, const BatchC* batch, bint more) noexcept nogil:
-    """Translate a batch through caches, in order."""
+cdef inline int run_hits(
+        Core* core, Port* port, const BatchC* batch, bint more, bint alike) noexcept nogil:
+    """Translate a batch through caches, in order.  `alike`: but for addresses all rows are."""
     cdef const Hw* hw = &core.hw
     cdef CachesC* c = core.caches
     cdef CacheC* tlb = &c.cache[CACHE_TLB]
+    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
     cdef Memo memo
     cdef Lane lane
     cdef const Context* context = &memo.context
     cdef Entry* e
-    cdef size_t i = 0, n = batch.n, tried = 0
-    cdef uint64_t va
-    cdef unsigned int access, upper
+    # copies, so that the compiler sees that no store changes them
+    cdef ColumnC iovas = batch.iova, pas = batch.pa, actions = batch.action, events = batch.event
+    cdef size_t i = 0, n = batch.n
+    cdef uint64_t va, address
+    cdef unsigned int access = 0, upper, streak = 0
     cdef bint takes = False, vector = vector_on and vector_fits(batch)
     cdef int status
     memo.whole = False
@@ -1272,39 +1285,48 @@ cdef inline int run_hits(Core* core, Port* port, const BatchC* batch, bint more)
     memo.edition = 0
     memo.generation = UNDECODED
     lane.hits.clock = lane.told = 0
+    lane.next = 0
+    lane.gap = REST_MIN
     while i < n:
-        if takes and lane.hits.lg2:
-            i = lane_hits(&lane, batch, i, vector, &tried)
+        if streak == STREAK:
+            i = lane_hits(&lane, batch, i, vector)
+            streak = 0
             if i == n:
                 break
-        va = load_u64(&batch.iova, i)
-        if (takes and memo.sid == load_u32(&batch.sid, i)
-                and memo.ssid == load_u32(&batch.ssid, i)):
-            if va & lane.hits.fixed != lane.hits.bits:
+        va = load_u64(&iovas, i)
+        if likely(takes) and (alike or (memo.sid == load_u32(&batch.sid, i)
+                                        and memo.ssid == load_u32(&batch.ssid, i))):
+            if unlikely(va & lane.hits.fixed != lane.hits.bits):
                 upper = half_of(va, context.two_ttbs)
                 if upper != lane.upper:
                     lane_flush(&lane, c, &memo)
                     lane_set(&lane, hw, c, &memo, upper)
-            if va & lane.hits.fixed == lane.hits.bits:
-                access = load_u8(&batch.access, i) & 7
-                # of any size, global or not
-                e = tlb_probe_sizes(
-                    c, lane.kind, lane.key, va & lane.hits.within | lane.hits.sign, True)
+            if likely(va & lane.hits.fixed == lane.hits.bits):
+                address = va & lane.hits.within | lane.hits.sign
+                e = tlb_find_key(c, lane.kind, lane.key, address)
+                if likely(e != NULL):
+                    streak += 1
+                else:
+                    streak = 0
+                    e = tlb_probe_sizes(c, lane.kind, lane.key, address, True)
+                if not alike:
+                    access = load_u8(&batch.access, i) & 7
                 if (likely(e != NULL) and likely(e.perm1 & e.perm2 & context.need[access])
                         and likely(usable(e, access))):
                     lane.hits.clock += 1
-                    if lane.hits.path != NULL:
+                    if likely(tlb.policy == POLICY_LRU):
+                        tlb.order[e - lane.hits.entries] = lane.hits.clock
+                    elif tlb.policy == POLICY_PLRU:
                         plru_touch(tlb, e - lane.hits.entries)
-                    elif lane.hits.order != NULL:
-                        lane.hits.order[e - lane.hits.entries] = lane.hits.clock
-                    store_u64(&batch.pa, i, e.address | va & low_mask(e.lg2))
-                    store_u8(&batch.action, i, ACTION_OK)
-                    store_u8(&batch.event, i, 0)
+                    store_u64(&pas, i, e.address | va & low_mask(e.lg2))
+                    store_u8(&actions, i, ACTION_OK)
+                    store_u8(&events, i, 0)
                     i += 1
                     continue
+        streak = 0
         lane_flush(&lane, c, &memo)
         port.wrote = False
-        status = batch_scalar(core, port, &memo, batch, i)
+        status = scalar(core, port, &memo, batch, i)
         if status:
             return status
         i += 1
@@ -1312,6 +1334,7 @@ cdef inline int run_hits(Core* core, Port* port, const BatchC* batch, bint more)
                  and lane_takes(&memo, c))
         if takes:
             lane_set(&lane, hw, c, &memo, half_of(va, context.two_ttbs))
+            access = load_u8(&batch.access, 0) & 7
     lane_flush(&lane, c, &memo)
     return 0
 
@@ -1322,4 +1345,7 @@ cdef inline int translate_hits(Core* core, Port* port, const BatchC* batch) noex
     What hits the TLB and is permitted is done in loops of its own, as translate_cached would;
     the rest is done there.  Columns but pa, action and event are left to it as well.
     """
-    return run_hits(core, port, batch, wants_more(batch))
+    cdef bint more = wants_more(batch)
+    if batch.sid.stride == 0 and batch.ssid.stride == 0 and batch.access.stride == 0:
+        return run_hits(core, port, batch, more, True)
+    return run_hits(core, port, batch, more, False)

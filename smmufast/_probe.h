@@ -92,16 +92,15 @@ static inline unsigned smmufast_match4(const uint32_t *prints, uint32_t print)
 }
 #endif
 
-/* What a hit tells the replacement of four ways, unless they are random or FIFO. */
+/* What a hit tells the replacement of four ways: Hits.order, Hits.path, and the clock. */
 static inline __attribute__((always_inline)) void smmufast_touch(
-    const smmufast_hits *h, uint64_t slot, uint64_t now)
+    uint64_t *order, const uint64_t *path, uint64_t slot, uint64_t now)
 {
-    if (h->path) {
-        const uint64_t *path = &h->path[2 * (slot & 3)];
-        h->order[slot >> 2] = (h->order[slot >> 2] & ~path[0]) | path[1];
-    } else if (h->order) {
-        h->order[slot] = now;
-    }
+    if (path)
+        order[slot >> 2] =
+            (order[slot >> 2] & ~path[2 * (slot & 3)]) | path[2 * (slot & 3) + 1];
+    else if (order)
+        order[slot] = now;
 }
 
 static inline uint32_t smmufast_word_at(const smmufast_column *c, size_t i)
@@ -159,7 +158,7 @@ static inline unsigned smmufast_unwanted(unsigned access)
  * nothing of it done. */
 static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
     smmufast_hits *h, const smmufast_batch *b, size_t i, size_t n, const int alike,
-    const int dense, const int lru)
+    const int dense)
 {
     /* copies, so that the compiler sees that no store changes them */
     const smmufast_column sids = b->sid, ssids = b->ssid, accesses = b->access;
@@ -176,6 +175,7 @@ static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
     const uint32_t *prints = h->prints;
     const smmufast_entry *entries = h->entries;
     uint64_t *order = h->order;
+    const uint64_t *path = h->path;
     uint64_t clock = h->clock;
     const size_t from = i;
     unsigned access, need, unwanted;
@@ -209,10 +209,7 @@ static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
             || __builtin_expect(!(e->perm1 & e->perm2 & need), 0))
             break;
         clock++;
-        if (lru)
-            order[slot] = clock;
-        else
-            smmufast_touch(h, slot, clock);
+        smmufast_touch(order, path, slot, clock);
         va = e->address | (va & low);
         if (pa)
             memcpy(pa + (ptrdiff_t)i * pa_step, &va, 8);
@@ -225,10 +222,10 @@ static inline __attribute__((always_inline)) size_t smmufast_each_hit_of(
 __attribute__((noinline))
 static size_t smmufast_each_hit(smmufast_hits *h, const smmufast_batch *b, size_t i, size_t n)
 {
-    const int lru = h->order && !h->path;
-    if (lru && smmufast_dense(b) && smmufast_alike(b))
-        return smmufast_each_hit_of(h, b, i, n, 1, 1, 1);
-    return smmufast_each_hit_of(h, b, i, n, 0, 0, 0);
+    if (smmufast_alike(b))
+        return smmufast_dense(b) ? smmufast_each_hit_of(h, b, i, n, 1, 1)
+                                 : smmufast_each_hit_of(h, b, i, n, 1, 0);
+    return smmufast_each_hit_of(h, b, i, n, 0, 0);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -395,7 +392,7 @@ static inline int smmufast_hit_groups(
         if (lru)
             *(uint64_t *)((char *)order + at[j]) = clock + 1 + j;
         else
-            smmufast_touch(h, at[j] >> 3, clock + 1 + j);
+            smmufast_touch(order, h->path, at[j] >> 3, clock + 1 + j);
     }
     h->clock = clock + 8 * groups;
     if (pa) {

@@ -58,7 +58,7 @@ class Machine:
                 int(sid[i]), int(iova[i]), ssid=None if ssid[i] == NONE else int(ssid[i]),
                 write=bool(write[i]),
             )  # fmt: skip
-            event = 0 if result.event is None else int(result.event.id)
+            event = 0 if result.event is None else result.event.number
             rows[i] = result.pa or 0, ACTIONS.index(result.action), event
         return rows
 
