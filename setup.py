@@ -4,6 +4,7 @@ SMMUFAST_DEBUG=1 builds with Cython's bounds checks and with C assertions.  An -
 kept (the build for sanitizers has one).
 """
 
+import glob
 import os
 
 import numpy
@@ -32,7 +33,7 @@ extensions = [
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         undef_macros=["NDEBUG"] if DEBUG else [],
         extra_compile_args=[*OPTIMISE, "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"],
-        depends=["smmufast/smmufast.h", "smmufast/_vector.h", "smmufast/_leaves.h"],
+        depends=sorted(glob.glob("smmufast/*.h")),
     )
     for name in MODULES
     if os.path.exists(f"smmufast/{name}.pyx")

@@ -11,17 +11,16 @@ from libc.stdlib cimport calloc, free as release
 from libc.string cimport memcmp, memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
-from smmufast._cache cimport (
-    POLICY_LRU, POLICY_PLRU, CacheC, ctz64, match4, plru_touch, print_of,
-)
-from smmufast._cached cimport deliver, translate_request, usable
+from smmufast._cache cimport POLICY_LRU, POLICY_PLRU, CacheC, ctz64, plru_touch
+from smmufast._cached cimport UNDECODED, deliver, translate_request, usable
 from smmufast._config cimport STAGE1_BYPASS, admitted, ste_stage2
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen, ste_v
 from smmufast._memory cimport FETCH_OK, Port, fetch8
+from smmufast._probe cimport Hits, each_hit, vector_fits, vector_hits
 from smmufast._tlb cimport (
-    CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch,
-    tlb_key, tlb_probe_sizes,
+    CACHE_CD, CACHE_STE, CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry,
+    config_touch, tlb_find_key, tlb_key, tlb_probe_sizes,
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
@@ -51,6 +50,9 @@ cdef enum:
     PROBES = 8
     LEFT = 15         # Rows.shape: the scalar driver looks the pair up in its turn
     FEW = 16          # rows that Lanes are worth
+    STREAK = 3        # rows that hit, so that more are expected to
+    REST_MIN = 8      # rows for which vectors rest where they did something before
+    REST_MAX = 256
 
 
 # A decoded context.  Pairs that differ in tables and ASID alone have one shape.
@@ -1156,89 +1158,111 @@ cdef inline int translate_plain(
 
 # --- through caches ---
 
-# A run of requests of one pair whose configuration stays cached, in one half; and the TLB as this
-# loop has it at hand.
+# A run of requests of one pair whose configuration stays cached, in one half.
 cdef struct Lane:
-    uint64_t clock         # the TLB's own, while the loop goes on
-    uint64_t told          # what it was when the caches were last told of hits
+    Hits hits              # what the loops over hits ask for
+    uint64_t told          # the TLB's clock when the caches were last told of hits
     uint64_t key           # TLB tag
-    uint64_t sized         # the same for pages of 2^lg2 bytes
-    uint64_t fixed         # address bits that say whether an address is in range
-    uint64_t bits          # what they are then
-    uint64_t within        # address bits that are translated
-    uint64_t sign          # the others, in the TLB
-    uint64_t set_mask
-    const uint32_t* prints
-    Entry* entries
-    uint64_t* order        # LRU's; NULL: another policy
     unsigned int kind
     unsigned int upper     # which half
-    unsigned int lg2       # of all pages in the TLB; 0: they differ, or there are not four ways
+    size_t next            # row from which on vectors are tried again
+    size_t gap             # rows until then
 
 
 cdef inline void lane_flush(Lane* lane, CachesC* c, const Memo* memo) noexcept nogil:
     """Tell the caches of the lookups since they were told last."""
-    if lane.clock != lane.told:
-        config_touch(c, memo.ste_handle, memo.cd_handle, lane.clock - lane.told)
-        c.cache[CACHE_TLB].clock = lane.told = lane.clock
+    if lane.hits.clock != lane.told:
+        config_touch(c, memo.ste_handle, memo.cd_handle, lane.hits.clock - lane.told)
+        c.cache[CACHE_TLB].clock = lane.told = lane.hits.clock
 
 
 cdef inline void lane_set(
         Lane* lane, const Hw* hw, CachesC* c, const Memo* memo, unsigned int upper) noexcept nogil:
-    """The half of an address, or stage 2 alone, as the loop over hits asks for it."""
+    """The half of an address, or stage 2 alone, as the loops over hits ask for it."""
     cdef const Context* context = &memo.context
     cdef const Half* half = &context.half[upper]
     cdef const CacheC* cache = &c.cache[CACHE_TLB]
+    cdef Hits* hits = &lane.hits
     lane.upper = upper
     lane.kind = KIND_S1
-    lane.fixed = half.range_mask
+    hits.fixed = half.range_mask
     if memo.index == STAGE1_BYPASS:
         half = &context.second.half
         lane.kind = KIND_S2
-        lane.fixed = half.range_mask | hw.oas_over
+        hits.fixed = half.range_mask | hw.oas_over
     elif context.second.on:
         lane.kind = KIND_COMBINED
-    lane.bits = lane.fixed if upper else 0
-    # a half without tables, and one that only the privileged may use, are not for this loop
+    hits.bits = hits.fixed if upper else 0
+    # a half without tables, and one that only the privileged may use, are not for these loops
     if not half.enabled or not half.unprivileged:
-        lane.fixed = 0
-        lane.bits = 1
-    lane.within = half.index_mask
-    lane.sign = (0 - <uint64_t>upper) & ~half.index_mask
+        hits.fixed = 0
+        hits.bits = 1
+    hits.within = half.index_mask
+    hits.sign = (0 - <uint64_t>upper) & ~half.index_mask
     lane.key = tlb_key(
         c, lane.kind, context.world, context.vmid, context.asid, context.aset)
-    lane.lg2 = c.tlb_sizes[lane.kind].lone
-    lane.sized = lane.key | c.tlb_sizes[lane.kind].lone_key
-    lane.set_mask = cache.set_mask
-    lane.prints = cache.prints
-    lane.entries = <Entry*>cache.entries
-    lane.order = cache.order if cache.policy == POLICY_LRU else NULL
-    lane.clock = lane.told = cache.clock
+    hits.lg2 = c.tlb_sizes[lane.kind].lone
+    hits.sized = lane.key | c.tlb_sizes[lane.kind].lone_key
+    hits.set_mask = cache.set_mask
+    hits.prints = cache.prints
+    hits.entries = <Entry*>cache.entries
+    hits.order = NULL
+    hits.path = cache.path if cache.policy == POLICY_PLRU else NULL
+    if cache.policy == POLICY_LRU or cache.policy == POLICY_PLRU:
+        hits.order = cache.order
+    hits.need = &context.need[0]
+    hits.sid = memo.sid
+    hits.ssid = memo.ssid
+    hits.access = 7
+    hits.clock = lane.told = cache.clock
+
+
+cdef inline bint lane_knows(
+        const Memo* memo, const Hw* hw, const CachesC* c, const Port* port) noexcept nogil:
+    """Every request of this pair meets this configuration.
+
+    It is cached; or, where there is no such cache, it was read from plain memory, which was not
+    written since.  A CD that stage 2 leads to goes through the other caches each time.
+    """
+    cdef bint read = port.ram.plain and not port.wrote
+    if memo.edition != hw.edition or memo.generation != c.config_generation:
+        return False
+    if not (memo.ste_handle or (read and c.cache[CACHE_STE].ways == 0)):
+        return False
+    return (memo.index == STAGE1_BYPASS or memo.cd_handle
+            or (read and c.cache[CACHE_CD].ways == 0 and not memo.context.second.on))
 
 
 cdef inline bint lane_takes(const Memo* memo, const CachesC* c) noexcept nogil:
     """Requests of this pair are looked up in the TLB once."""
-    return memo.whole and (
-        memo.index != STAGE1_BYPASS and not (memo.context.second.on and c.split)
-        or memo.index == STAGE1_BYPASS and memo.context.second.on)
+    if memo.index == STAGE1_BYPASS:
+        return memo.context.second.on
+    return not (memo.context.second.on and c.split)
 
 
-ctypedef Entry* (*ProbeSizes)(CachesC*, unsigned int, uint64_t, uint64_t, bint) noexcept nogil
+cdef inline size_t lane_hits(
+        Lane* lane, const BatchC* batch, size_t i, bint vector) noexcept nogil:
+    """The first row, from i on, that does not simply hit.
 
-
-cdef inline Entry* lane_find(const Lane* lane, CachesC* c, uint64_t address) noexcept nogil:
-    """As tlb_probe_key(), of which nothing is counted."""
-    cdef uint64_t page, slot, found
-    cdef Entry* e
-    if likely(lane.lg2 != 0):
-        page = address >> lane.lg2
-        slot = (page & lane.set_mask) * 4
-        found = match4(&lane.prints[slot], print_of(page, lane.sized))
-        if likely(found != 0):
-            e = &lane.entries[slot + ctz64(found)]
-            if likely(((e.page ^ page) | (e.key ^ lane.sized)) == 0):
-                return e
-    return (<ProbeSizes>apart(<void*>tlb_probe_sizes))(c, lane.kind, lane.key, address, True)
+    Vectors stop at eight rows of which one does not.  Then they rest, the longer the less they do.
+    """
+    cdef size_t n = batch.n, from_row
+    if not vector:
+        return each_hit(&lane.hits, batch, i, n)
+    while True:
+        if i >= lane.next:
+            from_row = i
+            i = vector_hits(&lane.hits, batch, i, n)
+            if i != from_row:
+                lane.gap = REST_MIN
+            elif lane.gap < REST_MAX:
+                lane.gap *= 2
+            lane.next = i + lane.gap
+        n = lane.next if lane.next < batch.n else batch.n
+        i = each_hit(&lane.hits, batch, i, n)
+        if i != n or n == batch.n:
+            return i
+        n = batch.n
 
 
 cdef inline int run_hits(
@@ -1246,6 +1270,7 @@ cdef inline int run_hits(
     """Translate a batch through caches, in order.  `alike`: but for addresses all rows are."""
     cdef const Hw* hw = &core.hw
     cdef CachesC* c = core.caches
+    cdef CacheC* tlb = &c.cache[CACHE_TLB]
     cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
     cdef Memo memo
     cdef Lane lane
@@ -1253,59 +1278,66 @@ cdef inline int run_hits(
     cdef Entry* e
     # copies, so that the compiler sees that no store changes them
     cdef ColumnC iovas = batch.iova, pas = batch.pa, actions = batch.action, events = batch.event
-    cdef size_t i, n = batch.n
+    cdef size_t i = 0, n = batch.n
     cdef uint64_t va, address
-    cdef uint32_t sid = 0, ssid = 0
-    cdef unsigned int access = 0, need = 0, upper
-    cdef bint takes = False
+    cdef unsigned int access = 0, upper, streak = 0
+    cdef bint takes = False, vector = vector_on and vector_fits(batch)
     cdef int status
     memo.whole = False
     memo.sid = memo.ssid = 0
-    memo.edition = memo.generation = 0
-    lane.clock = lane.told = 0
-    lane.fixed = 0
-    lane.bits = 1
-    lane.upper = 0
-    for i in range(n):
-        if not alike:
-            sid = load_u32(&batch.sid, i)
-            ssid = load_u32(&batch.ssid, i)
-            access = load_u8(&batch.access, i) & 7
+    memo.edition = 0
+    memo.generation = UNDECODED
+    lane.hits.clock = lane.told = 0
+    lane.next = 0
+    lane.gap = REST_MIN
+    while i < n:
+        if streak == STREAK:
+            i = lane_hits(&lane, batch, i, vector)
+            streak = 0
+            if i == n:
+                break
         va = load_u64(&iovas, i)
-        if likely(takes) and (alike or likely(memo.sid == sid and memo.ssid == ssid)):
-            if unlikely(va & lane.fixed != lane.bits):
+        if likely(takes) and (alike or (memo.sid == load_u32(&batch.sid, i)
+                                        and memo.ssid == load_u32(&batch.ssid, i))):
+            if unlikely(va & lane.hits.fixed != lane.hits.bits):
                 upper = half_of(va, context.two_ttbs)
                 if upper != lane.upper:
                     lane_flush(&lane, c, &memo)
                     lane_set(&lane, hw, c, &memo, upper)
-            if likely(va & lane.fixed == lane.bits):
-                address = va & lane.within | lane.sign
-                e = lane_find(&lane, c, address)
+            if likely(va & lane.hits.fixed == lane.hits.bits):
+                address = va & lane.hits.within | lane.hits.sign
+                e = tlb_find_key(c, lane.kind, lane.key, address)
+                if likely(e != NULL):
+                    streak += 1
+                else:
+                    streak = 0
+                    e = tlb_probe_sizes(c, lane.kind, lane.key, address, True)
                 if not alike:
-                    need = context.need[access]
-                if (likely(e != NULL) and likely(e.perm1 & e.perm2 & need)
+                    access = load_u8(&batch.access, i) & 7
+                if (likely(e != NULL) and likely(e.perm1 & e.perm2 & context.need[access])
                         and likely(usable(e, access))):
-                    lane.clock += 1
-                    if likely(lane.order != NULL):
-                        lane.order[e - lane.entries] = lane.clock
-                    elif c.cache[CACHE_TLB].policy == POLICY_PLRU:
-                        plru_touch(&c.cache[CACHE_TLB], e - lane.entries)
+                    lane.hits.clock += 1
+                    if likely(tlb.policy == POLICY_LRU):
+                        tlb.order[e - lane.hits.entries] = lane.hits.clock
+                    elif tlb.policy == POLICY_PLRU:
+                        plru_touch(tlb, e - lane.hits.entries)
                     store_u64(&pas, i, e.address | va & low_mask(e.lg2))
                     store_u8(&actions, i, ACTION_OK)
                     store_u8(&events, i, 0)
+                    i += 1
                     continue
+        streak = 0
         lane_flush(&lane, c, &memo)
         port.wrote = False
         status = scalar(core, port, &memo, batch, i)
         if status:
             return status
-        takes = (not more and cr0_smmuen(hw.cr0) and lane_takes(&memo, c)
-                 and memo.edition == hw.edition and memo.generation == c.config_generation)
+        i += 1
+        takes = (not more and cr0_smmuen(hw.cr0) and lane_knows(&memo, hw, c, port)
+                 and lane_takes(&memo, c))
         if takes:
             lane_set(&lane, hw, c, &memo, half_of(va, context.two_ttbs))
-            if alike:
-                access = load_u8(&batch.access, 0) & 7
-                need = context.need[access]
+            access = load_u8(&batch.access, 0) & 7
     lane_flush(&lane, c, &memo)
     return 0
 
@@ -1313,7 +1345,7 @@ cdef inline int run_hits(
 cdef inline int translate_hits(Core* core, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch through caches, in order.
 
-    What hits the TLB and is permitted is done in a loop of its own, as translate_cached would;
+    What hits the TLB and is permitted is done in loops of its own, as translate_cached would;
     the rest is done there.  Columns but pa, action and event are left to it as well.
     """
     cdef bint more = wants_more(batch)

@@ -34,25 +34,13 @@ cdef extern from "<assert.h>" nogil:
 cdef extern from "<stdlib.h>" nogil:
     void* aligned_alloc(size_t alignment, size_t size) noexcept
 
-cdef extern from * nogil:
-    """
-    #ifdef __SSE2__
-    #include <emmintrin.h>
-    static inline unsigned smmufast_match4(const uint32_t *prints, uint32_t print)
-    {
-        __m128i four = _mm_loadu_si128((const __m128i *)prints);
-        return (unsigned)_mm_movemask_ps(_mm_castsi128_ps(
-            _mm_cmpeq_epi32(four, _mm_set1_epi32((int)print))));
-    }
-    #else
-    static inline unsigned smmufast_match4(const uint32_t *prints, uint32_t print)
-    {
-        return (unsigned)(prints[0] == print) | (unsigned)(prints[1] == print) << 1
-            | (unsigned)(prints[2] == print) << 2 | (unsigned)(prints[3] == print) << 3;
-    }
-    #endif
-    """
+cdef extern from "_probe.h" nogil:
+    # Bit w: print w of four is this one.
     unsigned int match4 "smmufast_match4"(const uint32_t* prints, uint32_t print) noexcept
+    # The print of a tag: never 0.
+    uint32_t print_of "smmufast_print_of"(uint64_t first, uint64_t second) noexcept
+
+cdef extern from * nogil:
     uint64_t ctz64 "(unsigned)__builtin_ctzll"(uint64_t) noexcept
 
 
@@ -134,11 +122,6 @@ cdef inline void* zeroed_lines(size_t bytes) noexcept nogil:
     if memory != NULL:
         memset(memory, 0, bytes)
     return memory
-
-
-cdef inline uint32_t print_of(uint64_t first, uint64_t second) noexcept nogil:
-    """The print of a tag: never 0."""
-    return <uint32_t>(first * 0x3C6EF373 + second * 0x5A308D33 >> 24) | 1
 
 
 cdef inline Tag* tag_at(const CacheC* c, uint64_t slot) noexcept nogil:

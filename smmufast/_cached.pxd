@@ -49,6 +49,14 @@ cdef inline void view_open(
 
 # --- configuration ---
 
+cdef extern from *:
+    """
+    #define SMMUFAST_UNDECODED UINT64_MAX
+    """
+    # Memo.generation of what was looked up and is not whole in the memo.
+    const uint64_t UNDECODED "SMMUFAST_UNDECODED"
+
+
 cdef inline bint memo_current(const Hw* hw, const View* view, const Memo* memo) noexcept nogil:
     """The memo is this pair's, of these registers, and all of it is still cached."""
     return (memo.whole and memo.sid == view.sid and memo.ssid == view.ssid
@@ -67,6 +75,7 @@ cdef inline int lookup_cached(
     """As lookup(), for view.sid and view.ssid; what is cached is not read."""
     cdef int event = 0
     memo.whole = False
+    memo.generation = UNDECODED
     memo.edition = hw.edition
     memo.sid = view.sid
     memo.ssid = view.ssid

@@ -994,8 +994,9 @@ cdef void join_flags(const Flags* flags, size_t first, size_t n, uint8_t* access
         column = &flags.column[k]
         if column.data != NULL:
             for i in range(n):
-                if (<const uint8_t*>column.data + <ptrdiff_t>(first + i) * column.stride)[0]:
-                    access[i] |= 1 << k
+                # no jump: which it is cannot be predicted
+                access[i] |= <unsigned int>((<const uint8_t*>column.data + <ptrdiff_t>(
+                    first + i) * column.stride)[0] != 0) << k
 
 
 # --- bursts ---

@@ -32,11 +32,6 @@ cdef enum:
     KIND_S2 = 2            # IPA to PA
     KIND_COMBINED = 3      # input address to PA, through both stages
 
-    # Entry.flags
-    ENTRY_CLEAN1 = 1       # stage 1: writable because of DBM, and still clean
-    ENTRY_CLEAN2 = 2       # stage 2 likewise
-    ENTRY_CONTIGUOUS = 4   # the leaf's Contiguous bit
-
     # which cache, by number
     CACHE_STE = 0
     CACHE_CD = 1
@@ -74,29 +69,35 @@ cdef extern from * nogil:
     const uint64_t KEY_ASET, KEY_VALID
 
 
-# A translation, as whoever walked found it: 64 bytes.  After tlb_probe() all but the tags (page,
-# lg2, kind, world, vmid, asid, aset, is_global) may be changed in place, such as a CLEAN flag or
-# perm.
-cdef struct Entry:
-    uint64_t page          # input address >> lg2; all bits above: the sign is in it
-    uint64_t key           # the other tags; written by tlb_fill()
-    uint64_t address       # output address of the first byte
-    uint64_t ipa           # of the first byte: KIND_COMBINED only
-    uint32_t sid, ssid     # of the transaction that filled it: no tags
-    uint16_t asid, vmid
-    uint8_t kind           # KIND_...
-    uint8_t world          # WORLD_... of _layout.pxd
-    uint8_t is_global      # the stage-1 leaf has nG=0: any ASID matches
-    uint8_t lg2            # log2 of the bytes that it covers
-    int8_t level           # of the smaller of both pages
-    uint8_t perm1, perm2   # PERM_... bits that a stage admits
-    uint8_t attr, sh
-    uint8_t flags          # ENTRY_...
-    uint8_t lg2_s1, lg2_s2          # log2 of each stage's page or block; 0: stage absent
-    int8_t level_s1, level_s2
-    uint8_t granule_s1, granule_s2  # log2; 0: stage absent
-    uint8_t aset           # CD.ASET: 0 or 1
-    uint8_t[3] extra       # for whoever fills it; not read here
+# A translation, as whoever walked found it: 64 bytes, of which _probe.h says what each is.  After
+# tlb_probe() all but the tags (page, lg2, kind, world, vmid, asid, aset, is_global) may be changed
+# in place, such as a CLEAN flag or perm.
+cdef extern from "_probe.h":
+    enum:
+        ENTRY_CLEAN1 "SMMUFAST_ENTRY_CLEAN1"
+        ENTRY_CLEAN2 "SMMUFAST_ENTRY_CLEAN2"
+        ENTRY_CONTIGUOUS "SMMUFAST_ENTRY_CONTIGUOUS"
+
+    ctypedef struct Entry "smmufast_entry":
+        uint64_t page
+        uint64_t key
+        uint64_t address
+        uint8_t perm1, perm2
+        uint8_t flags
+        uint8_t lg2
+        uint16_t asid, vmid
+        uint64_t ipa
+        uint32_t sid, ssid
+        uint8_t kind
+        uint8_t world
+        uint8_t is_global
+        int8_t level
+        uint8_t attr, sh
+        uint8_t lg2_s1, lg2_s2
+        int8_t level_s1, level_s2
+        uint8_t granule_s1, granule_s2
+        uint8_t aset
+        uint8_t[3] extra
 
 
 # A table that a walk came to, in the walk cache of its stage: 64 bytes.
@@ -241,8 +242,9 @@ cdef inline void ste_touch(CachesC* c, uint32_t handle) noexcept nogil:
 
 cdef inline void config_touch(
         CachesC* c, uint32_t ste_handle, uint32_t cd_handle, uint64_t n) noexcept nogil:
-    """ste_touch() and, if there is a CD, cd_touch(), n times; n is not 0."""
-    cache_hit_times(&c.cache[CACHE_STE], ste_handle - 1, n)
+    """ste_touch() and cd_touch() of what has a handle, n times; n is not 0."""
+    if ste_handle:
+        cache_hit_times(&c.cache[CACHE_STE], ste_handle - 1, n)
     if cd_handle:
         cache_hit_times(&c.cache[CACHE_CD], cd_handle - 1, n)
 

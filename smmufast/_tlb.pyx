@@ -995,7 +995,7 @@ cdef Cache view_of(Caches caches, int number):
 
 # --- state as bytes ---
 
-cdef uint64_t STATE_MARK = 0x31454843414D4D53ULL  # of this layout and byte order
+cdef uint64_t STATE_MARK = 0x32454843414D4D53ULL  # of this layout and byte order
 
 
 # What is kept of a cache beside its replacement state and its entries.

@@ -25,6 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = Path(smmufast.__file__).parent
 SOURCES = sorted((ROOT / "smmufast").rglob("*.p[yx]*"))
 SOURCES = [path for path in SOURCES if path.suffix in (".py", ".pyx", ".pxd", ".pyi")]
+OTHERS = [*sorted((ROOT / "smmufast").glob("*.h")), ROOT / "smmufast" / "py.typed"]
 MODULES = sorted(m.name for m in pkgutil.iter_modules(smmufast.__path__) if m.name != "__main__")
 COMPILED = sorted(path.stem for path in SOURCES if path.suffix == ".pyx")
 
@@ -258,8 +259,7 @@ def wheel(tmp_path_factory):
     directory = tmp_path_factory.mktemp("wheel")
     sources = directory / "sources"
     (sources / "smmufast").mkdir(parents=True)
-    headers = (ROOT / "smmufast").glob("*.h")
-    for path in (*SOURCES, *headers, ROOT / "smmufast" / "py.typed"):
+    for path in SOURCES + OTHERS:
         target = sources / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
@@ -294,8 +294,7 @@ def test_cython_has_no_performance_hints_and_no_warnings(wheel):
 def test_a_wheel_holds_what_python_and_cython_users_need_and_no_more(wheel):
     names = {name for name in zipfile.ZipFile(wheel[0]).namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in SOURCES if path.suffix != ".pyx"}
-    expected |= {f"smmufast/{path.name}" for path in (ROOT / "smmufast").glob("*.h")}
-    expected |= {"smmufast/py.typed"}
+    expected |= {str(path.relative_to(ROOT)) for path in OTHERS}
     compiled = {name for name in names if name.endswith((".so", ".pyd"))}
     assert {Path(name).name.split(".")[0] for name in compiled} == set(COMPILED)
     assert names - compiled == expected
