@@ -377,9 +377,9 @@ cdef inline void open_contexts(Run* run) noexcept nogil:
 cdef inline void rows_fill(Run* run, Rows* rows, unsigned int upper) noexcept nogil:
     """All rows are in this half of the one context."""
     cdef uint64_t first = run.shape[0].memo.context.half[upper].table
-    cdef int i
-    memset(rows.shape, upper, ROWS)
-    for i in range(ROWS):
+    cdef size_t i, n = run.batch.n if run.batch.n < <size_t>ROWS else <size_t>ROWS
+    memset(rows.shape, upper, n)
+    for i in range(n):
         rows.first[i] = first
     rows.half = upper
 

@@ -981,7 +981,7 @@ cdef enum:
     PIECE = 1 << 20    # requests between looks for signals
     FLAGS = 512        # requests whose access bytes are made at a time
     SHORT = 64         # requests that take less time than giving up the GIL
-    FEW = 4            # requests that the scalar driver does in less time than a batch driver
+    FEW = 12           # requests that the scalar driver does in less time than a batch driver
 
 
 cdef void join_flags(const Flags* flags, size_t first, size_t n, uint8_t* access) noexcept nogil:
