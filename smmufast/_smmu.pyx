@@ -21,6 +21,7 @@ from smmufast._cache cimport ctz64
 from smmufast._command cimport Effect
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
+from smmufast._ints cimport digits_of
 from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
@@ -129,36 +130,11 @@ cdef extern from "Python.h":
     unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
 
 
-cdef extern from *:
-    """
-    /* An int of one or two digits, not negative: read in place, since a call costs more. */
-    static inline int smmufast_two_digits(PyObject *object, uint64_t *value)
-    {
-        const PyLongObject *number = (const PyLongObject *)object;
-    #if PY_VERSION_HEX >= 0x030C0000
-        const digit *digits = number->long_value.ob_digit;
-        const uintptr_t tag = number->long_value.lv_tag;
-        const Py_ssize_t count = (tag & 3) ? 0 : (Py_ssize_t)(tag >> 3);
-    #else
-        const digit *digits = number->ob_digit;
-        const Py_ssize_t count = Py_SIZE(number);
-    #endif
-        if (count != 1 && count != 2)
-            return 0;
-        *value = digits[0];
-        if (count == 2)
-            *value |= (uint64_t)digits[1] << PyLong_SHIFT;
-        return 1;
-    }
-    """
-    bint two_digits "smmufast_two_digits"(object value, uint64_t* number) noexcept
-
-
 cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
     """An argument as a number up to `last`, or an error that names it."""
     cdef uint64_t number = 0
     if likely(PyLong_CheckExact(value)):
-        if likely(two_digits(value, &number)) and likely(number <= last):
+        if likely(digits_of(value, &number)) and likely(number <= last):
             return number
         # not ...LongLong, which CPython 3.11 converts byte by byte
         number = as_unsigned_long(value)

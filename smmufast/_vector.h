@@ -602,8 +602,7 @@ static void smmufast_descend_any(
     _mm512_storeu_si512((void *)&b->entry[i], entry);
     _mm512_storeu_si512(&b->tables[i], _mm512_and_si512(above, _mm512_set1_epi64((long long)k->keep)));
     _mm_storel_epi64((void *)&b->shift[i], _mm512_cvtepi64_epi8(lg2));
-    for (s = 0; s < 8; s++)
-        __builtin_prefetch(b->entry[i + s]);
+    smmufast_prefetch8(b, i);
     beyond[i / 64] |= (uint64_t)out << (i % 64);
     b->lg2 = 0;
     last->mixed += on != rows;
@@ -699,14 +698,7 @@ static void smmufast_vector_known(
                 here, _mm512_srli_epi64(_mm512_slli_epi64(table, 4), 4),
                 _mm512_and_si512(_mm512_srl_epi64(ia, index), entry_mask)));
         missing[i / 64] |= (uint64_t)(in & ~here) << (i % 64);
-        __builtin_prefetch(b->entry[i]);
-        __builtin_prefetch(b->entry[i + 1]);
-        __builtin_prefetch(b->entry[i + 2]);
-        __builtin_prefetch(b->entry[i + 3]);
-        __builtin_prefetch(b->entry[i + 4]);
-        __builtin_prefetch(b->entry[i + 5]);
-        __builtin_prefetch(b->entry[i + 6]);
-        __builtin_prefetch(b->entry[i + 7]);
+        smmufast_prefetch8(b, i);
     }
 }
 
