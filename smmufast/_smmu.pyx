@@ -32,21 +32,22 @@ from smmufast._batch cimport (
 )
 from smmufast._vector cimport vector_on, vector_switch
 from smmufast._cached cimport (
-    deliver, lookup_cached, translate_cached, translate_known_cached, translate_request, view_open,
-    walk_cached,
+    deliver, leaf_of, lookup_cached, memo_current, memo_touch, translate_cached,
+    translate_known_cached, translate_request, usable, view_open, walk_cached,
 )
 from smmufast._config cimport STAGE1_BYPASS
-from smmufast._tlb cimport Caches
+from smmufast._tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
 from smmufast._translate cimport (
-    CLASS_IN, Leaf, Memo, Syndrome, View, finish_stage1, memo_holds, open_drivers, stage2,
-    translate_known, translate_one, walk_once,
+    CLASS_IN, Leaf, Memo, Syndrome, View, canonical, finish_stage1, half_fault, memo_holds,
+    open_drivers, stage2, translate_known, translate_one, walk_once,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
     FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, NO_SSID, STATUS_DONE,
-    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Outcome,
-    Request, SmmuC, WalkC,
+    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Half,
+    Outcome, Request, SmmuC, WalkC,
 )
+from smmufast._vmsa cimport half_of
 
 from collections.abc import Iterable
 from pickle import PickleBuffer
@@ -1090,11 +1091,53 @@ cdef int request_any(Core* core, Port* port, const Request* request, Memo* memo,
 cdef ScalarDriver through_caches = request_any  # not inlined
 
 
+cdef const Context* hit_ahead(Smmu smmu, const Request* request, Leaf* leaf) noexcept:
+    """The same through caches: a hit in the TLB that is permitted, with all that it counts.
+
+    NULL leaves the caches as they were.
+    """
+    cdef Core* core = &smmu.core
+    cdef CachesC* c = core.caches
+    cdef const Memo* memo = &smmu.memos[(request.sid ^ request.ssid) % MEMOS]
+    cdef const Context* context = &memo.context
+    cdef const Half* half
+    cdef const Entry* e
+    cdef unsigned int upper
+    cdef View view
+    if not core.ram.plain or core.shared or not cr0_smmuen(core.hw.cr0):
+        return NULL
+    view.c = c
+    view.sid = request.sid
+    view.ssid = request.ssid
+    view.quiet = False
+    if (not memo_current(&core.hw, &view, memo) or context.second.on
+            or memo.index == STAGE1_BYPASS):
+        return NULL
+    upper = half_of(request.iova, context.two_ttbs)
+    half = &context.half[upper]
+    if half_fault(context, request.iova, upper, request.access):
+        return NULL
+    e = tlb_find_key(
+        c, KIND_S1,
+        tlb_key(c, KIND_S1, context.world, context.vmid, context.asid, context.aset),
+        canonical(half, request.iova, upper))
+    if e == NULL or not e.perm1 & context.need[request.access] or not usable(e, request.access):
+        return NULL
+    memo_touch(&view, memo)
+    tlb_touch(c, e)
+    leaf_of(e, 1, leaf)
+    return context
+
+
+ctypedef const Context* (*Ahead)(Smmu, const Request*, Leaf*) noexcept
+
+
 cdef inline const Context* find_ahead(
         Smmu smmu, const Request* request, Leaf* leaf) noexcept:
     """The leaf of a request in the commonest case, inlined: the context that it was found in.
 
-    That is plain memory, no caches, a context that was decoded before, stage 1 alone, and success.
+    That is plain memory, a context that was decoded before, stage 1 alone, and success; with
+    caches, a hit.
     NULL is anything else; then _run() does it from the start.
     """
     cdef Core* core = &smmu.core
@@ -1102,7 +1145,9 @@ cdef inline const Context* find_ahead(
     cdef Port port
     cdef const Memo* memo
     cdef int event
-    if unlikely(not ram.plain or core.caches != NULL or core.shared or not cr0_smmuen(core.hw.cr0)):
+    if unlikely(core.caches != NULL):
+        return (<Ahead>apart(<void*>hit_ahead))(smmu, request, leaf)
+    if unlikely(not ram.plain or core.shared or not cr0_smmuen(core.hw.cr0)):
         return NULL
     # a pointer that the compiler knows nothing of, or it computes the place again at every use
     memo = <const Memo*>apart(&smmu.memos[(request.sid ^ request.ssid) % MEMOS])
