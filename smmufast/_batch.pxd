@@ -50,6 +50,7 @@ cdef enum:
     PROBES = 8
     LEFT = 15         # Rows.shape: the scalar driver looks the pair up in its turn
     FEW = 16          # rows that Lanes are worth
+    QUIET = 8         # rows that write no memory before a block is set out again
     STREAK = 3        # rows that hit, so that more are expected to
     REST_MIN = 8      # rows for which vectors rest where they did something before
     REST_MAX = 256
@@ -768,20 +769,48 @@ cdef inline size_t run_near(Run* run, size_t start) noexcept nogil:
         &run.near_table)
 
 
+cdef inline int rows_alone(Run* run, size_t* start) noexcept nogil:
+    """Rows from `start` on by the scalar driver, until as many as QUIET wrote no memory."""
+    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
+    cdef unsigned int quiet = 0
+    cdef int status
+    while start[0] < run.batch.n and quiet < QUIET:
+        run.port.wrote = False
+        status = scalar(run.core, run.port, &run.memo, run.batch, start[0])
+        if status:
+            run.port.stopped = start[0]
+            return status
+        quiet = 0 if run.port.wrote else quiet + 1
+        start[0] += 1
+    return 0
+
+
 cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
-    """Both passes over every block, the second one block later."""
+    """Both passes over every block, the second one block later.
+
+    A row that writes memory makes an end of what was set out behind it; where that may happen
+    again soon, rows are done alone.
+    """
     cdef Rows[2] rows
     cdef size_t n = run.batch.n, start = 0, count, done = 0
     cdef size_t full = ROWS if run.vector else WALKS
-    cdef size_t most = full
     cdef unsigned int now = 0
-    cdef bint pending = False
+    cdef bint pending = False, anew = True
     cdef int status
-    run.port.wrote = True
+    run.port.wrote = False
     while pending or start < n:
         if unlikely(run.port.wrote):
-            # contexts may have changed, and the rows that were set out
+            start = rows[now ^ 1].start + done
+            pending = False
+            status = rows_alone(run, &start)
+            if status:
+                return status
             run.port.wrote = False
+            anew = True
+            continue
+        if unlikely(anew):
+            # contexts may have changed
+            anew = False
             open_contexts(run)
             run.halves = run.shapes != 0 and run.shape[0].memo.context.two_ttbs
             rows_prepare(run, &rows[0], one_pair)
@@ -791,14 +820,12 @@ cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
                 status = rows_arrive(run, &rows[now ^ 1], one_pair, &done)
                 if status:
                     return status
-                pending = False
                 if unlikely(run.port.wrote):
-                    start = rows[now ^ 1].start + done
-                    most = (done + 1) // 2
                     continue
+                pending = False
             start += run_near(run, start)
         if start < n:
-            count = n - start if n - start < most else most
+            count = n - start if n - start < full else full
             rows_read(run, &rows[now], start, count, one_pair)
             rows_set_out(run, &rows[now], one_pair)
             start += count
@@ -809,13 +836,7 @@ cdef inline int run_blocks(Run* run, bint one_pair) noexcept nogil:
             if status:
                 return status
             if unlikely(run.port.wrote):
-                # where memory is written often, fewer requests are set out in vain
-                start = rows[now ^ 1].start + done
-                most = (done + 1) // 2
-                pending = False
                 continue
-            if most < full:
-                most = full if most > full // 2 else 2 * most
         pending = rows[now].count != 0
         now ^= 1
     return 0
@@ -994,7 +1015,7 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
     cdef Out ipas
     cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
     cdef size_t start = 0, count, i
-    cdef bint takes = False, stage1 = True
+    cdef bint takes = False, stage1 = True, again = False
     cdef const Lanes* lanes
     cdef int status
     ipas.pa = <char*>rows[1].va
@@ -1004,12 +1025,19 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
     ipas.ok = 0
     while start < batch.n:
         if not takes:
+            if again:
+                status = rows_alone(run, &start)
+                if status:
+                    return status
+                if start == batch.n:
+                    break
             run.port.wrote = False
             status = scalar(run.core, run.port, &run.memo, batch, start)
             if status:
                 run.port.stopped = start
                 return status
             start += 1
+            again = True
             takes = not run.port.wrote and nested_takes(run)
             if takes:
                 stage1 = run.memo.index != STAGE1_BYPASS
