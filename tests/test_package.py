@@ -62,6 +62,7 @@ def test_ruff_finds_nothing():
     run(tool("ruff"), "check", "--no-cache", ".")
 
 
+@pytest.mark.slow
 def test_cython_lint_finds_nothing():
     sources = [path for path in SOURCES if path.suffix in (".pyx", ".pxd")]
     assert len(sources) > 8
