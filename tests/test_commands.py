@@ -36,7 +36,7 @@ def decode(tmp_path_factory):
     run = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=directory, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "CFLAGS": "-O0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     name = "command_effect"
