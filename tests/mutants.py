@@ -187,7 +187,7 @@ def head(text, suffix):
             if not docstring and getattr(node, "module", None) != "__future__":
                 return sum(map(len, lines[: node.lineno - 1]))
         return len(text)
-    found = re.match(r'(?:#.*\n|\n)*(?:""".*?"""\n)?', text, re.S)
+    found = re.match(r'(?:#[^\n]*\n|\n)*(?:""".*?"""\n)?', text, re.S)
     return found.end()
 
 
