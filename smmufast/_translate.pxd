@@ -36,8 +36,8 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
-    descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
+    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, TABLE, access_flag, clean_s1, clean_s2,
+    combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
     leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, no_translation, not_global,
     permitted,
     shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
@@ -258,7 +258,7 @@ cdef inline int descend(
             span = port.window.span
             data = port.window.data
         d = descriptor(half, at.raw, simple)
-        if unlikely((d & expected) != 3):
+        if unlikely((d & expected) != TABLE):
             return AT_OTHER
         if not simple and next_table(d, half) & half.over:
             return AT_OTHER
@@ -430,13 +430,14 @@ cdef inline int stage2_once(
 
 cdef inline uint8_t said(uint64_t d) noexcept nogil:
     """What a cached translation keeps of its leaf: attributes, SH, nG and Contiguous."""
-    return <uint8_t>(d >> 2 & 15 | (d >> 8 & 3) << 4 | (d >> 11 & 1) << 6 | (d >> 52 & 1) << 7)
+    return <uint8_t>(pte_s2_memattr(d) | pte_s1_sh(d) << 4 | pte_s1_ng(d) << 6
+                     | pte_s1_contiguous(d) << 7)
 
 
 cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
     """A leaf descriptor that says the same."""
-    cdef uint64_t d = kept
-    return (d & 15) << 2 | (d >> 4 & 3) << 8 | (d >> 6 & 1) << 11 | d >> 7 << 52
+    return pte_s2_set_memattr(
+        pte_s1_set_sh(pte_s1_set_ng(pte_s1_set_contiguous(0, kept >> 7), kept >> 6), kept >> 4), kept)
 
 
 cdef inline bint keeps_what_is_read(const View* view) noexcept nogil:
