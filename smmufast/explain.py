@@ -1325,7 +1325,9 @@ class _Story:
             if last.swap is not None:
                 return [f"the {fetched} at {last.address:#x} changed before each of many updates"]
         address = (self.fault.fetch_address if self.fault is not None else 0) or 0
-        return [f"the {fetched} would lie at {address:#x}, beyond the physical address size"]
+        return [
+            f"the {fetched} would lie beyond the physical address size (FetchAddr {address:#x})"
+        ]
 
     def why_c_bad_streamid(self) -> list[str]:
         sid = self.result.sid

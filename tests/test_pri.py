@@ -133,6 +133,16 @@ def test_without_a_usable_ste_the_automatic_answer_is_a_failure():
     assert smmu.page_request(small.STAGE2, 0, ssid=3, read=True).action == "failure"
 
 
+@pytest.mark.parametrize("ppar", [0, 1])
+def test_an_ste_that_aborts_says_whether_the_answer_has_the_pasid(ppar):
+    smmu = system(log2size=0, features=full(pps=0))
+    at = small.BASE + small.STES + 64 * small.ABORTED + 10
+    smmu.memory.write(at, bytes([smmu.memory.read(at, 1)[0] | ppar << 2]))
+    smmu.page_request(small.ABORTED, 0, read=True)
+    answer = smmu.page_request(small.ABORTED, 0, ssid=3, read=True)
+    assert answer == ("success", 3 if ppar else None)
+
+
 def test_a_queue_without_memory_ends_in_priq_abt_err():
     smmu = small_system(priq_base=0xA000_0000 | 2, cr0=BOTH)
     assert smmu.page_request(1, 0x1000, read=True).action == "failure"
