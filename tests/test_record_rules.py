@@ -88,3 +88,34 @@ def test_the_event_of_a_retry_that_terminates_is_lost_where_there_is_no_room():
     assert (held.result.fault.name, held.result.event) == ("C_BAD_STE", None)
     assert smmu.read("EVENTQ_PROD") == 1 | 1 << 31
     assert smmu.memory.read(test_stall.QUEUE, 1) == b"\x10"
+
+
+def test_queues_that_the_smmu_writes_are_never_read():
+    memory = Memory()
+    memory.add(small.build(), small.BASE)
+    written = []
+
+    def read(address, n):
+        raise AssertionError(hex(address))
+
+    memory.add_callback(QUEUE, 0x2000, read, lambda address, data: written.append(address) or True)
+    registers = small.registers() | {"eventq_base": QUEUE | 4, "priq_base": QUEUE + 0x1000 | 4}
+    smmu = Smmu(memory, cr0=7, **registers)
+    assert smmu.translate(small.INVALID, 0).event.name == "C_BAD_STE"
+    assert smmu.page_request(1, 0x1000, read=True).action == "queued"
+    assert written == [QUEUE, QUEUE + 0x1000]
+
+
+def test_a_queue_that_is_full_and_in_error_tells_no_overflow():
+    memory = Memory()
+    memory.add(small.build(), small.BASE)
+    memory.add_private(QUEUE, 0x1000)
+    smmu = Smmu(memory, eventq_base=0xA000_0000 | 1, **small.registers())
+    smmu.translate(small.INVALID, 0)  # no memory is there
+    assert smmu.gerror == 4
+    smmu.write("EVENTQ_CONS", 2)  # full
+    assert smmu.translate(small.INVALID, 0).event is None
+    assert smmu.read("EVENTQ_PROD") == 0
+    smmu.write("GERRORN", 4)
+    assert smmu.translate(small.INVALID, 0).event is None
+    assert smmu.read("EVENTQ_PROD") == 1 << 31
