@@ -107,6 +107,11 @@ cdef inline void syndrome_set(
     syndrome.ttrnw = False
 
 
+cdef inline uint64_t fetch_reported(const Hw* hw, uint64_t address) noexcept nogil:
+    """FetchAddr of a record (7.3.4): bits beyond OAS are 0, but v3.0 has all of them (3.4.3)."""
+    return address & ~<uint64_t>7 & (~<uint64_t>0 if hw.minor == 0 else ~hw.oas_over)
+
+
 cdef inline void fault_record(
         const Hw* hw, uint64_t* w, int event, const Request* request, unsigned int access,
         const Syndrome* syndrome) noexcept nogil:
@@ -120,7 +125,7 @@ cdef inline void fault_record(
         event_set_ssv(w, event != EVENT_C_BAD_SUBSTREAMID)
         event_set_substreamid(w, request.ssid)
     if event == EVENT_F_STE_FETCH or event == EVENT_F_CD_FETCH or event == EVENT_F_WALK_EABT:
-        event_set_fetchaddr(w, syndrome.address & ~<uint64_t>7)
+        event_set_fetchaddr(w, fetch_reported(hw, syndrome.address))
     if event >= EVENT_F_WALK_EABT:
         event_set_pnu(w, (access & ACCESS_PRIV) != 0)
         event_set_ind(w, (access & ACCESS_INSTR) != 0)

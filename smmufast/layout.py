@@ -558,13 +558,13 @@ EVENTS: dict[int, Record] = {r.fixed["ID"]: r for r in (
            *_STREAM, Field("Reason", 79, 64, "implementation defined", doubt="unchecked"),
            *_ACCESS, _NSIPA, _S2, _INPUT, _IPA),
     _event("F_CFG_CONFLICT", "several cached configurations match",
-           *_STREAM, Field("Reason", 95, 64, "implementation defined", doubt="unchecked")),
+           *_STREAM, Field("Reason", 95, 64, "implementation defined")),
     _event("E_PAGE_REQUEST", "speculative page request hint",
-           *_STREAM, *(Field(name, bit, bit, doc, doubt="unchecked") for name, bit, doc in (
+           *_STREAM, *(Field(name, bit, bit, doc) for name, bit, doc in (
                ("uX", 97, "unprivileged execute"), ("uW", 98, "unprivileged write"),
                ("uR", 99, "unprivileged read"), ("pX", 101, "privileged execute"),
                ("pW", 102, "privileged write"), ("pR", 103, "privileged read"))),
-           Field("Span", 115, 108, "pages", doubt="unchecked"), _INPUT_PAGE),
+           Field("Span", 115, 108, "pages"), _INPUT_PAGE),
     _event("F_VMS_FETCH", "fetch of a virtual machine structure aborted",
            *_STREAM, _REASON, _GPCF, _FETCH),
 )}  # fmt: skip

@@ -222,6 +222,13 @@ def event_record(
     return record.to_bytes(32, "little")
 
 
+def fetch_reported(features, address):
+    """FetchAddr (7.3.4): bits beyond OAS are RES0; v3.0 reports the whole address (3.4.3)."""
+    if features.arch_minor == 0:
+        return address
+    return address % (1 << features.oas_bits)
+
+
 class ConfigurationError(Exception):
     """What stops a transaction before its address matters.
 
@@ -1460,7 +1467,9 @@ def translate(
             action="abort",
             fault=name,
             why=stream.why,
-            event=event_record(name, sid, ssid, fetch_address=stream.fetch_address)
+            event=event_record(
+                name, sid, ssid, fetch_address=fetch_reported(features, stream.fetch_address)
+            )
             if recorded
             else None,
             fetches=fetch.fetches,
@@ -1490,7 +1499,7 @@ def translate(
             fault.name, sid, ssid, write=write, priv=priv, instr=instr, iova=iova,
             event_class=fault.event_class,
             stage2=fault.stage2,
-            fetch_address=fault.fetch_address,
+            fetch_address=fetch_reported(features, fault.fetch_address),
             ipa=0 if aborted_read else in_place(fault.ipa, features.oas_bits - 1, 12),
             descriptor_read=fault.descriptor_read,
             stall=outcome.action == "stall",

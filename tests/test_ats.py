@@ -71,7 +71,9 @@ def configuration_record(features, regs, error, sid, ssid):
         wanted = False
     if not wanted:
         return None
-    return reference.event_record(error.name, sid, ssid, fetch_address=error.fetch_address)
+    effective = reference.effective_features(features)
+    address = reference.fetch_reported(effective, error.fetch_address)
+    return reference.event_record(error.name, sid, ssid, fetch_address=address)
 
 
 def bad_request_record(regs, sid, iova, ssid, no_write, execute, priv):
