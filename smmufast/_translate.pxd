@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, TERMINATE_SID, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
     ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream,
 )
@@ -139,7 +139,8 @@ cdef inline void end_fault(
     """Terminate or stall with a fault (5.5): A, R and S decide how, and CR2.RECINVSID."""
     cdef bint recorded = (terminate & TERMINATE_R) != 0
     cdef unsigned int action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
-    if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
+    if (event == EVENT_C_BAD_STREAMID
+            and not (cr2_recinvsid(hw.cr2) or terminate & TERMINATE_SID)):
         recorded = False
     if terminate & TERMINATE_S:
         action = ACTION_STALL
