@@ -1,20 +1,17 @@
 """ATS: translation requests, Translated transactions and a device's ATC.
 
-Random systems are compared with the obvious twin, reference_ats.py.
+Random systems are compared with the obvious twin by atstwin.py.
 """
 
 import random
 
+import atstwin
 import nested
 import ptwriter
 import pytest
-import reference
-import reference_ats
 import small
-import tablegen
-import twin
-from reference import bits
-from reference_ats import Answer, End, Rights
+from atstwin import check_grid, check_requests, check_translated
+from reference_ats import Rights
 
 from smmufast import Features, Memory, Smmu, layout
 from smmufast._tlb import Caches
@@ -29,173 +26,26 @@ NOTHING = Rights()
 # Random systems
 
 
-# --- the library in the same form ---
-
-
-def request_row(response):
-    kind = None if response.address is None else (response.attr, response.shareability)
-    return Answer(
-        response.status, response.address, response.size,
-        Rights(response.read, response.write, response.execute), response.priv, response.ipa, kind,
-        response.fault and response.fault.name, response.event and response.event.record,
-    )  # fmt: skip
-
-
-def translated_row(result):
-    return End(
-        result.action, result.pa, result.fault and result.fault.name,
-        result.event and result.event.record,
-        (result.attr, result.shareability) if result else None,
-    )  # fmt: skip
-
-
-def ats_system(seed):
-    """A random system whose SMMU has ATS, and whose streams mostly may use it."""
-    rng = random.Random(seed)
-    makes = (
-        tablegen.random_system, tablegen.random_nested_system, tablegen.random_nested_system,
-        tablegen.random_nested_bytes_system if seed % 8 == 3 else tablegen.random_nested_system,
-    )  # fmt: skip
-    system = makes[seed % 4](rng)
-    features, regs = system.features, system.regs
-    features.ats = int(rng.random() < 0.97)
-    features.ns1ats = int(rng.random() < 0.05)
-    features.atsrecerr = int(rng.random() < 0.8)
-    features.pasidtt = int(features.ssidsize and rng.random() < 0.7)
-    features.attr_perms_ovr = int(rng.random() < 0.9)
-    regs.cr0 |= ATSCHK * (rng.random() < 0.8)
-    regs.cr2 |= REC_CFG_ATS * (rng.random() < 0.6)
-    requests = system.requests(60)
-    effective = reference.effective_features(features)
-    for sid in sorted({request.sid for request in requests}):
-        fetch = reference.Fetcher(system.read, None, None)
-        try:
-            reference.find_ste(fetch, effective, regs, sid)
-        except reference.ConfigurationError:
-            continue
-        if rng.random() < 0.1:
-            continue
-        # Full ATS, or with both stages split-stage ATS; stage 2 does not stall.
-        _, _, address, _, data = fetch.fetches[-1]
-        ste = int.from_bytes(data, "little")
-        config = bits(ste, 3, 1)
-        eats = rng.choice((1, 2)) if config == 0b111 and not features.ns1ats else 1
-        ste = ste & ~(3 << 92) | eats << 92
-        if rng.random() < 0.5:  # PRIVCFG and INSTCFG
-            ste = ste & ~(15 << 112) | rng.getrandbits(4) << 112
-        if rng.random() < 0.25:  # S1DSS: skip stage 1
-            ste = ste & ~(3 << 64) | 1 << 64
-        if config & 0b010 and features.stall_model != 2:
-            ste &= ~(1 << 185)
-        system.memory.write(address, ste.to_bytes(64, "little"))
-    return rng, system, requests
-
-
-def smmu_over(system, memory, caches=None):
-    """A Smmu over other memory of a random system."""
-    real = Memory()
-    for base, data in memory.regions():
-        real.add(data, base)
-    features = Features(**{name: getattr(system.features, name) for name in twin.FEATURES})
-    return Smmu(real, features, caches=caches, **vars(system.regs))
-
-
-def caches_of(seed):
-    return Caches.small(nested=("combined", "split")[seed % 2])
-
-
-def check_translation(system, smmu, request):
-    """An ordinary access: what a request left in the caches serves it too."""
-    outcome = reference.translate(
-        system.read, system.features, system.regs, store=system.memory.write, **request._asdict()
-    )
-    call = request._asdict()
-    result = smmu.translate(call.pop("sid"), call.pop("iova"), **call)
-    assert twin.result_row(result) == twin.expected_row(outcome), request
-
-
-def check_requests(seed, cached=False):
-    """Compare the requests of one random system; the answers that there were."""
-    rng, system, requests = ats_system(seed)
-    mine = system.memory.copy()
-    caches = caches_of(seed // 4) if cached else None
-    smmu = smmu_over(system, mine, caches)
-    seen = set()
-    for request in requests:
-        if rng.random() < 0.15:
-            request = request._replace(ssid=None)
-        if cached:
-            caches.invalidate_all()
-            if rng.random() < 0.3:
-                check_translation(system, smmu, request)
-        asked = {
-            "ssid": request.ssid, "priv": request.priv, "execute": rng.random() < 0.5, "no_write": rng.random() < 0.4,
-            "stu": 4096 << rng.choice((0, 0, 0, 4)),
-        }  # fmt: skip
-        for _ in range(2 if cached else 1):
-            wanted = reference_ats.ats_request(
-                system.memory, system.features, system.regs, request.sid, request.iova, **asked
-            )
-            response = smmu.ats_request(request.sid, request.iova, **asked)
-            assert request_row(response) == wanted, (seed, request, asked)
-            assert mine.regions() == system.memory.regions(), (seed, request, asked)
-        seen.add((wanted.status, wanted.granted, wanted.fault, wanted.record is not None))
-        if cached:
-            check_translation(system, smmu, request)
-            assert mine.regions() == system.memory.regions(), (seed, request, asked)
-    return seen
-
-
-def check_translated(seed, cached=False):
-    """Compare Translated transactions in one random system; how they ended."""
-    rng, system, requests = ats_system(seed)
-    mine = system.memory.copy()
-    caches = caches_of(seed // 4) if cached else None
-    smmu = smmu_over(system, mine, caches)
-    seen = set()
-    for request in requests:
-        ssid = request.ssid if rng.random() < 0.6 else None
-        # what a device would send, mostly: an address that it was given
-        found = reference_ats.ats_request(
-            reference_ats.Overlay(system.memory), system.features, system.regs, request.sid,
-            request.iova, ssid,
-        )  # fmt: skip
-        address = request.iova if found.address is None or rng.random() < 0.2 else found.address
-        address ^= rng.getrandbits(11)
-        access = {
-            "ssid": ssid, "write": request.write, "priv": request.priv,
-            "instr": rng.random() < 0.4,
-        }  # fmt: skip
-        for _ in range(2 if cached else 1):
-            wanted = reference_ats.ats_translated(
-                system.memory, system.features, system.regs, request.sid, address, **access
-            )
-            result = smmu.ats_translated(request.sid, address, **access)
-            assert translated_row(result) == wanted, (seed, request, access, hex(address))
-            assert mine.regions() == system.memory.regions(), (seed, request)
-        seen.add((wanted.action, wanted.fault, wanted.record is not None))
-        if cached:
-            caches.invalidate_all()
-    return seen
-
-
-CACHED = pytest.mark.parametrize("cached", [False, True], ids=["without caches", "with caches"])
-
-
-@CACHED
 @pytest.mark.parametrize("seed", range(48))
-def test_requests_are_answered_as_the_twin_answers(seed, cached):
-    assert check_requests(seed, cached)
+def test_requests_are_answered_as_the_twin_answers(seed):
+    pair, _ = check_requests(seed, cached=True)
+    assert pair.compared == 2 * atstwin.PER_SYSTEM
 
 
-@CACHED
 @pytest.mark.parametrize("seed", range(48, 80))
-def test_translated_transactions_end_as_the_twin_says(seed, cached):
-    assert check_translated(seed, cached)
+def test_translated_transactions_end_as_the_twin_says(seed):
+    pair, _ = check_translated(seed, cached=True)
+    assert pair.compared == 2 * atstwin.PER_SYSTEM
 
 
-def test_random_systems_reach_every_row():
-    seen = set().union(*map(check_requests, range(48)))
+@pytest.mark.parametrize("cached", [False, True], ids=["without caches", "with caches"])
+@pytest.mark.parametrize("seed", range(80, 92))
+def test_every_permission_size_and_override_is_answered_as_the_twin_answers(seed, cached):
+    assert check_grid(seed, cached).compared >= 2 * atstwin.PER_GRID
+
+
+def test_the_answers_without_caches_are_the_twins_and_of_every_kind():
+    seen = set().union(*(check_requests(seed)[1] for seed in range(48)))
     answers = {(status, fault) for status, _, fault, _ in seen}
     for name in ("C_BAD_STREAMID", "C_BAD_STE", "C_BAD_SUBSTREAMID", "F_STREAM_DISABLED",
                  "C_BAD_CD", "F_WALK_EABT"):  # fmt: skip
@@ -207,7 +57,7 @@ def test_random_systems_reach_every_row():
     assert {NOTHING, (True, False, False), (True, True, False), (True, True, True)} <= granted
     recorded = {event for status, _, fault, event in seen if (status, fault) == ("CA", "C_BAD_CD")}
     assert recorded == {False, True}
-    seen = set().union(*map(check_translated, range(48, 80)))
+    seen = set().union(*(check_translated(seed)[1] for seed in range(48, 80)))
     assert {("bypass", None), ("ok", None), ("abort", None), ("abort", "F_TRANSL_FORBIDDEN"),
             ("abort", "F_TRANSLATION"), ("abort", "C_BAD_STE")} <= {
         end[:2] for end in seen
@@ -237,11 +87,13 @@ def small_system(eats=1, features=None, **registers):
     return smmu
 
 
-def nested_system(eats=1, has=None, cr0=BOTH, **more):
+def nested_system(eats=1, has=None, cr0=BOTH, cr2=RECINVSID, **more):
     smmu = nested.small_nested(
         {"ats": 1, "pri": 1, "atsrecerr": 1, "httu": 2, "ssidsize": 4} | (has or {}), eats=eats,
         **more,
     )  # fmt: skip
+    smmu.write("CR0", 0)
+    smmu.write("CR2", cr2)
     smmu.write("CR0", cr0)
     return smmu
 
@@ -390,11 +242,12 @@ def test_stage_1_bypass_is_the_identity():
 
 
 @EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, kind):
+def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, eats, kind):
     stage1 = {"ap": 3, "dbm": 1, "af": 0} if stage == 1 else {}
     smmu = nested_system(
-        1, cd={"ha": 1, "hd": 1}, stage1=stage1, s2ha=1, s2hd=1, tables={"s2ap": 1, "dbm": 1},
+        eats, cd={"ha": 1, "hd": 1}, stage1=stage1, s2ha=1, s2hd=1, tables={"s2ap": 1, "dbm": 1},
     )  # fmt: skip
     smmu = with_caches(smmu, kind)
 
@@ -491,9 +344,152 @@ def test_both_stages_permit_what_is_granted(eats, kind):
             assert (response.fault.name, response.fault.s2) == (fault, True)
 
 
-def test_split_stage_ats_translates_ipas_by_stage_2():
+@EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
+def test_where_stage_1_grants_nothing_stage_2_is_not_asked(eats, kind):
+    # the access flag of the stage-2 leaf of NO_AF would be set
+    smmu = with_caches(nested_system(eats, stage1={"ap": 2}, s2ha=1), kind)
+    before = smmu.memory.read(nested.STAGE2, 0x10_0000)
+    for page in (nested.NO_AF, nested.UNMAPPED):
+        response = smmu.ats_request(nested.NESTED, page)
+        assert (response.status, rights(response), response.fault) == ("success", "", None)
+        assert rights(smmu.ats_request(nested.NESTED, page, no_write=True)) == ""
+    assert smmu.memory.read(nested.STAGE2, 0x10_0000) == before
+
+
+SKIPS = {"s1cdmax": 2, "s1dss": 1}  # without a PASID
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
+def test_a_request_that_skips_stage_1_is_granted_what_stage_2_permits(eats, kind):
+    smmu = with_caches(nested_system(eats, **SKIPS), kind)
+    for _ in range(2):
+        for page, granted in ((nested.RW, "rw"), (nested.READ_ONLY, "rw"),
+                              (nested.READ_ONLY_OUTSIDE, "r")):  # fmt: skip
+            iova = nested.DATA + page
+            response = smmu.ats_request(nested.NESTED, iova + 8, stu=0x8000)
+            assert (rights(response), response.size, response.ipa) == (granted, 0x1000, eats == 2)
+            assert response.address == (iova if eats == 2 else nested.physical(iova))
+            assert rights(smmu.ats_request(nested.NESTED, iova, no_write=True)) == "r"
+        for iova, fault in ((nested.DATA + nested.UNMAPPED, "F_TRANSLATION"),
+                            (nested.DATA + nested.NO_AF, "F_ACCESS"),
+                            (1 << 44, "F_ADDR_SIZE")):  # fmt: skip
+            response = smmu.ats_request(nested.NESTED, iova, stu=0x8000)
+            assert (response.status, rights(response), response.size) == ("success", "", 0x8000)
+            assert (response.fault.name, response.event) == (fault, None)
+            assert response.fault.s2 == (fault != "F_ADDR_SIZE")
+    # with a PASID stage 1 is not skipped
+    response = smmu.ats_request(nested.NESTED, nested.RW, ssid=0)
+    assert (rights(response), response.ipa) == ("rw", eats == 2)
+
+
+@pytest.mark.parametrize("instcfg", [0, 2, 3])
+@pytest.mark.parametrize("eats", [1, 2])
+def test_a_skipped_stage_1_leaves_the_overrides_to_stage_2(eats, instcfg):
+    ovr = {"attr_perms_ovr": 1, "xnx": 1}
+    smmu = nested_system(eats, ovr, **SKIPS, instcfg=instcfg)
+    write_only = nested.DATA + nested.RW
+    set_stage2_leaf(smmu, write_only, s2ap=3, xn=0b10)
+    granted = rights(smmu.ats_request(nested.NESTED, write_only))
+    assert granted == ("w" if instcfg == 3 else "rw")
+
+
+def stage2_leaf_at(ipa):
+    """Where the descriptor of an IPA lies in every nested system."""
+    result = nested_system().translate(nested.SECOND, ipa, trace=True)
+    return [fetch.address for fetch in result.fetches if fetch.kind == "S2TT"][-1]
+
+
+def set_stage2_leaf(smmu, ipa, **attributes):
+    """Give the page of an IPA other attributes."""
+    leaf = ptwriter.stage2_leaf_descriptor(
+        12, 3, nested.physical(ipa), **{"memattr": 15, "sh": 3} | attributes
+    )
+    smmu.memory.write_u64(stage2_leaf_at(ipa), leaf)
+
+
+GRANULES = [(12, 2), (12, 1), (14, 2), (16, 2), (12, 3), (14, 3), (16, 3)]  # with their leaf level
+
+
+@pytest.mark.parametrize("second", GRANULES, ids=str)
+@pytest.mark.parametrize("first", GRANULES, ids=str)
+def test_an_answer_has_the_size_of_the_smaller_page_of_both_stages(first, second):
+    """Whatever the granules: and both ends of the range lead where an access of them does."""
+    memory = ptwriter.Memory()
+    inner = ptwriter.PageTables(memory, atstwin.Tables(memory, atstwin.GUEST), first[0], 16)
+    contexts = inner.allocate(0x1000, 0x1000)
+    outer = ptwriter.Stage2Tables(
+        memory, atstwin.Tables(memory, atstwin.STAGE2_TABLES), second[0], 16,
+        start_level=0 if second[0] == 12 else 1,
+    )  # fmt: skip
+    va, ipa, pa = 0x1234_4000_0000, 0x4321_8000_0000, 0x5432_4000_0000
+    sizes = [1 << (granule + (3 - level) * (granule - 3)) for granule, level in (first, second)]
+    inner.map(va, ipa, first[1], ap=1, attrindx=0)
+    probe = ipa | 0x1234_5678 & sizes[0] - 1
+    outer.map(probe, pa, second[1], s2ap=3, memattr=15)
+    for address, size in inner.allocate.pieces:
+        for page in range(address, address + size, 1 << second[0]):
+            outer.map(page, page, s2ap=3, memattr=15)
+    memory.write(contexts, ptwriter.encode_cd(
+        v=1, aa64=1, a=1, r=1, ips=6, t0sz=16, tg0=ptwriter.TG0_CODES[first[0]], epd1=1,
+        ttb0=inner.base, mair=0xFF,
+    ))  # fmt: skip
+    memory.add(atstwin.STREAM_TABLE, 0x1000)
+    for sid, eats in ((1, 1), (2, 2)):
+        memory.write(atstwin.STREAM_TABLE + 64 * sid, ptwriter.encode_ste(
+            v=1, config=7, s1contextptr=contexts, eats=eats, s2vmid=sid, s2ps=6,
+            **outer.ste_fields(),
+        ))  # fmt: skip
+    size = min(sizes)
+    iova = (va & -sizes[0]) + (probe - ipa)
+    for caches in (None, Caches.small(nested="combined"), Caches.small(nested="split")):
+        real = Memory()
+        for base, data in memory.regions():
+            real.add(data, base)
+        smmu = Smmu(real, full(), strtab_base=atstwin.STREAM_TABLE, strtab_base_cfg=4, cr0=BOTH,
+                    caches=caches)  # fmt: skip
+        for sid in (1, 2, 1, 2):
+            start = iova & -size
+            for at in (iova, start, start + size - 1):
+                answer = smmu.ats_request(sid, at)
+                assert answer.fault is None
+                assert (answer.size, rights(answer), answer.ipa) == (size, "rw", sid == 2)
+                assert answer.address == (probe & -size if sid == 2 else answer.address)
+                offset = at - start
+                through = smmu.ats_translated(sid, answer.address + offset, write=True)
+                assert through.pa == smmu.translate(sid, at, write=True).pa
+
+
+def test_what_is_granted_is_what_accesses_meet():
+    """Without hardware updates an answer grants just the accesses that would succeed."""
+    letters = set()
+    for seed in range(6):
+        rng = random.Random(seed)
+        system = atstwin.grid_system(rng, httu=0)
+        smmu = atstwin.smmu_over(system, system.memory)
+        for _, _, probe in system.probes:
+            for sid, ssid in rng.sample(system.usable, min(20, len(system.usable))):
+                priv = rng.random() < 0.5 and ssid is not None
+                answer = smmu.ats_request(sid, probe, ssid=ssid, priv=priv, execute=True)
+                if answer.fault is None and answer.address is not None and answer.attr:
+                    met = {
+                        name: bool(smmu.translate(sid, probe, ssid=ssid, priv=priv, **access))
+                        for name, access in (
+                            ("r", {}), ("w", {"write": True}), ("x", {"instr": True}),
+                        )
+                    }  # fmt: skip
+                    met["x"] = met["x"] and met["r"] and ssid is not None
+                    assert rights(answer) == "".join(name for name in met if met[name])
+                    letters.add(rights(answer))
+    assert letters == {"r", "rw", "rx", "rwx", "w"}
+
+
+def test_split_stage_ats_gives_an_ipa_that_stage_2_translates():
     smmu = nested_system(2)
     ipa = nested.DATA + nested.RW + 0x123
+    response = smmu.ats_request(nested.NESTED, nested.RW + 0x123)
+    assert (response.ipa, response.address) == (True, ipa & -0x1000)
     result = smmu.ats_translated(nested.NESTED, ipa, write=True)
     assert (result.action, result.pa, result.ipa, result.stage) == (
         "ok", nested.physical(ipa), ipa, 2,
@@ -525,6 +521,203 @@ def test_translated_transactions_are_checked_if_asked(atschk):
     assert (result.action, result.event.name) == ("abort", "F_TRANSL_FORBIDDEN")
     smmu.write("CR0", 0)
     assert smmu.ats_translated(small.STAGE1, 0x5000_0000).event is None
+
+
+# What stage 2 says of execution, and which of (unprivileged, privileged) may.
+EXECUTABLE = {0b00: "up", 0b01: "u", 0b10: "", 0b11: "p"}
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("privcfg", range(4))
+@pytest.mark.parametrize("instcfg", range(4))
+def test_overrides_apply_to_the_ipas_of_split_stage_ats(instcfg, privcfg, kind):
+    for xn, may in EXECUTABLE.items():
+        for ovr in (0, 1):
+            smmu = nested_system(
+                2, {"attr_perms_ovr": ovr, "xnx": 1}, instcfg=instcfg, privcfg=privcfg
+            )
+            ipa = nested.DATA + nested.RW
+            set_stage2_leaf(smmu, ipa, s2ap=3, xn=xn)
+            smmu = with_caches(smmu, kind)
+            instr = ovr and instcfg == 3
+            who = "p" if ovr and privcfg == 3 else "u"
+            for _ in range(2):
+                result = smmu.ats_translated(nested.NESTED, ipa)
+                if instr and who not in may:
+                    assert (result.action, result.event.name) == ("abort", "F_PERMISSION")
+                    fields = result.event.fields
+                    assert (fields["InD"], fields["PnU"], fields["RnW"]) == (1, who == "p", 1)
+                else:
+                    assert (result.action, result.pa) == ("ok", nested.physical(ipa))
+                # a write is always data
+                assert smmu.ats_translated(nested.NESTED, ipa, write=True).action == "ok"
+
+
+def test_overrides_do_not_touch_translated_transactions_that_pass():
+    smmu = nested_system(1, {"attr_perms_ovr": 1, "attr_types_ovr": 1, "pasidtt": 1}, instcfg=3,
+                         privcfg=3, mtcfg=1, memattr=0, shcfg=2, **SKIPS)  # fmt: skip
+    for ssid in (None, 1):
+        result = smmu.ats_translated(nested.NESTED, 0x1234, ssid=ssid, priv=True, instr=True)
+        assert (result.action, result.pa, result.attr, result.shareability) == (
+            "bypass", 0x1234, 0xFF, 0,
+        )  # fmt: skip
+
+
+def test_overrides_of_attributes_do_not_reach_the_ipas_of_split_stage_ats():
+    smmu = nested_system(2, {"attr_types_ovr": 1}, mtcfg=1, memattr=0, shcfg=2, alloccfg=8)
+    result = smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW)
+    assert (result.attr, result.shareability) == (0xFF, 3)
+    assert smmu.translate(nested.SECOND, nested.DATA + nested.RW).attr == 0
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_privilege_and_instruction_come_from_the_pasid_with_pasidtt(pasidtt, kind):
+    for xn, may in EXECUTABLE.items():
+        smmu = nested_system(2, {"pasidtt": pasidtt, "xnx": 1}, s1cdmax=2, s1dss=1)
+        ipa = nested.DATA + nested.RW
+        set_stage2_leaf(smmu, ipa, s2ap=3, xn=xn)
+        smmu = with_caches(smmu, kind)
+        for ssid in (None, 1):
+            for priv in (False, True):
+                counts = pasidtt and ssid is not None
+                who = "p" if priv else "u"
+                result = smmu.ats_translated(
+                    nested.NESTED, ipa, ssid=ssid, priv=priv, instr=True
+                )
+                assert result.ssid == (ssid if pasidtt else None)
+                if counts and who not in may:
+                    fields = result.event.fields
+                    assert (result.action, result.event.name) == ("abort", "F_PERMISSION")
+                    assert (fields["InD"], fields["PnU"]) == (1, priv)
+                    assert (fields["SSV"], fields["SubstreamID"]) == (1, ssid)
+                else:
+                    assert result.action == "ok"
+                for write in (False, True):  # as data
+                    assert smmu.ats_translated(
+                        nested.NESTED, ipa, ssid=ssid, priv=priv, instr=write, write=write
+                    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_what_a_request_is_granted_may_fail_as_a_translated_transaction(pasidtt):
+    """The example of IHI 0070 13.7: without PASIDTT a privileged fetch arrives as unprivileged."""
+    smmu = nested_system(
+        2, {"pasidtt": pasidtt, "attr_perms_ovr": 1, "xnx": 1}, s1cdmax=2, s1dss=2, instcfg=3,
+        stage1={"ap": 0},
+    )  # fmt: skip
+    set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=0, xn=0b11)
+    context = smmu.memory.read(nested.GUEST, 64)
+    smmu.memory.write(nested.GUEST + 64, context)
+    answer = smmu.ats_request(nested.NESTED, nested.RW, ssid=1, priv=True, execute=True)
+    assert (answer.status, rights(answer)) == ("success", "rx")
+    result = smmu.ats_translated(
+        nested.NESTED, answer.address, ssid=1, priv=True, instr=True
+    )
+    assert result.action == ("ok" if pasidtt else "abort")
+    assert (result.fault and result.fault.name) == (None if pasidtt else "F_PERMISSION")
+    device = AtsDevice(smmu, nested.NESTED)
+    assert device.access(nested.RW, ssid=1, priv=True, execute=True).action == result.action
+
+
+@EVERY_CACHE
+def test_translated_ipas_mark_the_stage_2_leaf(kind):
+    smmu = nested_system(2, s2ha=1, s2hd=1)
+    ipa = nested.DATA + nested.RW
+    set_stage2_leaf(smmu, ipa, s2ap=1, dbm=1, af=0)
+    at = stage2_leaf_at(ipa)
+    smmu = with_caches(smmu, kind)
+    flags = []
+    for write in (False, False, True, True):
+        assert smmu.ats_translated(nested.NESTED, ipa, write=write).action == "ok"
+        leaf = smmu.memory.read_u64(at)
+        flags.append((leaf >> 10 & 1, leaf >> 7 & 1))
+    assert flags == [(1, 0), (1, 0), (1, 1), (1, 1)]
+
+
+def test_without_updates_a_clean_page_grants_no_write_and_a_page_without_af_nothing():
+    smmu = nested_system(1, stage1={"ap": 3, "dbm": 1})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "r"
+    smmu = nested_system(1, cd={"ha": 1}, stage1={"ap": 3, "dbm": 1, "af": 0})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "r"
+    smmu = nested_system(1, stage1={"af": 0})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == ""
+    smmu = nested_system(1, cd={"affd": 1}, stage1={"af": 0})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "rw"
+
+
+def test_stage_2_faults_of_a_cd_or_a_table_grant_nothing():
+    for changes in ({"s2ap": 0}, {"af": 0}):
+        for at in (nested.CONTEXT, nested.TABLES):
+            smmu = nested_system(1, cr2=REC_CFG_ATS | RECINVSID)
+            set_stage2_leaf(smmu, at, **{"s2ap": 3} | changes)
+            response = smmu.ats_request(nested.NESTED, nested.RW)
+            assert (response.status, rights(response), response.event) == ("success", "", None)
+            assert response.fault.name == ("F_PERMISSION" if "s2ap" in changes else "F_ACCESS")
+            assert response.fault.class_ == ("CD" if at == nested.CONTEXT else "TT")
+
+
+def with_read_only_tables(smmu):
+    """The same SMMU, whose guest's tables lie in memory that takes no writes."""
+    at = nested.physical(nested.TABLES)
+    tables = smmu.memory.read(at, 0x4000)
+    memory = Memory()
+    for base, end in ((0x4000_0000, at), (at + 0x4000, 0x4A00_0000)):
+        memory.add_private(base, end - base)
+        memory.write(base, smmu.memory.read(base, end - base))
+    memory.add_callback(at, 0x4000, lambda address, n: tables[address - at : address - at + n])
+    return Smmu(
+        memory, smmu.features, strtab_base=smmu.strtab_base,
+        strtab_base_cfg=smmu.strtab_base_cfg, cr0=smmu.cr0, cr2=smmu.cr2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("eats", [1, 2])
+def test_an_update_that_memory_refuses_is_a_completer_abort(eats):
+    for cr2, recorded in ((0, False), (REC_CFG_ATS, True)):
+        smmu = with_read_only_tables(
+            nested_system(eats, cr2=cr2, cd={"ha": 1, "hd": 1}, stage1={"ap": 3, "dbm": 1})
+        )
+        response = smmu.ats_request(nested.NESTED, nested.RW)
+        assert (response.status, response.fault.name) == ("CA", "F_WALK_EABT")
+        assert (response.event is not None) == recorded
+        assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == "r"
+
+
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_the_default_substream_of_a_translated_transaction_counts_with_pasidtt(pasidtt):
+    for s1dss, ssid, event in ((0, None, "F_STREAM_DISABLED"), (3, None, "F_STREAM_DISABLED"),
+                               (2, 0, "F_STREAM_DISABLED"), (2, None, None), (1, None, None),
+                               (0, 0, None), (0, 3, None), (0, 4, "C_BAD_SUBSTREAMID"),
+                               (1, 4, "C_BAD_SUBSTREAMID")):  # fmt: skip
+        for eats in (1, 2):
+            stream = {"s1cdmax": 2, "s1dss": s1dss}
+            smmu = nested_system(eats, {"pasidtt": pasidtt}, cr2=REC_CFG_ATS, **stream)
+            result = smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW, ssid=ssid)
+            if event is None or not pasidtt:
+                assert result.action == ("bypass" if eats == 1 else "ok")
+            else:
+                assert (result.action, result.event.name) == ("abort", event)
+                smmu = nested_system(eats, {"pasidtt": pasidtt}, **stream)
+                result = smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW, ssid=ssid)
+                assert (result.action, result.event) == ("abort", None)
+
+
+def test_events_of_translated_transactions_come_in_their_order():
+    everything = {"cr2": REC_CFG_ATS, "features": full()}
+    # a stream that may not use ATS, before its PASID
+    result = small_system(eats=0, **everything).ats_translated(small.STAGE1, 0x1000, ssid=9)
+    assert result.event.name == "F_TRANSL_FORBIDDEN"
+    # an STE that is illegal, before ATS
+    result = small_system(eats=2, **everything).ats_translated(small.STAGE1, 0x1000, ssid=9)
+    assert result.event.name == "C_BAD_STE"
+    # the PASID, before the address
+    smmu = nested_system(2, {"pasidtt": 1}, cr2=REC_CFG_ATS, s1cdmax=2)
+    assert smmu.ats_translated(nested.NESTED, 1 << 60, ssid=9).event.name == "C_BAD_SUBSTREAMID"
+    assert smmu.ats_translated(nested.NESTED, 1 << 60, ssid=3).event.name == "F_ADDR_SIZE"
+    # the CD does not count: nothing of it would be used
+    smmu.memory.write(nested.GUEST, bytes(64))
+    assert smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW, ssid=0).action == "ok"
 
 
 @pytest.mark.parametrize("pasidtt", [0, 1])
