@@ -36,7 +36,7 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
+    ATTR_WB, DESC_INVALID, DESC_LEAF, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
     descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
     leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, no_translation, not_global,
     permitted,
@@ -469,8 +469,8 @@ cdef inline void keep_entry(
     e.vmid = context.vmid
     e.world = context.world
     e.perm1 = e.perm2 = 0x3F
-    e.attr = context.attr
-    e.sh = context.sh
+    # of stage 2 alone: as for write-back, whatever the stream or stage 1 makes of it
+    e.attr = ATTR_WB
     if kind & KIND_S1:
         e.attr = stage1_attr(context.attr, mair_byte(context.mair, first.d))
         e.sh = leaf_sh(first.d, half)
@@ -705,9 +705,8 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
 cdef inline int ste_substream(
         const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
     """Which CD, into memo.index: 0 or an event.  From here on stage 2 translates."""
-    cdef int event = substream(hw, memo.ste, ssid, &memo.index)
-    memo.context.second.on = event == 0 and ste_stage2(memo.ste)
-    return event
+    memo.context.second.on = ste_stage2(memo.ste)
+    return substream(hw, memo.ste, ssid, &memo.index)
 
 
 cdef inline int cd_fetch(

@@ -805,6 +805,25 @@ def test_translated_ipas_are_cached(kind):
     assert smmu.caches.tlb.hits == hits + (2 if kind == "split" else 1)
 
 
+@pytest.mark.parametrize("pasidtt", [0, 1])
+@pytest.mark.parametrize("kind", ["combined", "split"])
+def test_what_ats_leaves_in_the_caches_is_not_stale(kind, pasidtt):
+    smmu = with_caches(
+        nested_system(
+            2, {"attr_types_ovr": 1, "pasidtt": pasidtt}, mtcfg=1, memattr=5, shcfg=3, s1cdmax=2
+        ),
+        kind,
+    )  # fmt: skip
+    for page in range(0, 0x6000, 0x1000):
+        for ssid in (None, 0):
+            smmu.ats_request(nested.NESTED, page, ssid=ssid)
+            smmu.ats_translated(nested.NESTED, nested.DATA + page, ssid=ssid)
+    assert {entry.kind for entry in smmu.caches.tlb} >= {"stage 2"}
+    assert smmu.stale() == []
+    set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=1)
+    assert smmu.stale()
+
+
 def test_caches_serve_requests():
     caches = Caches.small()
     smmu = small_system(caches=caches)
