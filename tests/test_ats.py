@@ -3,6 +3,7 @@
 Random systems are compared with the obvious twin by atstwin.py.
 """
 
+import itertools
 import random
 
 import atstwin
@@ -221,6 +222,101 @@ def test_permissions_of_a_page():
     assert (rights(response), response.priv) == ("rw", True)
     assert not smmu.ats_request(small.STAGE1, small.RW, priv=True).priv
     assert not response.global_ and not response.untranslated_only
+
+
+# INSTCFG and PRIVCFG of sixteen streams, and AP, UXN and PXN of sixteen pages.
+STREAMS = [(instcfg, privcfg) for instcfg in range(4) for privcfg in range(4)]
+PAGES_OF_EVERY_KIND = [(ap, uxn, pxn) for ap in range(4) for uxn in range(2) for pxn in range(2)]
+
+
+def permission_system(ovr):
+    """Sixteen streams with one context, for SubstreamID 1, over the sixteen pages."""
+    base = 0x8000_0000
+    image = bytearray(0x8000)
+
+    def put(offset, data):
+        image[offset : offset + len(data)] = data
+
+    for sid, (instcfg, privcfg) in enumerate(STREAMS):
+        put(64 * sid, ptwriter.encode_ste(
+            v=1, config=5, s1contextptr=base + 0x1000, s1cdmax=1, eats=1, instcfg=instcfg,
+            privcfg=privcfg,
+        ))  # fmt: skip
+    put(0x1040, ptwriter.encode_cd(
+        v=1, aa64=1, a=1, r=1, t0sz=25, epd1=1, ips=4, ttb0=base + 0x2000, mair=0xFF,
+    ))  # fmt: skip
+    for level, offset in ((1, 0x2000), (2, 0x3000)):
+        put(offset, ptwriter.table_descriptor(12, base + 0x1000 * (level + 2)).to_bytes(8, "little"))
+    for page, (ap, uxn, pxn) in enumerate(PAGES_OF_EVERY_KIND):
+        leaf = ptwriter.leaf_descriptor(12, 3, 0x9000_0000, ap=ap, uxn=uxn, pxn=pxn)
+        put(0x4000 + 8 * page, leaf.to_bytes(8, "little"))
+    memory = Memory()
+    memory.add(image, base)
+    features = full(attr_perms_ovr=ovr)
+    return Smmu(memory, features, strtab_base=base, strtab_base_cfg=4, cr0=BOTH)
+
+
+@pytest.mark.parametrize("ovr", [0, 1])
+def test_what_a_page_grants_by_overrides_and_privilege(ovr):
+    """The rules of IHI 0070 13.7.1, of every page and every request."""
+    smmu = permission_system(ovr)
+    for sid, (instcfg, privcfg) in enumerate(STREAMS):
+        for page, (ap, uxn, pxn) in enumerate(PAGES_OF_EVERY_KIND):
+            for priv, execute, no_write in itertools.product((False, True), repeat=3):
+                seen = {2: False, 3: True}.get(privcfg if ovr else 0, priv)
+                readable = seen or ap in (1, 3)
+                writable = ap < 2 and (seen or ap == 1)
+                # what the unprivileged may write, the privileged may not execute
+                executable = not pxn and ap != 1 if seen else not uxn
+                if ovr and instcfg == 3:
+                    read = run = executable
+                elif ovr and instcfg == 2:
+                    read = run = readable
+                else:
+                    read, run = readable, readable and executable
+                wanted = "r" * read + "w" * (writable and not no_write) + "x" * (execute and run)
+                answer = smmu.ats_request(
+                    sid, page << 12, ssid=1, priv=priv, execute=execute, no_write=no_write
+                )
+                assert rights(answer) == wanted, (instcfg, privcfg, ap, uxn, pxn, priv)
+                # the answer says the privilege of the request, not what it was taken for
+                assert answer.priv == priv
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("instcfg", [0, 3])
+def test_a_page_that_is_execute_only_grants_nothing_but_to_reads_that_are_fetches(instcfg, kind):
+    smmu = nested_system(
+        1, {"attr_perms_ovr": 1, "xnx": 1}, s1cdmax=2, s1dss=2, instcfg=instcfg
+    )
+    set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=0, xn=0)
+    smmu.memory.write(nested.GUEST + 64, smmu.memory.read(nested.GUEST, 64))
+    smmu = with_caches(smmu, kind)
+    for _ in range(2):
+        answer = smmu.ats_request(nested.NESTED, nested.RW, ssid=1, execute=True)
+        assert (answer.status, rights(answer)) == ("success", "rx" if instcfg == 3 else "")
+        ordinary = smmu.translate(nested.NESTED, nested.RW, ssid=1, instr=True)
+        assert ordinary.action == "ok"
+
+
+def test_a_request_in_a_context_that_reads_zero_grants_nothing():
+    smmu = small_system()
+    assert smmu.translate(small.SILENT, small.UNMAPPED).action == "raz_wi"
+    response = smmu.ats_request(small.SILENT, small.UNMAPPED)
+    assert (response.status, rights(response), response.event) == ("success", "", None)
+    assert response.fault.name == "F_TRANSLATION"
+
+
+def test_attributes_of_an_answer_are_those_of_an_access():
+    """So STE overrides count for them, as for untranslated accesses."""
+    for ste in ({}, {"mtcfg": 1, "memattr": 5}, {"alloccfg": 8}, {"shcfg": 2}):
+        for eats in (1, 2):
+            smmu = nested_system(eats, {"attr_types_ovr": 1}, **SKIPS, **ste)
+            iova = nested.DATA + nested.RW
+            answer, access = smmu.ats_request(nested.NESTED, iova), smmu.translate(
+                nested.NESTED, iova
+            )
+            assert (answer.attr, answer.shareability) == (access.attr, access.shareability)
 
 
 def test_an_answer_spans_the_page():
@@ -953,6 +1049,33 @@ def test_atc_inv_of_another_stream_or_while_off_does_nothing():
     smmu.command("ATC_INV", StreamID=small.SUBSTREAMS, Size=53)
     assert smmu.read("CMDQ_CONS") >> 24 == 1  # CERROR_ILL
     assert device.invalidations == 0
+
+
+def test_invalidations_of_the_tlb_do_not_reach_devices():
+    smmu, device = filled()
+    for name in ("TLBI_NSNH_ALL", "TLBI_NH_ALL", "TLBI_EL2_ALL"):
+        smmu.command(name)
+    smmu.command("TLBI_NH_VA", ASID=7, Address=small.RW)
+    smmu.command("CFGI_ALL")
+    smmu.sync()
+    assert held(device) == {None: PLAIN, 1: ALL_PAGES, 2: ALL_PAGES}
+    assert device.invalidations == 0
+
+
+def test_an_invalidation_that_a_device_does_not_make_completes_all_the_same():
+    smmu = small_system(cmdq_base=QUEUE + 0x8000 | 4)
+
+    class Refusing:
+        """It answers with Unsupported Request: in time, and without doing anything."""
+
+        def atc_invalidate(self, ssid, address, size, global_):
+            return True
+
+    smmu.devices[small.STAGE1] = Refusing()
+    for sid in (small.STAGE1, small.SUBSTREAMS):  # the other has no device
+        smmu.command("ATC_INV", StreamID=sid, SSV=1, SubstreamID=0xFFFFF, Size=52)
+        smmu.sync()
+    assert smmu.read("GERROR") == smmu.read("GERRORN") and smmu.read("CMDQ_CONS") >> 24 == 0
 
 
 def test_a_device_that_hangs_fails_the_sync():
