@@ -246,7 +246,8 @@ def permission_system(ovr):
         v=1, aa64=1, a=1, r=1, t0sz=25, epd1=1, ips=4, ttb0=base + 0x2000, mair=0xFF,
     ))  # fmt: skip
     for level, offset in ((1, 0x2000), (2, 0x3000)):
-        put(offset, ptwriter.table_descriptor(12, base + 0x1000 * (level + 2)).to_bytes(8, "little"))
+        table = ptwriter.table_descriptor(12, base + 0x1000 * (level + 2))
+        put(offset, table.to_bytes(8, "little"))
     for page, (ap, uxn, pxn) in enumerate(PAGES_OF_EVERY_KIND):
         leaf = ptwriter.leaf_descriptor(12, 3, 0x9000_0000, ap=ap, uxn=uxn, pxn=pxn)
         put(0x4000 + 8 * page, leaf.to_bytes(8, "little"))
