@@ -50,6 +50,7 @@ def request_row(response):
         response.status, response.address, response.size,
         Rights(response.read, response.write, response.execute), response.priv, response.ipa, kind,
         response.fault and response.fault.name, response.event and response.event.record,
+        response.why and response.why.name,
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def translated_row(result):
     return End(
         result.action, result.pa, result.fault and result.fault.name,
         result.event and result.event.record,
-        (result.attr, result.shareability) if result else None,
+        (result.attr, result.shareability) if result else None, result.why and result.why.name,
     )  # fmt: skip
 
 

@@ -52,7 +52,8 @@ class Answer(NamedTuple):
     """The answer to a translation request.
 
     address, kind: None where nothing is granted; kind is (attr, sh).  ipa: the address is one.
-    fault: name of what refused; record: its 32 bytes, None where it is not recorded.
+    fault: name of what refused; record: its 32 bytes, None where it is not recorded; why: the rule,
+    by the library's name for it.
     """
 
     status: str
@@ -64,16 +65,18 @@ class Answer(NamedTuple):
     kind: tuple | None = None
     fault: str | None = None
     record: bytes | None = None
+    why: str | None = None
 
 
 class End(NamedTuple):
-    """How a Translated transaction ends."""
+    """How a Translated transaction ends; fault, record and why as in an Answer."""
 
     action: str
     pa: int | None = None
     fault: str | None = None
     record: bytes | None = None
     kind: tuple | None = None
+    why: str | None = None
 
 
 def fetcher(memory):
@@ -117,14 +120,14 @@ def bad_request_record(regs, sid, iova, ssid, no_write, execute, priv):
 def request_error(features, regs, error, sid, ssid):
     """The answer to a request whose configuration lookup fails (3.9.1.2)."""
     if error.name is None:  # STE.Config=0b000
-        return Answer(UNSUPPORTED)
+        return Answer(UNSUPPORTED, why=error.why)
     recorded = errors_recorded(features, regs)
     if error.name == "C_BAD_STREAMID":
         recorded = recorded and bits(regs.cr2, 1, 1)  # RECINVSID
     record = None
     if recorded:
         record = reference.event_record(error.name, sid, ssid, fetch_address=error.fetch_address)
-    return Answer(ABORTED, fault=error.name, record=record)
+    return Answer(ABORTED, fault=error.name, record=record, why=error.why)
 
 
 def granted(stream, allowed, no_write, execute, priv):
@@ -174,7 +177,7 @@ def try_stages(fetch, features, stream, iova, asked, write):
     ipa, sizes = iova, []
     if stream.context is None:
         if iova >> features.oas_bits:
-            raise reference.TranslationError("F_ADDR_SIZE", bypassed=True)
+            raise reference.TranslationError("F_ADDR_SIZE", "BYPASS_ADDRESS", bypassed=True)
     else:
         try:
             page, region = reference.stage1_access(fetch, stream, iova, *access)
@@ -220,9 +223,9 @@ def ats_request(
         record=bad_request_record(regs, sid, iova, ssid, no_write, execute, priv),
     )  # fmt: skip
     if not features.ats:
-        return Answer(UNSUPPORTED)
+        return Answer(UNSUPPORTED, why="ATS_ABSENT")
     if not bits(regs.cr0, 0, 0):  # SMMUEN
-        return refused
+        return refused._replace(why="ATS_DISABLED")
     effective = reference.effective_features(features)
     fetch = fetcher(memory)
     try:
@@ -230,14 +233,14 @@ def ats_request(
         reference.check_ste(effective, ste)
         eats = effective_eats(regs, ste)
         if eats == 0b00:
-            return refused
+            return refused._replace(why="ATS_EATS")
         stream = reference.configure(fetch, effective, regs, sid, ssid)
     except reference.ConfigurationError as error:
         return request_error(features, regs, error, sid, ssid)
 
     def failed(fault):
         if fault.name != "F_WALK_EABT":
-            return Answer(SUCCESS, size=stu, priv=priv, fault=fault.name)
+            return Answer(SUCCESS, size=stu, priv=priv, fault=fault.name, why=fault.why)
         record = None
         if errors_recorded(features, regs):
             seen_priv, seen_instr = stream.overridden(False, priv, False)
@@ -246,13 +249,15 @@ def ats_request(
                 event_class=fault.event_class, stage2=fault.stage2,
                 fetch_address=fault.fetch_address,
             )  # fmt: skip
-        return Answer(ABORTED, fault=fault.name, record=record)
+        return Answer(ABORTED, fault=fault.name, record=record, why=fault.why)
 
     if stream.cd_fault is not None:
         return failed(stream.cd_fault)
     if stream.context is None and stream.stage2 is None:
         if iova >> effective.oas_bits:
-            return Answer(SUCCESS, size=stu, priv=priv, fault="F_ADDR_SIZE")
+            return failed(
+                reference.TranslationError("F_ADDR_SIZE", "BYPASS_ADDRESS", bypassed=True)
+            )
         kind = (
             reference.memory_to_mair(stream.entering),
             reference.consistent_sh(stream.entering, stream.entering_sh),
@@ -292,20 +297,20 @@ def ats_translated(
 
     def passed():
         if address >> effective.oas_bits:
-            return End("abort")
+            return End("abort", why="TRANSLATED_ADDRESS")
         return End("bypass", address, kind=(0xFF, NSH))
 
-    def forbidden():
+    def forbidden(why):
         record = 0x07 | sid << 32 | (not write) << 99 | address << 128
         return End(
             "abort", fault="F_TRANSL_FORBIDDEN",
-            record=record.to_bytes(32, "little") if events_on(regs) else None,
+            record=record.to_bytes(32, "little") if events_on(regs) else None, why=why,
         )  # fmt: skip
 
     if not features.ats:
-        return End("abort")
+        return End("abort", why="ATS_ABSENT")
     if not bits(regs.cr0, 0, 0):  # SMMUEN
-        return forbidden()
+        return forbidden("TRANSLATED_DISABLED")
     if not bits(regs.cr0, 4, 4):  # ATSCHK
         return passed()
     try:
@@ -313,7 +318,7 @@ def ats_translated(
         reference.check_ste(effective, ste)
         eats = effective_eats(regs, ste)
         if eats == 0b00:
-            return forbidden()
+            return forbidden("TRANSLATED_EATS")
         if features.pasidtt:
             reference.choose_substream(effective, ste, ssid)
     except reference.ConfigurationError as error:
@@ -322,7 +327,7 @@ def ats_translated(
             record = reference.event_record(
                 error.name, sid, ssid, fetch_address=error.fetch_address
             )
-        return End("abort", fault=error.name, record=record)
+        return End("abort", fault=error.name, record=record, why=error.why)
     if eats == 0b01:
         return passed()
 
@@ -356,4 +361,4 @@ def ats_translated(
             fetch_address=fault.fetch_address,
             ipa=0 if aborted else reference.in_place(fault.ipa, effective.oas_bits - 1, 12),
         )  # fmt: skip
-    return End(action, fault=fault.name, record=record)
+    return End(action, fault=fault.name, record=record, why=fault.why)
