@@ -743,6 +743,21 @@ def test_translated_ipas_mark_the_stage_2_leaf(kind):
     assert flags == [(1, 0), (1, 0), (1, 1), (1, 1)]
 
 
+@EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
+def test_a_page_that_was_cached_clean_is_marked_dirty_in_stage_2(eats, kind):
+    smmu = nested_system(eats, s2ha=1, s2hd=1)
+    ipa = nested.DATA + nested.RW
+    set_stage2_leaf(smmu, ipa, s2ap=1, dbm=1)
+    smmu = with_caches(smmu, kind)
+    dirty = []
+    for no_write in (True, True, False, False):
+        response = smmu.ats_request(nested.NESTED, nested.RW, no_write=no_write)
+        assert rights(response) == ("r" if no_write else "rw")
+        dirty.append(smmu.memory.read_u64(stage2_leaf_at(ipa)) >> 7 & 1)
+    assert dirty == [0, 0, 1, 1]
+
+
 def test_without_updates_a_clean_page_grants_no_write_and_a_page_without_af_nothing():
     smmu = nested_system(1, stage1={"ap": 3, "dbm": 1})
     assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "r"
