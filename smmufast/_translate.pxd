@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, TERMINATE_SID, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
     ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream, why_of_half,
 )
@@ -36,8 +36,9 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, TABLE, access_flag, clean_s1, clean_s2,
-    combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
+    ATTR_WB, DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, TABLE, access_flag, clean_s1,
+    clean_s2, combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address,
+    first_table, half_of, in_range,
     leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, no_translation, not_global,
     permitted,
     shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
@@ -145,7 +146,8 @@ cdef inline void end_fault(
     cdef int event = why_event(why)
     cdef bint recorded = (terminate & TERMINATE_R) != 0
     cdef unsigned int action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
-    if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
+    if (event == EVENT_C_BAD_STREAMID
+            and not (cr2_recinvsid(hw.cr2) or terminate & TERMINATE_SID)):
         recorded = False
     if terminate & TERMINATE_S:
         action = ACTION_STALL
@@ -503,8 +505,8 @@ cdef inline void keep_entry(
     e.vmid = context.vmid
     e.world = context.world
     e.perm1 = e.perm2 = 0x3F
-    e.attr = context.attr
-    e.sh = context.sh
+    # of stage 2 alone: as for write-back, whatever the stream or stage 1 makes of it
+    e.attr = ATTR_WB
     if kind & KIND_S1:
         e.attr = stage1_attr(context.attr, mair_byte(context.mair, first.d))
         e.sh = leaf_sh(first.d, half)
@@ -739,9 +741,8 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
 cdef inline int ste_substream(
         const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
     """Which CD, into memo.index: 0, or why none.  From here on stage 2 translates."""
-    cdef int why = substream(hw, memo.ste, ssid, &memo.index)
-    memo.context.second.on = why == 0 and ste_stage2(memo.ste)
-    return why
+    memo.context.second.on = ste_stage2(memo.ste)
+    return substream(hw, memo.ste, ssid, &memo.index)
 
 
 cdef inline int cd_fetch(

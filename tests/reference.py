@@ -247,7 +247,7 @@ class TranslationError(Exception):
 
     stage2, event_class: which stage, and of what: a CD, a stage-1 descriptor, the input.
     ipa: what stage 2 was asked for.  fetch_address: of a read that aborted.
-    allowed: for F_PERMISSION, the accesses that this stage allows.
+    allowed: for F_PERMISSION, the accesses that this stage allows; page, region: what it found.
     descriptor_read: F_PERMISSION of stage 2 for a stage-1 descriptor, which was to be read.
     bypassed: an input address that is too large while stage 1 does not translate it.
     why: the rule, by the library's name for it.
@@ -255,7 +255,7 @@ class TranslationError(Exception):
 
     def __init__(
         self, name, why, *, stage2=False, event_class=CLASS_IN, ipa=0, fetch_address=0, allowed=0,
-        descriptor_read=False, bypassed=False,
+        page=None, region=None, descriptor_read=False, bypassed=False,
     ):  # fmt: skip
         super().__init__(name)
         self.name = name
@@ -265,6 +265,8 @@ class TranslationError(Exception):
         self.ipa = ipa
         self.fetch_address = fetch_address
         self.allowed = allowed
+        self.page = page
+        self.region = region
         self.descriptor_read = descriptor_read
         self.bypassed = bypassed
 
@@ -1150,7 +1152,9 @@ def stage2_access(fetch, stage2, ipa, event_class, write=False, priv=True, instr
         stage2_update(fetch, stage2, page, desired, event_class, ipa)
     if not permitted:
         descriptor_read = event_class == CLASS_TT
-        raise fault("F_PERMISSION", why, allowed=page.allowed, descriptor_read=descriptor_read)
+        raise fault(
+            "F_PERMISSION", why, allowed=page.allowed, page=page, descriptor_read=descriptor_read
+        )
     return page
 
 
@@ -1290,10 +1294,13 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
             raise TranslationError(
                 "F_WALK_EABT", "S1_UPDATE_ABORT", event_class=CLASS_TT, fetch_address=address
             )
-    if not permitted:
-        raise TranslationError("F_PERMISSION", "S1_PERMISSION", allowed=allowed)
     pa = output | (va & ((1 << shift) - 1))
-    return Page(descriptor, address, level, shift, output, pa, allowed), region
+    found = Page(descriptor, address, level, shift, output, pa, allowed)
+    if not permitted:
+        raise TranslationError(
+            "F_PERMISSION", "S1_PERMISSION", allowed=allowed, page=found, region=region
+        )
+    return found, region
 
 
 # ------------------------------------------------------------------------------------------------
