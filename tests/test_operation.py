@@ -6,6 +6,7 @@ Follows IHI 0070G.b 3.2 to 3.5, 3.11 to 3.13, 3.17, 3.18, 3.21, 16.7.
 import itertools
 
 import nested as guest
+import numpy as np
 import ptwriter
 import pytest
 import reference
@@ -121,6 +122,22 @@ def test_nothing_is_read_behind_a_structure_that_is_not_valid():
     assert kinds() == []
 
 
+@pytest.mark.parametrize("config", [0b110, 0b111])
+def test_reserved_bits_of_stage_2_descriptors_change_nothing(config):
+    bench, iova, ipa = nested_system()
+    bench.write_ste(config=config)
+    if config == 0b110:
+        iova = ipa
+    leaf, table = (bench.second.slot(ipa, level) for level in (3, 2))
+    expected = twin.expected_row(bench.translate(iova))
+    for at, first in ((leaf, 55), (table, 51)):
+        sound = bench.second.read_descriptor(at)
+        for bit in range(first, 64):
+            bench.second.write_descriptor(at, sound | 1 << bit)
+            assert twin.expected_row(bench.translate(iova)) == expected, bit
+        bench.second.write_descriptor(at, sound)
+
+
 # ------------------------------------------------------------------------------------------------
 # Address sizes (3.4)
 
@@ -143,6 +160,46 @@ def test_the_top_byte_counts_where_stage_1_does_not_translate(s1p):
         assert found.event == reference.event_record(
             "F_ADDR_SIZE", SID, write=False, event_class=reference.CLASS_IN, iova=tagged
         )
+
+
+def test_pointers_of_contexts_beyond_ias_are_a_matter_of_stage_2():
+    bench, iova, _ = nested_system(features=stage2_features(oas=4))
+    bench.write_ste(s1cdmax=8, s1fmt=1, s1dss=2)
+    for ipa in (1 << 43, 1 << 44, 1 << 51):
+        bench.memory.write(CONTEXT_TABLE, ptwriter.encode_l1cd(ipa))
+        found = bench.translate(iova)
+        assert (found.fault, found.stage) == ("F_TRANSLATION", 2)
+    bench.write_ste(s1cdmax=0)
+    for ipa in (1 << 43, 1 << 44, 1 << 51):
+        bench.write_ste(s1contextptr=ipa)
+        found = bench.translate(iova)
+        assert (found.fault, found.stage) == ("F_TRANSLATION", 2)
+
+
+@pytest.mark.parametrize("config", [0b101, 0b111])
+def test_a_context_lies_where_it_does_whatever_its_own_output_size_is(config):
+    bench, iova, _ = nested_system()
+    bench.map(iova, 0x5000)
+    bench.map_self(0x5000)
+    at = 0x12_3456_7000
+    bench.memory.add(at, 0x1000)
+    bench.map_self(at)
+    bench.write_cd(ips=0)  # 32 bits
+    bench.memory.write(at, ptwriter.encode_cd(**bench.cd))
+    bench.write_ste(config=config, s1contextptr=at)
+    assert bench.translate(iova).pa == 0x5000
+
+
+@pytest.mark.parametrize("s2tg", [0, 1, 2])
+def test_stage_2_takes_52_bits_at_most_whatever_oas_is(s2tg):
+    bench = Nested(stage2_features(arch_minor=4, oas=7), config=0b110)
+    s2sl0, s2sl0_2, tables = {0: (0, 1, 0x4000_0000), 1: (2, 0, 0x4000_0000),
+                              2: (3, 0, 0x4000_0000)}[s2tg]  # fmt: skip
+    bench.write_ste(s2tg=s2tg, s2ds=int(s2tg != 1), s2sl0=s2sl0, s2sl0_2=s2sl0_2, s2ttb=tables,
+                    s2ps=6)  # fmt: skip
+    for s2t0sz, end in ((12, "F_WALK_EABT"), (11, "C_BAD_STE"), (8, "C_BAD_STE")):
+        bench.write_ste(s2t0sz=s2t0sz)
+        assert bench.fault() == end
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,6 +274,22 @@ def test_what_an_interrupt_tells_is_there_when_it_comes(by):
     assert set(seen) == {(1, 0x10, 1, True, 1, 1 << 24 | 1)}
 
 
+def test_a_message_is_32_bits_in_little_endian():
+    smmu, _ = small.system(cr0=0b101, eventq_base=QUEUE | 2)
+    smmu.memory.add_private(QUEUE, 0x2000)
+    target = QUEUE + 0x1004
+    smmu.write("EVENTQ_IRQ_CFG0", target)
+    smmu.write("EVENTQ_IRQ_CFG1", 0x1234_5678)
+    smmu.write("IRQ_CTRL", 0b100)
+    smmu.memory.write(target - 4, b"\xaa" * 12)
+    smmu.translate(small.STAGE1, small.UNMAPPED)
+    expected = b"\xaa" * 4 + bytes.fromhex("78563412") + b"\xaa" * 4
+    assert smmu.memory.read(target - 4, 12) == expected
+    smmu.memory.write(target - 4, b"\xaa" * 12)
+    smmu.command("SYNC", CS=1, MSIAddress=target, MSIData=0x1234_5678)
+    assert smmu.memory.read(target - 4, 12) == expected
+
+
 def test_a_message_of_the_page_request_queue_that_aborts_has_its_own_error():
     smmu, _ = small.system(cr0=0b111, priq_base=QUEUE | 2)
     smmu.memory.add_private(QUEUE, 0x1000)
@@ -281,6 +354,19 @@ def test_a_reset_leaves_the_caches_to_be_invalidated():
     assert outcome(smmu, small.RW, small.STAGE1) == 0x4000_1000
     smmu.command("CFGI_ALL")
     assert outcome(smmu, small.RW, small.STAGE1) == "C_BAD_CD"
+
+
+def test_nothing_enters_the_caches_while_the_smmu_is_off():
+    smmu, _ = small.system(cr0=0b100, caches=Caches.small())
+    for sid in (small.STAGE1, small.NESTED):
+        assert smmu.translate(sid, small.RW).action == "disabled"
+        smmu.command("PREFETCH_CONFIG", StreamID=sid)
+        smmu.command("PREFETCH_ADDR", StreamID=sid, Address=small.RW)
+        smmu.ats_request(sid, small.RW)
+    assert len(smmu.caches) == 0
+    smmu.write("CR0", 0b101)
+    smmu.command("PREFETCH_ADDR", StreamID=small.STAGE1, Address=small.RW)
+    assert len(smmu.caches.tlb) == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,6 +441,26 @@ def test_affd_does_not_keep_the_access_flag_from_being_set(stage):
     enable()
     assert bench.translate(iova).pa == 0x5000
     assert bench.descriptor(slot) & AF
+
+
+@pytest.mark.parametrize("config", [0b101, 0b110, 0b111])
+@pytest.mark.parametrize("ha", [0, 1])
+def test_a_batch_sets_access_flags_in_spite_of_affd(config, ha):
+    bench = Nested(config=config)
+    bench.write_cd(affd=1, ha=ha)
+    bench.write_ste(s2affd=1, s2ha=ha)
+    slots = []
+    for i in range(64):
+        va, ipa = IOVA + 0x1000 * i, 0x5000_0000 + 0x1000 * (i * 5 % 64)
+        if config & 1:
+            slots.append(bench.map(va, ipa, af=0))
+        if config & 2:
+            slots.append(bench.map2(ipa if config & 1 else va, 0x40_0000 + 0x1000 * i, af=0))
+    smmu = smmu_over(bench)
+    iova = IOVA + 0x1000 * np.arange(64, dtype=np.uint64)
+    found = smmu.translate_batch(SID, iova, columns=["fault"])
+    assert not found["fault"].any()
+    assert {bool(bench.descriptor(slot) & AF) for slot in slots} == {bool(ha)}
 
 
 @pytest.mark.parametrize("two_level", [False, True])
@@ -524,6 +630,20 @@ def test_a_structure_that_could_not_be_fetched_is_fetched_again():
         assert outcome(smmu, iova) == outcome(smmu, iova) == "F_TRANSLATION"
         bench.second.write_descriptor(slot, sound)
         assert outcome(smmu, iova) == 0x5000
+
+
+def test_a_stream_is_cached_until_its_own_command_whatever_the_registers_say():
+    smmu, _ = small.system(caches=Caches.small())
+    assert outcome(smmu, small.RW, small.STAGE1) == 0x4000_1000
+    smmu.write("CR0", 0)
+    smmu.write("STRTAB_BASE", 0xA000_0000)  # no memory there
+    smmu.write("CR0", 0b101)
+    assert outcome(smmu, small.RW, small.STAGE1) == 0x4000_1000
+    for command in ("TLBI_NSNH_ALL", "TLBI_EL2_ALL"):
+        smmu.command(command)
+        assert outcome(smmu, small.RW, small.STAGE1) == 0x4000_1000
+    smmu.command("CFGI_STE", StreamID=small.STAGE1)
+    assert outcome(smmu, small.RW, small.STAGE1) == "F_STE_FETCH"
 
 
 def test_a_pointer_to_a_context_is_a_physical_address_without_stage_2():
