@@ -98,30 +98,25 @@ cdef dict PRESET = {
 }
 
 
-cdef object mask_of(str register, str names):
-    """The bits of some fields of a register."""
-    return sum(layout.REGISTERS[register].field(name).mask for name in names.split())
-
-
 # Writes are ignored while one of these bits is set: register, the register and bits of the guard.
 cdef dict GUARDS = {
-    "CR2": ("CR0", mask_of("CR0", "SMMUEN")),
-    "STRTAB_BASE": ("CR0", mask_of("CR0", "SMMUEN")),
-    "STRTAB_BASE_CFG": ("CR0", mask_of("CR0", "SMMUEN")),
-    "CMDQ_BASE": ("CR0", mask_of("CR0", "CMDQEN")),
-    "CMDQ_CONS": ("CR0", mask_of("CR0", "CMDQEN")),
-    "EVENTQ_BASE": ("CR0", mask_of("CR0", "EVENTQEN")),
-    "EVENTQ_PROD": ("CR0", mask_of("CR0", "EVENTQEN")),
-    "PRIQ_BASE": ("CR0", mask_of("CR0", "PRIQEN")),
-    "PRIQ_PROD": ("CR0", mask_of("CR0", "PRIQEN")),
+    "CR2": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "STRTAB_BASE": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "STRTAB_BASE_CFG": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "CMDQ_BASE": ("CR0", layout.mask("CR0", "CMDQEN")),
+    "CMDQ_CONS": ("CR0", layout.mask("CR0", "CMDQEN")),
+    "EVENTQ_BASE": ("CR0", layout.mask("CR0", "EVENTQEN")),
+    "EVENTQ_PROD": ("CR0", layout.mask("CR0", "EVENTQEN")),
+    "PRIQ_BASE": ("CR0", layout.mask("CR0", "PRIQEN")),
+    "PRIQ_PROD": ("CR0", layout.mask("CR0", "PRIQEN")),
 }
 for _queue in ("GERROR", "EVENTQ", "PRIQ"):
     for _word in range(3):
         GUARDS[f"{_queue}_IRQ_CFG{_word}"] = (
-            "IRQ_CTRL", mask_of("IRQ_CTRL", f"{_queue}_IRQEN"))
-cdef uint64_t CR1_TABLES = mask_of("CR1", "TABLE_IC TABLE_OC TABLE_SH")
-cdef uint64_t QUEUES_ENABLED = mask_of("CR0", "CMDQEN EVENTQEN PRIQEN")
-cdef uint64_t GBPA_UPDATE = mask_of("GBPA", "Update")
+            "IRQ_CTRL", layout.mask("IRQ_CTRL", f"{_queue}_IRQEN"))
+cdef uint64_t CR1_TABLES = layout.mask("CR1", "TABLE_IC", "TABLE_OC", "TABLE_SH")
+cdef uint64_t QUEUES_ENABLED = layout.mask("CR0", "CMDQEN", "EVENTQEN", "PRIQEN")
+cdef uint64_t GBPA_UPDATE = layout.mask("GBPA", "Update")
 cdef uint64_t GBPA_RESET = 0x1000  # SHCFG: incoming
 
 
@@ -929,27 +924,27 @@ cdef class Registers:
         hw.pointer_mask = pointer_mask(hw.minor)
         hw.granules = features.gran4k << 12 | features.gran16k << 14 | features.gran64k << 16
         masks = dict(WHOLE)
-        masks["CR0"] = mask_of("CR0", "SMMUEN EVENTQEN CMDQEN")
+        masks["CR0"] = layout.mask("CR0", "SMMUEN", "EVENTQEN", "CMDQEN")
         if features.pri:
-            masks["CR0"] |= mask_of("CR0", "PRIQEN")
+            masks["CR0"] |= layout.mask("CR0", "PRIQEN")
         else:
-            masks["IRQ_CTRL"] &= ~mask_of("IRQ_CTRL", "PRIQ_IRQEN")
+            masks["IRQ_CTRL"] &= ~layout.mask("IRQ_CTRL", "PRIQ_IRQEN")
         if features.ats:
-            masks["CR0"] |= mask_of("CR0", "ATSCHK")
+            masks["CR0"] |= layout.mask("CR0", "ATSCHK")
         if features.vmw:
-            masks["CR0"] |= mask_of("CR0", "VMW")
+            masks["CR0"] |= layout.mask("CR0", "VMW")
         if not features.hyp:
-            masks["CR2"] &= ~mask_of("CR2", "E2H")
+            masks["CR2"] &= ~layout.mask("CR2", "E2H")
         if not features.atsrecerr:
-            masks["CR2"] &= ~mask_of("CR2", "REC_CFG_ATS")
+            masks["CR2"] &= ~layout.mask("CR2", "REC_CFG_ATS")
         if not features.btm:
-            masks["CR2"] &= ~mask_of("CR2", "PTM")
+            masks["CR2"] &= ~layout.mask("CR2", "PTM")
         if not features.st_level:
-            masks["STRTAB_BASE_CFG"] = mask_of("STRTAB_BASE_CFG", "LOG2SIZE")
+            masks["STRTAB_BASE_CFG"] = layout.mask("STRTAB_BASE_CFG", "LOG2SIZE")
         masks["S2PII"] = 0
         for name in masks:
             if "IRQ_CFG" in name and not features.msi:
-                masks[name] = mask_of(name, "LO") if name == "PRIQ_IRQ_CFG2" else 0
+                masks[name] = layout.mask(name, "LO") if name == "PRIQ_IRQ_CFG2" else 0
             if name.startswith("PRIQ") and not features.pri:
                 masks[name] = 0
         self._masks = masks
