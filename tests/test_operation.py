@@ -162,6 +162,104 @@ def test_the_top_byte_counts_where_stage_1_does_not_translate(s1p):
         )
 
 
+LARGE = [
+    # granule, level of a block, its size, IPS or S2PS and its bits
+    (12, 0, 39, 1, 36), (12, 0, 39, 0, 32), (14, 1, 36, 0, 32), (16, 1, 42, 2, 40),
+]  # fmt: skip
+
+
+def with_large_block(stage, granule_lg2, level, ps):
+    """A Bench that one block translates, of more bytes than its stage may give out."""
+    ds = granule_lg2 != 16
+    if stage == 1:
+        bench = Bench(granule_lg2=granule_lg2, tsz=16, ds=int(ds))
+        bench.map(0, 0, level)
+        bench.write_cd(ips=ps)
+        return bench
+    second = {"granule_lg2": granule_lg2, "tsz": 16, "start_level": 0 if ds else 1, "ds": ds}
+    if granule_lg2 == 14:
+        second |= {"tsz": 20, "start_level": 1}
+    bench = Nested(config=0b110, second=second)
+    slot = bench.second.slot(0, level)
+    leaf = ptwriter.stage2_leaf_descriptor(granule_lg2, level, 0, ds=ds, s2ap=3, memattr=15)
+    bench.second.write_descriptor(slot, leaf)
+    bench.write_ste(s2ps=ps)
+    return bench
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("granule_lg2", "level", "size_lg2", "ps", "bits"), LARGE)
+def test_what_comes_out_of_a_block_must_fit_the_output_size(
+    stage, granule_lg2, level, size_lg2, ps, bits
+):
+    bench = with_large_block(stage, granule_lg2, level, ps)
+    last = (1 << bits) - 1
+    for iova in (0, 0x1234, last):
+        found = bench.translate(iova)
+        assert (found.pa, found.level, found.page_lg2) == (iova, level, bits)
+    beyond = [last + 1, last + 0x1235, (1 << size_lg2) - 1]
+    for iova in beyond:
+        found = bench.translate(iova, write=True)
+        assert (found.fault, bool(found.event[12] & 0x80)) == ("F_ADDR_SIZE", stage == 2)
+    smmu = smmu_over(bench)
+    iova = np.tile(np.array([0x1234, last, *beyond], np.uint64), 20)
+    rows = smmu.translate_batch(SID, iova, columns=["pa", "fault"])
+    assert rows["fault"].tolist() == [0, 0, 0x11, 0x11, 0x11] * 20
+    assert rows["pa"].tolist() == [0x1234, last, 0, 0, 0] * 20
+    burst = smmu.translate_range(SID, last - 0xFFF, 0x2000)
+    assert [tuple(part) for part in burst] == [(last - 0xFFF, last - 0xFFF, 0x1000)]
+    assert burst.result.fault.name == "F_ADDR_SIZE"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("nested", ["combined", "split"])
+def test_an_entry_of_a_large_block_answers_for_what_fits_alone(stage, nested):
+    bench = with_large_block(stage, 12, 0, 1)
+    smmu = smmu_over(bench, caches=Caches.server(nested=nested))
+    last = (1 << 36) - 1
+    for _ in range(2):
+        assert outcome(smmu, last) == last
+        assert outcome(smmu, last + 1) == outcome(smmu, 1 << 38) == "F_ADDR_SIZE"
+    (entry,) = smmu.caches.tlb
+    assert (entry.start, entry.lg2, max(entry.lg2_s1, entry.lg2_s2)) == (0, 36, 39)
+    rows = smmu.translate_batch(SID, np.tile(np.array([5, 1 << 38], np.uint64), 40),
+                                columns=["fault"])["fault"]  # fmt: skip
+    assert rows.tolist() == [0, 0x11] * 40
+    # the block is one: it goes with any of its addresses
+    if stage == 1:
+        smmu.command("TLBI_NH_VAA", Address=1 << 38)
+    else:
+        smmu.command("TLBI_S2_IPA", VMID=VMID, IPA=1 << 38)
+    assert len(smmu.caches.tlb) == 0
+
+
+@pytest.mark.parametrize("ps", [(1, 6), (6, 1), (1, 0), (0, 1)])
+def test_large_blocks_of_both_stages_give_what_fits_both(ps):
+    bench = Nested(
+        tsz=16, ds=1, second={"granule_lg2": 12, "tsz": 16, "start_level": 0, "ds": True}
+    )
+    slot = bench.tables.slot(0, 0)
+    bench.second.write_descriptor(
+        bench.second.slot(0, 0), ptwriter.stage2_leaf_descriptor(
+            12, 0, 0, ds=True, s2ap=3, memattr=15
+        ))  # fmt: skip
+    bench.tables.write_descriptor(slot, ptwriter.leaf_descriptor(12, 0, 0, ds=True, ap=1))
+    bench.write_cd(ips=ps[0])
+    bench.write_ste(s2ps=ps[1])
+    of_stage_1, of_stage_2 = ({0: 32, 1: 36, 6: 39}[code] for code in ps)
+    bits = min(of_stage_1, of_stage_2)
+    for iova in (0x1234, (1 << bits) - 1):
+        found = bench.translate(iova)
+        assert (found.pa, found.page_lg2, found.level) == (iova, bits, 0)
+    smmu = smmu_over(bench, caches=Caches.server())
+    for iova in (0x1234, 1 << bits, 0x5678, (1 << 39) - 1):
+        found = bench.translate(iova)
+        assert found.fault == (None if iova < 1 << bits else "F_ADDR_SIZE")
+        assert outcome(smmu, iova) == (found.fault or iova)
+        if found.fault:
+            assert bool(found.event[12] & 0x80) == (iova < 1 << of_stage_1)
+
+
 def test_pointers_of_contexts_beyond_ias_are_a_matter_of_stage_2():
     bench, iova, _ = nested_system(features=stage2_features(oas=4))
     bench.write_ste(s1cdmax=8, s1fmt=1, s1dss=2)
