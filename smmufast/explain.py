@@ -1382,9 +1382,12 @@ class _Story:
             return []
         size = _ips(self.ste["S2PS"], self.features)
         table = self.inner_level is not None and self.inner_level < 3 and self.inner & 2
+        at = self.inner_address
+        if self.inner_level is not None and not table and self.ipa is not None:
+            at |= self.ipa & (1 << _shift(_s2_granule(self.ste), self.inner_level)) - 1
         return [
             f"{'the next table' if table else 'the output'} of stage 2 is at "
-            f"{self.inner_address:#x}, beyond the output size of {size} bits (S2PS, OAS)"
+            f"{at:#x}, beyond the output size of {size} bits (S2PS, OAS)"
         ]
 
     def why2_f_access(self) -> list[str]:
@@ -1518,11 +1521,10 @@ class _Story:
             return [f"{self.result.iova:#x} is beyond the physical address size{size} (IDR5.OAS)"]
         lg2 = _granule(self.cd, self.half)
         ips = _ips(self.cd["IPS"], self.features)
-        what = "the next table" if self.level < 3 and self.descriptor & 2 else "the output"
-        return [
-            f"{what} is at {self.address(self.descriptor, lg2):#x}, beyond the output size of "
-            f"{ips} bits (IPS, OAS)"
-        ]
+        what, at = "the next table", self.address(self.descriptor, lg2)
+        if self.level == 3 or not self.descriptor & 2:
+            what, at = "the output", at | self.result.iova & (1 << _shift(lg2, self.level)) - 1
+        return [f"{what} is at {at:#x}, beyond the output size of {ips} bits (IPS, OAS)"]
 
     def why_f_access(self) -> list[str]:
         return ["the page's descriptor has AF=0, and neither AFFD nor the SMMU sets it"]
