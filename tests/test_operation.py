@@ -57,6 +57,17 @@ def test_substreams_select_a_stage_1_and_all_share_stage_2():
     assert outcome(smmu, iova, ssid=2) == "F_TRANSLATION"
 
 
+@pytest.mark.parametrize("ssidsize", [4, 20])
+def test_every_bit_of_a_substream_counts(ssidsize):
+    bench = Bench(default_features(ssidsize=ssidsize))
+    bench.map(IOVA, 0x5000)
+    bench.write_ste(s1cdmax=4)
+    bench.write_cd(3)
+    assert bench.translate(IOVA, ssid=3).pa == 0x5000
+    for bit in range(4, 20):
+        assert bench.fault(IOVA, ssid=3 | 1 << bit) == "C_BAD_SUBSTREAMID"
+
+
 def test_streams_of_one_vmid_share_stage_2():
     bench = Nested(config=0b110)
     slot = bench.map2(IOVA, 0x5000)
