@@ -126,7 +126,8 @@ def request_error(features, regs, error, sid, ssid):
         recorded = recorded and bits(regs.cr2, 1, 1)  # RECINVSID
     record = None
     if recorded:
-        address = reference.fetch_reported(features, error.fetch_address)
+        effective = reference.effective_features(features)
+        address = reference.fetch_reported(effective, error.fetch_address)
         record = reference.event_record(error.name, sid, ssid, fetch_address=address)
     return Answer(ABORTED, fault=error.name, record=record, why=error.why)
 
@@ -237,7 +238,7 @@ def ats_request(
             return refused._replace(why="ATS_EATS")
         stream = reference.configure(fetch, effective, regs, sid, ssid)
     except reference.ConfigurationError as error:
-        return request_error(effective, regs, error, sid, ssid)
+        return request_error(features, regs, error, sid, ssid)
 
     def failed(fault):
         if fault.name != "F_WALK_EABT":
