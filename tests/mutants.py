@@ -352,6 +352,7 @@ def run(chosen, directory, jobs):
             for future, words in alone.items():
                 if future.result()[0]:
                     print(future.result()[1])
+                    pool.shutdown(wait=False, cancel_futures=True)
                     raise Misplaced(f"without a mutant, {' '.join(words)} fails")
             waiting = {
                 pool.submit(pytest, tree, number, ("-x", *mutant.tests)): mutant
