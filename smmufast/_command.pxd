@@ -66,10 +66,9 @@ cdef inline bint command_implemented(const Hw* hw, unsigned int op) noexcept nog
     if (op == CMD_CFGI_CD or op == CMD_CFGI_CD_ALL or op == CMD_TLBI_NH_ALL
             or op == CMD_TLBI_NH_ASID or op == CMD_TLBI_NH_VA or op == CMD_TLBI_NH_VAA):
         return hw.s1p
-    if op == CMD_TLBI_EL2_ALL:
+    if (op == CMD_TLBI_EL2_ALL or op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA
+            or op == CMD_TLBI_EL2_VAA):
         return hw.hyp and hw.s1p
-    if op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA or op == CMD_TLBI_EL2_VAA:
-        return hw.hyp
     if op == CMD_TLBI_S12_VMALL or op == CMD_TLBI_S2_IPA:
         return hw.s2p
     if op == CMD_ATC_INV:

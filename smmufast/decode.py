@@ -387,7 +387,7 @@ def _missing_feature(name: str, features: Features) -> str:
     if name in ("CFGI_CD", "CFGI_CD_ALL") or name.startswith("TLBI_NH_"):
         return "" if features.s1p else "stage 1 (IDR0.S1P=0)"
     if name.startswith("TLBI_EL2_"):
-        if name == "TLBI_EL2_ALL" and not features.s1p:
+        if not features.s1p:
             return "stage 1 (IDR0.S1P=0)"
         return "" if features.hyp else "EL2 streams (IDR0.HYP=0)"
     if name in ("TLBI_S12_VMALL", "TLBI_S2_IPA"):

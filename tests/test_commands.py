@@ -88,10 +88,8 @@ def legal(hw, op, c):
         return hw["s1p"] and not bits(c, 10, 10)
     if op in (0x10, 0x11, 0x12, 0x13):
         return hw["s1p"]
-    if op == 0x20:
+    if op in (0x20, 0x21, 0x22, 0x23):
         return hw["hyp"] and hw["s1p"]
-    if op in (0x21, 0x22, 0x23):
-        return hw["hyp"]
     if op in (0x28, 0x2A):
         return hw["s2p"]
     if op == 0x40:
@@ -305,6 +303,9 @@ def command_of(name, **fields):
         ("TLBI_NH_VA", {}, {"s1p": 0}),
         ("TLBI_NH_VAA", {}, {"s1p": 0}),
         ("TLBI_EL2_ALL", {}, {"s1p": 0}),
+        ("TLBI_EL2_ASID", {}, {"s1p": 0}),
+        ("TLBI_EL2_VA", {}, {"s1p": 0}),
+        ("TLBI_EL2_VAA", {}, {"s1p": 0}),
         ("TLBI_EL2_ALL", {}, {"hyp": 0}),
         ("TLBI_EL2_ASID", {}, {"hyp": 0}),
         ("TLBI_EL2_VA", {}, {"hyp": 0}),
