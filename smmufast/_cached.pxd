@@ -16,7 +16,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from smmufast._bits cimport likely, low_mask
 from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._core cimport Core
-from smmufast._layout cimport EVENT_C_BAD_STREAMID, EVENT_F_PERMISSION, cr0_smmuen
+from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport FETCH_STOPPED, Port, port_open
 from smmufast._queue cimport event_deliver
 from smmufast._tlb cimport (
@@ -24,7 +24,7 @@ from smmufast._tlb cimport (
     cd_probe, config_touch, ste_fill, ste_probe, tlb_probe,
 )
 from smmufast._translate cimport (
-    CLASS_IN, SILENT_ABORT, Leaf, Memo, Syndrome, View, as_said, canonical, cd_fetch, end_disabled,
+    CLASS_IN, Leaf, Memo, Syndrome, View, as_said, canonical, cd_fetch, end_disabled,
     end_lookup, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
     keeps_what_is_read,
     leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set, translate_known,
@@ -34,6 +34,7 @@ from smmufast._types cimport (
     ACCESS_WRITE, ACTION_STALL, Context, Half, Hw, Outcome, Request, WalkC,
 )
 from smmufast._vmsa cimport half_of
+from smmufast._why cimport *
 
 
 cdef inline void view_open(
@@ -73,7 +74,7 @@ cdef inline void memo_touch(const View* view, const Memo* memo) noexcept nogil:
 cdef inline int lookup_cached(
         const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """As lookup(), for view.sid and view.ssid; what is cached is not read."""
-    cdef int event = 0
+    cdef int why = 0
     memo.whole = False
     memo.generation = UNDECODED
     memo.edition = hw.edition
@@ -83,27 +84,27 @@ cdef inline int lookup_cached(
     memo.cd_handle = 0
     syndrome_set(syndrome, 0, False, CLASS_IN)
     if <uint64_t>view.sid >> hw.log2size:
-        return EVENT_C_BAD_STREAMID
+        return WHY_STREAM_BEYOND
     memo.ste_handle = ste_probe(view.c, view.sid, memo.ste, view.quiet)
     if not memo.ste_handle:
-        event = ste_fetch(hw, port, view.sid, memo, syndrome)
-    if event == 0:
-        event = ste_decode(hw, memo)
-    if not memo.ste_handle and keeps_what_is_read(view) and (event == 0 or event == SILENT_ABORT):
+        why = ste_fetch(hw, port, view.sid, memo, syndrome)
+    if why == 0:
+        why = ste_decode(hw, memo)
+    if not memo.ste_handle and keeps_what_is_read(view) and (why == 0 or why == WHY_STE_CONFIG):
         memo.ste_handle = ste_fill(view.c, view.sid, memo.ste)
-    if event == 0:
-        event = ste_substream(hw, memo, view.ssid)
-    if event:
-        return event
+    if why == 0:
+        why = ste_substream(hw, memo, view.ssid)
+    if why:
+        return why
     if memo.index != STAGE1_BYPASS:
         memo.cd_handle = cd_probe(
             view.c, view.sid, <uint32_t>memo.index, memo.cd, view.quiet)
         if not memo.cd_handle:
-            event = cd_fetch(hw, port, view, memo, syndrome)
-        if event == 0:
-            event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-        if event:
-            return event
+            why = cd_fetch(hw, port, view, memo, syndrome)
+        if why == 0:
+            why = cd_decode(hw, memo.ste, memo.cd, &memo.context)
+        if why:
+            return why
         if not memo.cd_handle and keeps_what_is_read(view):
             memo.cd_handle = cd_fill(view.c, view.sid, <uint32_t>memo.index, memo.cd)
     memo.whole = memo.ste_handle and (memo.cd_handle or memo.index == STAGE1_BYPASS)
@@ -136,11 +137,11 @@ cdef inline void leaf_of(const Entry* e, unsigned int stage, Leaf* leaf) noexcep
 cdef inline int permission(
         const Leaf* leaf, unsigned int need, bint s2, uint64_t ipa,
         Syndrome* syndrome) noexcept nogil:
-    """F_PERMISSION of a cached translation, with its syndrome; or 0."""
+    """Why a cached translation does not permit an access, with the syndrome; or 0."""
     if leaf.perm & need:
         return 0
     syndrome_set(syndrome, ipa, s2, CLASS_IN)
-    return EVENT_F_PERMISSION
+    return WHY_S2_PERMISSION if s2 else WHY_S1_PERMISSION
 
 
 cdef inline int translate_known_cached(
@@ -157,15 +158,15 @@ cdef inline int translate_known_cached(
     cdef unsigned int need = context.need[access]
     cdef unsigned int kind = KIND_S1, upper
     cdef uint64_t ipa = request.iova, pa = 0, va = 0
-    cdef int event = 0
+    cdef int why = 0
     if not nested and not context.second.on:
         return translate_known(hw, port, request, memo, outcome)
     view.stage2_only = not nested
     if nested:
         upper = half_of(request.iova, context.two_ttbs)
         half = &context.half[upper]
-        event = half_fault(context, request.iova, upper, access)
-        if likely(event == 0):
+        why = half_fault(context, request.iova, upper, access)
+        if likely(why == 0):
             va = canonical(half, request.iova, upper)
             if context.second.on and not view.c.split:
                 kind = KIND_COMBINED
@@ -181,28 +182,28 @@ cdef inline int translate_known_cached(
     leaf_none(&leaf)
     syndrome_set(&syndrome, 0, False, CLASS_IN)
     if nested:
-        if event == 0:
+        if why == 0:
             if e != NULL and usable(e, access):
                 leaf_of(e, 1, &first)
-                event = permission(&first, need, False, 0, &syndrome)
+                why = permission(&first, need, False, 0, &syndrome)
                 if kind == KIND_COMBINED:
                     leaf_of(e, 2, &leaf)
                     pa = e.address | va & low_mask(e.lg2)
                     ipa = e.ipa | va & low_mask(e.lg2)
-                    if event == 0:
-                        event = permission(&leaf, need, True, ipa, &syndrome)
-                    finish_stage2(hw, request, context, True, event, &first, &leaf, ipa, pa,
+                    if why == 0:
+                        why = permission(&leaf, need, True, ipa, &syndrome)
+                    finish_stage2(hw, request, context, True, why, &first, &leaf, ipa, pa,
                                   &syndrome, outcome)
                     return 0
             else:
-                event = walk_steps(
+                why = walk_steps(
                     view, context, port, request.iova, access, &first, &syndrome)
-                if event == 0 and kind == KIND_S1:
+                if why == 0 and kind == KIND_S1:
                     keep_entry(view, context, KIND_S1, va, half, &first, NULL, 0, first.address)
-        if event < 0:
-            return event
+        if why < 0:
+            return why
         if not context.second.on:
-            finish_stage1(hw, request, context, event, &first, &syndrome, outcome)
+            finish_stage1(hw, request, context, why, &first, &syndrome, outcome)
             return 0
         ipa = first.address | (request.iova & low_mask(first.shift))
     else:
@@ -210,15 +211,15 @@ cdef inline int translate_known_cached(
         if untranslatable(hw, request, &syndrome):
             end_untranslatable(hw, request, context, &syndrome, outcome)
             return 0
-    if event == 0:
-        event = stage2(view, context, port, ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
+    if why == 0:
+        why = stage2(view, context, port, ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
                        &leaf, &pa, &syndrome)
-        if event == 0 and kind == KIND_COMBINED:
+        if why == 0 and kind == KIND_COMBINED:
             keep_entry(view, context, KIND_COMBINED, va, half, &first, &leaf, ipa, pa)
-    if event < 0:
-        return event
+    if why < 0:
+        return why
     finish_stage2(
-        hw, request, context, nested, event, &first, &leaf, ipa, pa, &syndrome, outcome)
+        hw, request, context, nested, why, &first, &leaf, ipa, pa, &syndrome, outcome)
     return 0
 
 
@@ -227,18 +228,18 @@ cdef inline int translate_cached(
         Outcome* outcome) noexcept nogil:
     """As translate_one(), through caches; the memo is asked for nothing that is not cached."""
     cdef Syndrome syndrome
-    cdef int event
+    cdef int why
     if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
     if memo_current(hw, view, memo):
         memo_touch(view, memo)
     else:
-        event = lookup_cached(hw, port, view, memo, &syndrome)
-        if event:
-            if event < 0:
-                return event
-            end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
+        why = lookup_cached(hw, port, view, memo, &syndrome)
+        if why:
+            if why < 0:
+                return why
+            end_lookup(hw, request, &memo.context, why, &syndrome, outcome)
             return 0
     return translate_known_cached(hw, port, view, request, memo, outcome)
 
@@ -279,7 +280,7 @@ cdef inline int walk_cached(
 cdef inline int deliver(
         Core* core, Port* port, const Request* request, int status,
         Outcome* outcome) noexcept nogil:
-    """What follows from an outcome outside of translation: its event, or its stall."""
+    """What follows from an outcome outside of translation: its why, or its stall."""
     if status or likely(not outcome.fault):
         return status
     if outcome.action != ACTION_STALL and (outcome.event == 0 or not core.queues.events.placed):

@@ -67,6 +67,7 @@ cdef extern from "smmufast.h":
         uint16_t stag
         uint8_t ng
         uint8_t contiguous
+        uint16_t why
         uint64_t[4] record
 
     ctypedef struct FetchC "smmufast_fetch":
