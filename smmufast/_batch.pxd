@@ -290,7 +290,7 @@ cdef inline void half_lanes(Lanes* lanes, const Half* half) noexcept nogil:
     lanes.stride = half.stride
     lanes.block_shifts = 0
     while shift != half.granule:
-        if half.blocks >> (level_of(half, shift) + 1) & 1:
+        if half.fitting >> (level_of(half, shift) + 1) & 1:
             lanes.block_shifts |= <uint64_t>1 << shift
         shift -= half.stride
 
@@ -530,7 +530,7 @@ cdef inline void set_out(
         if unlikely(status != AT_PAGES):
             if status == AT_OTHER and descriptor_kind(
                     descriptor(half, at.raw, simple), level_of(half, at.shift),
-                    half.blocks) == DESC_LEAF:
+                    half.fitting) == DESC_LEAF:
                 rows.tables[i] = at.tables & half.keep
                 rows.shift[i] = at.shift
                 rows.held[i] = at.raw
@@ -878,7 +878,7 @@ cdef inline int stage2_table(
         table[0] = in_window(port, at.table, half.entry_mask + 8)
         return table[0] == NULL
     return status != AT_OTHER or descriptor_kind(
-        le64(at.raw), level_of(half, at.shift), half.blocks) != DESC_LEAF
+        le64(at.raw), level_of(half, at.shift), half.fitting) != DESC_LEAF
 
 
 cdef inline int nested_table(
@@ -907,7 +907,7 @@ cdef inline int nested_table(
             return table[0] == NULL
         if fetch8(port, FETCH_TT, level_of(half, shift[0]), address, &d) != FETCH_OK:
             return 1
-        status = descriptor_kind(d, level_of(half, shift[0]), half.blocks)
+        status = descriptor_kind(d, level_of(half, shift[0]), half.fitting)
         if status == DESC_LEAF:
             held[0] = le64(d)
             return 0

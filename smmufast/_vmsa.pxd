@@ -91,6 +91,16 @@ cdef inline unsigned int block_levels(
     return (1 << 3) | (1 << 2 if oas >= 52 else 0)
 
 
+cdef inline unsigned int fitting_levels(
+        const Half* half, unsigned int output_bits) noexcept nogil:
+    """Of half.blocks, the levels whose blocks are no larger than the output size."""
+    cdef unsigned int level, fitting = 0
+    for level in range(5):
+        if half.granule + (4 - level) * half.stride <= output_bits:
+            fitting |= 1 << level
+    return half.blocks & fitting
+
+
 cdef inline int stage2_level(
         unsigned int granule, unsigned int sl0, bint sl0_2, bint ds, bint stt,
         unsigned int oas) noexcept nogil:
@@ -198,6 +208,20 @@ cdef inline uint64_t leaf_address(
         uint64_t d, const Half* half, unsigned int shift) noexcept nogil:
     """Output address of the block or page of 2^shift bytes."""
     return next_table(d, half) & ~low_mask(shift)
+
+
+cdef inline bint output_fits(
+        uint64_t address, const Half* half, unsigned int shift, uint64_t ia) noexcept nogil:
+    """What comes out of a page or block at `address` is within the effective output size.
+
+    Of a block that is larger than that size, only the first part is (IHI 0070 3.4).
+    """
+    return ((address | ia & low_mask(shift)) & half.over) == 0
+
+
+cdef inline unsigned int fitting_lg2(const Half* half, unsigned int shift) noexcept nogil:
+    """lg2 of a page or block, or of that first part."""
+    return half.output_bits if shift > half.output_bits else shift
 
 
 cdef inline bint access_flag(uint64_t d) noexcept nogil:

@@ -1049,7 +1049,7 @@ class Page:
     descriptor: int
     address: int  # of the descriptor, in physical memory
     level: int
-    shift: int  # log2 of the page or block
+    shift: int  # log2 of the page or block, or of what of a block the output size admits
     output: int  # address of the page or block
     pa: int = 0  # output of the address itself
     allowed: int = 0
@@ -1096,10 +1096,10 @@ def stage2_walk(fetch, stage2, ipa, event_class):
         break
 
     output = output_address(region, descriptor, shift)
-    if output >> stage2.output_bits:
-        raise fault("F_ADDR_SIZE", "S2_OUTPUT")
     pa = output | (ipa & ((1 << shift) - 1))
-    return Page(descriptor, address, level, shift, output, pa)
+    if pa >> stage2.output_bits:
+        raise fault("F_ADDR_SIZE", "S2_OUTPUT")
+    return Page(descriptor, address, level, min(shift, stage2.output_bits), output, pa)
 
 
 def stage2_allowed(stage2, leaf):
@@ -1262,7 +1262,8 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
         break
 
     output = output_address(region, descriptor, shift)
-    if output >> context.ips_bits:
+    pa = output | (va & ((1 << shift) - 1))
+    if pa >> context.ips_bits:
         raise TranslationError("F_ADDR_SIZE", "S1_OUTPUT")
     allowed = stage1_allowed(context, region, descriptor, tables)
     permitted = bool(allowed & access_bit(write, priv, instr))
@@ -1285,7 +1286,7 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
             )
     if not permitted:
         raise TranslationError("F_PERMISSION", "S1_PERMISSION", allowed=allowed)
-    pa = output | (va & ((1 << shift) - 1))
+    shift = min(shift, context.ips_bits)
     return Page(descriptor, address, level, shift, output, pa, allowed), region
 
 
