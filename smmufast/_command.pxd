@@ -68,7 +68,7 @@ cdef inline int command_missing(const Hw* hw, unsigned int op) noexcept nogil:
         return 0 if hw.s1p else WHY_CMD_S1P
     if (op == CMD_TLBI_EL2_ALL or op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA
             or op == CMD_TLBI_EL2_VAA):
-        if op == CMD_TLBI_EL2_ALL and not hw.s1p:
+        if not hw.s1p:
             return WHY_CMD_S1P
         return 0 if hw.hyp else WHY_CMD_HYP
     if op == CMD_TLBI_S12_VMALL or op == CMD_TLBI_S2_IPA:
