@@ -19,7 +19,7 @@ from smmufast import NO_SUBSTREAM, Memory, Smmu
 from smmufast.faults import FETCH_KINDS
 
 SOURCES = Path(__file__).parent / "consumer"
-DONE, EINVAL, EPYTHON = 0, -1, -2
+DONE, PENDING, EINVAL, EPYTHON = 0, 1, -1, -2
 
 
 def environment():
@@ -74,7 +74,7 @@ def c_columns(requests, **outputs):
     columns = small.columns(requests)
     access = np.array([access_of(r) for r in requests], np.uint8)
     inputs = (columns["sid"], columns["ssid"], columns["iova"], access)
-    return (*inputs, *(outputs.get(name) for name in small.ALL))
+    return (*inputs, *(outputs.get(name) for name in smmufast.COLUMNS))
 
 
 def expected(requests=small.REQUESTS):
@@ -124,7 +124,7 @@ def test_cython_users_have_the_types(cython):
 
 def test_the_capsule_says_its_version(plain):
     abi, size, known = plain.version()
-    assert abi == 2
+    assert abi == 3
     assert size == known
 
 
@@ -180,7 +180,7 @@ def test_a_c_batch_repeats_single_inputs(plain):
     iova = np.arange(small.RW, small.RW + 0x100, dtype=np.uint64)
     pa = np.zeros(0x100, np.uint64)
     one = (np.uint32(1), np.uint32(NO_SUBSTREAM), iova, np.uint8(0))
-    assert plain.batch(smmu, (*one, pa, *[None] * 11)) == DONE
+    assert plain.batch(smmu, (*one, pa, *[None] * 12)) == DONE
     assert pa.tolist() == list(range(0x4000_1000, 0x4000_1100))
 
 
@@ -247,11 +247,15 @@ def test_arguments_out_of_range_are_einval_and_nothing_is_done(plain):
     assert found == {
         "translate ssid": EINVAL, "walk_start ssid": EINVAL,
         "translate access": EINVAL, "walk_start access": EINVAL, "result untouched": 1,
-        "walk_start": 1, "walk_supply abort": DONE, "walk_supply done": EINVAL,
-        "walk still done": 1,
+        "walk_supply not started": EINVAL, "walk_request not started": EINVAL,
+        "walk_drop not started": EINVAL, "walk_start size": EINVAL, "walk_start flags": EINVAL,
+        "walk_start": PENDING, "walk_supply abort": DONE, "walk_supply done": EINVAL,
+        "walk_request done": DONE, "walk_drop done": EINVAL, "walk still done": 1,
         "batch sid": EINVAL, "batch ssid": EINVAL, "batch iova": EINVAL, "batch access": EINVAL,
-        "batch ssid value": EINVAL, "batch access value": EINVAL, "batch untouched": 1,
-        "batch empty": DONE, "batch untouched when empty": 1, "batch": DONE, "batch written": 1,
+        "batch ssid value": EINVAL, "batch access value": EINVAL, "batch size": EINVAL,
+        "batch newer column": EINVAL, "batch of ABI 2": EINVAL, "batch untouched": 1,
+        "batch empty": DONE, "batch untouched when empty": 1, "batch newer": DONE,
+        "batch written": 1, "batch older": DONE, "batch of the size": 1,
     }  # fmt: skip
 
 
