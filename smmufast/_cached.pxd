@@ -18,10 +18,10 @@ from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._core cimport Core
 from smmufast._layout cimport EVENT_C_BAD_STREAMID, cr0_smmuen
 from smmufast._memory cimport FETCH_STOPPED, Port
-from smmufast._queue cimport event_deliver
+from smmufast._queue cimport event_deliver, walk_again
 from smmufast._tlb cimport cd_fill, cd_probe, config_touch, ste_fill, ste_probe
 from smmufast._translate cimport (
-    SILENT_ABORT, Memo, Syndrome, View, cd_fetch, end_disabled, end_lookup, keeps_what_is_read,
+    RETRIES, SILENT_ABORT, Memo, Syndrome, View, cd_fetch, end_disabled, end_lookup, keeps_what_is_read,
     lookup_open, ste_decode, ste_fetch, ste_substream, translate_one, translate_stages,
 )
 from smmufast._types cimport ACTION_STALL, Hw, Outcome, Request
@@ -161,12 +161,23 @@ cdef inline int deliver(
 cdef inline int translate_request(
         Core* core, Port* port, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:
-    """Translate one request with all that follows from it: 0, or a negative stop."""
+    """Translate one request with all that follows from it: 0, or a negative stop.
+
+    A translation that an invalidation and CMD_SYNC overtake starts again (3.21.1): a callback may
+    have issued them.  One that is overtaken again and again ends with what it has.
+    """
     cdef View view
-    cdef int status
-    if core.caches == NULL:
-        status = translate_one(&core.hw, port, request, memo, outcome)
-    else:
-        view_open(&view, core, request)
-        status = translate_cached(&core.hw, port, &view, request, memo, outcome)
+    cdef int status = 0, _try
+    for _try in range(RETRIES):
+        view.begun = core.overtaking.commands
+        if core.caches == NULL:
+            status = translate_one(&core.hw, port, request, memo, outcome)
+        else:
+            view_open(&view, core, request)
+            status = translate_cached(&core.hw, port, &view, request, memo, outcome)
+        if likely(not walk_again(core, view.begun, False)) or status:
+            break
+        memo.whole = False
+        if port.log != NULL:
+            port.log.count = port.log.used = 0
     return deliver(core, port, request, status, outcome)

@@ -2146,14 +2146,14 @@ cdef extern from *:
     const size_t BATCH_LEAST "smmufast_batch_least"
 
 cdef enum:
-    BATCH_MOST = 4096  # what is more is no size: older structs have an address there
+    STRUCT_MOST = 1 << 16  # what is more is no size: older structs have an address there
 
 
 cdef bint batch_known(const BatchC* given, BatchC* batch) noexcept nogil:
     """Take the columns that the caller's struct has; no if it wants some that are not known."""
     cdef const char* data = <const char*>given
     cdef size_t i, size = given.size  # what is checked is what is used
-    if not BATCH_LEAST <= size <= BATCH_MOST:
+    if not BATCH_LEAST <= size <= STRUCT_MOST:
         return False
     for i in range(sizeof(BatchC), size):
         if data[i]:
@@ -2198,7 +2198,7 @@ cdef int api_walk_begin(Core* core, WalkC* walk) noexcept nogil:
 
 cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:
     cdef Request own = request[0]
-    if (not request_legal(&own) or walk.size < WALK_SIZE
+    if (not request_legal(&own) or not WALK_SIZE <= walk.size <= STRUCT_MOST
             or walk.flags & ~<uint32_t>HOLDS_SYNC):
         return STATUS_EINVAL
     memset(walk.state, 0, STATE_SIZE)

@@ -818,3 +818,72 @@ def test_the_flag_must_be_one_that_can_be_true():
     assert bench.walk(holds_sync=np.True_).request.kind == "STE"
     with pytest.raises(TypeError):
         bench.smmu.start_walk(SID, IOVA, False, holds_sync=True)
+
+
+# --- a callback of translate() that does the same ---
+
+
+class Meddler:
+    """Memory of a Bench behind callbacks; one read of an address does something else as well."""
+
+    def __init__(self, bench, caches):
+        memory = Memory()
+        memory.add_callback(0, 1 << 20, self.read, self.write)
+        self.bench, self.at, self.what = bench, None, None
+        self.smmu = Smmu(
+            memory, FEATURES, strtab_base=STRTAB, strtab_base_cfg=4, cr0=0b1101,
+            eventq_base=EVENTQ | 6, cmdq_base=CMDQ | 4, caches=caches)  # fmt: skip
+
+    def read(self, address, size):
+        data = self.bench.memory.read(address, size)
+        if address == self.at:
+            self.at = None
+            self.what()
+        return data
+
+    def write(self, address, data):
+        self.bench.memory.write(address, data)
+        return True
+
+
+@pytest.mark.parametrize("face", ["translate", "trace", "pa", "batch", "range"])
+@every_caches
+def test_a_translation_that_a_callback_overtakes_starts_again(face, caches):
+    def meddle():
+        for name, fields in moved_page(bench):
+            smmu.command(name, **fields)
+        smmu.sync()
+        scrub(bench)
+
+    bench = Bench()
+    meddler = Meddler(bench, caches())
+    smmu = meddler.smmu
+    meddler.at, meddler.what = 0x31000, meddle  # the last table is known, and not yet read
+    if face == "batch":
+        found = int(smmu.translate_batch(SID, [IOVA])["pa"][0])
+    elif face == "range":
+        found = next(iter(smmu.translate_range(SID, IOVA, 4)))[1]
+    elif face == "pa":
+        found = smmu.pa(SID, IOVA)
+    else:
+        result = smmu.translate(SID, IOVA, trace=face == "trace")
+        found = result.pa
+    assert found == NEW | IOVA & 0xFFF
+    if face == "trace":
+        assert [fetch.level for fetch in result.fetches][-3:] == [1, 2, 3]
+        assert len(result.fetches) in (3, 4, 5)
+    assert smmu.read("EVENTQ_PROD") == 0
+    assert smmu.stale() == []
+
+
+def test_a_translation_that_is_overtaken_by_each_read_ends():
+    def meddle():
+        meddler.at = 0x31000
+        for name, fields in (TLBI, CFGI_STE):
+            meddler.smmu.command(name, **fields)
+        meddler.smmu.sync()
+
+    bench = Bench()
+    meddler = Meddler(bench, None)
+    meddler.at, meddler.what = 0x31000, meddle
+    assert meddler.smmu.pa(SID, IOVA) == OLD | IOVA & 0xFFF
