@@ -26,7 +26,7 @@ from smmufast._config cimport (
 )
 from smmufast._core cimport Core
 from smmufast._layout cimport (
-    EVENT_C_BAD_STREAMID, EVENT_F_BAD_ATS_TREQ, EVENT_F_PERMISSION, EVENT_F_TRANSLATION,
+    EVENT_F_BAD_ATS_TREQ, EVENT_F_PERMISSION, EVENT_F_TRANSLATION,
     EVENT_F_TRANSL_FORBIDDEN, EVENT_F_WALK_EABT, cr0_atschk, cr0_eventqen, cr0_smmuen,
     cr2_rec_cfg_ats, event_set_id, event_set_inputaddr, event_set_rnw, event_set_streamid,
     f_bad_ats_treq_set_id, f_bad_ats_treq_set_inputaddr, f_bad_ats_treq_set_p,
@@ -41,7 +41,7 @@ from smmufast._tlb cimport (
     ste_probe, tlb_probe,
 )
 from smmufast._translate cimport (
-    CLASS_IN, NOWHERE, SILENT_ABORT, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault,
+    CLASS_IN, NOWHERE, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault, end_refused,
     end_unmapped, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
     keeps_what_is_read, leaf_none, leaf_of, stage2, ste_decode, ste_fetch, ste_substream,
     syndrome_set, untranslatable, usable, walk_steps,
@@ -51,6 +51,7 @@ from smmufast._types cimport (
     Hw, Outcome, Request,
 )
 from smmufast._vmsa cimport ATTR_WB, clean_s1, clean_s2, half_of, shareability
+from smmufast._why cimport *
 
 
 cdef enum:
@@ -129,13 +130,13 @@ cdef inline unsigned int recorded_if_asked(const Hw* hw) noexcept nogil:
 # --- ends ---
 
 cdef inline void end_bad_request(
-        const Hw* hw, const Request* request, const AtsAsk* ask, AtsAnswer* answer) noexcept nogil:
+        const Hw* hw, const Request* request, const AtsAsk* ask, int why,
+        AtsAnswer* answer) noexcept nogil:
     """Unsupported Request, and F_BAD_ATS_TREQ."""
     cdef Outcome* outcome = &answer.outcome
     cdef uint64_t* w = outcome.record
-    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    end_refused(outcome, why)
     answer.status = ATS_UR
-    outcome.fault = EVENT_F_BAD_ATS_TREQ
     outcome.event = EVENT_F_BAD_ATS_TREQ if cr0_eventqen(hw.cr0) else 0
     memset(w, 0, 32)
     f_bad_ats_treq_set_id(w, EVENT_F_BAD_ATS_TREQ)
@@ -154,9 +155,9 @@ cdef inline void end_request(
         const Hw* hw, const Request* request, const Context* context, int event,
         const Syndrome* syndrome, AtsAnswer* answer) noexcept nogil:
     """A fault on the way: faults of translation grant nothing, all others are a Completer Abort."""
-    cdef bint translation = EVENT_F_TRANSLATION <= event <= EVENT_F_PERMISSION
+    cdef bint translation = EVENT_F_TRANSLATION <= why_event(event) <= EVENT_F_PERMISSION
     cdef unsigned int access = 0
-    if event >= EVENT_F_WALK_EABT:
+    if why_event(event) >= EVENT_F_WALK_EABT:
         access = effective_access(context, request.access)
     answer.status = ATS_SUCCESS if translation else ATS_CA
     end_fault(hw, request, &answer.outcome, event, access,
@@ -164,11 +165,10 @@ cdef inline void end_request(
 
 
 cdef inline void end_forbidden(
-        const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
+        const Hw* hw, const Request* request, int why, Outcome* outcome) noexcept nogil:
     """Abort, and F_TRANSL_FORBIDDEN."""
     cdef uint64_t* w = outcome.record
-    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
-    outcome.fault = EVENT_F_TRANSL_FORBIDDEN
+    end_refused(outcome, why)
     outcome.event = EVENT_F_TRANSL_FORBIDDEN if cr0_eventqen(hw.cr0) else 0
     memset(w, 0, 32)
     event_set_id(w, EVENT_F_TRANSL_FORBIDDEN)
@@ -180,7 +180,7 @@ cdef inline void end_forbidden(
 cdef inline void end_passed(const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
     """A Translated transaction goes on with the attributes that it has, if its address exists."""
     if request.iova & hw.oas_over:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        end_refused(outcome, WHY_TRANSLATED_ADDRESS)
     else:
         end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, ATTR_WB, shareability(ATTR_WB, 0))
 
@@ -198,7 +198,7 @@ cdef inline int ats_stream(
     memo.context.second.on = False
     syndrome_set(syndrome, 0, False, CLASS_IN)
     if <uint64_t>sid >> hw.log2size:
-        return EVENT_C_BAD_STREAMID
+        return WHY_STREAM_BEYOND
     if view != NULL:
         cached = ste_probe(view.c, sid, memo.ste)
     if not cached:
@@ -206,7 +206,7 @@ cdef inline int ats_stream(
     if event == 0:
         event = ste_decode(hw, memo)
     if (view != NULL and not cached and keeps_what_is_read(view)
-            and (event == 0 or event == SILENT_ABORT)):
+            and (event == 0 or event == WHY_STE_CONFIG)):
         ste_fill(view.c, sid, memo.ste)
     return event
 
@@ -264,7 +264,7 @@ cdef inline int ats_stage1(
     event = walk_steps(view, context, port, iova, access, &pages.first, syndrome)
     if event == 0 and view != NULL and kind == KIND_S1:
         keep_entry(view, context, KIND_S1, va, half, &pages.first, NULL, 0, pages.first.address)
-    if event == EVENT_F_PERMISSION and not syndrome.s2:
+    if why_event(event) == EVENT_F_PERMISSION and not syndrome.s2:
         event = 0
     if event == 0:
         pages.clean = context.hd and clean_s1(pages.first.d)
@@ -307,7 +307,7 @@ cdef inline int ats_pages(
         half = &context.half[upper]
         keep_entry(view, context, KIND_COMBINED, canonical(half, iova, upper), half, &pages.first,
                    &pages.second, pages.ipa, pages.pa)
-    if event == 0 or event == EVENT_F_PERMISSION:
+    if event == 0 or why_event(event) == EVENT_F_PERMISSION:
         event = 0
         pages.pa = pages.second.address | pages.ipa & low_mask(pages.second.shift)
         # the TLB does not say of its stage-2 entries whether they are clean
@@ -349,7 +349,7 @@ cdef inline int ats_translate(
             view, context, port, request, ask, access, nested, split, &found, &syndrome)
         if event < 0:
             return event
-        if event == EVENT_F_PERMISSION and granted & ATS_READ:
+        if why_event(event) == EVENT_F_PERMISSION and granted & ATS_READ:
             granted &= ~<unsigned int>ATS_WRITE
             break
         if event:
@@ -385,18 +385,20 @@ cdef inline int ats_answer(
     end_unmapped(&answer.outcome, ACTION_ABORT, 0, 0, 0, 0)
     if not hw.ats:
         answer.status = ATS_UR
+        end_refused(&answer.outcome, WHY_ATS_ABSENT)
         return 0
     if not cr0_smmuen(hw.cr0):
-        end_bad_request(hw, request, ask, answer)
+        end_bad_request(hw, request, ask, WHY_ATS_DISABLED, answer)
         return 0
     event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
-    if event == SILENT_ABORT:
+    if event == WHY_STE_CONFIG:
         answer.status = ATS_UR
+        end_refused(&answer.outcome, event)
         return 0
     if event == 0:
         eats = eats_effective(hw, memo.ste)
         if eats == EATS_OFF:
-            end_bad_request(hw, request, ask, answer)
+            end_bad_request(hw, request, ask, WHY_ATS_EATS, answer)
             return 0
         answer.split = eats == EATS_SPLIT
         event = ats_context(hw, port, view, request.ssid, &memo, &syndrome)
@@ -466,10 +468,10 @@ cdef inline int translated_one(
     cdef unsigned int eats = EATS_OFF
     cdef int event
     if not hw.ats:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        end_refused(outcome, WHY_ATS_ABSENT)
         return 0
     if not cr0_smmuen(hw.cr0):
-        end_forbidden(hw, request, outcome)
+        end_forbidden(hw, request, WHY_TRANSLATED_DISABLED, outcome)
         return 0
     if not cr0_atschk(hw.cr0):
         end_passed(hw, request, outcome)
@@ -477,13 +479,13 @@ cdef inline int translated_one(
     event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
     if event < 0:
         return event
-    if event == SILENT_ABORT:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    if event == WHY_STE_CONFIG:
+        end_refused(outcome, event)
         return 0
     if event == 0:
         eats = eats_effective(hw, memo.ste)
         if eats == EATS_OFF:
-            end_forbidden(hw, request, outcome)
+            end_forbidden(hw, request, WHY_TRANSLATED_EATS, outcome)
             return 0
         if request.ssid != NO_SSID:
             event = substream(hw, memo.ste, request.ssid, &memo.index)

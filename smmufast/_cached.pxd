@@ -16,15 +16,16 @@ from libc.stdint cimport uint32_t, uint64_t
 from smmufast._bits cimport likely
 from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._core cimport Core
-from smmufast._layout cimport EVENT_C_BAD_STREAMID, cr0_smmuen
+from smmufast._layout cimport cr0_smmuen
 from smmufast._memory cimport FETCH_STOPPED, Port
 from smmufast._queue cimport event_deliver, walk_again
 from smmufast._tlb cimport cd_fill, cd_probe, config_touch, ste_fill, ste_probe
 from smmufast._translate cimport (
-    RETRIES, SILENT_ABORT, Memo, Syndrome, View, cd_fetch, end_disabled, end_lookup, keeps_what_is_read,
+    RETRIES, Memo, Syndrome, View, cd_fetch, end_disabled, end_lookup, keeps_what_is_read,
     lookup_open, ste_decode, ste_fetch, ste_substream, translate_one, translate_stages,
 )
 from smmufast._types cimport ACTION_STALL, Hw, Outcome, Request
+from smmufast._why cimport *
 
 
 cdef inline void view_open(
@@ -61,54 +62,54 @@ cdef inline void memo_touch(const View* view, const Memo* memo) noexcept nogil:
 
 
 cdef inline int ste_look(const Hw* hw, View* view, Memo* memo) noexcept nogil:
-    """Ask the cache for the STE of memo.sid: memo.ste_handle; an event, or 0."""
+    """Ask the cache for the STE of memo.sid: memo.ste_handle; 0, or why not."""
     memo.ste_handle = memo.cd_handle = 0
     if <uint64_t>memo.sid >> hw.log2size:
-        return EVENT_C_BAD_STREAMID
+        return WHY_STREAM_BEYOND
     memo.ste_handle = ste_probe(view.c, memo.sid, memo.ste)
     return 0
 
 
 cdef inline int ste_take(const Hw* hw, View* view, Memo* memo) noexcept nogil:
     """Decode memo.ste, and keep it if it was read: as ste_decode()."""
-    cdef int event = ste_decode(hw, memo)
+    cdef int why = ste_decode(hw, memo)
     if (view != NULL and not memo.ste_handle and keeps_what_is_read(view)
-            and (event == 0 or event == SILENT_ABORT)):
+            and (why == 0 or why == WHY_STE_CONFIG)):
         memo.ste_handle = ste_fill(view.c, memo.sid, memo.ste)
-    return event
+    return why
 
 
 cdef inline int cd_take(const Hw* hw, View* view, Memo* memo) noexcept nogil:
     """Decode memo.cd, and keep it if it was read: as cd_decode()."""
-    cdef int event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-    if view != NULL and event == 0 and not memo.cd_handle and keeps_what_is_read(view):
+    cdef int why = cd_decode(hw, memo.ste, memo.cd, &memo.context)
+    if view != NULL and why == 0 and not memo.cd_handle and keeps_what_is_read(view):
         memo.cd_handle = cd_fill(view.c, memo.sid, <uint32_t>memo.index, memo.cd)
-    return event
+    return why
 
 
 cdef inline int lookup_cached(
         const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """As lookup(), for view.sid and view.ssid; what is cached is not read."""
-    cdef int event
+    cdef int why
     lookup_open(hw, view.sid, view.ssid, memo, syndrome)
     memo.generation = UNDECODED
-    event = ste_look(hw, view, memo)
-    if event == 0 and not memo.ste_handle:
-        event = ste_fetch(hw, port, view.sid, memo, syndrome)
-    if event == 0:
-        event = ste_take(hw, view, memo)
-    if event == 0:
-        event = ste_substream(hw, memo, view.ssid)
-    if event:
-        return event
+    why = ste_look(hw, view, memo)
+    if why == 0 and not memo.ste_handle:
+        why = ste_fetch(hw, port, view.sid, memo, syndrome)
+    if why == 0:
+        why = ste_take(hw, view, memo)
+    if why == 0:
+        why = ste_substream(hw, memo, view.ssid)
+    if why:
+        return why
     if memo.index != STAGE1_BYPASS:
         memo.cd_handle = cd_probe(view.c, view.sid, <uint32_t>memo.index, memo.cd)
         if not memo.cd_handle:
-            event = cd_fetch(hw, port, view, memo, syndrome)
-        if event == 0:
-            event = cd_take(hw, view, memo)
-        if event:
-            return event
+            why = cd_fetch(hw, port, view, memo, syndrome)
+        if why == 0:
+            why = cd_take(hw, view, memo)
+        if why:
+            return why
     memo.whole = memo.ste_handle and (memo.cd_handle or memo.index == STAGE1_BYPASS)
     memo.generation = view.c.config_generation
     return 0
@@ -128,18 +129,18 @@ cdef inline int translate_cached(
         Outcome* outcome) noexcept nogil:
     """As translate_one(), through caches; the memo is asked for nothing that is not cached."""
     cdef Syndrome syndrome
-    cdef int event
+    cdef int why
     if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
     if memo_current(hw, view, memo):
         memo_touch(view, memo)
     else:
-        event = lookup_cached(hw, port, view, memo, &syndrome)
-        if event:
-            if event < 0:
-                return event
-            end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
+        why = lookup_cached(hw, port, view, memo, &syndrome)
+        if why:
+            if why < 0:
+                return why
+            end_lookup(hw, request, &memo.context, why, &syndrome, outcome)
             return 0
     return translate_known_cached(hw, port, view, request, memo, outcome)
 
@@ -147,7 +148,7 @@ cdef inline int translate_cached(
 cdef inline int deliver(
         Core* core, Port* port, const Request* request, int status,
         Outcome* outcome) noexcept nogil:
-    """What follows from an outcome outside of translation: its event, or its stall."""
+    """What follows from an outcome outside of translation: its why, or its stall."""
     if status or likely(not outcome.fault):
         return status
     if outcome.action != ACTION_STALL and (outcome.event == 0 or not core.queues.events.placed):

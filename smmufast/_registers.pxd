@@ -42,6 +42,7 @@ cdef class Registers:
     cdef bint _record_again   # asked for while it was under way
     # commands
     cdef uint32_t _cerror
+    cdef int _command_why     # why a command was illegal (WHY_...)
     cdef uint32_t _restarts   # how often CONS or BASE of the command queue was written
     cdef uint64_t _budget     # commands to consume before the caller gets an answer
     cdef bint _consuming
@@ -86,7 +87,7 @@ cdef class Registers:
     cdef int _execute(self, const Effect* effect) except -1
     cdef bint _sync_waits(self, const Effect* effect) except -1
     cdef int _complete(self, const Effect* effect) except -1
-    cdef int _command_error(self, uint32_t cerror) except -1
+    cdef int _command_error(self, uint32_t cerror, int why) except -1
     cdef int _atc_inv(self, const Effect* effect) except -1
 
     cdef int _ppar(self, uint32_t sid) except? -2

@@ -49,6 +49,7 @@ from smmufast._types cimport (
     FETCH_L1STD, FETCH_STE, NO_LEVEL, NO_SSID, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport entering_attr, shareability
+from smmufast._why cimport why_event
 
 import json
 import struct
@@ -60,6 +61,7 @@ from smmufast import layout
 from smmufast._tlb import CACHES as _CACHES
 from smmufast.faults import Event
 from smmufast.features import Features, modelled
+from smmufast.why import Why
 
 RegisterWarning = namedtuple("RegisterWarning", "register text", module="smmufast")
 RegisterWarning.__doc__ = """What software probably did not mean: the register, and why."""
@@ -155,6 +157,9 @@ cdef dict OUTCOME = {
     "sh": 3, "stage": 3, "asid": 0xFFFF, "vmid": 0xFFFF, "stag": 0xFFFF, "ng": 1, "contiguous": 1,
     "why": 0xFFFF, "record": None,
 }  # the largest value of each member
+
+
+cdef frozenset REASONS = frozenset(Why)
 
 
 cdef object state_error(str what, str why):
@@ -292,6 +297,14 @@ cdef int consume(void* owner, Port* port) noexcept with gil:
         return FETCH_RAISED
 
 
+cdef str cerror_text(unsigned int cerror, int why, fields=None):
+    """A command error in words, with the reason where one rule refused the command."""
+    name, _, text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror).partition(": ")
+    if why:
+        text = Why(why).sentence(fields)
+    return f"CERROR_{name}: {text}"
+
+
 # --- stalled transactions ---
 
 
@@ -360,6 +373,11 @@ cdef class Stall:
         for i in range(4):
             words[i] = le64(self.outcome.record[i])
         return Event((<char*>words)[:32])
+
+    @property
+    def why(self):
+        """The reason of the fault, as a Why; None in a state that version 0.2 saved."""
+        return Why(self.outcome.why) if self.outcome.why else None
 
     @property
     def done(self):
@@ -1294,6 +1312,7 @@ cdef class Registers:
                     self.core.ram.users -= 1
                 self._end(&port, status)
                 cerror = CMDQ_CONS_ERR_ABT
+                effect.why = 0
                 if status == FETCH_OK:
                     words[0] = le64(words[0])
                     words[1] = le64(words[1])
@@ -1304,7 +1323,7 @@ cdef class Registers:
                         cerror = self._execute(&effect)
                 if restarts == self._restarts:
                     if cerror:
-                        self._command_error(cerror)
+                        self._command_error(cerror, <int>effect.why)
                         continue
                     ring.cons = ring_after(ring.cons, ring.log2size)
                 if cerror == 0:
@@ -1379,15 +1398,18 @@ cdef class Registers:
                 status = gerror_raise(q, &port, GERROR_MSI_CMDQ_ABT_ERR, self.core.hw.oas_over)
         return self._end(&port, status)
 
-    cdef int _command_error(self, uint32_t cerror) except -1:
+    cdef int _command_error(self, uint32_t cerror, int why) except -1:
         """CMDQ_CONS.ERR first, then GERROR.CMDQ_ERR, which stops the queue."""
         cdef Port port
         self._cerror = cerror
+        self._command_why = why
+        self._warn("CMDQ_CONS", cerror_text(cerror, why))
         port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR, self.core.hw.oas_over)
         self.core.ram.users -= 1
         return self._end(&port, status)
+
 
     def command(self, str name not None, **fields):
         """Issue one command: into the command queue if software placed one, else directly.
@@ -1438,8 +1460,7 @@ cdef class Registers:
             finally:
                 self._calling -= 1
         if cerror:
-            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror)
-            raise ValueError(f"{name}: CERROR_{text}")
+            raise ValueError(f"{name}: {cerror_text(cerror, effect.why, fields)}")
         try:
             self._complete(&effect)
         finally:
@@ -1461,8 +1482,7 @@ cdef class Registers:
             return
         reason = "CR0.CMDQEN is 0"
         if gerror_active(&self.queues, GERROR_CMDQ_ERR):
-            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(self._cerror)
-            reason = f"stopped by CERROR_{text}"
+            reason = f"stopped by {cerror_text(self._cerror, self._command_why)}"
         elif self._consuming:
             reason = "commands before it are not complete"
         elif ring.enabled and sync_waits(&self.core):
@@ -1783,7 +1803,7 @@ cdef class Registers:
         if 0xFFFFF < saved["ssid"] < <uint32_t>NO_SSID:
             raise state_error("ssid of a stall", f"{saved['ssid']:#x} is none")
         if type(saved["outcome"]) is dict:
-            saved["outcome"].setdefault("why", 0)  # states of 0.2 have none
+            saved["outcome"].setdefault("why", 0)  # states of version 0.2 have none
         members = saved_dict("outcome of a stall", saved["outcome"], OUTCOME)
         for name, last in OUTCOME.items():
             if last is not None:
@@ -1800,6 +1820,8 @@ cdef class Registers:
         if (outcome.action != ACTION_STALL or outcome.fault != outcome.record[0] & 0xFF
                 or not EVENT_F_TRANSLATION <= outcome.fault <= EVENT_F_PERMISSION
                 or outcome.event != (outcome.fault if stall._recorded else 0)
+                or outcome.why and (outcome.why not in REASONS
+                                    or why_event(outcome.why) != outcome.fault)
                 or outcome.stag and not stall._recorded):
             raise state_error("outcome of a stall", "not that of a fault that stalls")
         self._stalls[stall] = None

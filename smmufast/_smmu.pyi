@@ -23,6 +23,7 @@ from smmufast.faults import FAULTS as FAULTS
 from smmufast.faults import FETCH_KINDS as FETCH_KINDS
 from smmufast.faults import AtsResponse, Event, Fetch, Perm
 from smmufast.features import modelled as modelled
+from smmufast.why import Why as Why
 
 def vectors(on: bool | None = None) -> bool: ...
 
@@ -74,6 +75,8 @@ class Result:
     def fault(self) -> Event | None: ...
     @property
     def event(self) -> Event | None: ...
+    @property
+    def why(self) -> Why | None: ...
     @property
     def level(self) -> int | None: ...
     @property
@@ -136,6 +139,9 @@ class Walk:
 
 @final
 class Smmu(Registers):
+    def check_ste(self, ste: Buffer) -> Why | None: ...
+    def check_cd(self, cd: Buffer, ste: Buffer) -> Why | None: ...
+    def check_command(self, command: Buffer) -> Why | None: ...
     def translate(
         self,
         sid: SupportsIndex,

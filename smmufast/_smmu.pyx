@@ -18,7 +18,7 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, low_mask, unlikely
 from smmufast._cache cimport ctz64
-from smmufast._command cimport Effect
+from smmufast._command cimport Effect, command_decode
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
 from smmufast._ints cimport digits_of
@@ -35,11 +35,12 @@ from smmufast._cached cimport (
     deliver, lookup_cached, memo_current, memo_touch, translate_cached, translate_known_cached,
     translate_request, view_open,
 )
-from smmufast._config cimport STAGE1_BYPASS
+from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
 from smmufast._translate cimport (
     CLASS_IN, Leaf, Memo, Syndrome, View, canonical, finish_stage1, half_fault, leaf_of,
-    memo_holds, open_drivers, stage2, translate_known, translate_one, usable, walk_once,
+    memo_holds, open_drivers, stage2, ste_decode, translate_known, translate_one, usable,
+    walk_once,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
@@ -64,6 +65,7 @@ import numpy as np
 from smmufast import layout
 from smmufast._tlb import StaleEntry
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, AtsResponse, Event, Fetch, Perm
+from smmufast.why import Why
 
 cdef extern from "numpy/arrayobject.h":
     cnp.dtype PyArray_DescrNew(cnp.dtype descr)
@@ -273,6 +275,11 @@ cdef class Result:
         return self.fault if self.outcome.event else None
 
     @property
+    def why(self):
+        """The reason of the fault or of the abort, as a Why; None when nothing was refused."""
+        return Why(self.outcome.why) if self.outcome.why else None
+
+    @property
     def level(self):
         """Level of the block or page, -1 to 3; None without a translation."""
         return None if self.outcome.level == NO_LEVEL else self.outcome.level
@@ -407,12 +414,34 @@ cdef str cache_text(unsigned int nibble):
             + ("-RA" if nibble & 2 else "") + ("-WA" if nibble & 1 else ""))
 
 
+cdef object why_of(int why):
+    """The Why of a number, None for 0."""
+    return Why(why) if why else None
+
+
+cdef int record_in(str name, value, uint64_t* words, size_t n) except -1:
+    """The dwords of a record of n bytes."""
+    cdef size_t i
+    cdef bytes data
+    try:
+        data = bytes(memoryview(value))
+    except TypeError:
+        raise TypeError(f"{name} must be {n} bytes, not {type(value).__name__}") from None
+    if <size_t>len(data) != n:
+        raise ValueError(f"{name} must be {n} bytes, not {len(data)}")
+    memcpy(words, <const char*>data, n)
+    for i in range(n // 8):
+        words[i] = le64(words[i])
+    return 0
+
+
 cdef inline object result_error(Result result):
     """The one place where a fault becomes an exception."""
     kind = FAULTS[result.outcome.fault]
     name = result.fault.name if result.outcome.fault else "aborted without an event"
     ssid = "" if result.request.ssid == NO_SSID else f" ssid {result.request.ssid:#x}"
-    return kind(f"{name}: sid {result.request.sid:#x}{ssid} iova {result.request.iova:#x}", result)
+    text = f"{name}: sid {result.request.sid:#x}{ssid} iova {result.request.iova:#x}"
+    return kind(f"{text}: {result.why.sentence()}", result)
 
 
 @cython.final
@@ -1510,6 +1539,66 @@ cdef class Smmu:
             raise_port(&port)
         return 0
 
+    # --- the rules alone ---
+
+    def check_ste(self, ste):
+        """Say why a stream table entry would be refused, by this SMMU's features and registers.
+
+        Parameters
+        ----------
+        ste : bytes-like
+            Its 64 bytes, as in memory.
+
+        Returns
+        -------
+        Why or None
+            The first rule that refuses it (IHI 0070 5.2.2), `Why.STE_CONFIG` for one that blocks
+            its stream.  None for an entry that serves transactions.
+
+        >>> from smmufast import Memory, Smmu
+        >>> Smmu(Memory()).check_ste(bytes(64))
+        <Why.STE_V: 260>
+        """
+        cdef Memo memo
+        record_in("ste", ste, memo.ste, 64)
+        return why_of(ste_decode(&self.core.hw, &memo))
+
+    def check_cd(self, cd, ste):
+        """Say why a context descriptor would be refused to a stream, as `check_ste` does.
+
+        Parameters
+        ----------
+        cd, ste : bytes-like
+            64 bytes each, as in memory; the STE says what the stream may do.
+
+        Returns
+        -------
+        Why or None
+            The first rule that refuses it (IHI 0070 5.4.1).
+        """
+        cdef Memo memo
+        record_in("cd", cd, memo.cd, 64)
+        record_in("ste", ste, memo.ste, 64)
+        return why_of(cd_decode(&self.core.hw, memo.ste, memo.cd, &memo.context))
+
+    def check_command(self, command):
+        """Say why a command of the Non-secure queue would be illegal (IHI 0070 4.1).
+
+        Parameters
+        ----------
+        command : bytes-like
+            Its 16 bytes, as in memory.
+
+        Returns
+        -------
+        Why or None
+        """
+        cdef uint64_t[2] words
+        cdef Effect effect
+        record_in("command", command, words, 16)
+        command_decode(&self.core.hw, words, &effect)
+        return why_of(effect.why)
+
     cdef void _forget(self) noexcept:
         cdef int i
         for i in range(MEMOS):
@@ -1986,10 +2075,11 @@ cdef class Smmu:
         found = self._result(&request, &answer.outcome)
         if answer.status != ATS_SUCCESS:
             return AtsResponse(
-                ATS_STATUS[answer.status], fault=found.fault, event=found.event)
+                ATS_STATUS[answer.status], fault=found.fault, event=found.event, why=found.why)
         priv = request.access != 0
         if not answer.granted:
-            return AtsResponse("success", size=unit, priv=priv, fault=found.fault)
+            return AtsResponse(
+                "success", size=unit, priv=priv, fault=found.fault, why=found.why)
         size = <uint64_t>1 << answer.outcome.page_lg2
         return AtsResponse(
             "success", answer.outcome.pa & ~(size - 1), size,

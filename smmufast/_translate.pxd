@@ -21,7 +21,7 @@ from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swa
 from smmufast._config cimport (
     STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
-    ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream,
+    ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream, why_of_half,
 )
 from smmufast._layout cimport *
 from smmufast._memory cimport (
@@ -39,19 +39,19 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
+    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
     descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
     leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, no_translation, not_global,
     permitted,
     shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
 )
+from smmufast._why cimport *
 
 
-# Beside event numbers.
+# How a walk may go on, beside 0, why it was refused (WHY_...) and negative stops.
 cdef enum:
-    SILENT_ABORT = 256  # STE.Config=0b0xx
-    CHANGED = 257       # a descriptor changed between its read and its update: walk again
-    AT_TABLE = 258      # the descriptor is that of a table, or there is a table to read
+    CHANGED = 0x10000   # a descriptor changed between its read and its update: walk again
+    AT_TABLE = 0x20000  # the descriptor is that of a table, or there is a table to read
     RETRIES = 8         # walks that lose that race before the update counts as failed
 
 
@@ -144,9 +144,10 @@ cdef inline void fault_record(
 
 
 cdef inline void end_fault(
-        const Hw* hw, const Request* request, Outcome* outcome, int event, unsigned int access,
+        const Hw* hw, const Request* request, Outcome* outcome, int why, unsigned int access,
         unsigned int terminate, const Syndrome* syndrome) noexcept nogil:
     """Terminate or stall with a fault (5.5): A, R and S decide how, and CR2.RECINVSID."""
+    cdef int event = why_event(why)
     cdef bint recorded = (terminate & TERMINATE_R) != 0
     cdef unsigned int action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
     if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
@@ -156,8 +157,8 @@ cdef inline void end_fault(
         recorded = True
     if not cr0_eventqen(hw.cr0):
         recorded = False
-    end_unmapped(outcome, action, 0, 0, 0, 0)
-    outcome.fault = event
+    end_refused(outcome, why)
+    outcome.action = action
     outcome.event = event if recorded else 0
     fault_record(hw, outcome.record, event, request, access, syndrome)
     if terminate & TERMINATE_S:
@@ -188,6 +189,13 @@ cdef inline void end_unmapped(
     outcome.stage = 0
 
 
+cdef inline void end_refused(Outcome* outcome, int why) noexcept nogil:
+    """Abort for a reason, which may be a fault; nothing is recorded yet."""
+    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    outcome.fault = why_event(why)
+    outcome.why = why
+
+
 # --- tables of one stage ---
 
 # Where a walk is: a table whose entries cover 2^shift bytes, and what led there.
@@ -205,6 +213,19 @@ cdef struct Descent:
 cdef enum:
     AT_PAGES = 0     # in a table of level 3; nothing of it was read
     AT_OTHER = 2     # at a descriptor that is no ordinary table: a leaf, or a fault
+
+
+cdef inline int why_of_stage(int why, int kind) noexcept nogil:
+    """The reason of the stage that a kind of fetch belongs to, from that of stage 1."""
+    return why + ((kind == FETCH_S2TT or kind == FETCH_S2TT_UPDATE) << 8)
+
+
+cdef inline int why_no_leaf(unsigned int descriptor, int kind) noexcept nogil:
+    """Why a descriptor that is no leaf and no good table ends a walk."""
+    if descriptor == DESC_INVALID:
+        return why_of_stage(WHY_S1_INVALID, kind)
+    return why_of_stage(
+        WHY_S1_RESERVED if descriptor == DESC_RESERVED else WHY_S1_TABLE, kind)
 
 
 cdef inline int level_of(const Half* half, unsigned int shift) noexcept nogil:
@@ -269,7 +290,7 @@ cdef inline void leaf_none(Leaf* leaf) noexcept nogil:
 cdef inline int find_leaf(
         const Half* half, Port* port, int kind, uint64_t ia, Descent* at, Leaf* leaf,
         bint simple) noexcept nogil:
-    """Walk from at.table to the leaf of an address: 0, an event, or a negative stop."""
+    """Walk from at.table to the leaf of an address: 0, why not, or a negative stop."""
     cdef uint64_t d = 0
     cdef int status = descend(half, port, kind, ia, at, simple)
     leaf.level = 3
@@ -283,10 +304,10 @@ cdef inline int find_leaf(
         d = descriptor(half, at.raw, simple)
         leaf.level = level_of(half, at.shift)
     if unlikely(status):
-        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+        return why_of_stage(WHY_S1_ABORT, kind) if status == FETCH_ABORT else status
     status = descriptor_kind(d, leaf.level, half.blocks)
     if unlikely(status != DESC_LEAF):
-        return EVENT_F_TRANSLATION if status == DESC_INVALID else EVENT_F_ADDR_SIZE
+        return why_no_leaf(status, kind)
     leaf.tables = at.tables & half.keep
     leaf.d = d
     leaf.shift = at.shift
@@ -305,9 +326,9 @@ cdef inline uint64_t update_desired(const Half* half, const Leaf* leaf) noexcept
 
 cdef inline int update_read(
         const Half* half, int kind, int status, uint64_t found, Leaf* leaf) noexcept nogil:
-    """How an update ended that found this there: 0, CHANGED, an event, or a negative stop."""
+    """How an update ended that found this there: 0, CHANGED, why not, or a negative stop."""
     if status:
-        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+        return why_of_stage(WHY_S1_UPDATE_ABORT, kind) if status == FETCH_ABORT else status
     if found != update_expected(half, leaf):
         return CHANGED
     leaf.d = leaf.desired
@@ -316,7 +337,7 @@ cdef inline int update_read(
 
 cdef inline int update(
         const Half* half, Port* port, int kind, Leaf* leaf) noexcept nogil:
-    """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, an event, a stop."""
+    """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, why not, a stop."""
     cdef uint64_t found = 0
     cdef int status = port_swap8(
         port, kind, leaf.level, leaf.entry, update_expected(half, leaf),
@@ -336,19 +357,20 @@ cdef inline int descriptor_read(
         uint64_t* table) noexcept nogil:
     """What a descriptor is, read at leaf.entry as a little-endian number.
 
-    0 with a leaf; AT_TABLE with the next table; an event; or a negative stop.
+    0 with a leaf; AT_TABLE with the next table; why it is neither; or a negative stop.
     """
     cdef uint64_t d
     if unlikely(status):
-        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+        return why_of_stage(WHY_S1_ABORT, kind) if status == FETCH_ABORT else status
     d = leaf.d = descriptor(half, le64(raw), False)
     status = descriptor_kind(d, leaf.level, half.blocks)
     if status == DESC_LEAF:
         return 0
-    if status == DESC_INVALID:
-        return EVENT_F_TRANSLATION
-    table[0] = next_table(d, half)
-    return EVENT_F_ADDR_SIZE if table[0] & half.over else AT_TABLE
+    if status == DESC_TABLE:
+        table[0] = next_table(d, half)
+        if not table[0] & half.over:
+            return AT_TABLE
+    return why_no_leaf(status, kind)
 
 
 cdef inline void descriptor_at(
@@ -369,11 +391,13 @@ cdef inline int read_descriptor(
 
 # --- stage 2 ---
 
-cdef inline bint stage2_denies(
+cdef inline int stage2_denies(
         const Second* second, unsigned int need, bint for_walk, const Leaf* leaf) noexcept nogil:
     """F_PERMISSION: the access is not permitted, or S2PTW keeps table walks out of Device."""
-    return (not leaf.perm & need
-            or for_walk and second.ptw and stage2_device(leaf.d, second.fwb))
+    if not leaf.perm & need:
+        return WHY_S2_PERMISSION
+    return WHY_S2_DEVICE if (
+        for_walk and second.ptw and stage2_device(leaf.d, second.fwb)) else 0
 
 
 cdef inline int stage2_fault(
@@ -381,57 +405,61 @@ cdef inline int stage2_fault(
         Leaf* leaf) noexcept nogil:
     """What a leaf of stage 2 gives: address size before access flag before permission."""
     cdef uint64_t d = leaf.d
+    cdef int why
     leaf.desired = d
     leaf.address = leaf_address(d, &second.half, leaf.shift)
     if leaf.address & second.half.over:
-        return EVENT_F_ADDR_SIZE
+        return WHY_S2_OUTPUT
     if not access_flag(d):
         if second.ha:
             leaf.desired = with_access_flag(d)
         elif not second.affd:
-            return EVENT_F_ACCESS
+            return WHY_S2_AF
     if second.hd and clean_s2(d):
         d = dirty_s2(d)
     leaf.perm = stage2_permitted(d, second.xnx)
-    if stage2_denies(second, need, for_walk, leaf):
-        return EVENT_F_PERMISSION
+    why = stage2_denies(second, need, for_walk, leaf)
+    if why:
+        return why
     if dirty and d != leaf.d:
         leaf.desired = dirty_s2(leaf.desired)
     return 0
 
 
 cdef inline bint stage2_updates(
-        const Second* second, int event, const Leaf* leaf) noexcept nogil:
+        const Second* second, int why, const Leaf* leaf) noexcept nogil:
     """The leaf of stage 2 is to be updated, whose stage2_fault() was this."""
     return (leaf.desired != leaf.d and second.ha
-            and (event == 0 or event == EVENT_F_PERMISSION))
+            and (why == 0 or why_event(why) == EVENT_F_PERMISSION))
 
 
 cdef inline int stage2_end(
         const Second* second, Port* port, unsigned int need, bint dirty, bint for_walk,
         Leaf* leaf) noexcept nogil:
-    """What a leaf of stage 2 gives, and its hardware update: 0, an event, CHANGED or a stop."""
-    cdef int event = stage2_fault(second, need, dirty, for_walk, leaf)
+    """What a leaf of stage 2 gives, and its hardware update: 0, why not, CHANGED or a stop."""
+    cdef int why = stage2_fault(second, need, dirty, for_walk, leaf)
     cdef int status
-    if unlikely(stage2_updates(second, event, leaf)):
+    if unlikely(stage2_updates(second, why, leaf)):
         status = update(&second.half, port, FETCH_S2TT_UPDATE, leaf)
         if status:
             return status
-    return event
+    return why
 
 
 cdef inline int stage2_answer(
-        int event, uint64_t ipa, unsigned int cls, const Leaf* leaf, uint64_t* address,
+        int why, uint64_t ipa, unsigned int cls, const Leaf* leaf, uint64_t* address,
         Syndrome* syndrome) noexcept nogil:
-    """How a stage-2 walk ends for whoever needed it: the address, or the syndrome of the event."""
-    if likely(event == 0):
+    """How a stage-2 walk ends for whoever needed it: the address, or the syndrome of a fault."""
+    cdef int event
+    if likely(why == 0):
         address[0] = leaf.address | ipa & low_mask(leaf.shift)
         return 0
-    if event == CHANGED:
-        event = EVENT_F_WALK_EABT
+    if why == CHANGED:
+        why = WHY_S2_UPDATE_RACE
+    event = why_event(why)
     syndrome_set(syndrome, leaf.entry if event == EVENT_F_WALK_EABT else ipa, True, cls)
     syndrome.ttrnw = event == EVENT_F_PERMISSION and cls == CLASS_TT
-    return event
+    return why
 
 
 cdef inline int stage2_once(
@@ -442,7 +470,7 @@ cdef inline int stage2_once(
     cdef int event
     leaf_none(leaf)
     if ipa & half.range_mask:
-        return EVENT_F_TRANSLATION
+        return WHY_S2T0SZ_RANGE
     at.table = first_table(half, ipa)
     at.tables = 0
     at.shift = half.shift
@@ -566,14 +594,14 @@ cdef inline bint keeps_stage2(const View* view, unsigned int cls) noexcept nogil
 cdef inline int stage2_begin(
         View* view, const Context* context, uint64_t ipa, unsigned int need, bint dirty,
         unsigned int cls, Leaf* leaf, Place* at) noexcept nogil:
-    """Where a walk of stage 2 begins: AT_TABLE; or 0 or an event, if nothing is to be read."""
+    """Where a walk of stage 2 begins: AT_TABLE; or 0 or why not, if nothing is to be read."""
     cdef const Second* second = &context.second
     cdef const Half* half = &second.half
     cdef const Table* found
     cdef const Entry* e
     leaf_none(leaf)
     if ipa & half.range_mask:
-        return EVENT_F_TRANSLATION
+        return WHY_S2T0SZ_RANGE
     at.table = first_table(half, ipa)
     at.tables = 0
     at.shift = half.shift
@@ -588,7 +616,7 @@ cdef inline int stage2_begin(
             leaf.level = e.level
             leaf.perm = e.perm2
             leaf.entry = NOWHERE
-            return EVENT_F_PERMISSION if stage2_denies(second, need, cls != CLASS_IN, leaf) else 0
+            return stage2_denies(second, need, cls != CLASS_IN, leaf)
     found = cached_table(view, context, half, KIND_S2, ipa)
     if found != NULL:
         at.table = found.table
@@ -640,7 +668,7 @@ cdef inline int stage2(
         View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
         bint dirty, unsigned int cls, Leaf* leaf, uint64_t* address,
         Syndrome* syndrome) noexcept nogil:
-    """Translate an IPA by stage 2: 0, an event with its syndrome, or a negative stop.
+    """Translate an IPA by stage 2: 0, why not with its syndrome, or a negative stop.
 
     `need` is the PERM_ bit that the access needs, `dirty` says that it writes, `cls` what it
     is for: for a table walk or a CD fetch S2PTW counts.
@@ -724,74 +752,74 @@ cdef inline bint memo_holds(
 
 
 cdef inline int output_fault(
-        const Hw* hw, uint64_t address, int event, Syndrome* syndrome) noexcept nogil:
-    """The event, if a structure's address is no output address."""
+        const Hw* hw, uint64_t address, int why, Syndrome* syndrome) noexcept nogil:
+    """The reason, if a structure's address is no output address."""
     syndrome.address = address
-    return event if address & hw.oas_over else 0
+    return why if address & hw.oas_over else 0
 
 
-cdef inline int structure_read(int status, int event) noexcept nogil:
-    """How the read of a structure ended: 0, the event of an external abort, or a negative stop."""
-    return event if status == FETCH_ABORT else status
+cdef inline int structure_read(int status, int why) noexcept nogil:
+    """How the read of a structure ended: 0, the reason if it aborted, or a negative stop."""
+    return why if status == FETCH_ABORT else status
 
 
 cdef inline int ste_first(
         const Hw* hw, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """Where the way to an STE begins: at memo.l1std_at, or if that is NOWHERE at memo.ste_at.
 
-    0 or an event.
+    0, or why not.
     """
     cdef uint64_t address = 0
     cdef int kind = stream_first(hw, sid, &address)
     memo.l1std_at = NOWHERE
     if kind == 0:
-        return EVENT_C_BAD_STREAMID
+        return WHY_STREAM_BEYOND
     if kind == FETCH_L1STD:
         memo.l1std_at = address
-    else:
-        memo.ste_at = address
-    return output_fault(hw, address, EVENT_F_STE_FETCH, syndrome)
+        return output_fault(hw, address, WHY_L1STD_ADDRESS, syndrome)
+    memo.ste_at = address
+    return output_fault(hw, address, WHY_STE_ADDRESS, syndrome)
 
 
 cdef inline int l1std_read(
         const Hw* hw, uint32_t sid, int status, Memo* memo, Syndrome* syndrome) noexcept nogil:
-    """What memo.l1std says, which was read: memo.ste_at; 0, an event or a negative stop."""
-    cdef int event = structure_read(status, EVENT_F_STE_FETCH)
-    if event == 0:
-        event = l1std_next(hw, memo.l1std, sid, &memo.ste_at)
-    return event if event else output_fault(hw, memo.ste_at, EVENT_F_STE_FETCH, syndrome)
+    """What memo.l1std says, which was read: memo.ste_at; 0, why not, or a negative stop."""
+    cdef int why = structure_read(status, WHY_L1STD_ABORT)
+    if why == 0:
+        why = l1std_next(hw, memo.l1std, sid, &memo.ste_at)
+    return why if why else output_fault(hw, memo.ste_at, WHY_STE_ADDRESS, syndrome)
 
 
 cdef inline int ste_read(int status) noexcept nogil:
-    """How the read of an STE ended: 0, an event, or a negative stop."""
-    return structure_read(status, EVENT_F_STE_FETCH)
+    """How the read of an STE ended: 0, why not, or a negative stop."""
+    return structure_read(status, WHY_STE_ABORT)
 
 
 cdef inline int ste_fetch(
         const Hw* hw, Port* port, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
-    """Find and read the STE of a StreamID, into memo.ste: 0, an event or a negative stop."""
-    cdef int event = ste_first(hw, sid, memo, syndrome)
-    if event == 0 and memo.l1std_at != NOWHERE:
-        event = l1std_read(
+    """Find and read the STE of a StreamID, into memo.ste: 0, why not or a negative stop."""
+    cdef int why = ste_first(hw, sid, memo, syndrome)
+    if why == 0 and memo.l1std_at != NOWHERE:
+        why = l1std_read(
             hw, sid, fetch8(port, FETCH_L1STD, NO_LEVEL, memo.l1std_at, &memo.l1std), memo,
             syndrome)
-    return event if event else ste_read(fetch64(port, FETCH_STE, memo.ste_at, memo.ste))
+    return why if why else ste_read(fetch64(port, FETCH_STE, memo.ste_at, memo.ste))
 
 
 cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
-    """What an STE says of stage 2 and overrides: 0, an event, or SILENT_ABORT."""
+    """What an STE says of stage 2 and overrides: 0, or why it serves no transaction."""
     cdef Context* context = &memo.context
-    cdef int event
+    cdef int why
     context.second.on = False
     if not ste_v(memo.ste):
-        return EVENT_C_BAD_STE
+        return WHY_STE_V
     if ste_aborts(memo.ste):
-        return SILENT_ABORT
-    event = ste_check(hw, memo.ste)
-    if event == 0 and ste_stage2(memo.ste):
-        event = stage2_decode(hw, memo.ste, &context.second)
-    if event:
-        return event
+        return WHY_STE_CONFIG
+    why = ste_check(hw, memo.ste)
+    if why == 0 and ste_stage2(memo.ste):
+        why = stage2_decode(hw, memo.ste, &context.second)
+    if why:
+        return why
     ste_overrides(hw, memo.ste, context)
     context.vmid = ste_vmid(hw, memo.ste)
     context.asid = 0
@@ -804,10 +832,10 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
 
 cdef inline int ste_substream(
         const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
-    """Which CD, into memo.index: 0 or an event.  From here on stage 2 translates."""
-    cdef int event = substream(hw, memo.ste, ssid, &memo.index)
-    memo.context.second.on = event == 0 and ste_stage2(memo.ste)
-    return event
+    """Which CD, into memo.index: 0, or why none.  From here on stage 2 translates."""
+    cdef int why = substream(hw, memo.ste, ssid, &memo.index)
+    memo.context.second.on = why == 0 and ste_stage2(memo.ste)
+    return why
 
 
 cdef inline bint cd_way(const Hw* hw, Memo* memo) noexcept nogil:
@@ -823,51 +851,54 @@ cdef inline bint cd_way(const Hw* hw, Memo* memo) noexcept nogil:
 
 
 cdef inline int l1cd_read(const Hw* hw, int status, Memo* memo) noexcept nogil:
-    """What memo.l1cd says, which was read: memo.cd_ipa; 0, an event or a negative stop."""
+    """What memo.l1cd says, which was read: memo.cd_ipa; 0, why not, or a negative stop."""
     if status:
-        return structure_read(status, EVENT_F_CD_FETCH)
+        return structure_read(status, WHY_L1CD_ABORT)
     return l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>memo.index, &memo.cd_ipa)
 
 
 cdef inline int cd_read(int status) noexcept nogil:
-    """How the read of a CD ended: 0, an event, or a negative stop."""
-    return structure_read(status, EVENT_F_CD_FETCH)
+    """How the read of a CD ended: 0, why not, or a negative stop."""
+    return structure_read(status, WHY_CD_ABORT)
 
 
 cdef inline int cd_output(
-        const Hw* hw, uint64_t ipa, uint64_t* address, Syndrome* syndrome) noexcept nogil:
-    """Where an L1CD or a CD lies without stage 2: 0 or an event."""
+        const Hw* hw, uint64_t ipa, int kind, uint64_t* address,
+        Syndrome* syndrome) noexcept nogil:
+    """Where an L1CD or a CD lies, FETCH_..., without stage 2: 0, or why not."""
     address[0] = ipa
-    return output_fault(hw, ipa, EVENT_F_CD_FETCH, syndrome)
+    return output_fault(
+        hw, ipa, WHY_L1CD_ADDRESS if kind == FETCH_L1CD else WHY_CD_ADDRESS, syndrome)
 
 
 cdef inline int cd_place(
-        const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t ipa, uint64_t* address,
-        Syndrome* syndrome) noexcept nogil:
+        const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t ipa, int kind,
+        uint64_t* address, Syndrome* syndrome) noexcept nogil:
     """Where an L1CD or a CD lies in memory: stage 2 says, else the address must be an output."""
     cdef Leaf leaf
-    cdef int event
+    cdef int why
     if memo.context.second.on:
-        event = stage2(view, &memo.context, port, ipa, PERM_PR, False, CLASS_CD, &leaf, address,
-                       syndrome)
-        if event == 0:
+        why = stage2(view, &memo.context, port, ipa, PERM_PR, False, CLASS_CD, &leaf, address,
+                     syndrome)
+        if why == 0:
             syndrome.address = address[0]
-        return event
-    return cd_output(hw, ipa, address, syndrome)
+        return why
+    return cd_output(hw, ipa, kind, address, syndrome)
 
 
 cdef inline int cd_fetch(
         const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
-    """Find and read the CD of memo.index, into memo.cd: 0, an event or a negative stop."""
-    cdef int event = 0
+    """Find and read the CD of memo.index, into memo.cd: 0, why not or a negative stop."""
+    cdef int why = 0
     if cd_way(hw, memo):
-        event = cd_place(hw, port, view, memo, memo.l1cd_ipa, &memo.l1cd_at, syndrome)
-        if event == 0:
-            event = l1cd_read(
+        why = cd_place(hw, port, view, memo, memo.l1cd_ipa, FETCH_L1CD, &memo.l1cd_at,
+                       syndrome)
+        if why == 0:
+            why = l1cd_read(
                 hw, fetch8(port, FETCH_L1CD, NO_LEVEL, memo.l1cd_at, &memo.l1cd), memo)
-    if event == 0:
-        event = cd_place(hw, port, view, memo, memo.cd_ipa, &memo.cd_at, syndrome)
-    return event if event else cd_read(fetch64(port, FETCH_CD, memo.cd_at, memo.cd))
+    if why == 0:
+        why = cd_place(hw, port, view, memo, memo.cd_ipa, FETCH_CD, &memo.cd_at, syndrome)
+    return why if why else cd_read(fetch64(port, FETCH_CD, memo.cd_at, memo.cd))
 
 
 cdef inline void lookup_open(
@@ -886,24 +917,24 @@ cdef inline int lookup(
         Syndrome* syndrome) noexcept nogil:
     """Fetch and decode what a (StreamID, SubstreamID) pair meets, into memo.context.
 
-    0; or an event, SILENT_ABORT, or a negative stop.  memo.index is that of the CD, or
-    STAGE1_BYPASS, and then the context holds the STE's overrides and stage 2 alone.
+    0, why not, or a negative stop.  memo.index is that of the CD, or STAGE1_BYPASS, and then the
+    context holds the STE's overrides and stage 2 alone.
     """
-    cdef int event
+    cdef int why
     lookup_open(hw, sid, ssid, memo, syndrome)
-    event = ste_fetch(hw, port, sid, memo, syndrome)
-    if event == 0:
-        event = ste_decode(hw, memo)
-    if event == 0:
-        event = ste_substream(hw, memo, ssid)
-    if event == 0 and memo.index == STAGE1_BYPASS:
+    why = ste_fetch(hw, port, sid, memo, syndrome)
+    if why == 0:
+        why = ste_decode(hw, memo)
+    if why == 0:
+        why = ste_substream(hw, memo, ssid)
+    if why == 0 and memo.index == STAGE1_BYPASS:
         memo.l1cd_at = memo.cd_at = NOWHERE
-    elif event == 0:
-        event = cd_fetch(hw, port, NULL, memo, syndrome)
-        if event == 0:
-            event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-    memo.whole = event == 0
-    return event
+    elif why == 0:
+        why = cd_fetch(hw, port, NULL, memo, syndrome)
+        if why == 0:
+            why = cd_decode(hw, memo.ste, memo.cd, &memo.context)
+    memo.whole = why == 0
+    return why
 
 
 # --- stage 1 (15.2) ---
@@ -946,16 +977,16 @@ cdef inline int leaf_fault(
     cdef uint64_t address = leaf_address(leaf.d, half, leaf.shift)
     leaf.desired = leaf.d
     if address & half.over:
-        return EVENT_F_ADDR_SIZE
+        return WHY_S1_OUTPUT
     if not access_flag(leaf.d):
         if context.ha:
             leaf.desired = with_access_flag(leaf.d)
         elif not context.affd:
-            return EVENT_F_ACCESS
+            return WHY_S1_AF
     leaf.address = address
     leaf.perm = leaf_perm(context, upper, leaf.d, leaf.tables, simple)
     if not leaf.perm & context.need[access]:
-        return EVENT_F_PERMISSION
+        return WHY_S1_PERMISSION
     if not simple and context.hd and access & ACCESS_WRITE and clean_s1(leaf.d):
         leaf.desired = dirty_s1(leaf.desired)
     return 0
@@ -966,10 +997,12 @@ cdef inline int half_fault(
         unsigned int access) noexcept nogil:
     """F_TRANSLATION where no table translates the address: its half, its range, E0PD."""
     cdef const Half* half = &context.half[upper]
-    if not half.enabled or not in_range(va, half.range_mask, upper):
-        return EVENT_F_TRANSLATION
+    if not half.enabled:
+        return why_of_half(WHY_EPD0, upper)
+    if not in_range(va, half.range_mask, upper):
+        return why_of_half(WHY_T0SZ_RANGE, upper)
     if not (half.unprivileged or effective_access(context, access) & ACCESS_PRIV):
-        return EVENT_F_TRANSLATION
+        return why_of_half(WHY_E0PD0, upper)
     return 0
 
 
@@ -980,46 +1013,46 @@ cdef inline int walk_once(
     # opaque, or its place is computed again at every use
     cdef const Half* half = <const Half*>apart(<void*>&context.half[upper])
     cdef Descent at
-    cdef int event, status
+    cdef int why, status
     leaf_none(leaf)
-    event = half_fault(context, va, upper, access)
-    if event:
-        return event
+    why = half_fault(context, va, upper, access)
+    if why:
+        return why
     at.table = half.table
     at.tables = 0
     at.shift = half.shift
-    event = find_leaf(half, port, FETCH_TT, va & half.index_mask, &at, leaf, simple)
-    if unlikely(event):
-        return event
-    event = leaf_fault(context, half, upper, access, leaf, simple)
+    why = find_leaf(half, port, FETCH_TT, va & half.index_mask, &at, leaf, simple)
+    if unlikely(why):
+        return why
+    why = leaf_fault(context, half, upper, access, leaf, simple)
     if unlikely(context.ha) and leaf.desired != leaf.d and (
-            event == 0 or event == EVENT_F_PERMISSION):
+            why == 0 or why_event(why) == EVENT_F_PERMISSION):
         status = update(half, port, FETCH_TT_UPDATE, leaf)
         if status:
             return status
-    return event
+    return why
 
 
 cdef inline int walk(
         const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
         Syndrome* syndrome, bint simple) noexcept nogil:
-    """Walk the tables of one address: 0, an event, or a negative stop.
+    """Walk the tables of one address: 0, why not, or a negative stop.
 
     `access` is the device's own, `simple` is context.simple.
     """
-    cdef int event = walk_once(context, port, va, access, leaf, simple)
+    cdef int why = walk_once(context, port, va, access, leaf, simple)
     cdef int _try
-    if unlikely(event == CHANGED):
+    if unlikely(why == CHANGED):
         for _try in range(RETRIES - 1):
-            event = walk_once(context, port, va, access, leaf, simple)
-            if event != CHANGED:
+            why = walk_once(context, port, va, access, leaf, simple)
+            if why != CHANGED:
                 break
         else:
-            event = EVENT_F_WALK_EABT
-    if unlikely(event > 0):
+            why = WHY_S1_UPDATE_RACE
+    if unlikely(why > 0):
         syndrome_set(syndrome, leaf.entry, False,
-                     CLASS_TT if event == EVENT_F_WALK_EABT else CLASS_IN)
-    return event
+                     CLASS_TT if why_event(why) == EVENT_F_WALK_EABT else CLASS_IN)
+    return why
 
 
 # --- nested: every descriptor of stage 1 lies at an IPA ---
@@ -1044,7 +1077,7 @@ cdef inline int update_way(const Second* second, const Leaf* outer) noexcept nog
 cdef inline int update_denied(uint64_t ipa, Syndrome* syndrome) noexcept nogil:
     """Stage 2 does not let the descriptor at an IPA be written."""
     syndrome_set(syndrome, ipa, True, CLASS_TT)
-    return EVENT_F_PERMISSION
+    return WHY_S2_UPDATE
 
 
 cdef inline int update_nested(
@@ -1075,15 +1108,15 @@ cdef inline int update_nested(
 
 
 cdef inline bint stage1_updates(
-        const Context* context, int event, const Leaf* leaf, const Leaf* outer) noexcept nogil:
+        const Context* context, int why, const Leaf* leaf, const Leaf* outer) noexcept nogil:
     """The leaf of stage 1 is to be updated, whose leaf_fault() was this.
 
     A page that does not permit the access is, if stage 2 lets it be written: `outer` maps it.
     """
     if leaf.desired == leaf.d or not context.ha:
         return False
-    if event != EVENT_F_PERMISSION:
-        return event == 0
+    if why_event(why) != EVENT_F_PERMISSION:
+        return why == 0
     return not context.second.on or outer.perm & PERM_PW
 
 
@@ -1091,21 +1124,21 @@ cdef inline int stage1_end(
         View* view, const Context* context, Port* port, const Half* half, unsigned int upper,
         unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
         Syndrome* syndrome) noexcept nogil:
-    """What a leaf of stage 1 gives, and its hardware update: 0, an event, CHANGED or a stop.
+    """What a leaf of stage 1 gives, and its hardware update: 0, why not, CHANGED or a stop.
 
     Under stage 2 the leaf lies at `ipa`, which `outer` maps.
     """
-    cdef int event = leaf_fault(context, half, upper, access, leaf, False)
+    cdef int why = leaf_fault(context, half, upper, access, leaf, False)
     cdef int status
-    if not stage1_updates(context, event, leaf, outer):
-        return event
+    if not stage1_updates(context, why, leaf, outer):
+        return why
     if context.second.on:
         status = update_nested(view, context, port, half, leaf, outer, ipa, syndrome)
     else:
         status = update(half, port, FETCH_TT_UPDATE, leaf)
         if status:
             syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
-    return status if status else event
+    return status if status else why
 
 
 cdef inline uint64_t canonical(
@@ -1148,9 +1181,9 @@ cdef inline void stage1_down(
     at.shift -= half.stride
 
 
-cdef inline void stage1_stopped(int event, const Leaf* leaf, Syndrome* syndrome) noexcept nogil:
+cdef inline void stage1_stopped(int why, const Leaf* leaf, Syndrome* syndrome) noexcept nogil:
     """A descriptor of stage 1 is no leaf, or could not be read."""
-    if event == EVENT_F_WALK_EABT:
+    if why_event(why) == EVENT_F_WALK_EABT:
         syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
 
 
@@ -1162,34 +1195,34 @@ cdef inline int walk_steps_once(
     cdef Leaf outer
     cdef Place at
     cdef uint64_t ipa
-    cdef int event
+    cdef int why
     leaf_none(&outer)
     va = canonical(half, va, upper)
     stage1_begin(view, context, half, va, leaf, &at, syndrome)
     while True:
         ipa = entry_address(half, at.table, va & half.index_mask, at.shift)
         if context.second.on:
-            event = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
+            why = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
                            &leaf.entry, syndrome)
-            if event:
-                return event
+            if why:
+                return why
         else:
             leaf.entry = ipa
         descriptor_at(half, leaf.entry, at.shift, leaf)
-        event = read_descriptor(half, port, FETCH_TT, leaf, &at.table)
-        if event != AT_TABLE:
+        why = read_descriptor(half, port, FETCH_TT, leaf, &at.table)
+        if why != AT_TABLE:
             break
         stage1_down(view, context, half, va, leaf.d, &at)
-    if event:
-        stage1_stopped(event, leaf, syndrome)
-        return event
+    if why:
+        stage1_stopped(why, leaf, syndrome)
+        return why
     leaf.tables = at.tables
     return stage1_end(view, context, port, half, upper, access, leaf, &outer, ipa, syndrome)
 
 
-cdef inline int race_lost(int event) noexcept nogil:
-    """What a walk ends with that lost the race for an update for the last time."""
-    return EVENT_F_WALK_EABT if event == CHANGED else event
+cdef inline int race_lost(int why) noexcept nogil:
+    """What a walk of stage 1 ends with that lost the race for an update for the last time."""
+    return WHY_S1_UPDATE_RACE if why == CHANGED else why
 
 
 cdef inline int walk_steps(
@@ -1199,12 +1232,12 @@ cdef inline int walk_steps(
 
     half_fault() found nothing wrong with it.
     """
-    cdef int event = CHANGED, _try
+    cdef int why = CHANGED, _try
     for _try in range(RETRIES):
-        event = walk_steps_once(view, context, port, va, access, leaf, syndrome)
-        if likely(event != CHANGED):
+        why = walk_steps_once(view, context, port, va, access, leaf, syndrome)
+        if likely(why != CHANGED):
             break
-    return race_lost(event)  # the syndrome is that of the last update
+    return race_lost(why)  # the syndrome is that of the last update
 
 
 # --- the scalar driver ---
@@ -1212,8 +1245,10 @@ cdef inline int walk_steps(
 cdef inline void end_disabled(const Hw* hw, const Request* request,
                               Outcome* outcome) noexcept nogil:
     """SMMUEN=0: GBPA decides, and nothing is recorded (6.3.14)."""
-    if hw.gbpa_abort or request.iova & hw.oas_over:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    if hw.gbpa_abort:
+        end_refused(outcome, WHY_GBPA_ABORT)
+    elif request.iova & hw.oas_over:
+        end_refused(outcome, WHY_GBPA_ADDRESS)
     else:
         end_unmapped(
             outcome, ACTION_DISABLED, request.iova, 0x3F, hw.gbpa_attr, hw.gbpa_sh)
@@ -1239,13 +1274,13 @@ cdef inline void end_translated(
 
 
 cdef inline void finish_stage1(
-        const Hw* hw, const Request* request, const Context* context, int event,
+        const Hw* hw, const Request* request, const Context* context, int why,
         const Leaf* leaf, const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
     """The outcome of a request that stage 1 alone translates."""
-    if unlikely(event):
+    if unlikely(why):
         end_fault(
-            hw, request, outcome, event, effective_access(context, request.access),
-            TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT else context.terminate,
+            hw, request, outcome, why, effective_access(context, request.access),
+            TERMINATE_A | TERMINATE_R if why_event(why) == EVENT_F_WALK_EABT else context.terminate,
             syndrome)
     else:
         end_translated(context, &context.half[half_of(request.iova, context.two_ttbs)],
@@ -1257,7 +1292,7 @@ cdef inline void finish_stage1(
 
 
 cdef inline void finish_stage2(
-        const Hw* hw, const Request* request, const Context* context, bint nested, int event,
+        const Hw* hw, const Request* request, const Context* context, bint nested, int why,
         const Leaf* first, const Leaf* leaf, uint64_t ipa, uint64_t pa,
         const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
     """The outcome of a request that stage 2 translates, after stage 1 if `nested`.
@@ -1269,14 +1304,14 @@ cdef inline void finish_stage2(
     cdef unsigned int attr = context.attr, sh = context.sh
     cdef unsigned int perm = 0, perm_s1 = 0
     cdef unsigned int terminate
-    if event:
-        if event == EVENT_F_WALK_EABT:
+    if why:
+        if why_event(why) == EVENT_F_WALK_EABT:
             terminate = TERMINATE_A | TERMINATE_R
         else:
             terminate = second.terminate if syndrome.s2 else context.terminate
-        end_fault(hw, request, outcome, event, effective_access(context, request.access),
+        end_fault(hw, request, outcome, why, effective_access(context, request.access),
                   terminate, syndrome)
-        if event == EVENT_F_PERMISSION and syndrome.cls == CLASS_IN:
+        if why_event(why) == EVENT_F_PERMISSION and syndrome.cls == CLASS_IN:
             perm_s1 = first.perm
             perm = first.perm & leaf.perm if syndrome.s2 else first.perm
     else:
@@ -1313,14 +1348,14 @@ cdef inline int translate_stage1(
     """
     cdef Leaf leaf
     cdef Syndrome syndrome
-    cdef int event
+    cdef int why
     if likely(context.simple):
-        event = walk(context, port, request.iova, request.access, &leaf, &syndrome, True)
+        why = walk(context, port, request.iova, request.access, &leaf, &syndrome, True)
     else:
-        event = walk(context, port, request.iova, request.access, &leaf, &syndrome, False)
-    if event < 0:
-        return event
-    finish_stage1(hw, request, context, event, &leaf, &syndrome, outcome)
+        why = walk(context, port, request.iova, request.access, &leaf, &syndrome, False)
+    if why < 0:
+        return why
+    finish_stage1(hw, request, context, why, &leaf, &syndrome, outcome)
     return 0
 
 
@@ -1328,14 +1363,14 @@ cdef inline int untranslatable(
         const Hw* hw, const Request* request, Syndrome* syndrome) noexcept nogil:
     """Stage 1 bypassed: the address must fit IAS or OAS, which are equal."""
     syndrome_set(syndrome, 0, False, CLASS_IN)
-    return EVENT_F_ADDR_SIZE if request.iova & hw.oas_over else 0
+    return WHY_BYPASS_ADDRESS if request.iova & hw.oas_over else 0
 
 
 cdef inline void end_untranslatable(
         const Hw* hw, const Request* request, const Context* context, const Syndrome* syndrome,
         Outcome* outcome) noexcept nogil:
     """That fault aborts and is recorded, whatever the configuration says."""
-    end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE, effective_access(context, request.access),
+    end_fault(hw, request, outcome, WHY_BYPASS_ADDRESS, effective_access(context, request.access),
               TERMINATE_A | TERMINATE_R, syndrome)
     outcome.stage = 2 if context.second.on else 0
     outcome.vmid = context.vmid if context.second.on else 0
@@ -1372,11 +1407,11 @@ cdef inline void leaf_of(const Entry* e, unsigned int stage, Leaf* leaf) noexcep
 cdef inline int permission(
         const Leaf* leaf, unsigned int need, bint s2, uint64_t ipa,
         Syndrome* syndrome) noexcept nogil:
-    """F_PERMISSION of a cached translation, with its syndrome; or 0."""
+    """Why a cached translation does not permit an access, with the syndrome; or 0."""
     if leaf.perm & need:
         return 0
     syndrome_set(syndrome, ipa, s2, CLASS_IN)
-    return EVENT_F_PERMISSION
+    return WHY_S2_PERMISSION if s2 else WHY_S1_PERMISSION
 
 
 # A translation under way in a decoded context: what its stages found so far.
@@ -1391,16 +1426,16 @@ cdef struct Stages:
 
 
 cdef inline int stage1_found(
-        const Hw* hw, const Request* request, const Context* context, int event, Stages* s,
+        const Hw* hw, const Request* request, const Context* context, int why, Stages* s,
         Outcome* outcome) noexcept nogil:
-    """Stage 1 gave a leaf, or an event: ENDED with the outcome, or TO_STAGE2."""
+    """Stage 1 gave a leaf, or none: ENDED with the outcome, or TO_STAGE2."""
     if not context.second.on:
-        finish_stage1(hw, request, context, event, &s.first, &s.syndrome, outcome)
+        finish_stage1(hw, request, context, why, &s.first, &s.syndrome, outcome)
         return ENDED
     s.ipa = s.first.address | (request.iova & low_mask(s.first.shift))
-    if event == 0:
+    if why == 0:
         return TO_STAGE2
-    finish_stage2(hw, request, context, True, event, &s.first, &s.second, s.ipa, 0, &s.syndrome,
+    finish_stage2(hw, request, context, True, why, &s.first, &s.second, s.ipa, 0, &s.syndrome,
                   outcome)
     return ENDED
 
@@ -1417,7 +1452,7 @@ cdef inline int stages_begin(
     cdef const Entry* e = NULL
     cdef unsigned int upper, access = request.access
     cdef unsigned int need = context.need[access]
-    cdef int event
+    cdef int why
     s.kind = KIND_S1
     if view != NULL:
         view.stage2_only = memo.index == STAGE1_BYPASS
@@ -1434,9 +1469,9 @@ cdef inline int stages_begin(
         return TO_STAGE2
     upper = half_of(request.iova, context.two_ttbs)
     half = &context.half[upper]
-    event = half_fault(context, request.iova, upper, access)
+    why = half_fault(context, request.iova, upper, access)
     s.va = canonical(half, request.iova, upper)
-    if view != NULL and likely(event == 0):
+    if view != NULL and likely(why == 0):
         if context.second.on and not view.c.split:
             s.kind = KIND_COMBINED
         e = tlb_probe(
@@ -1450,44 +1485,44 @@ cdef inline int stages_begin(
     leaf_none(&s.first)
     leaf_none(&s.second)
     syndrome_set(&s.syndrome, 0, False, CLASS_IN)
-    if event == 0:
+    if why == 0:
         if e == NULL or not usable(e, access):
             return TO_STAGE1
         leaf_of(e, 1, &s.first)
-        event = permission(&s.first, need, False, 0, &s.syndrome)
+        why = permission(&s.first, need, False, 0, &s.syndrome)
         if s.kind == KIND_COMBINED:
             leaf_of(e, 2, &s.second)
             s.pa = e.address | s.va & low_mask(e.lg2)
             s.ipa = e.ipa | s.va & low_mask(e.lg2)
-            if event == 0:
-                event = permission(&s.second, need, True, s.ipa, &s.syndrome)
-            finish_stage2(hw, request, context, True, event, &s.first, &s.second, s.ipa, s.pa,
+            if why == 0:
+                why = permission(&s.second, need, True, s.ipa, &s.syndrome)
+            finish_stage2(hw, request, context, True, why, &s.first, &s.second, s.ipa, s.pa,
                           &s.syndrome, outcome)
             return ENDED
-    return stage1_found(hw, request, context, event, s, outcome)
+    return stage1_found(hw, request, context, why, s, outcome)
 
 
 cdef inline int stage1_walked(
-        const Hw* hw, View* view, const Request* request, const Context* context, int event,
+        const Hw* hw, View* view, const Request* request, const Context* context, int why,
         Stages* s, Outcome* outcome) noexcept nogil:
     """The walk of stage 1 came to its end: as stage1_found()."""
-    if view != NULL and event == 0 and s.kind == KIND_S1:
+    if view != NULL and why == 0 and s.kind == KIND_S1:
         keep_entry(view, context, KIND_S1, s.va,
                    &context.half[half_of(request.iova, context.two_ttbs)], &s.first, NULL, 0,
                    s.first.address)
-    return stage1_found(hw, request, context, event, s, outcome)
+    return stage1_found(hw, request, context, why, s, outcome)
 
 
 cdef inline void stage2_walked(
-        const Hw* hw, View* view, const Request* request, const Memo* memo, int event, Stages* s,
+        const Hw* hw, View* view, const Request* request, const Memo* memo, int why, Stages* s,
         Outcome* outcome) noexcept nogil:
-    """Stage 2 translated s.ipa, or gave an event: the outcome."""
+    """Stage 2 translated s.ipa, or did not: the outcome."""
     cdef const Context* context = &memo.context
-    if view != NULL and event == 0 and s.kind == KIND_COMBINED:
+    if view != NULL and why == 0 and s.kind == KIND_COMBINED:
         keep_entry(view, context, KIND_COMBINED, s.va,
                    &context.half[half_of(request.iova, context.two_ttbs)], &s.first, &s.second,
                    s.ipa, s.pa)
-    finish_stage2(hw, request, context, memo.index != STAGE1_BYPASS, event, &s.first, &s.second,
+    finish_stage2(hw, request, context, memo.index != STAGE1_BYPASS, why, &s.first, &s.second,
                   s.ipa, s.pa, &s.syndrome, outcome)
 
 
@@ -1498,19 +1533,19 @@ cdef inline int translate_stages(
     cdef const Context* context = &memo.context
     cdef unsigned int access = request.access
     cdef Stages s
-    cdef int event
+    cdef int why
     cdef int next = stages_begin(hw, view, request, memo, &s, outcome)
     if next == TO_STAGE1:
-        event = walk_steps(view, context, port, request.iova, access, &s.first, &s.syndrome)
-        if event < 0:
-            return event
-        next = stage1_walked(hw, view, request, context, event, &s, outcome)
+        why = walk_steps(view, context, port, request.iova, access, &s.first, &s.syndrome)
+        if why < 0:
+            return why
+        next = stage1_walked(hw, view, request, context, why, &s, outcome)
     if next == TO_STAGE2:
-        event = stage2(view, context, port, s.ipa, context.need[access],
+        why = stage2(view, context, port, s.ipa, context.need[access],
                        (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
-        if event < 0:
-            return event
-        stage2_walked(hw, view, request, memo, event, &s, outcome)
+        if why < 0:
+            return why
+        stage2_walked(hw, view, request, memo, why, &s, outcome)
     return 0
 
 
@@ -1522,19 +1557,19 @@ cdef inline int translate_stage2(
 
 
 cdef inline void end_lookup(
-        const Hw* hw, const Request* request, const Context* context, int event,
+        const Hw* hw, const Request* request, const Context* context, int why,
         const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
     """Configuration lookup failed; stage 2 of a CD fetch is the one part that may be told how."""
-    if event == SILENT_ABORT:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    if why_event(why) == 0:
+        end_refused(outcome, why)
     elif context.second.on and syndrome.s2:
-        end_fault(hw, request, outcome, event, effective_access(context, request.access),
-                  TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT
+        end_fault(hw, request, outcome, why, effective_access(context, request.access),
+                  TERMINATE_A | TERMINATE_R if why_event(why) == EVENT_F_WALK_EABT
                   else context.second.terminate, syndrome)
         outcome.stage = 2
         outcome.vmid = context.vmid
     else:
-        end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, syndrome)
+        end_fault(hw, request, outcome, why, 0, TERMINATE_A | TERMINATE_R, syndrome)
 
 
 ctypedef int (*Stage2Driver)(
@@ -1581,15 +1616,15 @@ cdef inline int translate_one(
     Two calls that run at once, or inside each other, do not share a memo.
     """
     cdef Syndrome syndrome
-    cdef int event
+    cdef int why
     if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
     if not memo_holds(hw, port, memo, request.sid, request.ssid):
-        event = lookup(hw, port, request.sid, request.ssid, memo, &syndrome)
-        if unlikely(event):
-            if event < 0:
-                return event
-            end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
+        why = lookup(hw, port, request.sid, request.ssid, memo, &syndrome)
+        if unlikely(why):
+            if why < 0:
+                return why
+            end_lookup(hw, request, &memo.context, why, &syndrome, outcome)
             return 0
     return translate_known(hw, port, request, memo, outcome)

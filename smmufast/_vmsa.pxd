@@ -20,6 +20,7 @@ cdef enum:
     DESC_INVALID = 0
     DESC_TABLE = 1
     DESC_LEAF = 2
+    DESC_RESERVED = 3  # bits [1:0] are 0b01, where the level has no block: invalid too
     # what a translation regime does to permissions
     REGIME_SINGLE = 1  # EL2, EL3: no privilege split
     REGIME_WXN = 2
@@ -175,14 +176,14 @@ cdef inline uint64_t entry_address(
 
 cdef inline unsigned int descriptor_kind(
         uint64_t d, int level, unsigned int blocks) noexcept nogil:
-    """Invalid, table or leaf: bits [1:0], and whether a block is legal at this level."""
+    """What a descriptor is: bits [1:0], and whether a block is legal at this level."""
     if (d & 1) == 0:
         return DESC_INVALID
     if level == 3:
-        return DESC_LEAF if d & 2 else DESC_INVALID
+        return DESC_LEAF if d & 2 else DESC_RESERVED
     if d & 2:
         return DESC_TABLE
-    return DESC_LEAF if blocks >> (level + 1) & 1 else DESC_INVALID
+    return DESC_LEAF if blocks >> (level + 1) & 1 else DESC_RESERVED
 
 
 cdef inline uint64_t next_table(uint64_t d, const Half* half) noexcept nogil:

@@ -87,9 +87,9 @@ cdef struct Walking:
     uint64_t ipa
     uint64_t address       # what the IPA translates to
     Place at2
-    int event2             # of its leaf, while that is updated
+    int why2               # of its leaf, while that is updated
     # stage 1
-    int event1
+    int why1               # likewise
     uint8_t tries1
     uint64_t leaf_ipa      # where its last descriptor lies, before stage 2
     Place at1
@@ -196,9 +196,9 @@ cdef inline int through_stage2(
     return STEP_STAGE2
 
 
-cdef inline int failed(const Hw* hw, WalkC* walk, Walking* w, int event) noexcept nogil:
-    """Configuration lookup ends in an event."""
-    end_lookup(hw, &walk.request, &w.memo.context, event, &w.stages.syndrome, &walk.result)
+cdef inline int failed(const Hw* hw, WalkC* walk, Walking* w, int why) noexcept nogil:
+    """Configuration lookup ends in a refusal."""
+    end_lookup(hw, &walk.request, &w.memo.context, why, &w.stages.syndrome, &walk.result)
     return STEP_ENDED
 
 
@@ -215,43 +215,43 @@ cdef inline int after_stage1(WalkC* walk, Walking* w, int next) noexcept nogil:
 
 
 cdef inline int stage1_done(
-        const Hw* hw, View* view, WalkC* walk, Walking* w, int event) noexcept nogil:
-    """A walk of stage 1 ends: it has a leaf, gives an event, or lost a race and walks again."""
-    if event == CHANGED:
+        const Hw* hw, View* view, WalkC* walk, Walking* w, int why) noexcept nogil:
+    """A walk of stage 1 ends: it has a leaf or none, or lost a race and walks again."""
+    if why == CHANGED:
         w.tries1 += 1
         if w.tries1 < RETRIES:
             return STEP_STAGE1
     return after_stage1(walk, w, stage1_walked(
-        hw, view, &walk.request, &w.memo.context, race_lost(event), &w.stages, &walk.result))
+        hw, view, &walk.request, &w.memo.context, race_lost(why), &w.stages, &walk.result))
 
 
 cdef inline int stage2_answered(
-        const Hw* hw, View* view, WalkC* walk, Walking* w, int event) noexcept nogil:
-    """Stage 2 has an address for whoever needed it, or an event."""
-    event = stage2_answer(
-        event, w.ipa, w.cls, &w.stages.second, &w.address, &w.stages.syndrome)
-    if event == 0:
+        const Hw* hw, View* view, WalkC* walk, Walking* w, int why) noexcept nogil:
+    """Stage 2 has an address for whoever needed it, or none."""
+    why = stage2_answer(
+        why, w.ipa, w.cls, &w.stages.second, &w.address, &w.stages.syndrome)
+    if why == 0:
         return w.then
     if w.cls == CLASS_CD:
-        return failed(hw, walk, w, event)
+        return failed(hw, walk, w, why)
     if w.cls == CLASS_IN:
-        stage2_walked(hw, view, &walk.request, &w.memo, event, &w.stages, &walk.result)
+        stage2_walked(hw, view, &walk.request, &w.memo, why, &w.stages, &walk.result)
         return STEP_ENDED
     if w.then == STEP_TT_WRITABLE:
         w.stages.syndrome.ttrnw = False
-    return stage1_done(hw, view, walk, w, event)
+    return stage1_done(hw, view, walk, w, why)
 
 
 cdef inline int stage2_done(
-        const Hw* hw, View* view, WalkC* walk, Walking* w, int event) noexcept nogil:
+        const Hw* hw, View* view, WalkC* walk, Walking* w, int why) noexcept nogil:
     """A walk of stage 2 ends, likewise."""
-    if event == CHANGED:
+    if why == CHANGED:
         w.tries2 += 1
         if w.tries2 < RETRIES:
             return STEP_STAGE2
-    if event == 0:
+    if why == 0:
         stage2_keep(view, &w.memo.context, w.ipa, w.cls, &w.stages.second)
-    return stage2_answered(hw, view, walk, w, event)
+    return stage2_answered(hw, view, walk, w, why)
 
 
 cdef inline const Half* half_walked(const WalkC* walk, const Walking* w) noexcept nogil:
@@ -269,19 +269,19 @@ cdef inline int read_tt(
     cdef const Half* half = half_walked(walk, w)
     cdef Leaf* leaf = &w.stages.first
     cdef Leaf* outer = &w.stages.second
-    cdef int way, event = descriptor_read(half, FETCH_TT, status, raw, leaf, &w.at1.table)
-    if event == AT_TABLE:
+    cdef int way, why = descriptor_read(half, FETCH_TT, status, raw, leaf, &w.at1.table)
+    if why == AT_TABLE:
         stage1_down(view, context, half, w.stages.va, leaf.d, &w.at1)
         return STEP_DESCRIPTOR
-    if event:
-        stage1_stopped(event, leaf, &w.stages.syndrome)
-        return stage1_done(hw, view, walk, w, event)
+    if why:
+        stage1_stopped(why, leaf, &w.stages.syndrome)
+        return stage1_done(hw, view, walk, w, why)
     leaf.tables = w.at1.tables
-    event = leaf_fault(context, half, half_of(walk.request.iova, context.two_ttbs),
-                       walk.request.access, leaf, False)
-    if not stage1_updates(context, event, leaf, outer):
-        return stage1_done(hw, view, walk, w, event)
-    w.event1 = event
+    why = leaf_fault(context, half, half_of(walk.request.iova, context.two_ttbs),
+                     walk.request.access, leaf, False)
+    if not stage1_updates(context, why, leaf, outer):
+        return stage1_done(hw, view, walk, w, why)
+    w.why1 = why
     if not context.second.on:
         return STEP_TT_WRITABLE
     way = update_way(&context.second, outer)
@@ -303,16 +303,16 @@ cdef inline int read_s2tt(
     cdef const Context* context = &w.memo.context
     cdef const Half* half = &context.second.half
     cdef Leaf* leaf = &w.stages.second
-    cdef int event = descriptor_read(half, FETCH_S2TT, status, raw, leaf, &w.at2.table)
-    if event == AT_TABLE:
+    cdef int why = descriptor_read(half, FETCH_S2TT, status, raw, leaf, &w.at2.table)
+    if why == AT_TABLE:
         stage2_down(view, context, w.ipa, &w.at2)
         return asks_s2tt(walk, w)
-    if event == 0:
-        event = stage2_fault(&context.second, w.need, w.dirty, w.cls != CLASS_IN, leaf)
-        if stage2_updates(&context.second, event, leaf):
-            w.event2 = event
+    if why == 0:
+        why = stage2_fault(&context.second, w.need, w.dirty, w.cls != CLASS_IN, leaf)
+        if stage2_updates(&context.second, why, leaf):
+            w.why2 = why
             return asks_update(walk, STEP_S2TT_UPDATE, FETCH_S2TT_UPDATE, half, leaf)
-    return stage2_done(hw, view, walk, w, event)
+    return stage2_done(hw, view, walk, w, why)
 
 
 cdef inline int read_update(
@@ -322,75 +322,75 @@ cdef inline int read_update(
     cdef const Half* half = &w.memo.context.second.half
     cdef Leaf* first = &w.stages.first
     cdef Leaf* second = &w.stages.second
-    cdef int event
+    cdef int why
     if w.step == STEP_TT_UPDATE:
-        event = update_read(half_walked(walk, w), FETCH_TT_UPDATE, status, found, first)
-        if event:
+        why = update_read(half_walked(walk, w), FETCH_TT_UPDATE, status, found, first)
+        if why:
             syndrome_set(&w.stages.syndrome, first.entry, False, CLASS_TT)
-        return stage1_done(hw, view, walk, w, event if event else w.event1)
-    event = update_read(half, FETCH_S2TT_UPDATE, status, found, second)
+        return stage1_done(hw, view, walk, w, why if why else w.why1)
+    why = update_read(half, FETCH_S2TT_UPDATE, status, found, second)
     if w.step == STEP_S2TT_UPDATE:
-        return stage2_done(hw, view, walk, w, event if event else w.event2)
-    if event == 0:
+        return stage2_done(hw, view, walk, w, why if why else w.why2)
+    if why == 0:
         return STEP_TT_WRITABLE
     syndrome_set(&w.stages.syndrome, second.entry, True, CLASS_TT)
-    return stage1_done(hw, view, walk, w, event)
+    return stage1_done(hw, view, walk, w, why)
 
 
 cdef inline int read_structure(
         const Hw* hw, WalkC* walk, Walking* w, int status, const uint64_t* words) noexcept nogil:
     """A structure of the configuration was read."""
     cdef Memo* memo = &w.memo
-    cdef int event
+    cdef int why
     if w.step == STEP_L1STD:
         memo.l1std = words[0]
-        event = l1std_read(hw, memo.sid, status, memo, &w.stages.syndrome)
-        if event == 0:
+        why = l1std_read(hw, memo.sid, status, memo, &w.stages.syndrome)
+        if why == 0:
             return asks(walk, STEP_STE, FETCH_STE, NO_LEVEL, memo.ste_at, 64)
     elif w.step == STEP_STE:
         memcpy(memo.ste, words, 64)
-        event = ste_read(status)
-        if event == 0:
+        why = ste_read(status)
+        if why == 0:
             return STEP_CONFIGURED
     elif w.step == STEP_L1CD:
         memo.l1cd = words[0]
-        event = l1cd_read(hw, status, memo)
-        if event == 0:
-            return place(hw, walk, w, memo.cd_ipa, STEP_CD_PLACED)
+        why = l1cd_read(hw, status, memo)
+        if why == 0:
+            return place(hw, walk, w, FETCH_CD, memo.cd_ipa, STEP_CD_PLACED)
     else:
         memcpy(memo.cd, words, 64)
-        event = cd_read(status)
-        if event == 0:
+        why = cd_read(status)
+        if why == 0:
             return STEP_CONTEXT
-    return failed(hw, walk, w, event)
+    return failed(hw, walk, w, why)
 
 
 # --- where to read next ---
 
 cdef inline int place(
-        const Hw* hw, WalkC* walk, Walking* w, uint64_t ipa, int then) noexcept nogil:
-    """Find where an L1CD or a CD lies, and go on."""
-    cdef int event
+        const Hw* hw, WalkC* walk, Walking* w, int kind, uint64_t ipa, int then) noexcept nogil:
+    """Find where an L1CD or a CD lies, FETCH_..., and go on."""
+    cdef int why
     if w.memo.context.second.on:
         return through_stage2(w, ipa, PERM_PR, False, CLASS_CD, then)
-    event = cd_output(hw, ipa, &w.address, &w.stages.syndrome)
-    return failed(hw, walk, w, event) if event else then
+    why = cd_output(hw, ipa, kind, &w.address, &w.stages.syndrome)
+    return failed(hw, walk, w, why) if why else then
 
 
 cdef inline int look_up(const Hw* hw, View* view, WalkC* walk, Walking* w) noexcept nogil:
     """Find the STE."""
     cdef Memo* memo = &w.memo
-    cdef int event = 0
+    cdef int why = 0
     lookup_open(hw, walk.request.sid, walk.request.ssid, memo, &w.stages.syndrome)
     memo.ste_handle = memo.cd_handle = 0
     if view != NULL:
-        event = ste_look(hw, view, memo)
-        if event == 0 and memo.ste_handle:
+        why = ste_look(hw, view, memo)
+        if why == 0 and memo.ste_handle:
             return STEP_CONFIGURED
-    if event == 0:
-        event = ste_first(hw, memo.sid, memo, &w.stages.syndrome)
-    if event:
-        return failed(hw, walk, w, event)
+    if why == 0:
+        why = ste_first(hw, memo.sid, memo, &w.stages.syndrome)
+    if why:
+        return failed(hw, walk, w, why)
     if memo.l1std_at != NOWHERE:
         return asks(walk, STEP_L1STD, FETCH_L1STD, NO_LEVEL, memo.l1std_at, 8)
     return asks(walk, STEP_STE, FETCH_STE, NO_LEVEL, memo.ste_at, 64)
@@ -399,11 +399,11 @@ cdef inline int look_up(const Hw* hw, View* view, WalkC* walk, Walking* w) noexc
 cdef inline int look_up_cd(const Hw* hw, View* view, WalkC* walk, Walking* w) noexcept nogil:
     """The STE is there: find the CD, if stage 1 translates."""
     cdef Memo* memo = &w.memo
-    cdef int event = ste_take(hw, view, memo)
-    if event == 0:
-        event = ste_substream(hw, memo, memo.ssid)
-    if event:
-        return failed(hw, walk, w, event)
+    cdef int why = ste_take(hw, view, memo)
+    if why == 0:
+        why = ste_substream(hw, memo, memo.ssid)
+    if why:
+        return failed(hw, walk, w, why)
     if memo.index == STAGE1_BYPASS:
         return STEP_TRANSLATE
     if view != NULL:
@@ -411,8 +411,8 @@ cdef inline int look_up_cd(const Hw* hw, View* view, WalkC* walk, Walking* w) no
         if memo.cd_handle:
             return STEP_CONTEXT
     if cd_way(hw, memo):
-        return place(hw, walk, w, memo.l1cd_ipa, STEP_L1CD_PLACED)
-    return place(hw, walk, w, memo.cd_ipa, STEP_CD_PLACED)
+        return place(hw, walk, w, FETCH_L1CD, memo.l1cd_ipa, STEP_L1CD_PLACED)
+    return place(hw, walk, w, FETCH_CD, memo.cd_ipa, STEP_CD_PLACED)
 
 
 cdef inline int ask_descriptor(WalkC* walk, Walking* w) noexcept nogil:
@@ -428,11 +428,11 @@ cdef inline int ask_descriptor(WalkC* walk, Walking* w) noexcept nogil:
 
 cdef inline int stage2_walk(const Hw* hw, View* view, WalkC* walk, Walking* w) noexcept nogil:
     """Begin a walk of stage 2."""
-    cdef int event = stage2_begin(
+    cdef int why = stage2_begin(
         view, &w.memo.context, w.ipa, w.need, w.dirty, w.cls, &w.stages.second, &w.at2)
-    if event == AT_TABLE:
+    if why == AT_TABLE:
         return asks_s2tt(walk, w)
-    return stage2_answered(hw, view, walk, w, event)
+    return stage2_answered(hw, view, walk, w, why)
 
 
 cdef inline int known(
@@ -440,7 +440,7 @@ cdef inline int known(
     """Go on from a step that awaits nothing: the next one."""
     cdef Memo* memo = &w.memo
     cdef const Half* half
-    cdef int event
+    cdef int why
     if step == STEP_BEGIN:
         return look_up(hw, view, walk, w)
     if step == STEP_CONFIGURED:
@@ -452,8 +452,8 @@ cdef inline int known(
         memo.cd_at = w.stages.syndrome.address = w.address
         return asks(walk, STEP_CD, FETCH_CD, NO_LEVEL, w.address, 64)
     if step == STEP_CONTEXT:
-        event = cd_take(hw, view, memo)
-        return failed(hw, walk, w, event) if event else STEP_TRANSLATE
+        why = cd_take(hw, view, memo)
+        return failed(hw, walk, w, why) if why else STEP_TRANSLATE
     if step == STEP_TRANSLATE:
         return after_stage1(walk, w, stages_begin(
             hw, view, &walk.request, memo, &w.stages, &walk.result))

@@ -14,6 +14,7 @@ from smmufast import layout
 
 if TYPE_CHECKING:
     from smmufast._smmu import Result
+    from smmufast.why import Why
 
 ACTIONS = ("ok", "bypass", "disabled", "abort", "raz_wi", "stall")
 """What becomes of a transaction, by the number that batch columns hold."""
@@ -233,7 +234,7 @@ class AtsResponse(NamedTuple):
 
     `fault` is what kept the request from being granted, as an Event, recorded or not; `event` is
     the Event that is recorded.  Both are None where no fault is to blame: a page that lacks the
-    permissions, or a stream that aborts silently.
+    permissions, or a stream that aborts silently.  `why` is the reason of a refusal.
     """
 
     status: Literal["success", "UR", "CA"]
@@ -250,6 +251,7 @@ class AtsResponse(NamedTuple):
     shareability: int = 0
     fault: Event | None = None
     event: Event | None = None
+    why: Why | None = None
 
     def permits(self, write: bool = False, execute: bool = False) -> bool:
         """Whether it grants an access: a write, an instruction fetch, or a read."""

@@ -99,7 +99,7 @@ typedef struct smmufast_result {
     uint16_t stag;      /* of a stalled transaction; valid when event != 0 */
     uint8_t ng;         /* the stage-1 leaf's nG bit */
     uint8_t contiguous; /* the leaf's Contiguous bit, stage 1's if it translates */
-    uint16_t why;       /* why the transaction is refused, 0 if it is not */
+    uint16_t why;       /* the reason of a refusal, 0 if none: Why in smmufast/why.py */
     uint64_t record[4]; /* the event record, little-endian dwords; valid when fault != 0 */
 } smmufast_result;
 

@@ -618,7 +618,7 @@ def probe(tmp_path_factory):
         + "\n    raise KeyError(name)",
     ))  # fmt: skip
     build = build_ext(Distribution({"ext_modules": cythonize(
-        [Extension("probe", [str(folder / "probe.pyx")], extra_compile_args=["-O1"],
+        [Extension("probe", [str(folder / "probe.pyx")], extra_compile_args=["-O0"],
                    include_dirs=[str(PACKAGE)])],
         include_path=[str(PACKAGE.parent)], build_dir=str(folder), language_level=3, quiet=True,
     )}))  # fmt: skip
