@@ -330,6 +330,14 @@ def test_a_c_batch_fills_only_the_columns_that_are_wanted(plain, name):
     assert found == [row[column] for row in expected()]
 
 
+def test_a_c_batch_gives_reasons(plain):
+    smmu, _ = small.system()
+    out = np.full(len(small.REQUESTS), 0x5555, np.uint16)
+    assert plain.batch(smmu, c_columns(small.REQUESTS, why=out)) == DONE
+    reasons = [result.why for result in small.translate_each(smmu)]
+    assert out.tolist() == [0 if why is None else int(why) for why in reasons]
+
+
 def test_a_c_batch_repeats_single_inputs(plain):
     smmu, _ = small.system()
     iova = np.arange(small.RW, small.RW + 0x100, dtype=np.uint64)

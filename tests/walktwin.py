@@ -108,7 +108,7 @@ def smmu_over(system, memory, caches):
 
 def told(result):
     """Everything that a Result says."""
-    return twin.result_row(result), twin.extra_result_row(result), result.fetches
+    return twin.result_row(result), twin.extra_result_row(result), result.why, result.fetches
 
 
 def check_alone(seed):
