@@ -85,6 +85,7 @@ cdef class Registers:
 
     cdef int _consume(self) except -1
     cdef int _execute(self, const Effect* effect) except -1
+    cdef bint _sync_waits(self, const Effect* effect) except -1
     cdef int _complete(self, const Effect* effect) except -1
     cdef int _command_error(self, uint32_t cerror, int why) except -1
     cdef int _atc_inv(self, const Effect* effect) except -1

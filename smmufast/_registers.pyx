@@ -37,8 +37,9 @@ from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
     GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_ABORTED,
     PUT_CLOSED, PUT_FIRST, PUT_FULL, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge,
-    gerror_active, gerror_raise, interrupt, lock_give, lock_take, msi_write, ring_after, ring_bits,
-    ring_entry, ring_full, ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod,
+    gerror_active, gerror_raise, interrupt, lock_give, lock_take, msi_write, overtake,
+    overtake_all, ring_after, ring_bits, ring_entry, ring_full, ring_place, ring_put, ring_reset,
+    ring_set_cons, ring_set_prod, sync_done, sync_waits,
 )
 from smmufast._tlb cimport (
     Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
@@ -73,6 +74,8 @@ PageAnswer.__doc__ = """What a device learns of its page request at once: action
 """
 
 cdef tuple IRQ_NAMES = ("eventq", "priq", "gerror", "cmdq_sync", "sev")
+
+cdef str HELD = "CMD_SYNC waits for walks that an invalidation overtook"
 
 # --- the register map (6.1, 6.2), from layout.REGISTERS ---
 
@@ -281,6 +284,19 @@ cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome)
         self.core.ram.users -= 1
 
 
+cdef int consume(void* owner, Port* port) noexcept with gil:
+    """Go on with commands: 0, or FETCH_RAISED."""
+    cdef Registers self = <Registers>owner
+    try:
+        self._consume()
+        return 0
+    except BaseException as error:
+        if port.exception == NULL:
+            Py_INCREF(error)
+            port.exception = <void*>error
+        return FETCH_RAISED
+
+
 cdef str cerror_text(unsigned int cerror, int why, fields=None):
     """A command error in words, with the reason where one rule refused the command."""
     name, _, text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror).partition(": ")
@@ -432,6 +448,7 @@ cdef class Registers:
         q.owner = <void*>self
         q.wire = wire
         q.stall = hold
+        q.consume = consume
         q.commands.entry_lg2 = 4
         q.commands.error = GERROR_CMDQ_ERR
         q.events.entry_lg2 = 5
@@ -501,6 +518,7 @@ cdef class Registers:
         """CFGI_* and TLBI_*: drop from the caches what the effect names."""
         cdef CachesC* c = self.core.caches
         cdef Invalidation inv
+        overtake(&self.core)
         if c == NULL:
             return 0
         caches_take_gil(&self.core)
@@ -848,6 +866,7 @@ cdef class Registers:
         if cr0_cmdqen(begun):
             self._check_queue("CMDQ")
         if cr0_smmuen(old & ~value):
+            overtake_all(&self.core)
             self._terminate(None)
         try:
             self._settle()
@@ -1164,7 +1183,7 @@ cdef class Registers:
         turn = stall.turn
         event_set_stag(stall.outcome.record, stag)
         stall.outcome.stag = <unsigned short>stag
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         if q.events.placed:
             status = ring_put(q, &q.events, &port, stall.outcome.record, False, &put)
@@ -1285,7 +1304,7 @@ cdef class Registers:
                    and not gerror_active(&self.queues, GERROR_CMDQ_ERR)):
                 self._budget -= 1
                 restarts = self._restarts
-                port_open(&port, self.core.ram, NULL, False)
+                port_open(&port, self.core.ram, NULL)
                 status = FETCH_ABORT
                 if not ring.beyond:
                     self.core.ram.users += 1
@@ -1298,6 +1317,8 @@ cdef class Registers:
                     words[0] = le64(words[0])
                     words[1] = le64(words[1])
                     cerror = command_decode(&self.core.hw, words, &effect)
+                    if self._sync_waits(&effect):
+                        break
                     if cerror == 0:
                         cerror = self._execute(&effect)
                 if restarts == self._restarts:
@@ -1335,7 +1356,13 @@ cdef class Registers:
         elif effect.kind == EFFECT_SYNC and self._atc_failed:
             self._atc_failed = False
             return CMDQ_CONS_ERR_ATC_INV_SYNC
+        elif effect.kind == EFFECT_SYNC:
+            sync_done(&self.core)
         return 0
+
+    cdef bint _sync_waits(self, const Effect* effect) except -1:
+        """Whether a command is a CMD_SYNC that walks hold, and so not consumed yet (4.7.3)."""
+        return effect.kind == EFFECT_SYNC and sync_waits(&self.core)
 
     cdef int _atc_inv(self, const Effect* effect) except -1:
         """CMD_ATC_INV to the device of its StreamID; a failure is the next SYNC's."""
@@ -1358,7 +1385,7 @@ cdef class Registers:
         cdef int status = 0
         if effect.kind != EFFECT_SYNC:
             return 0
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         if effect.cs == CMD_CS_SEV:
             status = wire(<void*>self, &port, IRQ_SEV)
         elif effect.cs == CMD_CS_IRQ and effect.msi_address == 0:
@@ -1377,7 +1404,7 @@ cdef class Registers:
         self._cerror = cerror
         self._command_why = why
         self._warn("CMDQ_CONS", cerror_text(cerror, why))
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR, self.core.hw.oas_over)
         self.core.ram.users -= 1
@@ -1399,6 +1426,8 @@ cdef class Registers:
         ValueError
             There is no such command or field, a value does not fit, or the command is executed
             directly and ends in a CERROR code.  In a queue, that stops the queue instead.
+        RuntimeError
+            A CMD_SYNC is executed directly, and a walk holds it.  In a queue, it waits instead.
         BufferError
             The command queue is full.
         ExternalAbort, PermissionError
@@ -1422,6 +1451,8 @@ cdef class Registers:
         words[0] = word & 0xFFFFFFFFFFFFFFFF
         words[1] = word >> 64
         cerror = command_decode(&self.core.hw, words, &effect)
+        if self._sync_waits(&effect):
+            raise RuntimeError(f"{name}: {HELD}")
         if cerror == 0:
             self._calling += 1
             try:
@@ -1441,7 +1472,7 @@ cdef class Registers:
         Raises
         ------
         RuntimeError
-            It waits in the command queue: disabled, or stopped by an error.
+            It waits in the command queue: disabled, stopped by an error, or held by a walk.
         ValueError, BufferError, ExternalAbort, PermissionError
             As for `command`.
         """
@@ -1454,6 +1485,8 @@ cdef class Registers:
             reason = f"stopped by {cerror_text(self._cerror, self._command_why)}"
         elif self._consuming:
             reason = "commands before it are not complete"
+        elif ring.enabled and sync_waits(&self.core):
+            reason = HELD
         raise RuntimeError(f"command queue: {reason}")
 
     def record(self, str name not None, **fields):
@@ -1488,7 +1521,7 @@ cdef class Registers:
             words[i] = word >> 64 * i & 0xFFFFFFFFFFFFFFFF
         if not self.queues.events.placed:
             return False
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = event_put(&self.core, &port, words, &written)
         self.core.ram.users -= 1
@@ -1541,7 +1574,7 @@ cdef class Registers:
         words[0] = word & 0xFFFFFFFFFFFFFFFF
         words[1] = word >> 64
         words[2] = words[3] = 0
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         try:
             status = 0
@@ -1581,7 +1614,7 @@ cdef class Registers:
         cdef int status, kind = stream_first(hw, sid, &address)
         if kind == 0:
             return -1
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         status = FETCH_OK
         self.core.ram.users += 1
         if address & hw.oas_over:
@@ -1611,6 +1644,8 @@ cdef class Registers:
             raise RuntimeError("save: a command is under way; save between calls")
         if q.commands.writers or q.events.writers or q.pages.writers:
             raise RuntimeError("save: a record is being written; save between calls")
+        if q.commands.enabled and q.commands.prod != q.commands.cons and sync_waits(&self.core):
+            raise RuntimeError(f"save: {HELD}; end those walks first")
         return 0
 
     cdef dict _state(self):
@@ -1650,8 +1685,8 @@ cdef class Registers:
         Raises
         ------
         RuntimeError
-            A translation, a command or a record is under way: in another thread, or because a
-            callback of one saves.
+            A translation, a command or a record is under way: in another thread, because a
+            callback of one saves, or because a walk holds a CMD_SYNC.
 
         >>> from smmufast import Memory, Smmu
         >>> smmu = Smmu(Memory(), gbpa=0x10_1000)
