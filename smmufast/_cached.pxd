@@ -43,7 +43,7 @@ cdef inline void view_open(
     view.ssid = request.ssid
     view.quiet = quiet
     view.stage2_only = False
-    view.nt = core.hw.bbml != 0
+    view.nt = core.hw.bbml == 1  # level 2 ignores nT (S3.21.1.3-1)
     view.begun = core.caches.commands
 
 

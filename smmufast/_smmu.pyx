@@ -20,11 +20,12 @@ from smmufast._bits cimport apart, le64, likely, low_mask, unlikely
 from smmufast._cache cimport ctz64
 from smmufast._command cimport Effect
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
-from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
+from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen, ste_ppar
 from smmufast._ints cimport digits_of
 from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
+    recorded_if_asked,
 )
 from smmufast._batch cimport (
     request_at, store_outcome, store_u8, store_u64, translate_each, translate_hits,
@@ -38,14 +39,15 @@ from smmufast._cached cimport (
 from smmufast._config cimport STAGE1_BYPASS
 from smmufast._tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
 from smmufast._translate cimport (
-    CLASS_IN, Leaf, Memo, Syndrome, View, canonical, finish_stage1, half_fault, memo_holds,
-    open_drivers, stage2, translate_known, translate_one, walk_once,
+    CLASS_IN, SILENT_ABORT, Leaf, Memo, Syndrome, View, canonical, end_fault, finish_stage1,
+    half_fault, memo_holds, open_drivers, stage2, ste_decode, ste_fetch, syndrome_set,
+    translate_known, translate_one, walk_once,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
     FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, NO_SSID, STATUS_DONE,
     STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Half,
-    Outcome, Request, SmmuC, WalkC,
+    Hw, Outcome, Request, SmmuC, WalkC,
 )
 from smmufast._vmsa cimport half_of
 
@@ -1415,7 +1417,7 @@ cdef class Smmu:
 
     Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=0b101, cr2=0b10,
     gbpa=0x1000, eventq_base=None, cmdq_base=None, priq_base=None, caches=None,
-    ignore_s2ptw=False, on_interrupt=None).
+    ignore_s2ptw=False, wired=True, on_interrupt=None).
 
     Parameters
     ----------
@@ -1436,8 +1438,11 @@ cdef class Smmu:
     ignore_s2ptw : bool
         Let table walks touch what stage 2 makes Device memory even with STE.S2PTW=1.  Not
         architectural: implementations without memory attributes do so.
+    wired : bool
+        Whether interrupts have wires: then a source that is enabled asserts its wire, whether it
+        sends a message (MSI) or not.  Without, which needs IDR0.MSI, there are messages alone.
     on_interrupt : callable, optional
-        Called with the name of each wired interrupt.
+        Called with the name of each wire that is asserted.
 
     `read` and `write` are what software sees: every register of both pages (Registers).
 
@@ -1490,6 +1495,37 @@ cdef class Smmu:
         if status < 0:
             raise_port(&port)
         return 0
+
+    cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2:
+        """STE.PPAR, for a response to a page request (8.1); -1 where no STE can be asked.
+
+        That is an event, as of a transaction, if CR2.REC_CFG_ATS asks for these (S8.1-9).
+        """
+        cdef const Hw* hw = &self.core.hw
+        cdef Port port
+        cdef Memo memo
+        cdef Request request
+        cdef Outcome outcome
+        cdef Syndrome syndrome
+        cdef int event, status = 0
+        memset(&request, 0, sizeof(request))
+        request.sid = sid
+        request.ssid = ssid
+        syndrome_set(&syndrome, 0, False, CLASS_IN)
+        port_open(&port, self.core.ram, NULL, False)
+        self.core.ram.users += 1
+        event = ste_fetch(hw, &port, sid, &memo, &syndrome)
+        if event == 0:
+            event = ste_decode(hw, &memo)
+        if event < 0:
+            status = event
+        elif event and event != SILENT_ABORT:
+            end_fault(hw, &request, &outcome, event, 0, recorded_if_asked(hw), &syndrome)
+            status = deliver(&self.core, &port, &request, 0, &outcome)
+        self.core.ram.users -= 1
+        if status < 0:
+            raise_port(&port)
+        return -1 if event and event != SILENT_ABORT else <int>ste_ppar(memo.ste)
 
     cdef void _forget(self) noexcept:
         cdef int i
