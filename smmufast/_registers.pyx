@@ -24,8 +24,8 @@ from smmufast._core cimport (
 )
 from smmufast._layout cimport (
     CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err,
-    EVENT_F_PERMISSION, EVENT_F_TRANSLATION, cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen,
-    event_set_stag,
+    EVENT_F_PERMISSION, EVENT_F_TRANSLATION, PRIQ_IRQ_CFG2_LO, cr0_cmdqen, cr0_eventqen,
+    cr0_priqen, cr0_smmuen, event_set_stag,
 )
 from smmufast._memory cimport (
     FETCH_OK, FETCH_RAISED, Memory, Port, port_open, port_raised, port_read, raise_port, to_address,
@@ -95,33 +95,27 @@ cdef dict PRESET = {
 }
 
 
-cdef object mask_of(str register, str names):
-    """The bits of some fields of a register."""
-    return sum(layout.REGISTERS[register].field(name).mask for name in names.split())
-
-
 # Writes are ignored while one of these bits is set: register, the register and bits of the guard.
 cdef dict GUARDS = {
-    "CR2": ("CR0", mask_of("CR0", "SMMUEN")),
-    "STRTAB_BASE": ("CR0", mask_of("CR0", "SMMUEN")),
-    "STRTAB_BASE_CFG": ("CR0", mask_of("CR0", "SMMUEN")),
-    "CMDQ_BASE": ("CR0", mask_of("CR0", "CMDQEN")),
-    "CMDQ_CONS": ("CR0", mask_of("CR0", "CMDQEN")),
-    "EVENTQ_BASE": ("CR0", mask_of("CR0", "EVENTQEN")),
-    "EVENTQ_PROD": ("CR0", mask_of("CR0", "EVENTQEN")),
-    "PRIQ_BASE": ("CR0", mask_of("CR0", "PRIQEN")),
-    "PRIQ_PROD": ("CR0", mask_of("CR0", "PRIQEN")),
+    "CR2": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "STRTAB_BASE": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "STRTAB_BASE_CFG": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "CMDQ_BASE": ("CR0", layout.mask("CR0", "CMDQEN")),
+    "CMDQ_CONS": ("CR0", layout.mask("CR0", "CMDQEN")),
+    "EVENTQ_BASE": ("CR0", layout.mask("CR0", "EVENTQEN")),
+    "EVENTQ_PROD": ("CR0", layout.mask("CR0", "EVENTQEN")),
+    "PRIQ_BASE": ("CR0", layout.mask("CR0", "PRIQEN")),
+    "PRIQ_PROD": ("CR0", layout.mask("CR0", "PRIQEN")),
 }
 for _queue in ("GERROR", "EVENTQ", "PRIQ"):
     for _word in range(3):
         GUARDS[f"{_queue}_IRQ_CFG{_word}"] = (
-            "IRQ_CTRL", mask_of("IRQ_CTRL", f"{_queue}_IRQEN"))
+            "IRQ_CTRL", layout.mask("IRQ_CTRL", f"{_queue}_IRQEN"))
 # RES0 bits that drivers set whatever the implementation has: no mistake.
-cdef dict HARMLESS = {"CR2": mask_of("CR2", "PTM")}
-cdef uint64_t CR1_TABLES = mask_of("CR1", "TABLE_IC TABLE_OC TABLE_SH")
-cdef uint64_t QUEUES_ENABLED = mask_of("CR0", "CMDQEN EVENTQEN PRIQEN")
-cdef uint64_t PRIQ_LO = mask_of("PRIQ_IRQ_CFG2", "LO")
-cdef uint64_t GBPA_UPDATE = mask_of("GBPA", "Update")
+cdef dict HARMLESS = {"CR2": layout.mask("CR2", "PTM")}
+cdef uint64_t CR1_TABLES = layout.mask("CR1", "TABLE_IC", "TABLE_OC", "TABLE_SH")
+cdef uint64_t QUEUES_ENABLED = layout.mask("CR0", "CMDQEN", "EVENTQEN", "PRIQEN")
+cdef uint64_t GBPA_UPDATE = layout.mask("GBPA", "Update")
 cdef uint64_t GBPA_RESET = 0x1000  # SHCFG: incoming
 
 
@@ -964,32 +958,32 @@ cdef class Registers:
         hw.pointer_mask = pointer_mask(hw.minor)
         hw.granules = features.gran4k << 12 | features.gran16k << 14 | features.gran64k << 16
         masks = dict(WHOLE)
-        masks["CR0"] = mask_of("CR0", "SMMUEN EVENTQEN CMDQEN")
+        masks["CR0"] = layout.mask("CR0", "SMMUEN", "EVENTQEN", "CMDQEN")
         if features.pri:
-            masks["CR0"] |= mask_of("CR0", "PRIQEN")
+            masks["CR0"] |= layout.mask("CR0", "PRIQEN")
         else:
-            masks["IRQ_CTRL"] &= ~mask_of("IRQ_CTRL", "PRIQ_IRQEN")
+            masks["IRQ_CTRL"] &= ~layout.mask("IRQ_CTRL", "PRIQ_IRQEN")
         if features.ats:
-            masks["CR0"] |= mask_of("CR0", "ATSCHK")
+            masks["CR0"] |= layout.mask("CR0", "ATSCHK")
         if features.vmw:
-            masks["CR0"] |= mask_of("CR0", "VMW")
+            masks["CR0"] |= layout.mask("CR0", "VMW")
         if not features.hyp:
-            masks["CR2"] &= ~mask_of("CR2", "E2H")
+            masks["CR2"] &= ~layout.mask("CR2", "E2H")
         if not features.atsrecerr:
-            masks["CR2"] &= ~mask_of("CR2", "REC_CFG_ATS")
+            masks["CR2"] &= ~layout.mask("CR2", "REC_CFG_ATS")
         if not features.btm:
-            masks["CR2"] &= ~mask_of("CR2", "PTM")
+            masks["CR2"] &= ~layout.mask("CR2", "PTM")
         if not features.st_level:
-            masks["STRTAB_BASE_CFG"] = mask_of("STRTAB_BASE_CFG", "LOG2SIZE")
+            masks["STRTAB_BASE_CFG"] = layout.mask("STRTAB_BASE_CFG", "LOG2SIZE")
         masks["S2PII"] = 0
-        masks["GERRORN"] = mask_of("GERRORN", "CMDQ_ERR EVENTQ_ABT_ERR SFM_ERR")
+        masks["GERRORN"] = layout.mask("GERRORN", "CMDQ_ERR", "EVENTQ_ABT_ERR", "SFM_ERR")
         if features.pri:
-            masks["GERRORN"] |= mask_of("GERRORN", "PRIQ_ABT_ERR")
+            masks["GERRORN"] |= layout.mask("GERRORN", "PRIQ_ABT_ERR")
         if features.msi:
-            masks["GERRORN"] |= mask_of(
-                "GERRORN", "MSI_CMDQ_ABT_ERR MSI_EVENTQ_ABT_ERR MSI_GERROR_ABT_ERR")
+            masks["GERRORN"] |= layout.mask(
+                "GERRORN", "MSI_CMDQ_ABT_ERR", "MSI_EVENTQ_ABT_ERR", "MSI_GERROR_ABT_ERR")
         if features.msi and features.pri:
-            masks["GERRORN"] |= mask_of("GERRORN", "MSI_PRIQ_ABT_ERR")
+            masks["GERRORN"] |= layout.mask("GERRORN", "MSI_PRIQ_ABT_ERR")
         for name in masks:
             if "IRQ_CFG" in name and not features.msi:
                 masks[name] = 0
@@ -1623,7 +1617,7 @@ cdef class Registers:
             status = ring_put(q, &q.pages, &port, words, True, &put)
         if status == 0:
             wanted = put & PUT_FIRST
-            if self._values["PRIQ_IRQ_CFG2"] & PRIQ_LO:
+            if self._values["PRIQ_IRQ_CFG2"] & PRIQ_IRQ_CFG2_LO:
                 # the last of a group, written or lost to overflow (S6.3.36-2)
                 wanted = last and (put & 3 == PUT_WRITTEN or put & 3 == PUT_FULL)
             status = ring_signal(q, &port, &q.pages, IRQ_PRIQ, put, wanted)
