@@ -34,8 +34,8 @@ cdef enum:
     IRQ_EVENTQ
     IRQ_PRIQ
     IRQ_GERROR
-    IRQ_CMDQ_SYNC  # from here on wired, or an MSI that the command names
-    IRQ_SEV
+    IRQ_CMDQ_SYNC  # its message is the command's
+    IRQ_SEV        # no interrupt, but the event of SEV
 
 # A circular queue.  Positions are an index and, above it, the wrap bit.
 cdef struct Ring:
@@ -52,18 +52,18 @@ cdef struct Ring:
     uint8_t ovflg
     uint8_t ovackflg
     bint placed           # BASE was written
-    bint beyond           # the queue lies beyond the output address size
     bint enabled
     bint blocks           # an overflow that is not acknowledged keeps records out
     bint broken
 
 
-# Where an interrupt goes.
+# The message of an interrupt.
 cdef struct Msi:
-    uint64_t address      # 0: wired
+    uint64_t address
     uint32_t data
     uint32_t error        # the GERROR bit of an aborted write
-    bint enabled
+    bint sent             # its address is not 0, before it is truncated (S4.7.3-7)
+    bint enabled          # IRQ_CTRL enables the source, message and wire
 
 
 # Which walks that a host performs were overtaken by invalidations (3.21.1, 3.21.3, 4.7.3).  A walk
@@ -85,6 +85,7 @@ cdef struct Queues:
     Ring events
     Ring pages
     Msi[3] msi            # by IRQ_...
+    bint wired            # there are wires: they are asserted beside messages
     void* owner           # the Registers, borrowed
     int (*wire)(void* owner, Port* port, int irq) noexcept nogil
     int (*stall)(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept nogil

@@ -6,6 +6,7 @@ window shut, and every fetch takes the slow path.
 """
 
 from cpython.buffer cimport Py_buffer
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from smmufast._bits cimport le64, likely, load64
@@ -140,6 +141,14 @@ cdef enum:
     FETCH_ABORT = 1      # external abort
     FETCH_RAISED = -2    # a Python callback raised; the exception is in the port
     FETCH_STOPPED = -3   # memory would be written, which this port must not
+
+
+cdef inline int port_raised(Port* port, object error) noexcept:
+    """Keep the exception of a callback, the first one if there are several: FETCH_RAISED."""
+    if port.exception == NULL:
+        Py_INCREF(error)
+        port.exception = <void*>error
+    return FETCH_RAISED
 
 
 cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,

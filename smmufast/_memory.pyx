@@ -8,7 +8,7 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
@@ -144,9 +144,7 @@ cdef int read_python(Port* port, Region* region, uint64_t address, uint8_t* buf,
             PyBuffer_Release(&view)
         return FETCH_OK
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
 
 
 cdef int read_piece(Port* port, Region* region, uint64_t address, uint8_t* buf,
@@ -293,9 +291,7 @@ cdef int write_raising(Port* port, Region* region, uint64_t address, const uint8
     try:
         return write_python(region, address, buf, n)
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
 
 
 cdef int write_piece(Port* port, Region* region, uint64_t address, const uint8_t* buf,
@@ -364,9 +360,7 @@ cdef int swap_python(Port* port, Region* region, uint64_t address, uint64_t expe
         memcpy(found, PyBytes_AS_STRING(old), 8)
         return FETCH_OK
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
 
 
 cdef int swap_region(Port* port, Region* region, uint64_t address, uint64_t expected,

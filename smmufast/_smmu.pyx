@@ -20,12 +20,12 @@ from smmufast._bits cimport apart, le64, likely, low_mask, unlikely
 from smmufast._cache cimport ctz64
 from smmufast._command cimport Effect, command_decode
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
-from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen
+from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen, ste_ppar
 from smmufast._ints cimport digits_of
 from smmufast._memory cimport Log, Logged, Port, Ram, port_open, raise_port, to_address
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
-    translated_input,
+    recorded_if_asked, translated_input,
 )
 from smmufast._batch cimport (
     request_at, store_outcome, store_u8, store_u64, translate_each, translate_hits,
@@ -39,16 +39,18 @@ from smmufast._cached cimport (
 from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
 from smmufast._translate cimport (
-    CLASS_IN, Leaf, Memo, Syndrome, View, canonical, finish_stage1, half_fault, leaf_of,
-    memo_holds, open_drivers, stage2, ste_decode, translate_known, translate_one, usable,
-    walk_once,
+    CLASS_IN, Leaf, Memo, Syndrome, View, canonical, end_fault, finish_stage1, half_fault, leaf_of,
+    memo_holds, open_drivers, stage2, ste_decode, ste_fetch, syndrome_set, translate_known,
+    translate_one, usable, walk_once,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
     FETCH_TT_UPDATE, HOLDS_SYNC, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON,
-    STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Half, Outcome, Request, SmmuC, WalkC,
+    STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Half, Hw, Outcome, Request, SmmuC,
+    WalkC,
 )
 from smmufast._vmsa cimport half_of
+from smmufast._why cimport why_event
 from smmufast._walk cimport (
     STATE_SIZE, STEP_ENDED, WALK_SIZE, walk_answer, walk_begin, walk_holds, walk_leaves,
     walk_overtaken, walk_seal, walk_sealed, walk_tell, walking,
@@ -1464,7 +1466,7 @@ cdef class Smmu:
 
     Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=0b101, cr2=0b10,
     gbpa=0x1000, eventq_base=None, cmdq_base=None, priq_base=None, caches=None,
-    ignore_s2ptw=False, on_interrupt=None).
+    ignore_s2ptw=False, wired=True, on_interrupt=None).
 
     Parameters
     ----------
@@ -1485,8 +1487,11 @@ cdef class Smmu:
     ignore_s2ptw : bool
         Let table walks touch what stage 2 makes Device memory even with STE.S2PTW=1.  Not
         architectural: implementations without memory attributes do so.
+    wired : bool
+        Whether interrupts have wires: then a source that is enabled asserts its wire, whether it
+        sends a message (MSI) or not.  Without, which needs IDR0.MSI, there are messages alone.
     on_interrupt : callable, optional
-        Called with the name of each wired interrupt.
+        Called with the name of each wire that is asserted.
 
     `read` and `write` are what software sees: every register of both pages (Registers).
 
@@ -1599,6 +1604,37 @@ cdef class Smmu:
         record_in("command", command, words, 16)
         command_decode(&self.core.hw, words, &effect)
         return why_of(effect.why)
+
+    cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2:
+        """STE.PPAR, for a response to a page request (8.1); -1 where no STE can be asked.
+
+        That is an event, as of a transaction, if CR2.REC_CFG_ATS asks for these (S8.1-9).
+        """
+        cdef const Hw* hw = &self.core.hw
+        cdef Port port
+        cdef Memo memo
+        cdef Request request
+        cdef Outcome outcome
+        cdef Syndrome syndrome
+        cdef int why, status = 0
+        memset(&request, 0, sizeof(request))
+        request.sid = sid
+        request.ssid = ssid
+        syndrome_set(&syndrome, 0, False, CLASS_IN)
+        port_open(&port, self.core.ram, NULL)
+        self.core.ram.users += 1
+        why = ste_fetch(hw, &port, sid, &memo, &syndrome)
+        if why == 0:
+            why = ste_decode(hw, &memo)
+        if why < 0:
+            status = why
+        elif why_event(why):
+            end_fault(hw, &request, &outcome, why, 0, recorded_if_asked(hw), &syndrome)
+            status = deliver(&self.core, &port, &request, 0, &outcome)
+        self.core.ram.users -= 1
+        if status < 0:
+            raise_port(&port)
+        return -1 if why_event(why) else <int>ste_ppar(memo.ste)
 
     cdef void _forget(self) noexcept:
         cdef int i

@@ -146,7 +146,36 @@ def test_blocks_with_nt_are_not_cached(bbml):
     bench.map(0, 0x20_0000, 2, ignored=1 << 16)
     smmu = cached(bench)
     assert outcome(smmu, 0) == 0x20_0000
-    assert len(smmu.caches.tlb) == (bbml == 0)
+    assert len(smmu.caches.tlb) == (bbml != 1)
+
+
+@pytest.mark.parametrize("nested", ["combined", "split"])
+@pytest.mark.parametrize("bbml", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nt_of_either_stage_counts_with_bbml_1_alone(stage, bbml, nested):
+    bench, iova, ipa = nested_system()
+    bench.features.bbml = bbml
+    block = iova & -0x20_0000
+    if stage == 1:
+        bench.map(block + 0x20_0000, ipa & -0x20_0000, 2, ignored=1 << 16)
+        address, pa = block + 0x20_0000 + (ipa & 0x1F_F000), 0x5000
+    else:
+        other = (ipa & -0x20_0000) + 0x20_0000
+        bench.map2(other, 0x40_0000, 2, ignored=1 << 16)
+        bench.map(iova + 0x1000, other)
+        address, pa = iova + 0x1000, 0x40_0000
+    smmu = cached(bench, Caches.server(nested=nested))
+    assert outcome(smmu, address) == pa
+    kept = {entry.kind for entry in smmu.caches.tlb}
+    kinds = {"combined"} if nested == "combined" else {"stage 1", "stage 2"}
+    if bbml != 1:
+        assert kept == kinds
+    elif nested == "combined":
+        assert kept == set()
+    else:
+        missing = block + 0x20_0000 if stage == 1 else other
+        kind = f"stage {stage}"
+        assert not [e for e in smmu.caches.tlb if e.kind == kind and e.start == missing]
 
 
 @pytest.mark.parametrize("bbml", [0, 1])
