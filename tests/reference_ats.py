@@ -126,7 +126,9 @@ def request_error(features, regs, error, sid, ssid):
         recorded = recorded and bits(regs.cr2, 1, 1)  # RECINVSID
     record = None
     if recorded:
-        record = reference.event_record(error.name, sid, ssid, fetch_address=error.fetch_address)
+        effective = reference.effective_features(features)
+        address = reference.fetch_reported(effective, error.fetch_address)
+        record = reference.event_record(error.name, sid, ssid, fetch_address=address)
     return Answer(ABORTED, fault=error.name, record=record, why=error.why)
 
 
@@ -247,7 +249,7 @@ def ats_request(
             record = reference.event_record(
                 fault.name, sid, ssid, write=False, priv=seen_priv, instr=seen_instr, iova=iova,
                 event_class=fault.event_class, stage2=fault.stage2,
-                fetch_address=fault.fetch_address,
+                fetch_address=reference.fetch_reported(effective, fault.fetch_address),
             )  # fmt: skip
         return Answer(ABORTED, fault=fault.name, record=record, why=fault.why)
 
@@ -324,9 +326,8 @@ def ats_translated(
     except reference.ConfigurationError as error:
         record = None
         if error.name is not None and errors_recorded(features, regs):  # RECINVSID is not asked
-            record = reference.event_record(
-                error.name, sid, ssid, fetch_address=error.fetch_address
-            )
+            address = reference.fetch_reported(effective, error.fetch_address)
+            record = reference.event_record(error.name, sid, ssid, fetch_address=address)
         return End("abort", fault=error.name, record=record, why=error.why)
     if eats == 0b01:
         return passed()
@@ -358,7 +359,7 @@ def ats_translated(
         record = reference.event_record(
             fault.name, sid, ssid, write=write, priv=priv, instr=instr, iova=address,
             event_class=fault.event_class, stage2=fault.stage2,
-            fetch_address=fault.fetch_address,
+            fetch_address=reference.fetch_reported(effective, fault.fetch_address),
             ipa=0 if aborted else reference.in_place(fault.ipa, effective.oas_bits - 1, 12),
         )  # fmt: skip
     return End(action, fault=fault.name, record=record, why=fault.why)
