@@ -1410,7 +1410,6 @@ cdef class Registers:
         self.core.ram.users -= 1
         return self._end(&port, status)
 
-
     def command(self, str name not None, **fields):
         """Issue one command: into the command queue if software placed one, else directly.
 

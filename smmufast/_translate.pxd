@@ -39,11 +39,11 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
-    descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
-    leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, no_translation, not_global,
-    permitted,
-    shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
+    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, access_flag, clean_s1, clean_s2,
+    combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table,
+    half_of, in_range, leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table,
+    no_translation, not_global, permitted, shareability, stage1_attr, stage2_attr, stage2_device,
+    stage2_permitted, with_access_flag,
 )
 from smmufast._why cimport *
 
@@ -1203,7 +1203,7 @@ cdef inline int walk_steps_once(
         ipa = entry_address(half, at.table, va & half.index_mask, at.shift)
         if context.second.on:
             why = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
-                           &leaf.entry, syndrome)
+                         &leaf.entry, syndrome)
             if why:
                 return why
         else:
@@ -1542,7 +1542,7 @@ cdef inline int translate_stages(
         next = stage1_walked(hw, view, request, context, why, &s, outcome)
     if next == TO_STAGE2:
         why = stage2(view, context, port, s.ipa, context.need[access],
-                       (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
+                     (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
         if why < 0:
             return why
         stage2_walked(hw, view, request, memo, why, &s, outcome)
