@@ -66,8 +66,9 @@ cdef struct Msi:
     bint enabled          # IRQ_CTRL enables the source, message and wire
 
 
-# Which walks that a host performs were overtaken by invalidations (3.21.1, 3.21.3, 4.7.3).  A walk
-# remembers `commands` of when it began.  Changed under Queues.lock; the functions are in _queue.pxd.
+# Which translations were overtaken by invalidations (3.21.1, 3.21.3, 4.7.3).  A walk that a host
+# performs remembers `commands` of when it began.  Changed under Queues.lock; _queue.pxd has the
+# functions.
 cdef struct Overtaking:
     uint64_t commands     # CFGI and TLBI commands consumed and times that SMMUEN was cleared, ever
     uint64_t synced       # of these, how many a CMD_SYNC completed: walks from before start again

@@ -5,6 +5,7 @@ Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (glob
 """
 
 cimport cython
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
@@ -1495,7 +1496,6 @@ cdef class Registers:
         status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR)
         self.core.ram.users -= 1
         return self._end(&port, status)
-
 
     def command(self, str name not None, **fields):
         """Issue one command: into the command queue if software placed one, else directly.

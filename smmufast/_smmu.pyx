@@ -52,7 +52,7 @@ from smmufast._types cimport (
 from smmufast._vmsa cimport half_of
 from smmufast._why cimport why_event
 from smmufast._walk cimport (
-    STATE_SIZE, STEP_ENDED, WALK_SIZE, walk_answer, walk_begin, walk_holds, walk_leaves,
+    STEP_ENDED, Walking, walk_answer, walk_begin, walk_fits, walk_holds, walk_leaves,
     walk_overtaken, walk_seal, walk_sealed, walk_tell, walking,
 )
 
@@ -2331,10 +2331,10 @@ cdef int api_walk_begin(Core* core, WalkC* walk) noexcept nogil:
 
 cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:
     cdef Request own = request[0]
-    if (not request_legal(&own) or not WALK_SIZE <= walk.size <= STRUCT_MOST
+    if (not request_legal(&own) or not walk_fits(walk) or walk.size > STRUCT_MOST
             or walk.flags & ~<uint32_t>HOLDS_SYNC):
         return STATUS_EINVAL
-    memset(walk.state, 0, STATE_SIZE)
+    memset(walk.state, 0, sizeof(Walking))
     walk.request = own
     return api_walk_begin(<Core*>handle, walk)
 
@@ -2355,7 +2355,7 @@ cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept 
     return api_walk_told(core, walk, status)
 
 
-cdef int api_walk_request(SmmuC* handle, WalkC* walk) noexcept nogil:
+cdef int api_walk_look(SmmuC* handle, WalkC* walk) noexcept nogil:
     cdef Core* core = <Core*>handle
     if not walk_sealed(walk):
         return STATUS_EINVAL
@@ -2372,7 +2372,7 @@ cdef int api_walk_drop(SmmuC* handle, WalkC* walk) noexcept nogil:
         return STATUS_EINVAL
     port_open(&port, core.ram, NULL)
     status = walk_leaves(core, &port, walk)
-    memset(walk.state, 0, STATE_SIZE)
+    memset(walk.state, 0, sizeof(Walking))
     return api_end(&port, status)
 
 
@@ -2420,6 +2420,6 @@ api.walk_start = api_walk_start
 api.walk_supply = api_walk_supply
 api.read = api_read
 api.write = api_write
-api.walk_request = api_walk_request
+api.walk_look = api_walk_look
 api.walk_drop = api_walk_drop
 _C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)

@@ -1212,7 +1212,7 @@ cdef inline int walk_steps_once(
         ipa = entry_address(half, at.table, va & half.index_mask, at.shift)
         if context.second.on:
             why = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
-                           &leaf.entry, syndrome)
+                         &leaf.entry, syndrome)
             if why:
                 return why
         else:
@@ -1552,7 +1552,7 @@ cdef inline int translate_stages(
         next = stage1_walked(hw, view, request, context, why, &s, outcome)
     if next == TO_STAGE2:
         why = stage2(view, context, port, s.ipa, context.need[access],
-                       (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
+                     (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
         if why < 0:
             return why
         stage2_walked(hw, view, request, memo, why, &s, outcome)

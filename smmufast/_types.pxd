@@ -132,7 +132,7 @@ cdef extern from "smmufast.h":
         int (*walk_supply)(SmmuC*, WalkC*, const void*) noexcept nogil
         int (*read)(SmmuC*, uint64_t offset, uint32_t size, uint64_t* value) noexcept nogil
         int (*write)(SmmuC*, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil
-        int (*walk_request)(SmmuC*, WalkC*) noexcept nogil
+        int (*walk_look)(SmmuC*, WalkC*) noexcept nogil
         int (*walk_drop)(SmmuC*, WalkC*) noexcept nogil
 
 

@@ -102,7 +102,7 @@ cdef extern from *:
     /* Whether a struct fits in another, which the compiler sees to. */
     #define smmufast_fits(a, b) ((void)sizeof(char[(a) <= (b) ? 1 : -1]))
     #define smmufast_state_size sizeof(((smmufast_walk *)0)->state)
-    #define smmufast_walk_size sizeof(smmufast_walk)
+    #define smmufast_state_at offsetof(smmufast_walk, state)
     /* A sum of n words, in four lanes since each step of one waits for the step before. */
     static inline uint64_t smmufast_sum(const uint64_t *words, size_t n)
     {
@@ -120,7 +120,7 @@ cdef extern from *:
     """
     void fits "smmufast_fits"(size_t a, size_t b) noexcept nogil
     const size_t STATE_SIZE "smmufast_state_size"
-    const size_t WALK_SIZE "smmufast_walk_size"
+    const size_t STATE_AT "smmufast_state_at"
     uint64_t word_sum "smmufast_sum"(const uint64_t* words, size_t n) noexcept nogil
 
 
@@ -131,6 +131,11 @@ cdef inline Walking* walking(const WalkC* walk) noexcept nogil:
 
 
 # --- the host's struct ---
+
+cdef inline bint walk_fits(const WalkC* walk) noexcept nogil:
+    """The host's struct has room for the state: headers differ in how much they leave."""
+    return walk.size >= STATE_AT + sizeof(Walking)
+
 
 cdef inline uint64_t walk_sum(const WalkC* walk) noexcept nogil:
     """Of the state, and of what else of the struct the walk will use."""
@@ -147,7 +152,7 @@ cdef inline void walk_seal(WalkC* walk) noexcept nogil:
 
 cdef inline bint walk_sealed(const WalkC* walk) noexcept nogil:
     """The struct is what walk_seal() left: no index and no shift in it is any other."""
-    return walk.size >= WALK_SIZE and walking(walk).seal == walk_sum(walk)
+    return walk_fits(walk) and walking(walk).seal == walk_sum(walk)
 
 
 # --- what a step may do ---

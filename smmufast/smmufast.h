@@ -107,7 +107,7 @@ typedef struct smmufast_result {
  *
  * An update is a compare-and-swap of 8 bytes: `desired` is stored if `expected`
  * is what is found; the answer is what was found, stored or not.  Perform it
- * only while the walk asks for it: see walk_request. */
+ * only while the walk asks for it: see walk_look. */
 typedef struct smmufast_fetch {
     uint64_t address;
     uint64_t expected; /* of an update, a little-endian number; else 0 */
@@ -206,7 +206,7 @@ typedef struct smmufast_api {
     int (*read)(smmufast_smmu *smmu, uint64_t offset, uint32_t size, uint64_t *value);
     int (*write)(smmufast_smmu *smmu, uint64_t offset, uint32_t size, uint64_t value);
     /* Look at a walk again, without the lock: one that was overtaken starts again here. */
-    int (*walk_request)(smmufast_smmu *smmu, smmufast_walk *walk);
+    int (*walk_look)(smmufast_smmu *smmu, smmufast_walk *walk);
     /* End a walk without a result.  Others than those that hold CMD_SYNC may just be forgotten. */
     int (*walk_drop)(smmufast_smmu *smmu, smmufast_walk *walk);
 } smmufast_api;

@@ -200,7 +200,7 @@ class CWalk:
 
     def look(self):
         """Look at it again."""
-        self.status = self.plain.step("request", self.smmu, self.struct)
+        self.status = self.plain.step("look", self.smmu, self.struct)
         return self.status
 
     def drop(self):
@@ -309,7 +309,7 @@ def test_a_walk_whose_struct_was_written_to_is_refused(plain):
         other.struct[at] ^= 0x81
         if plain.step("supply", smmu, other.struct, bytes(8)) == EINVAL:
             changed += 1
-            assert plain.step("request", smmu, other.struct) == EINVAL
+            assert plain.step("look", smmu, other.struct) == EINVAL
             assert plain.step("drop", smmu, other.struct) == EINVAL
         else:
             accepted += 1
@@ -410,10 +410,10 @@ def test_arguments_out_of_range_are_einval_and_nothing_is_done(plain):
     assert found == {
         "translate ssid": EINVAL, "walk_start ssid": EINVAL,
         "translate access": EINVAL, "walk_start access": EINVAL, "result untouched": 1,
-        "walk_supply not started": EINVAL, "walk_request not started": EINVAL,
+        "walk_supply not started": EINVAL, "walk_look not started": EINVAL,
         "walk_drop not started": EINVAL, "walk_start size": EINVAL, "walk_start flags": EINVAL,
         "walk_start": PENDING, "walk_supply abort": DONE, "walk_supply done": EINVAL,
-        "walk_request done": DONE, "walk_drop done": EINVAL, "walk still done": 1,
+        "walk_look done": DONE, "walk_drop done": EINVAL, "walk still done": 1,
         "batch sid": EINVAL, "batch ssid": EINVAL, "batch iova": EINVAL, "batch access": EINVAL,
         "batch ssid value": EINVAL, "batch access value": EINVAL, "batch size": EINVAL,
         "batch newer column": EINVAL, "batch of ABI 2": EINVAL, "batch untouched": 1,

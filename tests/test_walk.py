@@ -701,7 +701,7 @@ def test_an_unfinished_walk_has_filled_what_it_has_read():
 
 
 def test_walks_at_once_count_as_they_began():
-    smmu, image = small.system(caches=Caches.small())
+    smmu, _ = small.system(caches=Caches.small())
     walks = [smmu.start_walk(1, small.RW) for _ in range(4)]
     while not all(walk.done for walk in walks):
         for walk in walks:

@@ -13,7 +13,6 @@ check_together(seed): walks under way at once, between which commands come and s
 import argparse
 import collections
 import os
-import random
 import sys
 import zlib
 
@@ -234,7 +233,7 @@ class Together:
 
     def change(self):
         """Change a byte of memory; nobody is told."""
-        base, data = self.rng.choice(self.host.regions)
+        _, data = self.rng.choice(self.host.regions)
         data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
 
     def drop(self):
@@ -256,7 +255,7 @@ def check_together(seed):
         what = rng.choices(
             ("start", "step", "command", "change", "drop"), (20, 100, 12, 4, 1)
         )[0]  # fmt: skip
-        if what == "start" and len(all_.walks) == UNDER_WAY or not all_.walks and what != "start":
+        if len(all_.walks) == (UNDER_WAY if what == "start" else 0):
             continue
         started += what == "start"
         getattr(all_, what)()

@@ -173,8 +173,8 @@ static PyObject *py_step(PyObject *module, PyObject *args)
         status = api->walk_start(smmu, &request, walk);
     } else if (strcmp(what, "supply") == 0) {
         status = api->walk_supply(smmu, walk, answer.buf);
-    } else if (strcmp(what, "request") == 0) {
-        status = api->walk_request(smmu, walk);
+    } else if (strcmp(what, "look") == 0) {
+        status = api->walk_look(smmu, walk);
     } else {
         status = api->walk_drop(smmu, walk);
     }
@@ -533,9 +533,9 @@ static PyObject *py_misuse(PyObject *module, PyObject *object)
     NOTE("result untouched", result.pa == 0x5A5A5A5A5A5A5A5Au && result.sh == 0x5A);
     request.access = 0;
     NOTE("walk_supply not started", api->walk_supply(smmu, &walk, NULL));
-    NOTE("walk_request not started", api->walk_request(smmu, &walk));
+    NOTE("walk_look not started", api->walk_look(smmu, &walk));
     NOTE("walk_drop not started", api->walk_drop(smmu, &walk));
-    walk.size = sizeof walk - 8;
+    walk.size = offsetof(smmufast_walk, state) + 8;
     NOTE("walk_start size", api->walk_start(smmu, &request, &walk));
     walk.size = sizeof walk;
     walk.flags = 2;
@@ -544,7 +544,7 @@ static PyObject *py_misuse(PyObject *module, PyObject *object)
     NOTE("walk_start", api->walk_start(smmu, &request, &walk));
     NOTE("walk_supply abort", api->walk_supply(smmu, &walk, NULL));
     NOTE("walk_supply done", api->walk_supply(smmu, &walk, iovas));
-    NOTE("walk_request done", api->walk_request(smmu, &walk));
+    NOTE("walk_look done", api->walk_look(smmu, &walk));
     NOTE("walk_drop done", api->walk_drop(smmu, &walk));
     NOTE("walk still done", walk.result.event == 3 && walk.fetch.kind == SMMUFAST_FETCH_NONE);
 
