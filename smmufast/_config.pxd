@@ -26,6 +26,7 @@ cdef enum:
     TERMINATE_A = 1   # abort, else RAZ/WI
     TERMINATE_R = 2   # record
     TERMINATE_S = 4   # stall, whatever the others say
+    TERMINATE_SID = 8  # C_BAD_STREAMID is recorded as others are: CR2.RECINVSID is not asked
     STAGE1_BYPASS = -1
 
 

@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, TERMINATE_SID, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
     ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream, why_of_half,
 )
@@ -36,10 +36,10 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, access_flag, clean_s1, clean_s2,
-    combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table,
-    fitting_lg2, half_of, in_range, leaf_address, leaf_permissions, leaf_sh, mair_byte,
-    next_table, no_translation, not_global, output_fits, permitted,
+    ATTR_WB, DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, TABLE, access_flag, clean_s1,
+    clean_s2, combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address,
+    first_table, fitting_lg2, half_of, in_range, leaf_address, leaf_permissions, leaf_sh,
+    mair_byte, next_table, no_translation, not_global, output_fits, permitted,
     shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
 )
 from smmufast._why cimport *
@@ -107,6 +107,11 @@ cdef inline void syndrome_set(
     syndrome.ttrnw = False
 
 
+cdef inline uint64_t fetch_reported(const Hw* hw, uint64_t address) noexcept nogil:
+    """FetchAddr of a record (7.3.4): bits beyond OAS are 0, but v3.0 has all of them (3.4.3)."""
+    return address & ~<uint64_t>7 & (~<uint64_t>0 if hw.minor == 0 else ~hw.oas_over)
+
+
 cdef inline void fault_record(
         const Hw* hw, uint64_t* w, int event, const Request* request, unsigned int access,
         const Syndrome* syndrome) noexcept nogil:
@@ -120,7 +125,7 @@ cdef inline void fault_record(
         event_set_ssv(w, event != EVENT_C_BAD_SUBSTREAMID)
         event_set_substreamid(w, request.ssid)
     if event == EVENT_F_STE_FETCH or event == EVENT_F_CD_FETCH or event == EVENT_F_WALK_EABT:
-        event_set_fetchaddr(w, syndrome.address & ~<uint64_t>7)
+        event_set_fetchaddr(w, fetch_reported(hw, syndrome.address))
     if event >= EVENT_F_WALK_EABT:
         event_set_pnu(w, (access & ACCESS_PRIV) != 0)
         event_set_ind(w, (access & ACCESS_INSTR) != 0)
@@ -140,7 +145,8 @@ cdef inline void end_fault(
     cdef int event = why_event(why)
     cdef bint recorded = (terminate & TERMINATE_R) != 0
     cdef unsigned int action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
-    if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
+    if (event == EVENT_C_BAD_STREAMID
+            and not (cr2_recinvsid(hw.cr2) or terminate & TERMINATE_SID)):
         recorded = False
     if terminate & TERMINATE_S:
         action = ACTION_STALL
@@ -258,7 +264,7 @@ cdef inline int descend(
             span = port.window.span
             data = port.window.data
         d = descriptor(half, at.raw, simple)
-        if unlikely((d & expected) != 3):
+        if unlikely((d & expected) != TABLE):
             return AT_OTHER
         if not simple and next_table(d, half) & half.over:
             return AT_OTHER
@@ -430,13 +436,14 @@ cdef inline int stage2_once(
 
 cdef inline uint8_t said(uint64_t d) noexcept nogil:
     """What a cached translation keeps of its leaf: attributes, SH, nG and Contiguous."""
-    return <uint8_t>(d >> 2 & 15 | (d >> 8 & 3) << 4 | (d >> 11 & 1) << 6 | (d >> 52 & 1) << 7)
+    return <uint8_t>(pte_s2_memattr(d) | pte_s1_sh(d) << 4 | pte_s1_ng(d) << 6
+                     | pte_s1_contiguous(d) << 7)
 
 
 cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
     """A leaf descriptor that says the same."""
-    cdef uint64_t d = kept
-    return (d & 15) << 2 | (d >> 4 & 3) << 8 | (d >> 6 & 1) << 11 | d >> 7 << 52
+    return pte_s2_set_memattr(
+        pte_s1_set_sh(pte_s1_set_ng(pte_s1_set_contiguous(0, kept >> 7), kept >> 6), kept >> 4), kept)
 
 
 cdef inline bint keeps_what_is_read(const View* view) noexcept nogil:
@@ -498,8 +505,8 @@ cdef inline void keep_entry(
     e.vmid = context.vmid
     e.world = context.world
     e.perm1 = e.perm2 = 0x3F
-    e.attr = context.attr
-    e.sh = context.sh
+    # of stage 2 alone: as for write-back, whatever the stream or stage 1 makes of it
+    e.attr = ATTR_WB
     if kind & KIND_S1:
         e.attr = stage1_attr(context.attr, mair_byte(context.mair, first.d))
         e.sh = leaf_sh(first.d, half)
@@ -737,9 +744,8 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
 cdef inline int ste_substream(
         const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
     """Which CD, into memo.index: 0, or why none.  From here on stage 2 translates."""
-    cdef int why = substream(hw, memo.ste, ssid, &memo.index)
-    memo.context.second.on = why == 0 and ste_stage2(memo.ste)
-    return why
+    memo.context.second.on = ste_stage2(memo.ste)
+    return substream(hw, memo.ste, ssid, &memo.index)
 
 
 cdef inline int cd_fetch(

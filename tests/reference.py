@@ -222,6 +222,13 @@ def event_record(
     return record.to_bytes(32, "little")
 
 
+def fetch_reported(features, address):
+    """FetchAddr (7.3.4): bits beyond OAS are RES0; v3.0 reports the whole address (3.4.3)."""
+    if features.arch_minor == 0:
+        return address
+    return address % (1 << features.oas_bits)
+
+
 class ConfigurationError(Exception):
     """What stops a transaction before its address matters.
 
@@ -240,7 +247,7 @@ class TranslationError(Exception):
 
     stage2, event_class: which stage, and of what: a CD, a stage-1 descriptor, the input.
     ipa: what stage 2 was asked for.  fetch_address: of a read that aborted.
-    allowed: for F_PERMISSION, the accesses that this stage allows.
+    allowed: for F_PERMISSION, the accesses that this stage allows; page, region: what it found.
     descriptor_read: F_PERMISSION of stage 2 for a stage-1 descriptor, which was to be read.
     bypassed: an input address that is too large while stage 1 does not translate it.
     why: the rule, by the library's name for it.
@@ -248,7 +255,7 @@ class TranslationError(Exception):
 
     def __init__(
         self, name, why, *, stage2=False, event_class=CLASS_IN, ipa=0, fetch_address=0, allowed=0,
-        descriptor_read=False, bypassed=False,
+        page=None, region=None, descriptor_read=False, bypassed=False,
     ):  # fmt: skip
         super().__init__(name)
         self.name = name
@@ -258,6 +265,8 @@ class TranslationError(Exception):
         self.ipa = ipa
         self.fetch_address = fetch_address
         self.allowed = allowed
+        self.page = page
+        self.region = region
         self.descriptor_read = descriptor_read
         self.bypassed = bypassed
 
@@ -1149,7 +1158,9 @@ def stage2_access(fetch, stage2, ipa, event_class, write=False, priv=True, instr
         stage2_update(fetch, stage2, page, desired, event_class, ipa)
     if not permitted:
         descriptor_read = event_class == CLASS_TT
-        raise fault("F_PERMISSION", why, allowed=page.allowed, descriptor_read=descriptor_read)
+        raise fault(
+            "F_PERMISSION", why, allowed=page.allowed, page=page, descriptor_read=descriptor_read
+        )
     return page
 
 
@@ -1290,10 +1301,13 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
             raise TranslationError(
                 "F_WALK_EABT", "S1_UPDATE_ABORT", event_class=CLASS_TT, fetch_address=address
             )
-    if not permitted:
-        raise TranslationError("F_PERMISSION", "S1_PERMISSION", allowed=allowed)
     shift = min(shift, context.ips_bits)
-    return Page(descriptor, address, level, shift, output, pa, allowed), region
+    found = Page(descriptor, address, level, shift, output, pa, allowed)
+    if not permitted:
+        raise TranslationError(
+            "F_PERMISSION", "S1_PERMISSION", allowed=allowed, page=found, region=region
+        )
+    return found, region
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1467,7 +1481,9 @@ def translate(
             action="abort",
             fault=name,
             why=stream.why,
-            event=event_record(name, sid, ssid, fetch_address=stream.fetch_address)
+            event=event_record(
+                name, sid, ssid, fetch_address=fetch_reported(features, stream.fetch_address)
+            )
             if recorded
             else None,
             fetches=fetch.fetches,
@@ -1497,7 +1513,7 @@ def translate(
             fault.name, sid, ssid, write=write, priv=priv, instr=instr, iova=iova,
             event_class=fault.event_class,
             stage2=fault.stage2,
-            fetch_address=fault.fetch_address,
+            fetch_address=fetch_reported(features, fault.fetch_address),
             ipa=0 if aborted_read else in_place(fault.ipa, features.oas_bits - 1, 12),
             descriptor_read=fault.descriptor_read,
             stall=outcome.action == "stall",

@@ -14,7 +14,13 @@ import numpy as np
 
 from smmufast import layout
 from smmufast.errors import InvalidArgument, integer
-from smmufast.explain import _address, _first_level, _granule, _s2_granule, _shift
+from smmufast.explain import (
+    _first_level,
+    _granule,
+    _s2_granule,
+    _shift,
+    descriptor_address,
+)
 from smmufast.faults import ExternalAbort
 
 if TYPE_CHECKING:
@@ -43,6 +49,12 @@ def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
         picture.stream(sid, iommu.ste_address(sid))
         lines += picture.lines
     return "\n".join(lines)
+
+
+def _output_bits(lg2: int) -> int:
+    """Bits of a leaf that say where it leads to, and whether its neighbours continue it."""
+    names = ["Addr_64K", "Addr51_48"] if lg2 == 16 else ["Addr_4K"]
+    return layout.mask("PTE_S1", "Contiguous", *names)
 
 
 class _Stage2:
@@ -185,7 +197,7 @@ class Picture:
             at = self._at(base + 64 * start, guest)
             words = self.array(at, 8 * min(64, count - start)) if at is not None else None
             if words is not None and at is not None:
-                valid = np.flatnonzero(words[::8] & np.uint64(1 << 31)).tolist()
+                valid = np.flatnonzero(words[::8] & np.uint64(layout.mask("CD", "V"))).tolist()
                 found += [(first + start + index, at + 64 * index) for index in valid]
         for number, (ssid, address) in enumerate(found[: self.limit]):
             self._context(prefix, number + 1 == len(found), ssid, address, guest)
@@ -236,13 +248,12 @@ class Picture:
             d = int(words[index])
             start = iova + (index << shift)
             if d & 3 == 3 and level < 3:
-                rows.append(
-                    (f"[{index}] level {level + 1} table at", _address(d, lg2, False), start)
-                )
+                lower = descriptor_address(d, lg2, False)
+                rows.append((f"[{index}] level {level + 1} table at", lower, start))
                 run = []
                 continue
-            output = _address(d, lg2, False) & -(1 << shift)
-            rest = d & ~(_address(-1, lg2, False) | 0xF000 * (lg2 == 16)) & ~(1 << 52)
+            output = descriptor_address(d, lg2, False) & -(1 << shift)
+            rest = d & ~_output_bits(lg2)
             if run and [run[0] + run[3], run[1] + (run[3] << shift), run[2]] == [
                 index, output, rest,
             ]:  # fmt: skip
