@@ -12,7 +12,7 @@ from test_reference import SID, Bench
 from test_single_rules import cached
 from test_stage2 import Nested, nested_system, stage2_features, stage2_record
 
-from smmufast import Caches, Features, Memory, Smmu
+from smmufast import Caches, Memory, Smmu
 
 IOVA = 0x1234_0000
 SHAPES = [(12, 0), (12, 1), (14, 0), (14, 1), (16, 0)]
@@ -214,7 +214,7 @@ def test_an_update_that_memory_refuses_is_an_external_abort():
                                     lambda *_: None)
             else:
                 memory.add(data, base)
-        features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+        features = twin.smmu_of(bench).features
         result = Smmu(memory, features, **vars(bench.regs)).translate(SID, iova)
         assert (result.action, result.fault.name) == ("abort", "F_WALK_EABT")
         assert result.fault.fields["FetchAddr"] == slot
