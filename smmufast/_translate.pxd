@@ -585,7 +585,8 @@ cdef inline void keep_entry(
         if kind == KIND_S2 or lg2 < e.lg2:
             e.lg2 = lg2
             e.level = second.level
-    if contiguous(second.d if kind == KIND_S2 else first.d):
+    if (contiguous(second.d, second.shift) if kind == KIND_S2
+            else contiguous(first.d, first.shift)):
         e.flags |= ENTRY_CONTIGUOUS
     e.sh = shareability(e.attr, e.sh)
     within = low_mask(e.lg2)
@@ -1278,7 +1279,7 @@ cdef inline void end_translated(
     outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
     outcome.sh = shareability(outcome.attr, leaf_sh(leaf.d, half))
     outcome.ng = not_global(leaf.d) and context.two_ttbs  # no ASID: nG is ignored
-    outcome.contiguous = contiguous(leaf.d)
+    outcome.contiguous = contiguous(leaf.d, leaf.shift)
     outcome.stag = 0
 
 
@@ -1331,7 +1332,7 @@ cdef inline void finish_stage2(
             sh = leaf_sh(first.d, half)
         else:
             end_unmapped(outcome, ACTION_OK, 0, 0, 0, 0)
-            outcome.contiguous = contiguous(leaf.d)
+            outcome.contiguous = contiguous(leaf.d, leaf.shift)
         outcome.pa = pa
         outcome.ipa = ipa
         lg2 = fitting_lg2(&second.half, leaf.shift)

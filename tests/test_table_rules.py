@@ -7,12 +7,12 @@ import numpy as np
 import ptwriter
 import pytest
 import twin
-from reference import AF, AP2, CLASS_IN, CLASS_TT, S2AP1, default_features, event_record
+from reference import AF, AP2, CLASS_IN, CLASS_TT, PX, S2AP1, default_features, event_record
 from test_reference import SID, Bench
 from test_single_rules import cached
 from test_stage2 import Nested, nested_system, stage2_features, stage2_record
 
-from smmufast import Caches, Features, Memory, Smmu
+from smmufast import Caches, Memory, Smmu
 
 IOVA = 0x1234_0000
 SHAPES = [(12, 0), (12, 1), (14, 0), (14, 1), (16, 0)]
@@ -135,6 +135,28 @@ def test_a_table_beyond_the_output_size_is_a_fault(level):
         assert outcome.event == stage2_record("F_ADDR_SIZE", CLASS_IN, ipa=IOVA, iova=IOVA)
 
 
+@pytest.mark.parametrize("had", [0, 1])
+def test_tables_restrict_under_stage_2_and_through_walk_caches(had):
+    for level, bits in ((0, 1), (1, 2), (2, 8), (0, 4)):
+        bench, iova, ipa = nested_system()
+        bench.map(iova + 0x1000, ipa, ap=1)
+        bench.write_cd(had0=had)
+        slot = bench.tables.slot(iova, level)
+        # bits of {PXNTable, UXNTable, APTable0, APTable1}
+        bench.tables.write_descriptor(slot, bench.descriptor(slot) | bits << 59)
+        perm = {0: 0x3F, 1: 0x1F, 2: 0x3B, 4: 0x3C, 8: 0x2D}[0 if had else bits]
+        perm &= ~PX  # what the unprivileged may write
+        if bits in (4, 8) and not had:
+            perm |= PX
+        found = bench.translate(iova, priv=True)
+        assert found.perm == found.perm_s1 == perm
+        for nested in ("combined", "split"):
+            smmu = cached(bench, Caches.server(nested=nested))
+            for at in (0, 0x1000):  # the second through tables that are cached
+                assert smmu.translate(SID, iova + at, priv=True).perm == perm
+                assert len(smmu.caches.walk1) > 0
+
+
 # ------------------------------------------------------------------------------------------------
 # Hardware update
 
@@ -192,7 +214,7 @@ def test_an_update_that_memory_refuses_is_an_external_abort():
                                     lambda *_: None)
             else:
                 memory.add(data, base)
-        features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+        features = twin.smmu_of(bench).features
         result = Smmu(memory, features, **vars(bench.regs)).translate(SID, iova)
         assert (result.action, result.fault.name) == ("abort", "F_WALK_EABT")
         assert result.fault.fields["FetchAddr"] == slot
@@ -249,3 +271,70 @@ def test_instructions_of_device_memory_are_not_refused():
     bench.map2(ipa, 0x5000, memattr=0)
     outcome = bench.translate(iova, instr=True)
     assert outcome.success and outcome.attr == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# The largest blocks
+
+
+LARGEST = [
+    # granule, DS, T0SZ, level of the largest block, its size
+    (12, 1, 12, 0, 39), (14, 1, 12, 1, 36), (16, 0, 12, 1, 42),
+]  # fmt: skip
+
+
+def largest(granule_lg2, ds, tsz, level, config):
+    """A Nested whose address 0 is in the largest block of each stage, with Contiguous set."""
+    second = {"granule_lg2": granule_lg2, "ds": bool(ds), "tsz": tsz,
+              "start_level": {12: -1, 14: 0, 16: 1}[granule_lg2]}  # fmt: skip
+    bench = Nested(config=config, granule_lg2=granule_lg2, ds=ds, tsz=tsz, second=second)
+    bench.write_ste(s2ds=ds)
+    bench.map2(0, 0, level, contiguous=1)  # all of stage 1, and what it needs
+    Bench.map(bench, 0, 0, level, contiguous=1)
+    return bench
+
+
+@pytest.mark.parametrize("config", [0b101, 0b110, 0b111])
+@pytest.mark.parametrize(("granule_lg2", "ds", "tsz", "level", "size_lg2"), LARGEST)
+def test_the_largest_blocks_have_no_contiguous_bit(granule_lg2, ds, tsz, level, size_lg2, config):
+    bench = largest(granule_lg2, ds, tsz, level, config)
+    found = bench.translate((1 << size_lg2) - 1)
+    assert (found.page_lg2, found.contiguous) == (size_lg2, 0)
+    smmu = cached(bench, Caches.server())
+    for _ in range(2):
+        told = smmu.translate(SID, (1 << size_lg2) - 1, trace=True)
+        assert not told.contiguous and "Contiguous" not in told.explain()
+    assert [entry.contiguous for entry in smmu.caches.tlb] == [False]
+    if config == 0b110:
+        bench.map2(1 << size_lg2, 0, level + 1, contiguous=1)
+    else:
+        Bench.map(bench, 1 << size_lg2, 0, level + 1, contiguous=1)
+    assert bench.translate(1 << size_lg2).contiguous == 1
+
+
+@pytest.mark.parametrize("caches", [None, "combined", "split"])
+@pytest.mark.parametrize("config", [0b101, 0b110, 0b111])
+def test_batches_of_blocks_beyond_the_output_size_find_what_single_translations_find(
+    config, caches
+):
+    rng = np.random.default_rng(1)
+    bench = largest(16, 0, 12, 1, config)
+    bench.write_cd(ips=1)
+    bench.write_ste(s2ps=2)
+    Bench.map(bench, 1 << 42, 0, 2)
+    iovas = rng.integers(0, 1 << 43, 600, dtype=np.uint64)
+    iovas[::2] &= np.uint64((1 << 37) - 1)
+    iovas[::3] &= np.uint64((1 << 42) - 1)
+    single = twin.smmu_of(bench)
+    expected = [single.translate(SID, int(iova)) for iova in iovas]
+    smmu = twin.smmu_of(bench) if caches is None else cached(bench, Caches.server(nested=caches))
+    for columns in (("pa", "action", "event"), None):
+        for _ in range(2):
+            found = smmu.translate_batch(SID, iovas, columns=columns)
+            assert found["pa"].tolist() == [one.pa or 0 for one in expected]
+            assert found["event"].tolist() == [
+                one.event.number if one.event else 0 for one in expected
+            ]
+    faults = {one.fault.name for one in expected if one.fault}
+    assert "F_ADDR_SIZE" in faults
+    assert sum(bool(one) for one in expected) > 100
