@@ -1000,7 +1000,7 @@ class _Story:
         level = self.inner_level if self.stage2_fault else self.level
         if level is not None:
             known["Level"] = level
-        return f"Because {result.why.sentence(known, self.features)} ({result.why.section})."
+        return f"Because {result.why.sentence(known, self.features)} ({result.why.rule})."
 
     def end_fault(self, fault: Event) -> None:
         fields = fault.fields
