@@ -112,7 +112,10 @@ class Why(enum.IntEnum):
         "C_BAD_STE", "S5.2-7",
         "[Config] asks for stage 2, which this SMMU does not have (IDR0.S2P=0)",
     )
-    STE_EATS_STAGES = "C_BAD_STE", "S5.2-37", "[EATS] (split-stage ATS) needs both stages ([Config])"
+    STE_EATS_STAGES = (
+        "C_BAD_STE", "S5.2-37",
+        "[EATS] (split-stage ATS) needs both stages ([Config])",
+    )
     STE_EATS_NS1ATS = (
         "C_BAD_STE", "S5.2-37",
         "[EATS], but this SMMU has no split-stage ATS (IDR0.NS1ATS=1)",
@@ -140,8 +143,14 @@ class Why(enum.IntEnum):
         "C_BAD_STE", "S5.2-68",
         "S2AA64=0: VMSAv8-32 tables, which this SMMU does not have (IDR0.TTF)",
     )
-    STE_S2S_NEVER = "C_BAD_STE", "S5.2.2-2", "S2S=1, but this SMMU never stalls (IDR0.STALL_MODEL=1)"
-    STE_S2S_ALWAYS = "C_BAD_STE", "S5.2.2-2", "S2S=0, but this SMMU always stalls (IDR0.STALL_MODEL=2)"
+    STE_S2S_NEVER = (
+        "C_BAD_STE", "S5.2.2-2",
+        "S2S=1, but this SMMU never stalls (IDR0.STALL_MODEL=1)",
+    )
+    STE_S2S_ALWAYS = (
+        "C_BAD_STE", "S5.2.2-2",
+        "S2S=0, but this SMMU always stalls (IDR0.STALL_MODEL=2)",
+    )
     STE_S2ENDI = (
         "C_BAD_STE", "S5.2-70",
         "[S2ENDI]: this SMMU reads tables of the other endianness only ([IDR0.TTENDIAN])",
@@ -158,8 +167,14 @@ class Why(enum.IntEnum):
         "C_BAD_STE", "S5.2-60",
         "[S2T0SZ] is not within what this granule and this SMMU allow",
     )
-    STE_S2SL0 = "C_BAD_STE", "S5.2-61", "[S2SL0], [S2SL0_2] are reserved for this granule on this SMMU"
-    STE_S2SL0_SIZE = "C_BAD_STE", "S5.2-61", "[S2T0SZ] does not go with a start at the level of [S2SL0]"
+    STE_S2SL0 = (
+        "C_BAD_STE", "S5.2-61",
+        "[S2SL0], [S2SL0_2] are reserved for this granule on this SMMU",
+    )
+    STE_S2SL0_SIZE = (
+        "C_BAD_STE", "S5.2-61",
+        "[S2T0SZ] does not go with a start at the level of [S2SL0]",
+    )
     STE_S2TTB = (
         "C_BAD_STE", "S5.2-82",
         "[S2TTB] is beyond the output size of stage 2 ([S2PS], IDR5.OAS)",
@@ -228,8 +243,14 @@ class Why(enum.IntEnum):
     )
     CD_HTTU = "C_BAD_CD", "S5.4-23", "[HA], [HD]: this SMMU does not update tables so ([IDR0.HTTU])"
     CD_ASID = "C_BAD_CD", "S5.4-26", "[ASID]: this SMMU has 8-bit ASIDs (IDR0.ASID16=0)"
-    CD_TG0 = "C_BAD_CD", "S5.4-6", "[TG0] is reserved or a granule that this SMMU does not have (IDR5)"
-    CD_TG1 = "C_BAD_CD", "S5.4-6", "[TG1] is reserved or a granule that this SMMU does not have (IDR5)"
+    CD_TG0 = (
+        "C_BAD_CD", "S5.4-6",
+        "[TG0] is reserved or a granule that this SMMU does not have (IDR5)",
+    )
+    CD_TG1 = (
+        "C_BAD_CD", "S5.4-6",
+        "[TG1] is reserved or a granule that this SMMU does not have (IDR5)",
+    )
     CD_T0SZ = "C_BAD_CD", "S5.4-5", "[T0SZ] is not within what this granule and this SMMU allow"
     CD_T1SZ = "C_BAD_CD", "S5.4-5", "[T1SZ] is not within what this granule and this SMMU allow"
     CD_TTB0 = "C_BAD_CD", "S5.4-31", "[TTB0] is beyond the output size of stage 1 ([IPS], IDR5.OAS)"
