@@ -187,7 +187,7 @@ def head(text, suffix):
             if not docstring and getattr(node, "module", None) != "__future__":
                 return sum(map(len, lines[: node.lineno - 1]))
         return len(text)
-    found = re.match(r'(?:#.*\n|\n)*(?:""".*?"""\n)?', text, re.S)
+    found = re.match(r'(?:#[^\n]*\n|\n)*(?:""".*?"""\n)?', text, re.S)
     return found.end()
 
 
@@ -352,6 +352,7 @@ def run(chosen, directory, jobs):
             for future, words in alone.items():
                 if future.result()[0]:
                     print(future.result()[1])
+                    pool.shutdown(wait=False, cancel_futures=True)
                     raise Misplaced(f"without a mutant, {' '.join(words)} fails")
             waiting = {
                 pool.submit(pytest, tree, number, ("-x", *mutant.tests)): mutant

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import ptwriter
 import pytest
 import reference
 import small
@@ -294,6 +295,22 @@ def test_tables_in_walk_caches_go_unless_only_leaves_are_named():
 
 # ------------------------------------------------------------------------------------------------
 # Configuration caches
+
+
+def test_tables_of_another_granule_do_not_serve():
+    """Two contexts share an ASID, which software should not do, and have tables of their own."""
+    bench = Bench()
+    bench.map(IOVA, 0x5000)
+    other = ptwriter.PageTables(bench.memory, bench.allocate, 16, 16)
+    other.map(IOVA, 0x7_0000, ap=1)
+    bench.write_cd(asid=3)
+    bench.write_cd(1, ttb0=other.base, tg0=1)
+    bench.write_ste(SID + 1, s1contextptr=CONTEXT_TABLE + 64)
+    smmu = cached(bench, Caches(walk1=(8, 8)))
+    for _ in range(2):
+        assert outcome(smmu) == 0x5000
+        assert smmu.translate(SID + 1, IOVA).pa == 0x7_0000 | IOVA & 0xFFFF
+    assert len(smmu.caches.walk1) > 3
 
 
 def test_structures_are_cached_until_their_command():
