@@ -1,17 +1,19 @@
 """PCIe ATS: what a translation request is answered, and what becomes of a Translated transaction.
 
-Sections: IHI 0070 3.9.1 (ATS, and which events its requests record), 5.2 (STE.EATS), 13.7
-(permissions and attributes), 7.3.6 and 7.3.8 (F_BAD_ATS_TREQ, F_TRANSL_FORBIDDEN), 6.3
-(CR0.ATSCHK, CR2.REC_CFG_ATS). The chain is that of _translate.pxd and _cached.pxd: the same
-lookups, walks and hardware updates, through a View or without.
+Sections: IHI 0070 3.9.1 (answers to requests, Translated transactions, and which events they
+record), 3.13.7.1 (hardware update), 5.2 (STE.EATS), 7.3.6 and 7.3.8 (F_BAD_ATS_TREQ,
+F_TRANSL_FORBIDDEN), 13.6 (split-stage ATS, stage 1 that is skipped), 13.7 (permissions), 6.3
+(CR0.ATSCHK, CR2.REC_CFG_ATS, IDR3.PASIDTT). The chain is that of _translate.pxd and _cached.pxd:
+the same lookups, walks and hardware updates, through a View or without.
 
 A request is a read of the page; if that grants a write, and the write would mark a page dirty,
 it is a write too. So what is granted is what the device's own accesses would meet, and the
-tables are left as these would leave them.
+tables are left as these would leave them. Split-stage ATS is the same, but the answer gives the
+address between the stages.
 
 Choices. Without IDR0.ATS a request is an Unsupported Request and a Translated transaction
-aborts, both without an event. No Write takes the write away also where no table is asked. An
-update for the write that stage 2 forbids takes away the write alone. Translated transactions
+aborts, both without an event. No Write takes the write away, except where no table is asked. A
+request for split-stage ATS updates the stage-2 leaf of the page too. Translated transactions
 beyond the output address size abort; a PASID that they carry selects no CD, for nothing of it
 would be used.
 """
@@ -21,8 +23,7 @@ from libc.string cimport memset
 
 from smmufast._cached cimport deliver, view_open
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, cd_decode, effective_access, override_access,
-    substream,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_SID, cd_decode, effective_access, substream,
 )
 from smmufast._core cimport Core
 from smmufast._layout cimport (
@@ -30,9 +31,9 @@ from smmufast._layout cimport (
     EVENT_F_TRANSL_FORBIDDEN, EVENT_F_WALK_EABT, cr0_atschk, cr0_eventqen, cr0_smmuen,
     cr2_rec_cfg_ats, event_set_id, event_set_inputaddr, event_set_rnw, event_set_streamid,
     f_bad_ats_treq_set_id, f_bad_ats_treq_set_inputaddr, f_bad_ats_treq_set_p,
-    f_bad_ats_treq_set_r, f_bad_ats_treq_set_ssv, f_bad_ats_treq_set_streamid,
-    f_bad_ats_treq_set_substreamid, f_bad_ats_treq_set_w, f_bad_ats_treq_set_x, ste_config,
-    ste_eats,
+    f_bad_ats_treq_set_r, f_bad_ats_treq_set_span, f_bad_ats_treq_set_ssv,
+    f_bad_ats_treq_set_streamid, f_bad_ats_treq_set_substreamid, f_bad_ats_treq_set_w,
+    f_bad_ats_treq_set_x, ste_config, ste_eats,
 )
 from smmufast._bits cimport low_mask
 from smmufast._memory cimport Port
@@ -83,7 +84,7 @@ cdef struct AtsAsk:
 cdef struct AtsAnswer:
     int status             # ATS_SUCCESS, ATS_UR, ATS_CA
     unsigned int granted   # ATS_READ ...
-    bint split             # outcome.pa is an IPA
+    bint split             # the device gets outcome.ipa, which stage 2 will translate
     Outcome outcome
 
 
@@ -148,6 +149,7 @@ cdef inline void end_bad_request(
     f_bad_ats_treq_set_x(w, ask.execute)
     f_bad_ats_treq_set_w(w, not ask.no_write)
     f_bad_ats_treq_set_r(w, 1)
+    f_bad_ats_treq_set_span(w, 1)  # in STUs
     f_bad_ats_treq_set_inputaddr(w, request.iova & ~<uint64_t>0xFFF)
 
 
@@ -274,16 +276,14 @@ cdef inline int ats_stage1(
 
 cdef inline int ats_pages(
         View* view, const Context* context, Port* port, const Request* request, const AtsAsk* ask,
-        unsigned int access, bint nested, bint split, AtsPages* pages,
-        Syndrome* syndrome) noexcept nogil:
-    """What both stages say of an address, or stage 1 alone if `split`: 0, an event, or a stop.
+        unsigned int access, bint nested, AtsPages* pages, Syndrome* syndrome) noexcept nogil:
+    """What the stages that there are say of an address: 0, an event, or a stop.
 
     The pages may deny the access.  Where stage 1 grants nothing, stage 2 is not asked.
     """
     cdef const Half* half
     cdef uint64_t iova = request.iova
     cdef unsigned int need = context.need[access], upper, kind = KIND_S1
-    cdef bint two = context.second.on and not split
     cdef bint known = False
     cdef int event = 0
     leaf_none(&pages.first)
@@ -293,12 +293,13 @@ cdef inline int ats_pages(
     pages.clean = False
     syndrome_set(syndrome, 0, False, CLASS_IN)
     if nested:
-        if view != NULL and two and not view.c.split:
+        if view != NULL and context.second.on and not view.c.split:
             kind = KIND_COMBINED
         event = ats_stage1(view, context, port, iova, access, kind, pages, &known, syndrome)
         if event or known and kind == KIND_COMBINED:
             return event
-    if not two or not ats_granted(context, ask, request.access, pages.first.perm):
+    if (not context.second.on
+            or not ats_granted(context, ask, request.access, pages.first.perm)):
         return event
     event = stage2(view, context, port, pages.ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
                    &pages.second, &pages.pa, syndrome)
@@ -324,14 +325,12 @@ cdef inline int ats_translate(
     """Answer a request whose configuration was looked up: 0, or a negative stop."""
     cdef const Context* context = &memo.context
     cdef Outcome* outcome = &answer.outcome
-    cdef AtsPages pages, found
+    cdef AtsPages pages
     cdef Syndrome syndrome
     cdef bint nested = memo.index != STAGE1_BYPASS
-    cdef bint split = answer.split
     cdef unsigned int access = request.access, granted = 0
     cdef int event, _attempt
     memset(&pages, 0, sizeof(pages))
-    memset(&found, 0, sizeof(found))
     if view != NULL:
         view.stage2_only = not nested
     if not nested:
@@ -339,23 +338,19 @@ cdef inline int ats_translate(
             end_untranslatable(hw, request, context, &syndrome, outcome)
             outcome.event = 0
             return 0
-        if split or not context.second.on:
+        if not context.second.on:
+            # no stage is left: the identity, whatever No Write says (13.6.4)
             end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
             outcome.page_lg2 = ask.stu_lg2
-            answer.granted = ats_granted(context, ask, access, 0x3F)
+            answer.granted = ATS_READ | ATS_WRITE
             return 0
     for _attempt in range(2):
-        event = ats_pages(
-            view, context, port, request, ask, access, nested, split, &found, &syndrome)
+        event = ats_pages(view, context, port, request, ask, access, nested, &pages, &syndrome)
         if event < 0:
             return event
-        if why_event(event) == EVENT_F_PERMISSION and granted & ATS_READ:
-            granted &= ~<unsigned int>ATS_WRITE
-            break
         if event:
             end_request(hw, request, context, event, &syndrome, answer)
             return 0
-        pages = found
         granted = ats_granted(context, ask, request.access, pages.first.perm & pages.second.perm)
         if not granted & ATS_WRITE or granted & ATS_READ and not pages.clean:
             break
@@ -363,7 +358,7 @@ cdef inline int ats_translate(
     answer.granted = granted
     if not granted:
         return 0
-    if split or not context.second.on:
+    if not context.second.on:
         finish_stage1(hw, request, context, 0, &pages.first, &syndrome, outcome)
     else:
         finish_stage2(hw, request, context, nested, 0, &pages.first, &pages.second, pages.ipa,
@@ -426,16 +421,29 @@ cdef inline int ats_request(
 
 # --- Translated transactions ---
 
+cdef inline void translated_input(const Hw* hw, Request* request) noexcept nogil:
+    """What the SMMU knows of a Translated transaction's PASID, privilege and instruction (3.9.1.3).
+
+    Without IDR3.PASIDTT none of them arrives; without a PASID it is unprivileged and Data.
+    """
+    if not hw.pasidtt:
+        request.ssid = NO_SSID
+    if request.ssid == NO_SSID:
+        request.access &= ACCESS_WRITE
+
+
 cdef inline int ats_ipa(
         const Hw* hw, Port* port, View* view, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:
-    """Split-stage ATS: the address is an IPA, and the access is Data, unprivileged."""
+    """Split-stage ATS: the address is an IPA.
+
+    The STE's overrides of privilege and instruction apply, those of attributes do not (13.1.4).
+    """
     cdef Context* context = &memo.context
     cdef Leaf first, leaf
     cdef Syndrome syndrome
     cdef uint64_t pa = 0
     cdef int event
-    override_access(context, 0, 0)
     context.attr = ATTR_WB
     context.sh = shareability(ATTR_WB, 0)
     context.second.on = True
@@ -459,10 +467,7 @@ cdef inline int ats_ipa(
 cdef inline int translated_one(
         const Hw* hw, Port* port, View* view, const Request* request,
         Outcome* outcome) noexcept nogil:
-    """One Translated transaction: 0, or a negative stop.
-
-    Its access is ACCESS_WRITE or 0, and it has a SubstreamID only with IDR3.PASIDTT.
-    """
+    """One Translated transaction, as translated_input() leaves it: 0, or a negative stop."""
     cdef Memo memo
     cdef Syndrome syndrome
     cdef unsigned int eats = EATS_OFF
@@ -487,10 +492,10 @@ cdef inline int translated_one(
         if eats == EATS_OFF:
             end_forbidden(hw, request, WHY_TRANSLATED_EATS, outcome)
             return 0
-        if request.ssid != NO_SSID:
+        if hw.pasidtt:
             event = substream(hw, memo.ste, request.ssid, &memo.index)
     if event:
-        end_fault(hw, request, outcome, event, 0, recorded_if_asked(hw), &syndrome)
+        end_fault(hw, request, outcome, event, 0, recorded_if_asked(hw) | TERMINATE_SID, &syndrome)
         return 0
     if eats == EATS_FULL:
         end_passed(hw, request, outcome)

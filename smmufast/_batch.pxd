@@ -15,7 +15,7 @@ from smmufast._cache cimport POLICY_LRU, POLICY_PLRU, CacheC, ctz64, plru_touch
 from smmufast._cached cimport UNDECODED, deliver, translate_request
 from smmufast._config cimport STAGE1_BYPASS, admitted, ste_stage2
 from smmufast._core cimport Core
-from smmufast._layout cimport cr0_smmuen, ste_v
+from smmufast._layout cimport cr0_smmuen, pte_s2_set_s2ap, pte_s2_set_xn, ste_v
 from smmufast._memory cimport FETCH_OK, Port, fetch8
 from smmufast._probe cimport Hits, each_hit, vector_fits, vector_hits
 from smmufast._tlb cimport (
@@ -31,8 +31,8 @@ from smmufast._types cimport (
     Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_LEAF, clean_s1, descriptor_kind, entry_address, first_table, half_of, in_range,
-    leaf_address, leaf_sh, mair_byte, shareability, stage1_attr, stage2_permitted,
+    DESC_LEAF, TABLE, clean_s1, descriptor_kind, entry_address, first_table, half_of, in_range,
+    leaf_address, leaf_sh, mair_byte, shareability, stage1_attr, stage2_permitted, used_leaf,
 )
 
 from smmufast._vector cimport (
@@ -296,7 +296,7 @@ cdef inline void half_lanes(Lanes* lanes, const Half* half) noexcept nogil:
     lanes.stride = half.stride
     lanes.block_shifts = 0
     while shift != half.granule:
-        if half.blocks >> (level_of(half, shift) + 1) & 1:
+        if half.fitting >> (level_of(half, shift) + 1) & 1:
             lanes.block_shifts |= <uint64_t>1 << shift
         shift -= half.stride
 
@@ -536,7 +536,7 @@ cdef inline void set_out(
         if unlikely(status != AT_PAGES):
             if status == AT_OTHER and descriptor_kind(
                     descriptor(half, at.raw, simple), level_of(half, at.shift),
-                    half.blocks) == DESC_LEAF:
+                    half.fitting) == DESC_LEAF:
                 rows.tables[i] = at.tables & half.keep
                 rows.shift[i] = at.shift
                 rows.held[i] = at.raw
@@ -574,7 +574,7 @@ cdef inline int arrive(
     shift = rows.shift[i]
     d = descriptor(half, load64(rows.entry[i]), simple)
     # a page's bit 1 is set, a block's is not
-    if unlikely((d ^ 0x403 ^ <uint64_t>(shift != half.granule) << 1) & half.leaf_bits):
+    if unlikely((d ^ used_leaf(shift == half.granule)) & half.leaf_bits):
         return 1
     address = leaf_address(d, half, shift) if not simple else (
         d & half.low_address & ~low_mask(shift))
@@ -885,7 +885,7 @@ cdef inline int stage2_table(
         table[0] = in_window(port, at.table, half.entry_mask + 8)
         return table[0] == NULL
     return status != AT_OTHER or descriptor_kind(
-        le64(at.raw), level_of(half, at.shift), half.blocks) != DESC_LEAF
+        le64(at.raw), level_of(half, at.shift), half.fitting) != DESC_LEAF
 
 
 cdef inline int nested_table(
@@ -914,11 +914,11 @@ cdef inline int nested_table(
             return table[0] == NULL
         if fetch8(port, FETCH_TT, level_of(half, shift[0]), address, &d) != FETCH_OK:
             return 1
-        status = descriptor_kind(d, level_of(half, shift[0]), half.blocks)
+        status = descriptor_kind(d, level_of(half, shift[0]), half.fitting)
         if status == DESC_LEAF:
             held[0] = le64(d)
             return 0
-        if (d & half.table_bits) != 3:
+        if (d & half.table_bits) != TABLE:
             return 1
         at = d & half.low_address
         tables[0] |= d
@@ -999,7 +999,7 @@ cdef inline void nested_lanes(Run* run, Lanes* first, Lanes* second) noexcept no
     for access in range(8):
         second.allowed[access] = 0
         for code in range(16):  # {XN, S2AP}
-            leaf = <uint64_t>(code & 3) << 6 | <uint64_t>(code >> 2) << 53
+            leaf = pte_s2_set_s2ap(pte_s2_set_xn(0, code >> 2), code)
             if stage2_permitted(leaf, context.second.xnx) & context.need[access]:
                 second.allowed[access] |= <uint64_t>1 << code
 

@@ -15,7 +15,7 @@ from smmufast._types cimport (
 )
 from smmufast._vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE, REGIME_WXN,
-    address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
+    address_format, block_levels, entering_attr, fitting_levels, granule_of_tg0, granule_of_tg1,
     hierarchical_bits, in_place, leaf_bits, levels_below_start, needed, range_mask, shareability,
     stage2_level, stage2_size_legal, table_align_lg2, table_bits, tsz_max, tsz_min,
 )
@@ -26,6 +26,7 @@ cdef enum:
     TERMINATE_A = 1   # abort, else RAZ/WI
     TERMINATE_R = 2   # record
     TERMINATE_S = 4   # stall, whatever the others say
+    TERMINATE_SID = 8  # C_BAD_STREAMID is recorded as others are: CR2.RECINVSID is not asked
     STAGE1_BYPASS = -1
 
 
@@ -258,6 +259,8 @@ cdef inline void half_shape(
     half.entry_mask = low_mask(half.stride) << 3
     address_format(half, granule, ds)
     half.blocks = block_levels(granule, ds, hw.oas)
+    half.fitting = fitting_levels(half, output_bits)
+    half.output_bits = output_bits
     half.table = ttb & ~low_mask(
         table_align_lg2(input_bits, half.shift, output_bits >= 52 or not half.own_sh))
     half.index_mask = low_mask(input_bits)

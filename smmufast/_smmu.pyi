@@ -232,4 +232,6 @@ class Smmu(Registers):
         *,
         ssid: SupportsIndex | None = None,
         write: _Flag = False,
+        priv: _Flag = False,
+        instr: _Flag = False,
     ) -> Result: ...

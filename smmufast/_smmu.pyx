@@ -25,6 +25,7 @@ from smmufast._ints cimport digits_of
 from smmufast._memory cimport Log, Logged, Port, Ram, port_open, raise_port, to_address
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
+    translated_input,
 )
 from smmufast._batch cimport (
     request_at, store_outcome, store_u8, store_u64, translate_each, translate_hits,
@@ -2025,7 +2026,8 @@ cdef class Smmu:
         It reads the tables as an access would, and updates access flags, and the dirty state if
         it grants a write.  It never stalls.  STE.EATS, with CR0.ATSCHK for split-stage ATS, says
         whether the stream may ask: if not, F_BAD_ATS_TREQ is recorded.  Configuration errors are
-        recorded with CR2.REC_CFG_ATS alone, faults of translation never.
+        recorded with CR2.REC_CFG_ATS alone, faults of translation never.  Permissions and size
+        are those of both stages; with split-stage ATS the address is the one between them.
 
         Parameters
         ----------
@@ -2036,7 +2038,8 @@ cdef class Smmu:
         ssid : int, optional
             PASID, 20 bits; None for a request without one.  Then execute and priv count as False.
         no_write : bool
-            The device is not going to write (NW): nothing is marked dirty, no write is granted.
+            The device is not going to write (NW): nothing is marked dirty, and no write is granted
+            but by a stream whose only stage S1DSS bypasses, which is the identity.
         execute, priv : bool
             Execute permission is asked for too; the accesses will be privileged.
         stu : int
@@ -2057,7 +2060,7 @@ cdef class Smmu:
         cdef Request request
         cdef AtsAsk ask
         cdef AtsAnswer answer
-        cdef uint64_t size, unit = as_u64("stu", stu, <uint64_t>1 << 43)
+        cdef uint64_t address, size, unit = as_u64("stu", stu, <uint64_t>1 << 43)
         cdef Result found
         if unit < 4096 or unit & (unit - 1):
             raise ValueError(f"stu: {unit:#x} given; a power of two from 0x1000 on needed")
@@ -2081,18 +2084,20 @@ cdef class Smmu:
             return AtsResponse(
                 "success", size=unit, priv=priv, fault=found.fault, why=found.why)
         size = <uint64_t>1 << answer.outcome.page_lg2
+        address = answer.outcome.ipa if answer.split else answer.outcome.pa
         return AtsResponse(
-            "success", answer.outcome.pa & ~(size - 1), size,
+            "success", address & ~(size - 1), size,
             read=answer.granted & ATS_READ != 0, write=answer.granted & ATS_WRITE != 0,
             execute=answer.granted & ATS_EXECUTE != 0, priv=priv, ipa=answer.split,
             attr=answer.outcome.attr, shareability=answer.outcome.sh)
 
-    def ats_translated(self, sid, address, *, ssid=None, bint write=False):
+    def ats_translated(self, sid, address, *, ssid=None, bint write=False, bint priv=False,
+                       bint instr=False):
         """Take an ATS Translated transaction, whose address an `ats_request` gave.
 
         With CR0.ATSCHK=0 it passes.  Otherwise STE.EATS says: full ATS lets it pass, split-stage
-        ATS translates the address, an intermediate physical one, by stage 2; other streams are
-        refused with F_TRANSL_FORBIDDEN.  It is data and unprivileged.
+        ATS translates the address, an intermediate physical one, by stage 2, for the access that
+        STE.INSTCFG and PRIVCFG make of it; other streams are refused with F_TRANSL_FORBIDDEN.
 
         Parameters
         ----------
@@ -2102,6 +2107,9 @@ cdef class Smmu:
             PASID, 20 bits; without meaning unless IDR3.PASIDTT is 1.
         write : bool
             A write instead of a read.
+        priv, instr : bool
+            What the PASID says of the access: without one, or without IDR3.PASIDTT, it is
+            unprivileged and data.
 
         Returns
         -------
@@ -2119,10 +2127,9 @@ cdef class Smmu:
         request.iova = as_u64("address", address, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
-        if not self.core.hw.pasidtt:
-            request.ssid = NO_SSID
-        request.access = as_access(write, False, False)
+        request.access = as_access(write, priv, instr)
         request.reserved = 0
+        translated_input(&self.core.hw, &request)
         ats_pass(&self.core, &request, &outcome)
         return self._result(&request, &outcome)
 

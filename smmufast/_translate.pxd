@@ -19,7 +19,7 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, TERMINATE_SID, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
     ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream, why_of_half,
 )
@@ -39,11 +39,11 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, access_flag, clean_s1, clean_s2,
-    combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table,
-    half_of, in_range, leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table,
-    no_translation, not_global, permitted, shareability, stage1_attr, stage2_attr, stage2_device,
-    stage2_permitted, with_access_flag,
+    ATTR_WB, DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, TABLE, access_flag, clean_s1,
+    clean_s2, combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address,
+    first_table, fitting_lg2, half_of, in_range, leaf_address, leaf_permissions, leaf_sh,
+    mair_byte, next_table, no_translation, not_global, output_fits, permitted,
+    shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
 )
 from smmufast._why cimport *
 
@@ -117,6 +117,11 @@ cdef inline void syndrome_set(
     syndrome.ttrnw = False
 
 
+cdef inline uint64_t fetch_reported(const Hw* hw, uint64_t address) noexcept nogil:
+    """FetchAddr of a record (7.3.4): bits beyond OAS are 0, but v3.0 has all of them (3.4.3)."""
+    return address & ~<uint64_t>7 & (~<uint64_t>0 if hw.minor == 0 else ~hw.oas_over)
+
+
 cdef inline void fault_record(
         const Hw* hw, uint64_t* w, int event, const Request* request, unsigned int access,
         const Syndrome* syndrome) noexcept nogil:
@@ -130,7 +135,7 @@ cdef inline void fault_record(
         event_set_ssv(w, event != EVENT_C_BAD_SUBSTREAMID)
         event_set_substreamid(w, request.ssid)
     if event == EVENT_F_STE_FETCH or event == EVENT_F_CD_FETCH or event == EVENT_F_WALK_EABT:
-        event_set_fetchaddr(w, syndrome.address & ~<uint64_t>7)
+        event_set_fetchaddr(w, fetch_reported(hw, syndrome.address))
     if event >= EVENT_F_WALK_EABT:
         event_set_pnu(w, (access & ACCESS_PRIV) != 0)
         event_set_ind(w, (access & ACCESS_INSTR) != 0)
@@ -150,7 +155,8 @@ cdef inline void end_fault(
     cdef int event = why_event(why)
     cdef bint recorded = (terminate & TERMINATE_R) != 0
     cdef unsigned int action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
-    if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
+    if (event == EVENT_C_BAD_STREAMID
+            and not (cr2_recinvsid(hw.cr2) or terminate & TERMINATE_SID)):
         recorded = False
     if terminate & TERMINATE_S:
         action = ACTION_STALL
@@ -268,7 +274,7 @@ cdef inline int descend(
             span = port.window.span
             data = port.window.data
         d = descriptor(half, at.raw, simple)
-        if unlikely((d & expected) != 3):
+        if unlikely((d & expected) != TABLE):
             return AT_OTHER
         if not simple and next_table(d, half) & half.over:
             return AT_OTHER
@@ -401,14 +407,14 @@ cdef inline int stage2_denies(
 
 
 cdef inline int stage2_fault(
-        const Second* second, unsigned int need, bint dirty, bint for_walk,
+        const Second* second, uint64_t ipa, unsigned int need, bint dirty, bint for_walk,
         Leaf* leaf) noexcept nogil:
     """What a leaf of stage 2 gives: address size before access flag before permission."""
     cdef uint64_t d = leaf.d
     cdef int why
     leaf.desired = d
     leaf.address = leaf_address(d, &second.half, leaf.shift)
-    if leaf.address & second.half.over:
+    if not output_fits(leaf.address, &second.half, leaf.shift, ipa):
         return WHY_S2_OUTPUT
     if not access_flag(d):
         if second.ha:
@@ -434,10 +440,10 @@ cdef inline bint stage2_updates(
 
 
 cdef inline int stage2_end(
-        const Second* second, Port* port, unsigned int need, bint dirty, bint for_walk,
-        Leaf* leaf) noexcept nogil:
+        const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
+        bint for_walk, Leaf* leaf) noexcept nogil:
     """What a leaf of stage 2 gives, and its hardware update: 0, why not, CHANGED or a stop."""
-    cdef int why = stage2_fault(second, need, dirty, for_walk, leaf)
+    cdef int why = stage2_fault(second, ipa, need, dirty, for_walk, leaf)
     cdef int status
     if unlikely(stage2_updates(second, why, leaf)):
         status = update(&second.half, port, FETCH_S2TT_UPDATE, leaf)
@@ -475,18 +481,19 @@ cdef inline int stage2_once(
     at.tables = 0
     at.shift = half.shift
     event = find_leaf(half, port, FETCH_S2TT, ipa, &at, leaf, simple)
-    return event if event else stage2_end(second, port, need, dirty, for_walk, leaf)
+    return event if event else stage2_end(second, port, ipa, need, dirty, for_walk, leaf)
 
 
 cdef inline uint8_t said(uint64_t d) noexcept nogil:
     """What a cached translation keeps of its leaf: attributes, SH, nG and Contiguous."""
-    return <uint8_t>(d >> 2 & 15 | (d >> 8 & 3) << 4 | (d >> 11 & 1) << 6 | (d >> 52 & 1) << 7)
+    return <uint8_t>(pte_s2_memattr(d) | pte_s1_sh(d) << 4 | pte_s1_ng(d) << 6
+                     | pte_s1_contiguous(d) << 7)
 
 
 cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
     """A leaf descriptor that says the same."""
-    cdef uint64_t d = kept
-    return (d & 15) << 2 | (d >> 4 & 3) << 8 | (d >> 6 & 1) << 11 | d >> 7 << 52
+    return pte_s2_set_memattr(
+        pte_s1_set_sh(pte_s1_set_ng(pte_s1_set_contiguous(0, kept >> 7), kept >> 6), kept >> 4), kept)
 
 
 cdef inline bint keeps_what_is_read(const View* view) noexcept nogil:
@@ -534,6 +541,7 @@ cdef inline void keep_entry(
         uint64_t pa) noexcept nogil:
     """Let the TLB have a translation, by what the leaves of its stages say."""
     cdef Entry e
+    cdef unsigned int lg2
     cdef uint64_t within
     if not keeps_what_is_read(view):
         return
@@ -547,15 +555,16 @@ cdef inline void keep_entry(
     e.vmid = context.vmid
     e.world = context.world
     e.perm1 = e.perm2 = 0x3F
-    e.attr = context.attr
-    e.sh = context.sh
+    # of stage 2 alone: as for write-back, whatever the stream or stage 1 makes of it
+    e.attr = ATTR_WB
     if kind & KIND_S1:
         e.attr = stage1_attr(context.attr, mair_byte(context.mair, first.d))
         e.sh = leaf_sh(first.d, half)
         e.aset = context.aset
         e.asid = context.asid
         e.is_global = not not_global(first.d)
-        e.lg2 = e.lg2_s1 = first.shift
+        e.lg2 = fitting_lg2(half, first.shift)
+        e.lg2_s1 = first.shift
         e.level = e.level_s1 = first.level
         e.granule_s1 = half.granule
         e.perm1 = first.perm
@@ -572,8 +581,9 @@ cdef inline void keep_entry(
         e.extra[1] = said(second.d)
         if context.second.hd and clean_s2(second.d):
             e.flags |= ENTRY_CLEAN2
-        if kind == KIND_S2 or second.shift < first.shift:
-            e.lg2 = second.shift
+        lg2 = fitting_lg2(&context.second.half, second.shift)
+        if kind == KIND_S2 or lg2 < e.lg2:
+            e.lg2 = lg2
             e.level = second.level
     if contiguous(second.d if kind == KIND_S2 else first.d):
         e.flags |= ENTRY_CONTIGUOUS
@@ -658,7 +668,7 @@ cdef inline int stage2_cached(
             break
         stage2_down(view, context, ipa, &at)
     if event == 0:
-        event = stage2_end(second, port, need, dirty, cls != CLASS_IN, leaf)
+        event = stage2_end(second, port, ipa, need, dirty, cls != CLASS_IN, leaf)
     if event == 0:
         stage2_keep(view, context, ipa, cls, leaf)
     return event
@@ -833,9 +843,8 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
 cdef inline int ste_substream(
         const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
     """Which CD, into memo.index: 0, or why none.  From here on stage 2 translates."""
-    cdef int why = substream(hw, memo.ste, ssid, &memo.index)
-    memo.context.second.on = why == 0 and ste_stage2(memo.ste)
-    return why
+    memo.context.second.on = ste_stage2(memo.ste)
+    return substream(hw, memo.ste, ssid, &memo.index)
 
 
 cdef inline bint cd_way(const Hw* hw, Memo* memo) noexcept nogil:
@@ -971,12 +980,12 @@ cdef inline unsigned int leaf_perm(
 
 
 cdef inline int leaf_fault(
-        const Context* context, const Half* half, unsigned int upper, unsigned int access,
-        Leaf* leaf, bint simple) noexcept nogil:
+        const Context* context, const Half* half, uint64_t va, unsigned int upper,
+        unsigned int access, Leaf* leaf, bint simple) noexcept nogil:
     """What a leaf gives: address size before access flag before permission."""
     cdef uint64_t address = leaf_address(leaf.d, half, leaf.shift)
     leaf.desired = leaf.d
-    if address & half.over:
+    if not output_fits(address, half, leaf.shift, va):
         return WHY_S1_OUTPUT
     if not access_flag(leaf.d):
         if context.ha:
@@ -1024,7 +1033,7 @@ cdef inline int walk_once(
     why = find_leaf(half, port, FETCH_TT, va & half.index_mask, &at, leaf, simple)
     if unlikely(why):
         return why
-    why = leaf_fault(context, half, upper, access, leaf, simple)
+    why = leaf_fault(context, half, va, upper, access, leaf, simple)
     if unlikely(context.ha) and leaf.desired != leaf.d and (
             why == 0 or why_event(why) == EVENT_F_PERMISSION):
         status = update(half, port, FETCH_TT_UPDATE, leaf)
@@ -1121,14 +1130,14 @@ cdef inline bint stage1_updates(
 
 
 cdef inline int stage1_end(
-        View* view, const Context* context, Port* port, const Half* half, unsigned int upper,
-        unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
+        View* view, const Context* context, Port* port, const Half* half, uint64_t va,
+        unsigned int upper, unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
         Syndrome* syndrome) noexcept nogil:
     """What a leaf of stage 1 gives, and its hardware update: 0, why not, CHANGED or a stop.
 
     Under stage 2 the leaf lies at `ipa`, which `outer` maps.
     """
-    cdef int why = leaf_fault(context, half, upper, access, leaf, False)
+    cdef int why = leaf_fault(context, half, va, upper, access, leaf, False)
     cdef int status
     if not stage1_updates(context, why, leaf, outer):
         return why
@@ -1217,7 +1226,7 @@ cdef inline int walk_steps_once(
         stage1_stopped(why, leaf, syndrome)
         return why
     leaf.tables = at.tables
-    return stage1_end(view, context, port, half, upper, access, leaf, &outer, ipa, syndrome)
+    return stage1_end(view, context, port, half, va, upper, access, leaf, &outer, ipa, syndrome)
 
 
 cdef inline int race_lost(int why) noexcept nogil:
@@ -1265,7 +1274,7 @@ cdef inline void end_translated(
     outcome.fault = 0
     outcome.why = 0
     outcome.level = leaf.level
-    outcome.page_lg2 = leaf.shift
+    outcome.page_lg2 = fitting_lg2(half, leaf.shift)
     outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
     outcome.sh = shareability(outcome.attr, leaf_sh(leaf.d, half))
     outcome.ng = not_global(leaf.d) and context.two_ttbs  # no ASID: nG is ignored
@@ -1303,7 +1312,7 @@ cdef inline void finish_stage2(
     cdef const Half* half
     cdef unsigned int attr = context.attr, sh = context.sh
     cdef unsigned int perm = 0, perm_s1 = 0
-    cdef unsigned int terminate
+    cdef unsigned int terminate, lg2
     if why:
         if why_event(why) == EVENT_F_WALK_EABT:
             terminate = TERMINATE_A | TERMINATE_R
@@ -1325,9 +1334,10 @@ cdef inline void finish_stage2(
             outcome.contiguous = contiguous(leaf.d)
         outcome.pa = pa
         outcome.ipa = ipa
-        if not nested or leaf.shift < first.shift:
+        lg2 = fitting_lg2(&second.half, leaf.shift)
+        if not nested or lg2 < outcome.page_lg2:
             outcome.level = leaf.level
-            outcome.page_lg2 = leaf.shift
+            outcome.page_lg2 = lg2
         outcome.attr = stage2_attr(leaf.d, second.fwb, attr)
         outcome.sh = shareability(outcome.attr, combine_sh(sh, leaf_sh(leaf.d, &second.half)))
         perm_s1 = first.perm

@@ -178,6 +178,8 @@ cdef struct Half:
     uint8_t shift          # lowest input bit that indexes the first table
     int8_t level           # of the first table
     uint8_t blocks         # bit level+1: a block is legal there
+    uint8_t fitting        # the same, of blocks that are no larger than the output size
+    uint8_t output_bits    # the effective output size
     uint64_t entry_mask    # of an entry's offset in its table
     uint64_t low_address   # descriptor bits that are address bits in place
     uint64_t high_address  # descriptor bits that are address bits elsewhere

@@ -667,22 +667,15 @@ _S2XN = ("execution permitted", "unprivileged execution (with XNX)", "no executi
          "privileged execution (with XNX), else none")  # fmt: skip
 
 
-def _pte_address(d: int, granule: int, ds: bool) -> int:
-    """Return the address in a descriptor, with the bits below a page."""
-    if granule == 16:
-        return d & 0x0000_FFFF_FFFF_0000 | (d >> 12 & 15) << 48
-    if ds:
-        return d & 0x0003_FFFF_FFFF_F000 & -(1 << granule) | (d >> 8 & 3) << 50
-    return d & 0x0000_FFFF_FFFF_F000 & -(1 << granule)
-
-
 def _pte(record: bytes, stage: int, granule: str, level: int | None, ds: bool) -> Decoded:
+    from smmufast.explain import descriptor_address
+
     d = int.from_bytes(record, "little")
     lg2 = GRANULES[granule]
     table = d & 3 == 3 and level is not None and level < 3
     name = f"PTE_S{stage}_TABLE" if table else f"PTE_S{stage}"
     fields = layout.unpack(name, d)
-    address = _pte_address(d, lg2, ds)
+    address = descriptor_address(d, lg2, ds)
     where = f"{granule} granule" + ("" if level is None else f", level {level}")
     if not d & 1:
         return Decoded(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["describe_cd", "describe_ste", "explain"]
 
 _U64 = (1 << 64) - 1
+_RECINVSID = layout.mask("CR2", "RECINVSID")
 _GRANULE = {"4K": 12, "16K": 14, "64K": 16}
 _KINDS = {
     "L1STD": "Level-1 stream table descriptor (L1STD)",
@@ -76,13 +77,17 @@ def _span(high: int, low: int) -> str:
     return f"bits {high} to {low}" if high > low else f"bit {low}"
 
 
-def _address(d: int, lg2: int, ds: bool) -> int:
-    """Return the address bits of a descriptor, low bits included."""
-    if lg2 == 16:
-        return d & 0x0000_FFFF_FFFF_0000 | (d >> 12 & 15) << 48
-    if ds:
-        return d & 0x0003_FFFF_FFFF_F000 | (d >> 8 & 3) << 50
-    return d & 0x0000_FFFF_FFFF_F000
+def descriptor_address(d: int, lg2: int, ds: bool) -> int:
+    """Return the address bits of a descriptor whose granule is 2^lg2 bytes (DDI 0487 D8.3)."""
+    name = {12: "Addr_4K", 14: "Addr_16K"}.get(lg2, "Addr_64K")
+    high, at = ("Addr51_48", 48) if lg2 == 16 else ("Addr51_50", 50)
+    if ds and lg2 != 16:
+        name += "_DS"
+    found = d & layout.PTE_S1.field(name).mask
+    if ds or lg2 == 16:
+        field = layout.PTE_S1.field(high)
+        found |= (d & field.mask) >> field.lsb << at
+    return found
 
 
 def _size(lg2: int) -> str:
@@ -617,7 +622,7 @@ class _Story:
             # a descriptor was read for an upper address: there are upper tables
             upper = self.result.iova >> 55 & 1
             return bool(upper) and any(fetch.kind == "TT" for fetch in self.fetches)
-        return not self.smmu.features.hyp or bool(self.smmu.cr2 & 1)
+        return not self.smmu.features.hyp or bool(self.smmu.cr2 & layout.mask("CR2", "E2H"))
 
     @property
     def half(self) -> int:
@@ -741,7 +746,7 @@ class _Story:
 
     def address(self, d: int, lg2: int) -> int:
         """Return the address bits of a stage-1 descriptor, low bits included."""
-        return _address(d, lg2, self.cd is not None and _ds(self.cd, self.features))
+        return descriptor_address(d, lg2, self.cd is not None and _ds(self.cd, self.features))
 
     def tell_table(self, i: int, d: int, lg2: int) -> None:
         self.table = address = self.address(d, lg2) & -(1 << (lg2 or 12))
@@ -853,7 +858,7 @@ class _Story:
     def inner_address(self) -> int:
         """The address bits of the last stage-2 descriptor, low bits included."""
         ste = self.ste or {}
-        return _address(self.inner, _s2_granule(ste), _s2_ds(ste, self.features))
+        return descriptor_address(self.inner, _s2_granule(ste), _s2_ds(ste, self.features))
 
     def tell_stage2_leaf(self, kind: str, shift: int) -> None:
         ste, d = self.ste or {}, self.inner
@@ -900,9 +905,9 @@ class _Story:
         )
         self.say(f"{expected:#018x} becomes {desired:#018x}", 5)
         prefix = "S2" if stage == 2 else ""
-        if (expected ^ desired) >> 10 & 1:
+        if (expected ^ desired) & layout.mask("PTE_S1", "AF"):
             self.field("AF", "1", f"set, because the page is used ({prefix}HA=1)")
-        if (expected ^ desired) >> 7 & 1:
+        if (expected ^ desired) & layout.mask("PTE_S1", "AP2"):
             name, value = ("S2AP[1]", 1) if stage == 2 else ("AP[2]", 0)
             what = "set" if value else "cleared"
             why = "the page is written"
@@ -977,7 +982,8 @@ class _Story:
             self.say("(What unprivileged code may write, privileged code may not execute.)", 2)
         self.say(f"Memory type: {memory_type(result.attr)}; {_SH[result.shareability]}.", 2)
         if self.traced and self.stage2:
-            said = stage2_memory_type(self.inner >> 2 & 15, self.forced)
+            code = layout.unpack("PTE_S2", self.inner)["MemAttr"]
+            said = stage2_memory_type(code, self.forced)
             other = "stage 1's" if self.stage1 else "what the device and the STE say"
             rule = "by S2FWB=1" if self.forced else f"of this and {other} the stricter counts"
             self.say(f"(Stage 2 says: {said}; {rule}.)", 2)
@@ -1058,9 +1064,9 @@ class _Story:
 
     def unrecorded(self, fault: Event) -> str:
         reasons = []
-        if self.smmu is None or not self.smmu.cr0 & layout.REGISTERS["CR0"].field("EVENTQEN").mask:
+        if self.smmu is None or not self.smmu.cr0 & layout.mask("CR0", "EVENTQEN"):
             reasons.append("CR0.EVENTQEN=0")
-        if fault.name == "C_BAD_STREAMID" and (self.smmu is None or not self.smmu.cr2 & 2):
+        if fault.name == "C_BAD_STREAMID" and (self.smmu is None or not self.smmu.cr2 & _RECINVSID):
             reasons.append("CR2.RECINVSID=0")
         if fault.number >= layout.Event.F_TRANSLATION:
             control, name = (self.ste, "S2R") if self.stage2_fault else (self.cd, "R")

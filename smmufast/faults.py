@@ -228,7 +228,8 @@ class AtsResponse(NamedTuple):
     `read`, `write` and `execute` are granted for the `size` bytes from `address` on, as privileged
     if `priv`.  A success may grant nothing: then `address` is None, and `size` is the smallest
     translation unit.  `ipa` says that the address is an intermediate physical one (split-stage
-    ATS).  `attr` and `shareability` are those of `Result`, of the stages that were applied.
+    ATS); permissions and size are those of both stages all the same.  `attr` and `shareability`
+    are those that a `Result` of the page has.
     `global_` is False, for pages are not offered to other PASIDs, whose contexts may differ, and
     so is `untranslated_only`.
 

@@ -222,6 +222,13 @@ def event_record(
     return record.to_bytes(32, "little")
 
 
+def fetch_reported(features, address):
+    """FetchAddr (7.3.4): bits beyond OAS are RES0; v3.0 reports the whole address (3.4.3)."""
+    if features.arch_minor == 0:
+        return address
+    return address % (1 << features.oas_bits)
+
+
 class ConfigurationError(Exception):
     """What stops a transaction before its address matters.
 
@@ -240,7 +247,7 @@ class TranslationError(Exception):
 
     stage2, event_class: which stage, and of what: a CD, a stage-1 descriptor, the input.
     ipa: what stage 2 was asked for.  fetch_address: of a read that aborted.
-    allowed: for F_PERMISSION, the accesses that this stage allows.
+    allowed: for F_PERMISSION, the accesses that this stage allows; page, region: what it found.
     descriptor_read: F_PERMISSION of stage 2 for a stage-1 descriptor, which was to be read.
     bypassed: an input address that is too large while stage 1 does not translate it.
     why: the rule, by the library's name for it.
@@ -248,7 +255,7 @@ class TranslationError(Exception):
 
     def __init__(
         self, name, why, *, stage2=False, event_class=CLASS_IN, ipa=0, fetch_address=0, allowed=0,
-        descriptor_read=False, bypassed=False,
+        page=None, region=None, descriptor_read=False, bypassed=False,
     ):  # fmt: skip
         super().__init__(name)
         self.name = name
@@ -258,6 +265,8 @@ class TranslationError(Exception):
         self.ipa = ipa
         self.fetch_address = fetch_address
         self.allowed = allowed
+        self.page = page
+        self.region = region
         self.descriptor_read = descriptor_read
         self.bypassed = bypassed
 
@@ -1049,7 +1058,7 @@ class Page:
     descriptor: int
     address: int  # of the descriptor, in physical memory
     level: int
-    shift: int  # log2 of the page or block
+    shift: int  # log2 of the page or block, or of what of a block the output size admits
     output: int  # address of the page or block
     pa: int = 0  # output of the address itself
     allowed: int = 0
@@ -1096,10 +1105,10 @@ def stage2_walk(fetch, stage2, ipa, event_class):
         break
 
     output = output_address(region, descriptor, shift)
-    if output >> stage2.output_bits:
-        raise fault("F_ADDR_SIZE", "S2_OUTPUT")
     pa = output | (ipa & ((1 << shift) - 1))
-    return Page(descriptor, address, level, shift, output, pa)
+    if pa >> stage2.output_bits:
+        raise fault("F_ADDR_SIZE", "S2_OUTPUT")
+    return Page(descriptor, address, level, min(shift, stage2.output_bits), output, pa)
 
 
 def stage2_allowed(stage2, leaf):
@@ -1143,7 +1152,9 @@ def stage2_access(fetch, stage2, ipa, event_class, write=False, priv=True, instr
         stage2_update(fetch, stage2, page, desired, event_class, ipa)
     if not permitted:
         descriptor_read = event_class == CLASS_TT
-        raise fault("F_PERMISSION", why, allowed=page.allowed, descriptor_read=descriptor_read)
+        raise fault(
+            "F_PERMISSION", why, allowed=page.allowed, page=page, descriptor_read=descriptor_read
+        )
     return page
 
 
@@ -1262,7 +1273,8 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
         break
 
     output = output_address(region, descriptor, shift)
-    if output >> context.ips_bits:
+    pa = output | (va & ((1 << shift) - 1))
+    if pa >> context.ips_bits:
         raise TranslationError("F_ADDR_SIZE", "S1_OUTPUT")
     allowed = stage1_allowed(context, region, descriptor, tables)
     permitted = bool(allowed & access_bit(write, priv, instr))
@@ -1283,10 +1295,13 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
             raise TranslationError(
                 "F_WALK_EABT", "S1_UPDATE_ABORT", event_class=CLASS_TT, fetch_address=address
             )
+    shift = min(shift, context.ips_bits)
+    found = Page(descriptor, address, level, shift, output, pa, allowed)
     if not permitted:
-        raise TranslationError("F_PERMISSION", "S1_PERMISSION", allowed=allowed)
-    pa = output | (va & ((1 << shift) - 1))
-    return Page(descriptor, address, level, shift, output, pa, allowed), region
+        raise TranslationError(
+            "F_PERMISSION", "S1_PERMISSION", allowed=allowed, page=found, region=region
+        )
+    return found, region
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1460,7 +1475,9 @@ def translate(
             action="abort",
             fault=name,
             why=stream.why,
-            event=event_record(name, sid, ssid, fetch_address=stream.fetch_address)
+            event=event_record(
+                name, sid, ssid, fetch_address=fetch_reported(features, stream.fetch_address)
+            )
             if recorded
             else None,
             fetches=fetch.fetches,
@@ -1490,7 +1507,7 @@ def translate(
             fault.name, sid, ssid, write=write, priv=priv, instr=instr, iova=iova,
             event_class=fault.event_class,
             stage2=fault.stage2,
-            fetch_address=fault.fetch_address,
+            fetch_address=fetch_reported(features, fault.fetch_address),
             ipa=0 if aborted_read else in_place(fault.ipa, features.oas_bits - 1, 12),
             descriptor_read=fault.descriptor_read,
             stall=outcome.action == "stall",

@@ -249,7 +249,7 @@ def test_streams_lists_entries_and_collapses_equal_ones():
         "linux-7.3-4k-s1: stream table at 0x44d23000, two levels, split 8, 2^16 StreamIDs"
     )
     assert lines[3].split() == ["0x1-0xf", "STE", "at", "0x5be20040", "Config=0b000", "(ABORT)"]
-    assert lines[-1].startswith("0x400-0xffff     STE no level-2 table (Span=0, C_BAD_STREAMID)")
+    assert lines[-1].startswith("0x400-0xffff     STE C_BAD_STREAMID: Span=0 in the level-1")
     assert sum("STAGE_1" in line for line in lines) == 15
     assert sum(line.strip().startswith("CD at ") for line in lines) == 15
     assert (

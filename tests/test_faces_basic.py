@@ -221,7 +221,8 @@ def test_pa_raises_the_exception_of_each_fault(smmu, number):
     assert small.row(error.result) == small.row(again)
     name = again.event.name if number else "aborted without an event"
     ssid = "" if request.ssid is None else f" ssid {request.ssid:#x}"
-    assert str(error) == f"{name}: sid {request.sid:#x}{ssid} iova {request.iova:#x}"
+    where = f"sid {request.sid:#x}{ssid} iova {request.iova:#x}"
+    assert str(error) == f"{name}: {where}: {again.why.sentence()}"
 
 
 def test_every_event_of_stage_1_has_an_exception_of_its_own():
