@@ -21,10 +21,11 @@ from smmufast._memory cimport FETCH_STOPPED, Port
 from smmufast._queue cimport event_deliver, walk_again
 from smmufast._tlb cimport cd_fill, cd_probe, config_touch, ste_fill, ste_probe
 from smmufast._translate cimport (
-    RETRIES, Memo, Syndrome, View, cd_fetch, end_disabled, end_lookup, keeps_what_is_read,
-    lookup_open, ste_decode, ste_fetch, ste_substream, translate_one, translate_stages,
+    CLASS_IN, RETRIES, TO_STAGE1, TO_STAGE2, Memo, Stages, Syndrome, View, cd_fetch, end_disabled,
+    end_lookup, keeps_what_is_read, lookup_open, stage1_walked, stage2, stage2_walked,
+    stages_begin, ste_decode, ste_fetch, ste_substream, translate_one, walk_steps,
 )
-from smmufast._types cimport ACTION_STALL, Hw, Outcome, Request
+from smmufast._types cimport ACCESS_WRITE, ACTION_STALL, Context, Hw, Outcome, Request
 from smmufast._why cimport *
 
 
@@ -121,7 +122,23 @@ cdef inline int translate_known_cached(
         const Hw* hw, Port* port, View* view, const Request* request, const Memo* memo,
         Outcome* outcome) noexcept nogil:
     """As translate_known(), through TLB and walk caches."""
-    return translate_stages(hw, port, view, request, memo, outcome)
+    cdef const Context* context = &memo.context
+    cdef unsigned int access = request.access
+    cdef Stages s
+    cdef int why
+    cdef int next = stages_begin(hw, view, request, memo, &s, outcome)
+    if next == TO_STAGE1:
+        why = walk_steps(view, context, port, request.iova, access, &s.first, &s.syndrome)
+        if why < 0:
+            return why
+        next = stage1_walked(hw, view, request, context, why, &s, outcome)
+    if next == TO_STAGE2:
+        why = stage2(view, context, port, s.ipa, context.need[access],
+                     (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
+        if why < 0:
+            return why
+        stage2_walked(hw, view, request, memo, why, &s, outcome)
+    return 0
 
 
 cdef inline int translate_cached(

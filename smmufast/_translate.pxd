@@ -1537,34 +1537,31 @@ cdef inline void stage2_walked(
                   s.ipa, s.pa, &s.syndrome, outcome)
 
 
-cdef inline int translate_stages(
-        const Hw* hw, Port* port, View* view, const Request* request, const Memo* memo,
+cdef inline int translate_stage2(
+        const Hw* hw, Port* port, const Request* request, const Memo* memo,
         Outcome* outcome) noexcept nogil:
-    """Translate one request in a decoded context: 0, or a negative stop."""
+    """Translate one request in a decoded context with stage 2, after stage 1 if there is one.
+
+    0, or a negative stop.  translate_known_cached() is the same with caches, in a function of its
+    own: NULL has to be a constant here.
+    """
     cdef const Context* context = &memo.context
     cdef unsigned int access = request.access
     cdef Stages s
     cdef int why
-    cdef int next = stages_begin(hw, view, request, memo, &s, outcome)
+    cdef int next = stages_begin(hw, NULL, request, memo, &s, outcome)
     if next == TO_STAGE1:
-        why = walk_steps(view, context, port, request.iova, access, &s.first, &s.syndrome)
+        why = walk_steps(NULL, context, port, request.iova, access, &s.first, &s.syndrome)
         if why < 0:
             return why
-        next = stage1_walked(hw, view, request, context, why, &s, outcome)
+        next = stage1_walked(hw, NULL, request, context, why, &s, outcome)
     if next == TO_STAGE2:
-        why = stage2(view, context, port, s.ipa, context.need[access],
+        why = stage2(NULL, context, port, s.ipa, context.need[access],
                      (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
         if why < 0:
             return why
-        stage2_walked(hw, view, request, memo, why, &s, outcome)
+        stage2_walked(hw, NULL, request, memo, why, &s, outcome)
     return 0
-
-
-cdef inline int translate_stage2(
-        const Hw* hw, Port* port, const Request* request, const Memo* memo,
-        Outcome* outcome) noexcept nogil:
-    """Translate one request in a decoded context with stage 2, after stage 1 if there is one."""
-    return translate_stages(hw, port, NULL, request, memo, outcome)
 
 
 cdef inline void end_lookup(

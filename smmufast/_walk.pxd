@@ -282,8 +282,9 @@ cdef inline int read_tt(
         stage1_stopped(why, leaf, &w.stages.syndrome)
         return stage1_done(hw, view, walk, w, why)
     leaf.tables = w.at1.tables
-    why = leaf_fault(context, half, walk.request.iova,
-                     half_of(walk.request.iova, context.two_ttbs), walk.request.access, leaf, False)
+    why = leaf_fault(
+        context, half, w.stages.va, half_of(walk.request.iova, context.two_ttbs),
+        walk.request.access, leaf, False)
     if not stage1_updates(context, why, leaf, outer):
         return stage1_done(hw, view, walk, w, why)
     w.why1 = why
@@ -313,7 +314,8 @@ cdef inline int read_s2tt(
         stage2_down(view, context, w.ipa, &w.at2)
         return asks_s2tt(walk, w)
     if why == 0:
-        why = stage2_fault(&context.second, w.ipa, w.need, w.dirty, w.cls != CLASS_IN, leaf)
+        why = stage2_fault(
+            &context.second, w.ipa, w.need, w.dirty, w.cls != CLASS_IN, leaf)
         if stage2_updates(&context.second, why, leaf):
             w.why2 = why
             return asks_update(walk, STEP_S2TT_UPDATE, FETCH_S2TT_UPDATE, half, leaf)
