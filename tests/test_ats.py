@@ -342,7 +342,7 @@ def test_an_answer_spans_the_page():
 
 
 def test_stage_1_bypass_is_the_identity():
-    smmu = small_system()
+    smmu = small_system(eventq_base=QUEUE | 4)
     response = smmu.ats_request(small.SUBSTREAMS, 0x9999_1234, stu=0x1_0000)
     assert (response.address, response.size, rights(response)) == (0x9999_0000, 0x1_0000, "rw")
     # No Write, or what the STE makes of reads, takes nothing away
@@ -350,6 +350,7 @@ def test_stage_1_bypass_is_the_identity():
     assert rights(smmu.ats_request(small.SUBSTREAMS, (1 << 52) - 1, no_write=True)) == "rw"
     response = smmu.ats_request(small.SUBSTREAMS, 1 << 52)
     assert (response.fault.name, response.event, rights(response)) == ("F_ADDR_SIZE", None, "")
+    assert smmu.read("EVENTQ_PROD") == 0
 
 
 @EVERY_CACHE
