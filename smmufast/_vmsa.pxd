@@ -239,8 +239,9 @@ cdef inline bint not_global(uint64_t d) noexcept nogil:
     return pte_s1_ng(d)
 
 
-cdef inline bint contiguous(uint64_t d) noexcept nogil:
-    return pte_s1_contiguous(d)
+cdef inline bint contiguous(uint64_t d, unsigned int shift) noexcept nogil:
+    """The Contiguous bit, which is RES0 in the largest blocks of each granule (D8.7.1)."""
+    return shift < 36 and pte_s1_contiguous(d)
 
 
 cdef inline bint no_translation(uint64_t d, int level) noexcept nogil:

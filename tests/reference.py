@@ -526,7 +526,7 @@ def find_ste(fetch, features, regs, sid):
 
     two_level = features.st_level != 0 and bits(regs.strtab_base_cfg, 17, 16) == 0b01
     if not two_level:
-        address = align_down(base, log2size + 6) + sid * 64
+        address = align_down(base, literal_log2size + 6) + sid * 64
         return fetch_structure(fetch, features, "STE", address, 64, "F_STE_FETCH")
 
     split = bits(regs.strtab_base_cfg, 10, 6)
@@ -1064,6 +1064,12 @@ class Page:
     allowed: int = 0
 
 
+def contiguous(page, region):
+    """The Contiguous bit of a leaf, which the largest blocks of a granule do not have."""
+    largest = {12: 0, 14: 1, 16: 1}[region.granule_lg2]
+    return 0 if page.level == largest else bits(page.descriptor, 52, 52)
+
+
 # ------------------------------------------------------------------------------------------------
 # Stage 2
 
@@ -1403,12 +1409,12 @@ def translate_address(fetch, features, stream, iova, write, priv, instr):
         memory = stage2_memory(memory, bits(leaf2, 5, 2), stage2.fwb)
         sh = combined_sh(sh, stage2.region.sh if stage2.region.ds else bits(leaf2, 9, 8))
         if page is None:
-            outcome.contiguous = bits(leaf2, 52, 52)
+            outcome.contiguous = contiguous(second, stage2.region)
         if page is None or second.shift < page.shift:
             outcome.level, outcome.page_lg2 = second.level, second.shift
 
     if page is not None:
-        outcome.contiguous = bits(page.descriptor, 52, 52)
+        outcome.contiguous = contiguous(page, region)
         if outcome.level is None:
             outcome.level, outcome.page_lg2 = page.level, page.shift
     elif stage2 is None:

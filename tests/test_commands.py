@@ -82,7 +82,7 @@ TLBI = {  # opcode: compares VMIDs, compares ASIDs, which address
 
 def refused(hw, op, c):
     """Why a command is illegal as far as no more than one field says it; None when it is not."""
-    if op in (0x05, 0x06, 0x10, 0x11, 0x12, 0x13, 0x20) and not hw["s1p"]:
+    if op in (0x05, 0x06, *range(0x10, 0x14), *range(0x20, 0x24)) and not hw["s1p"]:
         return "CMD_S1P"
     if op in (0x20, 0x21, 0x22, 0x23) and not hw["hyp"]:
         return "CMD_HYP"
@@ -314,6 +314,9 @@ def command_of(name, **fields):
         ("TLBI_NH_VA", {}, {"s1p": 0}),
         ("TLBI_NH_VAA", {}, {"s1p": 0}),
         ("TLBI_EL2_ALL", {}, {"s1p": 0}),
+        ("TLBI_EL2_ASID", {}, {"s1p": 0}),
+        ("TLBI_EL2_VA", {}, {"s1p": 0}),
+        ("TLBI_EL2_VAA", {}, {"s1p": 0}),
         ("TLBI_EL2_ALL", {}, {"hyp": 0}),
         ("TLBI_EL2_ASID", {}, {"hyp": 0}),
         ("TLBI_EL2_VA", {}, {"hyp": 0}),
