@@ -4,13 +4,12 @@ Follows DDI 0487 D8.2 to D8.7 and D8.15, as IHI 0070 3.4, 3.13 and 13.1 use them
 """
 
 import numpy as np
-import ptwriter
 import pytest
 import twin
 from reference import AF, AP2, CLASS_IN, CLASS_TT, PX, S2AP1, default_features, event_record
 from test_reference import SID, Bench
 from test_single_rules import cached
-from test_stage2 import Nested, nested_system, stage2_features, stage2_record
+from test_stage2 import Nested, nested_system, stage2_record
 
 from smmufast import Caches, Memory, Smmu
 
@@ -210,8 +209,9 @@ def test_an_update_that_memory_refuses_is_an_external_abort():
         memory = Memory()
         for base, data in bench.regions():
             if base <= slot < base + len(data):
-                memory.add_callback(base, len(data), bench.memory.read, bench.memory.write,
-                                    lambda *_: None)
+                memory.add_callback(
+                    base, len(data), bench.memory.read, bench.memory.write, lambda *_: None
+                )
             else:
                 memory.add(data, base)
         features = twin.smmu_of(bench).features
