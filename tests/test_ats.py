@@ -14,6 +14,7 @@ import reference
 import small
 import tablegen
 import twin
+from rawfeatures import raw_of
 from reference import CLASS_IN, NSH, bits
 
 from smmufast import Features, Memory, Smmu, layout
@@ -339,7 +340,7 @@ def smmu_over(system, memory, caches=None):
     real = Memory()
     for base, data in memory.regions():
         real.add(data, base)
-    features = Features(**{name: getattr(system.features, name) for name in twin.FEATURES})
+    features = raw_of(system.features)
     return Smmu(real, features, caches=caches, **vars(system.regs))
 
 
