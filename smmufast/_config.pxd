@@ -293,8 +293,8 @@ cdef inline int stage2_decode(
         return EVENT_C_BAD_STE
     if tsz < least or tsz < 64 - <unsigned int>hw.oas or tsz > tsz_max(granule, hw.stt):
         return EVENT_C_BAD_STE
-    level = stage2_level(granule, <unsigned int>ste_s2sl0(ste), hw.ds and ste_s2sl0_2(ste), ds,
-                         hw.stt, hw.oas)
+    level = stage2_level(
+        granule, <unsigned int>ste_s2sl0(ste), ste_s2sl0_2(ste), ds, hw.stt, hw.oas)
     if level == 4 or not stage2_size_legal(64 - tsz, granule, level):
         return EVENT_C_BAD_STE
     if not ttb_fits(ttb, granule, ds, bits):

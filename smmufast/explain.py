@@ -263,7 +263,7 @@ def _stage2_faults(ste: dict[str, int], features: Features) -> list[str]:
         found.append(f"S2T0SZ={tsz} is not within {low} to {high}")
     level = _s2_level(ste, features)
     start = f"S2SL0={_bits(ste['S2SL0'], 2)}" + (
-        f" with S2SL0_2={ste['S2SL0_2']}" if features.ds else ""
+        f" with S2SL0_2={ste['S2SL0_2']}" if ds and lg2 == 12 else ""
     )
     if level is None:
         found.append(f"{start} is reserved for this granule on this SMMU")
@@ -312,17 +312,15 @@ def _s2_level(ste: dict[str, int], features: Features | None) -> int | None:
     """Return the level at which stage 2 starts, None for a reserved code."""
     lg2, code = _s2_granule(ste), ste["S2SL0"]
     ds = _s2_ds(ste, features)
-    if ste["S2SL0_2"] and (features is None or features.ds):
-        if lg2 != 12 or code:
-            return None
-        return -1 if ds else 2
-    level = _START[lg2][code]
     oas = 52 if features is None else features.oas_bits
+    if ste["S2SL0_2"] and ds and lg2 == 12:
+        return -1 if not code and oas >= 52 else None
+    level = _START[lg2][code]
     if level == 0 and lg2 == 12 and oas < 44:
         return None
     if level == 1 and lg2 != 12 and oas < (42 if lg2 == 14 else 44):
         return None
-    if (level == 0 and lg2 == 14 and not ds) or (
+    if (level == 0 and lg2 == 14 and not (ds and oas >= 52)) or (
         level == 3 and lg2 == 12 and features is not None and not features.stt
     ):
         return None
@@ -787,7 +785,8 @@ class _Story:
         )
         if lg2:
             level = _s2_level(ste, self.features)
-            code = _bits(ste["S2SL0"], 2) + (", S2SL0_2=1" if ste["S2SL0_2"] else "")
+            counts = ste["S2SL0_2"] and lg2 == 12 and _s2_ds(ste, self.features)
+            code = _bits(ste["S2SL0"], 2) + (", S2SL0_2=1" if counts else "")
             more = "reserved for this granule"
             if level is not None:
                 more = f"its walk starts at level {level}"

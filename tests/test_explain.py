@@ -371,7 +371,7 @@ ILLEGAL = [
     ),
     (
         {"ds": 1, "vax": 1},
-        {"s2sl0_2": 1},
+        {"s2sl0_2": 1, "s2ds": 1},
         "S2SL0=0b01 with S2SL0_2=1 is reserved for this granule on this SMMU",
     ),
     (
