@@ -326,8 +326,8 @@ cdef inline int stage2_decode(
         return WHY_STE_S2TG
     if tsz < least or tsz < 64 - <unsigned int>hw.oas or tsz > tsz_max(granule, hw.stt):
         return WHY_STE_S2T0SZ
-    level = stage2_level(granule, <unsigned int>ste_s2sl0(ste), hw.ds and ste_s2sl0_2(ste), ds,
-                         hw.stt, hw.oas)
+    level = stage2_level(
+        granule, <unsigned int>ste_s2sl0(ste), ste_s2sl0_2(ste), ds, hw.stt, hw.oas)
     if level == 4:
         return WHY_STE_S2SL0
     if not stage2_size_legal(64 - tsz, granule, level):

@@ -148,6 +148,7 @@ cdef tuple STATE = ("features", "ignore_s2ptw", "registers", "placed", "atc_fail
 cdef tuple STATE_1 = STATE[:-1]  # of version 1
 cdef tuple QUEUES = ("CMDQ", "EVENTQ", "PRIQ")
 cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
+cdef tuple ID_REGISTERS = ("idr0", "idr1", "idr3", "idr5", "aidr")  # Features.from_idr()
 cdef tuple REGISTERS = tuple(
     [name for name in WHOLE if name not in READ_ONLY or name == "GERROR"])
 cdef dict STALL = {"sid": 0xFFFFFFFF, "ssid": 0xFFFFFFFF, "iova": 0xFFFFFFFFFFFFFFFF, "access": 7,
@@ -235,11 +236,22 @@ cdef tuple state_parts(state):
     return saved_dict("all", parsed, STATE), data[end:last]
 
 
-cdef object saved_features(codes):
+cdef object features_saved(features):
+    """Features as a state has them: codes, or the ID registers of those that contradict."""
+    if features.contradictions:
+        return [getattr(features, name) for name in ID_REGISTERS]
+    return {name: getattr(features, name) for name in FEATURES}
+
+
+cdef object saved_features(saved):
     """The Features of a state."""
-    saved_dict("features", codes, FEATURES)
+    if type(saved) is list:
+        for word in saved_list("features", saved, len(ID_REGISTERS)):
+            saved_number("features", word, 0xFFFFFFFF)
+    else:
+        saved_dict("features", saved, FEATURES)
     try:
-        return Features(**codes)
+        return Features.from_idr(*saved) if type(saved) is list else Features(**saved)
     except (TypeError, ValueError) as error:
         raise state_error("features", str(error)) from None
 
@@ -1720,7 +1732,7 @@ cdef class Registers:
                 "recorded": int(stall._recorded), "outcome": stall.outcome,
             })
         return {
-            "features": {name: getattr(self._features, name) for name in FEATURES},
+            "features": features_saved(self._features),
             "ignore_s2ptw": int(self.core.hw.ignore_s2ptw != 0),
             "wired": int(self.queues.wired != 0),
             "registers": {name: self._load_from(&q, name) for name in REGISTERS},

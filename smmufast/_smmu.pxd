@@ -2,9 +2,9 @@
 
 from libc.stdint cimport uint64_t
 
+from smmufast._ats cimport AtsAnswer, AtsAsk
 from smmufast._memory cimport Log
 from smmufast._registers cimport Registers
-from smmufast._tlb cimport Caches
 from smmufast._translate cimport Memo
 from smmufast._types cimport Outcome, Request, WalkC
 
@@ -16,8 +16,10 @@ cdef enum:
 cdef class Smmu(Registers):
     cdef Memo[MEMOS] memos
     cdef int _run(self, const Request* request, Outcome* outcome, Log* log) except -1
-    cdef int _compare(self, str name, entry, list found) except -1
-    cdef int _look_again(self, Caches fresh, str name, entry) except -1
+    cdef int _ats_open(self, Request* request, AtsAsk* ask, bint no_write, bint execute, bint priv,
+                       stu) except -1
+    cdef object _ats_response(
+        self, const Request* request, const AtsAsk* ask, const AtsAnswer* answer)
     cdef int translate_c(self, const Request* request, Outcome* outcome) noexcept nogil
 
 

@@ -20,7 +20,7 @@ from smmufast._bits cimport apart, le64, likely, low_mask, unlikely
 from smmufast._cache cimport ctz64
 from smmufast._command cimport Effect, command_decode
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
-from smmufast._layout cimport CMD_PREFETCH_CONFIG, EVENT_F_TRANSLATION, cr0_smmuen, ste_ppar
+from smmufast._layout cimport CMD_PREFETCH_CONFIG, cr0_smmuen, ste_ppar
 from smmufast._ints cimport digits_of
 from smmufast._memory cimport Log, Logged, Port, Ram, port_open, raise_port, to_address
 from smmufast._ats cimport (
@@ -33,14 +33,14 @@ from smmufast._batch cimport (
 )
 from smmufast._vector cimport vector_on, vector_switch
 from smmufast._cached cimport (
-    deliver, lookup_cached, memo_current, memo_touch, translate_cached, translate_known_cached,
-    translate_request, view_open,
+    deliver, lookup_cached, memo_current, memo_touch, translate_cached, translate_request,
+    view_open,
 )
 from smmufast._config cimport STAGE1_BYPASS, cd_decode
-from smmufast._tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
+from smmufast._tlb cimport KIND_S1, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
 from smmufast._translate cimport (
     CLASS_IN, Leaf, Memo, Syndrome, View, canonical, end_fault, finish_stage1, half_fault, leaf_of,
-    memo_holds, open_drivers, stage2, ste_decode, ste_fetch, syndrome_set, translate_known,
+    memo_holds, open_drivers, ste_decode, ste_fetch, syndrome_set, translate_known,
     translate_one, usable, walk_once,
 )
 from smmufast._types cimport (
@@ -65,8 +65,6 @@ import os
 
 import numpy as np
 
-from smmufast import layout
-from smmufast._tlb import StaleEntry
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, AtsResponse, Event, Fetch, Perm
 from smmufast.why import Why
 
@@ -1938,120 +1936,29 @@ cdef class Smmu:
         return walk
 
     def stale(self):
-        """Look for entries of the caches that the tables in memory no longer give.
+        """Look for entries of caches that the tables in memory no longer give.
 
-        Each live entry is looked up again in the Memory, as the transaction that filled it would:
-        without the caches, and without hardware updates.  What is found here after tables were
-        changed is what an invalidation is missing for.
+        Each live entry is looked up again in the Memory, without the caches, without hardware
+        updates and without injected errors.  What is found here after tables were changed is what
+        an invalidation is missing for.
+
+        A translation or a table is right as long as one context with its tags (VMID, ASID,
+        StreamWorld) gives it: that of the transaction that filled it, or another one.  What the
+        first does not give is asked of the substreams of its stream, and then of every stream.
+        That takes at most 2^22 look-ups of STEs and CDs in one call, and of contexts that differ
+        and have the same tags 1024 are asked: entries that only others give are listed.
+
+        The ATC of a device in `devices` is looked through if it has `held`, as AtsDevice has: an
+        entry is stale that a new request would not get, or with fewer permissions.
 
         Returns
         -------
         list of StaleEntry
-            Empty without caches.
+            In the order of the caches, and of `devices`.
         """
-        cdef Caches caches = self._caches
-        cdef list entries = []
-        cdef list found = []
-        if caches is None:
-            return found
-        caches_take_gil(&self.core)
-        try:
-            for cache in (caches.ste, caches.cd, caches.tlb, caches.walk1, caches.walk2):
-                if cache is not None:
-                    entries += [(cache.name, entry) for entry in cache]
-        finally:
-            caches_give(&self.core)
-        for name, entry in entries:
-            self._compare(name, entry, found)
-        return found
+        from smmufast._stale import look
 
-    cdef int _compare(self, str name, entry, list found) except -1:
-        """Look one entry up again, in caches of its own, and note what differs."""
-        cdef Caches fresh = Caches(
-            ste=(1, 1), cd=(1, 1), tlb=(1, 4), walk1=(1, 8), walk2=(1, 64),
-            nested=(<Caches>self._caches).nested)
-        cdef int fault = self._look_again(fresh, name, entry)
-        now = None
-        for other in getattr(fresh, name):
-            other = other._replace(**{k: getattr(entry, k) for k in ("sid", "ssid")
-                                      if k in other._fields})
-            if name == "tlb":
-                # marked dirty on behalf of another entry: no invalidation is due
-                other = other._replace(
-                    clean1=entry.clean1 or other.clean1, clean2=entry.clean2 or other.clean2)
-            if other == entry:
-                return 0
-            if name in ("ste", "cd") or other.start <= entry.start < other.start + (
-                    1 << other.lg2) and other.kind == entry.kind:
-                now = other
-        if now is not None:
-            why = ", ".join(f"{k}: {a!r} cached, {b!r} in memory"
-                            for k, a, b in zip(entry._fields, entry, now, strict=True) if a != b)
-        elif fault:
-            why = f"the tables give {layout.Event(fault).name}"
-        else:
-            why = "the tables give another entry"
-        found.append(StaleEntry(name, entry, now, why))
-        return 0
-
-    cdef int _look_again(self, Caches fresh, str name, entry) except -1:
-        """Fill caches with what a transaction finds where an entry was: 0, or the fault."""
-        cdef Core core = self.core  # but for the caches
-        cdef Memo memo
-        cdef Syndrome syndrome
-        cdef View view
-        cdef Port port
-        cdef Leaf leaf
-        cdef Request request
-        cdef Outcome outcome
-        cdef uint64_t address = 0
-        cdef unsigned int access, allowed
-        cdef int event
-        core.caches = fresh.c
-        memset(&request, 0, sizeof(request))
-        request.sid = entry.sid
-        # a CD 0 may be that of no substream, or of SubstreamID 0
-        request.ssid = NO_SSID
-        if name != "ste" and (name != "cd" or entry.ssid):
-            request.ssid = entry.ssid
-        port_open(&port, core.ram, NULL)
-        port.dry = True
-        view_open(&view, &core, &request)
-        memo.whole = False
-        core.ram.users += 1
-        try:
-            event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
-            if name == "cd" and entry.ssid == 0 and (
-                    event > 0 or event == 0 and memo.index == STAGE1_BYPASS):
-                view.ssid = 0
-                event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
-            if name not in ("ste", "cd") and (
-                    # stage 2 is the STE's alone, whatever becomes of the CD
-                    event == 0 or event > 0 and entry.kind == "stage 2"
-                    and memo.context.second.on):
-                request.iova = entry.start
-                allowed = 0x3F if name != "tlb" else int(entry.perm1 & entry.perm2)
-                if entry.kind == "stage 2":
-                    view.stage2_only = True
-                    event = EVENT_F_TRANSLATION
-                    if memo.context.second.on:
-                        event = stage2(&view, &memo.context, &port, request.iova,
-                                       allowed & -allowed, False, CLASS_IN, &leaf, &address,
-                                       &syndrome)
-                else:
-                    for access in (2, 3, 6, 0, 1, 4):  # privileged first: E0PD lets them walk
-                        if memo.context.need[access] & allowed:
-                            request.access = access
-                            break
-                    event = translate_known_cached(
-                        &core.hw, &port, &view, &request, &memo, &outcome)
-                    if event == 0:
-                        event = outcome.fault
-        finally:
-            core.ram.users -= 1
-        if event < 0:
-            raise_port(&port)
-        return event if event < 0x100 else 0
+        return look(self)
 
     # --- ATS (3.9.1) ---
 
@@ -2096,29 +2003,39 @@ cdef class Smmu:
         cdef Request request
         cdef AtsAsk ask
         cdef AtsAnswer answer
-        cdef uint64_t address, size, unit = as_u64("stu", stu, <uint64_t>1 << 43)
-        cdef Result found
-        if unit < 4096 or unit & (unit - 1):
-            raise ValueError(f"stu: {unit:#x} given; a power of two from 0x1000 on needed")
         request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
-        request.access = as_access(False, priv and ssid is not None, False)
+        self._ats_open(&request, &ask, no_write, execute, priv, stu)
+        ats_ask(&self.core, &request, &ask, &answer)
+        return self._ats_response(&request, &ask, &answer)
+
+    cdef int _ats_open(self, Request* request, AtsAsk* ask, bint no_write, bint execute,
+                       bint priv, stu) except -1:
+        """What a request asks for, beside stream and address."""
+        cdef uint64_t unit = as_u64("stu", stu, <uint64_t>1 << 43)
+        cdef bint pasid = request.ssid != NO_SSID
+        if unit < 4096 or unit & (unit - 1):
+            raise ValueError(f"stu: {unit:#x} given; a power of two from 0x1000 on needed")
+        request.access = as_access(False, priv and pasid, False)
         request.reserved = 0
         ask.no_write = no_write
-        ask.execute = execute and ssid is not None
-        ask.stu_lg2 = 12
-        while unit >> ask.stu_lg2 != 1:
-            ask.stu_lg2 += 1
-        ats_ask(&self.core, &request, &ask, &answer)
-        found = self._result(&request, &answer.outcome)
+        ask.execute = execute and pasid
+        ask.stu_lg2 = <uint8_t>ctz64(unit)
+        return 0
+
+    cdef object _ats_response(
+            self, const Request* request, const AtsAsk* ask, const AtsAnswer* answer):
+        """The AtsResponse to a request."""
+        cdef Result found = self._result(request, &answer.outcome)
+        cdef bint priv = request.access != 0
+        cdef uint64_t address, size
         if answer.status != ATS_SUCCESS:
             return AtsResponse(
                 ATS_STATUS[answer.status], fault=found.fault, event=found.event, why=found.why)
-        priv = request.access != 0
         if not answer.granted:
             return AtsResponse(
-                "success", size=unit, priv=priv, fault=found.fault, why=found.why)
+                "success", size=1 << ask.stu_lg2, priv=priv, fault=found.fault, why=found.why)
         size = <uint64_t>1 << answer.outcome.page_lg2
         address = answer.outcome.ipa if answer.split else answer.outcome.pa
         return AtsResponse(

@@ -182,6 +182,11 @@ cdef inline uint64_t tlb_key(
     )
 
 
+cdef inline uint64_t global_key(uint64_t key) noexcept nogil:
+    """The same of global entries: it has no ASID."""
+    return key & ~KEY_ASID | KEY_GLOBAL
+
+
 # --- configuration ---
 
 # Keep an STE, a CD; the handle for ste_touch() and cd_touch(), 0 without such a cache.

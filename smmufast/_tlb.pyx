@@ -136,7 +136,9 @@ class WalkEntry(NamedTuple):
 class StaleEntry(NamedTuple):
     """A live entry that the tables in memory no longer give: the cache's name and the entry.
 
-    `now` is the entry that they give, None when they give none; `why` says what differs.
+    `cache` is one of CACHES, or "atc" for the ATC of a device. `now` is the entry that the tables
+    give, None when they give none. `why` says what differs, by field and in hexadecimal:
+    ``output: 0x40009000 now, 0x40001000 cached``.
     """
 
     cache: str
@@ -167,11 +169,6 @@ cdef void caches_set_masks(CachesC* c) noexcept nogil:
     c.key_mask[KIND_COMBINED][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_ASET | KEY_GLOBAL
     c.key_mask[KIND_S2][WORLD_NS_EL1] = KEY_VMID
     c.key_mask[KIND_S1][WORLD_EL2_E2H] = KEY_ASID | KEY_ASET | KEY_GLOBAL
-
-
-cdef inline uint64_t global_key(uint64_t key) noexcept nogil:
-    """The same of global entries: it has no ASID."""
-    return key & ~KEY_ASID | KEY_GLOBAL
 
 
 cdef inline void sizes_seen(Sizes* sizes, const CacheC* cache) noexcept nogil:

@@ -264,7 +264,7 @@ def legal_stage2_shape(features, granule_lg2, level, t0sz, ds):
     if (granule_lg2, level) == (14, 1) and oas_bits < 42:
         return False
     if (granule_lg2, level) in ((12, -1), (14, 0)):
-        return bool(ds)
+        return bool(ds) and oas_bits >= 52
     return (granule_lg2, level) != (12, 3) or bool(features.stt)
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import captures
 import pytest
+from rawfeatures import raw
 from reference import bits, features_from_idr, in_place, pointer_msb
 
 import smmufast
-from smmufast import Features, Why, layout
+from smmufast import Why, layout
 from smmufast.capture import load_batches, load_queue
 from smmufast.decode import command_why
 
@@ -243,8 +244,8 @@ def test_what_is_illegal_has_a_reason(decode, op):
     rng = random.Random(op)
     for _ in range(60):
         hw = random_hardware(rng)
-        features = Features(
-            **{name: hw[name] for name in SCALARS}, arch_minor=hw["arch_minor"], gran4k=1
+        features = raw(
+            **{name: hw[name] for name in SCALARS}, arch_minor=hw["arch_minor"], ttf=2, gran4k=1
         )
         command = random_words(rng) | op
         cerror, _ = decode(hw, command)

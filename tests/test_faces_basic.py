@@ -387,7 +387,7 @@ def test_a_feature_that_is_not_modelled_is_refused_by_name(asked):
     for name, value in asked.items():
         assert f"{name}={value}" in str(caught.value)
     fewer, taken = modelled(features)
-    assert taken == asked
+    assert asked.items() <= taken.items()  # with what depends on it
     assert Smmu(Memory(), fewer).features == fewer
     assert modelled(fewer) == (fewer, {})
 

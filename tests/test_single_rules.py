@@ -7,11 +7,11 @@ import ptwriter
 import pytest
 import reference
 import small
-import twin
+from rawfeatures import raw_of
 from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench, default_features
 from test_stage2 import VMID, Nested, nested_system, stage2_features
 
-from smmufast import Caches, Features, Memory, Smmu, layout
+from smmufast import Caches, Memory, Smmu, layout
 
 IOVA = 0x1234_5000
 
@@ -21,7 +21,7 @@ def cached(bench, caches=None):
     memory = Memory()
     for base, data in bench.regions():
         memory.add(data, base)
-    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    features = raw_of(bench.features)
     caches = Caches.small() if caches is None else caches
     return Smmu(memory, features, caches=caches, **vars(bench.regs))
 
@@ -632,7 +632,7 @@ def test_an_update_that_is_always_beaten_ends_as_an_external_abort():
             memory.add_callback(base, len(data), bench.memory.read, bench.memory.write, swap)
         else:
             memory.add(data, base)
-    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    features = raw_of(bench.features)
     result = Smmu(memory, features, **vars(bench.regs)).translate(SID, IOVA)
     assert beaten == [slot] * 8
     assert (result.action, result.fault.name) == ("abort", "F_WALK_EABT")
@@ -664,4 +664,6 @@ def test_the_reserved_bit_of_the_start_level_needs_the_52_bit_format():
     assert found.fault != "C_BAD_STE"
     assert next(fetch[1] for fetch in found.fetches if fetch[0] == "S2TT") == 2
     bench.write_ste(s2sl0=1, s2t0sz=25)
+    assert bench.fault(iova) != "C_BAD_STE"
+    bench.write_ste(s2ds=1)
     assert bench.fault(iova) == "C_BAD_STE"
