@@ -47,6 +47,7 @@ cdef struct Ring:
     uint32_t lost         # the first of these that could not be, if `broken`
     uint32_t epoch        # how often the queue was set up: older writers are of no concern
     uint32_t error        # the GERROR bit of an aborted access
+    uint32_t last         # of these, how many up to the first Last message; 0: none is one
     uint8_t log2size      # effective
     uint8_t entry_lg2
     uint8_t ovflg
@@ -55,6 +56,10 @@ cdef struct Ring:
     bint enabled
     bint blocks           # an overflow that is not acknowledged keeps records out
     bint broken
+    # What shows when PROD moves, and not before:
+    bint aborted          # `error` is to become active
+    bint overflowed       # OVFLG is to be toggled
+    bint last_lost        # a Last message was lost to that overflow
 
 
 # The message of an interrupt.

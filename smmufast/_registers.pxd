@@ -35,7 +35,7 @@ cdef class Registers:
     cdef dict _masks          # bits that are implemented, by name
     # stalls
     cdef dict _stalls         # outstanding, in order; the keys
-    cdef dict _tagged         # by (StreamID, STAG)
+    cdef dict _tagged         # by STAG a dict by StreamID: of one, but in states of version 0.2
     cdef object _waiting      # those without a record, in order
     cdef list _retried        # those that are being translated again
     cdef list _resumed        # those whose end is to be told
@@ -73,6 +73,7 @@ cdef class Registers:
     cdef int _check_stream_table(self) except -1
     cdef int _check_queue(self, str queue) except -1
     cdef int _set_cr0(self, uint32_t value) except -1
+    cdef int _stop_queues(self) except -1
     cdef int _acknowledge(self, uint32_t value) except -1
     cdef int _end(self, Port* port, int status) except -1
 
@@ -80,6 +81,8 @@ cdef class Registers:
     cdef bint _writable(self) noexcept
     cdef int _record(self) except -1
     cdef bint _record_first(self, Stall stall) except -1
+    cdef int _tag(self, Stall stall, uint32_t stag) except -1
+    cdef int _untag(self, Stall stall) except -1
     cdef int _again(self, Stall stall) except -1
     cdef int _release(self, Stall stall) except -1
     cdef int _finish(self, Stall stall) except -1

@@ -34,10 +34,10 @@ from smmufast._memory cimport (
 from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
     GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_CLOSED, PUT_FIRST,
-    PUT_FULL, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge, gerror_active,
-    gerror_raise, lock_give, lock_take, overtake, overtake_all, ring_after, ring_bits, ring_entry,
-    ring_full, ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod, ring_signal,
-    ring_writable, signal, sync_done, sync_waits,
+    PUT_FULL, PUT_LAST, PUT_STATUS, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge,
+    gerror_active, gerror_raise, lock_give, lock_take, overtake, overtake_all, ring_after,
+    ring_bits, ring_entry, ring_full, ring_place, ring_put, ring_reset, ring_set_cons,
+    ring_set_prod, ring_signal, ring_stop, ring_writable, signal, sync_done, sync_waits,
 )
 from smmufast._tlb cimport (
     Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
@@ -916,10 +916,26 @@ cdef class Registers:
             overtake_all(&self.core)
             self._terminate(None)
         try:
-            self._settle()
+            self._stop_queues()
         finally:
-            self._consume()
+            try:
+                self._settle()
+            finally:
+                self._consume()
         return 0
+
+    cdef int _stop_queues(self) except -1:
+        """Errors that wait in queues which are disabled by now show (7.2.1)."""
+        cdef Queues* q = &self.queues
+        cdef Port port
+        cdef int status
+        port_open(&port, self.core.ram, NULL)
+        self.core.ram.users += 1
+        status = ring_signal(q, &port, IRQ_EVENTQ, ring_stop(q, &q.events), 0)
+        if ring_signal(q, &port, IRQ_PRIQ, ring_stop(q, &q.pages), 0) < 0:
+            status = FETCH_RAISED
+        self.core.ram.users -= 1
+        return self._end(&port, status)
 
     cdef int _acknowledge(self, uint32_t value) except -1:
         """GERRORN: what waited for an error to end goes on."""
@@ -1218,7 +1234,8 @@ cdef class Registers:
             return 0
         self._recording = True
         try:
-            while self._waiting and len(self._tagged) < most and self._writable():
+            while (self._waiting and len(self._stalls) - len(self._waiting) < most
+                   and self._writable()):
                 stall = next(iter(self._waiting))
                 if stall.waited:
                     self._again(stall)
@@ -1241,16 +1258,14 @@ cdef class Registers:
         cdef Queues* q = &self.queues
         cdef uint32_t stag = self._last_stag
         cdef uint32_t turn
-        cdef uint32_t sid = stall.request.sid
         cdef int status = 0, put = PUT_CLOSED
         cdef Port port
         cdef bint written
-        while True:
+        while True:  # one is free: STALL_MAX is less than there are values
             stag = (stag + 1) & 0xFFFF
-            if (sid, stag) not in self._tagged:
+            if stag not in self._tagged:
                 break
-        self._tagged[sid, stag] = stall
-        stall._stag = stag
+        self._tag(stall, stag)
         stall.turn += 1
         turn = stall.turn
         event_set_stag(stall.outcome.record, stag)
@@ -1258,10 +1273,10 @@ cdef class Registers:
         port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         if q.events.placed:
-            status = ring_put(q, &q.events, &port, stall.outcome.record, False, &put)
+            status = ring_put(q, &q.events, &port, stall.outcome.record, False, False, &put)
         elif q.events.enabled:
             put = PUT_WRITTEN  # the record is in the outcome
-        written = put & 3 == PUT_WRITTEN
+        written = put & PUT_STATUS == PUT_WRITTEN
         if written:
             self._last_stag = stag
         if stall.turn == turn and not stall._done:
@@ -1270,15 +1285,30 @@ cdef class Registers:
                 stall.outcome.event = stall.outcome.fault
                 del self._waiting[stall]
             else:
-                del self._tagged[sid, stag]
-                stall._stag = None
+                self._untag(stall)
                 stall.outcome.stag = 0
                 event_set_stag(stall.outcome.record, 0)
-        if status == 0:
-            status = event_signal(q, &port, put)
+        if event_signal(q, &port, put) < 0:
+            status = FETCH_RAISED
         self.core.ram.users -= 1
         self._end(&port, status)
         return written
+
+    cdef int _tag(self, Stall stall, uint32_t stag) except -1:
+        """Let a stall have a STAG, which nobody else gets until it is free (3.12.2)."""
+        self._tagged.setdefault(stag, {})[stall.request.sid] = stall
+        stall._stag = stag
+        return 0
+
+    cdef int _untag(self, Stall stall) except -1:
+        """Let the STAG of a stall be free, if it is the last one that has it."""
+        cdef dict holders = self._tagged.get(stall._stag)
+        if holders is not None and holders.get(stall.request.sid) is stall:
+            del holders[stall.request.sid]
+            if not holders:
+                del self._tagged[stall._stag]
+        stall._stag = None
+        return 0
 
     cdef int _again(self, Stall stall) except -1:
         """Translate a transaction as though it had just arrived; unless it stalls again, it ends.
@@ -1302,9 +1332,7 @@ cdef class Registers:
         """Let a stall be outstanding no more, and its STAG be free."""
         self._stalls.pop(stall, None)
         self._waiting.pop(stall, None)
-        if stall._stag is not None:
-            self._tagged.pop((stall.request.sid, stall._stag), None)
-        stall._stag = None
+        self._untag(stall)
         stall._recorded = False
         stall.turn += 1
         return 0
@@ -1328,7 +1356,7 @@ cdef class Registers:
 
     cdef int _resume(self, uint32_t sid, uint32_t stag, bint retry, bint abort) except -1:
         """CMD_RESUME; without effect when no such transaction is stalled."""
-        cdef Stall stall = self._tagged.get((sid, stag))
+        cdef Stall stall = self._tagged.get(stag, {}).get(sid)
         if stall is None or stall.retrying:
             return 0
         if retry:
@@ -1657,9 +1685,9 @@ cdef class Registers:
         cdef uint64_t[4] words
         cdef uint32_t stream = <uint32_t>to_address("sid", sid, 0xFFFFFFFF)
         cdef uint64_t page = to_address("address", address)
-        cdef int status, ppar, put = PUT_CLOSED
+        cdef int status, ppar, wanted, put = PUT_CLOSED
         cdef Port port
-        cdef bint marker, wanted
+        cdef bint marker
         if page & 0xFFF:
             raise ValueError(f"address: {page:#x} given; a multiple of 4096 needed")
         group = to_address("prg_index", prg_index, 0x1FF)
@@ -1679,20 +1707,19 @@ cdef class Registers:
         status = 0
         self.core.ram.users += 1
         if q.pages.enabled and q.pages.placed:
-            status = ring_put(q, &q.pages, &port, words, True, &put)
-        if status == 0:
-            wanted = put & PUT_FIRST
-            if self._values["PRIQ_IRQ_CFG2"] & PRIQ_IRQ_CFG2_LO:
-                # the last of a group, written or lost to overflow (S6.3.36-2)
-                wanted = last and (put & 3 == PUT_WRITTEN or put & 3 == PUT_FULL)
-            status = ring_signal(q, &port, &q.pages, IRQ_PRIQ, put, wanted)
+            status = ring_put(q, &q.pages, &port, words, True, last, &put)
+        # with LO the last of a group interrupts, written or lost to overflow (S6.3.36-2)
+        wanted = PUT_LAST if self._values["PRIQ_IRQ_CFG2"] & PRIQ_IRQ_CFG2_LO else PUT_FIRST
+        if ring_signal(q, &port, IRQ_PRIQ, put, wanted) < 0:
+            status = FETCH_RAISED
         self.core.ram.users -= 1
         self._end(&port, status)
-        if put & 3 == PUT_WRITTEN:
+        put &= PUT_STATUS
+        if put == PUT_WRITTEN:
             return PageAnswer("queued", None)
-        if marker or put & 3 == PUT_FULL and not last:
+        if marker or put == PUT_FULL and not last:
             return PageAnswer("dropped", None)
-        if put & 3 != PUT_FULL:
+        if put != PUT_FULL:
             return PageAnswer("failure", None)
         ppar = 1
         if ssid is not None and not self.core.hw.pps:
@@ -1839,8 +1866,9 @@ cdef class Registers:
         self._last_stag = saved_number("last_stag", state["last_stag"], 0xFFFF)
         for saved in saved_list("stalls", state["stalls"]):
             self._take_stall(saved)
-        if len(self._tagged) > max(1, self._features.stall_max):
-            raise state_error("stalls", f"{len(self._tagged)} are recorded; STALL_MAX is "
+        recorded = len(self._stalls) - len(self._waiting)
+        if recorded > max(1, self._features.stall_max):
+            raise state_error("stalls", f"{recorded} are recorded; STALL_MAX is "
                                         f"{self._features.stall_max}")
         for saved in saved_list("warnings", state["warnings"]):
             if [type(part) for part in saved_list("warnings", saved, 2)] != [str, str]:
@@ -1900,8 +1928,7 @@ cdef class Registers:
             stall.waited = True
             self._waiting[stall] = None
             return 0
-        stall._stag = outcome.stag
-        if (stall.request.sid, outcome.stag) in self._tagged:
+        if stall.request.sid in self._tagged.get(outcome.stag, ()):
             raise state_error("stalls", f"sid {saved['sid']:#x} has STAG {outcome.stag:#x} twice")
-        self._tagged[stall.request.sid, outcome.stag] = stall
+        self._tag(stall, outcome.stag)  # in states of version 0.2 several streams may have it
         return 0

@@ -18,7 +18,8 @@ FIXED = 0x4ABC_D000  # where the host maps what is asked for
 
 def system(log2size=2, cr0=BOTH, **registers):
     """The small system with a page request queue and a command queue."""
-    return small_system(priq_base=QUEUE | log2size, cmdq_base=COMMANDS | 4, cr0=cr0, **registers)
+    registers.setdefault("priq_base", QUEUE | log2size)
+    return small_system(cmdq_base=COMMANDS | 4, cr0=cr0, **registers)
 
 
 class Host:
@@ -220,6 +221,46 @@ def test_a_queue_without_memory_ends_in_priq_abt_err():
     assert smmu.page_request(1, 0, ssid=1).action == "dropped"
     smmu.write("GERRORN", smmu.gerror)
     assert smmu.page_request(1, 0x1000, read=True).action == "queued"
+
+
+def test_the_interrupt_of_a_last_request_follows_its_entry():
+    smmu = system(priq_base=0xA000_0000 | 2)
+    smmu.write("PRIQ_IRQ_CFG2", 1 << 31)
+    smmu.write("IRQ_CTRL", 0b11)
+    told = []
+    smmu.on_interrupt = lambda name: told.append((name, smmu.read("PRIQ_PROD")))
+    lasts = [True, False, True]  # of requests within the write of another
+
+    def write(address, data):
+        while lasts:
+            last = lasts.pop()
+            assert smmu.page_request(1, 0x2000, read=True, last=last).action == "queued"
+            assert smmu.read("PRIQ_PROD") == 0 and told == []
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 64, lambda a, n: bytes(n), write)
+    assert smmu.page_request(1, 0x1000, read=True, last=False).action == "queued"
+    assert told == [("priq", 4)]  # one for all of them
+
+
+def test_a_last_request_behind_one_that_aborted_does_not_interrupt():
+    smmu = system(priq_base=0xA000_0000 | 2)
+    smmu.write("PRIQ_IRQ_CFG2", 1 << 31)
+    smmu.write("IRQ_CTRL", 0b11)
+    told = []
+    smmu.on_interrupt = told.append
+    depth = []
+
+    def write(address, data):
+        depth.append(1)
+        if len(depth) == 1:
+            smmu.page_request(1, 0x2000, read=True, last=True)
+            return None
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 64, lambda a, n: bytes(n), write)
+    assert smmu.page_request(1, 0x1000, read=True, last=True).action == "failure"
+    assert smmu.read("PRIQ_PROD") == 0 and told == ["gerror"]
 
 
 # --- a device that asks ---

@@ -711,7 +711,7 @@ def test_records_behind_one_that_was_not_written_are_lost_and_nobody_is_told_of_
     aborts, behind
 ):
     """The first record's write ends while the others are being written."""
-    smmu, wires = system(eventq_base=0xA000_0000 | 4)
+    smmu, _ = system(eventq_base=0xA000_0000 | 4)
     data = bytearray(32 << 4)
     busy = [threading.Event() for _ in range(behind + 1)]
     ended = threading.Event()
@@ -750,6 +750,351 @@ def test_records_behind_one_that_was_not_written_are_lost_and_nobody_is_told_of_
     assert sum(result.event is not None for result in results.values()) == written
     assert all(result.fault.name == "F_TRANSLATION" for result in results.values())
     assert bool(smmu.read("GERROR") & ABT_ERR["EVENTQ"]) == aborts
+
+
+# --- what shows while records are being written: 3.18, 6.3.36, 7.2.2, 7.4, 8.1 ---
+
+
+class UnderWay:
+    """A queue some of whose records are being written: plain lists, by the text."""
+
+    def __init__(self, name, log2size, only_last):
+        self.name, self.size, self.only_last = name, 1 << log2size, only_last
+        self.prod = self.cons = self.ovflg = self.ovackflg = 0
+        self.error = False
+        self.slots = []  # beyond PROD, as [how it ended or "busy", Last]
+        self.lost = []  # of the records that overflow while these are busy, whether Last
+        self.told = []  # (interrupt, PROD.WR at that time)
+
+    def take(self, last):
+        """A new slot, or why there is none."""
+        if self.error or any(how not in ("busy", True) for how, _ in self.slots):
+            return "closed"
+        overflow = self.ovflg != self.ovackflg
+        used = (self.prod - self.cons) % (2 * self.size) + len(self.slots)
+        if used >= self.size or (self.name == "PRIQ" and (overflow or self.lost)):
+            if not self.slots or overflow:
+                self.ovflg = 1 - self.ovackflg
+                if last and self.only_last:
+                    self.told.append(("priq", self.prod))
+            else:
+                self.lost.append(last)
+            return "full"
+        self.slots.append(["busy", last])
+        return self.slots[-1]
+
+    def give(self, slot, how):
+        """A write ended: True, "abort" or "raise".  Whether its record is there by now or later."""
+        slot[0] = how
+        # by identity: two slots may look the same
+        index = next(i for i, each in enumerate(self.slots) if each is slot)
+        before = [each for each, _ in self.slots[:index]]
+        if all(each != "busy" for each, _ in self.slots):
+            self.show()
+        return how is True and all(each in ("busy", True) for each in before)
+
+    def show(self):
+        good = 0
+        while good < len(self.slots) and self.slots[good][0] is True:
+            good += 1
+        lasts = [last for _, last in self.slots[:good]]
+        if good == len(self.slots):
+            lasts += self.lost
+            if self.lost:
+                self.ovflg = 1 - self.ovackflg
+        was_empty = self.prod == self.cons
+        self.prod = (self.prod + good) % (2 * self.size)
+        if any(lasts) if self.only_last else was_empty and good:
+            self.told.append((self.name.lower(), self.prod))
+        if any(how == "abort" for how, _ in self.slots):
+            self.error = True
+            self.told.append(("gerror", self.prod))
+        self.slots, self.lost = [], []
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(("name", "lo"), [("EVENTQ", 0), ("PRIQ", 0), ("PRIQ", 1)])
+def test_callbacks_see_what_the_text_says_while_records_are_being_written(name, lo, seed):
+    rng = random.Random(seed)
+    log2size = rng.choice((0, 1, 1, 2, 3))
+    smmu, _ = system(features=Features.full(), cr0=7, **{
+        "eventq_base": QUEUE | 4, f"{name.lower()}_base": 0xA000_0000 | log2size,
+    })  # fmt: skip
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("PRIQ_IRQ_CFG2", lo << 31)
+    smmu.write("IRQ_CTRL", IRQS)
+    twin = UnderWay(name, log2size, lo)
+    told, ends, depth = [], [], 0
+    smmu.on_interrupt = lambda irq: told.append((irq, smmu.read(f"{name}_PROD") & 0xFFFFF))
+
+    def check():
+        assert smmu.read(f"{name}_PROD") == twin.prod | twin.ovflg << 31
+        assert bool((smmu.gerror ^ smmu.gerrorn) & ABT_ERR[name]) == twin.error
+        assert told == twin.told
+
+    def put():
+        last = rng.random() < 0.5
+        slot = twin.take(last)
+        count = len(ends)
+        try:
+            if name == "EVENTQ":
+                written = fault(smmu).event is not None
+            else:
+                answer = smmu.page_request(1, 0x1000, read=True, last=last).action
+                written = answer == "queued"
+                if slot == "full":
+                    assert answer == ("success" if last else "dropped")
+                elif not written:
+                    assert answer == "failure"
+        except OSError:
+            assert ends[-1] == "raise"
+            written = False
+        if type(slot) is list:
+            assert twin.give(slot, ends.pop()) == written
+        else:
+            assert not written
+        assert len(ends) == count
+        check()
+
+    def software():
+        used = (twin.prod - twin.cons) % (2 * twin.size)
+        twin.cons = (twin.cons + rng.randint(0, used)) % (2 * twin.size)
+        if rng.random() < 0.5:
+            twin.ovackflg = twin.ovflg
+        smmu.write(f"{name}_CONS", twin.cons | twin.ovackflg << 31)
+        if rng.random() < 0.5:
+            smmu.write("GERRORN", smmu.gerror)
+            twin.error = False
+        check()
+
+    def write(address, data):
+        nonlocal depth
+        check()
+        depth += 1
+        for _ in range(rng.choice((0, 1, 1, 2)) if depth < 6 else 0):
+            rng.choice((put, put, put, software))()
+        depth -= 1
+        ends.append(rng.choice((True, True, True, True, "abort", "raise")))
+        if ends[-1] == "raise":
+            raise OSError
+        return True if ends[-1] is True else None
+
+    smmu.memory.add_callback(0xA000_0000, 0x1000, lambda a, n: bytes(n), write)
+    for _ in range(60):
+        rng.choice((put, put, software))()
+    assert told
+
+
+@pytest.mark.parametrize("name", ["EVENTQ", "PRIQ"])
+def test_an_overflow_shows_only_once_the_queue_is_seen_full(name):
+    smmu, _ = system(features=Features.full(), cr0=7, **{f"{name.lower()}_base": 0xA000_0000 | 2})
+    seen = []
+
+    def put():
+        if name == "EVENTQ":
+            fault(smmu)
+        else:
+            smmu.page_request(1, 0x1000, read=True)
+
+    def look():
+        prod, cons = smmu.read(f"{name}_PROD"), smmu.read(f"{name}_CONS")
+        seen.append((prod >> 31, (prod - cons) & 7))
+
+    def write(address, data):
+        look()
+        time.sleep(1e-4)  # somebody else's turn
+        look()
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 0x1000, lambda a, n: bytes(n), write)
+    workers = [threading.Thread(target=lambda: [put() for _ in range(4)]) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        look()
+    for worker in workers:
+        worker.join()
+    look()
+    assert seen[-1] == (1, 4)  # nobody consumed
+    assert {used for overflow, used in seen if overflow} == {4}
+
+
+def test_an_overflow_shows_also_if_software_made_room_meanwhile():
+    smmu, _ = system(eventq_base=0xA000_0000 | 1)
+    seen = []
+
+    def write(address, data):
+        if address == 0xA000_0020:
+            assert fault(smmu).event is None  # both slots are taken: it is lost
+            smmu.write("EVENTQ_CONS", 1)
+            seen.append(smmu.read("EVENTQ_PROD"))
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 64, lambda a, n: bytes(n), write)
+    fault(smmu)
+    fault(smmu)
+    assert seen == [1] and smmu.read("EVENTQ_PROD") == 2 | 1 << 31
+
+
+@pytest.mark.parametrize("ends", ["abort", "raise"])
+def test_without_a_full_queue_there_is_no_overflow(ends):
+    smmu, wires = system(features=Features.full(), cr0=7, priq_base=0xA000_0000)
+    smmu.write("IRQ_CTRL", 0)
+    smmu.write("PRIQ_IRQ_CFG2", 1 << 31)
+    smmu.write("IRQ_CTRL", IRQS)
+
+    def write(address, data):
+        assert smmu.page_request(1, 0x2000, read=True, last=True).action == "success"
+        if ends == "raise":
+            raise OSError
+        return None
+
+    smmu.memory.add_callback(0xA000_0000, 64, lambda a, n: bytes(n), write)
+    if ends == "raise":
+        with pytest.raises(OSError):
+            smmu.page_request(1, 0x1000, read=True, last=True)
+    else:
+        assert smmu.page_request(1, 0x1000, read=True, last=True).action == "failure"
+    assert smmu.read("PRIQ_PROD") == 0
+    assert wires == (["gerror"] if ends == "abort" else [])
+
+
+def threads_in_order(ends):
+    """Two records, each by a thread; the writes end in the order 0, 1: (Smmu, told, raised).
+
+    `ends` says how: True, None for an abort, or an exception.
+    """
+    smmu, _ = system(eventq_base=0xA000_0000 | 4)
+    told, raised = [], []
+    smmu.on_interrupt = lambda irq: told.append((irq, smmu.read("EVENTQ_PROD"), smmu.gerror))
+    busy = [threading.Event() for _ in ends]
+    first_done = threading.Event()
+
+    def write(address, data):
+        index = (address - 0xA000_0000) // 32
+        busy[index].set()
+        (busy[1] if index == 0 else first_done).wait(60)
+        if index == 1:
+            told.append("second ends")
+        if isinstance(ends[index], Exception):
+            raise ends[index]
+        return ends[index]
+
+    def run(index):
+        try:
+            fault(smmu)
+        except OSError as error:
+            raised.append(error)
+        if index == 0:
+            first_done.set()
+
+    smmu.memory.add_callback(0xA000_0000, 512, lambda a, n: bytes(n), write)
+    workers = []
+    for index in range(2):
+        workers.append(threading.Thread(target=run, args=(index,)))
+        workers[-1].start()
+        assert busy[index].wait(60)
+    for worker in workers:
+        worker.join()
+    return smmu, told, raised
+
+
+@pytest.mark.parametrize(
+    ("ends", "shows"),
+    [
+        ((True, True), [("eventq", 2, 0)]),
+        ((True, None), [("eventq", 1, 4), ("gerror", 1, 4)]),
+        ((None, True), [("gerror", 0, 4)]),
+        ((None, None), [("gerror", 0, 4)]),
+        ((OSError("no"), True), []),
+        ((True, OSError("no")), [("eventq", 1, 0)]),
+        ((None, OSError("no")), [("gerror", 0, 4)]),
+        ((OSError("no"), None), [("gerror", 0, 4)]),
+    ],
+)
+def test_the_thread_whose_record_ends_last_tells_what_all_of_them_did(ends, shows):
+    smmu, told, raised = threads_in_order(ends)
+    assert told == ["second ends", *shows]
+    assert raised == [end for end in ends if isinstance(end, Exception)]
+    smmu.memory.remove(0xA000_0000)
+    smmu.memory.add_private(0xA000_0000, 512)
+    assert (fault(smmu).event is not None) == (None not in ends)
+
+
+def test_an_exception_of_the_interrupt_of_others_records_is_the_second():
+    smmu, _ = system(eventq_base=0xA000_0000 | 4)
+
+    def write(address, data):
+        if address == 0xA000_0000:
+            with pytest.raises(OSError, match="second"):
+                fault(smmu)
+            return True
+        raise OSError("second")
+
+    smmu.memory.add_callback(0xA000_0000, 512, lambda a, n: bytes(n), write)
+
+    def interrupt(irq):
+        raise KeyError(irq)
+
+    smmu.on_interrupt = interrupt
+    with pytest.raises(KeyError, match="eventq"):
+        fault(smmu)
+    assert smmu.read("EVENTQ_PROD") == 1
+
+
+@pytest.mark.parametrize("name", ["EVENTQ", "PRIQ"])
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_an_error_shows_by_the_time_that_its_queue_is_disabled(name, when):
+    smmu, wires = system(
+        features=Features.full(), cr0=7, **{f"{name.lower()}_base": 0xA000_0000 | 4}
+    )
+    seen = []
+
+    def put():
+        if name == "EVENTQ":
+            return fault(smmu).event is not None
+        return smmu.page_request(1, 0x1000, read=True).action == "queued"
+
+    def off():
+        smmu.write("CR0", smmu.cr0 & ~CR0[name + "EN" if name == "EVENTQ" else "SMMUEN"])
+
+    def write(address, data):
+        if address != 0xA000_0000:
+            if when == "before":
+                off()
+            return None
+        assert not put()
+        seen.append(smmu.gerror)
+        if when == "after":
+            off()
+        seen.append((smmu.gerror, wires.take()))
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 0x1000, lambda a, n: bytes(n), write)
+    put()
+    error = ABT_ERR[name]
+    shows = {
+        "before": [error, (error, ["gerror"])],
+        "after": [0, (error, ["gerror"])],
+        "never": [0, (0, [])],
+    }
+    assert seen == shows[when]
+    assert smmu.gerror == error and smmu.read(f"{name}_PROD") == 1
+    assert ("gerror" in wires) == (when == "never")
+
+
+def test_an_abort_of_a_queue_that_was_set_up_anew_shows_at_once():
+    smmu, wires = system(eventq_base=0xA000_0000 | 4)
+
+    def write(address, record):
+        smmu.write("CR0", smmu.cr0 & ~CR0["EVENTQEN"])
+        smmu.write("EVENTQ_BASE", QUEUE | 2)
+        smmu.write("CR0", smmu.cr0 | CR0["EVENTQEN"])
+        return None
+
+    smmu.memory.add_callback(0xA000_0000, 0x200, lambda a, n: bytes(n), write)
+    assert fault(smmu).event is None
+    assert smmu.gerror == 4 and wires == ["gerror"] and smmu.read("EVENTQ_PROD") == 0
 
 
 # --- page requests ---

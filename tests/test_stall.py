@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 from ptwriter import encode_cd, encode_ste, leaf_descriptor
-from test_state import Handle
+from test_state import Handle, opened, sealed
 
 from smmufast import ACTIONS, Caches, Event, Features, Memory, Smmu, layout
 
@@ -91,7 +91,7 @@ def test_every_stall_has_its_own_record_and_tag():
     smmu, _ = system()
     held = [stall(smmu, sid=sid) for sid in (STALLS, OTHER, STALLS, STALLS)]
     assert smmu.stalls == held
-    assert len({(s.sid, s.stag) for s in held}) == 4
+    assert len({s.stag for s in held}) == 4
     assert [r["STAG"] for r in records(smmu, 4)] == [s.stag for s in held]
     assert smmu.read("EVENTQ_PROD") == 4
 
@@ -284,6 +284,52 @@ def test_tags_are_used_again_but_late():
         resume(smmu, held, Ab=1)
         smmu.write("EVENTQ_CONS", (i + 2) % 32)
     assert first.stag not in seen and len(set(seen)) == 5
+
+
+@pytest.mark.parametrize("streams", [(STALLS,), (OTHER,), (STALLS, OTHER)])
+def test_a_tag_is_used_once_among_all_streams(streams):
+    smmu, _ = system(log2size=7)
+    held = [stall(smmu, sid=streams[i % len(streams)]) for i in range(100)]
+    assert [s.stag for s in held] == list(range(100))
+    resume(smmu, held[40], Ab=1)
+    resume(smmu, held[60], Ab=1)
+    smmu.write("EVENTQ_CONS", smmu.read("EVENTQ_PROD"))
+    # all 65,536 were used since
+    state, contents = opened(smmu.save())
+    state["last_stag"] = 0xFFFF
+    again = Smmu.restore(sealed(state, contents), smmu.memory)
+    assert [stall(again, sid=STALLS).stag for _ in range(4)] == [40, 60, 100, 101]
+    before = again.stalls
+    again.command("RESUME", StreamID=STALLS, STAG=0xFFFF, Ab=1)
+    for sid in {STALLS, OTHER} - {streams[0]}:  # another stream has no such tag
+        again.command("RESUME", StreamID=sid, STAG=0, Ab=1)
+    assert again.stalls == before
+
+
+@pytest.mark.parametrize("ends", ["RESUME", "STALL_TERM", "SMMUEN"])
+def test_a_tag_is_free_once_its_stall_is_acknowledged(ends):
+    smmu, _ = system()
+    held = stall(smmu)
+    if ends == "RESUME":
+        resume(smmu, held, Ab=1)
+    elif ends == "STALL_TERM":
+        smmu.command("STALL_TERM", StreamID=STALLS)
+    else:
+        smmu.write("CR0", CR0 & ~1)
+        smmu.write("CR0", CR0)
+    assert held.done and held.stag == 0
+    state, contents = opened(smmu.save())
+    state["last_stag"] = 0xFFFF
+    again = Smmu.restore(sealed(state, contents), smmu.memory)
+    assert stall(again, sid=OTHER).stag == 0
+
+
+def test_a_record_that_was_not_written_leaves_its_tag_free():
+    smmu, _ = system(eventq_base=0xA000_0000 | 2)
+    assert stall(smmu).stag is None
+    smmu.memory.add_private(0xA000_0000, 128)
+    smmu.write("GERRORN", smmu.gerror)
+    assert [held.stag for held in smmu.stalls] == [0]
 
 
 def test_without_an_event_queue_the_record_is_in_the_result():
@@ -675,6 +721,33 @@ def test_threads_lose_no_stall():
         worker.join()
     assert sorted(seen) == [(1 << 30) + 4096 * i for i in range(n * threads)]
     assert smmu.stalls == []
+
+
+def test_threads_of_several_streams_never_share_a_tag():
+    smmu, _ = system(8, features=FULL.replace(stall_max=40))
+    state, contents = opened(smmu.save())
+    state["last_stag"] = 0xFFF0
+    smmu = Smmu.restore(sealed(state, contents), smmu.memory)
+    held = stall(smmu)
+
+    def run(sid):
+        smmu.translate_batch(sid, (1 << 30) + 4096 * np.arange(60, dtype="u8"))
+
+    workers = [threading.Thread(target=run, args=(sid,)) for sid in (STALLS, OTHER, STALLS)]
+    for worker in workers:
+        worker.start()
+    while smmu.stalls != [held] or any(worker.is_alive() for worker in workers):
+        now = [s for s in smmu.stalls if s.recorded]
+        tags = [s.stag for s in now if s.stag is not None and not s.done]
+        assert len(set(tags)) == len(tags)
+        for each in now:
+            stag = each.stag
+            if each is not held and stag is not None:
+                smmu.command("RESUME", StreamID=each.sid, STAG=stag, Ab=1)
+        smmu.write("EVENTQ_CONS", smmu.read("EVENTQ_PROD"))
+    for worker in workers:
+        worker.join()
+    assert held.recorded and held.stag == 0xFFF1
 
 
 # --- callbacks ---
@@ -1099,7 +1172,7 @@ class Pair:
         held = [s for s in smmu.stalls if s.recorded]
         assert {self.twins[s] for s in held} == set(model.recorded)
         assert [self.twins[s] for s in smmu.stalls if not s.recorded] == model.waiting
-        assert len({(s.sid, s.stag) for s in held}) == len(held)
+        assert len({s.stag for s in held}) == len(held)
         assert [self.twins[s] for s in self.told] == model.told
         for stall, t in self.twins.items():
             assert stall.done == (t.done is not None)

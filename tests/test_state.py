@@ -703,6 +703,35 @@ def test_a_state_of_version_1_still_loads():
     assert again[8] == 2 and Smmu.restore(again, memory).save() == again
 
 
+def test_two_streams_with_one_tag_in_a_state_of_version_1_have_it_until_both_are_acknowledged():
+    parsed, contents = opened(OLD)
+    first = parsed["stalls"][0]
+    parsed["stalls"] = [first, copy.deepcopy(first) | {"sid": 21}]
+    parsed["last_stag"] = 0xFFFF
+    memory = Memory()
+    memory.add(image(), small.BASE)
+    memory.add_private(COMMANDS, QUEUES)
+    smmu = Smmu.restore(sealed(parsed, contents, 1), memory)
+    assert [(s.sid, s.stag) for s in smmu.stalls] == [(20, 0), (21, 0)]
+    again = smmu.save()
+    assert Smmu.restore(again, memory).save() == again
+
+    def next_tag():
+        smmu.write("EVENTQ_CONS", smmu.read("EVENTQ_PROD"))
+        parsed, contents = opened(smmu.save())
+        parsed["last_stag"] = 0xFFFF
+        other = Smmu.restore(sealed(parsed, contents), memory)
+        other.translate(21, IOVA)
+        return other.stalls[-1].stag
+
+    second = smmu.stalls[1]
+    assert next_tag() == 1
+    smmu.command("RESUME", StreamID=20, STAG=0, Ab=1)
+    assert smmu.stalls == [second] and next_tag() == 1
+    smmu.command("RESUME", StreamID=21, STAG=0, Ab=1)
+    assert smmu.stalls == [] and next_tag() == 0
+
+
 def test_damaged_states_of_version_1_are_refused():
     parsed, contents = opened(OLD)
     for change in (
