@@ -341,7 +341,7 @@ ILLEGAL = [
     ({}, {"s2t0sz": 40, "s2sl0": 0}, "STE_S2T0SZ"),
     ({}, {"s2sl0": 3}, "STE_S2SL0"),
     ({"oas": 3}, {"s2sl0": 2}, "STE_S2SL0"),
-    ({"ds": 1, "vax": 1}, {"s2sl0_2": 1}, "STE_S2SL0"),
+    ({"ds": 1, "vax": 1, "oas": 6}, {"s2ds": 1, "s2sl0": 1, "s2sl0_2": 1}, "STE_S2SL0"),
     ({}, {"s2sl0": 0}, "STE_S2SL0_SIZE"),
     ({}, {"s2t0sz": 34}, "STE_S2SL0_SIZE"),
     ({}, {"s2tg": 1, "s2sl0": 2}, "STE_S2SL0_SIZE"),

@@ -14,7 +14,7 @@ from ptwriter import (
     table_descriptor,
 )
 
-from smmufast import AtsDevice, Caches, Features, Memory, Smmu, StaleEntry
+from smmufast import AtsDevice, Caches, Features, Memory, Smmu, StaleEntry, Why
 from smmufast._stale import look
 from smmufast.ats import AtcEntry
 from smmufast.iommu import System
@@ -416,7 +416,8 @@ def test_the_fields_of_an_ste_that_differ_are_named():
     assert (found.cache, found.why) == ("ste", "S1DSS: 0x1 now, 0x2 cached, EATS: 0x0 now, "
                                                "0x1 cached")  # fmt: skip
     world.ste(3, config=0b101, v=0)
-    assert "sid 0x3 gives C_BAD_STE now" in [one.why for one in world.smmu.stale()]
+    reason = f"C_BAD_STE ({Why.STE_V.sentence()})"
+    assert f"sid 0x3 gives {reason} now" in [one.why for one in world.smmu.stale()]
 
 
 def test_permissions_and_attributes_that_differ_are_named():
@@ -429,7 +430,8 @@ def test_permissions_and_attributes_that_differ_are_named():
     assert found.why == "perm1: 0x9 (UR|PR) now, 0x1f (UR|UW|UX|PR|PW) cached"
     world.table(0, leaf=0)
     (found,) = world.smmu.stale()
-    assert (found.now, found.why) == (None, "sid 0x3, ssid 0x1 gives F_TRANSLATION now")
+    reason = f"F_TRANSLATION ({Why.S1_INVALID.sentence()})"
+    assert (found.now, found.why) == (None, f"sid 0x3, ssid 0x1 gives {reason} now")
 
 
 # --- ATCs ---

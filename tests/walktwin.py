@@ -18,6 +18,7 @@ import zlib
 
 import cachetwin
 import twin
+from rawfeatures import raw_of
 
 import smmufast
 
@@ -99,10 +100,7 @@ class Host:
 
 def smmu_over(system, memory, caches):
     """A Smmu with the system's features and registers over a Memory."""
-    features = smmufast.Features(
-        **{name: getattr(system.features, name) for name in twin.FEATURES}
-    )
-    return smmufast.Smmu(memory, features, caches=caches, **vars(system.regs))
+    return smmufast.Smmu(memory, raw_of(system.features), caches=caches, **vars(system.regs))
 
 
 def told(result):
