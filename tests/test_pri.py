@@ -202,7 +202,7 @@ def test_an_injected_error_at_the_ste_of_ppar_is_an_event_and_a_failure():
 
 
 def test_without_substreams_no_message_has_a_pasid():
-    smmu = system(log2size=0, features=full(ssidsize=0, pps=1))
+    smmu = system(log2size=0, features=full(ssidsize=0, pps=0, pasidtt=0))
     answer = smmu.page_request(1, 0x1000, ssid=5, read=True, execute=True, priv=True)
     assert answer.action == "queued"
     word = int.from_bytes(smmu.memory.read(QUEUE, 8), "little")
