@@ -111,12 +111,17 @@ cdef inline unsigned int fitting_levels(
 cdef inline int stage2_level(
         unsigned int granule, unsigned int sl0, bint sl0_2, bint ds, bint stt,
         unsigned int oas) noexcept nogil:
-    """The level where stage 2 starts, that S2SL0 and S2SL0_2 code; 4 when reserved."""
-    if sl0_2 and (granule != 12 or sl0 != 0):
-        return 4
+    """The level where stage 2 starts, that S2SL0 and S2SL0_2 code; 4 when reserved.
+
+    S2SL0_2 counts with 4 KiB and S2DS alone (5.2, NSS2TTWParams), and the levels that only 52-bit
+    addresses reach need an output size of 52 bits (S2InvalidSL).
+    """
+    cdef bint wide = ds and oas >= 52
     if granule == 12:
+        if ds and sl0_2:
+            return -1 if wide and sl0 == 0 else 4
         if sl0 == 0:
-            return -1 if sl0_2 and ds else 2
+            return 2
         if sl0 == 1:
             return 1
         if sl0 == 2:
@@ -126,7 +131,7 @@ cdef inline int stage2_level(
         return 3 - <int>sl0
     if sl0 == 2:
         return 1 if oas >= (42 if granule == 14 else 44) else 4
-    return 0 if granule == 14 and ds else 4
+    return 0 if granule == 14 and wide else 4
 
 
 cdef inline bint stage2_size_legal(
@@ -239,8 +244,9 @@ cdef inline bint not_global(uint64_t d) noexcept nogil:
     return pte_s1_ng(d)
 
 
-cdef inline bint contiguous(uint64_t d) noexcept nogil:
-    return pte_s1_contiguous(d)
+cdef inline bint contiguous(uint64_t d, unsigned int shift) noexcept nogil:
+    """The Contiguous bit, which is RES0 in the largest blocks of each granule (D8.7.1)."""
+    return shift < 36 and pte_s1_contiguous(d)
 
 
 cdef inline bint no_translation(uint64_t d, int level) noexcept nogil:

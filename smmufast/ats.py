@@ -8,7 +8,7 @@ What the cache keeps and for how long, and when the device asks again, is this f
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 from smmufast.faults import AtsFault, AtsResponse
 
@@ -21,6 +21,26 @@ RESPONSES = ("failure", "invalid", "success")
 """What answers a page request group, by the code of CMD_PRI_RESP."""
 
 _Key = tuple[int | None, bool, int, int]  # PASID, privileged, size, address
+
+
+class AtcEntry(NamedTuple):
+    """A translation in the ATC of a device.
+
+    The `size` bytes from the untranslated address `start` on are those from `address` on, an
+    intermediate physical address if `ipa`.  `read`, `write` and `execute` are granted, as
+    privileged if `priv`.
+    """
+
+    start: int
+    address: int
+    size: int
+    sid: int
+    ssid: int | None
+    read: bool
+    write: bool
+    execute: bool
+    priv: bool
+    ipa: bool
 
 
 class PageRequest:
@@ -162,6 +182,16 @@ class AtsDevice:
         return list(self._outstanding.values())
 
     # --- the cache ---
+
+    def held(self) -> list[AtcEntry]:
+        """The translations that the ATC holds, the one that was not used for longest first."""
+        return [
+            AtcEntry(
+                start, found.address or 0, size, self.sid, ssid, found.read, found.write,
+                found.execute, priv, found.ipa,
+            )
+            for (ssid, priv, size, start), found in self._cache.items()
+        ]  # fmt: skip
 
     def _find(self, ssid: int | None, priv: bool, iova: int) -> AtsResponse | None:
         """The translation that the ATC has of an address; it is the latest used then."""

@@ -527,7 +527,7 @@ def _command(record: bytes, features: Features | None, **more: Any) -> Decoded:
     meaning: tuple[str, ...] = ()
     if why is not None:
         known = layout.unpack("CMD" if rec is None else rec, word)
-        meaning = (f"Illegal (CERROR_ILL, {why.section}): {why.sentence(known, features)}.",)
+        meaning = (f"Illegal (CERROR_ILL, {why.rule}): {why.sentence(known, features)}.",)
     if rec is None:
         name = f"opcode {word & 0xFF:#04x}"
         return Decoded(
@@ -590,7 +590,7 @@ def _ste(record: bytes, features: Features | None) -> Decoded:
         why = _smmu(features).check_ste(record)
         if why is not None:
             sentence = why.sentence(fields, features)
-            meaning.append(f"Illegal (C_BAD_STE, {why.section}): {sentence}.")
+            meaning.append(f"Illegal (C_BAD_STE, {why.rule}): {sentence}.")
     return Decoded("ste", "STE", describe_ste(record), tuple(meaning), (), fields, record)
 
 

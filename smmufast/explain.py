@@ -814,7 +814,7 @@ class _Story:
         )
         if fields["DBM"] and self.cd is not None and self.cd["HA"] and self.cd["HD"]:
             self.field("DBM", "1", "a write clears AP[2]")
-        if fields["Contiguous"]:
+        if fields["Contiguous"] and self.page_lg2 < 36:  # RES0 in the largest blocks
             self.field("Contiguous", "1", "one of a group that a TLB may keep as one")
 
     # --- stage 2 ---
@@ -886,7 +886,7 @@ class _Story:
         if _s2_ds(ste, self.features):
             name, code = "S2SH0", ste["S2SH0"]
         self.field(name, _bits(code, 2), _SH[code])
-        if fields["Contiguous"]:
+        if fields["Contiguous"] and shift < 36:  # RES0 in the largest blocks
             self.field("Contiguous", "1", "one of a group that a TLB may keep as one")
 
     @property
@@ -1000,7 +1000,7 @@ class _Story:
         level = self.inner_level if self.stage2_fault else self.level
         if level is not None:
             known["Level"] = level
-        return f"Because {result.why.sentence(known, self.features)} ({result.why.section})."
+        return f"Because {result.why.sentence(known, self.features)} ({result.why.rule})."
 
     def end_fault(self, fault: Event) -> None:
         fields = fault.fields

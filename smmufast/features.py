@@ -1,17 +1,18 @@
 """What an implementation has: the identification registers as one immutable value.
 
-Encodes IHI 0070 6.3 (IDR0, IDR1, IDR3, IDR5, AIDR). Positions are those of the register records
-in `smmufast.layout`; the rules here are those on codes and on their combination.
+Encodes IHI 0070 2.9 and 6.3.1 to 6.3.6 (IDR0, IDR1, IDR3, IDR5) with AIDR. Positions are those of
+the register records in `smmufast.layout`; the rules here are those on codes and on their
+combination.
 """
 
 import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from dataclasses import replace as _replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from smmufast import layout
 
-__all__ = ["Features", "modelled"]
+__all__ = ["Contradiction", "Features", "modelled"]
 
 _REGISTERS = ("IDR0", "IDR1", "IDR3", "IDR5", "AIDR")
 #: The register and the field of each feature. ARCH_MAJOR is 0 for every SMMUv3: not a feature.
@@ -23,20 +24,315 @@ _FIELDS = {
 }
 
 
+class Contradiction(NamedTuple):
+    """What two or more features say against each other.
+
+    >>> from smmufast import Features
+    >>> wrong = Features.from_idr(0xd45101b, 0x2730010, 0x1414, 0x74, 1)
+    >>> for contradiction in wrong.contradictions:
+    ...     print(contradiction)
+    pri=1 but ats=0: page requests need ATS (IHI 0070 6.3.1)
+    """
+
+    section: str
+    """The section of IHI 0070 that has the rule."""
+    names: tuple[str, ...]
+    """The features: first the one that the rule is about, then those that it depends on."""
+    text: str
+    """What is wrong, with the codes."""
+
+    def __str__(self) -> str:
+        return f"{self.text} (IHI 0070 {self.section})"
+
+
+# ------------------------------------------------------------------------------------------------
+# The rules
+
+
+class _Rule(NamedTuple):
+    """What no implementation can have, and what follows where one side was not named."""
+
+    section: str
+    #: The feature that the rule is about, then those that it depends on.
+    names: tuple[str, ...]
+    broken: Callable[[Mapping[str, int]], Any]
+    why: str
+    #: What mends it: the first feature here that nobody named gets that code.
+    follow: tuple[tuple[str, int], ...]
+
+    def contradiction(self, codes: Mapping[str, int]) -> Contradiction:
+        first, *others = (f"{name}={codes[name]}" for name in self.names)
+        text = f"{first} but {', '.join(others)}: {self.why}"
+        return Contradiction(self.section, self.names, text)
+
+
+def _needs(section: str, name: str, needed: str, why: str) -> _Rule:
+    """RES0 where another feature is absent."""
+    return _Rule(section, (name, needed), lambda f: f[name] and not f[needed], why, ((name, 0),))
+
+
+def _brings(section: str, name: str, other: str, why: str) -> _Rule:
+    """Never without another feature, which follows when this one was named."""
+    return _needs(section, name, other, why)._replace(follow=((name, 0), (other, 1)))
+
+
+def _version(minor: int) -> str:
+    return f"SMMUv3.{minor}"
+
+
+def _since(name: str, minor: int, first: int = 1, below: int = 0) -> _Rule:
+    """A feature of a version is in that version and the one before it alone (2.9)."""
+    return _Rule(
+        "2.9",
+        (name, "arch_minor"),
+        lambda f: f[name] >= first and f["arch_minor"] < minor - 1,
+        f"it is of {_version(minor)}, and an implementation has no features of more than one "
+        "version later",
+        ((name, below),),
+    )
+
+
+def _res0_in_v3_0(section: str, name: str) -> _Rule:
+    return _Rule(
+        section,
+        (name, "arch_minor"),
+        lambda f: f[name] and not f["arch_minor"],
+        "the field is RES0 in SMMUv3.0",
+        ((name, 0),),
+    )
+
+
+def _mandatory(section: str, name: str, minor: int, *stages: str) -> _Rule:
+    """A feature that every implementation from a version on has, if it has some stages."""
+    where = f" with {' and '.join(stage.upper() for stage in stages)}" if stages else ""
+    return _Rule(
+        section,
+        (name, "arch_minor", *stages),
+        lambda f: f["arch_minor"] >= minor and all(f[s] for s in stages) and not f[name],
+        f"it is mandatory from {_version(minor)} on{where}",
+        ((name, 1), ("arch_minor", minor - 1)),
+    )
+
+
+def _d128_brings(name: str, stage: str) -> _Rule:
+    return _Rule(
+        "6.3.6",
+        ("d128", name, stage),
+        lambda f: f["d128"] and f[stage] and not f[name],
+        f"128-bit descriptors come with {name.upper()}",
+        (("d128", 0), (name, 1)),
+    )
+
+
+#: The names that belong to versions, and the version of each (2.4, 2.5, 2.6, 2.7, 2.8).
+_VERSIONS = {
+    2: ("bbml", "ril", "stt", "mpam", "fwb"),
+    3: ("e0pd", "ptwnnc", "ecmdq", "atsrecerr", "rme_impl", "dpt"),
+    4: ("ds", "epan", "the", "s1pi", "s2pi", "s2po", "d128", "aie", "mteperm", "pasidtt"),
+}
+
+_RULES: tuple[_Rule, ...] = (
+    # Granules come first: without one nothing else can be right.
+    _Rule(
+        "6.3.6", ("ttf", "gran4k", "gran16k", "gran64k"),
+        lambda f: f["ttf"] & 2 and not (f["gran4k"] or f["gran16k"] or f["gran64k"]),
+        "VMSAv8-64 tables need a granule", (),
+    ),
+    _Rule(
+        "6.3.6", ("gran4k", "ttf"), lambda f: f["ttf"] & 1 and not f["gran4k"],
+        "VMSAv8-32 LPAE tables have the 4K granule", (("gran4k", 1), ("ttf", 2)),
+    ),
+    _Rule(
+        "2.2", ("s1p", "s2p"), lambda f: not f["s1p"] and not f["s2p"],
+        "an SMMU has at least one stage", (),
+    ),
+    # IDR0
+    _needs("6.3.1", "atsrecerr", "ats", "there is no request to record an error of without ATS"),
+    _brings("6.3.1", "vatos", "atos", "VATOS needs ATOS"),
+    _needs("6.3.1", "vatos", "s1p", "VATOS needs both stages"),
+    _needs("6.3.1", "vatos", "s2p", "VATOS needs both stages"),
+    _needs("6.3.1", "vmw", "s2p", "VMIDs need stage 2"),
+    _needs("6.3.1", "pri", "ats", "page requests need ATS"),
+    _needs("6.3.1", "ns1ats", "ats", "the field is about ATS of stage 1 alone"),
+    _needs("6.3.1", "ns1ats", "s1p", "stages can be split where there are both"),
+    _needs("6.3.1", "ns1ats", "s2p", "stages can be split where there are both"),
+    _needs("6.3.1", "hyp", "s1p", "EL2 contexts need both stages"),
+    _needs("6.3.1", "hyp", "s2p", "EL2 contexts need both stages"),
+    _mandatory("6.3.1", "hyp", 2, "s1p", "s2p"),
+    _Rule(
+        "6.3.1", ("ttf", "dpt"), lambda f: f["ttf"] & 1 and f["dpt"],
+        "an SMMU with a device permission table has no VMSAv8-32 LPAE tables",
+        (("dpt", 0), ("ttf", 2)),
+    ),
+    # IDR1
+    _brings("6.3.2", "ecmdq", "cohacc", "enhanced command queues need coherent access"),
+    _brings("6.3.2", "ecmdq", "msi", "enhanced command queues need MSIs"),
+    _Rule(
+        "6.3.2", ("queues_preset", "ecmdq"), lambda f: f["queues_preset"] and f["ecmdq"],
+        "preset queues cannot be with enhanced command queues",
+        (("ecmdq", 0), ("queues_preset", 0)),
+    ),
+    _Rule(
+        "6.3.2", ("rel", "tables_preset", "queues_preset"),
+        lambda f: f["rel"] and not f["tables_preset"] and not f["queues_preset"],
+        "only preset bases can be relative", (("rel", 0),),
+    ),
+    _Rule(
+        "6.3.2", ("st_level", "sidsize"), lambda f: f["sidsize"] >= 7 and f["st_level"] == 0,
+        "from 7 bits on, two-level stream tables are needed", (("st_level", 1), ("sidsize", 6)),
+    ),
+    # IDR3
+    _needs("6.3.4", "aie", "s1p", "attribute indices are of stage 1"),
+    _needs("6.3.4", "mteperm", "s2p", "NoTagAccess is an encoding of stage 2"),
+    _mandatory("6.3.4", "mteperm", 4, "s2p"),
+    _needs("6.3.4", "the", "s1p", "translation hardening is of stage 1"),
+    _Rule(
+        "6.3.4", ("the", "s2pi", "s2p"), lambda f: f["the"] and f["s2p"] and not f["s2pi"],
+        "with stage 2, translation hardening comes with permission indirection",
+        (("the", 0), ("s2pi", 1)),
+    ),
+    _brings("6.3.4", "s2po", "s2pi", "permission overlays come with permission indirection"),
+    _needs("6.3.4", "s2pi", "s2p", "it is of stage 2"),
+    _needs("6.3.4", "s1pi", "s1p", "it is of stage 1"),
+    _mandatory("6.3.4", "epan", 4),
+    _needs("6.3.4", "pasidtt", "ats", "PASIDs of Translated transactions need ATS"),
+    _needs("6.3.4", "pasidtt", "ssidsize", "PASIDs need SubstreamIDs"),
+    _brings("6.3.4", "dpt", "ats", "a device permission table is for ATS"),
+    _needs("6.3.4", "ptwnnc", "s2p", "it is about walks through stage 2"),
+    _mandatory("6.3.4", "ptwnnc", 3, "s2p"),
+    _mandatory("6.3.4", "e0pd", 3),
+    _mandatory("6.3.4", "bbml", 2),
+    _mandatory("6.3.4", "ril", 2),
+    _mandatory("6.3.4", "fwb", 2),
+    _needs("6.3.4", "pps", "pri", "automatic answers need page requests"),
+    _needs("6.3.4", "pps", "ssidsize", "PASIDs need SubstreamIDs"),
+    _res0_in_v3_0("6.3.4", "xnx"),
+    _mandatory("6.3.4", "xnx", 1, "s2p"),
+    _res0_in_v3_0("6.3.4", "pbha"),
+    _brings("6.3.4", "pbha", "had", "page-based attributes come with HAD"),
+    _needs("6.3.4", "had", "s1p", "hierarchical attributes are of stage 1"),
+    _mandatory("6.3.4", "had", 1, "s1p"),
+    # IDR5
+    _Rule(
+        "6.3.6", ("stall_max", "stall_model"), lambda f: f["stall_max"] and f["stall_model"] == 1,
+        "nothing stalls", (("stall_max", 0),),
+    ),
+    _res0_in_v3_0("6.3.6", "vax"),
+    _Rule(
+        "6.3.6", ("vax", "d128"), lambda f: f["vax"] == 2 and not f["d128"],
+        "56-bit addresses need 128-bit descriptors", (("vax", 1), ("d128", 1)),
+    ),
+    _Rule(
+        "6.3.6", ("ds", "gran4k", "gran16k"),
+        lambda f: f["ds"] and not f["gran4k"] and not f["gran16k"],
+        "the 52-bit format is of those granules", (("ds", 0),),
+    ),
+    _brings("6.3.6", "ds", "vax", "the 52-bit format needs 52-bit virtual addresses"),
+    _Rule(
+        "6.3.6", ("vax", "gran64k", "ds"), lambda f: f["vax"] and not f["gran64k"] and not f["ds"],
+        "52-bit virtual addresses need the 64K granule or DS", (("vax", 0),),
+    ),
+    _Rule(
+        "6.3.6", ("d128", "ttf"), lambda f: f["d128"] and f["ttf"] != 2,
+        "128-bit descriptors come with VMSAv8-64 tables, and with no VMSAv8-32 LPAE tables",
+        (("d128", 0), ("ttf", 2)),
+    ),
+    _d128_brings("s1pi", "s1p"),
+    _d128_brings("aie", "s1p"),
+    _d128_brings("s2pi", "s2p"),
+    _d128_brings("s2po", "s2p"),
+    _d128_brings("mteperm", "s2p"),
+    _Rule(
+        "6.3.6", ("oas", "arch_minor"), lambda f: f["oas"] == 7 and f["arch_minor"] < 4,
+        "56-bit addresses are of SMMUv3.4", (("oas", 6),),
+    ),
+    _Rule(
+        "6.3.6", ("oas", "d128"), lambda f: f["oas"] == 7 and not f["d128"],
+        "56-bit addresses need 128-bit descriptors", (("oas", 6), ("d128", 1)),
+    ),
+    _Rule(
+        "6.3.6", ("oas", "arch_minor"), lambda f: f["oas"] == 6 and not f["arch_minor"],
+        "the code is reserved in SMMUv3.0", (("oas", 5),),
+    ),
+    _Rule(
+        "6.3.6", ("oas", "gran64k", "ds", "d128"),
+        lambda f: f["oas"] == 6 and not f["gran64k"] and not f["ds"] and not f["d128"],
+        "52-bit addresses need the 64K granule, DS or 128-bit descriptors", (("oas", 5),),
+    ),
+    # Versions
+    *(_since(name, minor) for minor, names in _VERSIONS.items() for name in names),
+    _since("httu", 4, first=3, below=2),
+)  # fmt: skip
+
+
+class _Default(int):
+    """A code that nobody named: it follows from those that were."""
+
+
+def _follow(codes: dict[str, int], named: Iterable[str], rules: Iterable[_Rule]) -> str | None:
+    """Change codes that nobody named until no rule is broken.
+
+    Returns
+    -------
+    str or None
+        What the named codes contradict, if they do.
+    """
+    fixed = set(named)
+    because: dict[str, _Rule] = {}
+    # A code that was raised stays, and one can be lowered a few times: this ends.
+    while broken := [rule for rule in rules if rule.broken(codes)]:
+        for rule in broken:
+            mend = next((each for each in rule.follow if each[0] not in fixed), None)
+            if mend is not None:
+                break
+        else:
+            return _refusal(codes, broken[0], because)
+        name, code = mend
+        if code > codes[name]:
+            fixed.add(name)
+        codes[name] = code
+        because[name] = rule
+    return None
+
+
+def _refusal(codes: Mapping[str, int], rule: _Rule, because: Mapping[str, _Rule]) -> str:
+    """Say what a rule refuses, and why codes that nobody named are what they are."""
+    text = str(rule.contradiction(codes))
+    told: set[str] = set()
+    waiting = list(rule.names)
+    while waiting:
+        name = waiting.pop(0)
+        if name in because and name not in told:
+            told.add(name)
+            others = [other for other in because[name].names if other != name]
+            causes = " and ".join(f"{other}={codes[other]}" for other in others)
+            text += f"; {name}={codes[name]} follows from {causes}"
+            waiting += others
+    return text
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Features:
     """The features of an SMMUv3 implementation, under their architectural names.
 
     Each attribute is the code in the field of that name of IDR0, IDR1, IDR3, IDR5 or AIDR, so
-    ``oas=5`` means 48 bits and ``ttf=2`` AArch64 tables. One-bit fields also take a bool. The
-    defaults are all that this library models. What each means is in the table:
-    ``print(layout.format("IDR0", features.idr0, zeros=True))``.
+    ``oas=5`` means 48 bits and ``ttf=2`` AArch64 tables. One-bit fields also take a bool. What
+    each means is in the table: ``print(layout.format("IDR0", features.idr0, zeros=True))``.
 
-    What an architecture version makes mandatory is not required: an SMMUv3.2 without range
-    invalidation can be described.
+    What is named is kept, and what is not named follows from it: by default it is all that this
+    library models, without what a feature that was named excludes. Without ATS there are no page
+    requests; an SMMU without range invalidation is an SMMUv3.1, for from v3.2 on it is mandatory.
+    Features that were named and contradict each other (2.9, 6.3.1 to 6.3.6) are refused.
 
     >>> Features(oas=5, sidsize=16)
     Features(sidsize=16, oas=5)
+    >>> Features(ats=0)
+    Features(ats=0, pri=0, atsrecerr=0, pasidtt=0)
+    >>> Features(ril=0).arch_minor
+    1
+    >>> Features(ats=0, pri=1)
+    Traceback (most recent call last):
+    ValueError: pri=1 but ats=0: page requests need ATS (IHI 0070 6.3.1)
     >>> hex(Features().idr5)
     '0xffff04f6'
     >>> Features.from_idr(0xd44101b, 0x2730010, 0x1414, 0x74, 0).oas_bits
@@ -47,124 +343,117 @@ class Features:
     TypeError
         If a value is not an integer, or a feature of several bits is a bool.
     ValueError
-        If a code is reserved, or features contradict each other.
+        If a code is reserved, or features that were named contradict each other.
     """
 
     # IDR0
-    s2p: int = 1
-    s1p: int = 1
-    ttf: int = 2
-    cohacc: int = 1
-    btm: int = 0
-    httu: int = 2
-    dormhint: int = 0
-    hyp: int = 1
-    ats: int = 1
-    ns1ats: int = 0
-    asid16: int = 1
-    msi: int = 1
-    sev: int = 1
-    atos: int = 0
-    pri: int = 1
-    vmw: int = 1
-    vmid16: int = 1
-    cd2l: int = 1
-    vatos: int = 0
-    ttendian: int = 0
-    atsrecerr: int = 1
-    stall_model: int = 0
-    term_model: int = 0
-    st_level: int = 1
-    rme_impl: int = 0
+    s2p: int = _Default(1)
+    s1p: int = _Default(1)
+    ttf: int = _Default(2)
+    cohacc: int = _Default(1)
+    btm: int = _Default(0)
+    httu: int = _Default(2)
+    dormhint: int = _Default(0)
+    hyp: int = _Default(1)
+    ats: int = _Default(1)
+    ns1ats: int = _Default(0)
+    asid16: int = _Default(1)
+    msi: int = _Default(1)
+    sev: int = _Default(1)
+    atos: int = _Default(0)
+    pri: int = _Default(1)
+    vmw: int = _Default(1)
+    vmid16: int = _Default(1)
+    cd2l: int = _Default(1)
+    vatos: int = _Default(0)
+    ttendian: int = _Default(0)
+    atsrecerr: int = _Default(1)
+    stall_model: int = _Default(0)
+    term_model: int = _Default(0)
+    st_level: int = _Default(1)
+    rme_impl: int = _Default(0)
     # IDR1
-    sidsize: int = 32
-    ssidsize: int = 20
-    priqs: int = 19
-    eventqs: int = 19
-    cmdqs: int = 19
-    attr_perms_ovr: int = 1
-    attr_types_ovr: int = 1
-    rel: int = 0
-    queues_preset: int = 0
-    tables_preset: int = 0
-    ecmdq: int = 0
+    sidsize: int = _Default(32)
+    ssidsize: int = _Default(20)
+    priqs: int = _Default(19)
+    eventqs: int = _Default(19)
+    cmdqs: int = _Default(19)
+    attr_perms_ovr: int = _Default(1)
+    attr_types_ovr: int = _Default(1)
+    rel: int = _Default(0)
+    queues_preset: int = _Default(0)
+    tables_preset: int = _Default(0)
+    ecmdq: int = _Default(0)
     # IDR3
-    had: int = 1
-    pbha: int = 0
-    xnx: int = 1
-    pps: int = 0
-    mpam: int = 0
-    fwb: int = 1
-    stt: int = 1
-    ril: int = 1
-    bbml: int = 2
-    e0pd: int = 1
-    ptwnnc: int = 1
-    dpt: int = 0
-    pasidtt: int = 1
-    epan: int = 1
-    s1pi: int = 0
-    s2pi: int = 0
-    s2po: int = 0
-    the: int = 0
-    mteperm: int = 0
-    aie: int = 0
+    had: int = _Default(1)
+    pbha: int = _Default(0)
+    xnx: int = _Default(1)
+    pps: int = _Default(0)
+    mpam: int = _Default(0)
+    fwb: int = _Default(1)
+    stt: int = _Default(1)
+    ril: int = _Default(1)
+    bbml: int = _Default(2)
+    e0pd: int = _Default(1)
+    ptwnnc: int = _Default(1)
+    dpt: int = _Default(0)
+    pasidtt: int = _Default(1)
+    epan: int = _Default(1)
+    s1pi: int = _Default(0)
+    s2pi: int = _Default(0)
+    s2po: int = _Default(0)
+    the: int = _Default(0)
+    mteperm: int = _Default(0)
+    aie: int = _Default(0)
     # IDR5
-    oas: int = 6
-    gran4k: int = 1
-    gran16k: int = 1
-    gran64k: int = 1
-    ds: int = 1
-    d128: int = 0
-    vax: int = 1
-    stall_max: int = 0xFFFF
+    oas: int = _Default(6)
+    gran4k: int = _Default(1)
+    gran16k: int = _Default(1)
+    gran64k: int = _Default(1)
+    ds: int = _Default(1)
+    d128: int = _Default(0)
+    vax: int = _Default(1)
+    stall_max: int = _Default(0xFFFF)
     # AIDR
-    arch_minor: int = 3
+    arch_minor: int = _Default(3)
 
     def __post_init__(self) -> None:
-        for name, (_, field) in _FIELDS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) and field.width > 1:
-                raise TypeError(f"{name}: {field.doc}: an integer is wanted, not {value}")
-            try:
-                code = operator.index(value)
-            except TypeError:
-                raise TypeError(
-                    f"{name}: {field.doc}: an integer is wanted, not {type(value).__name__}"
-                ) from None
-            limit = _LIMITS.get(name, (1 << field.width) - 1)
-            if not 0 <= code <= limit:
-                raise ValueError(f"{name}: {field.doc}: {code} is not within 0 to {limit}")
-            if field.name_of(code).startswith("reserved"):
-                raise ValueError(f"{name}: {field.doc}: {code} is a reserved code")
+        given = {name: getattr(self, name) for name in _FIELDS}
+        named = {name for name, value in given.items() if type(value) is not _Default}
+        codes = {name: _code(name, value) for name, value in given.items()}
+        refusal = _follow(codes, named, _RULES)
+        if refusal:
+            raise ValueError(refusal)
+        self._set(codes)
+
+    def _set(self, codes: Mapping[str, int]) -> None:
+        for name, code in codes.items():
             object.__setattr__(self, name, code)
-        for broken, message in (
-            (
-                self.sidsize >= 7 and self.st_level == 0,
-                f"st_level=0 but sidsize={self.sidsize}: from 7 bits on, two-level stream tables "
-                "are needed",
-            ),
-            (
-                self.ttf & 1 and not self.gran4k,
-                f"gran4k=0 but ttf={self.ttf}: VMSAv8-32 LPAE tables have the 4K granule",
-            ),
-            (
-                self.ttf & 2 and not (self.gran4k or self.gran16k or self.gran64k),
-                f"ttf={self.ttf} but gran4k=gran16k=gran64k=0: VMSAv8-64 tables need a granule",
-            ),
-            (
-                self.ds and not (self.gran4k or self.gran16k),
-                "ds=1 but gran4k=gran16k=0: the 52-bit format is of those granules",
-            ),
-            (
-                self.ds and self.vax == 0,
-                "ds=1 but vax=0: the 52-bit format needs 52-bit virtual addresses",
-            ),
-        ):
-            if broken:
-                raise ValueError(message)
+
+    @classmethod
+    def _raw(cls, codes: Mapping[str, int]) -> Self:
+        """Features with these codes, whatever they say against each other."""
+        made = object.__new__(cls)
+        made._set(codes)
+        return made
+
+    @property
+    def contradictions(self) -> tuple[Contradiction, ...]:
+        """What the features say against each other: only `from_idr` makes such Features.
+
+        >>> Features().contradictions
+        ()
+        """
+        codes = self._codes()
+        return tuple(rule.contradiction(codes) for rule in _RULES if rule.broken(codes))
+
+    def _codes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _FIELDS}
 
     def __repr__(self) -> str:
+        if self.contradictions:
+            words = (self._register(register) for register in _REGISTERS)
+            return f"Features.from_idr({', '.join(f'{word:#x}' for word in words)})"
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
         return f"Features({', '.join(f'{f.name}={getattr(self, f.name)}' for f in changed)})"
 
@@ -215,18 +504,20 @@ class Features:
     def from_idr(cls, idr0: int, idr1: int, idr3: int, idr5: int, aidr: int) -> Self:
         """Return the features that the identification registers tell; RES0 bits are ignored.
 
+        Registers are kept as they are given, as those of an implementation that has to be
+        described however wrong it is: `contradictions` lists what is.
+
         Raises
         ------
         ValueError
-            If a value has more than 32 bits, AIDR is not that of an SMMUv3, a code is reserved,
-            or features contradict each other.
+            If a value has more than 32 bits, AIDR is not that of an SMMUv3, or a code is reserved.
         """
         values: dict[str, int] = {}
         for register, word in zip(_REGISTERS, (idr0, idr1, idr3, idr5, aidr), strict=True):
             values |= layout.unpack(register, word)
         if major := values.pop("ARCH_MAJOR"):
             raise ValueError(f"aidr: ARCH_MAJOR is {major}; 0 is SMMUv3")
-        return cls(**{name.lower(): value for name, value in values.items()})
+        return cls._raw({n.lower(): _code(n.lower(), value) for n, value in values.items()})
 
     def _register(self, register: str) -> int:
         mine = {name: getattr(self, name) for name, (of, _) in _FIELDS.items() if of == register}
@@ -266,17 +557,46 @@ class Features:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with other values for some features.
 
+        The others stay, unless what is named here excludes them: then they follow, as in the
+        constructor.
+
         >>> Features().replace(ds=0, vax=0, oas=5).oas_bits
         48
+        >>> Features.qemu().replace(s2p=0).vmid16, Features.v3_0().replace(s2p=0).vmw
+        (1, 0)
 
         Raises
         ------
         TypeError
             If there is no such feature, or a value is not an integer.
         ValueError
-            If a code is reserved, or features contradict each other.
+            If a code is reserved, or features that were named contradict each other or what
+            cannot follow.
         """
-        return _replace(self, **changes)
+        for name in changes:
+            if name not in _FIELDS:
+                raise TypeError(f"{name} is not a feature: the names are those of the attributes")
+        others = {name: _Default(code) for name, code in self._codes().items()}
+        return type(self)(**others | changes)
+
+
+def _code(name: str, value: Any) -> int:
+    """The code of a feature as a plain int, once it is one that there is."""
+    field = _FIELDS[name][1]
+    if isinstance(value, bool) and field.width > 1:
+        raise TypeError(f"{name}: {field.doc}: an integer is wanted, not {value}")
+    try:
+        code = int(operator.index(value))
+    except TypeError:
+        raise TypeError(
+            f"{name}: {field.doc}: an integer is wanted, not {type(value).__name__}"
+        ) from None
+    limit = _LIMITS.get(name, (1 << field.width) - 1)
+    if not 0 <= code <= limit:
+        raise ValueError(f"{name}: {field.doc}: {code} is not within 0 to {limit}")
+    if field.name_of(code).startswith("reserved"):
+        raise ValueError(f"{name}: {field.doc}: {code} is a reserved code")
+    return code
 
 
 #: Largest codes, where the field could hold more.
@@ -300,15 +620,20 @@ UNMODELLED = {
 def modelled(features: Features) -> tuple[Features, dict[str, int]]:
     """What this version models of some features, and what it leaves out.
 
+    What depends on something left out goes with it. Contradictions of raw registers stay as they
+    are.
+
     Returns
     -------
     (Features, dict)
         The features with unmodelled ones taken away, and the fields taken: name to old value.
     """
+    before = features._codes()
     wanted = UNMODELLED | {"vax": min(features.vax, 1), "httu": min(features.httu, 2)}
-    taken = {
-        name: getattr(features, name)
-        for name, value in wanted.items()
-        if getattr(features, name) != value
-    }
-    return features.replace(**{name: wanted[name] for name in taken}), taken
+    codes = before | wanted
+    if codes == before:
+        return features, {}
+    rules = [rule for rule in _RULES if not rule.broken(before)]
+    _follow(codes, wanted.keys() - {"vax"}, rules)
+    taken = {name: code for name, code in before.items() if codes[name] != code}
+    return type(features)._raw(codes), taken

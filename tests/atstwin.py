@@ -29,6 +29,7 @@ import reference
 import reference_ats
 import tablegen
 import twin
+from rawfeatures import raw_of
 from reference import bits
 from reference_ats import Answer, End, Rights
 
@@ -67,8 +68,7 @@ def smmu_over(system, memory, caches=None):
     real = Memory()
     for base, data in memory.regions():
         real.add(data, base)
-    features = Features(**{name: getattr(system.features, name) for name in twin.FEATURES})
-    return Smmu(real, features, caches=caches, **vars(system.regs))
+    return Smmu(real, raw_of(system.features), caches=caches, **vars(system.regs))
 
 
 def caches_of(seed):

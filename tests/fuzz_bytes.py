@@ -16,7 +16,6 @@ import itertools
 import random
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy as np
 if __name__ == "__main__":  # python -P leaves this folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import rawfeatures
 import small
 import tablegen
 
@@ -42,7 +42,6 @@ from smmufast import (
 
 ALL_ONES = (1 << 64) - 1
 EVENTS = {0, *smmufast.faults.FAULTS}
-CODES = [field.name for field in fields(Features)]
 
 
 # --- memory of exact size ---
@@ -101,7 +100,7 @@ def random_features(rng):
     """Any Features that can be, as far as they are modelled."""
     while True:
         codes = {}
-        for name in CODES:
+        for name in rawfeatures.NAMES:
             if rng.random() < 0.15:
                 codes[name] = rng.choice((0, 1, 1, 2, 3, 5, 6, rng.randrange(33)))
         if codes.get("sidsize", 32) >= 7:
@@ -188,7 +187,7 @@ def generated(rng):
         system = tablegen.random_system(rng)
     else:
         system = tablegen.random_bytes_system(rng)
-    features = Features(**{name: getattr(system.features, name) for name in CODES})
+    features = rawfeatures.raw_of(system.features)
     requests = [
         small.Request(r.sid, r.iova, r.ssid, r.write, r.priv, r.instr) for r in system.requests(60)
     ]
@@ -393,7 +392,7 @@ def play_with_caches(rng, memory, features, registers, requests):
     """Random bytes through caches: walks, single calls and batches give and leave the same."""
     caches = random_caches(rng)
     one, batched, walked = (
-        Smmu(memory, features.replace(httu=0, stall_model=1), **registers, caches=each)
+        Smmu(memory, rawfeatures.raw_of(features, httu=0, stall_model=1), **registers, caches=each)
         for each in (caches, caches.copy(), caches.copy())
     )
     for _ in range(3):
@@ -485,7 +484,8 @@ def play_with_registers(rng, memory, features, registers, requests):
     with contextlib.suppress(ValueError):
         memory.add(exact(bytes(rng.choice((0x88, 0x400, 0x400)))), queues)
     wires = []
-    smmu = Smmu(memory, features, cr0=0, on_interrupt=wires.append)
+    wired = not features.msi or rng.random() < 0.8
+    smmu = Smmu(memory, features, cr0=0, wired=wired, on_interrupt=wires.append)
     places = [region.base for region in memory.regions] + [rng.getrandbits(56), 0]
     places += [queues] * len(places)
     for sid in range(4):
@@ -540,7 +540,7 @@ def play_with_registers(rng, memory, features, registers, requests):
         assert not any(stall.done for stall in smmu.stalls)
     for name, record in layout.REGISTERS.items():
         assert 0 <= smmu.read(name) < 1 << 8 * record.bytes
-    assert set(wires) <= {"eventq", "priq", "gerror", "cmdq_sync", "sev"}
+    assert set(wires) <= ({"eventq", "priq", "gerror", "cmdq_sync", "sev"} if wired else {"sev"})
     smmu.reset()
     assert smmu.stalls == []
     with contextlib.suppress(KeyError):
@@ -593,7 +593,7 @@ def round_of(seed):
     for base, data in runs:
         add_pieces(rng, memory, base, data)
     # faces are compared where a translation leaves nothing behind: no updates, no stalls
-    smmu = Smmu(memory, features.replace(httu=0, stall_model=1), **registers)
+    smmu = Smmu(memory, rawfeatures.raw_of(features, httu=0, stall_model=1), **registers)
     rows = [check_request(smmu, request) for request in requests]
     check_batch(rng, smmu, requests, rows)
     check_batches_by_access(rng, smmu, requests, rows)

@@ -4,6 +4,7 @@ import random
 
 import captures
 import ptwriter
+from rawfeatures import raw_of
 
 import smmufast
 
@@ -34,7 +35,7 @@ def physical(ipa):
 def features(**changes):
     """Those of the captures, with other values for some."""
     words = [int(captures.QEMU_IDR[name], 16) for name in ("IDR0", "IDR1", "IDR3", "IDR5")]
-    return smmufast.Features.from_idr(*words, 1).replace(**changes)
+    return raw_of(smmufast.Features.from_idr(*words, 1), **changes)
 
 
 def small_nested(has=None, *, cd=None, stage1=None, tables=None, **ste):

@@ -526,7 +526,7 @@ def find_ste(fetch, features, regs, sid):
 
     two_level = features.st_level != 0 and bits(regs.strtab_base_cfg, 17, 16) == 0b01
     if not two_level:
-        address = align_down(base, log2size + 6) + sid * 64
+        address = align_down(base, literal_log2size + 6) + sid * 64
         return fetch_structure(fetch, features, "STE", address, 64, "F_STE_FETCH")
 
     split = bits(regs.strtab_base_cfg, 10, 6)
@@ -611,7 +611,7 @@ def check_ste_stage1(features, ste, config):
         raise bad_ste("STE_S1CONTEXTPTR")
 
 
-# Start level of stage 2 by granule and S2SL0; with S2SL0_2, -1.
+# Start level of stage 2 by granule and S2SL0; with 4 KiB, S2DS=1 and S2SL0_2=1, -1.
 _STAGE2_LEVELS = {
     12: {0b00: 2, 0b01: 1, 0b10: 0, 0b11: 3},
     14: {0b00: 3, 0b01: 2, 0b10: 1, 0b11: 0},
@@ -623,14 +623,10 @@ def stage2_start(features, ste):
     """(granule_lg2, ds, start level) of stage 2; the level None where S2SL0 is reserved."""
     granule_lg2 = {0b00: 12, 0b01: 16, 0b10: 14}.get(bits(ste, 175, 174))  # S2TG
     s2sl0 = bits(ste, 167, 166)
-    s2sl0_2 = bits(ste, 194, 194) if features.ds else 0
     ds = bool(features.ds and bits(ste, 195, 195) and granule_lg2 != 16)  # S2DS
     level = _STAGE2_LEVELS.get(granule_lg2, {}).get(s2sl0)
-    if s2sl0_2:
-        if granule_lg2 != 12 or s2sl0 != 0b00:
-            level = None
-        elif ds:
-            level = -1
+    if granule_lg2 == 12 and ds and bits(ste, 194, 194):  # elsewhere S2SL0_2 is ignored
+        level = -1 if s2sl0 == 0b00 else None
     return granule_lg2, ds, level
 
 
@@ -669,7 +665,7 @@ def check_ste_stage2(features, ste):
         raise bad_ste("STE_S2SL0")
     if granule_lg2 == 14 and level == 0 and not ds:
         raise bad_ste("STE_S2SL0")
-    physical_bits_needed = {(12, 0): 44, (14, 1): 42, (16, 1): 44}
+    physical_bits_needed = {(12, -1): 52, (12, 0): 44, (14, 0): 52, (14, 1): 42, (16, 1): 44}
     if features.oas_bits < physical_bits_needed.get((granule_lg2, level), 0):
         raise bad_ste("STE_S2SL0")
     # The start level resolves some bits, four more than one table has at most.
@@ -1064,6 +1060,12 @@ class Page:
     allowed: int = 0
 
 
+def contiguous(page, region):
+    """The Contiguous bit of a leaf, which the largest blocks of a granule do not have."""
+    largest = {12: 0, 14: 1, 16: 1}[region.granule_lg2]
+    return 0 if page.level == largest else bits(page.descriptor, 52, 52)
+
+
 # ------------------------------------------------------------------------------------------------
 # Stage 2
 
@@ -1403,12 +1405,12 @@ def translate_address(fetch, features, stream, iova, write, priv, instr):
         memory = stage2_memory(memory, bits(leaf2, 5, 2), stage2.fwb)
         sh = combined_sh(sh, stage2.region.sh if stage2.region.ds else bits(leaf2, 9, 8))
         if page is None:
-            outcome.contiguous = bits(leaf2, 52, 52)
+            outcome.contiguous = contiguous(second, stage2.region)
         if page is None or second.shift < page.shift:
             outcome.level, outcome.page_lg2 = second.level, second.shift
 
     if page is not None:
-        outcome.contiguous = bits(page.descriptor, 52, 52)
+        outcome.contiguous = contiguous(page, region)
         if outcome.level is None:
             outcome.level, outcome.page_lg2 = page.level, page.shift
     elif stage2 is None:

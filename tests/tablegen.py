@@ -264,7 +264,7 @@ def legal_stage2_shape(features, granule_lg2, level, t0sz, ds):
     if (granule_lg2, level) == (14, 1) and oas_bits < 42:
         return False
     if (granule_lg2, level) in ((12, -1), (14, 0)):
-        return bool(ds)
+        return bool(ds) and oas_bits >= 52
     return (granule_lg2, level) != (12, 3) or bool(features.stt)
 
 
@@ -914,8 +914,8 @@ class _Builder:
         sids_lg2 = min(sids_lg2, room_lg2 - 6 if split is None else room_lg2 - 3 + split)
         log2size = sids_lg2
         if sids_lg2 >= features.sidsize and rng.random() < 0.7:
-            # LOG2SIZE may say more than SIDSIZE; a two-level table is aligned to what it says.
-            cap = 63 if split is None else room_lg2 - 3 + split
+            # LOG2SIZE may say more than SIDSIZE; the table is aligned to what it says.
+            cap = room_lg2 - 6 if split is None else room_lg2 - 3 + split
             log2size = rng.randint(features.sidsize, max(features.sidsize, cap))
         return StreamTable(self.memory, self.reserve, log2size, features.sidsize, split)
 

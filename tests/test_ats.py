@@ -182,11 +182,14 @@ def test_configuration_errors_are_recorded_if_asked(event):
 
 @pytest.mark.parametrize("event", [0x10, 0x11, 0x12])
 def test_faults_of_translation_grant_nothing_and_are_not_recorded(event):
-    smmu = small_system(cr2=RECINVSID | REC_CFG_ATS)
+    smmu = small_system(cr2=RECINVSID | REC_CFG_ATS, eventq_base=QUEUE | 4)
     response = smmu.ats_request(small.STAGE1, small.EVENTS[event].iova, stu=0x4000)
     assert (response.status, response.address, response.size) == ("success", None, 0x4000)
     assert rights(response) == "" and response.event is None
     assert response.fault.number == event
+    assert smmu.read("EVENTQ_PROD") == 0
+    smmu.translate(small.STAGE1, small.EVENTS[event].iova)
+    assert smmu.read("EVENTQ_PROD") == 1
 
 
 def test_streams_that_abort_or_bypass_may_not_ask():
@@ -339,7 +342,7 @@ def test_an_answer_spans_the_page():
 
 
 def test_stage_1_bypass_is_the_identity():
-    smmu = small_system()
+    smmu = small_system(eventq_base=QUEUE | 4)
     response = smmu.ats_request(small.SUBSTREAMS, 0x9999_1234, stu=0x1_0000)
     assert (response.address, response.size, rights(response)) == (0x9999_0000, 0x1_0000, "rw")
     # No Write, or what the STE makes of reads, takes nothing away
@@ -347,6 +350,7 @@ def test_stage_1_bypass_is_the_identity():
     assert rights(smmu.ats_request(small.SUBSTREAMS, (1 << 52) - 1, no_write=True)) == "rw"
     response = smmu.ats_request(small.SUBSTREAMS, 1 << 52)
     assert (response.fault.name, response.event, rights(response)) == ("F_ADDR_SIZE", None, "")
+    assert smmu.read("EVENTQ_PROD") == 0
 
 
 @EVERY_CACHE
@@ -726,6 +730,25 @@ def test_what_a_request_is_granted_may_fail_as_a_translated_transaction(pasidtt)
     assert (result.fault and result.fault.name) == (None if pasidtt else "F_PERMISSION")
     device = AtsDevice(smmu, nested.NESTED)
     assert device.access(nested.RW, ssid=1, priv=True, execute=True).action == result.action
+
+
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_a_device_says_what_its_translated_accesses_are(pasidtt):
+    """Also where it uses a translation that no longer permits them."""
+    for xn, kinds in ((0b10, [(True, False), (True, True)]), (0b01, [(True, True)])):
+        smmu = nested_system(
+            2, {"pasidtt": pasidtt, "xnx": 1}, s1cdmax=2, s1dss=2, stage1={"ap": 3}
+        )
+        smmu.memory.write(nested.GUEST + 64, smmu.memory.read(nested.GUEST, 64))
+        device = AtsDevice(smmu, nested.NESTED)
+        accesses = [(execute, priv) for execute in (False, True) for priv in (False, True)]
+        for execute, priv in accesses:
+            assert device.access(nested.RW, ssid=1, execute=execute, priv=priv).action == "ok"
+        set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=3, xn=xn)
+        for execute, priv in accesses:
+            result = device.access(nested.RW, ssid=1, execute=execute, priv=priv)
+            refused = pasidtt and (execute, priv) in kinds
+            assert result.action == ("abort" if refused else "ok")
 
 
 @EVERY_CACHE

@@ -317,7 +317,7 @@ def test_commands_up_to_prod(tmp_path):
     lines = run("commands", path).splitlines()
     assert lines[0] == "q: command queue of 256 slots at 0x40020000, PROD=0x3, CONS=0x3"
     assert lines[1].split() == ["0x0", "CFGI_ALL:", "forget", "all", "cached", "configuration"]
-    assert lines[3].endswith("; Illegal (CERROR_ILL, 4.5): it needs ATS (IDR0.ATS=0).")
+    assert lines[3].endswith("; Illegal (CERROR_ILL, S4.5.1-7): it needs ATS (IDR0.ATS=0).")
     assert lines[4:] == ["3 commands: 1 ATC_INV, 1 CFGI_ALL, 1 SYNC"]
     found = run_json("commands", path, "--limit", 1)
     assert found["queue"] == {
@@ -453,7 +453,7 @@ def test_batches_of_commands(tmp_path):
     assert run("commands", path).splitlines()[:4] == [
         "batch 7: from index 0x0 to 0x2; CMDQ_CONS became 0x1000001 (ERR=1)",
         "  0      SYNC: wait until the commands before are done",
-        "  1      opcode 0xff: no command; Illegal (CERROR_ILL, 4.1.2): the opcode is reserved.",
+        "  1      opcode 0xff: no command; Illegal (CERROR_ILL, S4.1.1-2): the opcode is reserved.",
         "batch 8: from index 0x0 to 0x2; CMDQ_CONS became 0x1000001 (ERR=1)",
     ]
     found = run_json("commands", path, "--limit", "3")

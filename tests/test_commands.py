@@ -15,10 +15,11 @@ from pathlib import Path
 
 import captures
 import pytest
+from rawfeatures import raw
 from reference import bits, features_from_idr, in_place, pointer_msb
 
 import smmufast
-from smmufast import Features, Why, layout
+from smmufast import Why, layout
 from smmufast.capture import load_batches, load_queue
 from smmufast.decode import command_why
 
@@ -82,7 +83,7 @@ TLBI = {  # opcode: compares VMIDs, compares ASIDs, which address
 
 def refused(hw, op, c):
     """Why a command is illegal as far as no more than one field says it; None when it is not."""
-    if op in (0x05, 0x06, 0x10, 0x11, 0x12, 0x13, 0x20) and not hw["s1p"]:
+    if op in (0x05, 0x06, *range(0x10, 0x14), *range(0x20, 0x24)) and not hw["s1p"]:
         return "CMD_S1P"
     if op in (0x20, 0x21, 0x22, 0x23) and not hw["hyp"]:
         return "CMD_HYP"
@@ -243,8 +244,8 @@ def test_what_is_illegal_has_a_reason(decode, op):
     rng = random.Random(op)
     for _ in range(60):
         hw = random_hardware(rng)
-        features = Features(
-            **{name: hw[name] for name in SCALARS}, arch_minor=hw["arch_minor"], gran4k=1
+        features = raw(
+            **{name: hw[name] for name in SCALARS}, arch_minor=hw["arch_minor"], ttf=2, gran4k=1
         )
         command = random_words(rng) | op
         cerror, _ = decode(hw, command)
@@ -314,6 +315,9 @@ def command_of(name, **fields):
         ("TLBI_NH_VA", {}, {"s1p": 0}),
         ("TLBI_NH_VAA", {}, {"s1p": 0}),
         ("TLBI_EL2_ALL", {}, {"s1p": 0}),
+        ("TLBI_EL2_ASID", {}, {"s1p": 0}),
+        ("TLBI_EL2_VA", {}, {"s1p": 0}),
+        ("TLBI_EL2_VAA", {}, {"s1p": 0}),
         ("TLBI_EL2_ALL", {}, {"hyp": 0}),
         ("TLBI_EL2_ASID", {}, {"hyp": 0}),
         ("TLBI_EL2_VA", {}, {"hyp": 0}),

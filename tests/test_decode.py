@@ -179,7 +179,7 @@ def test_commands_are_judged_by_the_features():
     command = layout.to_bytes("CMD", layout.pack("TLBI_S2_IPA", IPA=0x1000))
     assert one(command).meaning == ()
     assert one(command, features=Features(s2p=0)).meaning == (
-        "Illegal (CERROR_ILL, 4.1): it needs stage 2 (IDR0.S2P=0).",
+        "Illegal (CERROR_ILL, S4.1.3-2): it needs stage 2 (IDR0.S2P=0).",
     )
     assert "to 0x1fff" in one(
         layout.to_bytes("CMD", layout.pack("TLBI_NH_VA", Address=0x1000, TG=1, TTL=3))
@@ -222,7 +222,7 @@ def test_structures():
     assert "S1ContextPtr=0x80000000" in found.text
     assert found.meaning == ("Stage 1 translates the stream's addresses.",)
     found = one(layout.to_bytes("STE", ste), "ste", features=Features(s1p=0, hyp=0, s2p=1))
-    assert "Illegal (C_BAD_STE, 5.2): Config=0b101 asks for stage 1" in found.meaning[1]
+    assert "Illegal (C_BAD_STE, S5.2-7): Config=0b101 asks for stage 1" in found.meaning[1]
     assert "C_BAD_STE" in one(bytes(64), "ste").meaning[0]
     cd = layout.pack("CD", V=1, AA64=1, T0SZ=25, EPD1=1, TTB0=0x4000_0000, A=1, R=1)
     found = one(layout.to_bytes("CD", cd), "cd")
@@ -504,7 +504,7 @@ def test_command_errors_name_the_command():
     assert "global errors CMDQ_ERR" in error.text
     assert (cerror.name, cerror.fields) == ("CERROR_ILL", {"ERR": 1, "RD": 0x22})
     assert (skipped.name, skipped.line) == ("ATC_INV", 3)
-    assert skipped.meaning == ("Illegal (CERROR_ILL, 4.5): it needs ATS (IDR0.ATS=0).",)
+    assert skipped.meaning == ("Illegal (CERROR_ILL, S4.5.1-7): it needs ATS (IDR0.ATS=0).",)
 
 
 @pytest.mark.parametrize(

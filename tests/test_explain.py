@@ -341,7 +341,7 @@ ILLEGAL = [
     ({}, {"s2t0sz": 40, "s2sl0": 0}, "STE_S2T0SZ"),
     ({}, {"s2sl0": 3}, "STE_S2SL0"),
     ({"oas": 3}, {"s2sl0": 2}, "STE_S2SL0"),
-    ({"ds": 1, "vax": 1}, {"s2sl0_2": 1}, "STE_S2SL0"),
+    ({"ds": 1, "vax": 1, "oas": 6}, {"s2ds": 1, "s2sl0": 1, "s2sl0_2": 1}, "STE_S2SL0"),
     ({}, {"s2sl0": 0}, "STE_S2SL0_SIZE"),
     ({}, {"s2t0sz": 34}, "STE_S2SL0_SIZE"),
     ({}, {"s2tg": 1, "s2sl0": 2}, "STE_S2SL0_SIZE"),
@@ -363,11 +363,11 @@ def test_each_illegal_stage_2_is_named_and_refused(has, fields, name):
     ste = smmu.memory.read(captures.STREAM_TABLE + 64 * NESTED, 64)
     sentence = result.why.sentence(layout.unpack("STE", ste), smmu.features)
     unwrapped = explain(result, smmu).replace("\n    ", " ")
-    assert f"  Because {sentence} ({result.why.section})." in unwrapped
+    assert f"  Because {sentence} ({result.why.rule})." in unwrapped
     assert unwrapped.count("  Because ") == 1
     assert smmu.check_ste(ste) is result.why
     untraced = smmu.translate(NESTED, nested.RW).explain().replace("\n    ", " ")
-    assert f"  Because {result.why.sentence()} ({result.why.section})." in untraced
+    assert f"  Because {result.why.sentence()} ({result.why.rule})." in untraced
     # and those of stage 2 do not count where it is not enabled
     if name.startswith("STE_S2") and name not in ("STE_S2VMID", "STE_S2P"):
         word = int.from_bytes(ste, "little") & ~layout.mask("STE", "Config")
@@ -378,8 +378,8 @@ def because(result, smmu):
     """The reason as it is told, once it is seen to be the sentence of result.why."""
     text = explain(result, smmu)
     (told,) = re.findall(r"Because (.*)\.$", re.sub(r"\n {4}(?=\S)", " ", text), re.MULTILINE)
-    assert told.endswith(f" ({result.why.section})")
-    return told.removesuffix(f" ({result.why.section})")
+    assert told.endswith(f" ({result.why.rule})")
+    return told.removesuffix(f" ({result.why.rule})")
 
 
 def test_the_reason_of_each_fault_of_stage_2_is_named():
@@ -563,7 +563,7 @@ def test_resumable_walks_are_explained_as_they_went():
         walk.supply(None if walk.request.level == 2 else data)
     text = explain(walk.result, smmu)
     assert "the read ended in an external abort" in text
-    assert "Because the read of a stage-1 descriptor ended in an external abort (7.3.12)." in text
+    assert "Because the read of a stage-1 descriptor ended in an external abort (S7.3.12-2)." in text
     assert text == explain(walk.result)
 
 

@@ -7,7 +7,7 @@ import pytest
 import small
 from test_ats import BOTH, QUEUE, full, rights, small_system
 
-from smmufast import Caches, PageAnswer, Smmu, layout
+from smmufast import Caches, Event, PageAnswer, Smmu, layout
 from smmufast.ats import AtsDevice
 from smmufast.faults import AtsFault
 
@@ -18,7 +18,8 @@ FIXED = 0x4ABC_D000  # where the host maps what is asked for
 
 def system(log2size=2, cr0=BOTH, **registers):
     """The small system with a page request queue and a command queue."""
-    return small_system(priq_base=QUEUE | log2size, cmdq_base=COMMANDS | 4, cr0=cr0, **registers)
+    registers.setdefault("priq_base", QUEUE | log2size)
+    return small_system(cmdq_base=COMMANDS | 4, cr0=cr0, **registers)
 
 
 class Host:
@@ -157,6 +158,60 @@ def test_ppar_is_that_of_memory_whatever_a_cache_holds():
     assert smmu.page_request(small.SUBSTREAMS, 0, ssid=3, read=True) == ("success", 3)
 
 
+LOOKUPS = {
+    "V=0": (small.INVALID, 0x04), "fetch aborts": (small.BEYOND_MEMORY, 0x03),
+    "out of range": (small.BEYOND_TABLE, 0x02), "illegal": (small.STAGE2, 0x04),
+    "legal": (small.STAGE1, None), "aborts": (small.ABORTED, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pps", [0, 1])
+@pytest.mark.parametrize("cr2", [0, 2, 8, 8 | 2])
+@pytest.mark.parametrize("what", LOOKUPS)
+def test_errors_of_looking_ppar_up_are_recorded_if_asked(what, cr2, pps):
+    sid, number = LOOKUPS[what]
+    smmu = system(log2size=0, features=full(pps=pps), cr2=cr2, eventq_base=QUEUE + 0x4000 | 3)
+    if what == "illegal":
+        at = small.BASE + small.STES + 64 * sid + 16
+        smmu.memory.write_u64(at, smmu.memory.read_u64(at) & ~(1 << 51))  # S2AA64
+    smmu.page_request(small.STAGE1, 0, read=True)
+    assert smmu.page_request(sid, 0x1000, ssid=5, read=True, last=False).action == "dropped"
+    assert smmu.page_request(sid, 0x1000, ssid=5).action == "dropped"  # a stop marker
+    assert smmu.page_request(sid, 0x1000, read=True) == ("success", None)
+    assert smmu.read("EVENTQ_PROD") == 0  # nothing was looked up
+    answer = smmu.page_request(sid, 0x1000, ssid=5, read=True)
+    if pps:
+        assert answer == ("success", 5) and smmu.read("EVENTQ_PROD") == 0
+        return
+    assert answer == (("success", None) if number is None else ("failure", None))
+    recorded = number is not None and cr2 & 8 and (number != 0x02 or cr2 & 2)
+    assert smmu.read("EVENTQ_PROD") == bool(recorded)
+    if recorded:
+        event = Event(smmu.memory.read(QUEUE + 0x4000, 32))
+        assert (event.number, event.sid, event.ssid) == (number, sid, 5)
+
+
+def test_an_injected_error_at_the_ste_of_ppar_is_an_event_and_a_failure():
+    smmu = system(log2size=0, features=full(pps=0), cr2=8, eventq_base=QUEUE + 0x4000 | 3)
+    smmu.page_request(small.STAGE1, 0, read=True)
+    smmu.memory.inject_error(kind="STE", count=1)
+    assert smmu.page_request(small.STAGE1, 0, ssid=5, read=True) == ("failure", None)
+    assert smmu.memory.read(QUEUE + 0x4000, 1) == b"\x03"
+    assert smmu.page_request(small.STAGE1, 0, ssid=5, read=True) == ("success", None)
+    assert smmu.read("EVENTQ_PROD") == 1
+
+
+def test_without_substreams_no_message_has_a_pasid():
+    smmu = system(log2size=0, features=full(ssidsize=0, pps=0, pasidtt=0))
+    answer = smmu.page_request(1, 0x1000, ssid=5, read=True, execute=True, priv=True)
+    assert answer.action == "queued"
+    word = int.from_bytes(smmu.memory.read(QUEUE, 8), "little")
+    assert word == 1 | 1 << 60 | 1 << 62  # StreamID, R, Last
+    assert smmu.page_request(1, 0x1000, ssid=5, read=True) == ("success", None)
+    # and no message is a stop marker
+    assert smmu.page_request(1, 0x1000, ssid=5) == ("success", None)
+
+
 def test_a_queue_without_memory_ends_in_priq_abt_err():
     smmu = small_system(priq_base=0xA000_0000 | 2, cr0=BOTH)
     assert smmu.page_request(1, 0x1000, read=True).action == "failure"
@@ -166,6 +221,46 @@ def test_a_queue_without_memory_ends_in_priq_abt_err():
     assert smmu.page_request(1, 0, ssid=1).action == "dropped"
     smmu.write("GERRORN", smmu.gerror)
     assert smmu.page_request(1, 0x1000, read=True).action == "queued"
+
+
+def test_the_interrupt_of_a_last_request_follows_its_entry():
+    smmu = system(priq_base=0xA000_0000 | 2)
+    smmu.write("PRIQ_IRQ_CFG2", 1 << 31)
+    smmu.write("IRQ_CTRL", 0b11)
+    told = []
+    smmu.on_interrupt = lambda name: told.append((name, smmu.read("PRIQ_PROD")))
+    lasts = [True, False, True]  # of requests within the write of another
+
+    def write(address, data):
+        while lasts:
+            last = lasts.pop()
+            assert smmu.page_request(1, 0x2000, read=True, last=last).action == "queued"
+            assert smmu.read("PRIQ_PROD") == 0 and told == []
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 64, lambda a, n: bytes(n), write)
+    assert smmu.page_request(1, 0x1000, read=True, last=False).action == "queued"
+    assert told == [("priq", 4)]  # one for all of them
+
+
+def test_a_last_request_behind_one_that_aborted_does_not_interrupt():
+    smmu = system(priq_base=0xA000_0000 | 2)
+    smmu.write("PRIQ_IRQ_CFG2", 1 << 31)
+    smmu.write("IRQ_CTRL", 0b11)
+    told = []
+    smmu.on_interrupt = told.append
+    depth = []
+
+    def write(address, data):
+        depth.append(1)
+        if len(depth) == 1:
+            smmu.page_request(1, 0x2000, read=True, last=True)
+            return None
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, 64, lambda a, n: bytes(n), write)
+    assert smmu.page_request(1, 0x1000, read=True, last=True).action == "failure"
+    assert smmu.read("PRIQ_PROD") == 0 and told == ["gerror"]
 
 
 # --- a device that asks ---

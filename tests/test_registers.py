@@ -5,6 +5,7 @@ import re
 
 import pytest
 import small
+from rawfeatures import raw_of
 
 from smmufast import Features, Memory, Smmu, layout
 
@@ -133,7 +134,10 @@ def test_what_no_bus_can_do_is_an_error():
         ({"pri": 0}, "IRQ_CTRL", 1 << 1),
         ({"msi": 0}, "GERROR_IRQ_CFG0", (1 << 56) - 4),
         ({"msi": 0}, "EVENTQ_IRQ_CFG1", (1 << 32) - 1),
-        ({"msi": 0}, "PRIQ_IRQ_CFG2", 0x3F),
+        ({"msi": 0}, "PRIQ_IRQ_CFG2", 1 << 31 | 0x3F),
+        ({"pri": 0}, "PRIQ_IRQ_CFG2", 1 << 31 | 0x3F),
+        ({"pri": 0}, "GERRORN", 0x48),
+        ({"msi": 0}, "GERRORN", 0xF0),
         ({"pri": 0}, "PRIQ_BASE", 1 << 62 | (1 << 56) - 32 | 31),
         ({"st_level": 0, "sidsize": 6}, "STRTAB_BASE_CFG", 3 << 16 | 31 << 6),
     ],
@@ -142,7 +146,7 @@ def test_bits_of_absent_features_are_not_there(missing, register, bits):
     size = layout.REGISTERS[register].bytes
     ones = (1 << 8 * size) - 1
     found = []
-    for features in (FULL, FULL.replace(**missing)):
+    for features in (FULL, raw_of(FULL, **missing)):
         smmu = device(features)
         smmu.write(register, ones & ~1 if register == "CR0" else ones)
         found.append(smmu.read(register))

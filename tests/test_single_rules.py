@@ -7,11 +7,11 @@ import ptwriter
 import pytest
 import reference
 import small
-import twin
+from rawfeatures import raw_of
 from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench, default_features
 from test_stage2 import VMID, Nested, nested_system, stage2_features
 
-from smmufast import Caches, Features, Memory, Smmu, layout
+from smmufast import Caches, Memory, Smmu, layout
 
 IOVA = 0x1234_5000
 
@@ -21,7 +21,7 @@ def cached(bench, caches=None):
     memory = Memory()
     for base, data in bench.regions():
         memory.add(data, base)
-    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    features = raw_of(bench.features)
     caches = Caches.small() if caches is None else caches
     return Smmu(memory, features, caches=caches, **vars(bench.regs))
 
@@ -148,7 +148,36 @@ def test_blocks_with_nt_are_not_cached(bbml):
     bench.map(0, 0x20_0000, 2, ignored=1 << 16)
     smmu = cached(bench)
     assert outcome(smmu, 0) == 0x20_0000
-    assert len(smmu.caches.tlb) == (bbml == 0)
+    assert len(smmu.caches.tlb) == (bbml != 1)
+
+
+@pytest.mark.parametrize("nested", ["combined", "split"])
+@pytest.mark.parametrize("bbml", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nt_of_either_stage_counts_with_bbml_1_alone(stage, bbml, nested):
+    bench, iova, ipa = nested_system()
+    bench.features.bbml = bbml
+    block = iova & -0x20_0000
+    if stage == 1:
+        bench.map(block + 0x20_0000, ipa & -0x20_0000, 2, ignored=1 << 16)
+        address, pa = block + 0x20_0000 + (ipa & 0x1F_F000), 0x5000
+    else:
+        other = (ipa & -0x20_0000) + 0x20_0000
+        bench.map2(other, 0x40_0000, 2, ignored=1 << 16)
+        bench.map(iova + 0x1000, other)
+        address, pa = iova + 0x1000, 0x40_0000
+    smmu = cached(bench, Caches.server(nested=nested))
+    assert outcome(smmu, address) == pa
+    kept = {entry.kind for entry in smmu.caches.tlb}
+    kinds = {"combined"} if nested == "combined" else {"stage 1", "stage 2"}
+    if bbml != 1:
+        assert kept == kinds
+    elif nested == "combined":
+        assert kept == set()
+    else:
+        missing = block + 0x20_0000 if stage == 1 else other
+        kind = f"stage {stage}"
+        assert not [e for e in smmu.caches.tlb if e.kind == kind and e.start == missing]
 
 
 @pytest.mark.parametrize("bbml", [0, 1])
@@ -660,7 +689,7 @@ def test_an_update_that_is_always_beaten_ends_as_an_external_abort():
             memory.add_callback(base, len(data), bench.memory.read, bench.memory.write, swap)
         else:
             memory.add(data, base)
-    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    features = raw_of(bench.features)
     result = Smmu(memory, features, **vars(bench.regs)).translate(SID, IOVA)
     assert beaten == [slot] * 8
     assert (result.action, result.fault.name) == ("abort", "F_WALK_EABT")
@@ -692,4 +721,6 @@ def test_the_reserved_bit_of_the_start_level_needs_the_52_bit_format():
     assert found.fault != "C_BAD_STE"
     assert next(fetch[1] for fetch in found.fetches if fetch[0] == "S2TT") == 2
     bench.write_ste(s2sl0=1, s2t0sz=25)
+    assert bench.fault(iova) != "C_BAD_STE"
+    bench.write_ste(s2ds=1)
     assert bench.fault(iova) == "C_BAD_STE"

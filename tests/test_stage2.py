@@ -239,11 +239,9 @@ def test_legal_shapes_are_those_of_the_table(oas, ds, stt):
     legal = 0
     for granule_lg2, tg in ptwriter.S2TG_CODES.items():
         for sl2, sl0, s2ds, t0sz in itertools.product((0, 1), range(4), (0, 1), range(64)):
-            # Without IDR5.DS both bits are RES0; S2SL0_2 has a meaning with S2DS alone.
-            bit = sl2 and ds
-            level = levels.get((granule_lg2, bit, sl0))
-            if bit and not s2ds and (granule_lg2, sl0) == (12, 0):
-                level = 2
+            # Without IDR5.DS both bits are RES0; S2SL0_2 has a meaning with 4K and S2DS alone.
+            bit = sl2 and s2ds and ds and granule_lg2 == 12
+            level = levels.get((granule_lg2, int(bit), sl0))
             expected = level is not None and tablegen.legal_stage2_shape(
                 features, granule_lg2, level, t0sz, s2ds
             )
@@ -273,7 +271,14 @@ ILLEGAL = [
     ({"oas": 1}, {"s2t0sz": 28}, False),
     ({"oas": 3}, {"s2sl0": 2, "s2t0sz": 24}, True),
     ({"oas": 4}, {"s2sl0": 2, "s2t0sz": 24}, False),
-    ({}, {"s2sl0_2": 1}, True),
+    ({}, {"s2sl0_2": 1}, False),
+    ({}, {"s2sl0_2": 1, "s2ds": 1}, True),
+    ({}, {"s2sl0_2": 1, "s2ds": 1, "s2sl0": 0, "s2t0sz": 12}, False),
+    ({}, {"s2sl0_2": 1, "s2ds": 1, "s2tg": 2}, False),
+    ({}, {"s2sl0_2": 1, "s2ds": 1, "s2tg": 1}, False),
+    ({}, {"s2tg": 2, "s2ds": 1, "s2sl0": 3, "s2t0sz": 16}, False),
+    ({"oas": 5}, {"s2tg": 2, "s2ds": 1, "s2sl0": 3, "s2t0sz": 16}, True),
+    ({}, {"s2tg": 2, "s2ds": 0, "s2sl0": 3, "s2t0sz": 16}, True),
     ({"ds": 0}, {"s2sl0_2": 1}, False),
     ({}, {"s2ttb": 1 << 48}, True),
     ({}, {"s2ttb": 1 << 48, "s2ds": 1}, False),

@@ -1,6 +1,7 @@
 """Reasons of refusals: their numbers, their sentences, and how they reach every face."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_a_number_holds_its_event():
 def test_a_sentence_names_what_it_is_about(why):
     assert "[" not in why.sentence()
     assert why.sentence()[-1] not in ".:"
-    assert why.section
+    assert re.fullmatch(r"[SV][\d.]+-\d+", why.rule)
+    assert re.fullmatch(r"D?[\d.]+", why.section)
     named = why.sentence({"Span": 1, "Config": 5, "S2PS": 2}, Features())
     assert "[" not in named
 

@@ -21,7 +21,6 @@ import os
 import random
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ import numpy as np
 if __name__ == "__main__":  # python -P leaves this folder out
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import rawfeatures
 import reference
 import tablegen
 
@@ -37,7 +37,6 @@ import smmufast
 PER_SYSTEM = 400
 PER_NESTED_SYSTEM = 100  # new tables often: updates come with the first accesses
 DETAILED = 7  # every so many requests are also compared face by face
-FEATURES = [field.name for field in fields(smmufast.Features)]
 
 
 def smmu_of(system):
@@ -45,7 +44,7 @@ def smmu_of(system):
     memory = smmufast.Memory()
     for base, data in system.regions():
         memory.add(data, base)
-    features = smmufast.Features(**{name: getattr(system.features, name) for name in FEATURES})
+    features = rawfeatures.raw_of(system.features)
     registers = {name: getattr(system.regs, name) for name in vars(system.regs)}
     return smmufast.Smmu(memory, features, **registers)
 
