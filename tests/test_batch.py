@@ -292,3 +292,25 @@ def test_hits_ask_the_permissions_of_both_stages(stage, each):
     write = np.ones(len(rows), bool) if each else True
     found = smmu.translate_batch(SID, rows, write=write)["pa"].tolist()
     assert found == [(0x5000 + (i // 40 << 12)) * (i // 40 % 2 == 0) for i in range(160)]
+
+
+def test_hits_are_of_the_very_page():
+    """Pages of one set, of which what is compared first agrees; it is written again here."""
+    rng = np.random.default_rng(2)
+    pages = np.unique(rng.integers(0, 1 << 36, 1 << 18, np.uint64))
+    # VALID, the world NS_EL1 (0), the kind stage 1, the size; no VMID, ASID 3
+    key = (1 << 63 | 1 << 38 | 12 << 32 | 3) * 0x5A308D33 % (1 << 64)
+    found = (pages * np.uint64(0x3C6EF373) + np.uint64(key)) >> np.uint64(24)
+    found = found & np.uint64(0xFFFF_FFFF) | np.uint64(1)
+    order = np.argsort(found, kind="stable")
+    same_print = np.flatnonzero(found[order][1:] == found[order][:-1])
+    assert len(same_print) >= 8
+    bench = Bench()
+    bench.write_cd(asid=3)
+    pairs = [[int(pages[order[at + i]]) << 12 for i in (0, 1)] for at in same_print[:8]]
+    for mapped, _ in pairs:
+        bench.map(mapped, 0x5000, ng=1)
+    for mapped, other in pairs:
+        smmu = recording(bench, lambda smmu: None, Caches(tlb=(1, 4), ste=(1, 4), cd=(1, 4)))
+        rows = np.array([mapped] * 20 + [other] + [mapped] * 4, np.uint64)
+        assert smmu.translate_batch(SID, rows)["pa"].tolist() == [0x5000] * 20 + [0] + [0x5000] * 4
