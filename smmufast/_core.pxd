@@ -66,6 +66,17 @@ cdef struct Msi:
     bint enabled          # IRQ_CTRL enables the source, message and wire
 
 
+# Which translations were overtaken by invalidations (3.21.1, 3.21.3, 4.7.3).  A walk that a host
+# performs remembers `commands` of when it began.  Changed under Queues.lock; _queue.pxd has the
+# functions.
+cdef struct Overtaking:
+    uint64_t commands     # CFGI and TLBI commands consumed and times that SMMUEN was cleared, ever
+    uint64_t synced       # of these, how many a CMD_SYNC completed: walks from before start again
+    uint64_t stopped      # how many there were when SMMUEN was cleared last: so do all walks
+    uint64_t holders      # walks under way that hold CMD_SYNC and began since the last command
+    uint64_t overtaken    # those that began before: CMD_SYNC waits for them
+
+
 # The queues and what they signal.  `lock` is held for a few instructions only.
 cdef struct Queues:
     uint32_t lock
@@ -79,6 +90,7 @@ cdef struct Queues:
     void* owner           # the Registers, borrowed
     int (*wire)(void* owner, Port* port, int irq) noexcept nogil
     int (*stall)(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept nogil
+    int (*consume)(void* owner, Port* port) noexcept nogil  # commands that waited
 
 
 # What the C face holds on to: it outlives no Smmu.
@@ -87,6 +99,7 @@ cdef struct Core:
     Ram* ram
     void* owner       # the Smmu
     Queues* queues    # never NULL
+    Overtaking overtaking
     CachesC* caches   # NULL: nothing is cached
     void* pairs       # of the last batch of many streams; NULL: none, or in use
     void* reuse       # tables of the last batch through stage 2; likewise

@@ -11,9 +11,9 @@ software never sees a slot that is not filled, and nobody waits for a callback.
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from smmufast._bits cimport le64, low_mask
+from smmufast._bits cimport le64, load64, low_mask
 from smmufast._core cimport (
-    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Queues, Ring,
+    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Overtaking, Queues, Ring,
 )
 from smmufast._layout cimport cmdq_base_log2size, eventq_cons_ovackflg, eventq_prod_ovflg
 from smmufast._memory cimport (
@@ -323,6 +323,77 @@ cdef inline int ring_signal(
     return status
 
 
+# --- walks that invalidations overtake (3.21.1, 3.21.3, 4.7.3) ---
+# Which of its reads an invalidation makes old is not asked: every walk under way is overtaken.
+
+cdef inline void overtake(Core* core) noexcept nogil:
+    """A CFGI or TLBI command is consumed: what was read before is not kept from now on."""
+    cdef Overtaking* o = &core.overtaking
+    lock_take(&core.queues.lock)
+    o.commands += 1
+    o.overtaken += o.holders
+    o.holders = 0
+    lock_give(&core.queues.lock)
+
+
+cdef inline void overtake_all(Core* core) noexcept nogil:
+    """SMMUEN is cleared: walks start again, and then find it so (6.3.9.6)."""
+    cdef Overtaking* o = &core.overtaking
+    lock_take(&core.queues.lock)
+    o.commands += 1
+    o.synced = o.stopped = o.commands
+    o.holders = o.overtaken = 0
+    lock_give(&core.queues.lock)
+
+
+cdef inline bint sync_waits(Core* core) noexcept nogil:
+    """A CMD_SYNC has to wait for walks that hold it."""
+    cdef Overtaking* o = &core.overtaking
+    cdef bint waits
+    lock_take(&core.queues.lock)
+    waits = o.overtaken != 0
+    lock_give(&core.queues.lock)
+    return waits
+
+
+cdef inline void sync_done(Core* core) noexcept nogil:
+    """A CMD_SYNC is complete: walks that an invalidation before it overtook start again."""
+    lock_take(&core.queues.lock)
+    core.overtaking.synced = core.overtaking.commands
+    lock_give(&core.queues.lock)
+
+
+cdef inline uint64_t walk_enter(Core* core, bint holds) noexcept nogil:
+    """A walk begins, or begins again: what it remembers of that."""
+    cdef Overtaking* o = &core.overtaking
+    cdef uint64_t begun
+    lock_take(&core.queues.lock)
+    begun = o.commands
+    o.holders += holds
+    lock_give(&core.queues.lock)
+    return begun
+
+
+cdef inline bint walk_leave(Core* core, uint64_t begun) noexcept nogil:
+    """A walk that holds CMD_SYNC ends: whether it was the last one that was overtaken."""
+    cdef Overtaking* o = &core.overtaking
+    cdef bint last = False
+    lock_take(&core.queues.lock)
+    if begun == o.commands:
+        o.holders -= o.holders != 0
+    elif begun >= o.stopped and o.overtaken:
+        o.overtaken -= 1
+        last = o.overtaken == 0
+    lock_give(&core.queues.lock)
+    return last
+
+
+cdef inline bint walk_again(const Core* core, uint64_t begun, bint holds) noexcept nogil:
+    """A walk that began then has to start again."""
+    cdef const Overtaking* o = &core.overtaking
+    return begun < load64(&o.stopped if holds else &o.synced)
+
+
 # --- the event queue (7.2) ---
 
 cdef inline int event_signal(Queues* q, Port* port, int put) noexcept nogil:
@@ -334,10 +405,10 @@ cdef inline int event_put(
         Core* core, Port* port, const uint64_t* record, bint* written) noexcept nogil:
     """Write a record into the event queue, with its interrupt: 0, or FETCH_RAISED."""
     cdef Queues* q = core.queues
-    cdef Port own  # the caller's may be that of a trace or a script
+    cdef Port own  # the caller's may be that of a trace
     cdef int put = PUT_CLOSED
     cdef int status
-    port_open(&own, core.ram, NULL, False)
+    port_open(&own, core.ram, NULL)
     status = ring_put(q, &q.events, &own, record, True, &put)
     written[0] = put & 3 == PUT_WRITTEN
     if status == 0:

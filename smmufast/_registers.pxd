@@ -43,6 +43,7 @@ cdef class Registers:
     cdef bint _recording
     # commands
     cdef uint32_t _cerror
+    cdef int _command_why     # why a command was illegal (WHY_...)
     cdef uint32_t _restarts   # how often CONS or BASE of the command queue was written
     cdef uint64_t _budget     # commands to consume before the caller gets an answer
     cdef bint _consuming
@@ -90,8 +91,9 @@ cdef class Registers:
 
     cdef int _consume(self) except -1
     cdef int _execute(self, const Effect* effect) except -1
+    cdef bint _sync_waits(self, const Effect* effect) except -1
     cdef int _complete(self, const Effect* effect, bint room) except -1
-    cdef int _command_error(self, uint32_t cerror) except -1
+    cdef int _command_error(self, uint32_t cerror, int why) except -1
     cdef int _atc_inv(self, const Effect* effect) except -1
 
     # save and restore

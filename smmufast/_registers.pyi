@@ -11,6 +11,7 @@ from smmufast._tlb import Caches as Caches
 from smmufast.faults import Event as Event
 from smmufast.features import Features as Features
 from smmufast.features import modelled as modelled
+from smmufast.why import Why as Why
 
 _Flag = bool | np.bool
 
@@ -52,6 +53,8 @@ class Stall:
     def recorded(self) -> bool: ...
     @property
     def fault(self) -> Event: ...
+    @property
+    def why(self) -> Why | None: ...
     @property
     def done(self) -> bool: ...
     @property

@@ -5,6 +5,7 @@ Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (glob
 """
 
 cimport cython
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
@@ -34,8 +35,9 @@ from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
     GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_CLOSED, PUT_FIRST,
     PUT_FULL, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge, gerror_active,
-    gerror_raise, lock_give, lock_take, ring_after, ring_bits, ring_entry, ring_full, ring_place,
-    ring_put, ring_reset, ring_set_cons, ring_set_prod, ring_signal, ring_writable, signal,
+    gerror_raise, lock_give, lock_take, overtake, overtake_all, ring_after, ring_bits, ring_entry,
+    ring_full, ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod, ring_signal,
+    ring_writable, signal, sync_done, sync_waits,
 )
 from smmufast._tlb cimport (
     Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
@@ -45,6 +47,7 @@ from smmufast._types cimport (
     NO_SSID, Hw, Outcome, Request,
 )
 from smmufast._vmsa cimport entering_attr, shareability
+from smmufast._why cimport why_event
 
 import json
 import struct
@@ -56,6 +59,7 @@ from smmufast import layout
 from smmufast._tlb import CACHES as _CACHES
 from smmufast.faults import Event
 from smmufast.features import Features, modelled
+from smmufast.why import Why
 
 RegisterWarning = namedtuple("RegisterWarning", "register text", module="smmufast")
 RegisterWarning.__doc__ = """What software probably did not mean: the register, and why."""
@@ -68,6 +72,8 @@ PageAnswer.__doc__ = """What a device learns of its page request at once: action
 """
 
 cdef tuple IRQ_NAMES = ("eventq", "priq", "gerror", "cmdq_sync", "sev")
+
+cdef str HELD = "CMD_SYNC waits for walks that an invalidation overtook"
 
 # --- the register map (6.1, 6.2), from layout.REGISTERS ---
 
@@ -150,8 +156,11 @@ cdef dict OUTCOME = {
     "pa": 0xFFFFFFFFFFFFFFFF, "ipa": 0xFFFFFFFFFFFFFFFF, "action": 5, "event": 0xFF,
     "fault": 0xFF, "perm": 0x3F, "perm_s1": 0x3F, "level": 4, "page_lg2": 63, "attr": 0xFF,
     "sh": 3, "stage": 3, "asid": 0xFFFF, "vmid": 0xFFFF, "stag": 0xFFFF, "ng": 1, "contiguous": 1,
-    "record": None,
+    "why": 0xFFFF, "record": None,
 }  # the largest value of each member
+
+
+cdef frozenset REASONS = frozenset(Why)
 
 
 cdef object state_error(str what, str why):
@@ -287,6 +296,27 @@ cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome)
         self.core.ram.users -= 1
 
 
+cdef int consume(void* owner, Port* port) noexcept with gil:
+    """Go on with commands: 0, or FETCH_RAISED."""
+    cdef Registers self = <Registers>owner
+    try:
+        self._consume()
+        return 0
+    except BaseException as error:
+        if port.exception == NULL:
+            Py_INCREF(error)
+            port.exception = <void*>error
+        return FETCH_RAISED
+
+
+cdef str cerror_text(unsigned int cerror, int why, fields=None):
+    """A command error in words, with the reason where one rule refused the command."""
+    name, _, text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror).partition(": ")
+    if why:
+        text = Why(why).sentence(fields)
+    return f"CERROR_{name}: {text}"
+
+
 # --- stalled transactions ---
 
 
@@ -356,6 +386,11 @@ cdef class Stall:
         for i in range(4):
             words[i] = le64(self.outcome.record[i])
         return Event((<char*>words)[:32])
+
+    @property
+    def why(self):
+        """The reason of the fault, as a Why; None in a state that version 0.2 saved."""
+        return Why(self.outcome.why) if self.outcome.why else None
 
     @property
     def done(self):
@@ -430,6 +465,7 @@ cdef class Registers:
         q.wired = wired
         q.wire = wire
         q.stall = hold
+        q.consume = consume
         q.commands.entry_lg2 = 4
         q.commands.error = GERROR_CMDQ_ERR
         q.events.entry_lg2 = 5
@@ -503,6 +539,7 @@ cdef class Registers:
         """CFGI_* and TLBI_*: drop from the caches what the effect names."""
         cdef CachesC* c = self.core.caches
         cdef Invalidation inv
+        overtake(&self.core)
         if c == NULL:
             return 0
         caches_take_gil(&self.core)
@@ -864,6 +901,7 @@ cdef class Registers:
         if cr0_cmdqen(begun):
             self._check_queue("CMDQ")
         if cr0_smmuen(old & ~value):
+            overtake_all(&self.core)
             self._terminate(None)
         try:
             self._settle()
@@ -1205,7 +1243,7 @@ cdef class Registers:
         turn = stall.turn
         event_set_stag(stall.outcome.record, stag)
         stall.outcome.stag = <unsigned short>stag
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         if q.events.placed:
             status = ring_put(q, &q.events, &port, stall.outcome.record, False, &put)
@@ -1346,22 +1384,25 @@ cdef class Registers:
                    and not gerror_active(&self.queues, GERROR_CMDQ_ERR)):
                 self._budget -= 1
                 restarts = self._restarts
-                port_open(&port, self.core.ram, NULL, False)
+                port_open(&port, self.core.ram, NULL)
                 self.core.ram.users += 1
                 status = port_read(&port, ring_entry(ring, ring.cons), words, 16)
                 self.core.ram.users -= 1
                 self._end(&port, status)
                 cerror = CMDQ_CONS_ERR_ABT
+                effect.why = 0
                 if status == FETCH_OK:
                     words[0] = le64(words[0])
                     words[1] = le64(words[1])
                     cerror = command_decode(&self.core.hw, words, &effect)
+                    if self._sync_waits(&effect):
+                        break
                     if cerror == 0:
                         cerror = self._execute(&effect)
                 room = False
                 if restarts == self._restarts:
                     if cerror:
-                        self._command_error(cerror)
+                        self._command_error(cerror, <int>effect.why)
                         continue
                     room = ring_full(ring.prod, ring.cons, ring.log2size)
                     ring.cons = ring_after(ring.cons, ring.log2size)
@@ -1396,7 +1437,13 @@ cdef class Registers:
         elif effect.kind == EFFECT_SYNC and self._atc_failed:
             self._atc_failed = False
             return CMDQ_CONS_ERR_ATC_INV_SYNC
+        elif effect.kind == EFFECT_SYNC:
+            sync_done(&self.core)
         return 0
+
+    cdef bint _sync_waits(self, const Effect* effect) except -1:
+        """Whether a command is a CMD_SYNC that walks hold, and so not consumed yet (4.7.3)."""
+        return effect.kind == EFFECT_SYNC and sync_waits(&self.core)
 
     cdef int _atc_inv(self, const Effect* effect) except -1:
         """CMD_ATC_INV to the device of its StreamID; a failure is the next SYNC's."""
@@ -1425,7 +1472,7 @@ cdef class Registers:
         cdef bint wakes = room and self.core.hw.sev
         if effect.kind == EFFECT_SYNC and effect.cs == CMD_CS_SEV:
             wakes = True
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         if effect.kind == EFFECT_SYNC and effect.cs == CMD_CS_IRQ:
             msi.sent = effect.msi_address != 0
             msi.address = effect.msi_address & ~self.core.hw.oas_over
@@ -1438,11 +1485,13 @@ cdef class Registers:
             status = FETCH_RAISED
         return self._end(&port, status)
 
-    cdef int _command_error(self, uint32_t cerror) except -1:
+    cdef int _command_error(self, uint32_t cerror, int why) except -1:
         """CMDQ_CONS.ERR first, then GERROR.CMDQ_ERR, which stops the queue."""
         cdef Port port
         self._cerror = cerror
-        port_open(&port, self.core.ram, NULL, False)
+        self._command_why = why
+        self._warn("CMDQ_CONS", cerror_text(cerror, why))
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR)
         self.core.ram.users -= 1
@@ -1463,6 +1512,8 @@ cdef class Registers:
         ValueError
             There is no such command or field, a value does not fit, or the command is executed
             directly and ends in a CERROR code.  In a queue, that stops the queue instead.
+        RuntimeError
+            A CMD_SYNC is executed directly, and a walk holds it.  In a queue, it waits instead.
         BufferError
             The command queue is full.
         ExternalAbort, PermissionError
@@ -1486,6 +1537,8 @@ cdef class Registers:
         words[0] = word & 0xFFFFFFFFFFFFFFFF
         words[1] = word >> 64
         cerror = command_decode(&self.core.hw, words, &effect)
+        if self._sync_waits(&effect):
+            raise RuntimeError(f"{name}: {HELD}")
         if cerror == 0:
             self._calling += 1
             try:
@@ -1493,8 +1546,7 @@ cdef class Registers:
             finally:
                 self._calling -= 1
         if cerror:
-            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror)
-            raise ValueError(f"{name}: CERROR_{text}")
+            raise ValueError(f"{name}: {cerror_text(cerror, effect.why, fields)}")
         try:
             self._complete(&effect, False)
         finally:
@@ -1506,7 +1558,7 @@ cdef class Registers:
         Raises
         ------
         RuntimeError
-            It waits in the command queue: disabled, or stopped by an error.
+            It waits in the command queue: disabled, stopped by an error, or held by a walk.
         ValueError, BufferError, ExternalAbort, PermissionError
             As for `command`.
         """
@@ -1516,10 +1568,11 @@ cdef class Registers:
             return
         reason = "CR0.CMDQEN is 0"
         if gerror_active(&self.queues, GERROR_CMDQ_ERR):
-            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(self._cerror)
-            reason = f"stopped by CERROR_{text}"
+            reason = f"stopped by {cerror_text(self._cerror, self._command_why)}"
         elif self._consuming:
             reason = "commands before it are not complete"
+        elif ring.enabled and sync_waits(&self.core):
+            reason = HELD
         raise RuntimeError(f"command queue: {reason}")
 
     def record(self, str name not None, **fields):
@@ -1554,7 +1607,7 @@ cdef class Registers:
             words[i] = word >> 64 * i & 0xFFFFFFFFFFFFFFFF
         if not self.queues.events.placed:
             return False
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = event_put(&self.core, &port, words, &written)
         self.core.ram.users -= 1
@@ -1610,7 +1663,7 @@ cdef class Registers:
         words[0] = word & 0xFFFFFFFFFFFFFFFF
         words[1] = word >> 64
         words[2] = words[3] = 0
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         status = 0
         self.core.ram.users += 1
         if q.pages.enabled and q.pages.placed:
@@ -1647,6 +1700,8 @@ cdef class Registers:
             raise RuntimeError("save: a command is under way; save between calls")
         if q.commands.writers or q.events.writers or q.pages.writers:
             raise RuntimeError("save: a record is being written; save between calls")
+        if q.commands.enabled and q.commands.prod != q.commands.cons and sync_waits(&self.core):
+            raise RuntimeError(f"save: {HELD}; end those walks first")
         return 0
 
     cdef dict _state(self):
@@ -1687,8 +1742,8 @@ cdef class Registers:
         Raises
         ------
         RuntimeError
-            A translation, a command or a record is under way: in another thread, or because a
-            callback of one saves.
+            A translation, a command or a record is under way: in another thread, because a
+            callback of one saves, or because a walk holds a CMD_SYNC.
 
         >>> from smmufast import Memory, Smmu
         >>> smmu = Smmu(Memory(), gbpa=0x10_1000)
@@ -1806,6 +1861,8 @@ cdef class Registers:
                 saved_number(f"{name} of a stall", saved[name], last)
         if 0xFFFFF < saved["ssid"] < <uint32_t>NO_SSID:
             raise state_error("ssid of a stall", f"{saved['ssid']:#x} is none")
+        if type(saved["outcome"]) is dict:
+            saved["outcome"].setdefault("why", 0)  # states of version 0.2 have none
         members = saved_dict("outcome of a stall", saved["outcome"], OUTCOME)
         for name, last in OUTCOME.items():
             if last is not None:
@@ -1822,6 +1879,8 @@ cdef class Registers:
         if (outcome.action != ACTION_STALL or outcome.fault != outcome.record[0] & 0xFF
                 or not EVENT_F_TRANSLATION <= outcome.fault <= EVENT_F_PERMISSION
                 or outcome.event != (outcome.fault if stall._recorded else 0)
+                or outcome.why and (outcome.why not in REASONS
+                                    or why_event(outcome.why) != outcome.fault)
                 or outcome.stag and not stall._recorded):
             raise state_error("outcome of a stall", "not that of a fault that stalls")
         self._stalls[stall] = None

@@ -387,7 +387,7 @@ def test_without_a_queue_commands_are_executed_directly():
     smmu.command("SYNC", CS=2)
     assert wires == ["sev"]
     smmu.sync()
-    with pytest.raises(ValueError, match=r"^SYNC: CERROR_ILL: illegal command"):
+    with pytest.raises(ValueError, match=r"^SYNC: CERROR_ILL: CS=0b11 is reserved"):
         smmu.command("SYNC", CS=3)
     device.answer = False
     smmu.command("ATC_INV", StreamID=5)

@@ -618,7 +618,7 @@ def probe(tmp_path_factory):
         + "\n    raise KeyError(name)",
     ))  # fmt: skip
     build = build_ext(Distribution({"ext_modules": cythonize(
-        [Extension("probe", [str(folder / "probe.pyx")], extra_compile_args=["-O1"],
+        [Extension("probe", [str(folder / "probe.pyx")], extra_compile_args=["-O0"],
                    include_dirs=[str(PACKAGE)])],
         include_path=[str(PACKAGE.parent)], build_dir=str(folder), language_level=3, quiet=True,
     )}))  # fmt: skip
@@ -803,3 +803,52 @@ def test_captured_stream_tables_read_as_the_kernel_meant_them(captures, name):
             assert (cd["TG0"], cd["SH0"], cd["IR0"], cd["OR0"]) == (granule, 3, 1, 1)
             assert cd["MAIR0"] & 0xFFFFFF == 0x04FF44
             assert cd["TTB0"] in pages
+
+
+# --- no bit is typed twice ---
+
+#: How code would name a bit of a register or a structure by its number.
+LITERALS = re.compile(
+    r"""\b(cr0|cr1|cr2|gbpa|irq_ctrl|strtab_base|strtab_base_cfg)\b\W{0,2}\s*(&|>>)\s*(0x)?\d
+      | \b(d|descriptor|leaf|raw|tables|inner)\s*(&|\||\^)\s*(\(?1\s*<<|0x[0-9a-fA-F]+|\d{2,})
+      | \b(d|descriptor|leaf|tables|inner)\s*>>\s*\d+
+      | \b(ste|cd|cmd|words?|guest|record)\w*(\[\d\])?\s*>>\s*\d+\s*&
+      | \b(ste|cd|guest)\w*\[\d\]\s*&\s*(\(?1\s*<<|0x[0-9a-fA-F]+|\d)
+      | 1\s*<<\s*6[0-3]\b
+    """,
+    re.VERBOSE,
+)
+#: Lines that match and type no position: what they hold is no field of layout.py.
+NO_FIELDS = (
+    "if last - first >= 1 << 63:",  # a size
+    "if n > <uint64_t>1 << 62:",  # a size
+    "pairs = word & word >> 1 & 0x5555555555555555ULL",  # of a bitmap
+    "return _DEVICES[inner >> 2] + reserved",  # of a MAIR byte
+)
+
+
+def sources():
+    for path in sorted([*PACKAGE.glob("*.p[yx]*"), *PACKAGE.glob("*.h"), *PACKAGE.glob("*/*.py")]):
+        if path.suffix in (".py", ".pyx", ".pxd", ".h") and path.name not in (
+            "layout.py", "_layout.pxd", "_layout.h", "_why.pxd",
+        ):  # fmt: skip
+            yield path
+
+
+def test_no_source_types_the_position_of_a_field():
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sources()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if LITERALS.search(line.partition("#")[0])
+        and line.strip() not in NO_FIELDS
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("line", [
+    "if cr0 & 1:", "smmu.cr2 >> 1 & 1", "d | 1 << 10", "d & 0x403", "d >> 6 & 3",
+    "config = ste >> 1 & 7", "words[0] >> 1 & 7", "base | 1 << 62", "guest[0] & 1",
+])  # fmt: skip
+def test_a_position_that_is_typed_is_found(line):
+    assert LITERALS.search(line)

@@ -7,7 +7,7 @@ import pytest
 import small
 from test_ats import BOTH, QUEUE, full, rights, small_system
 
-from smmufast import Event, PageAnswer, layout
+from smmufast import Caches, Event, PageAnswer, Smmu, layout
 from smmufast.ats import AtsDevice
 from smmufast.faults import AtsFault
 
@@ -131,6 +131,30 @@ def test_without_a_usable_ste_the_automatic_answer_is_a_failure():
     at = small.BASE + small.STES + 64 * small.STAGE2 + 16
     smmu.memory.write_u64(at, smmu.memory.read_u64(at) & ~(1 << 51))  # S2AA64
     assert smmu.page_request(small.STAGE2, 0, ssid=3, read=True).action == "failure"
+
+
+@pytest.mark.parametrize("ppar", [0, 1])
+def test_an_ste_that_aborts_says_whether_the_answer_has_the_pasid(ppar):
+    smmu = system(log2size=0, features=full(pps=0))
+    at = small.BASE + small.STES + 64 * small.ABORTED + 10
+    smmu.memory.write(at, bytes([smmu.memory.read(at, 1)[0] | ppar << 2]))
+    smmu.page_request(small.ABORTED, 0, read=True)
+    answer = smmu.page_request(small.ABORTED, 0, ssid=3, read=True)
+    assert answer == ("success", 3 if ppar else None)
+
+
+def test_ppar_is_that_of_memory_whatever_a_cache_holds():
+    plain = system(log2size=0, features=full(pps=0))
+    smmu = Smmu(
+        plain.memory, plain.features, caches=Caches.small(), strtab_base=plain.strtab_base,
+        strtab_base_cfg=plain.strtab_base_cfg, priq_base=plain.priq_base, cr0=plain.cr0,
+    )  # fmt: skip
+    assert smmu.translate(small.SUBSTREAMS, small.RW, ssid=3)
+    assert len(smmu.caches.ste) == 1
+    at = small.BASE + small.STES + 64 * small.SUBSTREAMS + 10
+    smmu.memory.write(at, bytes([smmu.memory.read(at, 1)[0] | 1 << 2]))
+    smmu.page_request(small.SUBSTREAMS, 0, read=True)
+    assert smmu.page_request(small.SUBSTREAMS, 0, ssid=3, read=True) == ("success", 3)
 
 
 LOOKUPS = {

@@ -705,6 +705,53 @@ def test_threads_behind_a_callback_lose_no_record():
     assert sorted(addresses.tolist()) == [(1 << 30) + 4096 * i for i in range(n * threads)]
 
 
+@pytest.mark.parametrize("behind", [1, 2])
+@pytest.mark.parametrize("aborts", [True, False])
+def test_records_behind_one_that_was_not_written_are_lost_and_nobody_is_told_of_them(
+    aborts, behind
+):
+    """The first record's write ends while the others are being written."""
+    smmu, wires = system(eventq_base=0xA000_0000 | 4)
+    data = bytearray(32 << 4)
+    busy = [threading.Event() for _ in range(behind + 1)]
+    ended = threading.Event()
+    addresses = []
+
+    def write(address, record):
+        index = (address - 0xA000_0000) // 32
+        addresses.append(index)
+        busy[index].set()
+        if index == 0:
+            for other in busy:
+                other.wait(60)
+            return None if aborts else True
+        ended.wait(60)
+        data[32 * index : 32 * index + 32] = record
+        return True
+
+    smmu.memory.add_callback(0xA000_0000, len(data), lambda a, n: bytes(n), write)
+    results = {}
+
+    def run(i):
+        results[i] = fault(smmu, small.Request(small.STAGE1, (1 << 30) + 4096 * i))
+        if i == 0:
+            ended.set()
+
+    workers = []
+    for i in range(behind + 1):  # one after the other, so that each has the slot of its number
+        workers.append(threading.Thread(target=run, args=(i,)))
+        workers[i].start()
+        assert busy[i].wait(60)
+    for worker in workers:
+        worker.join()
+    assert addresses == list(range(behind + 1))
+    written = 0 if aborts else behind + 1
+    assert smmu.read("EVENTQ_PROD") == written
+    assert sum(result.event is not None for result in results.values()) == written
+    assert all(result.fault.name == "F_TRANSLATION" for result in results.values())
+    assert bool(smmu.read("GERROR") & ABT_ERR["EVENTQ"]) == aborts
+
+
 # --- page requests ---
 
 
