@@ -491,6 +491,17 @@ def test_a_retry_that_stalls_once_more_and_waits_is_translated_anew_too():
     assert held.result.pa == 0x4000_7000 and smmu.read("EVENTQ_PROD") == 1
 
 
+def test_what_the_queue_refused_is_translated_anew_too():
+    smmu, _ = system(eventq_base=0xA000_0000 | 2, cr0=1)  # there is no memory
+    held = stall(smmu)
+    smmu.write("CR0", CR0)
+    assert smmu.gerror == EVENTQ_ABT_ERR and not held.recorded and held.stag is None
+    smmu.memory.add(bytearray(128), 0xA000_0000)
+    smmu.memory.write_u64(LEAF, MAPPED)
+    smmu.write("GERRORN", EVENTQ_ABT_ERR)
+    assert held.result.pa == 0x4000_7000 and smmu.read("EVENTQ_PROD") == 0
+
+
 @pytest.mark.parametrize("cause", ["full", "disabled", "error"])
 def test_a_state_keeps_what_waits_to_be_translated_anew(cause):
     smmu, _, _, _ = waiting(cause, 2)
@@ -1251,6 +1262,22 @@ def test_a_stall_is_recorded_once_the_interrupt_ends_the_error(times):
     held = stall(smmu)
     assert held.recorded
     assert interrupts == ["gerror"] * times + ["eventq"]
+
+
+def test_an_error_whose_interrupt_maps_the_page_leaves_nothing_to_record():
+    smmu, interrupts = refusing(1)
+
+    def interrupt(name):
+        interrupts.append(name)
+        smmu.memory.write_u64(LEAF, MAPPED)
+        smmu.command("TLBI_NH_ALL")
+        smmu.command("SYNC")
+        smmu.write("GERRORN", smmu.gerror)
+
+    smmu.on_interrupt = interrupt
+    result = smmu.translate(STALLS, IOVA)
+    assert result.action == "ok" and result.pa == 0x4000_7000
+    assert interrupts == ["gerror"] and smmu.read("EVENTQ_PROD") == 0 and smmu.stalls == []
 
 
 def test_a_queue_that_always_refuses_does_not_hang():
