@@ -21,7 +21,7 @@ would be used.
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-from smmufast._cached cimport deliver, leaf_of, usable, view_open
+from smmufast._cached cimport deliver, view_open
 from smmufast._config cimport (
     STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_SID, cd_decode, effective_access, substream,
 )
@@ -44,8 +44,8 @@ from smmufast._tlb cimport (
 from smmufast._translate cimport (
     CLASS_IN, NOWHERE, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault, end_refused,
     end_unmapped, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
-    keeps_what_is_read, leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set,
-    untranslatable, walk_steps,
+    keeps_what_is_read, leaf_none, leaf_of, stage2, ste_decode, ste_fetch, ste_substream,
+    syndrome_set, untranslatable, usable, walk_steps,
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, NO_SSID, Context, Half,
@@ -202,7 +202,7 @@ cdef inline int ats_stream(
     if <uint64_t>sid >> hw.log2size:
         return WHY_STREAM_BEYOND
     if view != NULL:
-        cached = ste_probe(view.c, sid, memo.ste, view.quiet)
+        cached = ste_probe(view.c, sid, memo.ste)
     if not cached:
         event = ste_fetch(hw, port, sid, memo, syndrome)
     if event == 0:
@@ -222,7 +222,7 @@ cdef inline int ats_context(
     if event or memo.index == STAGE1_BYPASS:
         return event
     if view != NULL:
-        cached = cd_probe(view.c, memo.sid, <uint32_t>memo.index, memo.cd, view.quiet)
+        cached = cd_probe(view.c, memo.sid, <uint32_t>memo.index, memo.cd)
     if not cached:
         event = cd_fetch(hw, port, view, memo, syndrome)
     if event == 0:
@@ -251,8 +251,7 @@ cdef inline int ats_stage1(
         return event
     va = canonical(half, iova, upper)
     if view != NULL:
-        e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, context.aset, va,
-                      view.quiet)
+        e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, context.aset, va)
         if e != NULL and usable(e, access):
             known[0] = True
             leaf_of(e, 1, &pages.first)
@@ -415,7 +414,7 @@ cdef inline int ats_request(
     if core.caches == NULL:
         status = ats_answer(&core.hw, port, NULL, request, ask, answer)
     else:
-        view_open(&view, core, request, False)
+        view_open(&view, core, request)
         status = ats_answer(&core.hw, port, &view, request, ask, answer)
     return deliver(core, port, request, status, &answer.outcome)
 
@@ -512,6 +511,6 @@ cdef inline int ats_translated(
     if core.caches == NULL:
         status = translated_one(&core.hw, port, NULL, request, outcome)
     else:
-        view_open(&view, core, request, False)
+        view_open(&view, core, request)
         status = translated_one(&core.hw, port, &view, request, outcome)
     return deliver(core, port, request, status, outcome)

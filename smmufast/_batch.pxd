@@ -12,7 +12,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
 from smmufast._cache cimport POLICY_LRU, POLICY_PLRU, CacheC, ctz64, plru_touch
-from smmufast._cached cimport UNDECODED, deliver, translate_request, usable
+from smmufast._cached cimport UNDECODED, deliver, translate_request
 from smmufast._config cimport STAGE1_BYPASS, admitted, ste_stage2
 from smmufast._core cimport Core
 from smmufast._layout cimport cr0_smmuen, pte_s2_set_s2ap, pte_s2_set_xn, ste_v
@@ -24,7 +24,7 @@ from smmufast._tlb cimport (
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
-    level_of, lookup, permitted_leaves, stage2, ste_fetch, translate_known,
+    level_of, lookup, permitted_leaves, stage2, ste_fetch, translate_known, usable,
 )
 from smmufast._types cimport (
     ACCESS_WRITE, ACTION_OK, FETCH_S2TT, FETCH_TT, NO_SSID, PERM_PR, BatchC, ColumnC, Context,
@@ -138,6 +138,11 @@ cdef inline void store_u8(const ColumnC* column, size_t i, unsigned int value) n
         (<uint8_t*>column.data + <ptrdiff_t>i * column.stride)[0] = <uint8_t>value
 
 
+cdef inline void store_u16(const ColumnC* column, size_t i, uint16_t value) noexcept nogil:
+    if column.data != NULL:
+        memcpy(<char*>column.data + <ptrdiff_t>i * column.stride, &value, 2)
+
+
 cdef inline void store_u64(const ColumnC* column, size_t i, uint64_t value) noexcept nogil:
     if column.data != NULL:
         memcpy(<char*>column.data + <ptrdiff_t>i * column.stride, &value, 8)
@@ -167,6 +172,7 @@ cdef inline void store_outcome(const BatchC* batch, size_t i, const Outcome* o) 
     store_u64(&batch.ipa, i, o.ipa)
     store_u8(&batch.stage, i, o.stage)
     store_record(&batch.record, i, <const uint64_t*>o.record if o.event else NULL)
+    store_u16(&batch.why, i, o.why)
 
 
 cdef inline void request_at(const BatchC* batch, size_t i, Request* request) noexcept nogil:
@@ -594,6 +600,7 @@ cdef inline int arrive(
         store_u64(&batch.ipa, row, 0)
         store_u8(&batch.stage, row, 1)
         store_record(&batch.record, row, NULL)
+        store_u16(&batch.why, row, 0)
     return 0
 
 
@@ -1107,6 +1114,7 @@ cdef inline bint wants_more(const BatchC* batch) noexcept nogil:
         batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
         or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
         or batch.ipa.data != NULL or batch.stage.data != NULL or batch.record.data != NULL
+        or batch.why.data != NULL
     )
 
 

@@ -55,7 +55,7 @@ cdef struct Effect:
     uint8_t resp
     uint8_t cs             # SYNC: CMD_CS_..., as implemented
     uint8_t size_lg2       # ATC_INV: lg2 of the bytes; PREFETCH_ADDR: of the number of addresses
-    uint64_t msi_address   # SYNC by interrupt; 0: the wired one
+    uint64_t msi_address   # SYNC by interrupt, all bits; 0: no message
     uint32_t msi_data
 
 
@@ -212,7 +212,7 @@ cdef inline void resume_decode(
 
 
 cdef inline int sync_decode(const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
-    """How completion is signalled: what is not implemented is not signalled, MSIs are wired."""
+    """How completion is signalled; without SEV there is no event, without MSIs no message."""
     effect.cs = <uint8_t>cmd_cs(words)
     if effect.cs == 3:
         return WHY_CMD_CS

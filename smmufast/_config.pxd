@@ -49,13 +49,13 @@ cdef inline uint64_t pointer_mask(unsigned int minor) noexcept nogil:
 # --- stream table (3.3.1, 5.1) ---
 
 cdef inline uint64_t strtab_linear_base(uint64_t address, unsigned int log2size) noexcept nogil:
-    """STRTAB_BASE.ADDR of a linear table: aligned to the table's size."""
-    return address & ~low_mask(log2size + 6)
+    """STRTAB_BASE.ADDR of a linear table: aligned to what LOG2SIZE itself says (S6.3.24-1)."""
+    return address & ~low_mask(log2size + 6 if log2size < 57 else 63)
 
 
 cdef inline uint64_t strtab_two_level_base(
         uint64_t address, int log2size, int split) noexcept nogil:
-    """STRTAB_BASE.ADDR of a level-1 table: aligned to its size, 64 bytes at least."""
+    """STRTAB_BASE.ADDR of a level-1 table: aligned likewise, to 64 bytes at least."""
     cdef int top = log2size - split + 2
     return address & ~low_mask((5 if top < 5 else top) + 1)
 

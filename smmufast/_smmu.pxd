@@ -1,6 +1,8 @@
 """The Smmu for Cython users: translate_c and the structs of smmufast.h, without the GIL."""
 
-from smmufast._memory cimport Port
+from libc.stdint cimport uint64_t
+
+from smmufast._memory cimport Log
 from smmufast._registers cimport Registers
 from smmufast._tlb cimport Caches
 from smmufast._translate cimport Memo
@@ -13,7 +15,7 @@ cdef enum:
 
 cdef class Smmu(Registers):
     cdef Memo[MEMOS] memos
-    cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1
+    cdef int _run(self, const Request* request, Outcome* outcome, Log* log) except -1
     cdef int _compare(self, str name, entry, list found) except -1
     cdef int _look_again(self, Caches fresh, str name, entry) except -1
     cdef int translate_c(self, const Request* request, Outcome* outcome) noexcept nogil
@@ -25,13 +27,15 @@ cdef class Result:
 
 
 cdef class TracedResult(Result):
-    cdef WalkC* log
+    cdef Log* log
 
 
 cdef class Walk:
     cdef WalkC walk
     cdef int status
     cdef bint answering    # an answer is being worked on
+    cdef uint64_t answers  # how many were
     cdef Smmu smmu
-    cdef int _answer(self, const void* data) except -1
-    cdef int _settle(self, Port* own, int status) except -1
+    cdef TracedResult traced   # what was fetched so far, and in the end the result
+    cdef int _look(self) except -1
+    cdef int _step(self, bint begins, const void* data) except -1

@@ -44,6 +44,7 @@ _Column: TypeAlias = Literal[
     "ipa",
     "stage",
     "record",
+    "why",
 ]
 _Flag: TypeAlias = bool | np.bool
 _Integers: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | NDArray[np.integer | np.bool]
@@ -134,6 +135,7 @@ class Walk:
     @property
     def result(self) -> Result | None: ...
     def supply(self, data: Buffer | NDArray[Any] | int | None) -> None: ...
+    def close(self) -> None: ...
 
 @final
 class Smmu(Registers):
@@ -209,6 +211,7 @@ class Smmu(Registers):
         write: _Flag = False,
         priv: _Flag = False,
         instr: _Flag = False,
+        holds_sync: _Flag = False,
     ) -> Walk: ...
     def stale(self) -> list[StaleEntry]: ...
     def ats_request(

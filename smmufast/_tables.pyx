@@ -256,7 +256,7 @@ cdef class Pages:
         p.plain = region.data != NULL and not p.host & 7
         p.touched = region.touched
         p.region = region.base
-        port_open(&p.port, &memory.ram, NULL, False)
+        port_open(&p.port, &memory.ram, NULL)
         self.memory = memory
         memory.exports += 1
 

@@ -1,10 +1,13 @@
 """The chain that the drivers run: configuration lookup, both stages, and its end as an outcome.
 
 Sections: IHI 0070 3.2-3.5, 5.5 (fault control), 7.3 (event records), 15 (translation
-procedure).  translate_one is the scalar driver: one request, every fetch through a port.  It
-also serves traces (a port that records) and resumable walks (a port that answers from a
-script: the chain is a pure function of what was fetched, so it is run again with one answer
-more).  _cached.pxd is the scalar driver with caches, _batch.pxd the batch drivers.
+procedure).  translate_one is the scalar driver: one request, every fetch through a port; a port
+that records makes a trace of it.  _cached.pxd is the scalar driver with caches, _batch.pxd has the
+batch drivers, and _walk.pxd the driver of walks whose fetches the host performs.
+
+What leads from one fetch to the next is in two kinds of functions, which the scalar driver and
+_walk.pxd share: those that say where to read next (ste_first, cd_way, stage2_begin, stage1_begin,
+..._down), and those that say what was read (..._read).  Neither reads.
 
 Stage 2 stands in three places: before the fetches of L1CD and CD (cd_place), before each
 fetch of a stage-1 descriptor (walk_steps), and after stage 1 (translate_stage2).
@@ -48,8 +51,15 @@ from smmufast._why cimport *
 # How a walk may go on, beside 0, why it was refused (WHY_...) and negative stops.
 cdef enum:
     CHANGED = 0x10000   # a descriptor changed between its read and its update: walk again
-    AT_TABLE = 0x20000  # the descriptor is that of a table
+    AT_TABLE = 0x20000  # the descriptor is that of a table, or there is a table to read
     RETRIES = 8         # walks that lose that race before the update counts as failed
+
+
+# What comes next in a translation.
+cdef enum:
+    ENDED               # nothing: the outcome is there
+    TO_STAGE1           # stage 1 walks
+    TO_STAGE2           # stage 2 translates Stages.ipa
 
 
 cdef extern from *:
@@ -85,10 +95,10 @@ cdef struct View:
     CachesC* c
     uint32_t sid       # of the transaction
     uint32_t ssid
-    bint quiet         # leave the caches as they are: the chain will be run again
     bint stage2_only   # stage 1 does not translate
     bint nt            # blocks with nT are not cached
-    uint64_t begun     # CachesC.commands when the transaction began
+    uint64_t begun     # Overtaking.commands when the transaction began
+    const uint64_t* commands   # now
 
 
 cdef enum:
@@ -310,37 +320,55 @@ cdef inline int find_leaf(
     return 0
 
 
-cdef inline int update(
-        const Half* half, Port* port, int kind, Leaf* leaf) noexcept nogil:
-    """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, why not, a stop."""
-    cdef uint64_t expected = le64(descriptor(half, leaf.d, False))
-    cdef uint64_t found = 0
-    cdef int status = port_swap8(
-        port, kind, leaf.level, leaf.entry, expected,
-        le64(descriptor(half, leaf.desired, False)), &found)
+cdef inline uint64_t update_expected(const Half* half, const Leaf* leaf) noexcept nogil:
+    """What an update of a descriptor expects there, as a little-endian number."""
+    return le64(descriptor(half, leaf.d, False))
+
+
+cdef inline uint64_t update_desired(const Half* half, const Leaf* leaf) noexcept nogil:
+    """What it stores."""
+    return le64(descriptor(half, leaf.desired, False))
+
+
+cdef inline int update_read(
+        const Half* half, int kind, int status, uint64_t found, Leaf* leaf) noexcept nogil:
+    """How an update ended that found this there: 0, CHANGED, why not, or a negative stop."""
     if status:
         return why_of_stage(WHY_S1_UPDATE_ABORT, kind) if status == FETCH_ABORT else status
-    if found != expected:
+    if found != update_expected(half, leaf):
         return CHANGED
     leaf.d = leaf.desired
     return 0
 
 
-cdef inline int read_descriptor(
-        const Half* half, Port* port, int kind, unsigned int shift, Leaf* leaf,
+cdef inline int update(
+        const Half* half, Port* port, int kind, Leaf* leaf) noexcept nogil:
+    """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, why not, a stop."""
+    cdef uint64_t found = 0
+    cdef int status = port_swap8(
+        port, kind, leaf.level, leaf.entry, update_expected(half, leaf),
+        update_desired(half, leaf), &found)
+    return update_read(half, kind, status, found, leaf)
+
+
+# Where a walk goes on: at a table whose entries cover 2^shift bytes, below others.
+cdef struct Place:
+    uint64_t table
+    uint64_t tables        # hierarchical attributes above it
+    unsigned int shift
+
+
+cdef inline int descriptor_read(
+        const Half* half, int kind, int status, uint64_t raw, Leaf* leaf,
         uint64_t* table) noexcept nogil:
-    """Read the descriptor at leaf.entry, in a table whose entries cover 2^shift bytes.
+    """What a descriptor is, read at leaf.entry as a little-endian number.
 
     0 with a leaf; AT_TABLE with the next table; why it is neither; or a negative stop.
     """
-    cdef uint64_t d = 0
-    cdef int status
-    leaf.level = level_of(half, shift)
-    leaf.shift = shift
-    status = fetch8(port, kind, leaf.level, leaf.entry, &d)
+    cdef uint64_t d
     if unlikely(status):
         return why_of_stage(WHY_S1_ABORT, kind) if status == FETCH_ABORT else status
-    d = leaf.d = descriptor(half, le64(d), False)
+    d = leaf.d = descriptor(half, le64(raw), False)
     status = descriptor_kind(d, leaf.level, half.blocks)
     if status == DESC_LEAF:
         return 0
@@ -349,6 +377,22 @@ cdef inline int read_descriptor(
         if not table[0] & half.over:
             return AT_TABLE
     return why_no_leaf(status, kind)
+
+
+cdef inline void descriptor_at(
+        const Half* half, uint64_t address, unsigned int shift, Leaf* leaf) noexcept nogil:
+    """The descriptor to be read next lies here, in a table whose entries cover 2^shift bytes."""
+    leaf.entry = address
+    leaf.level = level_of(half, shift)
+    leaf.shift = shift
+
+
+cdef inline int read_descriptor(
+        const Half* half, Port* port, int kind, Leaf* leaf, uint64_t* table) noexcept nogil:
+    """Read the descriptor at leaf.entry; as descriptor_read()."""
+    cdef uint64_t raw = 0
+    cdef int status = fetch8(port, kind, leaf.level, leaf.entry, &raw)
+    return descriptor_read(half, kind, status, raw, leaf, table)
 
 
 # --- stage 2 ---
@@ -388,14 +432,20 @@ cdef inline int stage2_fault(
     return 0
 
 
+cdef inline bint stage2_updates(
+        const Second* second, int why, const Leaf* leaf) noexcept nogil:
+    """The leaf of stage 2 is to be updated, whose stage2_fault() was this."""
+    return (leaf.desired != leaf.d and second.ha
+            and (why == 0 or why_event(why) == EVENT_F_PERMISSION))
+
+
 cdef inline int stage2_end(
         const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
         bint for_walk, Leaf* leaf) noexcept nogil:
     """What a leaf of stage 2 gives, and its hardware update: 0, why not, CHANGED or a stop."""
     cdef int why = stage2_fault(second, ipa, need, dirty, for_walk, leaf)
     cdef int status
-    if (second.ha and (why == 0 or why_event(why) == EVENT_F_PERMISSION)
-            and unlikely(leaf.desired != leaf.d)):
+    if unlikely(stage2_updates(second, why, leaf)):
         status = update(&second.half, port, FETCH_S2TT_UPDATE, leaf)
         if status:
             return status
@@ -442,13 +492,13 @@ cdef inline uint8_t said(uint64_t d) noexcept nogil:
 
 cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
     """A leaf descriptor that says the same."""
-    return pte_s2_set_memattr(
-        pte_s1_set_sh(pte_s1_set_ng(pte_s1_set_contiguous(0, kept >> 7), kept >> 6), kept >> 4), kept)
+    cdef uint64_t d = pte_s1_set_contiguous(0, kept >> 7)
+    return pte_s2_set_memattr(pte_s1_set_sh(pte_s1_set_ng(d, kept >> 6), kept >> 4), kept)
 
 
 cdef inline bint keeps_what_is_read(const View* view) noexcept nogil:
     """No invalidation came meanwhile, from a callback or during a resumable walk."""
-    return not view.quiet and view.begun == view.c.commands
+    return view.begun == view.commands[0]
 
 
 cdef inline void keep_table(
@@ -479,7 +529,7 @@ cdef inline const Table* cached_table(
         uint64_t address) noexcept nogil:
     """The deepest table on the walk of an address that is cached, below the first; NULL if none."""
     cdef const Table* e = walk_probe(
-        view.c, kind, context.world, context.vmid, context.asid, address, view.quiet)
+        view.c, kind, context.world, context.vmid, context.asid, address)
     if e == NULL or e.granule != half.granule or e.lg2 > half.shift:
         return NULL
     return e
@@ -547,22 +597,29 @@ cdef inline void keep_entry(
     tlb_fill(view.c, &e)
 
 
-cdef inline int stage2_cached(
-        View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
-        bint dirty, unsigned int cls, Leaf* leaf) noexcept nogil:
+cdef inline bint keeps_stage2(const View* view, unsigned int cls) noexcept nogil:
+    """Translations by stage 2 alone have entries of their own, which answer for this purpose."""
+    return view.c.split or view.stage2_only and cls == CLASS_IN
+
+
+cdef inline int stage2_begin(
+        View* view, const Context* context, uint64_t ipa, unsigned int need, bint dirty,
+        unsigned int cls, Leaf* leaf, Place* at) noexcept nogil:
+    """Where a walk of stage 2 begins: AT_TABLE; or 0 or why not, if nothing is to be read."""
     cdef const Second* second = &context.second
     cdef const Half* half = &second.half
     cdef const Table* found
     cdef const Entry* e
-    cdef uint64_t table
-    cdef unsigned int shift = half.shift
-    cdef bint keeps = view.c.split or view.stage2_only and cls == CLASS_IN
-    cdef int event
     leaf_none(leaf)
     if ipa & half.range_mask:
         return WHY_S2T0SZ_RANGE
-    if keeps:
-        e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, 0, ipa, view.quiet)
+    at.table = first_table(half, ipa)
+    at.tables = 0
+    at.shift = half.shift
+    if view == NULL:
+        return AT_TABLE
+    if keeps_stage2(view, cls):
+        e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, 0, ipa)
         if e != NULL and not (dirty and e.flags & ENTRY_CLEAN2):
             leaf.d = as_said(e.extra[1])
             leaf.address = e.address
@@ -571,22 +628,50 @@ cdef inline int stage2_cached(
             leaf.perm = e.perm2
             leaf.entry = NOWHERE
             return stage2_denies(second, need, cls != CLASS_IN, leaf)
-    table = first_table(half, ipa)
     found = cached_table(view, context, half, KIND_S2, ipa)
     if found != NULL:
-        table = found.table
-        shift = found.lg2 - half.stride
+        at.table = found.table
+        at.shift = found.lg2 - half.stride
+    return AT_TABLE
+
+
+cdef inline void stage2_down(
+        View* view, const Context* context, uint64_t ipa, Place* at) noexcept nogil:
+    """A table of stage 2 was found, at.table: go down to it."""
+    cdef const Half* half = &context.second.half
+    if view != NULL:
+        keep_table(view, context, half, KIND_S2, ipa, at.shift, at.table, 0)
+    at.shift -= half.stride
+
+
+cdef inline void stage2_keep(
+        View* view, const Context* context, uint64_t ipa, unsigned int cls,
+        const Leaf* leaf) noexcept nogil:
+    """A walk of stage 2 came to its end and permits the access."""
+    if view != NULL and keeps_stage2(view, cls):
+        keep_entry(view, context, KIND_S2, ipa, &context.second.half, NULL, leaf, ipa,
+                   leaf.address)
+
+
+cdef inline int stage2_cached(
+        View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
+        bint dirty, unsigned int cls, Leaf* leaf) noexcept nogil:
+    cdef const Second* second = &context.second
+    cdef const Half* half = &second.half
+    cdef Place at
+    cdef int event = stage2_begin(view, context, ipa, need, dirty, cls, leaf, &at)
+    if event != AT_TABLE:
+        return event
     while True:
-        leaf.entry = entry_address(half, table, ipa, shift)
-        event = read_descriptor(half, port, FETCH_S2TT, shift, leaf, &table)
+        descriptor_at(half, entry_address(half, at.table, ipa, at.shift), at.shift, leaf)
+        event = read_descriptor(half, port, FETCH_S2TT, leaf, &at.table)
         if event != AT_TABLE:
             break
-        keep_table(view, context, half, KIND_S2, ipa, shift, table, 0)
-        shift -= half.stride
+        stage2_down(view, context, ipa, &at)
     if event == 0:
         event = stage2_end(second, port, ipa, need, dirty, cls != CLASS_IN, leaf)
-    if event == 0 and keeps:
-        keep_entry(view, context, KIND_S2, ipa, half, NULL, leaf, ipa, leaf.address)
+    if event == 0:
+        stage2_keep(view, context, ipa, cls, leaf)
     return event
 
 
@@ -677,44 +762,59 @@ cdef inline bint memo_holds(
     return True
 
 
-cdef inline int cd_place(
-        const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t* address,
-        int why_beyond, Syndrome* syndrome) noexcept nogil:
-    """Where an L1CD or a CD lies in memory: stage 2 says, else the address must be an output."""
-    cdef Leaf leaf
-    if memo.context.second.on:
-        return stage2(view, &memo.context, port, address[0], PERM_PR, False, CLASS_CD, &leaf,
-                      address, syndrome)
-    syndrome.address = address[0]
-    return why_beyond if address[0] & hw.oas_over else 0
+cdef inline int output_fault(
+        const Hw* hw, uint64_t address, int why, Syndrome* syndrome) noexcept nogil:
+    """The reason, if a structure's address is no output address."""
+    syndrome.address = address
+    return why if address & hw.oas_over else 0
+
+
+cdef inline int structure_read(int status, int why) noexcept nogil:
+    """How the read of a structure ended: 0, the reason if it aborted, or a negative stop."""
+    return why if status == FETCH_ABORT else status
+
+
+cdef inline int ste_first(
+        const Hw* hw, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """Where the way to an STE begins: at memo.l1std_at, or if that is NOWHERE at memo.ste_at.
+
+    0, or why not.
+    """
+    cdef uint64_t address = 0
+    cdef int kind = stream_first(hw, sid, &address)
+    memo.l1std_at = NOWHERE
+    if kind == 0:
+        return WHY_STREAM_BEYOND
+    if kind == FETCH_L1STD:
+        memo.l1std_at = address
+        return output_fault(hw, address, WHY_L1STD_ADDRESS, syndrome)
+    memo.ste_at = address
+    return output_fault(hw, address, WHY_STE_ADDRESS, syndrome)
+
+
+cdef inline int l1std_read(
+        const Hw* hw, uint32_t sid, int status, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """What memo.l1std says, which was read: memo.ste_at; 0, why not, or a negative stop."""
+    cdef int why = structure_read(status, WHY_L1STD_ABORT)
+    if why == 0:
+        why = l1std_next(hw, memo.l1std, sid, &memo.ste_at)
+    return why if why else output_fault(hw, memo.ste_at, WHY_STE_ADDRESS, syndrome)
+
+
+cdef inline int ste_read(int status) noexcept nogil:
+    """How the read of an STE ended: 0, why not, or a negative stop."""
+    return structure_read(status, WHY_STE_ABORT)
 
 
 cdef inline int ste_fetch(
         const Hw* hw, Port* port, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
-    """Find and read the STE of a StreamID, into memo.ste: 0, why not, or a negative stop."""
-    cdef uint64_t address = 0
-    cdef int kind, status, why
-    memo.l1std_at = NOWHERE
-    kind = stream_first(hw, sid, &address)
-    if kind == 0:
-        return WHY_STREAM_BEYOND
-    syndrome.address = address
-    if kind == FETCH_L1STD:
-        if address & hw.oas_over:
-            return WHY_L1STD_ADDRESS
-        memo.l1std_at = address
-        status = fetch8(port, FETCH_L1STD, NO_LEVEL, address, &memo.l1std)
-        if status:
-            return WHY_L1STD_ABORT if status == FETCH_ABORT else status
-        why = l1std_next(hw, memo.l1std, sid, &address)
-        if why:
-            return why
-        syndrome.address = address
-    if address & hw.oas_over:
-        return WHY_STE_ADDRESS
-    memo.ste_at = address
-    status = fetch64(port, FETCH_STE, address, memo.ste)
-    return WHY_STE_ABORT if status == FETCH_ABORT else status
+    """Find and read the STE of a StreamID, into memo.ste: 0, why not or a negative stop."""
+    cdef int why = ste_first(hw, sid, memo, syndrome)
+    if why == 0 and memo.l1std_at != NOWHERE:
+        why = l1std_read(
+            hw, sid, fetch8(port, FETCH_L1STD, NO_LEVEL, memo.l1std_at, &memo.l1std), memo,
+            syndrome)
+    return why if why else ste_read(fetch64(port, FETCH_STE, memo.ste_at, memo.ste))
 
 
 cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
@@ -748,33 +848,78 @@ cdef inline int ste_substream(
     return substream(hw, memo.ste, ssid, &memo.index)
 
 
-cdef inline int cd_fetch(
-        const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
-    """Find and read the CD of memo.index, into memo.cd: 0, why not, or a negative stop."""
+cdef inline bint cd_way(const Hw* hw, Memo* memo) noexcept nogil:
+    """Where the way to the CD of memo.index begins, before stage 2: at memo.l1cd_ipa; or, then
+    this is False, at memo.cd_ipa."""
     cdef uint64_t address = 0
-    cdef int status, why
     memo.l1cd_at = NOWHERE
     if cd_first(hw, memo.ste, <uint32_t>memo.index, &address) == FETCH_L1CD:
         memo.l1cd_ipa = address
-        why = cd_place(hw, port, view, memo, &address, WHY_L1CD_ADDRESS, syndrome)
-        if why:
-            return why
-        memo.l1cd_at = address
-        syndrome.address = address
-        status = fetch8(port, FETCH_L1CD, NO_LEVEL, address, &memo.l1cd)
-        if status:
-            return WHY_L1CD_ABORT if status == FETCH_ABORT else status
-        why = l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>memo.index, &address)
-        if why:
-            return why
+        return True
     memo.cd_ipa = address
-    why = cd_place(hw, port, view, memo, &address, WHY_CD_ADDRESS, syndrome)
-    if why:
+    return False
+
+
+cdef inline int l1cd_read(const Hw* hw, int status, Memo* memo) noexcept nogil:
+    """What memo.l1cd says, which was read: memo.cd_ipa; 0, why not, or a negative stop."""
+    if status:
+        return structure_read(status, WHY_L1CD_ABORT)
+    return l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>memo.index, &memo.cd_ipa)
+
+
+cdef inline int cd_read(int status) noexcept nogil:
+    """How the read of a CD ended: 0, why not, or a negative stop."""
+    return structure_read(status, WHY_CD_ABORT)
+
+
+cdef inline int cd_output(
+        const Hw* hw, uint64_t ipa, int kind, uint64_t* address,
+        Syndrome* syndrome) noexcept nogil:
+    """Where an L1CD or a CD lies, FETCH_..., without stage 2: 0, or why not."""
+    address[0] = ipa
+    return output_fault(
+        hw, ipa, WHY_L1CD_ADDRESS if kind == FETCH_L1CD else WHY_CD_ADDRESS, syndrome)
+
+
+cdef inline int cd_place(
+        const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t ipa, int kind,
+        uint64_t* address, Syndrome* syndrome) noexcept nogil:
+    """Where an L1CD or a CD lies in memory: stage 2 says, else the address must be an output."""
+    cdef Leaf leaf
+    cdef int why
+    if memo.context.second.on:
+        why = stage2(view, &memo.context, port, ipa, PERM_PR, False, CLASS_CD, &leaf, address,
+                     syndrome)
+        if why == 0:
+            syndrome.address = address[0]
         return why
-    memo.cd_at = address
-    syndrome.address = address
-    status = fetch64(port, FETCH_CD, address, memo.cd)
-    return WHY_CD_ABORT if status == FETCH_ABORT else status
+    return cd_output(hw, ipa, kind, address, syndrome)
+
+
+cdef inline int cd_fetch(
+        const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """Find and read the CD of memo.index, into memo.cd: 0, why not or a negative stop."""
+    cdef int why = 0
+    if cd_way(hw, memo):
+        why = cd_place(hw, port, view, memo, memo.l1cd_ipa, FETCH_L1CD, &memo.l1cd_at,
+                       syndrome)
+        if why == 0:
+            why = l1cd_read(
+                hw, fetch8(port, FETCH_L1CD, NO_LEVEL, memo.l1cd_at, &memo.l1cd), memo)
+    if why == 0:
+        why = cd_place(hw, port, view, memo, memo.cd_ipa, FETCH_CD, &memo.cd_at, syndrome)
+    return why if why else cd_read(fetch64(port, FETCH_CD, memo.cd_at, memo.cd))
+
+
+cdef inline void lookup_open(
+        const Hw* hw, uint32_t sid, uint32_t ssid, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """Nothing of a pair is known yet."""
+    memo.whole = False
+    memo.edition = hw.edition
+    memo.sid = sid
+    memo.ssid = ssid
+    memo.context.second.on = False
+    syndrome_set(syndrome, 0, False, CLASS_IN)
 
 
 cdef inline int lookup(
@@ -786,12 +931,7 @@ cdef inline int lookup(
     context holds the STE's overrides and stage 2 alone.
     """
     cdef int why
-    memo.whole = False
-    memo.edition = hw.edition
-    memo.sid = sid
-    memo.ssid = ssid
-    memo.context.second.on = False
-    syndrome_set(syndrome, 0, False, CLASS_IN)
+    lookup_open(hw, sid, ssid, memo, syndrome)
     why = ste_fetch(hw, port, sid, memo, syndrome)
     if why == 0:
         why = ste_decode(hw, memo)
@@ -927,24 +1067,45 @@ cdef inline int walk(
 
 # --- nested: every descriptor of stage 1 lies at an IPA ---
 
+# What is to be done before a descriptor of stage 1 is written.
+cdef enum:
+    WRITE_NOW         # nothing
+    WRITE_DENIED      # it cannot be: stage 2 forbids it
+    WRITE_THROUGH     # stage 2 is walked for a write
+    WRITE_OUTER       # the leaf of stage 2 is marked dirty
+
+
+cdef inline int update_way(const Second* second, const Leaf* outer) noexcept nogil:
+    """How a descriptor of stage 1 is written that `outer`, a leaf of stage 2, maps."""
+    if not outer.perm & PERM_PW:
+        return WRITE_DENIED
+    if outer.entry == NOWHERE and second.hd:
+        return WRITE_THROUGH  # from the TLB, which does not say where the leaf lies
+    return WRITE_OUTER if second.hd and clean_s2(outer.d) else WRITE_NOW
+
+
+cdef inline int update_denied(uint64_t ipa, Syndrome* syndrome) noexcept nogil:
+    """Stage 2 does not let the descriptor at an IPA be written."""
+    syndrome_set(syndrome, ipa, True, CLASS_TT)
+    return WHY_S2_UPDATE
+
+
 cdef inline int update_nested(
         View* view, const Context* context, Port* port, const Half* half, Leaf* leaf, Leaf* outer,
         uint64_t ipa, Syndrome* syndrome) noexcept nogil:
     """Update a stage-1 descriptor: stage 2, whose leaf `outer` maps it, must let it be written."""
     cdef const Second* second = &context.second
     cdef uint64_t address = 0
-    cdef int status
-    if not outer.perm & PERM_PW:
-        syndrome_set(syndrome, ipa, True, CLASS_TT)
-        return WHY_S2_UPDATE
-    if outer.entry == NOWHERE and second.hd:
-        # from the TLB, which does not say where the leaf lies
+    cdef int status, way = update_way(second, outer)
+    if way == WRITE_DENIED:
+        return update_denied(ipa, syndrome)
+    if way == WRITE_THROUGH:
         status = stage2(view, context, port, ipa, PERM_PW, True, CLASS_TT, outer, &address,
                         syndrome)
         if status:
             syndrome.ttrnw = False
             return status
-    elif second.hd and clean_s2(outer.d):
+    elif way == WRITE_OUTER:
         outer.desired = dirty_s2(outer.d)
         status = update(&second.half, port, FETCH_S2TT_UPDATE, outer)
         if status:
@@ -956,6 +1117,19 @@ cdef inline int update_nested(
     return status
 
 
+cdef inline bint stage1_updates(
+        const Context* context, int why, const Leaf* leaf, const Leaf* outer) noexcept nogil:
+    """The leaf of stage 1 is to be updated, whose leaf_fault() was this.
+
+    A page that does not permit the access is, if stage 2 lets it be written: `outer` maps it.
+    """
+    if leaf.desired == leaf.d or not context.ha:
+        return False
+    if why_event(why) != EVENT_F_PERMISSION:
+        return why == 0
+    return not context.second.on or outer.perm & PERM_PW
+
+
 cdef inline int stage1_end(
         View* view, const Context* context, Port* port, const Half* half, uint64_t va,
         unsigned int upper, unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
@@ -965,13 +1139,12 @@ cdef inline int stage1_end(
     Under stage 2 the leaf lies at `ipa`, which `outer` maps.
     """
     cdef int why = leaf_fault(context, half, va, upper, access, leaf, False)
-    cdef int status = 0
-    if not context.ha or leaf.desired == leaf.d:
+    cdef int status
+    if not stage1_updates(context, why, leaf, outer):
         return why
     if context.second.on:
-        if why == 0 or why_event(why) == EVENT_F_PERMISSION and outer.perm & PERM_PW:
-            status = update_nested(view, context, port, half, leaf, outer, ipa, syndrome)
-    elif why == 0 or why_event(why) == EVENT_F_PERMISSION:
+        status = update_nested(view, context, port, half, leaf, outer, ipa, syndrome)
+    else:
         status = update(half, port, FETCH_TT_UPDATE, leaf)
         if status:
             syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
@@ -984,65 +1157,97 @@ cdef inline uint64_t canonical(
     return va & half.index_mask | (0 - <uint64_t>upper) & ~half.index_mask
 
 
+cdef inline unsigned int stage1_kind(const Context* context) noexcept nogil:
+    """Which tables of the walk caches are those of this walk."""
+    return KIND_COMBINED if context.second.on else KIND_S1
+
+
+cdef inline void stage1_begin(
+        View* view, const Context* context, const Half* half, uint64_t va, Leaf* leaf, Place* at,
+        Syndrome* syndrome) noexcept nogil:
+    """Where a walk of stage 1 begins, of a canonical address."""
+    cdef const Table* found
+    leaf_none(leaf)
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    at.table = half.table
+    at.tables = 0
+    at.shift = half.shift
+    if view != NULL:
+        found = cached_table(view, context, half, stage1_kind(context), va)
+        if found != NULL:
+            at.table = found.table
+            at.tables = found.bits
+            at.shift = found.lg2 - half.stride
+
+
+cdef inline void stage1_down(
+        View* view, const Context* context, const Half* half, uint64_t va, uint64_t d,
+        Place* at) noexcept nogil:
+    """A table of stage 1 was found, at.table, that descriptor `d` names: go down to it."""
+    at.tables |= d & half.keep
+    if view != NULL:
+        keep_table(
+            view, context, half, stage1_kind(context), va, at.shift, at.table, at.tables)
+    at.shift -= half.stride
+
+
+cdef inline void stage1_stopped(int why, const Leaf* leaf, Syndrome* syndrome) noexcept nogil:
+    """A descriptor of stage 1 is no leaf, or could not be read."""
+    if why_event(why) == EVENT_F_WALK_EABT:
+        syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
+
+
 cdef inline int walk_steps_once(
         View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
         Leaf* leaf, Syndrome* syndrome) noexcept nogil:
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     cdef const Half* half = &context.half[upper]
-    cdef const Table* found
     cdef Leaf outer
-    cdef uint64_t ia = va & half.index_mask
-    cdef uint64_t table = half.table, tables = 0, ipa
-    cdef unsigned int shift = half.shift
-    cdef unsigned int kind = KIND_COMBINED if context.second.on else KIND_S1
+    cdef Place at
+    cdef uint64_t ipa
     cdef int why
-    leaf_none(leaf)
     leaf_none(&outer)
-    syndrome_set(syndrome, 0, False, CLASS_IN)
-    why = half_fault(context, va, upper, access)
-    if why:
-        return why
-    if view != NULL:
-        va = canonical(half, va, upper)
-        found = cached_table(view, context, half, kind, va)
-        if found != NULL:
-            table = found.table
-            tables = found.bits
-            shift = found.lg2 - half.stride
+    va = canonical(half, va, upper)
+    stage1_begin(view, context, half, va, leaf, &at, syndrome)
     while True:
-        ipa = entry_address(half, table, ia, shift)
+        ipa = entry_address(half, at.table, va & half.index_mask, at.shift)
         if context.second.on:
             why = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
-                           &leaf.entry, syndrome)
+                         &leaf.entry, syndrome)
             if why:
                 return why
         else:
             leaf.entry = ipa
-        why = read_descriptor(half, port, FETCH_TT, shift, leaf, &table)
+        descriptor_at(half, leaf.entry, at.shift, leaf)
+        why = read_descriptor(half, port, FETCH_TT, leaf, &at.table)
         if why != AT_TABLE:
             break
-        tables |= leaf.d & half.keep
-        if view != NULL:
-            keep_table(view, context, half, kind, va, shift, table, tables)
-        shift -= half.stride
+        stage1_down(view, context, half, va, leaf.d, &at)
     if why:
-        if why_event(why) == EVENT_F_WALK_EABT:
-            syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
+        stage1_stopped(why, leaf, syndrome)
         return why
-    leaf.tables = tables
+    leaf.tables = at.tables
     return stage1_end(view, context, port, half, va, upper, access, leaf, &outer, ipa, syndrome)
+
+
+cdef inline int race_lost(int why) noexcept nogil:
+    """What a walk of stage 1 ends with that lost the race for an update for the last time."""
+    return WHY_S1_UPDATE_RACE if why == CHANGED else why
 
 
 cdef inline int walk_steps(
         View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
         Leaf* leaf, Syndrome* syndrome) noexcept nogil:
-    """Walk the stage-1 tables of one address, each descriptor through stage 2 if there is one."""
+    """Walk the stage-1 tables of one address, each descriptor through stage 2 if there is one.
+
+    half_fault() found nothing wrong with it.
+    """
     cdef int why = CHANGED, _try
     for _try in range(RETRIES):
         why = walk_steps_once(view, context, port, va, access, leaf, syndrome)
         if likely(why != CHANGED):
-            return why
-    return WHY_S1_UPDATE_RACE  # the syndrome is that of the last update
+            break
+    return race_lost(why)  # the syndrome is that of the last update
 
 
 # --- the scalar driver ---
@@ -1182,32 +1387,184 @@ cdef inline void end_untranslatable(
     outcome.vmid = context.vmid if context.second.on else 0
 
 
-cdef inline int translate_stage2(
-        const Hw* hw, Port* port, const Request* request, const Context* context, bint nested,
-        Outcome* outcome) noexcept nogil:
-    """Translate one request in a decoded context with stage 2, after stage 1 if `nested`."""
-    cdef Leaf first, leaf
-    cdef Syndrome syndrome
-    cdef uint64_t ipa = request.iova, pa = 0
-    cdef int why = 0
-    leaf_none(&leaf)
-    leaf_none(&first)
-    if nested:
-        why = walk_steps(
-            NULL, context, port, request.iova, request.access, &first, &syndrome)
-        ipa = first.address | (request.iova & low_mask(first.shift))
+cdef inline void end_bypass(
+        const Request* request, const Context* context, Outcome* outcome) noexcept nogil:
+    """Neither stage translates."""
+    end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
+
+
+# --- through TLB entries, or by walks ---
+
+cdef inline bint usable(const Entry* e, unsigned int access) noexcept nogil:
+    """A write through a page that is still clean walks again, to mark it dirty."""
+    return not (access & ACCESS_WRITE and e.flags & (ENTRY_CLEAN1 | ENTRY_CLEAN2))
+
+
+cdef inline void leaf_of(const Entry* e, unsigned int stage, Leaf* leaf) noexcept nogil:
+    """What an entry says of one stage; its output address is that of the entry."""
+    leaf.address = e.address
+    if stage == 1:
+        leaf.d = as_said(e.extra[0])
+        leaf.shift = e.lg2_s1
+        leaf.level = e.level_s1
+        leaf.perm = e.perm1
     else:
-        first.perm = 0x3F
-        if untranslatable(hw, request, &syndrome):
-            end_untranslatable(hw, request, context, &syndrome, outcome)
-            return 0
+        leaf.d = as_said(e.extra[1])
+        leaf.shift = e.lg2_s2
+        leaf.level = e.level_s2
+        leaf.perm = e.perm2
+
+
+cdef inline int permission(
+        const Leaf* leaf, unsigned int need, bint s2, uint64_t ipa,
+        Syndrome* syndrome) noexcept nogil:
+    """Why a cached translation does not permit an access, with the syndrome; or 0."""
+    if leaf.perm & need:
+        return 0
+    syndrome_set(syndrome, ipa, s2, CLASS_IN)
+    return WHY_S2_PERMISSION if s2 else WHY_S1_PERMISSION
+
+
+# A translation under way in a decoded context: what its stages found so far.
+cdef struct Stages:
+    uint64_t va            # input address, canonical
+    uint64_t ipa           # into stage 2
+    uint64_t pa            # out of it
+    Leaf first             # of stage 1
+    Leaf second            # of stage 2
+    Syndrome syndrome
+    unsigned int kind      # of the TLB entry that answers, or will be kept
+
+
+cdef inline int stage1_found(
+        const Hw* hw, const Request* request, const Context* context, int why, Stages* s,
+        Outcome* outcome) noexcept nogil:
+    """Stage 1 gave a leaf, or none: ENDED with the outcome, or TO_STAGE2."""
+    if not context.second.on:
+        finish_stage1(hw, request, context, why, &s.first, &s.syndrome, outcome)
+        return ENDED
+    s.ipa = s.first.address | (request.iova & low_mask(s.first.shift))
     if why == 0:
-        why = stage2(NULL, context, port, ipa, context.need[request.access],
-                       (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
-    if why < 0:
-        return why
-    finish_stage2(hw, request, context, nested, why, &first, &leaf, ipa, pa, &syndrome, outcome)
+        return TO_STAGE2
+    finish_stage2(hw, request, context, True, why, &s.first, &s.second, s.ipa, 0, &s.syndrome,
+                  outcome)
+    return ENDED
+
+
+cdef inline int stages_begin(
+        const Hw* hw, View* view, const Request* request, const Memo* memo, Stages* s,
+        Outcome* outcome) noexcept nogil:
+    """What is known of a translation without a walk.
+
+    ENDED with the outcome; or which stage walks, TO_STAGE1 or TO_STAGE2.
+    """
+    cdef const Context* context = &memo.context
+    cdef const Half* half
+    cdef const Entry* e = NULL
+    cdef unsigned int upper, access = request.access
+    cdef unsigned int need = context.need[access]
+    cdef int why
+    s.kind = KIND_S1
+    if view != NULL:
+        view.stage2_only = memo.index == STAGE1_BYPASS
+    if memo.index == STAGE1_BYPASS:
+        if untranslatable(hw, request, &s.syndrome):
+            end_untranslatable(hw, request, context, &s.syndrome, outcome)
+            return ENDED
+        if not context.second.on:
+            end_bypass(request, context, outcome)
+            return ENDED
+        leaf_none(&s.first)
+        s.first.perm = 0x3F
+        s.ipa = request.iova
+        return TO_STAGE2
+    upper = half_of(request.iova, context.two_ttbs)
+    half = &context.half[upper]
+    why = half_fault(context, request.iova, upper, access)
+    s.va = canonical(half, request.iova, upper)
+    if view != NULL and likely(why == 0):
+        if context.second.on and not view.c.split:
+            s.kind = KIND_COMBINED
+        e = tlb_probe(
+            view.c, s.kind, context.world, context.vmid, context.asid, context.aset, s.va)
+        if likely(e != NULL and not context.second.on):
+            if likely(e.perm1 & need and usable(e, access)):
+                # the ordinary hit, without what the others have to set up
+                leaf_of(e, 1, &s.first)
+                finish_stage1(hw, request, context, 0, &s.first, &s.syndrome, outcome)
+                return ENDED
+    leaf_none(&s.first)
+    leaf_none(&s.second)
+    syndrome_set(&s.syndrome, 0, False, CLASS_IN)
+    if why == 0:
+        if e == NULL or not usable(e, access):
+            return TO_STAGE1
+        leaf_of(e, 1, &s.first)
+        why = permission(&s.first, need, False, 0, &s.syndrome)
+        if s.kind == KIND_COMBINED:
+            leaf_of(e, 2, &s.second)
+            s.pa = e.address | s.va & low_mask(e.lg2)
+            s.ipa = e.ipa | s.va & low_mask(e.lg2)
+            if why == 0:
+                why = permission(&s.second, need, True, s.ipa, &s.syndrome)
+            finish_stage2(hw, request, context, True, why, &s.first, &s.second, s.ipa, s.pa,
+                          &s.syndrome, outcome)
+            return ENDED
+    return stage1_found(hw, request, context, why, s, outcome)
+
+
+cdef inline int stage1_walked(
+        const Hw* hw, View* view, const Request* request, const Context* context, int why,
+        Stages* s, Outcome* outcome) noexcept nogil:
+    """The walk of stage 1 came to its end: as stage1_found()."""
+    if view != NULL and why == 0 and s.kind == KIND_S1:
+        keep_entry(view, context, KIND_S1, s.va,
+                   &context.half[half_of(request.iova, context.two_ttbs)], &s.first, NULL, 0,
+                   s.first.address)
+    return stage1_found(hw, request, context, why, s, outcome)
+
+
+cdef inline void stage2_walked(
+        const Hw* hw, View* view, const Request* request, const Memo* memo, int why, Stages* s,
+        Outcome* outcome) noexcept nogil:
+    """Stage 2 translated s.ipa, or did not: the outcome."""
+    cdef const Context* context = &memo.context
+    if view != NULL and why == 0 and s.kind == KIND_COMBINED:
+        keep_entry(view, context, KIND_COMBINED, s.va,
+                   &context.half[half_of(request.iova, context.two_ttbs)], &s.first, &s.second,
+                   s.ipa, s.pa)
+    finish_stage2(hw, request, context, memo.index != STAGE1_BYPASS, why, &s.first, &s.second,
+                  s.ipa, s.pa, &s.syndrome, outcome)
+
+
+cdef inline int translate_stages(
+        const Hw* hw, Port* port, View* view, const Request* request, const Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request in a decoded context: 0, or a negative stop."""
+    cdef const Context* context = &memo.context
+    cdef unsigned int access = request.access
+    cdef Stages s
+    cdef int why
+    cdef int next = stages_begin(hw, view, request, memo, &s, outcome)
+    if next == TO_STAGE1:
+        why = walk_steps(view, context, port, request.iova, access, &s.first, &s.syndrome)
+        if why < 0:
+            return why
+        next = stage1_walked(hw, view, request, context, why, &s, outcome)
+    if next == TO_STAGE2:
+        why = stage2(view, context, port, s.ipa, context.need[access],
+                     (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
+        if why < 0:
+            return why
+        stage2_walked(hw, view, request, memo, why, &s, outcome)
     return 0
+
+
+cdef inline int translate_stage2(
+        const Hw* hw, Port* port, const Request* request, const Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request in a decoded context with stage 2, after stage 1 if there is one."""
+    return translate_stages(hw, port, NULL, request, memo, outcome)
 
 
 cdef inline void end_lookup(
@@ -1227,7 +1584,7 @@ cdef inline void end_lookup(
 
 
 ctypedef int (*Stage2Driver)(
-    const Hw* hw, Port* port, const Request* request, const Context* context, bint nested,
+    const Hw* hw, Port* port, const Request* request, const Memo* memo,
     Outcome* outcome) noexcept nogil
 
 cdef extern from *:
@@ -1252,14 +1609,13 @@ cdef inline int translate_known(
     cdef const Context* context = &memo.context
     cdef Syndrome syndrome
     if unlikely(context.second.on):
-        return (<Stage2Driver>stage2_driver)(
-            hw, port, request, context, memo.index != STAGE1_BYPASS, outcome)
+        return (<Stage2Driver>stage2_driver)(hw, port, request, memo, outcome)
     if likely(memo.index != STAGE1_BYPASS):
         return translate_stage1(hw, port, request, context, outcome)
     if untranslatable(hw, request, &syndrome):
         end_untranslatable(hw, request, context, &syndrome, outcome)
     else:
-        end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
+        end_bypass(request, context, outcome)
     return 0
 
 

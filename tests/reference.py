@@ -526,7 +526,7 @@ def find_ste(fetch, features, regs, sid):
 
     two_level = features.st_level != 0 and bits(regs.strtab_base_cfg, 17, 16) == 0b01
     if not two_level:
-        address = align_down(base, log2size + 6) + sid * 64
+        address = align_down(base, literal_log2size + 6) + sid * 64
         return fetch_structure(fetch, features, "STE", address, 64, "F_STE_FETCH")
 
     split = bits(regs.strtab_base_cfg, 10, 6)

@@ -728,6 +728,25 @@ def test_what_a_request_is_granted_may_fail_as_a_translated_transaction(pasidtt)
     assert device.access(nested.RW, ssid=1, priv=True, execute=True).action == result.action
 
 
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_a_device_says_what_its_translated_accesses_are(pasidtt):
+    """Also where it uses a translation that no longer permits them."""
+    for xn, kinds in ((0b10, [(True, False), (True, True)]), (0b01, [(True, True)])):
+        smmu = nested_system(
+            2, {"pasidtt": pasidtt, "xnx": 1}, s1cdmax=2, s1dss=2, stage1={"ap": 3}
+        )
+        smmu.memory.write(nested.GUEST + 64, smmu.memory.read(nested.GUEST, 64))
+        device = AtsDevice(smmu, nested.NESTED)
+        accesses = [(execute, priv) for execute in (False, True) for priv in (False, True)]
+        for execute, priv in accesses:
+            assert device.access(nested.RW, ssid=1, execute=execute, priv=priv).action == "ok"
+        set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=3, xn=xn)
+        for execute, priv in accesses:
+            result = device.access(nested.RW, ssid=1, execute=execute, priv=priv)
+            refused = pasidtt and (execute, priv) in kinds
+            assert result.action == ("abort" if refused else "ok")
+
+
 @EVERY_CACHE
 def test_translated_ipas_mark_the_stage_2_leaf(kind):
     smmu = nested_system(2, s2ha=1, s2hd=1)

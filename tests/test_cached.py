@@ -156,17 +156,6 @@ def test_a_resumable_walk_leaves_what_translate_leaves(how, walk2):
     assert states[0] == states[1]
 
 
-def test_an_unfinished_walk_leaves_the_caches_alone():
-    smmu, _ = small.system(caches=caches())
-    walk = smmu.start_walk(1, small.RW)
-    before = pickle.dumps(smmu.caches)
-    while (fetch := walk.request) and fetch.kind != "TT":
-        walk.supply(smmu.memory.read(fetch.address, fetch.size))
-    assert fetch is not None
-    assert pickle.dumps(smmu.caches) == before
-    assert len(smmu.caches) == 0
-
-
 # --- threads ---
 
 
