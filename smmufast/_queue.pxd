@@ -16,7 +16,9 @@ from smmufast._core cimport (
     IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Queues, Ring,
 )
 from smmufast._layout cimport cmdq_base_log2size, eventq_cons_ovackflg, eventq_prod_ovflg
-from smmufast._memory cimport FETCH_ABORT, FETCH_OK, Port, Ram, port_open, port_write
+from smmufast._memory cimport (
+    ACCESS_EVENT, ACCESS_MSI, ACCESS_PRI, FETCH_ABORT, FETCH_OK, Port, Ram, port_open, port_write,
+)
 from smmufast._types cimport ACTION_STALL, Outcome, Request
 
 cdef extern from *:
@@ -224,7 +226,8 @@ cdef inline int ring_put(
     for i in range(size // 8):
         w[i] = le64(record[i])
     if not ring.beyond:
-        fetched = port_write(port, slot.address, w, size)
+        fetched = port_write(
+            port, ACCESS_EVENT if ring == &q.events else ACCESS_PRI, slot.address, w, size)
     status[0] = ring_give(q, ring, &slot, fetched == FETCH_OK)
     return fetched if fetched < 0 else 0
 
@@ -265,7 +268,7 @@ cdef inline int msi_write(Port* port, uint64_t address, uint32_t data,
     data = le32(data)
     if address & oas_over:
         return FETCH_ABORT
-    return port_write(port, address, &data, 4)
+    return port_write(port, ACCESS_MSI, address, &data, 4)
 
 
 cdef inline int gerror_raise(

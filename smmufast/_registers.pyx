@@ -30,7 +30,8 @@ from smmufast._layout cimport (
     event_set_stag, event_set_stall, ste_ppar, ste_v,
 )
 from smmufast._memory cimport (
-    FETCH_ABORT, FETCH_OK, FETCH_RAISED, Memory, Port, fetch8, fetch64, port_open, port_read,
+    ACCESS_CMD, FETCH_ABORT, FETCH_OK, FETCH_RAISED, Memory, Port, fetch8, fetch64, port_open,
+    port_read,
     raise_port, to_address,
 )
 from smmufast._queue cimport (
@@ -1288,7 +1289,8 @@ cdef class Registers:
                 status = FETCH_ABORT
                 if not ring.beyond:
                     self.core.ram.users += 1
-                    status = port_read(&port, ring_entry(ring, ring.cons), words, 16)
+                    status = port_read(
+                        &port, ACCESS_CMD, ring_entry(ring, ring.cons), words, 16)
                     self.core.ram.users -= 1
                 self._end(&port, status)
                 cerror = CMDQ_CONS_ERR_ABT
