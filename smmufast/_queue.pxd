@@ -18,7 +18,8 @@ from smmufast._core cimport (
 )
 from smmufast._layout cimport cmdq_base_log2size, eventq_cons_ovackflg, eventq_prod_ovflg
 from smmufast._memory cimport (
-    FETCH_ABORT, FETCH_OK, FETCH_RAISED, Port, Ram, port_open, port_write,
+    ACCESS_EVENT, ACCESS_MSI, ACCESS_PRI, FETCH_ABORT, FETCH_OK, FETCH_RAISED, Port, Ram,
+    port_open, port_write,
 )
 from smmufast._types cimport ACTION_STALL, Outcome, Request
 
@@ -368,7 +369,8 @@ cdef inline int ring_put(
         return 0
     for i in range(size // 8):
         w[i] = le64(record[i])
-    fetched = port_write(port, slot.address, w, size)
+    fetched = port_write(
+        port, ACCESS_EVENT if ring == &q.events else ACCESS_PRI, slot.address, w, size)
     status[0] = ring_give(q, ring, &slot, fetched)
     return fetched if fetched < 0 else 0
 
@@ -378,7 +380,7 @@ cdef inline int ring_put(
 cdef inline int msi_write(Port* port, uint64_t address, uint32_t data) noexcept nogil:
     """FETCH_OK, FETCH_ABORT or FETCH_RAISED."""
     data = le32(data)
-    return port_write(port, address, &data, 4)
+    return port_write(port, ACCESS_MSI, address, &data, 4)
 
 
 cdef inline int signal(Queues* q, Port* port, int irq, const Msi* msi) noexcept nogil:

@@ -29,7 +29,8 @@ from smmufast._layout cimport (
     cr0_priqen, cr0_smmuen, event_set_stag,
 )
 from smmufast._memory cimport (
-    FETCH_OK, FETCH_RAISED, Memory, Port, port_open, port_raised, port_read, raise_port, to_address,
+    ACCESS_CMD, FETCH_OK, FETCH_RAISED, Memory, Port, port_open, port_raised, port_read,
+    raise_port, to_address,
 )
 from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
@@ -1426,7 +1427,7 @@ cdef class Registers:
                 restarts = self._restarts
                 port_open(&port, self.core.ram, NULL)
                 self.core.ram.users += 1
-                status = port_read(&port, ring_entry(ring, ring.cons), words, 16)
+                status = port_read(&port, ACCESS_CMD, ring_entry(ring, ring.cons), words, 16)
                 self.core.ram.users -= 1
                 self._end(&port, status)
                 cerror = CMDQ_CONS_ERR_ABT
