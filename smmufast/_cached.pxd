@@ -35,7 +35,7 @@ cdef inline void view_open(
     view.sid = request.sid
     view.ssid = request.ssid
     view.stage2_only = False
-    view.nt = core.hw.bbml == 1  # level 2 ignores nT (S3.21.1.3-1)
+    view.nt = core.hw.bbml == 1  # level 2 ignores nT (3.21.1.3)
     view.commands = &core.overtaking.commands
     view.begun = core.overtaking.commands
 

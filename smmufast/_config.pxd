@@ -49,7 +49,7 @@ cdef inline uint64_t pointer_mask(unsigned int minor) noexcept nogil:
 # --- stream table (3.3.1, 5.1) ---
 
 cdef inline uint64_t strtab_linear_base(uint64_t address, unsigned int log2size) noexcept nogil:
-    """STRTAB_BASE.ADDR of a linear table: aligned to what LOG2SIZE itself says (S6.3.24-1)."""
+    """STRTAB_BASE.ADDR of a linear table: aligned to what LOG2SIZE itself says (6.3.24)."""
     return address & ~low_mask(log2size + 6 if log2size < 57 else 63)
 
 

@@ -81,7 +81,7 @@ cdef inline uint32_t gerror_acknowledge(Queues* q, uint32_t gerrorn) noexcept no
     """GERRORN is written: the errors that were active and no longer are.
 
     It holds what was written.  So a bit that differs from GERROR's makes its error active, as
-    7.5 defines that, also where software alone made them differ (S6.3.20-2).
+    7.5 defines that, also where software alone made them differ (6.3.20).
     """
     cdef uint32_t before
     lock_take(&q.lock)
@@ -151,7 +151,7 @@ cdef inline void ring_place(
         uint64_t address_mask) noexcept nogil:
     """BASE: where the queue lies and how many entries it has, `largest` at most.
 
-    Address bits beyond OAS are truncated (S3.4.3-6).
+    Address bits beyond OAS are truncated (3.4.3).
     """
     cdef unsigned int log2size = <unsigned int>cmdq_base_log2size(base)
     if log2size > largest:
@@ -218,7 +218,7 @@ cdef inline bint ring_overflow(const Ring* ring) noexcept nogil:
 
 
 cdef inline int ring_state(const Queues* q, const Ring* ring) noexcept nogil:
-    """Whether a record can be written: PUT_WRITTEN, or why not; the lock is held (S7.2.1-1)."""
+    """Whether a record can be written: PUT_WRITTEN, or why not; the lock is held (7.2.1)."""
     if not ring.enabled or ring.broken or gerror_active(q, ring.error):
         return PUT_CLOSED
     if (ring.blocks and (ring.overflowed or ring_overflow(ring))
@@ -386,7 +386,7 @@ cdef inline int msi_write(Port* port, uint64_t address, uint32_t data) noexcept 
 cdef inline int signal(Queues* q, Port* port, int irq, const Msi* msi) noexcept nogil:
     """An interrupt: its message, if there is one, and its wire as well: 0, or FETCH_RAISED.
 
-    The wire is asserted whatever the message's address is, where there are wires (S3.18.2-2).
+    The wire is asserted whatever the message's address is, where there are wires (3.18.2).
     Neither waits for the other: of two exceptions the first is told.
     """
     cdef int status = FETCH_OK

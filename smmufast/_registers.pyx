@@ -202,7 +202,7 @@ cdef dict state_of_1(parsed):
     """A state of version 1 as one of version 2.
 
     That version had wires which a message kept quiet: they are there from now on.  It had
-    PRIQ_IRQ_CFG2.LO where there are no messages, which is RES0 (S6.3.36-1).
+    PRIQ_IRQ_CFG2.LO where there are no messages, which is RES0 (6.3.36).
     """
     state = saved_dict("all", parsed, STATE_1)
     codes, registers = state["features"], state["registers"]
@@ -1113,7 +1113,7 @@ cdef class Registers:
         for irq, name in ((IRQ_EVENTQ, "EVENTQ"), (IRQ_PRIQ, "PRIQ"), (IRQ_GERROR, "GERROR")):
             msi = &self.queues.msi[<int>irq]
             msi.enabled = enables[name + "_IRQEN"]
-            # bits beyond OAS are RES0 here, other than in CMD_SYNC (S6.3.21-2)
+            # bits beyond OAS are RES0 here, other than in CMD_SYNC (6.3.21)
             msi.address = self._values[name + "_IRQ_CFG0"] & ~self.core.hw.oas_over
             msi.sent = msi.address != 0
             msi.data = self._values[name + "_IRQ_CFG1"]
@@ -1216,7 +1216,7 @@ cdef class Registers:
         return 0
 
     cdef bint _writable(self) noexcept:
-        """Whether a record can be written; without a queue it is in the outcome (S7.2.1-1)."""
+        """Whether a record can be written; without a queue it is in the outcome (7.2.1)."""
         cdef Queues* q = &self.queues
         return ring_writable(q, &q.events) if q.events.placed else q.events.enabled
 
@@ -1224,7 +1224,7 @@ cdef class Registers:
         """Record the stalls that wait, in order, as far as STALL_MAX and the event queue admit.
 
         What has waited is translated anew first, since what it found may be invalid by now: so
-        nothing old is recorded after an invalidation and CMD_SYNC (S3.12.2-4, S4.7.3-5).  Called
+        nothing old is recorded after an invalidation and CMD_SYNC (3.12.2, 4.7.3).  Called
         again by a callback, this returns at once, for the first call goes on: also after records
         that the queue did not take, but for no more of these than the queue has entries.
         """
@@ -1314,7 +1314,7 @@ cdef class Registers:
     cdef int _again(self, Stall stall) except -1:
         """Translate a transaction as though it had just arrived; unless it stalls again, it ends.
 
-        Its event, if there is one now, is that of what it meets now (S7.2.1-4).
+        Its event, if there is one now, is that of what it meets now (7.2.1).
         """
         cdef Outcome outcome
         stall.retrying = True
@@ -1491,7 +1491,7 @@ cdef class Registers:
         device = self._devices.get(effect.sid)
         if device is None:
             return 0
-        ssid = effect.ssid if effect.ssv else None  # with G too: the PASID prefix (S4.5.1-3)
+        ssid = effect.ssid if effect.ssv else None  # with G too: the PASID prefix (4.5.1)
         size = (<object>effect.last) - effect.first + 1
         try:
             if device.atc_invalidate(ssid, effect.first, size, effect.global_ != 0) is False:
@@ -1504,7 +1504,7 @@ cdef class Registers:
         """Signal what a command that is consumed by now completes: a CMD_SYNC, or `room`.
 
         Room in a queue that was full wakes processors from WFE: somebody may have looked while it
-        was full, if only a callback or another thread (S4.1.2-3).
+        was full, if only a callback or another thread (4.1.2).
         """
         cdef Queues* q = &self.queues
         cdef Port port
@@ -1709,7 +1709,7 @@ cdef class Registers:
         self.core.ram.users += 1
         if q.pages.enabled and q.pages.placed:
             status = ring_put(q, &q.pages, &port, words, True, last, &put)
-        # with LO the last of a group interrupts, written or lost to overflow (S6.3.36-2)
+        # with LO the last of a group interrupts, written or lost to overflow (6.3.36)
         wanted = PUT_LAST if self._values["PRIQ_IRQ_CFG2"] & PRIQ_IRQ_CFG2_LO else PUT_FIRST
         if ring_signal(q, &port, IRQ_PRIQ, put, wanted) < 0:
             status = FETCH_RAISED

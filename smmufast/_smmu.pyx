@@ -1606,7 +1606,7 @@ cdef class Smmu:
     cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2:
         """STE.PPAR, for a response to a page request (8.1); -1 where no STE can be asked.
 
-        That is an event, as of a transaction, if CR2.REC_CFG_ATS asks for these (S8.1-9).
+        That is an event, as of a transaction, if CR2.REC_CFG_ATS asks for these (8.1).
         """
         cdef const Hw* hw = &self.core.hw
         cdef Port port
