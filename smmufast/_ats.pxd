@@ -99,6 +99,7 @@ cdef struct AtsPages:
 
 # --- rules ---
 
+# S3.9.1-13, S3.9.1.2-3, S3.9.1.2-4, S3.9.1.3-3, S5.2-35, S5.2-38
 cdef inline unsigned int eats_effective(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """STE.EATS of a legal STE: split-stage ATS needs ATSCHK, and there is no DPT (5.2)."""
     cdef unsigned int eats = <unsigned int>ste_eats(ste)
@@ -109,6 +110,8 @@ cdef inline unsigned int eats_effective(const Hw* hw, const uint64_t* ste) noexc
     return eats
 
 
+# S3.9-4, S3.9.1-17, S3.9.1.2-7, S3.13.7.1-3, S3.13.7.2-2, S3.13.7.2-3, S13.1.4-2, S13.7-1, S13.7-4,
+# S13.7-5, S13.7-6, S13.7.1-1, S13.7.1-2, S13.7.1-3, S13.7.1-4, S13.7.1-5
 cdef inline unsigned int ats_granted(
         const Context* context, const AtsAsk* ask, unsigned int access,
         unsigned int perm) noexcept nogil:
@@ -123,6 +126,7 @@ cdef inline unsigned int ats_granted(
     return granted
 
 
+# S2.5-3, S3.9.1.2-11, S6.3.12-4
 cdef inline unsigned int recorded_if_asked(const Hw* hw) noexcept nogil:
     """How configuration errors of ATS end: in an abort, recorded with CR2.REC_CFG_ATS."""
     return TERMINATE_A | TERMINATE_R if cr2_rec_cfg_ats(hw.cr2) else TERMINATE_A
@@ -130,6 +134,7 @@ cdef inline unsigned int recorded_if_asked(const Hw* hw) noexcept nogil:
 
 # --- ends ---
 
+# S7.3.6-1, S7.3.6-2, S7.3.6-3, S7.3.6-4
 cdef inline void end_bad_request(
         const Hw* hw, const Request* request, const AtsAsk* ask, int why,
         AtsAnswer* answer) noexcept nogil:
@@ -153,6 +158,8 @@ cdef inline void end_bad_request(
     f_bad_ats_treq_set_inputaddr(w, request.iova & ~<uint64_t>0xFFF)
 
 
+# S3.9.1-3, S3.9.1-4, S3.9.1-5, S3.9.1.2-5, S3.9.1.2-10, S3.9.1.2-14, S3.9.1.2-101, S3.13.7.2-1,
+# S5.5-6, S7.3.22-5, S15.2-1
 cdef inline void end_request(
         const Hw* hw, const Request* request, const Context* context, int event,
         const Syndrome* syndrome, AtsAnswer* answer) noexcept nogil:
@@ -166,6 +173,7 @@ cdef inline void end_request(
               TERMINATE_A if translation else recorded_if_asked(hw), syndrome)
 
 
+# S3.9.1.3-4, S7.3.8-1, S7.3.8-2, S7.3.8-3
 cdef inline void end_forbidden(
         const Hw* hw, const Request* request, int why, Outcome* outcome) noexcept nogil:
     """Abort, and F_TRANSL_FORBIDDEN."""
@@ -179,6 +187,7 @@ cdef inline void end_forbidden(
     event_set_inputaddr(w, request.iova)
 
 
+# S3.9.1.1-1, S3.9.1.3-13, S13.6.2-1, S13.6.3-4
 cdef inline void end_passed(const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
     """A Translated transaction goes on with the attributes that it has, if its address exists."""
     if request.iova & hw.oas_over:
@@ -189,6 +198,7 @@ cdef inline void end_passed(const Hw* hw, const Request* request, Outcome* outco
 
 # --- configuration lookup, in two parts: EATS is asked for between them ---
 
+# S3.9.2-1
 cdef inline int ats_stream(
         const Hw* hw, Port* port, View* view, uint32_t sid, Memo* memo,
         Syndrome* syndrome) noexcept nogil:
@@ -213,6 +223,7 @@ cdef inline int ats_stream(
     return event
 
 
+# S3.9.1-15
 cdef inline int ats_context(
         const Hw* hw, Port* port, View* view, uint32_t ssid, Memo* memo,
         Syndrome* syndrome) noexcept nogil:
@@ -234,6 +245,7 @@ cdef inline int ats_context(
 
 # --- a page in both stages ---
 
+# S3.9.1-6
 cdef inline int ats_stage1(
         View* view, const Context* context, Port* port, uint64_t iova, unsigned int access,
         unsigned int kind, AtsPages* pages, bint* known, Syndrome* syndrome) noexcept nogil:
@@ -274,6 +286,7 @@ cdef inline int ats_stage1(
     return event
 
 
+# S3.9.1.2-8, S3.13.7.1-1, S13.6.3-2, S13.6.4-1, S13.6.5-1, S13.7-10
 cdef inline int ats_pages(
         View* view, const Context* context, Port* port, const Request* request, const AtsAsk* ask,
         unsigned int access, bint nested, AtsPages* pages, Syndrome* syndrome) noexcept nogil:
@@ -319,6 +332,8 @@ cdef inline int ats_pages(
 
 # --- translation requests ---
 
+# S3.9.1-2, S3.9.1-14, S3.9.1.2-9, S3.9.1.2-12, S3.9.1.2-15, S3.13.7.1-2, S3.13.7.1-4, S13.6.4-2,
+# S13.6.5-2, S13.7-2, S13.7-3
 cdef inline int ats_translate(
         const Hw* hw, Port* port, View* view, const Request* request, const AtsAsk* ask,
         const Memo* memo, AtsAnswer* answer) noexcept nogil:
@@ -366,6 +381,7 @@ cdef inline int ats_translate(
     return 0
 
 
+# S3.9.1-1, S3.9.1.2-1, S3.9.1.2-2, S3.11-7, S6.3.9.6-3, S13.2-3
 cdef inline int ats_answer(
         const Hw* hw, Port* port, View* view, const Request* request, const AtsAsk* ask,
         AtsAnswer* answer) noexcept nogil:
@@ -421,6 +437,7 @@ cdef inline int ats_request(
 
 # --- Translated transactions ---
 
+# S3.9.1.3-10, S3.9.1.3-11, S13.7-9
 cdef inline void translated_input(const Hw* hw, Request* request) noexcept nogil:
     """What the SMMU knows of a Translated transaction's PASID, privilege and instruction (3.9.1.3).
 
@@ -432,6 +449,8 @@ cdef inline void translated_input(const Hw* hw, Request* request) noexcept nogil
         request.access &= ACCESS_WRITE
 
 
+# S3.9.1.3-8, S3.9.1.3-9, S3.9.1.3-12, S3.13.7.1-5, S13.1.4-3, S13.1.4-5, S13.6.3-5, S13.6.3-6,
+# S13.7-11, S13.7-12
 cdef inline int ats_ipa(
         const Hw* hw, Port* port, View* view, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:
@@ -464,6 +483,8 @@ cdef inline int ats_ipa(
     return 0
 
 
+# S2.8-3, S3.9.1-12, S3.9.1.3-1, S3.9.1.3-2, S3.9.1.3-6, S3.9.1.3-7, S3.9.1.3-14, S3.9.1.3-15,
+# S3.9.1.3-16, S6.3.9-7, S6.3.9.2-1, S6.3.9.6-6, S7.3.7-3, S7.3.9-5, S7.3.22-6
 cdef inline int translated_one(
         const Hw* hw, Port* port, View* view, const Request* request,
         Outcome* outcome) noexcept nogil:

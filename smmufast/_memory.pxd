@@ -163,6 +163,7 @@ cdef inline int port_raised(Port* port, object error) noexcept:
     return FETCH_RAISED
 
 
+# S3.15-3
 cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,
                        uint64_t* value) noexcept nogil:
     """Read one 8-byte descriptor, as a little-endian number; `address` is 8-byte aligned."""
@@ -182,6 +183,7 @@ cdef inline bint reads64(const Window* window, uint64_t offset) noexcept nogil:
     return offset <= window.span and window.span - offset >= WINDOW - 8
 
 
+# S3.21.3-14, S3.21.3-15, S5-5
 cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words) noexcept nogil:
     """Read one 64-byte structure, as eight little-endian dwords."""
     cdef uint64_t offset = address - port.window.base

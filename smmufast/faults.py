@@ -222,6 +222,7 @@ class Event:
         return Event, (self.record,)
 
 
+# S3.9.1-16
 class AtsResponse(NamedTuple):
     """The answer to an ATS translation request (IHI 0070 3.9.1): what a device may keep.
 

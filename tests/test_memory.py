@@ -727,6 +727,7 @@ def test_a_callback_region_gives_what_a_buffer_gives():
     assert smmu.memory.read(BASE + 8, 4) == b"news"
 
 
+@pytest.mark.rule("S3.15-3")
 def test_a_callback_sees_each_fetch_once_and_in_order():
     smmu, host = callback_system()
     result = smmu.translate(1, small.RW, trace=True)
@@ -734,6 +735,7 @@ def test_a_callback_sees_each_fetch_once_and_in_order():
     assert [size for _, size in host.reads] == [64, 64, 8, 8, 8]
 
 
+@pytest.mark.rule("S16.7.4-1", "S16.7.4-2", "S16.7.4-3")
 @pytest.mark.parametrize(
     ("request_", "offset", "event"),
     [

@@ -11,6 +11,7 @@ import twin
 import smmufast
 
 
+@pytest.mark.rule("S3.3.3-1", "S16.2-1", "L-2")
 @pytest.mark.parametrize("seed", range(40))
 def test_every_call_sees_the_bytes_of_the_moment(seed):
     rng = random.Random(seed)
