@@ -135,7 +135,8 @@ def scattered_nested(seed, first, second, *, has=None, cd=None, **ste):
     memory = ptwriter.Memory()
     memory.add(captures.STREAM_TABLE, 0x1000)
     allocate = ptwriter.BumpAllocator(memory, STAGE2, 1 << 24)
-    outer = ptwriter.Stage2Tables(memory, allocate, second, 24, start_level=1 if second == 12 else 2)
+    start = 1 if second == 12 else 2
+    outer = ptwriter.Stage2Tables(memory, allocate, second, 24, start_level=start)
     frames = list(range(GUEST, GUEST + (1 << 27), page))
     rng.shuffle(frames)
     for base, data in guest.regions():

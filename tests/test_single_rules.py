@@ -7,6 +7,7 @@ import ptwriter
 import pytest
 import reference
 import small
+import twin
 from rawfeatures import raw_of
 from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench, default_features
 from test_stage2 import VMID, Nested, nested_system, stage2_features
