@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import twin
-from test_reference import CONTEXT_TABLE, SID, Bench
+from test_reference import CONTEXT_TABLE, SID, Bench, default_features
 
-from smmufast import ACTIONS
+from smmufast import ACTIONS, layout
 from smmufast._smmu import vectors
 
 OTHER = SID + 1
@@ -46,6 +46,17 @@ def test_contexts_that_share_a_first_table_and_read_it_as_another_level(n, endi)
     rows = [(SID, 0x1008), (OTHER, 1 << 21 | 7 << 12 | 8), (SID, 1 << 21), (OTHER, 0x1000)]
     found = same(bench, (rows * n)[:n])
     assert found[:4] == [page + 8, 0x6008, 0, 0]
+
+
+@pytest.mark.parametrize("affd", [0, 1])
+@pytest.mark.parametrize("n", [13, 40])
+def test_hardware_sets_the_access_flag_though_faults_for_it_are_off(n, affd):
+    bench = Bench(default_features(httu=2))
+    slot = bench.tables.slot(0x1000, 3)
+    bench.map(0x1000, 0x5000, af=0)
+    bench.write_cd(ha=1, affd=affd)
+    assert same(bench, [(SID, 0x1000)] * n) == [0x5000] * n
+    assert bench.tables.read_descriptor(slot) & layout.mask("PTE_S1", "AF")
 
 
 @pytest.mark.parametrize("n", [13, 15, 16, 40])

@@ -7,15 +7,18 @@ import pytest
 import small
 import tablegen
 import twin
+from test_reference import CONTEXT_TABLE, SID, Bench
+from test_stage2 import nested_system
 
 import smmufast
 
 
 @pytest.mark.rule("S3.3.3-1", "S16.2-1", "L-2")
 @pytest.mark.parametrize("seed", range(40))
-def test_every_call_sees_the_bytes_of_the_moment(seed):
+@pytest.mark.parametrize("maker", [tablegen.random_system, tablegen.random_nested_system])
+def test_every_call_sees_the_bytes_of_the_moment(maker, seed):
     rng = random.Random(seed)
-    system = tablegen.random_system(rng)
+    system = maker(rng)
     kept = twin.smmu_of(system)
     requests = system.requests(12)
     regions = [data for _, data in system.regions()]
@@ -54,6 +57,49 @@ def test_level_1_tables_at_address_0_are_read_again():
     assert smmu.translate(0, 0x123).action == "bypass"
     memory.write(0, bytes(8))
     assert smmu.translate(0, 0x123).fault.name == "C_BAD_STREAMID"
+
+
+def test_level_1_context_descriptors_are_read_again():
+    bench = Bench()
+    bench.map(0, 0x5000)
+    leaves = [CONTEXT_TABLE + 0x4000, CONTEXT_TABLE + 0x8000]
+    for leaf, asid in zip(leaves, (3, 4), strict=True):
+        bench.memory.write(leaf, ptwriter.encode_cd(**bench.cd | {"asid": asid}))
+    bench.memory.write(CONTEXT_TABLE, ptwriter.encode_l1cd(leaves[0]))
+    bench.write_ste(s1fmt=1, s1cdmax=8, s1dss=2)
+    smmu = twin.smmu_of(bench)
+    assert smmu.translate(SID, 0).asid == 3
+    bench.memory.write(CONTEXT_TABLE, ptwriter.encode_l1cd(leaves[1]))
+    assert smmu.translate(SID, 0).asid == 4
+    bench.memory.write(CONTEXT_TABLE, bytes(8))
+    assert smmu.translate(SID, 0).fault.name == "C_BAD_SUBSTREAMID"
+
+
+@pytest.mark.parametrize("s1fmt", [0, 1])
+def test_context_descriptors_lie_where_stage_2_puts_them_now(s1fmt):
+    """Stage 2 moves the page of the CD, and that of the level-1 descriptor."""
+    bench, iova, _ = nested_system()
+    if s1fmt:
+        bench.write_ste(s1fmt=1, s1cdmax=8, s1dss=2)
+        bench.write_cd(0x40)
+        bench.memory.write(CONTEXT_TABLE, ptwriter.encode_l1cd(CONTEXT_TABLE + 0x1000))
+        bench.map_self(CONTEXT_TABLE + 0x1000)
+    moved = 0x600_0000
+    bench.memory.add(moved, 0x3000)
+    where = CONTEXT_TABLE + (0x1000 if s1fmt else 0)
+    smmu = twin.smmu_of(bench)
+    first = smmu.translate(SID, iova)
+    assert first
+    bench.memory.write(moved, ptwriter.encode_cd(**bench.cd | {"asid": first.asid ^ 5}))
+    assert smmu.translate(SID, iova).asid == first.asid
+    bench.map2(where, moved)
+    assert smmu.translate(SID, iova).asid == first.asid ^ 5
+    if s1fmt:
+        bench.memory.write(moved + 0x1000, ptwriter.encode_l1cd(CONTEXT_TABLE + 0x2000))
+        bench.memory.write(moved + 0x2000, ptwriter.encode_cd(**bench.cd | {"asid": 77}))
+        bench.map2(CONTEXT_TABLE + 0x2000, moved + 0x2000)
+        bench.map2(CONTEXT_TABLE, moved + 0x1000)
+        assert smmu.translate(SID, iova).asid == 77
 
 
 QUEUE = 0x9000_0000

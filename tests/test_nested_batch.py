@@ -76,13 +76,15 @@ def test_a_batch_sees_what_changed_since_the_last():
     assert check(smmu, NESTED, places)["pa"][0] == before + 0x10_0000
 
 
-def test_hardware_updates_are_made_in_their_turn():
+@pytest.mark.parametrize("affd", [0, 1])
+def test_hardware_updates_are_made_in_their_turn(affd):
     """Rows whose descriptors have no access flag update them as single calls do."""
     has = {"httu": 2}
     places = PLACES
     memories = []
     for batch in (True, False):
-        smmu = small_nested(has, cd={"ha": 1, "hd": 1}, stage1={"af": 0}, s2ha=1, s2hd=1)
+        smmu = small_nested(has, cd={"ha": 1, "hd": 1, "affd": affd}, stage1={"af": 0}, s2ha=1,
+                            s2hd=1, s2affd=affd)  # fmt: skip
         iova = np.tile(places, 8)
         if batch:
             rows = smmu.translate_batch(NESTED, iova, write=True)

@@ -1010,18 +1010,23 @@ def test_single_ttb_worlds_have_no_upper_half():
 
 
 @pytest.mark.rule("S2.5-1", "S5.4-28", "V8.2.4.1-1", "V8.15.4-1")
-def test_e0pd_stops_unprivileged_accesses():
-    bench = Bench()
+@pytest.mark.parametrize("ttb", [0, 1])
+def test_e0pd_stops_unprivileged_accesses(ttb):
+    bench = Bench(ttb=ttb)
     bench.map(0, 0x5000)
-    bench.write_cd(e0pd0=1)
-    assert bench.fault(priv=False) == "F_TRANSLATION"
-    outcome = bench.translate(priv=True)
+    iova = 0xFFFF << 48 if ttb else 0
+    bench.write_cd(**{f"e0pd{ttb}": 1})
+    assert bench.fault(iova, priv=False) == "F_TRANSLATION"
+    outcome = bench.translate(iova, priv=True)
     assert outcome.success and not outcome.perm & (UR | UW | UX)
+    bench.write_cd(**{f"e0pd{ttb}": 0, f"e0pd{1 - ttb}": 1})
+    assert bench.translate(iova, priv=False).success
+    bench.write_cd(**{f"e0pd{ttb}": 1})
     bench.write_ste(privcfg=3)
-    assert bench.translate(priv=False).success
+    assert bench.translate(iova, priv=False).success
     bench.features.e0pd = 0
     bench.write_ste(privcfg=2)
-    assert bench.translate(priv=True).success
+    assert bench.translate(iova, priv=True).success
 
 
 BLOCKS = [
@@ -1276,6 +1281,42 @@ def test_every_table_on_the_way_restricts():
         bench.tables.slot(0, level, **flags)
     bench.map(0, 0x5000, ap=1)
     assert six(bench) == UR | PR
+
+
+@pytest.mark.parametrize("ttb", [0, 1])
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [
+        ({"aptable": 1}, UX | PR | PW | PX),
+        ({"aptable": 2}, UR | UX | PR | PX),
+        ({"aptable": 3}, UX | PR | PX),
+        ({"pxntable": 1}, UR | UW | UX | PR | PW),
+        ({"xntable": 1}, UR | UW | PR | PW),
+    ],
+)
+def test_had_gives_back_what_tables_take_away(flags, left, ttb):
+    bench = Bench(ttb=ttb)
+    iova = 0xFFFF << 48 if ttb else 0
+    bench.map(0, 0x5000, ap=1, table_flags=flags)
+    found = six(bench, iova)
+    # what unprivileged accesses may write, privileged ones may not execute
+    assert found == left & ~(PX if found & UW else 0)
+    bench.write_cd(**{f"had{1 - ttb}": 1})
+    assert six(bench, iova) == found
+    bench.write_cd(**{f"had{ttb}": 1})
+    assert six(bench, iova) == UR | UW | UX | PR | PW
+    bench.features.had = 0
+    assert six(bench, iova) == found
+
+
+@pytest.mark.parametrize(("granule_lg2", "level"), [(12, 1), (12, 2), (14, 2), (16, 2)])
+def test_bits_between_a_block_and_its_granule_are_ignored(granule_lg2, level):
+    bench = Bench(granule_lg2=granule_lg2)
+    shift = bench.tables.shift(level)
+    below = (1 << shift) - (1 << max(granule_lg2, 16))
+    bench.map(0, 3 << shift, level, ignored=below)
+    assert bench.translate(0x123).pa == 3 << shift | 0x123
+    assert bench.translate((1 << shift) - 8).pa == (4 << shift) - 8
 
 
 @pytest.mark.rule(

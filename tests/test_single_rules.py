@@ -314,6 +314,27 @@ def test_tables_in_walk_caches_go_unless_only_leaves_are_named():
 # Configuration caches
 
 
+def test_controls_of_permissions_count_when_a_page_is_cached():
+    bench, smmu, _ = mapped()
+    bench.map(IOVA + 0x1000, 0x6000)
+    assert outcome(smmu, instr=True) == 0x5000
+    bench.write_cd(wxn=1)
+    smmu.command("CFGI_CD", StreamID=SID)
+    assert outcome(smmu, instr=True) == 0x5000
+    assert outcome(smmu, IOVA + 0x1000, instr=True) == "F_PERMISSION"
+    smmu.command("TLBI_NSNH_ALL")
+    assert outcome(smmu, instr=True) == "F_PERMISSION"
+
+
+def test_memory_types_of_hits_are_those_of_the_cd():
+    bench, smmu, _ = mapped()
+    assert smmu.translate(SID, IOVA).attr == bench.cd["mair"] & 0xFF == 0x44
+    bench.write_cd(mair=0x04)
+    assert smmu.translate(SID, IOVA).attr == 0x44
+    smmu.command("CFGI_CD", StreamID=SID)
+    assert (smmu.translate(SID, IOVA).attr, smmu.caches.tlb.hits) == (0x04, 2)
+
+
 def test_tables_of_another_granule_do_not_serve():
     """Two contexts share an ASID, which software should not do, and have tables of their own."""
     bench = Bench()
