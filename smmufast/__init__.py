@@ -38,6 +38,7 @@ if _TYPE_CHECKING:
         Perm,
     )
     from smmufast.features import Features, modelled
+    from smmufast.why import Why
 
 __version__ = "0.2.0"
 
@@ -79,6 +80,7 @@ __all__ = [
     "StaleEntry",
     "Stall",
     "Walk",
+    "Why",
     "get_include",
     "modelled",
 ]
@@ -98,6 +100,7 @@ _HOMES = {
         "ACTIONS", "AtsFault", "AtsResponse", "Event", "ExternalAbort", "Fault", "Fetch", "Perm",
     ),
     "features": ("Features", "modelled"),
+    "why": ("Why",),
 }  # fmt: skip
 
 

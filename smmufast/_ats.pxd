@@ -1,17 +1,19 @@
 """PCIe ATS: what a translation request is answered, and what becomes of a Translated transaction.
 
-Sections: IHI 0070 3.9.1 (ATS, and which events its requests record), 5.2 (STE.EATS), 13.7
-(permissions and attributes), 7.3.6 and 7.3.8 (F_BAD_ATS_TREQ, F_TRANSL_FORBIDDEN), 6.3
-(CR0.ATSCHK, CR2.REC_CFG_ATS). The chain is that of _translate.pxd and _cached.pxd: the same
-lookups, walks and hardware updates, through a View or without.
+Sections: IHI 0070 3.9.1 (answers to requests, Translated transactions, and which events they
+record), 3.13.7.1 (hardware update), 5.2 (STE.EATS), 7.3.6 and 7.3.8 (F_BAD_ATS_TREQ,
+F_TRANSL_FORBIDDEN), 13.6 (split-stage ATS, stage 1 that is skipped), 13.7 (permissions), 6.3
+(CR0.ATSCHK, CR2.REC_CFG_ATS, IDR3.PASIDTT). The chain is that of _translate.pxd and _cached.pxd:
+the same lookups, walks and hardware updates, through a View or without.
 
 A request is a read of the page; if that grants a write, and the write would mark a page dirty,
 it is a write too. So what is granted is what the device's own accesses would meet, and the
-tables are left as these would leave them.
+tables are left as these would leave them. Split-stage ATS is the same, but the answer gives the
+address between the stages.
 
 Choices. Without IDR0.ATS a request is an Unsupported Request and a Translated transaction
-aborts, both without an event. No Write takes the write away also where no table is asked. An
-update for the write that stage 2 forbids takes away the write alone. Translated transactions
+aborts, both without an event. No Write takes the write away, except where no table is asked. A
+request for split-stage ATS updates the stage-2 leaf of the page too. Translated transactions
 beyond the output address size abort; a PASID that they carry selects no CD, for nothing of it
 would be used.
 """
@@ -19,20 +21,19 @@ would be used.
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-from smmufast._cached cimport deliver, leaf_of, usable, view_open
+from smmufast._cached cimport deliver, view_open
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, cd_decode, effective_access, override_access,
-    substream,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_SID, cd_decode, effective_access, substream,
 )
 from smmufast._core cimport Core
 from smmufast._layout cimport (
-    EVENT_C_BAD_STREAMID, EVENT_F_BAD_ATS_TREQ, EVENT_F_PERMISSION, EVENT_F_TRANSLATION,
+    EVENT_F_BAD_ATS_TREQ, EVENT_F_PERMISSION, EVENT_F_TRANSLATION,
     EVENT_F_TRANSL_FORBIDDEN, EVENT_F_WALK_EABT, cr0_atschk, cr0_eventqen, cr0_smmuen,
     cr2_rec_cfg_ats, event_set_id, event_set_inputaddr, event_set_rnw, event_set_streamid,
     f_bad_ats_treq_set_id, f_bad_ats_treq_set_inputaddr, f_bad_ats_treq_set_p,
-    f_bad_ats_treq_set_r, f_bad_ats_treq_set_ssv, f_bad_ats_treq_set_streamid,
-    f_bad_ats_treq_set_substreamid, f_bad_ats_treq_set_w, f_bad_ats_treq_set_x, ste_config,
-    ste_eats,
+    f_bad_ats_treq_set_r, f_bad_ats_treq_set_span, f_bad_ats_treq_set_ssv,
+    f_bad_ats_treq_set_streamid, f_bad_ats_treq_set_substreamid, f_bad_ats_treq_set_w,
+    f_bad_ats_treq_set_x, ste_config, ste_eats,
 )
 from smmufast._bits cimport low_mask
 from smmufast._memory cimport Port
@@ -41,16 +42,17 @@ from smmufast._tlb cimport (
     ste_probe, tlb_probe,
 )
 from smmufast._translate cimport (
-    CLASS_IN, NOWHERE, SILENT_ABORT, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault,
+    CLASS_IN, NOWHERE, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault, end_refused,
     end_unmapped, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
-    keeps_what_is_read, leaf_none, stage2, ste_decode, ste_fetch, ste_substream, syndrome_set,
-    untranslatable, walk_steps,
+    keeps_what_is_read, leaf_none, leaf_of, stage2, ste_decode, ste_fetch, ste_substream,
+    syndrome_set, untranslatable, usable, walk_steps,
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, NO_SSID, Context, Half,
     Hw, Outcome, Request,
 )
 from smmufast._vmsa cimport ATTR_WB, clean_s1, clean_s2, half_of, shareability
+from smmufast._why cimport *
 
 
 cdef enum:
@@ -82,7 +84,7 @@ cdef struct AtsAsk:
 cdef struct AtsAnswer:
     int status             # ATS_SUCCESS, ATS_UR, ATS_CA
     unsigned int granted   # ATS_READ ...
-    bint split             # outcome.pa is an IPA
+    bint split             # the device gets outcome.ipa, which stage 2 will translate
     Outcome outcome
 
 
@@ -129,13 +131,13 @@ cdef inline unsigned int recorded_if_asked(const Hw* hw) noexcept nogil:
 # --- ends ---
 
 cdef inline void end_bad_request(
-        const Hw* hw, const Request* request, const AtsAsk* ask, AtsAnswer* answer) noexcept nogil:
+        const Hw* hw, const Request* request, const AtsAsk* ask, int why,
+        AtsAnswer* answer) noexcept nogil:
     """Unsupported Request, and F_BAD_ATS_TREQ."""
     cdef Outcome* outcome = &answer.outcome
     cdef uint64_t* w = outcome.record
-    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    end_refused(outcome, why)
     answer.status = ATS_UR
-    outcome.fault = EVENT_F_BAD_ATS_TREQ
     outcome.event = EVENT_F_BAD_ATS_TREQ if cr0_eventqen(hw.cr0) else 0
     memset(w, 0, 32)
     f_bad_ats_treq_set_id(w, EVENT_F_BAD_ATS_TREQ)
@@ -147,6 +149,7 @@ cdef inline void end_bad_request(
     f_bad_ats_treq_set_x(w, ask.execute)
     f_bad_ats_treq_set_w(w, not ask.no_write)
     f_bad_ats_treq_set_r(w, 1)
+    f_bad_ats_treq_set_span(w, 1)  # in STUs
     f_bad_ats_treq_set_inputaddr(w, request.iova & ~<uint64_t>0xFFF)
 
 
@@ -154,9 +157,9 @@ cdef inline void end_request(
         const Hw* hw, const Request* request, const Context* context, int event,
         const Syndrome* syndrome, AtsAnswer* answer) noexcept nogil:
     """A fault on the way: faults of translation grant nothing, all others are a Completer Abort."""
-    cdef bint translation = EVENT_F_TRANSLATION <= event <= EVENT_F_PERMISSION
+    cdef bint translation = EVENT_F_TRANSLATION <= why_event(event) <= EVENT_F_PERMISSION
     cdef unsigned int access = 0
-    if event >= EVENT_F_WALK_EABT:
+    if why_event(event) >= EVENT_F_WALK_EABT:
         access = effective_access(context, request.access)
     answer.status = ATS_SUCCESS if translation else ATS_CA
     end_fault(hw, request, &answer.outcome, event, access,
@@ -164,11 +167,10 @@ cdef inline void end_request(
 
 
 cdef inline void end_forbidden(
-        const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
+        const Hw* hw, const Request* request, int why, Outcome* outcome) noexcept nogil:
     """Abort, and F_TRANSL_FORBIDDEN."""
     cdef uint64_t* w = outcome.record
-    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
-    outcome.fault = EVENT_F_TRANSL_FORBIDDEN
+    end_refused(outcome, why)
     outcome.event = EVENT_F_TRANSL_FORBIDDEN if cr0_eventqen(hw.cr0) else 0
     memset(w, 0, 32)
     event_set_id(w, EVENT_F_TRANSL_FORBIDDEN)
@@ -180,7 +182,7 @@ cdef inline void end_forbidden(
 cdef inline void end_passed(const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
     """A Translated transaction goes on with the attributes that it has, if its address exists."""
     if request.iova & hw.oas_over:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        end_refused(outcome, WHY_TRANSLATED_ADDRESS)
     else:
         end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, ATTR_WB, shareability(ATTR_WB, 0))
 
@@ -198,15 +200,15 @@ cdef inline int ats_stream(
     memo.context.second.on = False
     syndrome_set(syndrome, 0, False, CLASS_IN)
     if <uint64_t>sid >> hw.log2size:
-        return EVENT_C_BAD_STREAMID
+        return WHY_STREAM_BEYOND
     if view != NULL:
-        cached = ste_probe(view.c, sid, memo.ste, view.quiet)
+        cached = ste_probe(view.c, sid, memo.ste)
     if not cached:
         event = ste_fetch(hw, port, sid, memo, syndrome)
     if event == 0:
         event = ste_decode(hw, memo)
     if (view != NULL and not cached and keeps_what_is_read(view)
-            and (event == 0 or event == SILENT_ABORT)):
+            and (event == 0 or event == WHY_STE_CONFIG)):
         ste_fill(view.c, sid, memo.ste)
     return event
 
@@ -220,7 +222,7 @@ cdef inline int ats_context(
     if event or memo.index == STAGE1_BYPASS:
         return event
     if view != NULL:
-        cached = cd_probe(view.c, memo.sid, <uint32_t>memo.index, memo.cd, view.quiet)
+        cached = cd_probe(view.c, memo.sid, <uint32_t>memo.index, memo.cd)
     if not cached:
         event = cd_fetch(hw, port, view, memo, syndrome)
     if event == 0:
@@ -249,8 +251,7 @@ cdef inline int ats_stage1(
         return event
     va = canonical(half, iova, upper)
     if view != NULL:
-        e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, context.aset, va,
-                      view.quiet)
+        e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, context.aset, va)
         if e != NULL and usable(e, access):
             known[0] = True
             leaf_of(e, 1, &pages.first)
@@ -265,7 +266,7 @@ cdef inline int ats_stage1(
     event = walk_steps(view, context, port, iova, access, &pages.first, syndrome)
     if event == 0 and view != NULL and kind == KIND_S1:
         keep_entry(view, context, KIND_S1, va, half, &pages.first, NULL, 0, pages.first.address)
-    if event == EVENT_F_PERMISSION and not syndrome.s2:
+    if why_event(event) == EVENT_F_PERMISSION and not syndrome.s2:
         event = 0
     if event == 0:
         pages.clean = context.hd and clean_s1(pages.first.d)
@@ -275,16 +276,14 @@ cdef inline int ats_stage1(
 
 cdef inline int ats_pages(
         View* view, const Context* context, Port* port, const Request* request, const AtsAsk* ask,
-        unsigned int access, bint nested, bint split, AtsPages* pages,
-        Syndrome* syndrome) noexcept nogil:
-    """What both stages say of an address, or stage 1 alone if `split`: 0, an event, or a stop.
+        unsigned int access, bint nested, AtsPages* pages, Syndrome* syndrome) noexcept nogil:
+    """What the stages that there are say of an address: 0, an event, or a stop.
 
     The pages may deny the access.  Where stage 1 grants nothing, stage 2 is not asked.
     """
     cdef const Half* half
     cdef uint64_t iova = request.iova
     cdef unsigned int need = context.need[access], upper, kind = KIND_S1
-    cdef bint two = context.second.on and not split
     cdef bint known = False
     cdef int event = 0
     leaf_none(&pages.first)
@@ -294,12 +293,13 @@ cdef inline int ats_pages(
     pages.clean = False
     syndrome_set(syndrome, 0, False, CLASS_IN)
     if nested:
-        if view != NULL and two and not view.c.split:
+        if view != NULL and context.second.on and not view.c.split:
             kind = KIND_COMBINED
         event = ats_stage1(view, context, port, iova, access, kind, pages, &known, syndrome)
         if event or known and kind == KIND_COMBINED:
             return event
-    if not two or not ats_granted(context, ask, request.access, pages.first.perm):
+    if (not context.second.on
+            or not ats_granted(context, ask, request.access, pages.first.perm)):
         return event
     event = stage2(view, context, port, pages.ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
                    &pages.second, &pages.pa, syndrome)
@@ -308,7 +308,7 @@ cdef inline int ats_pages(
         half = &context.half[upper]
         keep_entry(view, context, KIND_COMBINED, canonical(half, iova, upper), half, &pages.first,
                    &pages.second, pages.ipa, pages.pa)
-    if event == 0 or event == EVENT_F_PERMISSION:
+    if event == 0 or why_event(event) == EVENT_F_PERMISSION:
         event = 0
         pages.pa = pages.second.address | pages.ipa & low_mask(pages.second.shift)
         # the TLB does not say of its stage-2 entries whether they are clean
@@ -325,14 +325,12 @@ cdef inline int ats_translate(
     """Answer a request whose configuration was looked up: 0, or a negative stop."""
     cdef const Context* context = &memo.context
     cdef Outcome* outcome = &answer.outcome
-    cdef AtsPages pages, found
+    cdef AtsPages pages
     cdef Syndrome syndrome
     cdef bint nested = memo.index != STAGE1_BYPASS
-    cdef bint split = answer.split
     cdef unsigned int access = request.access, granted = 0
     cdef int event, _attempt
     memset(&pages, 0, sizeof(pages))
-    memset(&found, 0, sizeof(found))
     if view != NULL:
         view.stage2_only = not nested
     if not nested:
@@ -340,23 +338,19 @@ cdef inline int ats_translate(
             end_untranslatable(hw, request, context, &syndrome, outcome)
             outcome.event = 0
             return 0
-        if split or not context.second.on:
+        if not context.second.on:
+            # no stage is left: the identity, whatever No Write says (13.6.4)
             end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
             outcome.page_lg2 = ask.stu_lg2
-            answer.granted = ats_granted(context, ask, access, 0x3F)
+            answer.granted = ATS_READ | ATS_WRITE
             return 0
     for _attempt in range(2):
-        event = ats_pages(
-            view, context, port, request, ask, access, nested, split, &found, &syndrome)
+        event = ats_pages(view, context, port, request, ask, access, nested, &pages, &syndrome)
         if event < 0:
             return event
-        if event == EVENT_F_PERMISSION and granted & ATS_READ:
-            granted &= ~<unsigned int>ATS_WRITE
-            break
         if event:
             end_request(hw, request, context, event, &syndrome, answer)
             return 0
-        pages = found
         granted = ats_granted(context, ask, request.access, pages.first.perm & pages.second.perm)
         if not granted & ATS_WRITE or granted & ATS_READ and not pages.clean:
             break
@@ -364,7 +358,7 @@ cdef inline int ats_translate(
     answer.granted = granted
     if not granted:
         return 0
-    if split or not context.second.on:
+    if not context.second.on:
         finish_stage1(hw, request, context, 0, &pages.first, &syndrome, outcome)
     else:
         finish_stage2(hw, request, context, nested, 0, &pages.first, &pages.second, pages.ipa,
@@ -386,18 +380,20 @@ cdef inline int ats_answer(
     end_unmapped(&answer.outcome, ACTION_ABORT, 0, 0, 0, 0)
     if not hw.ats:
         answer.status = ATS_UR
+        end_refused(&answer.outcome, WHY_ATS_ABSENT)
         return 0
     if not cr0_smmuen(hw.cr0):
-        end_bad_request(hw, request, ask, answer)
+        end_bad_request(hw, request, ask, WHY_ATS_DISABLED, answer)
         return 0
     event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
-    if event == SILENT_ABORT:
+    if event == WHY_STE_CONFIG:
         answer.status = ATS_UR
+        end_refused(&answer.outcome, event)
         return 0
     if event == 0:
         eats = eats_effective(hw, memo.ste)
         if eats == EATS_OFF:
-            end_bad_request(hw, request, ask, answer)
+            end_bad_request(hw, request, ask, WHY_ATS_EATS, answer)
             return 0
         answer.split = eats == EATS_SPLIT
         event = ats_context(hw, port, view, request.ssid, &memo, &syndrome)
@@ -418,23 +414,36 @@ cdef inline int ats_request(
     if core.caches == NULL:
         status = ats_answer(&core.hw, port, NULL, request, ask, answer)
     else:
-        view_open(&view, core, request, False)
+        view_open(&view, core, request)
         status = ats_answer(&core.hw, port, &view, request, ask, answer)
     return deliver(core, port, request, status, &answer.outcome)
 
 
 # --- Translated transactions ---
 
+cdef inline void translated_input(const Hw* hw, Request* request) noexcept nogil:
+    """What the SMMU knows of a Translated transaction's PASID, privilege and instruction (3.9.1.3).
+
+    Without IDR3.PASIDTT none of them arrives; without a PASID it is unprivileged and Data.
+    """
+    if not hw.pasidtt:
+        request.ssid = NO_SSID
+    if request.ssid == NO_SSID:
+        request.access &= ACCESS_WRITE
+
+
 cdef inline int ats_ipa(
         const Hw* hw, Port* port, View* view, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:
-    """Split-stage ATS: the address is an IPA, and the access is Data, unprivileged."""
+    """Split-stage ATS: the address is an IPA.
+
+    The STE's overrides of privilege and instruction apply, those of attributes do not (13.1.4).
+    """
     cdef Context* context = &memo.context
     cdef Leaf first, leaf
     cdef Syndrome syndrome
     cdef uint64_t pa = 0
     cdef int event
-    override_access(context, 0, 0)
     context.attr = ATTR_WB
     context.sh = shareability(ATTR_WB, 0)
     context.second.on = True
@@ -458,19 +467,16 @@ cdef inline int ats_ipa(
 cdef inline int translated_one(
         const Hw* hw, Port* port, View* view, const Request* request,
         Outcome* outcome) noexcept nogil:
-    """One Translated transaction: 0, or a negative stop.
-
-    Its access is ACCESS_WRITE or 0, and it has a SubstreamID only with IDR3.PASIDTT.
-    """
+    """One Translated transaction, as translated_input() leaves it: 0, or a negative stop."""
     cdef Memo memo
     cdef Syndrome syndrome
     cdef unsigned int eats = EATS_OFF
     cdef int event
     if not hw.ats:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+        end_refused(outcome, WHY_ATS_ABSENT)
         return 0
     if not cr0_smmuen(hw.cr0):
-        end_forbidden(hw, request, outcome)
+        end_forbidden(hw, request, WHY_TRANSLATED_DISABLED, outcome)
         return 0
     if not cr0_atschk(hw.cr0):
         end_passed(hw, request, outcome)
@@ -478,18 +484,18 @@ cdef inline int translated_one(
     event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
     if event < 0:
         return event
-    if event == SILENT_ABORT:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    if event == WHY_STE_CONFIG:
+        end_refused(outcome, event)
         return 0
     if event == 0:
         eats = eats_effective(hw, memo.ste)
         if eats == EATS_OFF:
-            end_forbidden(hw, request, outcome)
+            end_forbidden(hw, request, WHY_TRANSLATED_EATS, outcome)
             return 0
-        if request.ssid != NO_SSID:
+        if hw.pasidtt:
             event = substream(hw, memo.ste, request.ssid, &memo.index)
     if event:
-        end_fault(hw, request, outcome, event, 0, recorded_if_asked(hw), &syndrome)
+        end_fault(hw, request, outcome, event, 0, recorded_if_asked(hw) | TERMINATE_SID, &syndrome)
         return 0
     if eats == EATS_FULL:
         end_passed(hw, request, outcome)
@@ -505,6 +511,6 @@ cdef inline int ats_translated(
     if core.caches == NULL:
         status = translated_one(&core.hw, port, NULL, request, outcome)
     else:
-        view_open(&view, core, request, False)
+        view_open(&view, core, request)
         status = translated_one(&core.hw, port, &view, request, outcome)
     return deliver(core, port, request, status, outcome)

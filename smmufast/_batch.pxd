@@ -12,10 +12,10 @@ from libc.string cimport memcmp, memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
 from smmufast._cache cimport POLICY_LRU, POLICY_PLRU, CacheC, ctz64, plru_touch
-from smmufast._cached cimport UNDECODED, deliver, translate_request, usable
+from smmufast._cached cimport UNDECODED, deliver, translate_request
 from smmufast._config cimport STAGE1_BYPASS, admitted, ste_stage2
 from smmufast._core cimport Core
-from smmufast._layout cimport cr0_smmuen, ste_v
+from smmufast._layout cimport cr0_smmuen, pte_s2_set_s2ap, pte_s2_set_xn, ste_v
 from smmufast._memory cimport FETCH_OK, Port, fetch8
 from smmufast._probe cimport Hits, each_hit, vector_fits, vector_hits
 from smmufast._tlb cimport (
@@ -24,15 +24,15 @@ from smmufast._tlb cimport (
 )
 from smmufast._translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
-    level_of, lookup, permitted_leaves, stage2, ste_fetch, translate_known,
+    level_of, lookup, permitted_leaves, stage2, ste_fetch, translate_known, usable,
 )
 from smmufast._types cimport (
     ACCESS_WRITE, ACTION_OK, FETCH_S2TT, FETCH_TT, NO_SSID, PERM_PR, BatchC, ColumnC, Context,
     Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_LEAF, clean_s1, descriptor_kind, entry_address, first_table, half_of, in_range,
-    leaf_address, leaf_sh, mair_byte, shareability, stage1_attr, stage2_permitted,
+    DESC_LEAF, TABLE, clean_s1, descriptor_kind, entry_address, first_table, half_of, in_range,
+    leaf_address, leaf_sh, mair_byte, shareability, stage1_attr, stage2_permitted, used_leaf,
 )
 
 from smmufast._vector cimport (
@@ -138,6 +138,11 @@ cdef inline void store_u8(const ColumnC* column, size_t i, unsigned int value) n
         (<uint8_t*>column.data + <ptrdiff_t>i * column.stride)[0] = <uint8_t>value
 
 
+cdef inline void store_u16(const ColumnC* column, size_t i, uint16_t value) noexcept nogil:
+    if column.data != NULL:
+        memcpy(<char*>column.data + <ptrdiff_t>i * column.stride, &value, 2)
+
+
 cdef inline void store_u64(const ColumnC* column, size_t i, uint64_t value) noexcept nogil:
     if column.data != NULL:
         memcpy(<char*>column.data + <ptrdiff_t>i * column.stride, &value, 8)
@@ -167,6 +172,7 @@ cdef inline void store_outcome(const BatchC* batch, size_t i, const Outcome* o) 
     store_u64(&batch.ipa, i, o.ipa)
     store_u8(&batch.stage, i, o.stage)
     store_record(&batch.record, i, <const uint64_t*>o.record if o.event else NULL)
+    store_u16(&batch.why, i, o.why)
 
 
 cdef inline void request_at(const BatchC* batch, size_t i, Request* request) noexcept nogil:
@@ -290,7 +296,7 @@ cdef inline void half_lanes(Lanes* lanes, const Half* half) noexcept nogil:
     lanes.stride = half.stride
     lanes.block_shifts = 0
     while shift != half.granule:
-        if half.blocks >> (level_of(half, shift) + 1) & 1:
+        if half.fitting >> (level_of(half, shift) + 1) & 1:
             lanes.block_shifts |= <uint64_t>1 << shift
         shift -= half.stride
 
@@ -530,7 +536,7 @@ cdef inline void set_out(
         if unlikely(status != AT_PAGES):
             if status == AT_OTHER and descriptor_kind(
                     descriptor(half, at.raw, simple), level_of(half, at.shift),
-                    half.blocks) == DESC_LEAF:
+                    half.fitting) == DESC_LEAF:
                 rows.tables[i] = at.tables & half.keep
                 rows.shift[i] = at.shift
                 rows.held[i] = at.raw
@@ -568,7 +574,7 @@ cdef inline int arrive(
     shift = rows.shift[i]
     d = descriptor(half, load64(rows.entry[i]), simple)
     # a page's bit 1 is set, a block's is not
-    if unlikely((d ^ 0x403 ^ <uint64_t>(shift != half.granule) << 1) & half.leaf_bits):
+    if unlikely((d ^ used_leaf(shift == half.granule)) & half.leaf_bits):
         return 1
     address = leaf_address(d, half, shift) if not simple else (
         d & half.low_address & ~low_mask(shift))
@@ -594,6 +600,7 @@ cdef inline int arrive(
         store_u64(&batch.ipa, row, 0)
         store_u8(&batch.stage, row, 1)
         store_record(&batch.record, row, NULL)
+        store_u16(&batch.why, row, 0)
     return 0
 
 
@@ -878,7 +885,7 @@ cdef inline int stage2_table(
         table[0] = in_window(port, at.table, half.entry_mask + 8)
         return table[0] == NULL
     return status != AT_OTHER or descriptor_kind(
-        le64(at.raw), level_of(half, at.shift), half.blocks) != DESC_LEAF
+        le64(at.raw), level_of(half, at.shift), half.fitting) != DESC_LEAF
 
 
 cdef inline int nested_table(
@@ -907,11 +914,11 @@ cdef inline int nested_table(
             return table[0] == NULL
         if fetch8(port, FETCH_TT, level_of(half, shift[0]), address, &d) != FETCH_OK:
             return 1
-        status = descriptor_kind(d, level_of(half, shift[0]), half.blocks)
+        status = descriptor_kind(d, level_of(half, shift[0]), half.fitting)
         if status == DESC_LEAF:
             held[0] = le64(d)
             return 0
-        if (d & half.table_bits) != 3:
+        if (d & half.table_bits) != TABLE:
             return 1
         at = d & half.low_address
         tables[0] |= d
@@ -992,7 +999,7 @@ cdef inline void nested_lanes(Run* run, Lanes* first, Lanes* second) noexcept no
     for access in range(8):
         second.allowed[access] = 0
         for code in range(16):  # {XN, S2AP}
-            leaf = <uint64_t>(code & 3) << 6 | <uint64_t>(code >> 2) << 53
+            leaf = pte_s2_set_s2ap(pte_s2_set_xn(0, code >> 2), code)
             if stage2_permitted(leaf, context.second.xnx) & context.need[access]:
                 second.allowed[access] |= <uint64_t>1 << code
 
@@ -1107,6 +1114,7 @@ cdef inline bint wants_more(const BatchC* batch) noexcept nogil:
         batch.fault.data != NULL or batch.perm.data != NULL or batch.level.data != NULL
         or batch.page_lg2.data != NULL or batch.attr.data != NULL or batch.sh.data != NULL
         or batch.ipa.data != NULL or batch.stage.data != NULL or batch.record.data != NULL
+        or batch.why.data != NULL
     )
 
 

@@ -10,6 +10,7 @@ from libc.string cimport memset
 from smmufast._bits cimport low_mask
 from smmufast._layout cimport *
 from smmufast._types cimport Hw
+from smmufast._why cimport *
 
 
 cdef enum:
@@ -32,6 +33,7 @@ cdef enum:
 cdef struct Effect:
     uint8_t kind           # EFFECT_...
     uint8_t op             # the opcode
+    uint16_t why           # WHY_..., of an illegal command
     bint leaf              # CFGI_STE, CFGI_CD, TLBI by address: last level only
     bint ssv               # ATC_INV, PRI_RESP, PREFETCH: ssid is valid
     bint global_           # ATC_INV: all substreams
@@ -53,33 +55,42 @@ cdef struct Effect:
     uint8_t resp
     uint8_t cs             # SYNC: CMD_CS_..., as implemented
     uint8_t size_lg2       # ATC_INV: lg2 of the bytes; PREFETCH_ADDR: of the number of addresses
-    uint64_t msi_address   # SYNC by interrupt; 0: the wired one
+    uint64_t msi_address   # SYNC by interrupt, all bits; 0: no message
     uint32_t msi_data
 
 
 # --- legality (4.1) ---
 
-cdef inline bint command_implemented(const Hw* hw, unsigned int op) noexcept nogil:
-    """Whether the Non-secure queue has this opcode; others are CERROR_ILL."""
-    # No MPAM, no device permission table and no implementation defined command is modelled:
-    # CFGI_VMS_PIDM, DPTI_* and 0x80 to 0x8F are as reserved.
+cdef inline int command_missing(const Hw* hw, unsigned int op) noexcept nogil:
+    """Why the Non-secure queue does not have this opcode; 0 when it does."""
     if (op == CMD_CFGI_CD or op == CMD_CFGI_CD_ALL or op == CMD_TLBI_NH_ALL
             or op == CMD_TLBI_NH_ASID or op == CMD_TLBI_NH_VA or op == CMD_TLBI_NH_VAA):
-        return hw.s1p
-    if op == CMD_TLBI_EL2_ALL:
-        return hw.hyp and hw.s1p
-    if op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA or op == CMD_TLBI_EL2_VAA:
-        return hw.hyp
+        return 0 if hw.s1p else WHY_CMD_S1P
+    if (op == CMD_TLBI_EL2_ALL or op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA
+            or op == CMD_TLBI_EL2_VAA):
+        if not hw.s1p:
+            return WHY_CMD_S1P
+        return 0 if hw.hyp else WHY_CMD_HYP
     if op == CMD_TLBI_S12_VMALL or op == CMD_TLBI_S2_IPA:
-        return hw.s2p
+        return 0 if hw.s2p else WHY_CMD_S2P
     if op == CMD_ATC_INV:
-        return hw.ats
+        return 0 if hw.ats else WHY_CMD_ATS
     if op == CMD_PRI_RESP:
-        return hw.pri
+        return 0 if hw.pri else WHY_CMD_PRI
     if op == CMD_RESUME or op == CMD_STALL_TERM:
-        return hw.stall_model != 1
-    return (op == CMD_PREFETCH_CONFIG or op == CMD_PREFETCH_ADDR or op == CMD_CFGI_STE
-            or op == CMD_CFGI_STE_RANGE or op == CMD_TLBI_NSNH_ALL or op == CMD_SYNC)
+        return 0 if hw.stall_model != 1 else WHY_CMD_STALL
+    if (op == CMD_PREFETCH_CONFIG or op == CMD_PREFETCH_ADDR or op == CMD_CFGI_STE
+            or op == CMD_CFGI_STE_RANGE or op == CMD_TLBI_NSNH_ALL or op == CMD_SYNC):
+        return 0
+    if op == CMD_CFGI_VMS_PIDM:
+        return WHY_CMD_MPAM
+    if op == CMD_DPTI_ALL or op == CMD_DPTI_PA:
+        return WHY_CMD_DPT
+    if (op == CMD_TLBI_EL3_ALL or op == CMD_TLBI_EL3_VA or op == CMD_TLBI_SNH_ALL
+            or CMD_TLBI_S_EL2_ALL <= op <= CMD_TLBI_S_EL2_VAA
+            or op == CMD_TLBI_S_S12_VMALL or op == CMD_TLBI_S_S2_IPA):
+        return WHY_CMD_SECURE
+    return WHY_CMD_IMPDEF if 0x80 <= op <= 0x8F else WHY_CMD_RESERVED
 
 
 cdef inline bint command_has_ssec(unsigned int op) noexcept nogil:
@@ -124,18 +135,18 @@ cdef inline int tlbi_span(
     effect.first = address
     if not hw.ril or tg == CMD_TG_NONE:
         effect.last = address | 0xFFF
-        return CMDQ_CONS_ERR_NONE
+        return 0
     if tg == CMD_TG_16K and ttl == CMD_TTL_LEVEL_1 and not hw.ds:
         ttl = CMD_TTL_ANY  # reserved
     if num == 0 and scale == 0 and ttl == CMD_TTL_ANY:
-        return CMDQ_CONS_ERR_ILL
+        return WHY_CMD_RANGE
     effect.granule = 10 + 2 * tg
     effect.level = ttl
     # 32 * 2^39 * 2^16 is 2^60 bytes at most
     effect.last = address + ((<uint64_t>(num + 1) << scale << effect.granule) - 1)
     if effect.last < address:
         effect.last = ~<uint64_t>0
-    return CMDQ_CONS_ERR_NONE
+    return 0
 
 
 cdef inline int tlbi_decode(
@@ -156,7 +167,7 @@ cdef inline int tlbi_decode(
         return tlbi_span(hw, words, cmd_ipa(words) & hw.pointer_mask, effect)
     effect.all_addresses = True
     effect.last = ~<uint64_t>0
-    return CMDQ_CONS_ERR_NONE
+    return 0
 
 
 # --- ATS and PRI (4.5) ---
@@ -166,7 +177,7 @@ cdef inline int atc_inv_decode(
     """A span of 4096 * 2^Size bytes, aligned; 52 is every address, and more is illegal."""
     cdef unsigned int size = <unsigned int>cmd_size(words)
     if size > 52:
-        return CMDQ_CONS_ERR_ILL
+        return WHY_CMD_SIZE
     effect.kind = EFFECT_ATC_INV
     effect.global_ = effect.ssv and cmd_g(words)
     effect.size_lg2 = 12 + size
@@ -176,17 +187,17 @@ cdef inline int atc_inv_decode(
     else:
         effect.first = cmd_address(words) & ~low_mask(12 + size)
         effect.last = effect.first | low_mask(12 + size)
-    return CMDQ_CONS_ERR_NONE
+    return 0
 
 
 cdef inline int pri_resp_decode(const uint64_t* words, Effect* effect) noexcept nogil:
     """An answer to a page request group; the fourth code is none."""
     effect.resp = <uint8_t>cmd_resp(words)
     if effect.resp == 3:
-        return CMDQ_CONS_ERR_ILL
+        return WHY_CMD_RESP
     effect.kind = EFFECT_PRI_RESP
     effect.prg_index = <uint16_t>cmd_prgindex(words)
-    return CMDQ_CONS_ERR_NONE
+    return 0
 
 
 # --- stalls and completion ---
@@ -201,26 +212,29 @@ cdef inline void resume_decode(
 
 
 cdef inline int sync_decode(const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
-    """How completion is signalled: what is not implemented is not signalled, MSIs are wired."""
+    """How completion is signalled; without SEV there is no event, without MSIs no message."""
     effect.cs = <uint8_t>cmd_cs(words)
     if effect.cs == 3:
-        return CMDQ_CONS_ERR_ILL
+        return WHY_CMD_CS
     effect.kind = EFFECT_SYNC
     if effect.cs == CMD_CS_SEV and not hw.sev:
         effect.cs = CMD_CS_NONE
     if effect.cs == CMD_CS_IRQ and hw.msi:
         effect.msi_address = cmd_msiaddress(words)
         effect.msi_data = <uint32_t>cmd_msidata(words)
-    return CMDQ_CONS_ERR_NONE
+    return 0
 
 
 # --- the command ---
 
 cdef inline int command_rules(
         const Hw* hw, const uint64_t* words, unsigned int op, Effect* effect) noexcept nogil:
-    """The CERROR code of a command; of an illegal one, `effect` may be half filled."""
-    if not command_implemented(hw, op) or command_has_ssec(op) and cmd_ssec(words):
-        return CMDQ_CONS_ERR_ILL
+    """Why a command is illegal, 0 if it is not; of an illegal one, `effect` may be half filled."""
+    cdef int why = command_missing(hw, op)
+    if why:
+        return why
+    if command_has_ssec(op) and cmd_ssec(words):
+        return WHY_CMD_SSEC
     if CMD_TLBI_NH_ALL <= op <= CMD_TLBI_NSNH_ALL:
         return tlbi_decode(hw, words, op, effect)
     if op == CMD_SYNC:
@@ -259,22 +273,22 @@ cdef inline int command_rules(
             effect.size_lg2 = <uint8_t>cmd_prefetchsize(words)
             effect.first = cmd_address(words)
             effect.last = effect.first | 0xFFF
-    return CMDQ_CONS_ERR_NONE
+    return 0
 
 
 cdef inline int command_decode(
         const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
     """The CERROR code of a command of two dwords, NONE or ILL, and what it does.
 
-    An illegal command does nothing.  ATC_INV and PRI_RESP are ignored while SMMUEN is 0, which
-    counts only for what is legal.
+    An illegal command does nothing, and effect.why says why.  ATC_INV and PRI_RESP are ignored
+    while SMMUEN is 0, which counts only for what is legal.
     """
     cdef unsigned int op = <unsigned int>cmd_opcode(words)
-    cdef int cerror
+    cdef int why
     memset(effect, 0, sizeof(Effect))
-    cerror = command_rules(hw, words, op, effect)
-    if (cerror != CMDQ_CONS_ERR_NONE
-            or (op == CMD_ATC_INV or op == CMD_PRI_RESP) and not cr0_smmuen(hw.cr0)):
+    why = command_rules(hw, words, op, effect)
+    if why or (op == CMD_ATC_INV or op == CMD_PRI_RESP) and not cr0_smmuen(hw.cr0):
         memset(effect, 0, sizeof(Effect))
     effect.op = <uint8_t>op
-    return cerror
+    effect.why = <uint16_t>why
+    return CMDQ_CONS_ERR_ILL if why else CMDQ_CONS_ERR_NONE

@@ -2,7 +2,7 @@
 
 Sections: IHI 0070 3.3 (stream table, CD table), 5.1-5.4 (structures, ILLEGAL conditions),
 3.4 (address sizes), 6.3.9-6.3.15 (GBPA, STRTAB_BASE).  Each function is one rule on what was
-fetched: it gives an event number, 0 meaning none.  Words are little-endian dwords.
+fetched: it gives 0, or why it refuses (WHY_...).  Words are little-endian dwords.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -15,16 +15,18 @@ from smmufast._types cimport (
 )
 from smmufast._vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE, REGIME_WXN,
-    address_format, block_levels, entering_attr, granule_of_tg0, granule_of_tg1,
+    address_format, block_levels, entering_attr, fitting_levels, granule_of_tg0, granule_of_tg1,
     hierarchical_bits, in_place, leaf_bits, levels_below_start, needed, range_mask, shareability,
     stage2_level, stage2_size_legal, table_align_lg2, table_bits, tsz_max, tsz_min,
 )
+from smmufast._why cimport *
 
 
 cdef enum:
     TERMINATE_A = 1   # abort, else RAZ/WI
     TERMINATE_R = 2   # record
     TERMINATE_S = 4   # stall, whatever the others say
+    TERMINATE_SID = 8  # C_BAD_STREAMID is recorded as others are: CR2.RECINVSID is not asked
     STAGE1_BYPASS = -1
 
 
@@ -47,13 +49,13 @@ cdef inline uint64_t pointer_mask(unsigned int minor) noexcept nogil:
 # --- stream table (3.3.1, 5.1) ---
 
 cdef inline uint64_t strtab_linear_base(uint64_t address, unsigned int log2size) noexcept nogil:
-    """STRTAB_BASE.ADDR of a linear table: aligned to the table's size."""
-    return address & ~low_mask(log2size + 6)
+    """STRTAB_BASE.ADDR of a linear table: aligned to what LOG2SIZE itself says (S6.3.24-1)."""
+    return address & ~low_mask(log2size + 6 if log2size < 57 else 63)
 
 
 cdef inline uint64_t strtab_two_level_base(
         uint64_t address, int log2size, int split) noexcept nogil:
-    """STRTAB_BASE.ADDR of a level-1 table: aligned to its size, 64 bytes at least."""
+    """STRTAB_BASE.ADDR of a level-1 table: aligned likewise, to 64 bytes at least."""
     cdef int top = log2size - split + 2
     return address & ~low_mask((5 if top < 5 else top) + 1)
 
@@ -79,8 +81,12 @@ cdef inline int l1std_next(
     """Where the level-2 array that an L1STD names holds the STE of this StreamID."""
     cdef unsigned int span = <unsigned int>l1std_span(&l1std)
     cdef uint64_t index = sid & low_mask(hw.split)
-    if span == 0 or span - 1 > hw.split or index >> (span - 1):
-        return EVENT_C_BAD_STREAMID
+    if span == 0:
+        return WHY_STREAM_NO_TABLE
+    if span - 1 > hw.split:
+        return WHY_STREAM_SPAN
+    if index >> (span - 1):
+        return WHY_STREAM_SHORT
     address[0] = (l1std_l2ptr(&l1std) & hw.pointer_mask & ~low_mask(span + 5)) + (index << 6)
     return 0
 
@@ -119,14 +125,19 @@ cdef inline uint16_t ste_vmid(const Hw* hw, const uint64_t* ste) noexcept nogil:
     return <uint16_t>ste_s2vmid(ste)
 
 
-cdef inline bint eats_illegal(const Hw* hw, const uint64_t* ste) noexcept nogil:
+cdef inline int eats_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """Full ATS needs a stage 2 that does not stall; split-stage ATS both stages as well."""
     cdef unsigned int eats = <unsigned int>ste_eats(ste)
     if not hw.ats or ste_config(ste) == 4:
-        return False
-    if eats == 2:
-        return ste_config(ste) != 7 or ste_s2s(ste) or hw.ns1ats
-    return eats == 1 and ste_stage2(ste) and ste_s2s(ste)
+        return 0
+    if eats == STE_EATS_SPLIT:
+        if ste_config(ste) != 7:
+            return WHY_STE_EATS_STAGES
+        if hw.ns1ats:
+            return WHY_STE_EATS_NS1ATS
+    if (eats == STE_EATS_SPLIT or eats == STE_EATS_FULL and ste_stage2(ste)) and ste_s2s(ste):
+        return WHY_STE_EATS_S2S
+    return 0
 
 
 cdef inline int ste_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
@@ -134,28 +145,35 @@ cdef inline int ste_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
 
     Those of stage 2 are in stage2_decode.
     """
+    cdef int why
     if ste_stage1(ste) and not hw.s1p:
-        return EVENT_C_BAD_STE
+        return WHY_STE_S1P
     if ste_stage2(ste) and not hw.s2p:
-        return EVENT_C_BAD_STE
-    if eats_illegal(hw, ste):
-        return EVENT_C_BAD_STE
+        return WHY_STE_S2P
+    why = eats_check(hw, ste)
+    if why:
+        return why
     if hw.s1p and hw.hyp and ste_config(ste) == 5 and ste_strw(ste) & 1:
-        return EVENT_C_BAD_STE
+        return WHY_STE_STRW
     if ste_stage1(ste):
         if ste_s1stalld(ste) and hw.stall_model != 0:
-            return EVENT_C_BAD_STE
+            return WHY_STE_S1STALLD
         if hw.ssidsize != 0 and ste_s1cdmax(ste) > hw.ssidsize:
-            return EVENT_C_BAD_STE
+            return WHY_STE_S1CDMAX
         if substreams(hw, ste) and not hw.cd2l and ste_s1fmt(ste) in (1, 2):
-            return EVENT_C_BAD_STE
+            return WHY_STE_CD2L
         # v3.0 leaves a pointer beyond OAS to the fetch, nested translation leaves it to stage 2
         if (hw.minor >= 1 and not ste_stage2(ste)
                 and ste_s1contextptr(ste) & hw.pointer_mask & hw.oas_over):
-            return EVENT_C_BAD_STE
+            return WHY_STE_S1CONTEXTPTR
     if not hw.vmid16 and ste_vmid(hw, ste) >> 8:
-        return EVENT_C_BAD_STE
+        return WHY_STE_S2VMID
     return 0
+
+
+cdef inline int why_of_half(int why, unsigned int upper) noexcept nogil:
+    """The reason of TTB0 or TTB1, from that of TTB0: their numbers follow each other."""
+    return why + <int>(upper << 8)
 
 
 # --- substreams and context descriptor tables (3.3.2, 5.3) ---
@@ -167,18 +185,22 @@ cdef inline int substream(
     cdef bint table = ste_stage1(ste) and substreams(hw, ste)
     index[0] = 0
     if ssid != NO_SSID:
-        if not table or <uint64_t>ssid >> ste_s1cdmax(ste):
-            return EVENT_C_BAD_SUBSTREAMID
-        if ssid == 0 and dss == 2:
-            return EVENT_F_STREAM_DISABLED
+        if not ste_stage1(ste):
+            return WHY_SUBSTREAM_NO_STAGE1
+        if not table:
+            return WHY_SUBSTREAM_NO_TABLE
+        if <uint64_t>ssid >> ste_s1cdmax(ste):
+            return WHY_SUBSTREAM_BEYOND
+        if ssid == 0 and dss == STE_S1DSS_SUBSTREAM_0:
+            return WHY_SUBSTREAM_0
         index[0] = <int>ssid
         return 0
     if not ste_stage1(ste):
         index[0] = STAGE1_BYPASS
-    elif table and dss == 1:
+    elif table and dss == STE_S1DSS_BYPASS:
         index[0] = STAGE1_BYPASS
-    elif table and dss != 2:
-        return EVENT_F_STREAM_DISABLED
+    elif table and dss != STE_S1DSS_SUBSTREAM_0:
+        return WHY_SUBSTREAM_WANTED
     return 0
 
 
@@ -216,9 +238,9 @@ cdef inline int l1cd_next(const Hw* hw, const uint64_t* ste, uint64_t l1cd, uint
     cdef int leaf = cd_leaf_lg2(hw, ste)
     cdef uint64_t base = l1cd_l2ptr(&l1cd) & hw.pointer_mask & ~low_mask(leaf + 6)
     if not l1cd_v(&l1cd):
-        return EVENT_C_BAD_SUBSTREAMID
+        return WHY_L1CD_V
     if base & hw.oas_over and hw.minor >= 1 and not ste_stage2(ste):  # else an IPA
-        return EVENT_C_BAD_SUBSTREAMID
+        return WHY_L1CD_L2PTR
     address[0] = base + ((index & low_mask(leaf)) << 6)
     return 0
 
@@ -237,18 +259,14 @@ cdef inline void half_shape(
     half.entry_mask = low_mask(half.stride) << 3
     address_format(half, granule, ds)
     half.blocks = block_levels(granule, ds, hw.oas)
+    half.fitting = fitting_levels(half, output_bits)
+    half.output_bits = output_bits
     half.table = ttb & ~low_mask(
         table_align_lg2(input_bits, half.shift, output_bits >= 52 or not half.own_sh))
     half.index_mask = low_mask(input_bits)
     half.over = ~low_mask(output_bits)
     half.table_bits = table_bits(half, half.over)
     half.leaf_bits = leaf_bits(half, half.over, affd)
-
-
-cdef inline bint ttb_fits(
-        uint64_t ttb, unsigned int granule, bint ds, unsigned int output_bits) noexcept nogil:
-    """A table base is within the output size, and within 48 bits but for 52-bit formats."""
-    return not (ttb >> output_bits or granule != 16 and not ds and ttb >> 48)
 
 
 cdef inline unsigned int effective_size(const Hw* hw, unsigned int code) noexcept nogil:
@@ -267,14 +285,26 @@ cdef inline bint endian_illegal(const Hw* hw, bint big) noexcept nogil:
     return hw.ttendian == 3 and not big or hw.ttendian == 2 and big
 
 
-cdef inline bint stall_illegal(const Hw* hw, bint stalls) noexcept nogil:
+cdef inline int stall_check(
+        const Hw* hw, bint stalls, int why_never, int why_always) noexcept nogil:
     """Stalling where IDR0.STALL_MODEL has none, or terminating where it is forced."""
-    return hw.stall_model == 1 and stalls or hw.stall_model == 2 and not stalls
+    if hw.stall_model == 1 and stalls:
+        return why_never
+    return why_always if hw.stall_model == 2 and not stalls else 0
+
+
+cdef inline int ttb_check(
+        uint64_t ttb, unsigned int granule, bint ds, unsigned int output_bits, int why_beyond,
+        int why_48) noexcept nogil:
+    """A table base is within the output size, and within 48 bits but for 52-bit formats."""
+    if ttb >> output_bits:
+        return why_beyond
+    return why_48 if granule != 16 and not ds and ttb >> 48 else 0
 
 
 cdef inline int stage2_decode(
         const Hw* hw, const uint64_t* ste, Second* second) noexcept nogil:
-    """Stage 2 of an STE with Config 0b11x; C_BAD_STE when it is ILLEGAL (5.2.2)."""
+    """Stage 2 of an STE with Config 0b11x, or why it is ILLEGAL (5.2.2)."""
     cdef Half* half = &second.half
     cdef unsigned int granule = granule_of_tg0(ste_s2tg(ste))  # the same codes
     cdef unsigned int tsz = <unsigned int>ste_s2t0sz(ste)
@@ -282,23 +312,29 @@ cdef inline int stage2_decode(
     cdef unsigned int least = 12 if granule == 16 or ds else 16
     cdef unsigned int bits = effective_size(hw, <unsigned int>ste_s2ps(ste))
     cdef uint64_t ttb = ste_s2ttb(ste) & low_mask(48 if hw.minor == 0 else 52)
-    cdef int level
+    cdef int level, why
     if not ste_s2aa64(ste) or not hw.ttf & 2:  # AArch32 tables are not modelled: Hw.ttf is 2
-        return EVENT_C_BAD_STE
-    if stall_illegal(hw, ste_s2s(ste)) or endian_illegal(hw, ste_s2endi(ste)):
-        return EVENT_C_BAD_STE
+        return WHY_STE_S2AA64
+    why = stall_check(hw, ste_s2s(ste), WHY_STE_S2S_NEVER, WHY_STE_S2S_ALWAYS)
+    if why:
+        return why
+    if endian_illegal(hw, ste_s2endi(ste)):
+        return WHY_STE_S2ENDI
     if httu_illegal(hw, ste_s2ha(ste), ste_s2hd(ste)):
-        return EVENT_C_BAD_STE
+        return WHY_STE_S2HTTU
     if not hw.granules >> granule & 1:  # granule 0 is a reserved code
-        return EVENT_C_BAD_STE
+        return WHY_STE_S2TG
     if tsz < least or tsz < 64 - <unsigned int>hw.oas or tsz > tsz_max(granule, hw.stt):
-        return EVENT_C_BAD_STE
+        return WHY_STE_S2T0SZ
     level = stage2_level(
         granule, <unsigned int>ste_s2sl0(ste), ste_s2sl0_2(ste), ds, hw.stt, hw.oas)
-    if level == 4 or not stage2_size_legal(64 - tsz, granule, level):
-        return EVENT_C_BAD_STE
-    if not ttb_fits(ttb, granule, ds, bits):
-        return EVENT_C_BAD_STE
+    if level == 4:
+        return WHY_STE_S2SL0
+    if not stage2_size_legal(64 - tsz, granule, level):
+        return WHY_STE_S2SL0_SIZE
+    why = ttb_check(ttb, granule, ds, bits, WHY_STE_S2TTB, WHY_STE_S2TTB_48)
+    if why:
+        return why
     second.ha = ste_s2ha(ste)
     second.hd = second.ha and ste_s2hd(ste)
     second.affd = ste_s2affd(ste) and not second.ha
@@ -325,15 +361,18 @@ cdef inline int stage2_decode(
 cdef inline int half_decode(
         const Hw* hw, Half* half, unsigned int granule, unsigned int tsz, bint ds, bint tbi,
         bint had, bint affd, uint64_t ttb, unsigned int ips, unsigned int sh,
-        bint swap) noexcept nogil:
-    """One TTB of a CD; C_BAD_CD when its granule, size or address is ILLEGAL (5.4.1)."""
+        bint swap, unsigned int upper) noexcept nogil:
+    """One TTB of a CD, or why its granule, size or address is ILLEGAL (5.4.1)."""
+    cdef int why
     if not hw.granules >> granule & 1:  # granule 0 is a reserved code
-        return EVENT_C_BAD_CD
+        return why_of_half(WHY_CD_TG0, upper)
     if tsz < tsz_min(granule, ds, hw.vax) or tsz > tsz_max(granule, hw.stt):
-        return EVENT_C_BAD_CD
+        return why_of_half(WHY_CD_T0SZ, upper)
     ttb &= low_mask(48 if hw.minor == 0 else 52)
-    if not ttb_fits(ttb, granule, ds, ips):
-        return EVENT_C_BAD_CD
+    why = ttb_check(ttb, granule, ds, ips, why_of_half(WHY_CD_TTB0, upper),
+                    why_of_half(WHY_CD_TTB0_48, upper))
+    if why:
+        return why
     half_shape(hw, half, granule, levels_below_start(64 - tsz, granule, granule - 3), 64 - tsz, ds,
                ttb, ips, affd)
     half.enabled = True
@@ -346,28 +385,31 @@ cdef inline int half_decode(
 
 cdef inline int cd_decode(
         const Hw* hw, const uint64_t* ste, const uint64_t* cd, Context* context) noexcept nogil:
-    """A CD's context; C_BAD_CD when V=0 or the CD is ILLEGAL (5.4.1)."""
+    """A CD's context, or why it is none: V=0, or the CD is ILLEGAL (5.4.1)."""
     cdef int world = ste_world(hw, ste)
     cdef bint two = world != WORLD_EL2
     cdef bint enabled0 = not (two and cd_epd0(cd))
     cdef bint enabled1 = two and not cd_epd1(cd)
     cdef bint ds = hw.ds and cd_ds(cd)
     cdef unsigned int ips
-    cdef int event
+    cdef int why
     if not cd_v(cd):
-        return EVENT_C_BAD_CD
-    if stall_illegal(hw, cd_s(cd)) or cd_s(cd) and ste_s1stalld(ste):
-        return EVENT_C_BAD_CD
+        return WHY_CD_V
+    why = stall_check(hw, cd_s(cd), WHY_CD_S_NEVER, WHY_CD_S_ALWAYS)
+    if why:
+        return why
+    if cd_s(cd) and ste_s1stalld(ste):
+        return WHY_CD_S_S1STALLD
     if not cd_a(cd) and hw.term_model:
-        return EVENT_C_BAD_CD
+        return WHY_CD_A
     if not cd_aa64(cd) or not hw.ttf & 2:  # AArch32 tables are not modelled: Hw.ttf is 2
-        return EVENT_C_BAD_CD
+        return WHY_CD_AA64
     if (enabled0 or enabled1) and endian_illegal(hw, cd_endi(cd)):
-        return EVENT_C_BAD_CD
+        return WHY_CD_ENDI
     if httu_illegal(hw, cd_ha(cd), cd_hd(cd)):
-        return EVENT_C_BAD_CD
+        return WHY_CD_HTTU
     if two and not hw.asid16 and cd_asid(cd) >> 8:
-        return EVENT_C_BAD_CD
+        return WHY_CD_ASID
     ips = effective_size(hw, <unsigned int>cd_ips(cd))
     context.ha = cd_ha(cd)
     context.hd = context.ha and cd_hd(cd)
@@ -375,19 +417,19 @@ cdef inline int cd_decode(
     context.half[0].enabled = context.half[1].enabled = False
     context.half[0].high_address = context.half[1].high_address = 0
     if enabled0:
-        event = half_decode(hw, &context.half[0], granule_of_tg0(cd_tg0(cd)),
-                            <unsigned int>cd_t0sz(cd), ds, cd_tbi0(cd), hw.had and cd_had0(cd),
-                            context.affd, cd_ttb0(cd), ips,
-                            <unsigned int>cd_sh0(cd), cd_endi(cd))
-        if event:
-            return event
+        why = half_decode(hw, &context.half[0], granule_of_tg0(cd_tg0(cd)),
+                          <unsigned int>cd_t0sz(cd), ds, cd_tbi0(cd), hw.had and cd_had0(cd),
+                          context.affd, cd_ttb0(cd), ips,
+                          <unsigned int>cd_sh0(cd), cd_endi(cd), 0)
+        if why:
+            return why
     if enabled1:
-        event = half_decode(hw, &context.half[1], granule_of_tg1(cd_tg1(cd)),
-                            <unsigned int>cd_t1sz(cd), ds, cd_tbi1(cd), hw.had and cd_had1(cd),
-                            context.affd, cd_ttb1(cd), ips,
-                            <unsigned int>cd_sh1(cd), cd_endi(cd))
-        if event:
-            return event
+        why = half_decode(hw, &context.half[1], granule_of_tg1(cd_tg1(cd)),
+                          <unsigned int>cd_t1sz(cd), ds, cd_tbi1(cd), hw.had and cd_had1(cd),
+                          context.affd, cd_ttb1(cd), ips,
+                          <unsigned int>cd_sh1(cd), cd_endi(cd), 1)
+        if why:
+            return why
     context.half[0].unprivileged = not (two and hw.e0pd and cd_e0pd0(cd))
     context.half[1].unprivileged = not (hw.e0pd and cd_e0pd1(cd))
     context.mair = cd_mair0(cd) | cd_mair1(cd) << 32

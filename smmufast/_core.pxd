@@ -34,8 +34,8 @@ cdef enum:
     IRQ_EVENTQ
     IRQ_PRIQ
     IRQ_GERROR
-    IRQ_CMDQ_SYNC  # from here on wired, or an MSI that the command names
-    IRQ_SEV
+    IRQ_CMDQ_SYNC  # its message is the command's
+    IRQ_SEV        # no interrupt, but the event of SEV
 
 # A circular queue.  Positions are an index and, above it, the wrap bit.
 cdef struct Ring:
@@ -52,18 +52,29 @@ cdef struct Ring:
     uint8_t ovflg
     uint8_t ovackflg
     bint placed           # BASE was written
-    bint beyond           # the queue lies beyond the output address size
     bint enabled
     bint blocks           # an overflow that is not acknowledged keeps records out
     bint broken
 
 
-# Where an interrupt goes.
+# The message of an interrupt.
 cdef struct Msi:
-    uint64_t address      # 0: wired
+    uint64_t address
     uint32_t data
     uint32_t error        # the GERROR bit of an aborted write
-    bint enabled
+    bint sent             # its address is not 0, before it is truncated (S4.7.3-7)
+    bint enabled          # IRQ_CTRL enables the source, message and wire
+
+
+# Which translations were overtaken by invalidations (3.21.1, 3.21.3, 4.7.3).  A walk that a host
+# performs remembers `commands` of when it began.  Changed under Queues.lock; _queue.pxd has the
+# functions.
+cdef struct Overtaking:
+    uint64_t commands     # CFGI and TLBI commands consumed and times that SMMUEN was cleared, ever
+    uint64_t synced       # of these, how many a CMD_SYNC completed: walks from before start again
+    uint64_t stopped      # how many there were when SMMUEN was cleared last: so do all walks
+    uint64_t holders      # walks under way that hold CMD_SYNC and began since the last command
+    uint64_t overtaken    # those that began before: CMD_SYNC waits for them
 
 
 # The queues and what they signal.  `lock` is held for a few instructions only.
@@ -75,9 +86,11 @@ cdef struct Queues:
     Ring events
     Ring pages
     Msi[3] msi            # by IRQ_...
+    bint wired            # there are wires: they are asserted beside messages
     void* owner           # the Registers, borrowed
     int (*wire)(void* owner, Port* port, int irq) noexcept nogil
     int (*stall)(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept nogil
+    int (*consume)(void* owner, Port* port) noexcept nogil  # commands that waited
 
 
 # What the C face holds on to: it outlives no Smmu.
@@ -86,6 +99,7 @@ cdef struct Core:
     Ram* ram
     void* owner       # the Smmu
     Queues* queues    # never NULL
+    Overtaking overtaking
     CachesC* caches   # NULL: nothing is cached
     void* pairs       # of the last batch of many streams; NULL: none, or in use
     void* reuse       # tables of the last batch through stage 2; likewise

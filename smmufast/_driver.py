@@ -28,6 +28,8 @@ ATS: Final = 3
 ATS_FULL: Final = 4
 
 _ALL: Final = (1 << 64) - 1
+_CMDQ_RA: Final = layout.mask("CMDQ_BASE", "RA")
+_CONFIG: Final = layout.STE.field("Config")
 _SYNC: Final = layout.pack("SYNC")
 _DWORDS: Final = struct.Struct("<8Q")
 _DWORD: Final = tuple(_ALL << 64 * i for i in range(8))  # the bits of each in an entry
@@ -73,7 +75,7 @@ class CommandQueue:
 
     def start(self) -> None:
         """Tell the SMMU where the queue is; CR0.CMDQEN must be 0."""
-        self.smmu.write("CMDQ_BASE", self.base | 1 << 62 | self.size_lg2, 8)
+        self.smmu.write("CMDQ_BASE", self.base | _CMDQ_RA | self.size_lg2, 8)
         self.smmu.write("CMDQ_PROD", 0)
         self.smmu.write("CMDQ_CONS", 0)
         self.prod = 0
@@ -213,7 +215,7 @@ def ste_used(ste: int) -> int:
     if not ste & _STE_V:
         return _STE_V
     used = _STE_CONFIG
-    config = ste >> 1 & 7
+    config = ste_config(ste)
     if config & 4:
         if config & 1:
             used |= _STE_S1
@@ -224,6 +226,11 @@ def ste_used(ste: int) -> int:
         if config == 4:
             used |= _STE_SHCFG
     return used
+
+
+def ste_config(ste: int) -> int:
+    """Config of an STE, or of its first dword."""
+    return (ste & _CONFIG.mask) >> _CONFIG.shift
 
 
 def ste_safe(old: int, new: int) -> int:
@@ -607,7 +614,7 @@ def _words(
     ranges = bool(queue.smmu.features.ril)
     if kind == S2_VMID:
         name, whole, field, tag = "TLBI_S2_IPA", "TLBI_S12_VMALL", "IPA", "VMID"
-    elif queue.smmu.cr2 & 1:  # E2H
+    elif queue.smmu.cr2 & layout.mask("CR2", "E2H"):
         name, whole, field, tag = "TLBI_EL2_VA", "TLBI_EL2_ASID", "Address", "ASID"
     else:
         name, whole, field, tag = "TLBI_NH_VA", "TLBI_NH_ASID", "Address", "ASID"

@@ -1,15 +1,16 @@
 """Physical memory as the SMMU sees it: regions, and the port through which one walk reads.
 
 A port keeps a window on the region it read last, so that a fetch is one bounds check and a
-load.  Whatever is not plain memory (callbacks, injected errors, a recorded or a resumable
-walk) leaves the window shut, and every fetch takes the slow path.
+load.  Whatever is not plain memory (callbacks, injected errors, a recorded walk) leaves the
+window shut, and every fetch takes the slow path.
 """
 
 from cpython.buffer cimport Py_buffer
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from cpython.ref cimport Py_INCREF
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from smmufast._bits cimport le64, likely, load64
-from smmufast._types cimport NO_LEVEL, CallbacksC, WalkC
+from smmufast._types cimport NO_LEVEL, CallbacksC
 
 
 cdef enum:
@@ -21,6 +22,8 @@ cdef enum:
 
     WINDOW = 64          # the largest read
     TOUCHED_LG2 = 21     # private memory is searched for pages in use by 2 MiB
+    LOG_FETCHES = 128    # more are not recorded
+    LOG_WORDS = 384
 
 
 cdef struct Region:
@@ -77,12 +80,28 @@ cdef struct Ram:
     Window window          # the one that the last scalar call left open
 
 
+# One access of a trace.  Of an update, the data are what was found, expected and desired.
+cdef struct Logged:
+    uint64_t address
+    uint16_t size          # bytes
+    uint8_t kind           # FETCH_...
+    int8_t level           # of a translation table, else NO_LEVEL
+    uint8_t aborted
+    uint16_t words         # where its data starts in Log.data
+
+
+# The accesses of one translation, in order.
+cdef struct Log:
+    uint32_t count
+    uint32_t used          # words of data
+    Logged[LOG_FETCHES] fetch
+    uint64_t[LOG_WORDS] data  # little-endian numbers
+
+
 cdef struct Port:
     Window window
     Ram* ram
-    WalkC* log             # NULL, or where fetches are recorded
-    bint script            # the log answers, memory is not read
-    uint32_t asked         # how many answers the script has given
+    Log* log               # NULL, or where fetches are recorded
     bint dry               # updates of descriptors count as made, and are not
     bint wrote             # memory was written, or a callback ran: what was read may differ now
     bint pure              # whoever would write stops instead (FETCH_STOPPED)
@@ -101,6 +120,10 @@ cdef int port_write(
 cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t expected,
                     uint64_t desired, uint64_t* found) noexcept nogil
 
+# Append an access to a log; of `count` words of data.
+cdef void log_fetch(Log* log, int kind, int level, uint64_t address, unsigned int size,
+                    const uint64_t* words, unsigned int count, bint aborted) noexcept nogil
+
 cdef object raise_port(Port* port)  # the exception that a callback left there
 
 cdef uint64_t to_address(str name, value, uint64_t last=*) except? 0xFFFFFFFFFFFFFFFF
@@ -112,13 +135,11 @@ cdef inline void window_shut(Window* window) noexcept nogil:
     window.data = NULL
 
 
-cdef inline void port_open(Port* port, Ram* ram, WalkC* log, bint script) noexcept nogil:
+cdef inline void port_open(Port* port, Ram* ram, Log* log) noexcept nogil:
     """A port with its window shut."""
     window_shut(&port.window)
     port.ram = ram
     port.log = log
-    port.script = script
-    port.asked = 0
     port.dry = False
     port.wrote = False
     port.pure = False
@@ -130,9 +151,16 @@ cdef inline void port_open(Port* port, Ram* ram, WalkC* log, bint script) noexce
 cdef enum:
     FETCH_OK = 0
     FETCH_ABORT = 1      # external abort
-    FETCH_PENDING = -1   # a resumable walk has not been told yet
     FETCH_RAISED = -2    # a Python callback raised; the exception is in the port
     FETCH_STOPPED = -3   # memory would be written, which this port must not
+
+
+cdef inline int port_raised(Port* port, object error) noexcept:
+    """Keep the exception of a callback, the first one if there are several: FETCH_RAISED."""
+    if port.exception == NULL:
+        Py_INCREF(error)
+        port.exception = <void*>error
+    return FETCH_RAISED
 
 
 cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,

@@ -8,15 +8,13 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
-from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from cpython.ref cimport Py_DECREF
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from smmufast._bits cimport le64
-from smmufast._types cimport (
-    FETCH_NONE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, CallbacksC, FetchC, WalkC,
-)
+from smmufast._types cimport FETCH_NONE, NO_LEVEL, CallbacksC
 
 from collections import namedtuple
 from pickle import PickleBuffer
@@ -146,9 +144,7 @@ cdef int read_python(Port* port, Region* region, uint64_t address, uint8_t* buf,
             PyBuffer_Release(&view)
         return FETCH_OK
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
 
 
 cdef int read_piece(Port* port, Region* region, uint64_t address, uint8_t* buf,
@@ -246,41 +242,11 @@ cdef void open_window(Port* port, uint64_t address) noexcept nogil:
     port.window.data = data
 
 
-cdef int answer(WalkC* log, int kind, int level, uint64_t address, unsigned int size,
-                uint64_t* words, unsigned int count, uint32_t* asked) noexcept nogil:
-    """The log's answer to the next fetch of a resumable walk, or FETCH_PENDING.
-
-    The first words are the data; those beyond `size` say what to swap.  When the walk asks for
-    something else than it did before, because a cache changed, the rest of the log is of no use.
-    """
-    cdef FetchC* fetch = &log.fetch[asked[0]]
-    if asked[0] < log.count and (fetch.address != address or fetch.kind != kind):
-        log.count = asked[0]
-        log.used = fetch.words
-    if asked[0] < log.count:
-        asked[0] += 1
-        if fetch.aborted:
-            return FETCH_ABORT
-        memcpy(words, &log.data[fetch.words], size)
-        return FETCH_OK
-    if log.count == MAX_FETCHES or log.used + count > MAX_WORDS:
-        return FETCH_ABORT
-    fetch.address = address
-    fetch.size = <unsigned short>size
-    fetch.kind = <uint8_t>kind
-    fetch.level = <signed char>level
-    fetch.aborted = 0
-    fetch.words = <uint16_t>log.used
-    if 8 * count > size:
-        memcpy(&log.data[log.used], words, 8 * count)
-    return FETCH_PENDING
-
-
-cdef void record(WalkC* log, int kind, int level, uint64_t address, unsigned int size,
-                 const uint64_t* words, unsigned int count, bint aborted) noexcept nogil:
-    """Append a fetch to the log of a traced translation."""
-    cdef FetchC* fetch
-    if log.count == MAX_FETCHES or log.used + count > MAX_WORDS:
+cdef void log_fetch(Log* log, int kind, int level, uint64_t address, unsigned int size,
+                    const uint64_t* words, unsigned int count, bint aborted) noexcept nogil:
+    """Append an access to the log of a translation; of `count` words of data."""
+    cdef Logged* fetch
+    if log.count == LOG_FETCHES or log.used + count > LOG_WORDS:
         return
     fetch = &log.fetch[log.count]
     fetch.address = address
@@ -299,8 +265,6 @@ cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned 
     """One fetch, wherever its answer comes from; `words` are little-endian numbers."""
     cdef int status
     cdef unsigned int i
-    if port.script:
-        return answer(port.log, kind, level, address, size, words, size // 8, &port.asked)
     if port.ram.n_injections and injected(port.ram, kind, level, address, size):
         status = FETCH_ABORT
     else:
@@ -311,7 +275,7 @@ cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned 
         if port.ram.plain and port.log == NULL:
             open_window(port, address)
     if port.log != NULL and status >= 0:
-        record(port.log, kind, level, address, size, words, size // 8, status != FETCH_OK)
+        log_fetch(port.log, kind, level, address, size, words, size // 8, status != FETCH_OK)
     return status
 
 
@@ -334,9 +298,7 @@ cdef int write_raising(Port* port, Region* region, uint64_t address, const uint8
     try:
         return write_python(region, address, buf, n)
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
 
 
 cdef int write_piece(Port* port, Region* region, uint64_t address, const uint8_t* buf,
@@ -408,9 +370,7 @@ cdef int swap_python(Port* port, Region* region, uint64_t address, uint64_t expe
         memcpy(found, PyBytes_AS_STRING(old), 8)
         return FETCH_OK
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
 
 
 cdef int swap_region(Port* port, Region* region, uint64_t address, uint64_t expected,
@@ -458,10 +418,6 @@ cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t 
     words[0] = 0
     words[1] = expected
     words[2] = desired
-    if port.script:
-        status = answer(port.log, kind, level, address, 8, words, 3, &port.asked)
-        found[0] = words[0]
-        return status
     if port.dry:
         found[0] = expected
         return FETCH_OK
@@ -478,7 +434,7 @@ cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t 
         words[0] = le64(words[0])
     found[0] = words[0]
     if port.log != NULL and status >= 0:
-        record(port.log, kind, level, address, 8, words, 3, status != FETCH_OK)
+        log_fetch(port.log, kind, level, address, 8, words, 3, status != FETCH_OK)
     return status
 
 

@@ -11,13 +11,14 @@ software never sees a slot that is not filled, and nobody waits for a callback.
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from smmufast._bits cimport le64, low_mask
+from smmufast._bits cimport le64, load64, low_mask
 from smmufast._core cimport (
-    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Queues, Ring,
+    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Overtaking, Queues, Ring,
 )
 from smmufast._layout cimport cmdq_base_log2size, eventq_cons_ovackflg, eventq_prod_ovflg
 from smmufast._memory cimport (
-    ACCESS_EVENT, ACCESS_MSI, ACCESS_PRI, FETCH_ABORT, FETCH_OK, Port, Ram, port_open, port_write,
+    ACCESS_EVENT, ACCESS_MSI, ACCESS_PRI, FETCH_ABORT, FETCH_OK, FETCH_RAISED, Port, Ram, port_open,
+    port_write,
 )
 from smmufast._types cimport ACTION_STALL, Outcome, Request
 
@@ -102,16 +103,18 @@ cdef inline void ring_forget(Ring* ring) noexcept nogil:
 
 
 cdef inline void ring_place(
-        Queues* q, Ring* ring, uint64_t base, unsigned int largest, uint64_t pointer_mask,
-        uint64_t oas_over) noexcept nogil:
-    """BASE: where the queue lies and how many entries it has, `largest` at most."""
+        Queues* q, Ring* ring, uint64_t base, unsigned int largest,
+        uint64_t address_mask) noexcept nogil:
+    """BASE: where the queue lies and how many entries it has, `largest` at most.
+
+    Address bits beyond OAS are truncated (S3.4.3-6).
+    """
     cdef unsigned int log2size = <unsigned int>cmdq_base_log2size(base)
     if log2size > largest:
         log2size = largest
     lock_take(&q.lock)
     ring.log2size = log2size
-    ring.base = ring_base(base & (pointer_mask | 32), log2size, ring.entry_lg2)
-    ring.beyond = (ring.base & oas_over) != 0
+    ring.base = ring_base(base & (address_mask | 32), log2size, ring.entry_lg2)
     ring.placed = True
     ring.prod &= ring_bits(log2size)
     ring.cons &= ring_bits(log2size)
@@ -139,7 +142,7 @@ cdef inline void ring_reset(Queues* q, Ring* ring) noexcept nogil:
     lock_take(&q.lock)
     ring.base = ring.prod = ring.cons = 0
     ring.log2size = ring.ovflg = ring.ovackflg = 0
-    ring.placed = ring.beyond = ring.enabled = False
+    ring.placed = ring.enabled = False
     ring_forget(ring)
     lock_give(&q.lock)
 
@@ -161,19 +164,33 @@ cdef struct Slot:
     uint64_t address
 
 
+cdef inline int ring_state(const Queues* q, const Ring* ring) noexcept nogil:
+    """Whether a record can be written: PUT_WRITTEN, or why not; the lock is held (S7.2.1-1)."""
+    if not ring.enabled or ring.broken or (q.gerror ^ q.gerrorn) & ring.error:
+        return PUT_CLOSED
+    if (ring.blocks and ring.ovflg != ring.ovackflg
+            or ring_full(ring.next, ring.cons, ring.log2size)):
+        return PUT_FULL
+    return PUT_WRITTEN
+
+
+cdef inline bint ring_writable(Queues* q, const Ring* ring) noexcept nogil:
+    cdef int status
+    lock_take(&q.lock)
+    status = ring_state(q, ring)
+    lock_give(&q.lock)
+    return status == PUT_WRITTEN
+
+
 cdef inline int ring_take(Queues* q, Ring* ring, bint overflows, Slot* slot) noexcept nogil:
     """Take the next slot: PUT_WRITTEN, or why there is none; `overflows`: a loss is signalled."""
-    cdef int status = PUT_WRITTEN
+    cdef int status
     lock_take(&q.lock)
-    if not ring.enabled or ring.broken or (q.gerror ^ q.gerrorn) & ring.error:
-        status = PUT_CLOSED
-    elif ring.blocks and ring.ovflg != ring.ovackflg:
-        status = PUT_FULL
-    elif ring_full(ring.next, ring.cons, ring.log2size):
-        status = PUT_FULL
+    status = ring_state(q, ring)
+    if status == PUT_FULL:
         if overflows and ring.ovflg == ring.ovackflg:
             ring.ovflg ^= 1
-    else:
+    elif status == PUT_WRITTEN:
         slot.position = ring.next
         slot.epoch = ring.epoch
         slot.address = ring_entry(ring, ring.next)
@@ -218,16 +235,15 @@ cdef inline int ring_put(
     """Write a record, or learn why not (PUT_...): 0, or FETCH_RAISED."""
     cdef Slot slot
     cdef uint64_t[4] w
-    cdef int fetched = FETCH_ABORT
+    cdef int fetched
     cdef size_t i, size = <size_t>1 << ring.entry_lg2
     status[0] = ring_take(q, ring, overflows, &slot)
     if status[0] != PUT_WRITTEN:
         return 0
     for i in range(size // 8):
         w[i] = le64(record[i])
-    if not ring.beyond:
-        fetched = port_write(
-            port, ACCESS_EVENT if ring == &q.events else ACCESS_PRI, slot.address, w, size)
+    fetched = port_write(
+        port, ACCESS_EVENT if ring == &q.events else ACCESS_PRI, slot.address, w, size)
     status[0] = ring_give(q, ring, &slot, fetched == FETCH_OK)
     return fetched if fetched < 0 else 0
 
@@ -252,83 +268,153 @@ cdef inline bint gerror_active(Queues* q, uint32_t error) noexcept nogil:
 cdef inline uint32_t gerror_acknowledge(Queues* q, uint32_t gerrorn) noexcept nogil:
     """GERRORN is written: the errors that were active and no longer are.
 
-    Bits of errors that are not active do not change.
+    It holds what was written.  So a bit that differs from GERROR's makes its error active, as
+    7.5 defines that, also where software alone made them differ (S6.3.20-2).
     """
-    cdef uint32_t ended
+    cdef uint32_t before
     lock_take(&q.lock)
-    ended = (gerrorn ^ q.gerrorn) & (q.gerror ^ q.gerrorn)
-    q.gerrorn ^= ended
+    before = q.gerror ^ q.gerrorn
+    q.gerrorn = gerrorn
     lock_give(&q.lock)
-    return ended
+    return before & ~(q.gerror ^ gerrorn)
 
 
-cdef inline int msi_write(Port* port, uint64_t address, uint32_t data,
-                          uint64_t oas_over) noexcept nogil:
+cdef inline int msi_write(Port* port, uint64_t address, uint32_t data) noexcept nogil:
     """FETCH_OK, FETCH_ABORT or FETCH_RAISED."""
     data = le32(data)
-    if address & oas_over:
-        return FETCH_ABORT
     return port_write(port, ACCESS_MSI, address, &data, 4)
 
 
-cdef inline int gerror_raise(
-        Queues* q, Port* port, uint32_t error, uint64_t oas_over) noexcept nogil:
+cdef inline int signal(Queues* q, Port* port, int irq, const Msi* msi) noexcept nogil:
+    """An interrupt: its message, if there is one, and its wire as well: 0, or FETCH_RAISED.
+
+    The wire is asserted whatever the message's address is, where there are wires (S3.18.2-2).
+    Neither waits for the other: of two exceptions the first is told.
+    """
+    cdef int status = FETCH_OK
+    if msi.sent:
+        status = msi_write(port, msi.address, msi.data)
+        if status == FETCH_ABORT:
+            status = gerror_raise(q, port, msi.error)
+    if q.wired and q.wire(q.owner, port, irq) < 0:
+        status = FETCH_RAISED
+    return status
+
+
+cdef inline int interrupt(Queues* q, Port* port, int irq) noexcept nogil:
+    """The interrupt of a source that IRQ_CTRL may enable: 0, or FETCH_RAISED."""
+    cdef Msi msi = q.msi[irq]
+    return signal(q, port, irq, &msi) if msi.enabled else 0
+
+
+cdef inline int gerror_raise(Queues* q, Port* port, uint32_t error) noexcept nogil:
     """Report a global error and interrupt: 0, or FETCH_RAISED."""
-    cdef Msi msi
-    cdef int status
     if not gerror_toggle(q, error) or error == GERROR_MSI_GERROR_ABT_ERR:
         return 0
-    msi = q.msi[IRQ_GERROR]
-    if not msi.enabled:
-        return 0
-    if not msi.address:
-        return q.wire(q.owner, port, IRQ_GERROR)
-    status = msi_write(port, msi.address, msi.data, oas_over)
-    if status == FETCH_ABORT:
-        gerror_toggle(q, msi.error)
-        return 0
+    return interrupt(q, port, IRQ_GERROR)
+
+
+cdef inline int ring_signal(
+        Queues* q, Port* port, const Ring* ring, int irq, int put, bint wanted) noexcept nogil:
+    """What follows from how ring_put ended: 0, or FETCH_RAISED; `wanted`: it interrupts."""
+    cdef int status = 0
+    if wanted:
+        status = interrupt(q, port, irq)
+    if put & 3 == PUT_ABORTED and gerror_raise(q, port, ring.error) < 0:
+        status = FETCH_RAISED
     return status
 
 
-cdef inline int interrupt(Queues* q, Port* port, int irq, uint64_t oas_over) noexcept nogil:
-    """Signal, if enabled, by an MSI or by wire: 0, or FETCH_RAISED."""
-    cdef Msi msi = q.msi[irq]
-    cdef int status
-    if not msi.enabled:
-        return 0
-    if not msi.address:
-        return q.wire(q.owner, port, irq)
-    status = msi_write(port, msi.address, msi.data, oas_over)
-    if status == FETCH_ABORT:
-        return gerror_raise(q, port, msi.error, oas_over)
-    return status
+# --- walks that invalidations overtake (3.21.1, 3.21.3, 4.7.3) ---
+# Which of its reads an invalidation makes old is not asked: every walk under way is overtaken.
+
+cdef inline void overtake(Core* core) noexcept nogil:
+    """A CFGI or TLBI command is consumed: what was read before is not kept from now on."""
+    cdef Overtaking* o = &core.overtaking
+    lock_take(&core.queues.lock)
+    o.commands += 1
+    o.overtaken += o.holders
+    o.holders = 0
+    lock_give(&core.queues.lock)
+
+
+cdef inline void overtake_all(Core* core) noexcept nogil:
+    """SMMUEN is cleared: walks start again, and then find it so (6.3.9.6)."""
+    cdef Overtaking* o = &core.overtaking
+    lock_take(&core.queues.lock)
+    o.commands += 1
+    o.synced = o.stopped = o.commands
+    o.holders = o.overtaken = 0
+    lock_give(&core.queues.lock)
+
+
+cdef inline bint sync_waits(Core* core) noexcept nogil:
+    """A CMD_SYNC has to wait for walks that hold it."""
+    cdef Overtaking* o = &core.overtaking
+    cdef bint waits
+    lock_take(&core.queues.lock)
+    waits = o.overtaken != 0
+    lock_give(&core.queues.lock)
+    return waits
+
+
+cdef inline void sync_done(Core* core) noexcept nogil:
+    """A CMD_SYNC is complete: walks that an invalidation before it overtook start again."""
+    lock_take(&core.queues.lock)
+    core.overtaking.synced = core.overtaking.commands
+    lock_give(&core.queues.lock)
+
+
+cdef inline uint64_t walk_enter(Core* core, bint holds) noexcept nogil:
+    """A walk begins, or begins again: what it remembers of that."""
+    cdef Overtaking* o = &core.overtaking
+    cdef uint64_t begun
+    lock_take(&core.queues.lock)
+    begun = o.commands
+    o.holders += holds
+    lock_give(&core.queues.lock)
+    return begun
+
+
+cdef inline bint walk_leave(Core* core, uint64_t begun) noexcept nogil:
+    """A walk that holds CMD_SYNC ends: whether it was the last one that was overtaken."""
+    cdef Overtaking* o = &core.overtaking
+    cdef bint last = False
+    lock_take(&core.queues.lock)
+    if begun == o.commands:
+        o.holders -= o.holders != 0
+    elif begun >= o.stopped and o.overtaken:
+        o.overtaken -= 1
+        last = o.overtaken == 0
+    lock_give(&core.queues.lock)
+    return last
+
+
+cdef inline bint walk_again(const Core* core, uint64_t begun, bint holds) noexcept nogil:
+    """A walk that began then has to start again."""
+    cdef const Overtaking* o = &core.overtaking
+    return begun < load64(&o.stopped if holds else &o.synced)
 
 
 # --- the event queue (7.2) ---
 
-cdef inline int event_signal(
-        Queues* q, Port* port, int put, uint64_t oas_over) noexcept nogil:
-    """What follows from how ring_put ended: 0, or FETCH_RAISED."""
-    cdef int status = 0
-    if put & PUT_FIRST:
-        status = interrupt(q, port, IRQ_EVENTQ, oas_over)
-    if put & 3 == PUT_ABORTED and status == 0:
-        status = gerror_raise(q, port, GERROR_EVENTQ_ABT_ERR, oas_over)
-    return status
+cdef inline int event_signal(Queues* q, Port* port, int put) noexcept nogil:
+    """What follows from how ring_put ended for the event queue: 0, or FETCH_RAISED."""
+    return ring_signal(q, port, &q.events, IRQ_EVENTQ, put, put & PUT_FIRST)
 
 
 cdef inline int event_put(
         Core* core, Port* port, const uint64_t* record, bint* written) noexcept nogil:
     """Write a record into the event queue, with its interrupt: 0, or FETCH_RAISED."""
     cdef Queues* q = core.queues
-    cdef Port own  # the caller's may be that of a trace or a script
+    cdef Port own  # the caller's may be that of a trace
     cdef int put = PUT_CLOSED
     cdef int status
-    port_open(&own, core.ram, NULL, False)
+    port_open(&own, core.ram, NULL)
     status = ring_put(q, &q.events, &own, record, True, &put)
     written[0] = put & 3 == PUT_WRITTEN
     if status == 0:
-        status = event_signal(q, &own, put, core.hw.oas_over)
+        status = event_signal(q, &own, put)
     if status < 0:
         port.exception = own.exception
     return status

@@ -10,8 +10,10 @@ from smmufast._types cimport Outcome, Request
 
 cdef class Stall:
     cdef Request request
-    cdef Outcome outcome
-    cdef bint retrying        # CMD_RESUME is translating it again
+    cdef Outcome outcome      # as it stalled
+    cdef Outcome ended        # once it is done
+    cdef bint retrying        # it is being translated again
+    cdef bint waited          # its record had to wait: what it found may be old
     cdef uint32_t turn        # how often it was written into the event queue
     cdef object _stag
     cdef bint _recorded
@@ -35,13 +37,13 @@ cdef class Registers:
     cdef dict _stalls         # outstanding, in order; the keys
     cdef dict _tagged         # by (StreamID, STAG)
     cdef object _waiting      # those without a record, in order
-    cdef list _retried        # those that CMD_RESUME is translating again
+    cdef list _retried        # those that are being translated again
     cdef list _resumed        # those whose end is to be told
     cdef uint32_t _last_stag
     cdef bint _recording
-    cdef bint _record_again   # asked for while it was under way
     # commands
     cdef uint32_t _cerror
+    cdef int _command_why     # why a command was illegal (WHY_...)
     cdef uint32_t _restarts   # how often CONS or BASE of the command queue was written
     cdef uint64_t _budget     # commands to consume before the caller gets an answer
     cdef bint _consuming
@@ -52,6 +54,7 @@ cdef class Registers:
     cdef int _retry(self, const Request* request, Outcome* outcome) except -1
     cdef object _result(self, const Request* request, const Outcome* outcome)
     cdef int _prefetch(self, const Effect* effect) except -1
+    cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2
     cdef void _forget(self) noexcept
     cdef int _invalidate(self, const Effect* effect) except -1
 
@@ -74,21 +77,24 @@ cdef class Registers:
     cdef int _end(self, Port* port, int status) except -1
 
     cdef int _hold(self, const Request* request, Outcome* outcome) except -1
+    cdef bint _writable(self) noexcept
     cdef int _record(self) except -1
     cdef bint _record_first(self, Stall stall) except -1
+    cdef int _again(self, Stall stall) except -1
     cdef int _release(self, Stall stall) except -1
     cdef int _finish(self, Stall stall) except -1
+    cdef int _kill(self, Stall stall, unsigned int action) except -1
     cdef int _resume(self, uint32_t sid, uint32_t stag, bint retry, bint abort) except -1
     cdef int _terminate(self, object sid) except -1
     cdef int _settle(self) except -1
+    cdef int _tell(self, Stall stall) except -1
 
     cdef int _consume(self) except -1
     cdef int _execute(self, const Effect* effect) except -1
-    cdef int _complete(self, const Effect* effect) except -1
-    cdef int _command_error(self, uint32_t cerror) except -1
+    cdef bint _sync_waits(self, const Effect* effect) except -1
+    cdef int _complete(self, const Effect* effect, bint room) except -1
+    cdef int _command_error(self, uint32_t cerror, int why) except -1
     cdef int _atc_inv(self, const Effect* effect) except -1
-
-    cdef int _ppar(self, uint32_t sid) except? -2
 
     # save and restore
     cdef int _check_still(self, const Queues* q) except -1

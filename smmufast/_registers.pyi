@@ -11,6 +11,7 @@ from smmufast._tlb import Caches as Caches
 from smmufast.faults import Event as Event
 from smmufast.features import Features as Features
 from smmufast.features import modelled as modelled
+from smmufast.why import Why as Why
 
 _Flag = bool | np.bool
 
@@ -53,6 +54,8 @@ class Stall:
     @property
     def fault(self) -> Event: ...
     @property
+    def why(self) -> Why | None: ...
+    @property
     def done(self) -> bool: ...
     @property
     def result(self) -> Result | None: ...
@@ -74,12 +77,15 @@ class Registers:
         priq_base: SupportsIndex | None = None,
         caches: Caches | None = None,
         ignore_s2ptw: _Flag = False,
+        wired: _Flag = True,
         on_interrupt: Callable[[str], object] | None = None,
     ) -> Self: ...
     @property
     def caches(self) -> Caches | None: ...
     @property
     def ignore_s2ptw(self) -> bool: ...
+    @property
+    def wired(self) -> bool: ...
     @property
     def memory(self) -> Memory: ...
     @property

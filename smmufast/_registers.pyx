@@ -17,8 +17,7 @@ from smmufast._command cimport (
     Effect, command_decode,
 )
 from smmufast._config cimport (
-    l1std_next, pointer_mask, size_bits, split_of, stage2_decode, ste_aborts, ste_check,
-    ste_stage2, stream_first, strtab_linear_base, strtab_two_level_base,
+    pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
 )
 from smmufast._core cimport (
     IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Msi, Queues, Ring, caches_give,
@@ -26,29 +25,30 @@ from smmufast._core cimport (
 )
 from smmufast._layout cimport (
     CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err,
-    EVENT_F_PERMISSION, EVENT_F_TRANSLATION, cr0_cmdqen, cr0_eventqen, cr0_priqen, cr0_smmuen,
-    event_set_stag, event_set_stall, ste_ppar, ste_v,
+    EVENT_F_PERMISSION, EVENT_F_TRANSLATION, PRIQ_IRQ_CFG2_LO, cr0_cmdqen, cr0_eventqen,
+    cr0_priqen, cr0_smmuen, event_set_stag,
 )
 from smmufast._memory cimport (
-    ACCESS_CMD, FETCH_ABORT, FETCH_OK, FETCH_RAISED, Memory, Port, fetch8, fetch64, port_open,
-    port_read,
-    raise_port, to_address,
+    ACCESS_CMD, FETCH_OK, FETCH_RAISED, Memory, Port, port_open, port_raised, port_read, raise_port,
+    to_address,
 )
 from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
-    GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_ABORTED,
-    PUT_CLOSED, PUT_FIRST, PUT_FULL, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge,
-    gerror_active, gerror_raise, interrupt, lock_give, lock_take, msi_write, ring_after, ring_bits,
-    ring_entry, ring_full, ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod,
+    GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_CLOSED, PUT_FIRST,
+    PUT_FULL, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge, gerror_active,
+    gerror_raise, lock_give, lock_take, overtake, overtake_all, ring_after, ring_bits, ring_entry,
+    ring_full, ring_place, ring_put, ring_reset, ring_set_cons, ring_set_prod, ring_signal,
+    ring_writable, signal, sync_done, sync_waits,
 )
 from smmufast._tlb cimport (
     Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL,
-    FETCH_L1STD, FETCH_STE, NO_LEVEL, NO_SSID, Hw, Outcome, Request, Second,
+    NO_SSID, Hw, Outcome, Request,
 )
 from smmufast._vmsa cimport entering_attr, shareability
+from smmufast._why cimport why_event
 
 import json
 import struct
@@ -60,6 +60,7 @@ from smmufast import layout
 from smmufast._tlb import CACHES as _CACHES
 from smmufast.faults import Event
 from smmufast.features import Features, modelled
+from smmufast.why import Why
 
 RegisterWarning = namedtuple("RegisterWarning", "register text", module="smmufast")
 RegisterWarning.__doc__ = """What software probably did not mean: the register, and why."""
@@ -72,6 +73,8 @@ PageAnswer.__doc__ = """What a device learns of its page request at once: action
 """
 
 cdef tuple IRQ_NAMES = ("eventq", "priq", "gerror", "cmdq_sync", "sev")
+
+cdef str HELD = "CMD_SYNC waits for walks that an invalidation overtook"
 
 # --- the register map (6.1, 6.2), from layout.REGISTERS ---
 
@@ -99,30 +102,27 @@ cdef dict PRESET = {
 }
 
 
-cdef object mask_of(str register, str names):
-    """The bits of some fields of a register."""
-    return sum(layout.REGISTERS[register].field(name).mask for name in names.split())
-
-
 # Writes are ignored while one of these bits is set: register, the register and bits of the guard.
 cdef dict GUARDS = {
-    "CR2": ("CR0", mask_of("CR0", "SMMUEN")),
-    "STRTAB_BASE": ("CR0", mask_of("CR0", "SMMUEN")),
-    "STRTAB_BASE_CFG": ("CR0", mask_of("CR0", "SMMUEN")),
-    "CMDQ_BASE": ("CR0", mask_of("CR0", "CMDQEN")),
-    "CMDQ_CONS": ("CR0", mask_of("CR0", "CMDQEN")),
-    "EVENTQ_BASE": ("CR0", mask_of("CR0", "EVENTQEN")),
-    "EVENTQ_PROD": ("CR0", mask_of("CR0", "EVENTQEN")),
-    "PRIQ_BASE": ("CR0", mask_of("CR0", "PRIQEN")),
-    "PRIQ_PROD": ("CR0", mask_of("CR0", "PRIQEN")),
+    "CR2": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "STRTAB_BASE": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "STRTAB_BASE_CFG": ("CR0", layout.mask("CR0", "SMMUEN")),
+    "CMDQ_BASE": ("CR0", layout.mask("CR0", "CMDQEN")),
+    "CMDQ_CONS": ("CR0", layout.mask("CR0", "CMDQEN")),
+    "EVENTQ_BASE": ("CR0", layout.mask("CR0", "EVENTQEN")),
+    "EVENTQ_PROD": ("CR0", layout.mask("CR0", "EVENTQEN")),
+    "PRIQ_BASE": ("CR0", layout.mask("CR0", "PRIQEN")),
+    "PRIQ_PROD": ("CR0", layout.mask("CR0", "PRIQEN")),
 }
 for _queue in ("GERROR", "EVENTQ", "PRIQ"):
     for _word in range(3):
         GUARDS[f"{_queue}_IRQ_CFG{_word}"] = (
-            "IRQ_CTRL", mask_of("IRQ_CTRL", f"{_queue}_IRQEN"))
-cdef uint64_t CR1_TABLES = mask_of("CR1", "TABLE_IC TABLE_OC TABLE_SH")
-cdef uint64_t QUEUES_ENABLED = mask_of("CR0", "CMDQEN EVENTQEN PRIQEN")
-cdef uint64_t GBPA_UPDATE = mask_of("GBPA", "Update")
+            "IRQ_CTRL", layout.mask("IRQ_CTRL", f"{_queue}_IRQEN"))
+# RES0 bits that drivers set whatever the implementation has: no mistake.
+cdef dict HARMLESS = {"CR2": layout.mask("CR2", "PTM")}
+cdef uint64_t CR1_TABLES = layout.mask("CR1", "TABLE_IC", "TABLE_OC", "TABLE_SH")
+cdef uint64_t QUEUES_ENABLED = layout.mask("CR0", "CMDQEN", "EVENTQEN", "PRIQEN")
+cdef uint64_t GBPA_UPDATE = layout.mask("GBPA", "Update")
 cdef uint64_t GBPA_RESET = 0x1000  # SHCFG: incoming
 
 
@@ -143,9 +143,10 @@ cdef inline Ring* ring_of(Registers self, str name) noexcept:
 
 cdef object STATE_HEADER = struct.Struct("<8sII")  # mark, version, size of the JSON
 cdef bytes STATE_MARK = b"smmufast"
-cdef int STATE_VERSION = 1
+cdef int STATE_VERSION = 2
 cdef tuple STATE = ("features", "ignore_s2ptw", "registers", "placed", "atc_failed", "last_stag",
-                    "stalls", "warnings", "caches")
+                    "stalls", "warnings", "caches", "wired")
+cdef tuple STATE_1 = STATE[:-1]  # of version 1
 cdef tuple QUEUES = ("CMDQ", "EVENTQ", "PRIQ")
 cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
 cdef tuple ID_REGISTERS = ("idr0", "idr1", "idr3", "idr5", "aidr")  # Features.from_idr()
@@ -157,8 +158,11 @@ cdef dict OUTCOME = {
     "pa": 0xFFFFFFFFFFFFFFFF, "ipa": 0xFFFFFFFFFFFFFFFF, "action": 5, "event": 0xFF,
     "fault": 0xFF, "perm": 0x3F, "perm_s1": 0x3F, "level": 4, "page_lg2": 63, "attr": 0xFF,
     "sh": 3, "stage": 3, "asid": 0xFFFF, "vmid": 0xFFFF, "stag": 0xFFFF, "ng": 1, "contiguous": 1,
-    "record": None,
+    "why": 0xFFFF, "record": None,
 }  # the largest value of each member
+
+
+cdef frozenset REASONS = frozenset(Why)
 
 
 cdef object state_error(str what, str why):
@@ -194,6 +198,19 @@ cdef list saved_list(str what, value, n=None):
     return value
 
 
+cdef dict state_of_1(parsed):
+    """A state of version 1 as one of version 2.
+
+    That version had wires which a message kept quiet: they are there from now on.  It had
+    PRIQ_IRQ_CFG2.LO where there are no messages, which is RES0 (S6.3.36-1).
+    """
+    state = saved_dict("all", parsed, STATE_1)
+    codes, registers = state["features"], state["registers"]
+    if type(codes) is dict and type(registers) is dict and codes.get("msi") == 0:
+        registers["PRIQ_IRQ_CFG2"] = 0
+    return state | {"wired": 1}
+
+
 cdef tuple state_parts(state):
     """(the JSON's object, the bytes of the caches) of a state that is whole."""
     try:
@@ -203,8 +220,8 @@ cdef tuple state_parts(state):
     if len(data) < STATE_HEADER.size + 4 or data[:8] != STATE_MARK:
         raise ValueError("state: not one that save() made")
     _, version, size = STATE_HEADER.unpack_from(data)
-    if version != STATE_VERSION:
-        raise ValueError(f"state: of version {version}; {STATE_VERSION} needed")
+    if not 1 <= version <= STATE_VERSION:
+        raise ValueError(f"state: of version {version}; 1 or {STATE_VERSION} needed")
     last = len(data) - 4
     if crc32(data[:last]) != int.from_bytes(data[last:], "little"):
         raise ValueError("state: the checksum is wrong: it is damaged or not whole")
@@ -215,6 +232,8 @@ cdef tuple state_parts(state):
         parsed = json.loads(data[STATE_HEADER.size:end])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"state: the JSON cannot be read: {error}") from None
+    if version == 1:
+        parsed = state_of_1(parsed)
     return saved_dict("all", parsed, STATE), data[end:last]
 
 
@@ -272,9 +291,7 @@ cdef int wire(void* owner, Port* port, int irq) noexcept with gil:
         self._on_interrupt(IRQ_NAMES[irq])
         return 0
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
     finally:
         self.core.ram.users -= 1
 
@@ -287,11 +304,30 @@ cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome)
         self._hold(request, outcome)
         return 0
     except BaseException as error:
-        Py_INCREF(error)
-        port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
     finally:
         self.core.ram.users -= 1
+
+
+cdef int consume(void* owner, Port* port) noexcept with gil:
+    """Go on with commands: 0, or FETCH_RAISED."""
+    cdef Registers self = <Registers>owner
+    try:
+        self._consume()
+        return 0
+    except BaseException as error:
+        if port.exception == NULL:
+            Py_INCREF(error)
+            port.exception = <void*>error
+        return FETCH_RAISED
+
+
+cdef str cerror_text(unsigned int cerror, int why, fields=None):
+    """A command error in words, with the reason where one rule refused the command."""
+    name, _, text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror).partition(": ")
+    if why:
+        text = Why(why).sentence(fields)
+    return f"CERROR_{name}: {text}"
 
 
 # --- stalled transactions ---
@@ -303,7 +339,8 @@ cdef class Stall:
     """A transaction that the SMMU holds (IHI 0070 3.12.2): what the host waits for.
 
     It is outstanding until `done`: CMD_RESUME retries or ends it, CMD_STALL_TERM and clearing
-    CR0.SMMUEN end it.  A retry may stall again, with another `stag`.
+    CR0.SMMUEN end it.  A retry may stall again, with another `stag`.  One whose record waits is
+    translated anew once the record could be written: only if it still stalls it is recorded.
     """
 
     def __init__(self):
@@ -356,7 +393,7 @@ cdef class Stall:
 
     @property
     def fault(self):
-        """The fault it stalled at, as an Event."""
+        """The fault it stalled at, the latest one, as an Event."""
         cdef uint64_t[4] words
         cdef int i
         for i in range(4):
@@ -364,8 +401,13 @@ cdef class Stall:
         return Event((<char*>words)[:32])
 
     @property
+    def why(self):
+        """The reason of the fault, as a Why; None in a state that version 0.2 saved."""
+        return Why(self.outcome.why) if self.outcome.why else None
+
+    @property
     def done(self):
-        """Whether it was resumed or terminated."""
+        """Whether it was resumed or terminated, or went on when it was translated anew."""
         return self._done
 
     @property
@@ -397,7 +439,8 @@ cdef class Registers:
 
     def __cinit__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
                   cr0=0b101, cr2=0b10, gbpa=0x1000, eventq_base=None, cmdq_base=None,
-                  priq_base=None, Caches caches=None, bint ignore_s2ptw=False, on_interrupt=None):
+                  priq_base=None, Caches caches=None, bint ignore_s2ptw=False, bint wired=True,
+                  on_interrupt=None):
         cdef Queues* q = &self.queues
         if type(self) is Registers:
             raise TypeError("Registers are a part of Smmu")
@@ -409,6 +452,8 @@ cdef class Registers:
         if taken:
             raise ValueError("features: " + ", ".join(f"{k}={v}" for k, v in taken.items())
                              + " given; this version does not model that (see smmufast.modelled)")
+        if not wired and not features.msi:
+            raise ValueError("wired: False given with msi=0: then there would be no interrupts")
         self._memory = memory
         self._features = features
         self._warnings = deque(maxlen=1000)
@@ -430,8 +475,10 @@ cdef class Registers:
             self._caches = caches
             self.core.caches = caches.c
         q.owner = <void*>self
+        q.wired = wired
         q.wire = wire
         q.stall = hold
+        q.consume = consume
         q.commands.entry_lg2 = 4
         q.commands.error = GERROR_CMDQ_ERR
         q.events.entry_lg2 = 5
@@ -494,6 +541,10 @@ cdef class Registers:
         """PREFETCH_*: fill the caches with what the effect names, or with nothing."""
         return 0
 
+    cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2:
+        """STE.PPAR: whether automatic responses carry the PASID; -1 when no STE is legal."""
+        raise TypeError("Registers are a part of Smmu")
+
     cdef void _forget(self) noexcept:
         """The registers changed: drop what was derived from them."""
 
@@ -501,6 +552,7 @@ cdef class Registers:
         """CFGI_* and TLBI_*: drop from the caches what the effect names."""
         cdef CachesC* c = self.core.caches
         cdef Invalidation inv
+        overtake(&self.core)
         if c == NULL:
             return 0
         caches_take_gil(&self.core)
@@ -540,6 +592,11 @@ cdef class Registers:
     def ignore_s2ptw(self):
         """Whether STE.S2PTW is ignored, as implementations without memory attributes do."""
         return self.core.hw.ignore_s2ptw != 0
+
+    @property
+    def wired(self):
+        """Whether interrupts have wires, which are asserted beside messages."""
+        return self.queues.wired != 0
 
     @property
     def memory(self):
@@ -613,11 +670,13 @@ cdef class Registers:
 
     @property
     def on_interrupt(self):
-        """What is called with the name of each wired interrupt, or None.
+        """What is called with the name of each wire that is asserted, or None.
 
-        The names are "eventq", "priq", "gerror", "cmdq_sync" and "sev".  An exception that it
-        raises reaches the caller of what interrupted; the state of the SMMU is complete by then,
-        but commands behind stay until CMDQ_PROD is written again.
+        The names are "eventq", "priq", "gerror" and "cmdq_sync", which `wired` admits, and "sev":
+        the event that wakes processors from WFE, of a CMD_SYNC or because a full command queue
+        has room again.  An exception that it raises reaches the caller of what interrupted; the
+        state of the SMMU is complete by then, but commands behind stay until CMDQ_PROD is written
+        again.
         """
         return self._on_interrupt
 
@@ -784,11 +843,14 @@ cdef class Registers:
     cdef int _store(self, str name, uint64_t value) except -1:
         """Write a register: the one place where writes have their effects."""
         cdef uint64_t ignored, kept = 0
-        if name in READ_ONLY or not self._masks[name]:
-            self._warn(name, f"write of {value:#x} ignored: "
-                             f"{'read-only' if name in READ_ONLY else 'not implemented'}")
+        if name in READ_ONLY:
+            self._warn(name, f"write of {value:#x} ignored: read-only")
             return 0
-        ignored = value & ~<uint64_t>self._masks[name]
+        if not self._masks[name]:
+            if value:  # drivers write 0 to what is not there
+                self._warn(name, f"write of {value:#x} ignored: not implemented")
+            return 0
+        ignored = value & ~<uint64_t>(self._masks[name] | HARMLESS.get(name, 0))
         if ignored:
             self._warn(name, f"bits {ignored:#x} are ignored")
         value &= self._masks[name]
@@ -825,12 +887,16 @@ cdef class Registers:
             return 0
         elif name.endswith("Q_CONS"):
             ring_set_cons(&self.queues, ring_of(self, name), <uint32_t>value)
-            return self._record()
+            return self._settle()
         self._values[name] = value
         if name.endswith("Q_BASE"):
             self._place(name)
-        else:
-            self._digest()
+            return 0
+        if name.endswith("IRQ_CFG0") and value & self.core.hw.oas_over:
+            self._warn(name, f"ADDR is {value:#x}: beyond the output address size of "
+                             f"{self.core.hw.oas} bits: {value & ~self.core.hw.oas_over:#x} is "
+                             "used")
+        self._digest()
         return 0
 
     cdef int _set_cr0(self, uint32_t value) except -1:
@@ -848,6 +914,7 @@ cdef class Registers:
         if cr0_cmdqen(begun):
             self._check_queue("CMDQ")
         if cr0_smmuen(old & ~value):
+            overtake_all(&self.core)
             self._terminate(None)
         try:
             self._settle()
@@ -860,10 +927,10 @@ cdef class Registers:
         cdef uint32_t idle = (value ^ self.queues.gerrorn) & ~(
             self.queues.gerror ^ self.queues.gerrorn)
         if idle:
-            self._warn("GERRORN", f"bits {idle:#x} do not change: their errors are not active")
+            self._warn("GERRORN", f"bits {idle:#x}: their errors were not active, and are so now")
         if gerror_acknowledge(&self.queues, value):
             try:
-                self._record()
+                self._settle()
             finally:
                 self._consume()
         return 0
@@ -942,27 +1009,35 @@ cdef class Registers:
         hw.pointer_mask = pointer_mask(hw.minor)
         hw.granules = features.gran4k << 12 | features.gran16k << 14 | features.gran64k << 16
         masks = dict(WHOLE)
-        masks["CR0"] = mask_of("CR0", "SMMUEN EVENTQEN CMDQEN")
+        masks["CR0"] = layout.mask("CR0", "SMMUEN", "EVENTQEN", "CMDQEN")
         if features.pri:
-            masks["CR0"] |= mask_of("CR0", "PRIQEN")
+            masks["CR0"] |= layout.mask("CR0", "PRIQEN")
         else:
-            masks["IRQ_CTRL"] &= ~mask_of("IRQ_CTRL", "PRIQ_IRQEN")
+            masks["IRQ_CTRL"] &= ~layout.mask("IRQ_CTRL", "PRIQ_IRQEN")
         if features.ats:
-            masks["CR0"] |= mask_of("CR0", "ATSCHK")
+            masks["CR0"] |= layout.mask("CR0", "ATSCHK")
         if features.vmw:
-            masks["CR0"] |= mask_of("CR0", "VMW")
+            masks["CR0"] |= layout.mask("CR0", "VMW")
         if not features.hyp:
-            masks["CR2"] &= ~mask_of("CR2", "E2H")
+            masks["CR2"] &= ~layout.mask("CR2", "E2H")
         if not features.atsrecerr:
-            masks["CR2"] &= ~mask_of("CR2", "REC_CFG_ATS")
+            masks["CR2"] &= ~layout.mask("CR2", "REC_CFG_ATS")
         if not features.btm:
-            masks["CR2"] &= ~mask_of("CR2", "PTM")
+            masks["CR2"] &= ~layout.mask("CR2", "PTM")
         if not features.st_level:
-            masks["STRTAB_BASE_CFG"] = mask_of("STRTAB_BASE_CFG", "LOG2SIZE")
+            masks["STRTAB_BASE_CFG"] = layout.mask("STRTAB_BASE_CFG", "LOG2SIZE")
         masks["S2PII"] = 0
+        masks["GERRORN"] = layout.mask("GERRORN", "CMDQ_ERR", "EVENTQ_ABT_ERR", "SFM_ERR")
+        if features.pri:
+            masks["GERRORN"] |= layout.mask("GERRORN", "PRIQ_ABT_ERR")
+        if features.msi:
+            masks["GERRORN"] |= layout.mask(
+                "GERRORN", "MSI_CMDQ_ABT_ERR", "MSI_EVENTQ_ABT_ERR", "MSI_GERROR_ABT_ERR")
+        if features.msi and features.pri:
+            masks["GERRORN"] |= layout.mask("GERRORN", "MSI_PRIQ_ABT_ERR")
         for name in masks:
             if "IRQ_CFG" in name and not features.msi:
-                masks[name] = mask_of(name, "LO") if name == "PRIQ_IRQ_CFG2" else 0
+                masks[name] = 0
             if name.startswith("PRIQ") and not features.pri:
                 masks[name] = 0
         self._masks = masks
@@ -999,10 +1074,9 @@ cdef class Registers:
         hw.two_level = config["FMT"] == 1
         hw.split = split_of(config["SPLIT"])
         if hw.two_level:
-            # the register's own LOG2SIZE aligns the table
             hw.strtab = strtab_two_level_base(address, config["LOG2SIZE"], hw.split)
         else:
-            hw.strtab = strtab_linear_base(address, hw.log2size)
+            hw.strtab = strtab_linear_base(address, config["LOG2SIZE"])
         return 0
 
     cdef int _digest_gbpa(self) except -1:
@@ -1023,7 +1097,9 @@ cdef class Registers:
         for irq, name in ((IRQ_EVENTQ, "EVENTQ"), (IRQ_PRIQ, "PRIQ"), (IRQ_GERROR, "GERROR")):
             msi = &self.queues.msi[<int>irq]
             msi.enabled = enables[name + "_IRQEN"]
-            msi.address = self._values[name + "_IRQ_CFG0"]
+            # bits beyond OAS are RES0 here, other than in CMD_SYNC (S6.3.21-2)
+            msi.address = self._values[name + "_IRQ_CFG0"] & ~self.core.hw.oas_over
+            msi.sent = msi.address != 0
             msi.data = self._values[name + "_IRQ_CFG1"]
         return 0
 
@@ -1034,7 +1110,7 @@ cdef class Registers:
         if name == "CMDQ_BASE":
             self._restarts += 1
         ring_place(&self.queues, ring_of(self, name), self._values[name], largest,
-                   self.core.hw.pointer_mask, self.core.hw.oas_over)
+                   self.core.hw.pointer_mask & ~self.core.hw.oas_over)
         return 0
 
     # --- what is probably a mistake ---
@@ -1068,12 +1144,12 @@ cdef class Registers:
         if base["LOG2SIZE"] > ring.log2size:
             self._warn(name, f"LOG2SIZE is {base['LOG2SIZE']}: IDR1.{queue}S, {ring.log2size}, "
                              "is used")
-        if base["ADDR"] != ring.base:
+        if base["ADDR"] & self.core.hw.oas_over:
+            self._warn(name, f"ADDR is {base['ADDR']:#x}: beyond the output address size of "
+                             f"{self.core.hw.oas} bits: {<uint64_t>ring.base:#x} is used")
+        elif base["ADDR"] != ring.base:
             self._warn(name, f"ADDR is {base['ADDR']:#x}, not a multiple of the queue's size: "
                              f"{<uint64_t>ring.base:#x} is used")
-        if ring.beyond:
-            self._warn(name, f"ADDR is {base['ADDR']:#x}: beyond the output address size of "
-                             f"{self.core.hw.oas} bits")
         return 0
 
     cdef int _end(self, Port* port, int status) except -1:
@@ -1082,7 +1158,7 @@ cdef class Registers:
             raise_port(port)
         return 0
 
-    # --- stalls (3.12.2, 5.5) ---
+    # --- stalls (3.12.2, 4.7, 5.5, 7.2.1) ---
 
     cdef int _hold(self, const Request* request, Outcome* outcome) except -1:
         """Hold a transaction until software resumes it; a retry that stalls again keeps its Stall.
@@ -1100,42 +1176,58 @@ cdef class Registers:
         if fresh:
             stall = Stall.__new__(Stall)
             stall.request = request[0]
-        elif stall._done:  # terminated while it was translated again
-            outcome[0] = stall.outcome
+        elif stall not in self._stalls:  # it ended while it was translated again
+            outcome[0] = stall.ended
             return 0
-        else:
+        elif stall not in self._waiting:  # CMD_RESUME makes it a new transaction
             self._release(stall)
+        outcome.event = 0
         stall.outcome = outcome[0]
-        stall.outcome.event = 0
-        event_set_stall(stall.outcome.record, 1)
+        stall.waited = False
         self._stalls[stall] = None
         self._waiting[stall] = None
-        try:
+        if not fresh:
             self._record()
-        except BaseException:
-            if fresh and not stall._recorded and not stall._done:
-                self._release(stall)
-            raise
-        outcome[0] = stall.outcome
+        else:
+            try:
+                self._settle()
+            except BaseException:
+                if not stall._recorded and not stall._done:
+                    self._release(stall)
+                raise
+        stall.waited = True
+        outcome[0] = stall.ended if stall._done else stall.outcome
         return 0
+
+    cdef bint _writable(self) noexcept:
+        """Whether a record can be written; without a queue it is in the outcome (S7.2.1-1)."""
+        cdef Queues* q = &self.queues
+        return ring_writable(q, &q.events) if q.events.placed else q.events.enabled
 
     cdef int _record(self) except -1:
         """Record the stalls that wait, in order, as far as STALL_MAX and the event queue admit.
 
-        Called again by a callback, it returns at once, for the first call goes on: also after a
-        record that the queue did not take, but for no more of these than the queue has entries.
+        What has waited is translated anew first, since what it found may be invalid by now: so
+        nothing old is recorded after an invalidation and CMD_SYNC (S3.12.2-4, S4.7.3-5).  Called
+        again by a callback, this returns at once, for the first call goes on: also after records
+        that the queue did not take, but for no more of these than the queue has entries.
         """
         cdef Py_ssize_t most = max(1, self._features.stall_max)
         cdef uint64_t budget = <uint64_t>1 << self.queues.events.log2size
-        self._record_again = True
+        cdef Stall stall
         if self._recording:
             return 0
         self._recording = True
         try:
-            while self._waiting and len(self._tagged) < most:
-                self._record_again = False
-                if not self._record_first(next(iter(self._waiting))):
-                    if not self._record_again or budget == 0:
+            while self._waiting and len(self._tagged) < most and self._writable():
+                stall = next(iter(self._waiting))
+                if stall.waited:
+                    self._again(stall)
+                    if stall not in self._waiting:
+                        continue
+                if not self._record_first(stall):
+                    stall.waited = True
+                    if budget == 0:
                         break
                     budget -= 1
         finally:
@@ -1164,7 +1256,7 @@ cdef class Registers:
         turn = stall.turn
         event_set_stag(stall.outcome.record, stag)
         stall.outcome.stag = <unsigned short>stag
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         if q.events.placed:
             status = ring_put(q, &q.events, &port, stall.outcome.record, False, &put)
@@ -1184,10 +1276,28 @@ cdef class Registers:
                 stall.outcome.stag = 0
                 event_set_stag(stall.outcome.record, 0)
         if status == 0:
-            status = event_signal(q, &port, put, self.core.hw.oas_over)
+            status = event_signal(q, &port, put)
         self.core.ram.users -= 1
         self._end(&port, status)
         return written
+
+    cdef int _again(self, Stall stall) except -1:
+        """Translate a transaction as though it had just arrived; unless it stalls again, it ends.
+
+        Its event, if there is one now, is that of what it meets now (S7.2.1-4).
+        """
+        cdef Outcome outcome
+        stall.retrying = True
+        self._retried.append(stall)
+        try:
+            self._retry(&stall.request, &outcome)
+        finally:
+            self._retried.remove(stall)
+            stall.retrying = False
+        if stall not in self._stalls or outcome.action == ACTION_STALL:
+            return 0  # a callback ended it meanwhile, or it stalls
+        stall.ended = outcome
+        return self._finish(stall)
 
     cdef int _release(self, Stall stall) except -1:
         """Let a stall be outstanding no more, and its STAG be free."""
@@ -1206,61 +1316,62 @@ cdef class Registers:
         self._release(stall)
         stall._stag, stall._recorded = stag, recorded
         stall._done = True
-        stall._result = self._result(&stall.request, &stall.outcome)
+        stall._result = self._result(&stall.request, &stall.ended)
         self._resumed.append(stall)
         return 0
+
+    cdef int _kill(self, Stall stall, unsigned int action) except -1:
+        """End a stall without a retry: with an abort, or RAZ/WI."""
+        stall.ended = stall.outcome
+        stall.ended.pa = 0
+        stall.ended.action = action
+        return self._finish(stall)
 
     cdef int _resume(self, uint32_t sid, uint32_t stag, bint retry, bint abort) except -1:
         """CMD_RESUME; without effect when no such transaction is stalled."""
         cdef Stall stall = self._tagged.get((sid, stag))
-        cdef Outcome outcome
         if stall is None or stall.retrying:
             return 0
         if retry:
-            stall.retrying = True
-            self._retried.append(stall)
-            try:
-                self._retry(&stall.request, &outcome)
-            finally:
-                self._retried.remove(stall)
-                stall.retrying = False
-            if stall._done or outcome.action == ACTION_STALL:
-                return 0
-            stall.outcome = outcome
-        else:
-            stall.outcome.pa = 0
-            stall.outcome.action = ACTION_ABORT if abort else ACTION_RAZ_WI
-        return self._finish(stall)
+            return self._again(stall)
+        return self._kill(stall, ACTION_ABORT if abort else ACTION_RAZ_WI)
 
     cdef int _terminate(self, object sid) except -1:
         """End every stall of a StreamID, or of all, with an abort."""
         cdef Stall stall
         for stall in list(self._stalls):
             if sid is None or stall.request.sid == sid:
-                stall.outcome.pa = 0
-                stall.outcome.action = ACTION_ABORT
-                self._finish(stall)
+                self._kill(stall, ACTION_ABORT)
         return 0
 
     cdef int _settle(self) except -1:
-        """Tell the host which stalls are done, and record those that waited for room."""
+        """Record the stalls that wait for room, and tell the host which stalls are done."""
         error = None
-        while self._resumed:
-            stall = self._resumed.pop(0)
-            if self._on_resume is None:
-                continue
-            self._calling += 1
+        while True:
             try:
-                self._on_resume(stall)
+                if self._resumed:
+                    self._tell(self._resumed.pop(0))
+                else:
+                    self._record()
+                    if not self._resumed:
+                        break
             except BaseException as raised:
                 error = error or raised
-            finally:
-                self._calling -= 1
+                if not self._resumed:
+                    break
+        if error is not None:
+            raise error
+        return 0
+
+    cdef int _tell(self, Stall stall) except -1:
+        """Call on_resume with a stall that is done."""
+        if self._on_resume is None:
+            return 0
+        self._calling += 1
         try:
-            self._record()
+            self._on_resume(stall)
         finally:
-            if error is not None:
-                raise error
+            self._calling -= 1
         return 0
 
     # --- commands (4) ---
@@ -1276,6 +1387,7 @@ cdef class Registers:
         cdef Effect effect
         cdef Port port
         cdef int status
+        cdef bint room
         if self._consuming:
             return 0
         self._budget = <uint64_t>1 << ring.log2size
@@ -1285,29 +1397,32 @@ cdef class Registers:
                    and not gerror_active(&self.queues, GERROR_CMDQ_ERR)):
                 self._budget -= 1
                 restarts = self._restarts
-                port_open(&port, self.core.ram, NULL, False)
-                status = FETCH_ABORT
-                if not ring.beyond:
-                    self.core.ram.users += 1
-                    status = port_read(
-                        &port, ACCESS_CMD, ring_entry(ring, ring.cons), words, 16)
-                    self.core.ram.users -= 1
+                port_open(&port, self.core.ram, NULL)
+                self.core.ram.users += 1
+                status = port_read(&port, ACCESS_CMD, ring_entry(ring, ring.cons), words, 16)
+                self.core.ram.users -= 1
                 self._end(&port, status)
                 cerror = CMDQ_CONS_ERR_ABT
+                effect.why = 0
                 if status == FETCH_OK:
                     words[0] = le64(words[0])
                     words[1] = le64(words[1])
                     cerror = command_decode(&self.core.hw, words, &effect)
+                    if self._sync_waits(&effect):
+                        break
                     if cerror == 0:
                         cerror = self._execute(&effect)
+                room = False
                 if restarts == self._restarts:
                     if cerror:
-                        self._command_error(cerror)
+                        self._command_error(cerror, <int>effect.why)
                         continue
+                    room = ring_full(ring.prod, ring.cons, ring.log2size)
                     ring.cons = ring_after(ring.cons, ring.log2size)
+                    room = room and not ring_full(ring.prod, ring.cons, ring.log2size)
                 if cerror == 0:
                     try:
-                        self._complete(&effect)
+                        self._complete(&effect, room)
                     finally:
                         self._settle()
         finally:
@@ -1335,14 +1450,20 @@ cdef class Registers:
         elif effect.kind == EFFECT_SYNC and self._atc_failed:
             self._atc_failed = False
             return CMDQ_CONS_ERR_ATC_INV_SYNC
+        elif effect.kind == EFFECT_SYNC:
+            sync_done(&self.core)
         return 0
+
+    cdef bint _sync_waits(self, const Effect* effect) except -1:
+        """Whether a command is a CMD_SYNC that walks hold, and so not consumed yet (4.7.3)."""
+        return effect.kind == EFFECT_SYNC and sync_waits(&self.core)
 
     cdef int _atc_inv(self, const Effect* effect) except -1:
         """CMD_ATC_INV to the device of its StreamID; a failure is the next SYNC's."""
         device = self._devices.get(effect.sid)
         if device is None:
             return 0
-        ssid = effect.ssid if effect.ssv and not effect.global_ else None
+        ssid = effect.ssid if effect.ssv else None  # with G too: the PASID prefix (S4.5.1-3)
         size = (<object>effect.last) - effect.first + 1
         try:
             if device.atc_invalidate(ssid, effect.first, size, effect.global_ != 0) is False:
@@ -1351,33 +1472,41 @@ cdef class Registers:
             self._atc_failed = True
         return 0
 
-    cdef int _complete(self, const Effect* effect) except -1:
-        """Signal the completion of a CMD_SYNC, which is consumed by now."""
+    cdef int _complete(self, const Effect* effect, bint room) except -1:
+        """Signal what a command that is consumed by now completes: a CMD_SYNC, or `room`.
+
+        Room in a queue that was full wakes processors from WFE: somebody may have looked while it
+        was full, if only a callback or another thread (S4.1.2-3).
+        """
         cdef Queues* q = &self.queues
         cdef Port port
+        cdef Msi msi
         cdef int status = 0
-        if effect.kind != EFFECT_SYNC:
-            return 0
-        port_open(&port, self.core.ram, NULL, False)
-        if effect.cs == CMD_CS_SEV:
-            status = wire(<void*>self, &port, IRQ_SEV)
-        elif effect.cs == CMD_CS_IRQ and effect.msi_address == 0:
-            status = wire(<void*>self, &port, IRQ_CMDQ_SYNC)
-        elif effect.cs == CMD_CS_IRQ:
+        cdef bint wakes = room and self.core.hw.sev
+        if effect.kind == EFFECT_SYNC and effect.cs == CMD_CS_SEV:
+            wakes = True
+        port_open(&port, self.core.ram, NULL)
+        if effect.kind == EFFECT_SYNC and effect.cs == CMD_CS_IRQ:
+            msi.sent = effect.msi_address != 0
+            msi.address = effect.msi_address & ~self.core.hw.oas_over
+            msi.data = effect.msi_data
+            msi.error = GERROR_MSI_CMDQ_ABT_ERR
             self.core.ram.users += 1
-            status = msi_write(&port, effect.msi_address, effect.msi_data, self.core.hw.oas_over)
+            status = signal(q, &port, IRQ_CMDQ_SYNC, &msi)
             self.core.ram.users -= 1
-            if status == FETCH_ABORT:
-                status = gerror_raise(q, &port, GERROR_MSI_CMDQ_ABT_ERR, self.core.hw.oas_over)
+        if wakes and wire(<void*>self, &port, IRQ_SEV) < 0:
+            status = FETCH_RAISED
         return self._end(&port, status)
 
-    cdef int _command_error(self, uint32_t cerror) except -1:
+    cdef int _command_error(self, uint32_t cerror, int why) except -1:
         """CMDQ_CONS.ERR first, then GERROR.CMDQ_ERR, which stops the queue."""
         cdef Port port
         self._cerror = cerror
-        port_open(&port, self.core.ram, NULL, False)
+        self._command_why = why
+        self._warn("CMDQ_CONS", cerror_text(cerror, why))
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
-        status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR, self.core.hw.oas_over)
+        status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR)
         self.core.ram.users -= 1
         return self._end(&port, status)
 
@@ -1396,6 +1525,8 @@ cdef class Registers:
         ValueError
             There is no such command or field, a value does not fit, or the command is executed
             directly and ends in a CERROR code.  In a queue, that stops the queue instead.
+        RuntimeError
+            A CMD_SYNC is executed directly, and a walk holds it.  In a queue, it waits instead.
         BufferError
             The command queue is full.
         ExternalAbort, PermissionError
@@ -1419,6 +1550,8 @@ cdef class Registers:
         words[0] = word & 0xFFFFFFFFFFFFFFFF
         words[1] = word >> 64
         cerror = command_decode(&self.core.hw, words, &effect)
+        if self._sync_waits(&effect):
+            raise RuntimeError(f"{name}: {HELD}")
         if cerror == 0:
             self._calling += 1
             try:
@@ -1426,10 +1559,9 @@ cdef class Registers:
             finally:
                 self._calling -= 1
         if cerror:
-            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(cerror)
-            raise ValueError(f"{name}: CERROR_{text}")
+            raise ValueError(f"{name}: {cerror_text(cerror, effect.why, fields)}")
         try:
-            self._complete(&effect)
+            self._complete(&effect, False)
         finally:
             self._settle()
 
@@ -1439,7 +1571,7 @@ cdef class Registers:
         Raises
         ------
         RuntimeError
-            It waits in the command queue: disabled, or stopped by an error.
+            It waits in the command queue: disabled, stopped by an error, or held by a walk.
         ValueError, BufferError, ExternalAbort, PermissionError
             As for `command`.
         """
@@ -1449,10 +1581,11 @@ cdef class Registers:
             return
         reason = "CR0.CMDQEN is 0"
         if gerror_active(&self.queues, GERROR_CMDQ_ERR):
-            text = layout.REGISTERS["CMDQ_CONS"].field("ERR").name_of(self._cerror)
-            reason = f"stopped by CERROR_{text}"
+            reason = f"stopped by {cerror_text(self._cerror, self._command_why)}"
         elif self._consuming:
             reason = "commands before it are not complete"
+        elif ring.enabled and sync_waits(&self.core):
+            reason = HELD
         raise RuntimeError(f"command queue: {reason}")
 
     def record(self, str name not None, **fields):
@@ -1487,7 +1620,7 @@ cdef class Registers:
             words[i] = word >> 64 * i & 0xFFFFFFFFFFFFFFFF
         if not self.queues.events.placed:
             return False
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = event_put(&self.core, &port, words, &written)
         self.core.ram.users -= 1
@@ -1507,7 +1640,8 @@ cdef class Registers:
         address : int
             Of the page: a multiple of 4096.
         ssid : int, optional
-            PASID, 20 bits; None without one.  Then execute and priv count as False.
+            PASID, 20 bits; None without one.  Then execute and priv count as False.  An SMMU
+            without substreams takes every message as one without a PASID.
         read, write, execute, priv, last : bool
             What is asked for, and whether it is the last request of its group.  A request with a
             PASID that is last and asks for neither read nor write is a stop marker.
@@ -1532,6 +1666,8 @@ cdef class Registers:
         group = to_address("prg_index", prg_index, 0x1FF)
         if ssid is not None:
             ssid = to_address("ssid", ssid, 0xFFFFF)
+            if not self.core.hw.ssidsize:
+                ssid = None
         marker = ssid is not None and last and not read and not write
         word = layout.pack(
             "PRI", StreamID=stream, Last=last, R=read, W=write, PRGIndex=group, Address=page,
@@ -1540,22 +1676,18 @@ cdef class Registers:
         words[0] = word & 0xFFFFFFFFFFFFFFFF
         words[1] = word >> 64
         words[2] = words[3] = 0
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
+        status = 0
         self.core.ram.users += 1
-        try:
-            status = 0
-            if q.pages.enabled and q.pages.placed:
-                status = ring_put(q, &q.pages, &port, words, True, &put)
-            if status == 0 and put & 3 == PUT_ABORTED:
-                status = gerror_raise(q, &port, GERROR_PRIQ_ABT_ERR, self.core.hw.oas_over)
-            if status == 0:
-                wanted = put & PUT_FIRST
-                if self._values["PRIQ_IRQ_CFG2"] >> 31:  # LO
-                    wanted = put & 3 == PUT_WRITTEN and last
-                if wanted:
-                    status = interrupt(q, &port, IRQ_PRIQ, self.core.hw.oas_over)
-        finally:
-            self.core.ram.users -= 1
+        if q.pages.enabled and q.pages.placed:
+            status = ring_put(q, &q.pages, &port, words, True, &put)
+        if status == 0:
+            wanted = put & PUT_FIRST
+            if self._values["PRIQ_IRQ_CFG2"] & PRIQ_IRQ_CFG2_LO:
+                # the last of a group, written or lost to overflow (S6.3.36-2)
+                wanted = last and (put & 3 == PUT_WRITTEN or put & 3 == PUT_FULL)
+            status = ring_signal(q, &port, &q.pages, IRQ_PRIQ, put, wanted)
+        self.core.ram.users -= 1
         self._end(&port, status)
         if put & 3 == PUT_WRITTEN:
             return PageAnswer("queued", None)
@@ -1565,39 +1697,10 @@ cdef class Registers:
             return PageAnswer("failure", None)
         ppar = 1
         if ssid is not None and not self.core.hw.pps:
-            ppar = self._ppar(stream)
+            ppar = self._ppar(stream, ssid)
         if ppar < 0:
             return PageAnswer("failure", None)
         return PageAnswer("success", ssid if ppar else None)
-
-    cdef int _ppar(self, uint32_t sid) except? -2:
-        """STE.PPAR: whether automatic responses carry the PASID; -1 when no STE is legal."""
-        cdef const Hw* hw = &self.core.hw
-        cdef uint64_t address = 0, l1std = 0
-        cdef uint64_t[8] ste
-        cdef Second second
-        cdef Port port
-        cdef int status, kind = stream_first(hw, sid, &address)
-        if kind == 0:
-            return -1
-        port_open(&port, self.core.ram, NULL, False)
-        status = FETCH_OK
-        self.core.ram.users += 1
-        if address & hw.oas_over:
-            status = FETCH_ABORT
-        elif kind == FETCH_L1STD:
-            status = fetch8(&port, FETCH_L1STD, NO_LEVEL, address, &l1std)
-            if status == FETCH_OK and (
-                    l1std_next(hw, l1std, sid, &address) or address & hw.oas_over):
-                status = FETCH_ABORT
-        if status == FETCH_OK:
-            status = fetch64(&port, FETCH_STE, address, ste)
-        self.core.ram.users -= 1
-        self._end(&port, status)
-        if status != FETCH_OK or not ste_v(ste) or not ste_aborts(ste) and (
-                ste_check(hw, ste) or ste_stage2(ste) and stage2_decode(hw, ste, &second)):
-            return -1
-        return <int>ste_ppar(ste)
 
     # --- save and restore ---
 
@@ -1610,6 +1713,8 @@ cdef class Registers:
             raise RuntimeError("save: a command is under way; save between calls")
         if q.commands.writers or q.events.writers or q.pages.writers:
             raise RuntimeError("save: a record is being written; save between calls")
+        if q.commands.enabled and q.commands.prod != q.commands.cons and sync_waits(&self.core):
+            raise RuntimeError(f"save: {HELD}; end those walks first")
         return 0
 
     cdef dict _state(self):
@@ -1630,6 +1735,7 @@ cdef class Registers:
         return {
             "features": features_saved(self._features),
             "ignore_s2ptw": int(self.core.hw.ignore_s2ptw != 0),
+            "wired": int(self.queues.wired != 0),
             "registers": {name: self._load_from(&q, name) for name in REGISTERS},
             "placed": [int(ring_in(&q, name).placed) for name in QUEUES],
             "atc_failed": int(self._atc_failed),
@@ -1649,8 +1755,8 @@ cdef class Registers:
         Raises
         ------
         RuntimeError
-            A translation, a command or a record is under way: in another thread, or because a
-            callback of one saves.
+            A translation, a command or a record is under way: in another thread, because a
+            callback of one saves, or because a walk holds a CMD_SYNC.
 
         >>> from smmufast import Memory, Smmu
         >>> smmu = Smmu(Memory(), gbpa=0x10_1000)
@@ -1703,10 +1809,12 @@ cdef class Registers:
         """
         cdef Registers self
         saved, contents = state_parts(state)
+        features = saved_features(saved["features"])
         self = cls(
-            memory, saved_features(saved["features"]), cr0=0, cr2=0, gbpa=0,
+            memory, features, cr0=0, cr2=0, gbpa=0,
             caches=saved_caches(saved["caches"], contents),
             ignore_s2ptw=saved_number("ignore_s2ptw", saved["ignore_s2ptw"], 1),
+            wired=saved_number("wired", saved["wired"], 1, 1 - features.msi),
             on_interrupt=on_interrupt)
         self.on_resume = on_resume
         self._take_state(saved)
@@ -1766,6 +1874,8 @@ cdef class Registers:
                 saved_number(f"{name} of a stall", saved[name], last)
         if 0xFFFFF < saved["ssid"] < <uint32_t>NO_SSID:
             raise state_error("ssid of a stall", f"{saved['ssid']:#x} is none")
+        if type(saved["outcome"]) is dict:
+            saved["outcome"].setdefault("why", 0)  # states of version 0.2 have none
         members = saved_dict("outcome of a stall", saved["outcome"], OUTCOME)
         for name, last in OUTCOME.items():
             if last is not None:
@@ -1782,10 +1892,13 @@ cdef class Registers:
         if (outcome.action != ACTION_STALL or outcome.fault != outcome.record[0] & 0xFF
                 or not EVENT_F_TRANSLATION <= outcome.fault <= EVENT_F_PERMISSION
                 or outcome.event != (outcome.fault if stall._recorded else 0)
+                or outcome.why and (outcome.why not in REASONS
+                                    or why_event(outcome.why) != outcome.fault)
                 or outcome.stag and not stall._recorded):
             raise state_error("outcome of a stall", "not that of a fault that stalls")
         self._stalls[stall] = None
         if not stall._recorded:
+            stall.waited = True
             self._waiting[stall] = None
             return 0
         stall._stag = outcome.stag

@@ -1,7 +1,9 @@
 """The Smmu for Cython users: translate_c and the structs of smmufast.h, without the GIL."""
 
+from libc.stdint cimport uint64_t
+
 from smmufast._ats cimport AtsAnswer, AtsAsk
-from smmufast._memory cimport Port
+from smmufast._memory cimport Log
 from smmufast._registers cimport Registers
 from smmufast._translate cimport Memo
 from smmufast._types cimport Outcome, Request, WalkC
@@ -13,7 +15,7 @@ cdef enum:
 
 cdef class Smmu(Registers):
     cdef Memo[MEMOS] memos
-    cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1
+    cdef int _run(self, const Request* request, Outcome* outcome, Log* log) except -1
     cdef int _ats_open(self, Request* request, AtsAsk* ask, bint no_write, bint execute, bint priv,
                        stu) except -1
     cdef object _ats_response(
@@ -27,13 +29,15 @@ cdef class Result:
 
 
 cdef class TracedResult(Result):
-    cdef WalkC* log
+    cdef Log* log
 
 
 cdef class Walk:
     cdef WalkC walk
     cdef int status
     cdef bint answering    # an answer is being worked on
+    cdef uint64_t answers  # how many were
     cdef Smmu smmu
-    cdef int _answer(self, const void* data) except -1
-    cdef int _settle(self, Port* own, int status) except -1
+    cdef TracedResult traced   # what was fetched so far, and in the end the result
+    cdef int _look(self) except -1
+    cdef int _step(self, bint begins, const void* data) except -1

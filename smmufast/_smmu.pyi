@@ -23,6 +23,7 @@ from smmufast.faults import FAULTS as FAULTS
 from smmufast.faults import FETCH_KINDS as FETCH_KINDS
 from smmufast.faults import AtsResponse, Event, Fetch, Perm
 from smmufast.features import modelled as modelled
+from smmufast.why import Why as Why
 
 def vectors(on: bool | None = None) -> bool: ...
 
@@ -43,6 +44,7 @@ _Column: TypeAlias = Literal[
     "ipa",
     "stage",
     "record",
+    "why",
 ]
 _Flag: TypeAlias = bool | np.bool
 _Integers: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | NDArray[np.integer | np.bool]
@@ -73,6 +75,8 @@ class Result:
     def fault(self) -> Event | None: ...
     @property
     def event(self) -> Event | None: ...
+    @property
+    def why(self) -> Why | None: ...
     @property
     def level(self) -> int | None: ...
     @property
@@ -131,9 +135,13 @@ class Walk:
     @property
     def result(self) -> Result | None: ...
     def supply(self, data: Buffer | NDArray[Any] | int | None) -> None: ...
+    def close(self) -> None: ...
 
 @final
 class Smmu(Registers):
+    def check_ste(self, ste: Buffer) -> Why | None: ...
+    def check_cd(self, cd: Buffer, ste: Buffer) -> Why | None: ...
+    def check_command(self, command: Buffer) -> Why | None: ...
     def translate(
         self,
         sid: SupportsIndex,
@@ -203,6 +211,7 @@ class Smmu(Registers):
         write: _Flag = False,
         priv: _Flag = False,
         instr: _Flag = False,
+        holds_sync: _Flag = False,
     ) -> Walk: ...
     def stale(self) -> list[StaleEntry]: ...
     def ats_request(
@@ -223,4 +232,6 @@ class Smmu(Registers):
         *,
         ssid: SupportsIndex | None = None,
         write: _Flag = False,
+        priv: _Flag = False,
+        instr: _Flag = False,
     ) -> Result: ...

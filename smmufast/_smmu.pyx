@@ -18,13 +18,14 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, low_mask, unlikely
 from smmufast._cache cimport ctz64
-from smmufast._command cimport Effect
+from smmufast._command cimport Effect, command_decode
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
-from smmufast._layout cimport CMD_PREFETCH_CONFIG, cr0_smmuen
+from smmufast._layout cimport CMD_PREFETCH_CONFIG, cr0_smmuen, ste_ppar
 from smmufast._ints cimport digits_of
-from smmufast._memory cimport FETCH_PENDING, Port, Ram, port_open, raise_port, to_address
+from smmufast._memory cimport Log, Logged, Port, Ram, port_open, raise_port, to_address
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
+    recorded_if_asked, translated_input,
 )
 from smmufast._batch cimport (
     request_at, store_outcome, store_u8, store_u64, translate_each, translate_hits,
@@ -32,22 +33,28 @@ from smmufast._batch cimport (
 )
 from smmufast._vector cimport vector_on, vector_switch
 from smmufast._cached cimport (
-    deliver, leaf_of, lookup_cached, memo_current, memo_touch, translate_cached,
-    translate_request, usable, view_open, walk_cached,
+    deliver, lookup_cached, memo_current, memo_touch, translate_cached, translate_request,
+    view_open,
 )
-from smmufast._config cimport STAGE1_BYPASS
+from smmufast._config cimport STAGE1_BYPASS, cd_decode
 from smmufast._tlb cimport KIND_S1, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
 from smmufast._translate cimport (
-    Leaf, Memo, Syndrome, View, canonical, finish_stage1, half_fault, memo_holds,
-    open_drivers, translate_known, translate_one, walk_once,
+    CLASS_IN, Leaf, Memo, Syndrome, View, canonical, end_fault, finish_stage1, half_fault, leaf_of,
+    memo_holds, open_drivers, ste_decode, ste_fetch, syndrome_set, translate_known,
+    translate_one, usable, walk_once,
 )
 from smmufast._types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, ACTION_STALL,
-    FETCH_NONE, FETCH_TT_UPDATE, MAX_FETCHES, MAX_WORDS, NO_LEVEL, NO_SSID, STATUS_DONE,
-    STATUS_EINVAL, STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Half,
-    Outcome, Request, SmmuC, WalkC,
+    FETCH_TT_UPDATE, HOLDS_SYNC, NO_LEVEL, NO_SSID, STATUS_DONE, STATUS_EINVAL, STATUS_EPYTHON,
+    STATUS_PENDING, ApiC, BatchC, ColumnC, Context, FetchC, Half, Hw, Outcome, Request, SmmuC,
+    WalkC,
 )
 from smmufast._vmsa cimport half_of
+from smmufast._why cimport why_event
+from smmufast._walk cimport (
+    STEP_ENDED, Walking, walk_answer, walk_begin, walk_fits, walk_holds, walk_leaves,
+    walk_overtaken, walk_seal, walk_sealed, walk_tell, walking,
+)
 
 from collections.abc import Iterable
 from pickle import PickleBuffer
@@ -59,6 +66,7 @@ import os
 import numpy as np
 
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, AtsResponse, Event, Fetch, Perm
+from smmufast.why import Why
 
 cdef extern from "numpy/arrayobject.h":
     cnp.dtype PyArray_DescrNew(cnp.dtype descr)
@@ -101,9 +109,10 @@ cdef dict DTYPES = {
     "ipa": np.dtype(np.uint64),
     "stage": np.dtype(np.uint8),
     "record": np.dtype("V32"),
+    "why": np.dtype(np.uint16),
 }
 cdef enum:
-    OUT_COLUMNS = 12
+    OUT_COLUMNS = 13
     IN_COLUMNS = 6     # sid, iova, ssid, and three of bool
     OUT_MASK = (1 << OUT_COLUMNS) - 1
     USUAL = 0b111      # pa, action and event
@@ -162,12 +171,13 @@ cdef inline uint32_t as_access(bint write, bint priv, bint instr) noexcept:
 cdef object new_tuple = tuple.__new__  # without the Python function that Fetch(...) calls
 
 
-cdef object fetch_of(const WalkC* log, uint32_t i, bint answered):
-    cdef const FetchC* fetch = &log.fetch[i]
+cdef object fetch_of(const Log* log, uint32_t i):
+    """An access that was made, as a Fetch."""
+    cdef const Logged* fetch = &log.fetch[i]
     cdef uint64_t[8] words
     cdef int k
     data = swap = None
-    if answered and not fetch.aborted:
+    if not fetch.aborted:
         for k in range(fetch.size // 8):
             words[k] = le64(log.data[fetch.words + k])
         data = PyBytes_FromStringAndSize(<char*>words, fetch.size)
@@ -176,6 +186,16 @@ cdef object fetch_of(const WalkC* log, uint32_t i, bint answered):
     return new_tuple(Fetch, (
         FETCH_KINDS[fetch.kind], None if fetch.level == NO_LEVEL else fetch.level,
         fetch.address, fetch.size, data, swap))
+
+
+cdef object asked_for(const FetchC* fetch):
+    """An access that a walk asks for, as a Fetch."""
+    swap = None
+    if fetch.kind >= FETCH_TT_UPDATE:
+        swap = (fetch.expected, fetch.desired)
+    return new_tuple(Fetch, (
+        FETCH_KINDS[fetch.kind], None if fetch.level == NO_LEVEL else fetch.level,
+        fetch.address, fetch.size, None, swap))
 
 
 @cython.freelist(64)
@@ -254,6 +274,11 @@ cdef class Result:
         or in error, or when it is C_BAD_STREAMID and CR2.RECINVSID=0.
         """
         return self.fault if self.outcome.event else None
+
+    @property
+    def why(self):
+        """The reason of the fault or of the abort, as a Why; None when nothing was refused."""
+        return Why(self.outcome.why) if self.outcome.why else None
 
     @property
     def level(self):
@@ -361,7 +386,7 @@ cdef class TracedResult(Result):
     """A Result that holds every fetch which was made."""
 
     def __cinit__(self):
-        self.log = <WalkC*>malloc(sizeof(WalkC))
+        self.log = <Log*>malloc(sizeof(Log))
         if self.log == NULL:
             raise MemoryError()
         self.log.count = 0
@@ -374,7 +399,7 @@ cdef class TracedResult(Result):
     def fetches(self):
         """Every fetch that was made, in order, as Fetch tuples."""
         cdef uint32_t i
-        return [fetch_of(self.log, i, True) for i in range(self.log.count)]
+        return [fetch_of(self.log, i) for i in range(self.log.count)]
 
 
 cdef TracedResult traced():
@@ -390,12 +415,34 @@ cdef str cache_text(unsigned int nibble):
             + ("-RA" if nibble & 2 else "") + ("-WA" if nibble & 1 else ""))
 
 
+cdef object why_of(int why):
+    """The Why of a number, None for 0."""
+    return Why(why) if why else None
+
+
+cdef int record_in(str name, value, uint64_t* words, size_t n) except -1:
+    """The dwords of a record of n bytes."""
+    cdef size_t i
+    cdef bytes data
+    try:
+        data = bytes(memoryview(value))
+    except TypeError:
+        raise TypeError(f"{name} must be {n} bytes, not {type(value).__name__}") from None
+    if <size_t>len(data) != n:
+        raise ValueError(f"{name} must be {n} bytes, not {len(data)}")
+    memcpy(words, <const char*>data, n)
+    for i in range(n // 8):
+        words[i] = le64(words[i])
+    return 0
+
+
 cdef inline object result_error(Result result):
     """The one place where a fault becomes an exception."""
     kind = FAULTS[result.outcome.fault]
     name = result.fault.name if result.outcome.fault else "aborted without an event"
     ssid = "" if result.request.ssid == NO_SSID else f" ssid {result.request.ssid:#x}"
-    return kind(f"{name}: sid {result.request.sid:#x}{ssid} iova {result.request.iova:#x}", result)
+    text = f"{name}: sid {result.request.sid:#x}{ssid} iova {result.request.iova:#x}"
+    return kind(f"{text}: {result.why.sentence()}", result)
 
 
 @cython.final
@@ -432,6 +479,11 @@ cdef class Segments:
         return f"<Segments {[tuple(map(hex, s)) for s in self]}{end}>"
 
 
+# Walk.status, beside STATUS_DONE and STATUS_PENDING.
+cdef enum:
+    WALK_CLOSED = 2
+
+
 @cython.final
 @cython.auto_pickle(False)
 cdef class Walk:
@@ -441,8 +493,7 @@ cdef class Walk:
     `result` is the Result, None until then::
 
         walk = smmu.start_walk(sid, iova)
-        while not walk.done:
-            fetch = walk.request
+        while (fetch := walk.request) is not None:
             if fetch.swap is None:
                 walk.supply(read(fetch.address, fetch.size))   # None: an external abort
             else:                                              # (expected, desired)
@@ -451,34 +502,40 @@ cdef class Walk:
     A fetch with a `swap` is a hardware update, which CD.HA, CD.HD and their like ask for: store
     `desired` in the 8 bytes at the address if they are `expected`, both numbers little-endian,
     and answer with what was there, stored or not.
+
+    A walk that an invalidation (CMD_TLBI_*, CMD_CFGI_*) and then CMD_SYNC overtake uses nothing of
+    what it read before: it starts again, and `request` is its first Fetch once more (IHI 0070
+    3.21.1).  An answer to what it asked before that is dropped.  So whoever takes time between
+    `request` and an update looks at `request` again just before the update, which may be in a
+    table that is used for something else by now.  With ``start_walk(…, holds_sync=True)`` the walk
+    goes on instead, and CMD_SYNC does not complete before the walk ends.  Clearing CR0.SMMUEN lets
+    every walk start again, and then find the SMMU disabled.
     """
 
     def __init__(self):
         raise TypeError("a Walk is made by Smmu.start_walk")
 
+    def __del__(self):
+        if self.status == STATUS_PENDING and walk_holds(&self.walk):
+            self.close()
+
     @property
     def request(self):
-        """The Fetch to perform next (its data is None), None when the walk is done."""
-        if self.status == STATUS_DONE:
-            return None
-        return fetch_of(&self.walk, self.walk.count, False)
+        """The Fetch to perform next (its data is None), None when the walk is done or closed."""
+        self._look()
+        return asked_for(&self.walk.fetch) if self.status == STATUS_PENDING else None
 
     @property
     def done(self):
-        """Whether the result is there."""
-        return self.status == STATUS_DONE
+        """Whether the walk asks for nothing any more."""
+        self._look()
+        return self.status != STATUS_PENDING
 
     @property
     def result(self):
-        """The Result, with its fetches; None until the walk is done."""
-        cdef TracedResult result
-        if self.status != STATUS_DONE:
-            return None
-        result = traced()
-        result.request = self.walk.request
-        result.outcome = self.walk.result
-        result.log[0] = self.walk
-        return result
+        """The Result, with its fetches; None until the walk is done, or if it was closed."""
+        self._look()
+        return self.traced if self.status == STATUS_DONE else None
 
     def supply(self, data):
         """Answer the fetch that is asked for.
@@ -495,18 +552,22 @@ cdef class Walk:
             The walk is done, or an answer to it is being worked on.
         ValueError
             The size is wrong.
+        Exception
+            Whatever on_interrupt or a Python memory callback raises.
         """
         cdef Py_buffer view
         cdef unsigned int size
-        cdef uint32_t asked = self.walk.count
-        if self.status == STATUS_DONE:
-            raise RuntimeError("the walk is done: no fetch waits for data")
+        cdef uint64_t asked = self.answers
+        if self.status != STATUS_PENDING:
+            raise RuntimeError(
+                f"the walk is {'done' if self.status == STATUS_DONE else 'closed'}: "
+                "no fetch waits for data")
         if self.answering:
             raise RuntimeError("an answer is being worked on: no fetch waits for data")
         if data is None:
-            self._answer(NULL)
+            self._step(False, NULL)
             return
-        size = self.walk.fetch[self.walk.count].size
+        size = self.walk.fetch.size
         if isinstance(data, int):
             if data < 0 or data >> (8 * size):
                 raise ValueError(f"data: {data:#x} given; a number of {size} bytes needed")
@@ -517,82 +578,73 @@ cdef class Walk:
         try:
             if <size_t>view.len != size:
                 raise ValueError(f"data: {view.len} bytes given; {size} needed")
-            if self.answering or asked != self.walk.count:  # conversions run the caller's code
+            # conversions run the caller's code
+            if self.answering or self.answers != asked or self.status != STATUS_PENDING:
                 raise RuntimeError("the fetch was answered meanwhile")
-            self._answer(view.buf)
+            self._step(False, view.buf)
         finally:
             PyBuffer_Release(&view)
 
-    cdef int _answer(self, const void* data) except -1:
+    def close(self):
+        """End the walk without a result; nothing happens if it is done.
+
+        A walk that is dropped is closed.  CMD_SYNC does not wait for it any more.
+
+        Raises
+        ------
+        RuntimeError
+            An answer to it is being worked on.
+        Exception
+            Whatever a command raises that waited behind the CMD_SYNC.
+        """
+        cdef Port own
+        if self.status != STATUS_PENDING:
+            return
+        if self.answering:
+            raise RuntimeError("an answer is being worked on")
+        self.status = WALK_CLOSED
+        port_open(&own, self.smmu.core.ram, NULL)
+        if walk_leaves(&self.smmu.core, &own, &self.walk) < 0:
+            raise_port(&own)
+
+    cdef int _look(self) except -1:
+        """Start again if the walk was overtaken."""
+        if (self.status == STATUS_PENDING and not self.answering
+                and walk_overtaken(&self.smmu.core, &self.walk)):
+            self._step(True, NULL)
+        return 0
+
+    cdef int _step(self, bint begins, const void* data) except -1:
+        """Begin, or answer walk.fetch; an exception of what follows finds the walk done."""
         cdef Core* core = &self.smmu.core
         cdef Port own
-        cdef int status
+        cdef int status, told = 0
         self.answering = True
-        core.ram.users += 1
-        core.shared += 1
-        if core.caches == NULL:
-            status = walk_answer(core, &own, &self.walk, data)
+        self.answers += 1
+        port_open(&own, core.ram, NULL)
+        caches_take_gil(core)
+        if begins:
+            status = walk_begin(core, &self.walk, self.traced.log)
         else:
-            with nogil:  # the caches may have to be waited for
-                status = walk_answer(core, &own, &self.walk, data)
-        core.shared -= 1
-        core.ram.users -= 1
+            status = walk_answer(core, &self.walk, self.traced.log, data)
+        caches_give(core)
+        if status == STATUS_DONE:
+            core.ram.users += 1
+            told = walk_tell(core, &own, &self.walk)
+            core.ram.users -= 1
+            self.traced.outcome = self.walk.result
+        self.status = status
         self.answering = False
-        return self._settle(&own, status)
-
-    cdef int _settle(self, Port* own, int status) except -1:
-        """Take note of how the walk goes on; a callback's exception finds it done."""
-        self.status = STATUS_DONE if status < 0 else status
-        if status < 0:
-            raise_port(own)
+        if status == STATUS_DONE and walk_leaves(core, &own, &self.walk) < 0 or told < 0:
+            raise_port(&own)
         return 0
 
     def __repr__(self):
-        return f"<Walk {self.result!r}>" if self.done else f"<Walk at {self.request!r}>"
-
-
-# --- the resumable walk: the chain, run again with one answer more ---
-
-cdef int walk_resume(Core* core, Port* own, WalkC* walk) noexcept nogil:
-    """STATUS_PENDING, STATUS_DONE, or FETCH_RAISED with an exception in `own`."""
-    cdef Port port
-    cdef Memo memo
-    cdef int status
-    port_open(own, core.ram, NULL, False)
-    if core.caches == NULL:
-        port_open(&port, NULL, walk, True)
-        memo.whole = False
-        status = translate_one(&core.hw, &port, &walk.request, &memo, &walk.result)
-    else:
-        caches_take(core)
-        status = walk_cached(core, &port, &walk.request, walk)
-        caches_give(core)
-    if status == FETCH_PENDING:
-        return STATUS_PENDING
-    status = deliver(core, own, &walk.request, 0, &walk.result)
-    return status if status else STATUS_DONE
-
-
-cdef int walk_begin(Core* core, Port* own, const Request* request, WalkC* walk) noexcept nogil:
-    memset(walk, 0, sizeof(WalkC))
-    walk.request = request[0]
-    if core.caches != NULL:
-        walk.request.reserved = <uint32_t>core.caches.commands
-    return walk_resume(core, own, walk)
-
-
-cdef int walk_answer(Core* core, Port* own, WalkC* walk, const void* data) noexcept nogil:
-    cdef FetchC* fetch = &walk.fetch[walk.count]
-    cdef uint64_t word
-    cdef unsigned int i
-    fetch.aborted = data == NULL
-    if data != NULL:
-        for i in range(fetch.size // 8):
-            memcpy(&word, <const char*>data + 8 * i, 8)
-            walk.data[walk.used + i] = le64(word)
-    walk.used += fetch.size // 8 + (2 if fetch.kind >= FETCH_TT_UPDATE else 0)
-    walk.count += 1
-    return walk_resume(core, own, walk)
+        if self.status == STATUS_DONE:
+            return f"<Walk {self.traced!r}>"
+        if self.status == WALK_CLOSED:
+            return "<Walk closed>"
+        return f"<Walk at {asked_for(&self.walk.fetch)!r}>"
 
 
 # --- vectors ---
@@ -741,7 +793,7 @@ cdef inline int flag_in(Flags* flags, Held* held, int bit, str name, value,
 cdef inline void batch_open(BatchC* batch) noexcept:
     """A batch without columns; those that are pointed somewhere are the same for every row."""
     cdef ColumnC* column = &batch.sid
-    while column <= &batch.record:
+    while column <= &batch.why:
         column.data = NULL
         column.stride = 0
         column += 1
@@ -881,7 +933,7 @@ cdef object make_out(Py_ssize_t n, columns):
 cdef void shift_columns(BatchC* batch, size_t by) noexcept nogil:
     """Let every column start `by` rows later."""
     cdef ColumnC* column = &batch.sid
-    while column <= &batch.record:
+    while column <= &batch.why:
         if column.data != NULL:
             column.data = <char*>column.data + <ptrdiff_t>by * column.stride
         column += 1
@@ -937,7 +989,7 @@ cdef enum:
 cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
     """Translate a batch: 0, or FETCH_RAISED with the exception in the port."""
     cdef int status
-    port_open(port, core.ram, NULL, False)
+    port_open(port, core.ram, NULL)
     if (core.caches == NULL and core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0
             and deep < DEEP):
         deep_set(deep + 1)
@@ -1107,7 +1159,6 @@ cdef const Context* hit_ahead(Smmu smmu, const Request* request, Leaf* leaf) noe
     view.c = c
     view.sid = request.sid
     view.ssid = request.ssid
-    view.quiet = False
     if (not memo_current(&core.hw, &view, memo) or context.second.on
             or memo.index == STAGE1_BYPASS):
         return NULL
@@ -1151,7 +1202,7 @@ cdef inline const Context* find_ahead(
     memo = <const Memo*>apart(&smmu.memos[(request.sid ^ request.ssid) % MEMOS])
     if unlikely(not memo.context.simple or memo.context.second.on):
         return NULL
-    port_open(&port, ram, NULL, False)
+    port_open(&port, ram, NULL)
     port.window = ram.window
     if unlikely(not memo_holds(&core.hw, &port, memo, request.sid, request.ssid)):
         return NULL
@@ -1226,7 +1277,7 @@ cdef struct Share:
 cdef void* share_run(void* what) noexcept nogil:
     """Translate rows for as long as none of them would write memory."""
     cdef Share* share = <Share*>what
-    port_open(&share.port, share.core.ram, NULL, False)
+    port_open(&share.port, share.core.ram, NULL)
     share.port.pure = True
     share.status = plain(share.core, &share.port, &share.batch)
     return NULL
@@ -1266,7 +1317,7 @@ cdef int shares_run(Core* core, Port* port, const BatchC* batch, int threads) no
         if shares[k].status:
             stopped = shares[k].start + shares[k].port.stopped
             break
-    port_open(port, core.ram, NULL, False)
+    port_open(port, core.ram, NULL)
     if stopped == n:
         return 0
     rest = batch[0]
@@ -1291,7 +1342,7 @@ cdef bint apart_from_inputs(const BatchC* batch) noexcept nogil:
     while given <= &batch.access:
         column_span(given, batch.n, &low, &high)
         made = &batch.pa
-        while made <= &batch.record:
+        while made <= &batch.why:
             if made.data != NULL:
                 column_span(made, batch.n, &first, &last)
                 if first <= high and low <= last:
@@ -1380,7 +1431,7 @@ cdef int ats_ask(Core* core, const Request* request, const AtsAsk* ask,
     """A translation request, with the GIL, which only callbacks may let go."""
     cdef Port port
     cdef int status
-    port_open(&port, core.ram, NULL, False)
+    port_open(&port, core.ram, NULL)
     core.ram.users += 1
     caches_take_gil(core)
     status = ats_request(core, &port, request, ask, answer)
@@ -1395,7 +1446,7 @@ cdef int ats_pass(Core* core, const Request* request, Outcome* outcome) except -
     """A Translated transaction, likewise."""
     cdef Port port
     cdef int status
-    port_open(&port, core.ram, NULL, False)
+    port_open(&port, core.ram, NULL)
     core.ram.users += 1
     caches_take_gil(core)
     status = ats_translated(core, &port, request, outcome)
@@ -1413,7 +1464,7 @@ cdef class Smmu:
 
     Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=0b101, cr2=0b10,
     gbpa=0x1000, eventq_base=None, cmdq_base=None, priq_base=None, caches=None,
-    ignore_s2ptw=False, on_interrupt=None).
+    ignore_s2ptw=False, wired=True, on_interrupt=None).
 
     Parameters
     ----------
@@ -1434,8 +1485,11 @@ cdef class Smmu:
     ignore_s2ptw : bool
         Let table walks touch what stage 2 makes Device memory even with STE.S2PTW=1.  Not
         architectural: implementations without memory attributes do so.
+    wired : bool
+        Whether interrupts have wires: then a source that is enabled asserts its wire, whether it
+        sends a message (MSI) or not.  Without, which needs IDR0.MSI, there are messages alone.
     on_interrupt : callable, optional
-        Called with the name of each wired interrupt.
+        Called with the name of each wire that is asserted.
 
     `read` and `write` are what software sees: every register of both pages (Registers).
 
@@ -1473,11 +1527,11 @@ cdef class Smmu:
         request.ssid = effect.ssid if effect.ssv else NO_SSID
         request.iova = effect.first
         request.access = ACCESS_PRIV
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         memo.whole = False
         caches_take_gil(&self.core)
         self.core.ram.users += 1
-        view_open(&view, &self.core, &request, False)
+        view_open(&view, &self.core, &request)
         if effect.op == CMD_PREFETCH_CONFIG:
             status = lookup_cached(&self.core.hw, &port, &view, &memo, &syndrome)
         else:
@@ -1488,6 +1542,97 @@ cdef class Smmu:
         if status < 0:
             raise_port(&port)
         return 0
+
+    # --- the rules alone ---
+
+    def check_ste(self, ste):
+        """Say why a stream table entry would be refused, by this SMMU's features and registers.
+
+        Parameters
+        ----------
+        ste : bytes-like
+            Its 64 bytes, as in memory.
+
+        Returns
+        -------
+        Why or None
+            The first rule that refuses it (IHI 0070 5.2.2), `Why.STE_CONFIG` for one that blocks
+            its stream.  None for an entry that serves transactions.
+
+        >>> from smmufast import Memory, Smmu
+        >>> Smmu(Memory()).check_ste(bytes(64))
+        <Why.STE_V: 260>
+        """
+        cdef Memo memo
+        record_in("ste", ste, memo.ste, 64)
+        return why_of(ste_decode(&self.core.hw, &memo))
+
+    def check_cd(self, cd, ste):
+        """Say why a context descriptor would be refused to a stream, as `check_ste` does.
+
+        Parameters
+        ----------
+        cd, ste : bytes-like
+            64 bytes each, as in memory; the STE says what the stream may do.
+
+        Returns
+        -------
+        Why or None
+            The first rule that refuses it (IHI 0070 5.4.1).
+        """
+        cdef Memo memo
+        record_in("cd", cd, memo.cd, 64)
+        record_in("ste", ste, memo.ste, 64)
+        return why_of(cd_decode(&self.core.hw, memo.ste, memo.cd, &memo.context))
+
+    def check_command(self, command):
+        """Say why a command of the Non-secure queue would be illegal (IHI 0070 4.1).
+
+        Parameters
+        ----------
+        command : bytes-like
+            Its 16 bytes, as in memory.
+
+        Returns
+        -------
+        Why or None
+        """
+        cdef uint64_t[2] words
+        cdef Effect effect
+        record_in("command", command, words, 16)
+        command_decode(&self.core.hw, words, &effect)
+        return why_of(effect.why)
+
+    cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2:
+        """STE.PPAR, for a response to a page request (8.1); -1 where no STE can be asked.
+
+        That is an event, as of a transaction, if CR2.REC_CFG_ATS asks for these (S8.1-9).
+        """
+        cdef const Hw* hw = &self.core.hw
+        cdef Port port
+        cdef Memo memo
+        cdef Request request
+        cdef Outcome outcome
+        cdef Syndrome syndrome
+        cdef int why, status = 0
+        memset(&request, 0, sizeof(request))
+        request.sid = sid
+        request.ssid = ssid
+        syndrome_set(&syndrome, 0, False, CLASS_IN)
+        port_open(&port, self.core.ram, NULL)
+        self.core.ram.users += 1
+        why = ste_fetch(hw, &port, sid, &memo, &syndrome)
+        if why == 0:
+            why = ste_decode(hw, &memo)
+        if why < 0:
+            status = why
+        elif why_event(why):
+            end_fault(hw, &request, &outcome, why, 0, recorded_if_asked(hw), &syndrome)
+            status = deliver(&self.core, &port, &request, 0, &outcome)
+        self.core.ram.users -= 1
+        if status < 0:
+            raise_port(&port)
+        return -1 if why_event(why) else <int>ste_ppar(memo.ste)
 
     cdef void _forget(self) noexcept:
         cdef int i
@@ -1570,14 +1715,14 @@ cdef class Smmu:
         result.outcome = outcome
         raise result_error(result)
 
-    cdef int _run(self, const Request* request, Outcome* outcome, WalkC* log) except -1:
+    cdef int _run(self, const Request* request, Outcome* outcome, Log* log) except -1:
         """The scalar driver for whatever find_ahead() leaves to it."""
         cdef Port port
         cdef Ram* ram = self.core.ram
         cdef Memo* memo = &self.memos[(request.sid ^ request.ssid) % MEMOS]
         cdef Memo own
         cdef int status
-        port_open(&port, ram, log, False)
+        port_open(&port, ram, log)
         if ram.plain and log == NULL and not self.core.shared:
             port.window = ram.window
             if self.core.caches == NULL:
@@ -1630,7 +1775,7 @@ cdef class Smmu:
         index into ACTIONS), ``event`` and ``fault`` (uint8, event number, 0 for none),
         ``perm`` (uint8, Perm), ``level`` (int8, 4 without a translation), ``page_lg2`` (uint8,
         0 likewise), ``attr`` and ``sh`` (uint8), ``ipa`` (uint64, 0 unless stage 2 translates),
-        ``stage`` (uint8), ``record`` (32 bytes, zero when nothing is recorded).
+        ``stage`` (uint8), ``record`` (32 bytes, zero when nothing is recorded), ``why`` (uint16).
         ``action >= ACTIONS.index("abort")`` are the accesses that are terminated or stall,
         ``layout.Event(number).name`` names an event, ``Event(row["record"])`` decodes a record.
 
@@ -1725,7 +1870,7 @@ cdef class Smmu:
         if burst.rest and request.iova + (burst.rest - 1) < request.iova:
             raise ValueError(f"size: {burst.rest:#x} given; the burst at {request.iova:#x} "
                              f"would wrap around")
-        port_open(&port, self.core.ram, NULL, False)
+        port_open(&port, self.core.ram, NULL)
         memo.whole = False
         self.core.ram.users += 1
         self.core.shared += self.core.caches != NULL
@@ -1756,37 +1901,38 @@ cdef class Smmu:
         return segments
 
     def start_walk(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
-                   bint instr=False):
-        """Start a translation whose fetches the host performs; arguments as in `translate`.
+                   bint instr=False, bint holds_sync=False):
+        """Start a translation whose fetches the host performs.
 
         The Memory is not read for the walk; an event is put into its event queue, if software
-        placed one.  Caches answer as ever, so that a walk may be done at once, and are filled when
-        it is done.  Several walks may be under way, and end in any order.
+        placed one.  Caches answer as ever, so that a walk may be done at once; they are asked when
+        the walk comes to them, and take what it has read.  Several walks may be under way, and end
+        in any order.
+
+        Parameters
+        ----------
+        sid, iova, ssid, write, priv, instr
+            As for `translate`.
+        holds_sync : bool
+            What becomes of the walk when an invalidation overtakes it: if True, a CMD_SYNC behind
+            that waits for the walk; otherwise the CMD_SYNC completes, and the walk starts again.
+            While CMD_SYNC waits, CMDQ_CONS stays at it, and `sync` raises RuntimeError.
 
         Returns
         -------
         Walk
         """
         cdef Walk walk = Walk.__new__(Walk)
-        cdef Request request
-        cdef Port own
-        cdef int status
+        cdef Request* request = &walk.walk.request
         request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
-        request.reserved = 0
+        walk.walk.flags = HOLDS_SYNC if holds_sync else 0
         walk.smmu = self
-        self.core.ram.users += 1
-        self.core.shared += 1
-        if self.core.caches == NULL:
-            status = walk_begin(&self.core, &own, &request, &walk.walk)
-        else:
-            with nogil:
-                status = walk_begin(&self.core, &own, &request, &walk.walk)
-        self.core.shared -= 1
-        self.core.ram.users -= 1
-        walk._settle(&own, status)
+        walk.traced = traced()
+        walk.traced.request = request[0]
+        walk._step(True, NULL)
         return walk
 
     def stale(self):
@@ -1823,7 +1969,8 @@ cdef class Smmu:
         It reads the tables as an access would, and updates access flags, and the dirty state if
         it grants a write.  It never stalls.  STE.EATS, with CR0.ATSCHK for split-stage ATS, says
         whether the stream may ask: if not, F_BAD_ATS_TREQ is recorded.  Configuration errors are
-        recorded with CR2.REC_CFG_ATS alone, faults of translation never.
+        recorded with CR2.REC_CFG_ATS alone, faults of translation never.  Permissions and size
+        are those of both stages; with split-stage ATS the address is the one between them.
 
         Parameters
         ----------
@@ -1834,7 +1981,8 @@ cdef class Smmu:
         ssid : int, optional
             PASID, 20 bits; None for a request without one.  Then execute and priv count as False.
         no_write : bool
-            The device is not going to write (NW): nothing is marked dirty, no write is granted.
+            The device is not going to write (NW): nothing is marked dirty, and no write is granted
+            but by a stream whose only stage S1DSS bypasses, which is the identity.
         execute, priv : bool
             Execute permission is asked for too; the accesses will be privileged.
         stu : int
@@ -1881,26 +2029,28 @@ cdef class Smmu:
         """The AtsResponse to a request."""
         cdef Result found = self._result(request, &answer.outcome)
         cdef bint priv = request.access != 0
-        cdef uint64_t size
+        cdef uint64_t address, size
         if answer.status != ATS_SUCCESS:
             return AtsResponse(
-                ATS_STATUS[answer.status], fault=found.fault, event=found.event)
+                ATS_STATUS[answer.status], fault=found.fault, event=found.event, why=found.why)
         if not answer.granted:
             return AtsResponse(
-                "success", size=1 << ask.stu_lg2, priv=priv, fault=found.fault)
+                "success", size=1 << ask.stu_lg2, priv=priv, fault=found.fault, why=found.why)
         size = <uint64_t>1 << answer.outcome.page_lg2
+        address = answer.outcome.ipa if answer.split else answer.outcome.pa
         return AtsResponse(
-            "success", answer.outcome.pa & ~(size - 1), size,
+            "success", address & ~(size - 1), size,
             read=answer.granted & ATS_READ != 0, write=answer.granted & ATS_WRITE != 0,
             execute=answer.granted & ATS_EXECUTE != 0, priv=priv, ipa=answer.split,
             attr=answer.outcome.attr, shareability=answer.outcome.sh)
 
-    def ats_translated(self, sid, address, *, ssid=None, bint write=False):
+    def ats_translated(self, sid, address, *, ssid=None, bint write=False, bint priv=False,
+                       bint instr=False):
         """Take an ATS Translated transaction, whose address an `ats_request` gave.
 
         With CR0.ATSCHK=0 it passes.  Otherwise STE.EATS says: full ATS lets it pass, split-stage
-        ATS translates the address, an intermediate physical one, by stage 2; other streams are
-        refused with F_TRANSL_FORBIDDEN.  It is data and unprivileged.
+        ATS translates the address, an intermediate physical one, by stage 2, for the access that
+        STE.INSTCFG and PRIVCFG make of it; other streams are refused with F_TRANSL_FORBIDDEN.
 
         Parameters
         ----------
@@ -1910,6 +2060,9 @@ cdef class Smmu:
             PASID, 20 bits; without meaning unless IDR3.PASIDTT is 1.
         write : bool
             A write instead of a read.
+        priv, instr : bool
+            What the PASID says of the access: without one, or without IDR3.PASIDTT, it is
+            unprivileged and data.
 
         Returns
         -------
@@ -1927,10 +2080,9 @@ cdef class Smmu:
         request.iova = as_u64("address", address, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
-        if not self.core.hw.pasidtt:
-            request.ssid = NO_SSID
-        request.access = as_access(write, False, False)
+        request.access = as_access(write, priv, instr)
         request.reserved = 0
+        translated_input(&self.core.hw, &request)
         ats_pass(&self.core, &request, &outcome)
         return self._result(&request, &outcome)
 
@@ -2018,7 +2170,7 @@ cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) 
     cdef int status
     if not request_legal(&own):
         return STATUS_EINVAL
-    port_open(&port, core.ram, NULL, False)
+    port_open(&port, core.ram, NULL)
     memo.whole = False
     caches_take(core)
     status = translate_request(core, &port, &own, &memo, outcome)
@@ -2037,39 +2189,108 @@ cdef bint accesses_legal(const BatchC* batch) noexcept nogil:
     return True
 
 
-cdef int api_translate_batch(SmmuC* handle, const BatchC* batch) noexcept nogil:
+cdef extern from *:
+    """
+    #define smmufast_batch_least offsetof(smmufast_batch, pa)
+    """
+    const size_t BATCH_LEAST "smmufast_batch_least"
+
+cdef enum:
+    STRUCT_MOST = 1 << 16  # what is more is no size: older structs have an address there
+
+
+cdef bint batch_known(const BatchC* given, BatchC* batch) noexcept nogil:
+    """Take the columns that the caller's struct has; no if it wants some that are not known."""
+    cdef const char* data = <const char*>given
+    cdef size_t i, size = given.size  # what is checked is what is used
+    if not BATCH_LEAST <= size <= STRUCT_MOST:
+        return False
+    for i in range(sizeof(BatchC), size):
+        if data[i]:
+            return False
+    memset(batch, 0, sizeof(BatchC))
+    memcpy(batch, data, size if size < sizeof(BatchC) else sizeof(BatchC))
+    return True
+
+
+cdef int api_translate_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
     cdef Core* core = <Core*>handle
     cdef Port port
-    if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
-            or batch.access.data == NULL or not ssids_legal(batch)
-            or not accesses_legal(batch)):
+    cdef BatchC batch
+    if not batch_known(given, &batch):
         return STATUS_EINVAL
-    return api_end(&port, batch_run(core, &port, batch))
+    if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
+            or batch.access.data == NULL or not ssids_legal(&batch)
+            or not accesses_legal(&batch)):
+        return STATUS_EINVAL
+    return api_end(&port, batch_run(core, &port, &batch))
+
+
+cdef int api_walk_told(Core* core, WalkC* walk, int status) noexcept nogil:
+    """Give the walk back to the host after a step."""
+    cdef Port port
+    cdef int told = 0, left
+    if status == STATUS_DONE:
+        told = walk_tell(core, &port, walk)
+        left = walk_leaves(core, &port, walk)
+        told = told if told else left
+    walk_seal(walk)
+    return api_end(&port, told) if told < 0 else status
+
+
+cdef int api_walk_begin(Core* core, WalkC* walk) noexcept nogil:
+    cdef int status
+    caches_take(core)
+    status = walk_begin(core, walk, NULL)
+    caches_give(core)
+    return api_walk_told(core, walk, status)
 
 
 cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:
     cdef Request own = request[0]
-    cdef Port port
-    cdef int status
-    if not request_legal(&own):
+    if (not request_legal(&own) or not walk_fits(walk) or walk.size > STRUCT_MOST
+            or walk.flags & ~<uint32_t>HOLDS_SYNC):
         return STATUS_EINVAL
-    status = walk_begin(<Core*>handle, &port, &own, walk)
-    return status if status >= 0 else api_end(&port, status)
+    memset(walk.state, 0, sizeof(Walking))
+    walk.request = own
+    return api_walk_begin(<Core*>handle, walk)
+
+
+cdef inline bint walk_pends(const WalkC* walk) noexcept nogil:
+    """The struct is that of a walk, as the library left it, and its fetch is not answered."""
+    return walk_sealed(walk) and walking(walk).step < STEP_ENDED
 
 
 cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef int status
+    if not walk_pends(walk):
+        return STATUS_EINVAL
+    caches_take(core)
+    status = walk_answer(core, walk, NULL, data)
+    caches_give(core)
+    return api_walk_told(core, walk, status)
+
+
+cdef int api_walk_look(SmmuC* handle, WalkC* walk) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    if not walk_sealed(walk):
+        return STATUS_EINVAL
+    if walking(walk).step == STEP_ENDED:
+        return STATUS_DONE
+    return api_walk_begin(core, walk) if walk_overtaken(core, walk) else STATUS_PENDING
+
+
+cdef int api_walk_drop(SmmuC* handle, WalkC* walk) noexcept nogil:
+    cdef Core* core = <Core*>handle
     cdef Port port
     cdef int status
-    cdef const FetchC* fetch
-    if walk.count >= MAX_FETCHES:
+    if not walk_pends(walk):
         return STATUS_EINVAL
-    fetch = &walk.fetch[walk.count]
-    # the struct is the host's: its data stays within it, whatever was written there
-    if fetch.kind == FETCH_NONE or <uint64_t>walk.used + fetch.size // 8 + (
-            2 if fetch.kind >= FETCH_TT_UPDATE else 0) > MAX_WORDS:
-        return STATUS_EINVAL
-    status = walk_answer(<Core*>handle, &port, walk, data)
-    return status if status >= 0 else api_end(&port, status)
+    port_open(&port, core.ram, NULL)
+    status = walk_leaves(core, &port, walk)
+    memset(walk.state, 0, sizeof(Walking))
+    return api_end(&port, status)
 
 
 cdef inline bint access_legal(uint64_t offset, uint32_t size) noexcept nogil:
@@ -2116,4 +2337,6 @@ api.walk_start = api_walk_start
 api.walk_supply = api_walk_supply
 api.read = api_read
 api.write = api_write
+api.walk_look = api_walk_look
+api.walk_drop = api_walk_drop
 _C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)

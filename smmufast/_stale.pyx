@@ -22,7 +22,6 @@ from smmufast._contexts cimport (
     TAG_TABLE, ContextWalk, Tags, context_tags, contexts_next, contexts_open,
 )
 from smmufast._core cimport Core, caches_give, caches_take_gil
-from smmufast._layout cimport EVENT_F_TRANSLATION
 from smmufast._memory cimport Port, Ram, port_open, raise_port
 from smmufast._smmu cimport Smmu
 from smmufast._tlb cimport KEY_GLOBAL, Caches, global_key, tlb_key
@@ -35,6 +34,7 @@ from smmufast import layout
 from smmufast._tlb import KINDS as _KINDS
 from smmufast._tlb import StaleEntry
 from smmufast.faults import Perm
+from smmufast.why import Why
 
 open_drivers()
 
@@ -75,8 +75,11 @@ cdef str pair_text(uint32_t sid, uint32_t ssid):
     return f"sid {sid:#x}" + ("" if ssid == NO_SSID else f", ssid {ssid:#x}")
 
 
-cdef str event_text(int event):
-    return layout.Event(event).name if event else "another entry"
+cdef str why_text(why):
+    """A reason: the event that it leads to, and its name."""
+    if not why:
+        return "another entry"
+    return f"{'an abort' if why.event is None else why.event.name} ({why.name})"
 
 
 # --- one entry ---
@@ -126,12 +129,12 @@ cdef class _Look:
         """A port that changes nothing and meets no injected error."""
         self.ram = self.smmu.core.ram[0]
         self.ram.n_injections = 0
-        port_open(port, &self.ram, NULL, False)
+        port_open(port, &self.ram, NULL)
         port.dry = True
 
     cdef int _fill(self, Caches fresh, str name, entry, uint32_t sid, uint32_t ssid,
                    Tags* tags) except -1:
-        """Fill caches with what a transaction finds where an entry was: 0, or the fault."""
+        """Fill caches with what a transaction finds where an entry was: 0, or why nothing."""
         cdef Core core = self.smmu.core  # but for the caches
         cdef Memo memo
         cdef Syndrome syndrome
@@ -142,56 +145,56 @@ cdef class _Look:
         cdef Outcome outcome
         cdef uint64_t address = 0
         cdef unsigned int access, allowed
-        cdef int event
+        cdef int why
         core.caches = fresh.c
         memset(tags, 0, sizeof(Tags))
         memset(&request, 0, sizeof(request))
         request.sid = sid
         request.ssid = ssid
         self._open(&port)
-        view_open(&view, &core, &request, False)
+        view_open(&view, &core, &request)
         memo.whole = False
-        event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
+        why = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
         if name == "cd" and entry.ssid == 0 and (
-                event > 0 or event == 0 and memo.index == STAGE1_BYPASS):
+                why > 0 or why == 0 and memo.index == STAGE1_BYPASS):
             view.ssid = 0  # a CD 0 may be that of no substream, or of SubstreamID 0
-            event = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
+            why = lookup_cached(&core.hw, &port, &view, &memo, &syndrome)
         # stage 2 is the STE's alone, whatever becomes of the CD
-        if event == 0 or event > 0 and memo.context.second.on:
+        if why == 0 or why > 0 and memo.context.second.on:
             context_tags(self.caches.c, &memo.context,
-                         event == 0 and memo.index != STAGE1_BYPASS, tags)
+                         why == 0 and memo.index != STAGE1_BYPASS, tags)
         if name not in ("ste", "cd") and (
-                event == 0 or event > 0 and entry.kind == "stage 2" and memo.context.second.on):
+                why == 0 or why > 0 and entry.kind == "stage 2" and memo.context.second.on):
             request.iova = entry.start
             allowed = 0x3F if name != "tlb" else int(entry.perm1 & entry.perm2)
             if entry.kind == "stage 2":
                 view.stage2_only = True
-                event = EVENT_F_TRANSLATION
                 if memo.context.second.on:
-                    event = stage2(&view, &memo.context, &port, request.iova, allowed & -allowed,
-                                   False, CLASS_IN, &leaf, &address, &syndrome)
+                    why = stage2(&view, &memo.context, &port, request.iova, allowed & -allowed,
+                                 False, CLASS_IN, &leaf, &address, &syndrome)
             else:
                 for access in (2, 3, 6, 0, 1, 4):  # privileged first: E0PD lets them walk
                     if memo.context.need[access] & allowed:
                         request.access = access
                         break
-                event = translate_known_cached(&core.hw, &port, &view, &request, &memo, &outcome)
-                if event == 0:
-                    event = outcome.fault
-        if event < 0:
+                why = translate_known_cached(&core.hw, &port, &view, &request, &memo, &outcome)
+                if why == 0:
+                    why = outcome.why
+        if why < 0:
             raise_port(&port)
-        return event if event < 0x100 else 0
+        return why
 
     cdef tuple again(self, str name, entry, uint32_t sid, uint32_t ssid, uint64_t tag):
-        """(whether a pair gives the entry, whether it has its tag, what it gives, its fault)."""
+        """(whether a pair gives the entry, whether it has its tag, what it gives, else why not)."""
         cdef Caches fresh = Caches(
             ste=(1, 1), cd=(1, 1), tlb=(1, 4), walk1=(1, 8), walk2=(1, 64),
             nested=self.caches.nested)
         cdef Tags tags
-        cdef int event = self._fill(fresh, name, entry, sid, ssid, &tags)
+        cdef int number = self._fill(fresh, name, entry, sid, ssid, &tags)
+        why = Why(number) if number else None
         now = None
         if name not in ("ste", "cd") and not has_tag(&tags, tag):
-            return False, False, None, event
+            return False, False, None, why
         for other in getattr(fresh, name):
             other = other._replace(**{k: getattr(entry, k) for k in ("sid", "ssid")
                                       if k in other._fields})
@@ -202,10 +205,10 @@ cdef class _Look:
                 if other.is_global and entry.is_global:
                     other = other._replace(asid=entry.asid)  # no tag
             if other == entry:
-                return True, True, other, event
+                return True, True, other, why
             if answers(name, entry, other) and (now is None or other.lg2 == entry.lg2):
                 now = other
-        return False, True, now, event
+        return False, True, now, why
 
     cdef dict sharing(self, set tags, uint64_t first, uint64_t end):
         """The pairs of some StreamIDs that have tags, by tag; one of those that are alike."""
@@ -252,17 +255,17 @@ cdef class _Look:
         """Those of the entries that wait which none of the pairs gives."""
         cdef list left = []
         for one in waiting:
-            name, entry, tag, shared, now, event = one
+            name, entry, tag, shared, now, why = one
             for sid, ssid in pairs.get(tag, ()):
                 if (sid, ssid) == (entry.sid, entry.ssid):
                     continue
-                same, has, other, fault = self.again(name, entry, sid, ssid, tag)
+                same, has, other, reason = self.again(name, entry, sid, ssid, tag)
                 if same:
                     break
                 if has and not shared:  # the pair that filled it is another's now
-                    shared, now, event = (sid, ssid), other, fault
+                    shared, now, why = (sid, ssid), other, reason
             else:
-                left.append((name, entry, tag, shared, now, event))
+                left.append((name, entry, tag, shared, now, why))
         return left
 
     cdef list caches_stale(self):
@@ -281,14 +284,14 @@ cdef class _Look:
             own = name not in ("ste", "cd")
             ssid = entry.ssid if own or name == "cd" and entry.ssid else <uint32_t>NO_SSID
             tag = tag_of(self.caches, name, entry) if own else 0
-            same, has, now, event = self.again(name, entry, entry.sid, ssid, tag)
+            same, has, now, why = self.again(name, entry, entry.sid, ssid, tag)
             if same:
                 continue
             shared = (entry.sid, ssid) if has else None
             if own:
-                waiting.append((name, entry, tag, shared, now, event))
+                waiting.append((name, entry, tag, shared, now, why))
             else:
-                found.append((name, entry, tag, shared, now, event))
+                found.append((name, entry, tag, shared, now, why))
         for sid in dict.fromkeys([one[1].sid for one in waiting]):
             mine = [one for one in waiting if one[1].sid == sid]
             pairs = self.sharing({one[2] for one in mine}, sid, sid + 1)
@@ -300,14 +303,14 @@ cdef class _Look:
             waiting = self.keep(waiting, pairs)
         order = {id(entry): number for number, (_, entry) in enumerate(entries)}
         found = sorted(found + waiting, key=lambda one: order[id(one[1])])
-        return [StaleEntry(name, entry, now, self.why(name, entry, shared, now, event))
-                for name, entry, _tag, shared, now, event in found]
+        return [StaleEntry(name, entry, now, self.words(name, entry, shared, now, why))
+                for name, entry, _tag, shared, now, why in found]
 
-    cdef str why(self, str name, entry, shared, now, int event):
+    cdef str words(self, str name, entry, shared, now, why):
         if now is not None:
             return differences(name, entry, now)
         if shared is not None:
-            return f"{pair_text(shared[0], shared[1])} gives {event_text(event)} now"
+            return f"{pair_text(shared[0], shared[1])} gives {why_text(why)} now"
         tags = [f"{tag} {getattr(entry, tag):#x}" for tag in ("vmid", "asid")
                 if tag != "asid" or entry.kind != "stage 2" and not getattr(
                     entry, "is_global", False)]
@@ -349,12 +352,10 @@ cdef class _Look:
                 continue
             if now is not None:
                 why = differences("atc", held, now)
-            elif response.status != "success" or response.fault is not None:
-                fault = response.event or response.fault
-                why = f"a request gets {response.status} now" + (
-                    "" if fault is None else f" ({fault.name})")
             else:
-                why = "a request is granted nothing now"
+                given = "nothing" if response.status == "success" else response.status
+                why = f"a request gets {given} now" + (
+                    f": {why_text(response.why)}" if response.why else "")
             found.append(StaleEntry("atc", held, now, why))
         return found
 

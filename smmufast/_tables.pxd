@@ -16,6 +16,7 @@ input addresses, `table` the physical address of a table, `entry` that of a desc
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from smmufast._bits cimport le64, likely, load64, low_mask, unlikely
+from smmufast._layout cimport PTE_S1_AP2, PTE_S1_CONTIGUOUS, PTE_S1_DBM, PTE_S1_VALID
 from smmufast._memory cimport Memory
 from smmufast._pages cimport (
     FRAME_LG2, Frame, PagesC, host_pointer, load_slow, store_slow,
@@ -38,6 +39,10 @@ cdef extern from *:
     uint64_t or64 "smmufast_or64"(uint64_t p, uint64_t value) noexcept nogil
 
 
+cdef extern from "_descriptor.h":
+    const uint64_t TABLE "SMMUFAST_TABLE"  # of a table, or of a page at level 3
+
+
 cdef enum:
     NOTES = 80            # capacity; never more than 64 at the start of a call
     LONGEST_RUN = 128     # entries that a contiguous hint joins
@@ -50,22 +55,6 @@ cdef enum:
 
     # Frame.owner is the tree's tag, and the level of a table that is linked, or
     UNLINKED = 4
-
-    # bits of a descriptor
-    D_VALID = 1
-    D_TYPE = 3            # of a table, or of a page at level 3
-    D_BLOCK = 1
-
-cdef extern from *:
-    """
-    #define SMMUFAST_D_CONTIGUOUS ((uint64_t)1 << 52)
-    #define SMMUFAST_D_DBM ((uint64_t)1 << 51)
-    #define SMMUFAST_D_READ_ONLY ((uint64_t)1 << 7)
-    """
-    const uint64_t D_CONTIGUOUS "SMMUFAST_D_CONTIGUOUS"
-    const uint64_t D_DBM "SMMUFAST_D_DBM"
-    const uint64_t D_READ_ONLY "SMMUFAST_D_READ_ONLY"
-
 
 # --- page tables ---
 
@@ -197,10 +186,10 @@ cdef inline uint64_t address_of(const Tree* t, uint64_t d) noexcept nogil:
 cdef inline int kind_of(const Tree* t, uint64_t d, int level) noexcept nogil:
     """What hardware makes of a descriptor; a reserved code is a hole."""
     if level == 3:
-        return KIND_LEAF if d & D_TYPE == D_TYPE else KIND_HOLE
-    if d & D_TYPE == D_TYPE:
+        return KIND_LEAF if d & TABLE == TABLE else KIND_HOLE
+    if d & TABLE == TABLE:
         return KIND_TABLE
-    return KIND_LEAF if d & D_VALID and t.leaves >> level & 1 else KIND_HOLE
+    return KIND_LEAF if d & PTE_S1_VALID and t.leaves >> level & 1 else KIND_HOLE
 
 
 cdef inline Frame* frame_of(const Tree* t, uint64_t table) noexcept nogil:

@@ -256,7 +256,7 @@ cdef class Pages:
         p.plain = region.data != NULL and not p.host & 7
         p.touched = region.touched
         p.region = region.base
-        port_open(&p.port, &memory.ram, NULL, False)
+        port_open(&p.port, &memory.ram, NULL)
         self.memory = memory
         memory.exports += 1
 
@@ -419,10 +419,10 @@ cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t 
     cdef uint64_t i, found = 0
     if likely(t.plain):
         # what is found is not used, so these need not be single loads
-        return not leaves_union(t.host + table + 8 * first, n) & D_VALID
+        return not leaves_union(t.host + table + 8 * first, n) & PTE_S1_VALID
     for i in range(first, first + n):
         found |= load_slow(t.pages, table + 8 * i)
-    return not (found & D_VALID or t.pages.status)
+    return not (found & PTE_S1_VALID or t.pages.status)
 
 
 cdef inline void fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
@@ -441,8 +441,8 @@ cdef inline uint64_t alike(const Tree* t, uint64_t entry, uint64_t n, uint64_t k
     """How many descriptors from one on are of a kind."""
     cdef uint64_t k = 0
     if likely(t.plain):
-        return leaves_alike(t.host + entry, n, D_TYPE, kind)
-    while k < n and load_slow(t.pages, entry + 8 * k) & D_TYPE == kind:
+        return leaves_alike(t.host + entry, n, TABLE, kind)
+    while k < n and load_slow(t.pages, entry + 8 * k) & TABLE == kind:
         k += 1
     return k
 
@@ -543,7 +543,7 @@ cdef inline bint cut_at(const Tree* t, uint64_t table, int level, uint64_t i, ui
     """Entry i belongs to a run that a boundary beside it cuts in two; where the run begins."""
     cdef uint64_t within = low_mask(t.run_lg2[level])
     first[0] = i & ~within
-    return boundary & within and get(t, table + 8 * i) & D_CONTIGUOUS
+    return boundary & within and get(t, table + 8 * i) & PTE_S1_CONTIGUOUS
 
 
 cdef void run_break(Tree* t, const Run* run) noexcept nogil:
@@ -551,8 +551,8 @@ cdef void run_break(Tree* t, const Run* run) noexcept nogil:
     cdef uint64_t i, d
     for i in range(run.n):
         d = get(t, run.entry + 8 * i)
-        if d & D_VALID:
-            put(t, run.entry + 8 * i, d & ~D_CONTIGUOUS)
+        if d & PTE_S1_VALID:
+            put(t, run.entry + 8 * i, d & ~PTE_S1_CONTIGUOUS)
 
 
 cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
@@ -584,7 +584,7 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         entries = entries_of(t, level)
         i = (p.entry - table) >> 3
         n = min(entries - i, ((end - at[0] - 1) >> shift) + 1)
-        want = D_TYPE if level == 3 else D_BLOCK
+        want = TABLE if level == 3 else PTE_S1_VALID
         if n > 1:
             n = alike(t, p.entry + 8, n - 1, want) + 1
         # twice at most, for a memory that does not keep what is written
@@ -647,7 +647,7 @@ cdef int all_tables(
         n = entries_of(t, level) - 1 - (offset_of(t, before, level) >> 3)
         if kind == KIND_LEAF and p.level == level and n and at[0] < end:
             n = min(n, ((end - at[0] - 1) >> shift) + 1)
-            at[0] += alike(t, p.entry + 8, n, D_BLOCK) << shift
+            at[0] += alike(t, p.entry + 8, n, PTE_S1_VALID) << shift
         is_near = near(t, p, before, at[0])
     return DONE
 
@@ -687,14 +687,14 @@ cdef inline void write_leaves(const Tree* t, uint64_t table, int level, uint64_t
     cdef uint64_t entry = table + 8 * i, step = <uint64_t>1 << t.shift[level]
     cdef unsigned int run = t.run_lg2[level]
     cdef uint64_t head, runs
-    d |= address_bits(t, pa) | (D_TYPE if level == 3 else D_BLOCK)
+    d |= address_bits(t, pa) | (TABLE if level == 3 else PTE_S1_VALID)
     if t.hints and run:
         head = (0 - i) & low_mask(run)
         if head <= n and n - head >> run and not (
                 pa + (head << t.shift[level]) & low_mask(run + t.shift[level])):
             runs = (n - head) >> run << run
             fill(t, entry, head, d, step)
-            fill(t, entry + 8 * head, runs, (d + head * step) | D_CONTIGUOUS, step)
+            fill(t, entry + 8 * head, runs, (d + head * step) | PTE_S1_CONTIGUOUS, step)
             head += runs
             fill(t, entry + 8 * head, n - head, d + head * step, step)
             return
@@ -860,7 +860,7 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
                     write_leaves(t, table, level, i, n, pa, attributes)
                 frame.level = <uint8_t>below
                 frame.owner = t.tag + <uint32_t>below
-                publish(t, p.entry, address_bits(t, table) | D_TYPE)
+                publish(t, p.entry, address_bits(t, table) | TABLE)
                 if refused(t):
                     frame.owner = t.tag + UNLINKED
                     frame.next = plan.tables
@@ -907,9 +907,9 @@ cdef inline void clean(Tree* t, uint64_t entry, uint64_t d, Dirty* cleared, uint
                        unsigned int shift) noexcept nogil:
     """Make a leaf clean; hardware may change other bits of it meanwhile."""
     if t.plain:
-        or64(t.host + entry, le64(D_READ_ONLY))
+        or64(t.host + entry, le64(PTE_S1_AP2))
     else:
-        store_slow(t.pages, entry, d | D_READ_ONLY)
+        store_slow(t.pages, entry, d | PTE_S1_AP2)
     if cleared.page_lg2 == 0:
         cleared.first, cleared.page_lg2 = at, shift
     cleared.page_lg2 = min(cleared.page_lg2, shift)
@@ -923,7 +923,7 @@ cdef void read_dirty_pages(Tree* t, uint64_t entry, uint64_t n, uint64_t at, bin
     What is not found dirty is not touched, and stays so if hardware makes it dirty meanwhile.
     """
     cdef const uint8_t* found = out
-    leaves_each(t.host + entry, n, D_TYPE | D_DBM | D_READ_ONLY, D_TYPE | D_DBM, out)
+    leaves_each(t.host + entry, n, TABLE | PTE_S1_DBM | PTE_S1_AP2, TABLE | PTE_S1_DBM, out)
     if not clear:
         return
     while found < out + n:
@@ -962,7 +962,7 @@ cdef void read_dirty_bits(Tree* t, uint64_t iova, uint64_t end, bint clear, uint
         # the leaves of a table, one after the other
         while True:
             beyond = (at | low_mask(shift)) + 1
-            if p.d & (D_DBM | D_READ_ONLY) == D_DBM:
+            if p.d & (PTE_S1_DBM | PTE_S1_AP2) == PTE_S1_DBM:
                 k = (at - iova) >> t.granule
                 memset(out + k, 1, ((min(beyond, end) - 1 - iova) >> t.granule) + 1 - k)
                 if clear and not at & low_mask(shift) and beyond <= end:
@@ -1748,7 +1748,7 @@ cdef class PageTable:
         """Break before make: a run has no leaves while it is flushed, then leaves without hint."""
         cdef Tree* t = &self.tree
         cdef uint64_t[LONGEST_RUN] kept
-        cdef uint64_t i, keep = ~D_CONTIGUOUS
+        cdef uint64_t i, keep = ~PTE_S1_CONTIGUOUS
         self._take()
         try:
             for i in range(run.n):

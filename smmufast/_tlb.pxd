@@ -136,7 +136,6 @@ cdef struct CachesC:
     CacheC[5] cache         # by CACHE_...
     uint64_t config_generation      # changes with every fill, eviction, invalidation of STE or CD
     uint64_t tlb_generation         # likewise of the TLB
-    uint64_t commands       # invalidations, ever: what was read before one is not kept after it
     Sizes[4] tlb_sizes     # by kind
     Sizes[4] walk_sizes
     uint64_t[4][4] key_mask         # by kind and world: the tags that there are
@@ -144,7 +143,6 @@ cdef struct CachesC:
     uint32_t fractured     # live TLB entries that cover less than the block they are from
     uint32_t* regions      # TLB entries of less than 2^REGION_LG2, by their region, hashed
     unsigned int regions_lg2        # log2 of how many counters that are
-    CachesC* spare         # a copy, for a chain that may have to be taken back; NULL: none yet
     bint split             # nested translations are cached by stage, not combined
 
 
@@ -214,27 +212,23 @@ cdef inline uint64_t* config_words(const CacheC* cache, uint64_t slot) noexcept 
 
 cdef inline uint32_t config_probe(
         CacheC* cache, uint64_t set, uint64_t first, uint64_t second,
-        uint64_t* words, bint quiet) noexcept nogil:
+        uint64_t* words) noexcept nogil:
     cdef int64_t slot = cache_find(cache, set, first, second, sizeof(ConfigEntry))
     if slot < 0:
-        cache.counters.misses += not quiet
+        cache.counters.misses += 1
         return 0
-    if not quiet:
-        cache_hit(cache, slot)
+    cache_hit(cache, slot)
     memcpy(words, config_words(cache, slot), 8 * CONFIG_WORDS)
     return <uint32_t>slot + 1
 
 
 cdef inline uint32_t ste_probe(
-        CachesC* c, uint32_t sid, uint64_t* words, bint quiet=False) noexcept nogil:
-    """Look an STE up: 0, or a handle for ste_touch() and the STE's dwords.
-
-    `quiet`, here and below: nothing is counted, and the replacement is not told.
-    """
+        CachesC* c, uint32_t sid, uint64_t* words) noexcept nogil:
+    """Look an STE up: 0, or a handle for ste_touch() and the STE's dwords."""
     cdef CacheC* cache = &c.cache[CACHE_STE]
     if cache.ways == 0:
         return 0
-    return config_probe(cache, sid & cache.set_mask, sid, KEY_VALID, words, quiet)
+    return config_probe(cache, sid & cache.set_mask, sid, KEY_VALID, words)
 
 
 cdef inline void ste_touch(CachesC* c, uint32_t handle) noexcept nogil:
@@ -255,8 +249,7 @@ cdef inline void config_touch(
 
 
 cdef inline uint32_t cd_probe(
-        CachesC* c, uint32_t sid, uint32_t index, uint64_t* words,
-        bint quiet=False) noexcept nogil:
+        CachesC* c, uint32_t sid, uint32_t index, uint64_t* words) noexcept nogil:
     """Look the CD of a SubstreamID up: 0, or a handle for cd_touch() and the CD's dwords.
 
     Without substreams `index` is 0.
@@ -264,8 +257,7 @@ cdef inline uint32_t cd_probe(
     cdef CacheC* cache = &c.cache[CACHE_CD]
     if cache.ways == 0:
         return 0
-    return config_probe(
-        cache, cd_set(cache, sid, index), sid, KEY_VALID | index, words, quiet)
+    return config_probe(cache, cd_set(cache, sid, index), sid, KEY_VALID | index, words)
 
 
 cdef inline void cd_touch(CachesC* c, uint32_t handle) noexcept nogil:
@@ -275,7 +267,8 @@ cdef inline void cd_touch(CachesC* c, uint32_t handle) noexcept nogil:
 
 # --- translations and tables ---
 
-# What tlb_probe() leaves: several sizes, other than four ways, a miss.
+# What tlb_probe() leaves: several sizes, other than four ways, a miss.  `quiet`: nothing is
+# counted, and the replacement is not told.
 cdef Entry* tlb_probe_sizes(
     CachesC* c, unsigned int kind, uint64_t key, uint64_t address, bint quiet) noexcept nogil
 
@@ -286,16 +279,13 @@ cdef Entry* tlb_fill(CachesC* c, const Entry* e) noexcept nogil
 # the next fill or invalidation.
 cdef Table* walk_probe(
     CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
-    uint64_t address, bint quiet=*) noexcept nogil
+    uint64_t address) noexcept nogil
 # Keep a table; NULL without such a walk cache.
 cdef Table* walk_fill(CachesC* c, const Table* e) noexcept nogil
 
 # A TLBI command, and what INV_ALL or a reset does.
 cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil
 cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil
-
-# A copy of everything that is in the caches, until the next one; NULL: no memory for it.
-cdef CachesC* caches_spare(CachesC* c) noexcept nogil
 
 
 cdef inline void tlb_touch(CachesC* c, const Entry* e) noexcept nogil:
@@ -340,13 +330,10 @@ cdef inline Entry* tlb_probe_key(
 
 cdef inline Entry* tlb_probe(
         CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
-        unsigned int aset, uint64_t address, bint quiet=False) noexcept nogil:
+        unsigned int aset, uint64_t address) noexcept nogil:
     """Look an input address up: the entry, which lives until tlb_generation changes, or NULL.
 
     Counts one hit or one miss.  `kind` is one KIND_...: KIND_S2 takes an IPA.  Addresses are
     canonical: bits beyond the input size repeat the half's sign.
     """
-    cdef uint64_t key = tlb_key(c, kind, world, vmid, asid, aset)
-    if quiet:
-        return tlb_probe_sizes(c, kind, key, address, True)
-    return tlb_probe_key(c, kind, key, address)
+    return tlb_probe_key(c, kind, tlb_key(c, kind, world, vmid, asid, aset), address)

@@ -248,7 +248,6 @@ cdef uint64_t config_drop_sids(
 
 cdef uint64_t cfgi_cd_all(CachesC* c, uint32_t sid) noexcept nogil:
     """CMD_CFGI_CD_ALL: every CD of a stream.  Returns how many entries went, as all of these."""
-    c.commands += 1
     return config_drop_sids(c, &c.cache[CACHE_CD], sid, sid)
 
 
@@ -257,7 +256,6 @@ cdef uint64_t cfgi_cd(
     """CMD_CFGI_CD: one CD.  Level-1 descriptors are not cached, so `leaf` makes no difference."""
     cdef CacheC* cache = &c.cache[CACHE_CD]
     cdef int64_t slot
-    c.commands += 1
     if cache.live == 0:
         return 0
     slot = cache_find(
@@ -288,7 +286,6 @@ cdef uint64_t cfgi_range(
     `lg2_count` is the command's Range + 1; 32 and more are all StreamIDs.
     """
     cdef uint32_t low = <uint32_t>low_mask(lg2_count if lg2_count < 32 else 32)
-    c.commands += 1
     return (
         config_drop_sids(c, &c.cache[CACHE_STE], sid & ~low, sid | low)
         + config_drop_sids(c, &c.cache[CACHE_CD], sid & ~low, sid | low)
@@ -523,7 +520,7 @@ cdef inline CacheC* walk_cache(CachesC* c, unsigned int kind) noexcept nogil:
 
 cdef Table* walk_probe(
         CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
-        uint64_t address, bint quiet=False) noexcept nogil:
+        uint64_t address) noexcept nogil:
     """The deepest cached table on the walk of an address, or NULL; one hit or one miss.
 
     It lives until the next fill or invalidation.
@@ -542,10 +539,9 @@ cdef Table* walk_probe(
             cache, prefix & cache.set_mask, prefix, key | <uint64_t>lg2 << KEY_LG2_SHIFT,
             sizeof(Table))
         if slot >= 0:
-            if not quiet:
-                cache_hit(cache, slot)
+            cache_hit(cache, slot)
             return &(<Table*>cache.entries)[slot]
-    cache.counters.misses += cache.ways != 0 and not quiet
+    cache.counters.misses += cache.ways != 0
     return NULL
 
 
@@ -669,7 +665,6 @@ cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil:
     """
     cdef Filter f
     cdef uint64_t sizes, dropped = 0
-    c.commands += 1
     if not filter_of(inv, &f):
         return 0
     if c.cache[CACHE_TLB].live:
@@ -690,7 +685,6 @@ cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil:
     """Drop everything, as SMMU_S_INIT.INV_ALL does; returns how many entries went."""
     cdef Filter f
     cdef uint64_t dropped = 0, tlb = 0
-    c.commands += 1
     memset(&f, 0, sizeof(Filter))
     filter_pass(&f, 0, 0)
     f.all_addresses = True
@@ -1156,63 +1150,10 @@ cdef int take_state(CachesC* c, Reader* reader) except -1:
 cdef void release(CachesC* c) noexcept nogil:
     cdef int number
     if c != NULL:
-        release(c.spare)
         for number in range(N_CACHES):
             cache_close(&c.cache[number])
         free(c.regions)
         free(c)
-
-
-cdef CachesC* spare_made(const CachesC* c) noexcept nogil:
-    """Caches of the same geometry; NULL without memory."""
-    cdef CachesC* spare = <CachesC*>calloc(1, sizeof(CachesC))
-    cdef const CacheC* cache
-    cdef int number
-    if spare == NULL:
-        return NULL
-    for number in range(N_CACHES):
-        cache = &c.cache[number]
-        if cache.ways and not cache_open(
-                &spare.cache[number], <uint32_t>(cache.set_mask + 1), cache.ways, cache.policy,
-                0, cache.stride):
-            release(spare)
-            return NULL
-    spare.regions = <uint32_t*>calloc(<size_t>1 << c.regions_lg2, sizeof(uint32_t))
-    if spare.regions == NULL:
-        release(spare)
-        return NULL
-    return spare
-
-
-cdef CachesC* caches_spare(CachesC* c) noexcept nogil:
-    """A copy of everything that is in the caches, until the next one; NULL: no memory for it."""
-    cdef CachesC* spare
-    cdef CachesC kept
-    cdef CacheC* to
-    cdef const CacheC* cache
-    cdef int number
-    if c.spare == NULL:
-        c.spare = spare_made(c)
-    spare = c.spare
-    if spare == NULL:
-        return NULL
-    kept = spare[0]
-    spare[0] = c[0]
-    spare.spare = NULL
-    spare.regions = kept.regions
-    memcpy(spare.regions, c.regions, sizeof(uint32_t) << c.regions_lg2)
-    for number in range(N_CACHES):
-        cache = &c.cache[number]
-        to = &spare.cache[number]
-        to.prints = kept.cache[number].prints
-        to.order = kept.cache[number].order
-        to.path = kept.cache[number].path
-        to.entries = kept.cache[number].entries
-        if cache.ways:
-            memcpy(to.prints, cache.prints, cache.slots * sizeof(uint32_t))
-            memcpy(to.order, cache.order, order_words(cache) * 8)
-            memcpy(to.entries, cache.entries, cache.slots * cache.stride)
-    return spare
 
 
 cdef CachesC* made(list geometries, bint split) except NULL:

@@ -1,10 +1,13 @@
 """The chain that the drivers run: configuration lookup, both stages, and its end as an outcome.
 
 Sections: IHI 0070 3.2-3.5, 5.5 (fault control), 7.3 (event records), 15 (translation
-procedure).  translate_one is the scalar driver: one request, every fetch through a port.  It
-also serves traces (a port that records) and resumable walks (a port that answers from a
-script: the chain is a pure function of what was fetched, so it is run again with one answer
-more).  _cached.pxd is the scalar driver with caches, _batch.pxd the batch drivers.
+procedure).  translate_one is the scalar driver: one request, every fetch through a port; a port
+that records makes a trace of it.  _cached.pxd is the scalar driver with caches, _batch.pxd has the
+batch drivers, and _walk.pxd the driver of walks whose fetches the host performs.
+
+What leads from one fetch to the next is in two kinds of functions, which the scalar driver and
+_walk.pxd share: those that say where to read next (ste_first, cd_way, stage2_begin, stage1_begin,
+..._down), and those that say what was read (..._read).  Neither reads.
 
 Stage 2 stands in three places: before the fetches of L1CD and CD (cd_place), before each
 fetch of a stage-1 descriptor (walk_steps), and after stage 1 (translate_stage2).
@@ -16,9 +19,9 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport apart, le64, likely, load64, low_mask, prefetch, swap64, unlikely
 from smmufast._config cimport (
-    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, admitted,
+    STAGE1_BYPASS, TERMINATE_A, TERMINATE_R, TERMINATE_S, TERMINATE_SID, admitted,
     cd_decode, cd_first, effective_access, l1cd_next, l1std_next, stage2_decode, ste_aborts,
-    ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream,
+    ste_check, ste_overrides, ste_stage2, ste_vmid, stream_first, substream, why_of_half,
 )
 from smmufast._layout cimport *
 from smmufast._memory cimport (
@@ -36,20 +39,27 @@ from smmufast._types cimport (
     BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
 )
 from smmufast._vmsa cimport (
-    DESC_INVALID, DESC_LEAF, access_flag, clean_s1, clean_s2, combine_sh, contiguous,
-    descriptor_kind, dirty_s1, dirty_s2, entry_address, first_table, half_of, in_range,
-    leaf_address, leaf_permissions, leaf_sh, mair_byte, next_table, no_translation, not_global,
-    permitted,
+    ATTR_WB, DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, TABLE, access_flag, clean_s1,
+    clean_s2, combine_sh, contiguous, descriptor_kind, dirty_s1, dirty_s2, entry_address,
+    first_table, fitting_lg2, half_of, in_range, leaf_address, leaf_permissions, leaf_sh,
+    mair_byte, next_table, no_translation, not_global, output_fits, permitted,
     shareability, stage1_attr, stage2_attr, stage2_device, stage2_permitted, with_access_flag,
 )
+from smmufast._why cimport *
 
 
-# Beside event numbers.
+# How a walk may go on, beside 0, why it was refused (WHY_...) and negative stops.
 cdef enum:
-    SILENT_ABORT = 256  # STE.Config=0b0xx
-    CHANGED = 257       # a descriptor changed between its read and its update: walk again
-    AT_TABLE = 258      # the descriptor is that of a table
+    CHANGED = 0x10000   # a descriptor changed between its read and its update: walk again
+    AT_TABLE = 0x20000  # the descriptor is that of a table, or there is a table to read
     RETRIES = 8         # walks that lose that race before the update counts as failed
+
+
+# What comes next in a translation.
+cdef enum:
+    ENDED               # nothing: the outcome is there
+    TO_STAGE1           # stage 1 walks
+    TO_STAGE2           # stage 2 translates Stages.ipa
 
 
 cdef extern from *:
@@ -85,10 +95,10 @@ cdef struct View:
     CachesC* c
     uint32_t sid       # of the transaction
     uint32_t ssid
-    bint quiet         # leave the caches as they are: the chain will be run again
     bint stage2_only   # stage 1 does not translate
     bint nt            # blocks with nT are not cached
-    uint64_t begun     # CachesC.commands when the transaction began
+    uint64_t begun     # Overtaking.commands when the transaction began
+    const uint64_t* commands   # now
 
 
 cdef enum:
@@ -107,6 +117,11 @@ cdef inline void syndrome_set(
     syndrome.ttrnw = False
 
 
+cdef inline uint64_t fetch_reported(const Hw* hw, uint64_t address) noexcept nogil:
+    """FetchAddr of a record (7.3.4): bits beyond OAS are 0, but v3.0 has all of them (3.4.3)."""
+    return address & ~<uint64_t>7 & (~<uint64_t>0 if hw.minor == 0 else ~hw.oas_over)
+
+
 cdef inline void fault_record(
         const Hw* hw, uint64_t* w, int event, const Request* request, unsigned int access,
         const Syndrome* syndrome) noexcept nogil:
@@ -120,7 +135,7 @@ cdef inline void fault_record(
         event_set_ssv(w, event != EVENT_C_BAD_SUBSTREAMID)
         event_set_substreamid(w, request.ssid)
     if event == EVENT_F_STE_FETCH or event == EVENT_F_CD_FETCH or event == EVENT_F_WALK_EABT:
-        event_set_fetchaddr(w, syndrome.address & ~<uint64_t>7)
+        event_set_fetchaddr(w, fetch_reported(hw, syndrome.address))
     if event >= EVENT_F_WALK_EABT:
         event_set_pnu(w, (access & ACCESS_PRIV) != 0)
         event_set_ind(w, (access & ACCESS_INSTR) != 0)
@@ -134,20 +149,22 @@ cdef inline void fault_record(
 
 
 cdef inline void end_fault(
-        const Hw* hw, const Request* request, Outcome* outcome, int event, unsigned int access,
+        const Hw* hw, const Request* request, Outcome* outcome, int why, unsigned int access,
         unsigned int terminate, const Syndrome* syndrome) noexcept nogil:
     """Terminate or stall with a fault (5.5): A, R and S decide how, and CR2.RECINVSID."""
+    cdef int event = why_event(why)
     cdef bint recorded = (terminate & TERMINATE_R) != 0
     cdef unsigned int action = ACTION_ABORT if terminate & TERMINATE_A else ACTION_RAZ_WI
-    if event == EVENT_C_BAD_STREAMID and not cr2_recinvsid(hw.cr2):
+    if (event == EVENT_C_BAD_STREAMID
+            and not (cr2_recinvsid(hw.cr2) or terminate & TERMINATE_SID)):
         recorded = False
     if terminate & TERMINATE_S:
         action = ACTION_STALL
         recorded = True
     if not cr0_eventqen(hw.cr0):
         recorded = False
-    end_unmapped(outcome, action, 0, 0, 0, 0)
-    outcome.fault = event
+    end_refused(outcome, why)
+    outcome.action = action
     outcome.event = event if recorded else 0
     fault_record(hw, outcome.record, event, request, access, syndrome)
     if terminate & TERMINATE_S:
@@ -163,6 +180,7 @@ cdef inline void end_unmapped(
     outcome.action = action
     outcome.event = 0
     outcome.fault = 0
+    outcome.why = 0
     outcome.perm = perm
     outcome.perm_s1 = perm
     outcome.level = NO_LEVEL
@@ -175,6 +193,13 @@ cdef inline void end_unmapped(
     outcome.ng = 0
     outcome.contiguous = 0
     outcome.stage = 0
+
+
+cdef inline void end_refused(Outcome* outcome, int why) noexcept nogil:
+    """Abort for a reason, which may be a fault; nothing is recorded yet."""
+    end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    outcome.fault = why_event(why)
+    outcome.why = why
 
 
 # --- tables of one stage ---
@@ -194,6 +219,19 @@ cdef struct Descent:
 cdef enum:
     AT_PAGES = 0     # in a table of level 3; nothing of it was read
     AT_OTHER = 2     # at a descriptor that is no ordinary table: a leaf, or a fault
+
+
+cdef inline int why_of_stage(int why, int kind) noexcept nogil:
+    """The reason of the stage that a kind of fetch belongs to, from that of stage 1."""
+    return why + ((kind == FETCH_S2TT or kind == FETCH_S2TT_UPDATE) << 8)
+
+
+cdef inline int why_no_leaf(unsigned int descriptor, int kind) noexcept nogil:
+    """Why a descriptor that is no leaf and no good table ends a walk."""
+    if descriptor == DESC_INVALID:
+        return why_of_stage(WHY_S1_INVALID, kind)
+    return why_of_stage(
+        WHY_S1_RESERVED if descriptor == DESC_RESERVED else WHY_S1_TABLE, kind)
 
 
 cdef inline int level_of(const Half* half, unsigned int shift) noexcept nogil:
@@ -236,7 +274,7 @@ cdef inline int descend(
             span = port.window.span
             data = port.window.data
         d = descriptor(half, at.raw, simple)
-        if unlikely((d & expected) != 3):
+        if unlikely((d & expected) != TABLE):
             return AT_OTHER
         if not simple and next_table(d, half) & half.over:
             return AT_OTHER
@@ -258,7 +296,7 @@ cdef inline void leaf_none(Leaf* leaf) noexcept nogil:
 cdef inline int find_leaf(
         const Half* half, Port* port, int kind, uint64_t ia, Descent* at, Leaf* leaf,
         bint simple) noexcept nogil:
-    """Walk from at.table to the leaf of an address: 0, an event, or a negative stop."""
+    """Walk from at.table to the leaf of an address: 0, why not, or a negative stop."""
     cdef uint64_t d = 0
     cdef int status = descend(half, port, kind, ia, at, simple)
     leaf.level = 3
@@ -272,115 +310,162 @@ cdef inline int find_leaf(
         d = descriptor(half, at.raw, simple)
         leaf.level = level_of(half, at.shift)
     if unlikely(status):
-        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
+        return why_of_stage(WHY_S1_ABORT, kind) if status == FETCH_ABORT else status
     status = descriptor_kind(d, leaf.level, half.blocks)
     if unlikely(status != DESC_LEAF):
-        return EVENT_F_TRANSLATION if status == DESC_INVALID else EVENT_F_ADDR_SIZE
+        return why_no_leaf(status, kind)
     leaf.tables = at.tables & half.keep
     leaf.d = d
     leaf.shift = at.shift
     return 0
 
 
-cdef inline int update(
-        const Half* half, Port* port, int kind, Leaf* leaf) noexcept nogil:
-    """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, an event, a stop."""
-    cdef uint64_t expected = le64(descriptor(half, leaf.d, False))
-    cdef uint64_t found = 0
-    cdef int status = port_swap8(
-        port, kind, leaf.level, leaf.entry, expected,
-        le64(descriptor(half, leaf.desired, False)), &found)
+cdef inline uint64_t update_expected(const Half* half, const Leaf* leaf) noexcept nogil:
+    """What an update of a descriptor expects there, as a little-endian number."""
+    return le64(descriptor(half, leaf.d, False))
+
+
+cdef inline uint64_t update_desired(const Half* half, const Leaf* leaf) noexcept nogil:
+    """What it stores."""
+    return le64(descriptor(half, leaf.desired, False))
+
+
+cdef inline int update_read(
+        const Half* half, int kind, int status, uint64_t found, Leaf* leaf) noexcept nogil:
+    """How an update ended that found this there: 0, CHANGED, why not, or a negative stop."""
     if status:
-        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
-    if found != expected:
+        return why_of_stage(WHY_S1_UPDATE_ABORT, kind) if status == FETCH_ABORT else status
+    if found != update_expected(half, leaf):
         return CHANGED
     leaf.d = leaf.desired
     return 0
 
 
-cdef inline int read_descriptor(
-        const Half* half, Port* port, int kind, unsigned int shift, Leaf* leaf,
-        uint64_t* table) noexcept nogil:
-    """Read the descriptor at leaf.entry, in a table whose entries cover 2^shift bytes.
+cdef inline int update(
+        const Half* half, Port* port, int kind, Leaf* leaf) noexcept nogil:
+    """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, why not, a stop."""
+    cdef uint64_t found = 0
+    cdef int status = port_swap8(
+        port, kind, leaf.level, leaf.entry, update_expected(half, leaf),
+        update_desired(half, leaf), &found)
+    return update_read(half, kind, status, found, leaf)
 
-    0 with a leaf; AT_TABLE with the next table; an event; or a negative stop.
+
+# Where a walk goes on: at a table whose entries cover 2^shift bytes, below others.
+cdef struct Place:
+    uint64_t table
+    uint64_t tables        # hierarchical attributes above it
+    unsigned int shift
+
+
+cdef inline int descriptor_read(
+        const Half* half, int kind, int status, uint64_t raw, Leaf* leaf,
+        uint64_t* table) noexcept nogil:
+    """What a descriptor is, read at leaf.entry as a little-endian number.
+
+    0 with a leaf; AT_TABLE with the next table; why it is neither; or a negative stop.
     """
-    cdef uint64_t d = 0
-    cdef int status
-    leaf.level = level_of(half, shift)
-    leaf.shift = shift
-    status = fetch8(port, kind, leaf.level, leaf.entry, &d)
+    cdef uint64_t d
     if unlikely(status):
-        return EVENT_F_WALK_EABT if status == FETCH_ABORT else status
-    d = leaf.d = descriptor(half, le64(d), False)
+        return why_of_stage(WHY_S1_ABORT, kind) if status == FETCH_ABORT else status
+    d = leaf.d = descriptor(half, le64(raw), False)
     status = descriptor_kind(d, leaf.level, half.blocks)
     if status == DESC_LEAF:
         return 0
-    if status == DESC_INVALID:
-        return EVENT_F_TRANSLATION
-    table[0] = next_table(d, half)
-    return EVENT_F_ADDR_SIZE if table[0] & half.over else AT_TABLE
+    if status == DESC_TABLE:
+        table[0] = next_table(d, half)
+        if not table[0] & half.over:
+            return AT_TABLE
+    return why_no_leaf(status, kind)
+
+
+cdef inline void descriptor_at(
+        const Half* half, uint64_t address, unsigned int shift, Leaf* leaf) noexcept nogil:
+    """The descriptor to be read next lies here, in a table whose entries cover 2^shift bytes."""
+    leaf.entry = address
+    leaf.level = level_of(half, shift)
+    leaf.shift = shift
+
+
+cdef inline int read_descriptor(
+        const Half* half, Port* port, int kind, Leaf* leaf, uint64_t* table) noexcept nogil:
+    """Read the descriptor at leaf.entry; as descriptor_read()."""
+    cdef uint64_t raw = 0
+    cdef int status = fetch8(port, kind, leaf.level, leaf.entry, &raw)
+    return descriptor_read(half, kind, status, raw, leaf, table)
 
 
 # --- stage 2 ---
 
-cdef inline bint stage2_denies(
+cdef inline int stage2_denies(
         const Second* second, unsigned int need, bint for_walk, const Leaf* leaf) noexcept nogil:
     """F_PERMISSION: the access is not permitted, or S2PTW keeps table walks out of Device."""
-    return (not leaf.perm & need
-            or for_walk and second.ptw and stage2_device(leaf.d, second.fwb))
+    if not leaf.perm & need:
+        return WHY_S2_PERMISSION
+    return WHY_S2_DEVICE if (
+        for_walk and second.ptw and stage2_device(leaf.d, second.fwb)) else 0
 
 
 cdef inline int stage2_fault(
-        const Second* second, unsigned int need, bint dirty, bint for_walk,
+        const Second* second, uint64_t ipa, unsigned int need, bint dirty, bint for_walk,
         Leaf* leaf) noexcept nogil:
     """What a leaf of stage 2 gives: address size before access flag before permission."""
     cdef uint64_t d = leaf.d
+    cdef int why
     leaf.desired = d
     leaf.address = leaf_address(d, &second.half, leaf.shift)
-    if leaf.address & second.half.over:
-        return EVENT_F_ADDR_SIZE
+    if not output_fits(leaf.address, &second.half, leaf.shift, ipa):
+        return WHY_S2_OUTPUT
     if not access_flag(d):
         if second.ha:
             leaf.desired = with_access_flag(d)
         elif not second.affd:
-            return EVENT_F_ACCESS
+            return WHY_S2_AF
     if second.hd and clean_s2(d):
         d = dirty_s2(d)
     leaf.perm = stage2_permitted(d, second.xnx)
-    if stage2_denies(second, need, for_walk, leaf):
-        return EVENT_F_PERMISSION
+    why = stage2_denies(second, need, for_walk, leaf)
+    if why:
+        return why
     if dirty and d != leaf.d:
         leaf.desired = dirty_s2(leaf.desired)
     return 0
 
 
+cdef inline bint stage2_updates(
+        const Second* second, int why, const Leaf* leaf) noexcept nogil:
+    """The leaf of stage 2 is to be updated, whose stage2_fault() was this."""
+    return (leaf.desired != leaf.d and second.ha
+            and (why == 0 or why_event(why) == EVENT_F_PERMISSION))
+
+
 cdef inline int stage2_end(
-        const Second* second, Port* port, unsigned int need, bint dirty, bint for_walk,
-        Leaf* leaf) noexcept nogil:
-    """What a leaf of stage 2 gives, and its hardware update: 0, an event, CHANGED or a stop."""
-    cdef int event = stage2_fault(second, need, dirty, for_walk, leaf)
+        const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
+        bint for_walk, Leaf* leaf) noexcept nogil:
+    """What a leaf of stage 2 gives, and its hardware update: 0, why not, CHANGED or a stop."""
+    cdef int why = stage2_fault(second, ipa, need, dirty, for_walk, leaf)
     cdef int status
-    if (second.ha and (event == 0 or event == EVENT_F_PERMISSION)
-            and unlikely(leaf.desired != leaf.d)):
+    if unlikely(stage2_updates(second, why, leaf)):
         status = update(&second.half, port, FETCH_S2TT_UPDATE, leaf)
         if status:
             return status
-    return event
+    return why
 
 
 cdef inline int stage2_answer(
-        int event, uint64_t ipa, unsigned int cls, const Leaf* leaf, uint64_t* address,
+        int why, uint64_t ipa, unsigned int cls, const Leaf* leaf, uint64_t* address,
         Syndrome* syndrome) noexcept nogil:
-    """How a stage-2 walk ends for whoever needed it: the address, or the syndrome of the event."""
-    if likely(event == 0):
+    """How a stage-2 walk ends for whoever needed it: the address, or the syndrome of a fault."""
+    cdef int event
+    if likely(why == 0):
         address[0] = leaf.address | ipa & low_mask(leaf.shift)
         return 0
-    if event == CHANGED:
-        event = EVENT_F_WALK_EABT
+    if why == CHANGED:
+        why = WHY_S2_UPDATE_RACE
+    event = why_event(why)
     syndrome_set(syndrome, leaf.entry if event == EVENT_F_WALK_EABT else ipa, True, cls)
     syndrome.ttrnw = event == EVENT_F_PERMISSION and cls == CLASS_TT
-    return event
+    return why
 
 
 cdef inline int stage2_once(
@@ -391,28 +476,29 @@ cdef inline int stage2_once(
     cdef int event
     leaf_none(leaf)
     if ipa & half.range_mask:
-        return EVENT_F_TRANSLATION
+        return WHY_S2T0SZ_RANGE
     at.table = first_table(half, ipa)
     at.tables = 0
     at.shift = half.shift
     event = find_leaf(half, port, FETCH_S2TT, ipa, &at, leaf, simple)
-    return event if event else stage2_end(second, port, need, dirty, for_walk, leaf)
+    return event if event else stage2_end(second, port, ipa, need, dirty, for_walk, leaf)
 
 
 cdef inline uint8_t said(uint64_t d) noexcept nogil:
     """What a cached translation keeps of its leaf: attributes, SH, nG and Contiguous."""
-    return <uint8_t>(d >> 2 & 15 | (d >> 8 & 3) << 4 | (d >> 11 & 1) << 6 | (d >> 52 & 1) << 7)
+    return <uint8_t>(pte_s2_memattr(d) | pte_s1_sh(d) << 4 | pte_s1_ng(d) << 6
+                     | pte_s1_contiguous(d) << 7)
 
 
 cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
     """A leaf descriptor that says the same."""
-    cdef uint64_t d = kept
-    return (d & 15) << 2 | (d >> 4 & 3) << 8 | (d >> 6 & 1) << 11 | d >> 7 << 52
+    cdef uint64_t d = pte_s1_set_contiguous(0, kept >> 7)
+    return pte_s2_set_memattr(pte_s1_set_sh(pte_s1_set_ng(d, kept >> 6), kept >> 4), kept)
 
 
 cdef inline bint keeps_what_is_read(const View* view) noexcept nogil:
     """No invalidation came meanwhile, from a callback or during a resumable walk."""
-    return not view.quiet and view.begun == view.c.commands
+    return view.begun == view.commands[0]
 
 
 cdef inline void keep_table(
@@ -443,7 +529,7 @@ cdef inline const Table* cached_table(
         uint64_t address) noexcept nogil:
     """The deepest table on the walk of an address that is cached, below the first; NULL if none."""
     cdef const Table* e = walk_probe(
-        view.c, kind, context.world, context.vmid, context.asid, address, view.quiet)
+        view.c, kind, context.world, context.vmid, context.asid, address)
     if e == NULL or e.granule != half.granule or e.lg2 > half.shift:
         return NULL
     return e
@@ -455,6 +541,7 @@ cdef inline void keep_entry(
         uint64_t pa) noexcept nogil:
     """Let the TLB have a translation, by what the leaves of its stages say."""
     cdef Entry e
+    cdef unsigned int lg2
     cdef uint64_t within
     if not keeps_what_is_read(view):
         return
@@ -468,15 +555,16 @@ cdef inline void keep_entry(
     e.vmid = context.vmid
     e.world = context.world
     e.perm1 = e.perm2 = 0x3F
-    e.attr = context.attr
-    e.sh = context.sh
+    # of stage 2 alone: as for write-back, whatever the stream or stage 1 makes of it
+    e.attr = ATTR_WB
     if kind & KIND_S1:
         e.attr = stage1_attr(context.attr, mair_byte(context.mair, first.d))
         e.sh = leaf_sh(first.d, half)
         e.aset = context.aset
         e.asid = context.asid
         e.is_global = not not_global(first.d)
-        e.lg2 = e.lg2_s1 = first.shift
+        e.lg2 = fitting_lg2(half, first.shift)
+        e.lg2_s1 = first.shift
         e.level = e.level_s1 = first.level
         e.granule_s1 = half.granule
         e.perm1 = first.perm
@@ -493,10 +581,12 @@ cdef inline void keep_entry(
         e.extra[1] = said(second.d)
         if context.second.hd and clean_s2(second.d):
             e.flags |= ENTRY_CLEAN2
-        if kind == KIND_S2 or second.shift < first.shift:
-            e.lg2 = second.shift
+        lg2 = fitting_lg2(&context.second.half, second.shift)
+        if kind == KIND_S2 or lg2 < e.lg2:
+            e.lg2 = lg2
             e.level = second.level
-    if contiguous(second.d if kind == KIND_S2 else first.d):
+    if (contiguous(second.d, second.shift) if kind == KIND_S2
+            else contiguous(first.d, first.shift)):
         e.flags |= ENTRY_CONTIGUOUS
     e.sh = shareability(e.attr, e.sh)
     within = low_mask(e.lg2)
@@ -507,22 +597,29 @@ cdef inline void keep_entry(
     tlb_fill(view.c, &e)
 
 
-cdef inline int stage2_cached(
-        View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
-        bint dirty, unsigned int cls, Leaf* leaf) noexcept nogil:
+cdef inline bint keeps_stage2(const View* view, unsigned int cls) noexcept nogil:
+    """Translations by stage 2 alone have entries of their own, which answer for this purpose."""
+    return view.c.split or view.stage2_only and cls == CLASS_IN
+
+
+cdef inline int stage2_begin(
+        View* view, const Context* context, uint64_t ipa, unsigned int need, bint dirty,
+        unsigned int cls, Leaf* leaf, Place* at) noexcept nogil:
+    """Where a walk of stage 2 begins: AT_TABLE; or 0 or why not, if nothing is to be read."""
     cdef const Second* second = &context.second
     cdef const Half* half = &second.half
     cdef const Table* found
     cdef const Entry* e
-    cdef uint64_t table
-    cdef unsigned int shift = half.shift
-    cdef bint keeps = view.c.split or view.stage2_only and cls == CLASS_IN
-    cdef int event
     leaf_none(leaf)
     if ipa & half.range_mask:
-        return EVENT_F_TRANSLATION
-    if keeps:
-        e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, 0, ipa, view.quiet)
+        return WHY_S2T0SZ_RANGE
+    at.table = first_table(half, ipa)
+    at.tables = 0
+    at.shift = half.shift
+    if view == NULL:
+        return AT_TABLE
+    if keeps_stage2(view, cls):
+        e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, 0, ipa)
         if e != NULL and not (dirty and e.flags & ENTRY_CLEAN2):
             leaf.d = as_said(e.extra[1])
             leaf.address = e.address
@@ -530,23 +627,51 @@ cdef inline int stage2_cached(
             leaf.level = e.level
             leaf.perm = e.perm2
             leaf.entry = NOWHERE
-            return EVENT_F_PERMISSION if stage2_denies(second, need, cls != CLASS_IN, leaf) else 0
-    table = first_table(half, ipa)
+            return stage2_denies(second, need, cls != CLASS_IN, leaf)
     found = cached_table(view, context, half, KIND_S2, ipa)
     if found != NULL:
-        table = found.table
-        shift = found.lg2 - half.stride
+        at.table = found.table
+        at.shift = found.lg2 - half.stride
+    return AT_TABLE
+
+
+cdef inline void stage2_down(
+        View* view, const Context* context, uint64_t ipa, Place* at) noexcept nogil:
+    """A table of stage 2 was found, at.table: go down to it."""
+    cdef const Half* half = &context.second.half
+    if view != NULL:
+        keep_table(view, context, half, KIND_S2, ipa, at.shift, at.table, 0)
+    at.shift -= half.stride
+
+
+cdef inline void stage2_keep(
+        View* view, const Context* context, uint64_t ipa, unsigned int cls,
+        const Leaf* leaf) noexcept nogil:
+    """A walk of stage 2 came to its end and permits the access."""
+    if view != NULL and keeps_stage2(view, cls):
+        keep_entry(view, context, KIND_S2, ipa, &context.second.half, NULL, leaf, ipa,
+                   leaf.address)
+
+
+cdef inline int stage2_cached(
+        View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
+        bint dirty, unsigned int cls, Leaf* leaf) noexcept nogil:
+    cdef const Second* second = &context.second
+    cdef const Half* half = &second.half
+    cdef Place at
+    cdef int event = stage2_begin(view, context, ipa, need, dirty, cls, leaf, &at)
+    if event != AT_TABLE:
+        return event
     while True:
-        leaf.entry = entry_address(half, table, ipa, shift)
-        event = read_descriptor(half, port, FETCH_S2TT, shift, leaf, &table)
+        descriptor_at(half, entry_address(half, at.table, ipa, at.shift), at.shift, leaf)
+        event = read_descriptor(half, port, FETCH_S2TT, leaf, &at.table)
         if event != AT_TABLE:
             break
-        keep_table(view, context, half, KIND_S2, ipa, shift, table, 0)
-        shift -= half.stride
+        stage2_down(view, context, ipa, &at)
     if event == 0:
-        event = stage2_end(second, port, need, dirty, cls != CLASS_IN, leaf)
-    if event == 0 and keeps:
-        keep_entry(view, context, KIND_S2, ipa, half, NULL, leaf, ipa, leaf.address)
+        event = stage2_end(second, port, ipa, need, dirty, cls != CLASS_IN, leaf)
+    if event == 0:
+        stage2_keep(view, context, ipa, cls, leaf)
     return event
 
 
@@ -554,7 +679,7 @@ cdef inline int stage2(
         View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
         bint dirty, unsigned int cls, Leaf* leaf, uint64_t* address,
         Syndrome* syndrome) noexcept nogil:
-    """Translate an IPA by stage 2: 0, an event with its syndrome, or a negative stop.
+    """Translate an IPA by stage 2: 0, why not with its syndrome, or a negative stop.
 
     `need` is the PERM_ bit that the access needs, `dirty` says that it writes, `cls` what it
     is for: for a table walk or a CD fetch S2PTW counts.
@@ -637,60 +762,75 @@ cdef inline bint memo_holds(
     return True
 
 
-cdef inline int cd_place(
-        const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t* address,
-        Syndrome* syndrome) noexcept nogil:
-    """Where an L1CD or a CD lies in memory: stage 2 says, else the address must be an output."""
-    cdef Leaf leaf
-    if memo.context.second.on:
-        return stage2(view, &memo.context, port, address[0], PERM_PR, False, CLASS_CD, &leaf,
-                      address, syndrome)
-    syndrome.address = address[0]
-    return EVENT_F_CD_FETCH if address[0] & hw.oas_over else 0
+cdef inline int output_fault(
+        const Hw* hw, uint64_t address, int why, Syndrome* syndrome) noexcept nogil:
+    """The reason, if a structure's address is no output address."""
+    syndrome.address = address
+    return why if address & hw.oas_over else 0
+
+
+cdef inline int structure_read(int status, int why) noexcept nogil:
+    """How the read of a structure ended: 0, the reason if it aborted, or a negative stop."""
+    return why if status == FETCH_ABORT else status
+
+
+cdef inline int ste_first(
+        const Hw* hw, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """Where the way to an STE begins: at memo.l1std_at, or if that is NOWHERE at memo.ste_at.
+
+    0, or why not.
+    """
+    cdef uint64_t address = 0
+    cdef int kind = stream_first(hw, sid, &address)
+    memo.l1std_at = NOWHERE
+    if kind == 0:
+        return WHY_STREAM_BEYOND
+    if kind == FETCH_L1STD:
+        memo.l1std_at = address
+        return output_fault(hw, address, WHY_L1STD_ADDRESS, syndrome)
+    memo.ste_at = address
+    return output_fault(hw, address, WHY_STE_ADDRESS, syndrome)
+
+
+cdef inline int l1std_read(
+        const Hw* hw, uint32_t sid, int status, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """What memo.l1std says, which was read: memo.ste_at; 0, why not, or a negative stop."""
+    cdef int why = structure_read(status, WHY_L1STD_ABORT)
+    if why == 0:
+        why = l1std_next(hw, memo.l1std, sid, &memo.ste_at)
+    return why if why else output_fault(hw, memo.ste_at, WHY_STE_ADDRESS, syndrome)
+
+
+cdef inline int ste_read(int status) noexcept nogil:
+    """How the read of an STE ended: 0, why not, or a negative stop."""
+    return structure_read(status, WHY_STE_ABORT)
 
 
 cdef inline int ste_fetch(
         const Hw* hw, Port* port, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
-    """Find and read the STE of a StreamID, into memo.ste: 0, an event or a negative stop."""
-    cdef uint64_t address = 0
-    cdef int kind, status, event
-    memo.l1std_at = NOWHERE
-    kind = stream_first(hw, sid, &address)
-    if kind == 0:
-        return EVENT_C_BAD_STREAMID
-    syndrome.address = address
-    if address & hw.oas_over:
-        return EVENT_F_STE_FETCH
-    if kind == FETCH_L1STD:
-        memo.l1std_at = address
-        status = fetch8(port, FETCH_L1STD, NO_LEVEL, address, &memo.l1std)
-        if status:
-            return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
-        event = l1std_next(hw, memo.l1std, sid, &address)
-        if event:
-            return event
-        syndrome.address = address
-        if address & hw.oas_over:
-            return EVENT_F_STE_FETCH
-    memo.ste_at = address
-    status = fetch64(port, FETCH_STE, address, memo.ste)
-    return EVENT_F_STE_FETCH if status == FETCH_ABORT else status
+    """Find and read the STE of a StreamID, into memo.ste: 0, why not or a negative stop."""
+    cdef int why = ste_first(hw, sid, memo, syndrome)
+    if why == 0 and memo.l1std_at != NOWHERE:
+        why = l1std_read(
+            hw, sid, fetch8(port, FETCH_L1STD, NO_LEVEL, memo.l1std_at, &memo.l1std), memo,
+            syndrome)
+    return why if why else ste_read(fetch64(port, FETCH_STE, memo.ste_at, memo.ste))
 
 
 cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
-    """What an STE says of stage 2 and overrides: 0, an event, or SILENT_ABORT."""
+    """What an STE says of stage 2 and overrides: 0, or why it serves no transaction."""
     cdef Context* context = &memo.context
-    cdef int event
+    cdef int why
     context.second.on = False
     if not ste_v(memo.ste):
-        return EVENT_C_BAD_STE
+        return WHY_STE_V
     if ste_aborts(memo.ste):
-        return SILENT_ABORT
-    event = ste_check(hw, memo.ste)
-    if event == 0 and ste_stage2(memo.ste):
-        event = stage2_decode(hw, memo.ste, &context.second)
-    if event:
-        return event
+        return WHY_STE_CONFIG
+    why = ste_check(hw, memo.ste)
+    if why == 0 and ste_stage2(memo.ste):
+        why = stage2_decode(hw, memo.ste, &context.second)
+    if why:
+        return why
     ste_overrides(hw, memo.ste, context)
     context.vmid = ste_vmid(hw, memo.ste)
     context.asid = 0
@@ -703,39 +843,83 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
 
 cdef inline int ste_substream(
         const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
-    """Which CD, into memo.index: 0 or an event.  From here on stage 2 translates."""
-    cdef int event = substream(hw, memo.ste, ssid, &memo.index)
-    memo.context.second.on = event == 0 and ste_stage2(memo.ste)
-    return event
+    """Which CD, into memo.index: 0, or why none.  From here on stage 2 translates."""
+    memo.context.second.on = ste_stage2(memo.ste)
+    return substream(hw, memo.ste, ssid, &memo.index)
+
+
+cdef inline bint cd_way(const Hw* hw, Memo* memo) noexcept nogil:
+    """Where the way to the CD of memo.index begins, before stage 2: at memo.l1cd_ipa; or, then
+    this is False, at memo.cd_ipa."""
+    cdef uint64_t address = 0
+    memo.l1cd_at = NOWHERE
+    if cd_first(hw, memo.ste, <uint32_t>memo.index, &address) == FETCH_L1CD:
+        memo.l1cd_ipa = address
+        return True
+    memo.cd_ipa = address
+    return False
+
+
+cdef inline int l1cd_read(const Hw* hw, int status, Memo* memo) noexcept nogil:
+    """What memo.l1cd says, which was read: memo.cd_ipa; 0, why not, or a negative stop."""
+    if status:
+        return structure_read(status, WHY_L1CD_ABORT)
+    return l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>memo.index, &memo.cd_ipa)
+
+
+cdef inline int cd_read(int status) noexcept nogil:
+    """How the read of a CD ended: 0, why not, or a negative stop."""
+    return structure_read(status, WHY_CD_ABORT)
+
+
+cdef inline int cd_output(
+        const Hw* hw, uint64_t ipa, int kind, uint64_t* address,
+        Syndrome* syndrome) noexcept nogil:
+    """Where an L1CD or a CD lies, FETCH_..., without stage 2: 0, or why not."""
+    address[0] = ipa
+    return output_fault(
+        hw, ipa, WHY_L1CD_ADDRESS if kind == FETCH_L1CD else WHY_CD_ADDRESS, syndrome)
+
+
+cdef inline int cd_place(
+        const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t ipa, int kind,
+        uint64_t* address, Syndrome* syndrome) noexcept nogil:
+    """Where an L1CD or a CD lies in memory: stage 2 says, else the address must be an output."""
+    cdef Leaf leaf
+    cdef int why
+    if memo.context.second.on:
+        why = stage2(view, &memo.context, port, ipa, PERM_PR, False, CLASS_CD, &leaf, address,
+                     syndrome)
+        if why == 0:
+            syndrome.address = address[0]
+        return why
+    return cd_output(hw, ipa, kind, address, syndrome)
 
 
 cdef inline int cd_fetch(
         const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
-    """Find and read the CD of memo.index, into memo.cd: 0, an event or a negative stop."""
-    cdef uint64_t address = 0
-    cdef int status, event
-    memo.l1cd_at = NOWHERE
-    if cd_first(hw, memo.ste, <uint32_t>memo.index, &address) == FETCH_L1CD:
-        memo.l1cd_ipa = address
-        event = cd_place(hw, port, view, memo, &address, syndrome)
-        if event:
-            return event
-        memo.l1cd_at = address
-        syndrome.address = address
-        status = fetch8(port, FETCH_L1CD, NO_LEVEL, address, &memo.l1cd)
-        if status:
-            return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
-        event = l1cd_next(hw, memo.ste, memo.l1cd, <uint32_t>memo.index, &address)
-        if event:
-            return event
-    memo.cd_ipa = address
-    event = cd_place(hw, port, view, memo, &address, syndrome)
-    if event:
-        return event
-    memo.cd_at = address
-    syndrome.address = address
-    status = fetch64(port, FETCH_CD, address, memo.cd)
-    return EVENT_F_CD_FETCH if status == FETCH_ABORT else status
+    """Find and read the CD of memo.index, into memo.cd: 0, why not or a negative stop."""
+    cdef int why = 0
+    if cd_way(hw, memo):
+        why = cd_place(hw, port, view, memo, memo.l1cd_ipa, FETCH_L1CD, &memo.l1cd_at,
+                       syndrome)
+        if why == 0:
+            why = l1cd_read(
+                hw, fetch8(port, FETCH_L1CD, NO_LEVEL, memo.l1cd_at, &memo.l1cd), memo)
+    if why == 0:
+        why = cd_place(hw, port, view, memo, memo.cd_ipa, FETCH_CD, &memo.cd_at, syndrome)
+    return why if why else cd_read(fetch64(port, FETCH_CD, memo.cd_at, memo.cd))
+
+
+cdef inline void lookup_open(
+        const Hw* hw, uint32_t sid, uint32_t ssid, Memo* memo, Syndrome* syndrome) noexcept nogil:
+    """Nothing of a pair is known yet."""
+    memo.whole = False
+    memo.edition = hw.edition
+    memo.sid = sid
+    memo.ssid = ssid
+    memo.context.second.on = False
+    syndrome_set(syndrome, 0, False, CLASS_IN)
 
 
 cdef inline int lookup(
@@ -743,29 +927,24 @@ cdef inline int lookup(
         Syndrome* syndrome) noexcept nogil:
     """Fetch and decode what a (StreamID, SubstreamID) pair meets, into memo.context.
 
-    0; or an event, SILENT_ABORT, or a negative stop.  memo.index is that of the CD, or
-    STAGE1_BYPASS, and then the context holds the STE's overrides and stage 2 alone.
+    0, why not, or a negative stop.  memo.index is that of the CD, or STAGE1_BYPASS, and then the
+    context holds the STE's overrides and stage 2 alone.
     """
-    cdef int event
-    memo.whole = False
-    memo.edition = hw.edition
-    memo.sid = sid
-    memo.ssid = ssid
-    memo.context.second.on = False
-    syndrome_set(syndrome, 0, False, CLASS_IN)
-    event = ste_fetch(hw, port, sid, memo, syndrome)
-    if event == 0:
-        event = ste_decode(hw, memo)
-    if event == 0:
-        event = ste_substream(hw, memo, ssid)
-    if event == 0 and memo.index == STAGE1_BYPASS:
+    cdef int why
+    lookup_open(hw, sid, ssid, memo, syndrome)
+    why = ste_fetch(hw, port, sid, memo, syndrome)
+    if why == 0:
+        why = ste_decode(hw, memo)
+    if why == 0:
+        why = ste_substream(hw, memo, ssid)
+    if why == 0 and memo.index == STAGE1_BYPASS:
         memo.l1cd_at = memo.cd_at = NOWHERE
-    elif event == 0:
-        event = cd_fetch(hw, port, NULL, memo, syndrome)
-        if event == 0:
-            event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-    memo.whole = event == 0
-    return event
+    elif why == 0:
+        why = cd_fetch(hw, port, NULL, memo, syndrome)
+        if why == 0:
+            why = cd_decode(hw, memo.ste, memo.cd, &memo.context)
+    memo.whole = why == 0
+    return why
 
 
 # --- stage 1 (15.2) ---
@@ -802,22 +981,22 @@ cdef inline unsigned int leaf_perm(
 
 
 cdef inline int leaf_fault(
-        const Context* context, const Half* half, unsigned int upper, unsigned int access,
-        Leaf* leaf, bint simple) noexcept nogil:
+        const Context* context, const Half* half, uint64_t va, unsigned int upper,
+        unsigned int access, Leaf* leaf, bint simple) noexcept nogil:
     """What a leaf gives: address size before access flag before permission."""
     cdef uint64_t address = leaf_address(leaf.d, half, leaf.shift)
     leaf.desired = leaf.d
-    if address & half.over:
-        return EVENT_F_ADDR_SIZE
+    if not output_fits(address, half, leaf.shift, va):
+        return WHY_S1_OUTPUT
     if not access_flag(leaf.d):
         if context.ha:
             leaf.desired = with_access_flag(leaf.d)
         elif not context.affd:
-            return EVENT_F_ACCESS
+            return WHY_S1_AF
     leaf.address = address
     leaf.perm = leaf_perm(context, upper, leaf.d, leaf.tables, simple)
     if not leaf.perm & context.need[access]:
-        return EVENT_F_PERMISSION
+        return WHY_S1_PERMISSION
     if not simple and context.hd and access & ACCESS_WRITE and clean_s1(leaf.d):
         leaf.desired = dirty_s1(leaf.desired)
     return 0
@@ -828,10 +1007,12 @@ cdef inline int half_fault(
         unsigned int access) noexcept nogil:
     """F_TRANSLATION where no table translates the address: its half, its range, E0PD."""
     cdef const Half* half = &context.half[upper]
-    if not half.enabled or not in_range(va, half.range_mask, upper):
-        return EVENT_F_TRANSLATION
+    if not half.enabled:
+        return why_of_half(WHY_EPD0, upper)
+    if not in_range(va, half.range_mask, upper):
+        return why_of_half(WHY_T0SZ_RANGE, upper)
     if not (half.unprivileged or effective_access(context, access) & ACCESS_PRIV):
-        return EVENT_F_TRANSLATION
+        return why_of_half(WHY_E0PD0, upper)
     return 0
 
 
@@ -842,49 +1023,72 @@ cdef inline int walk_once(
     # opaque, or its place is computed again at every use
     cdef const Half* half = <const Half*>apart(<void*>&context.half[upper])
     cdef Descent at
-    cdef int event, status
+    cdef int why, status
     leaf_none(leaf)
-    event = half_fault(context, va, upper, access)
-    if event:
-        return event
+    why = half_fault(context, va, upper, access)
+    if why:
+        return why
     at.table = half.table
     at.tables = 0
     at.shift = half.shift
-    event = find_leaf(half, port, FETCH_TT, va & half.index_mask, &at, leaf, simple)
-    if unlikely(event):
-        return event
-    event = leaf_fault(context, half, upper, access, leaf, simple)
+    why = find_leaf(half, port, FETCH_TT, va & half.index_mask, &at, leaf, simple)
+    if unlikely(why):
+        return why
+    why = leaf_fault(context, half, va, upper, access, leaf, simple)
     if unlikely(context.ha) and leaf.desired != leaf.d and (
-            event == 0 or event == EVENT_F_PERMISSION):
+            why == 0 or why_event(why) == EVENT_F_PERMISSION):
         status = update(half, port, FETCH_TT_UPDATE, leaf)
         if status:
             return status
-    return event
+    return why
 
 
 cdef inline int walk(
         const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
         Syndrome* syndrome, bint simple) noexcept nogil:
-    """Walk the tables of one address: 0, an event, or a negative stop.
+    """Walk the tables of one address: 0, why not, or a negative stop.
 
     `access` is the device's own, `simple` is context.simple.
     """
-    cdef int event = walk_once(context, port, va, access, leaf, simple)
+    cdef int why = walk_once(context, port, va, access, leaf, simple)
     cdef int _try
-    if unlikely(event == CHANGED):
+    if unlikely(why == CHANGED):
         for _try in range(RETRIES - 1):
-            event = walk_once(context, port, va, access, leaf, simple)
-            if event != CHANGED:
+            why = walk_once(context, port, va, access, leaf, simple)
+            if why != CHANGED:
                 break
         else:
-            event = EVENT_F_WALK_EABT
-    if unlikely(event > 0):
+            why = WHY_S1_UPDATE_RACE
+    if unlikely(why > 0):
         syndrome_set(syndrome, leaf.entry, False,
-                     CLASS_TT if event == EVENT_F_WALK_EABT else CLASS_IN)
-    return event
+                     CLASS_TT if why_event(why) == EVENT_F_WALK_EABT else CLASS_IN)
+    return why
 
 
 # --- nested: every descriptor of stage 1 lies at an IPA ---
+
+# What is to be done before a descriptor of stage 1 is written.
+cdef enum:
+    WRITE_NOW         # nothing
+    WRITE_DENIED      # it cannot be: stage 2 forbids it
+    WRITE_THROUGH     # stage 2 is walked for a write
+    WRITE_OUTER       # the leaf of stage 2 is marked dirty
+
+
+cdef inline int update_way(const Second* second, const Leaf* outer) noexcept nogil:
+    """How a descriptor of stage 1 is written that `outer`, a leaf of stage 2, maps."""
+    if not outer.perm & PERM_PW:
+        return WRITE_DENIED
+    if outer.entry == NOWHERE and second.hd:
+        return WRITE_THROUGH  # from the TLB, which does not say where the leaf lies
+    return WRITE_OUTER if second.hd and clean_s2(outer.d) else WRITE_NOW
+
+
+cdef inline int update_denied(uint64_t ipa, Syndrome* syndrome) noexcept nogil:
+    """Stage 2 does not let the descriptor at an IPA be written."""
+    syndrome_set(syndrome, ipa, True, CLASS_TT)
+    return WHY_S2_UPDATE
+
 
 cdef inline int update_nested(
         View* view, const Context* context, Port* port, const Half* half, Leaf* leaf, Leaf* outer,
@@ -892,18 +1096,16 @@ cdef inline int update_nested(
     """Update a stage-1 descriptor: stage 2, whose leaf `outer` maps it, must let it be written."""
     cdef const Second* second = &context.second
     cdef uint64_t address = 0
-    cdef int status
-    if not outer.perm & PERM_PW:
-        syndrome_set(syndrome, ipa, True, CLASS_TT)
-        return EVENT_F_PERMISSION
-    if outer.entry == NOWHERE and second.hd:
-        # from the TLB, which does not say where the leaf lies
+    cdef int status, way = update_way(second, outer)
+    if way == WRITE_DENIED:
+        return update_denied(ipa, syndrome)
+    if way == WRITE_THROUGH:
         status = stage2(view, context, port, ipa, PERM_PW, True, CLASS_TT, outer, &address,
                         syndrome)
         if status:
             syndrome.ttrnw = False
             return status
-    elif second.hd and clean_s2(outer.d):
+    elif way == WRITE_OUTER:
         outer.desired = dirty_s2(outer.d)
         status = update(&second.half, port, FETCH_S2TT_UPDATE, outer)
         if status:
@@ -915,26 +1117,38 @@ cdef inline int update_nested(
     return status
 
 
+cdef inline bint stage1_updates(
+        const Context* context, int why, const Leaf* leaf, const Leaf* outer) noexcept nogil:
+    """The leaf of stage 1 is to be updated, whose leaf_fault() was this.
+
+    A page that does not permit the access is, if stage 2 lets it be written: `outer` maps it.
+    """
+    if leaf.desired == leaf.d or not context.ha:
+        return False
+    if why_event(why) != EVENT_F_PERMISSION:
+        return why == 0
+    return not context.second.on or outer.perm & PERM_PW
+
+
 cdef inline int stage1_end(
-        View* view, const Context* context, Port* port, const Half* half, unsigned int upper,
-        unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
+        View* view, const Context* context, Port* port, const Half* half, uint64_t va,
+        unsigned int upper, unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
         Syndrome* syndrome) noexcept nogil:
-    """What a leaf of stage 1 gives, and its hardware update: 0, an event, CHANGED or a stop.
+    """What a leaf of stage 1 gives, and its hardware update: 0, why not, CHANGED or a stop.
 
     Under stage 2 the leaf lies at `ipa`, which `outer` maps.
     """
-    cdef int event = leaf_fault(context, half, upper, access, leaf, False)
-    cdef int status = 0
-    if not context.ha or leaf.desired == leaf.d:
-        return event
+    cdef int why = leaf_fault(context, half, va, upper, access, leaf, False)
+    cdef int status
+    if not stage1_updates(context, why, leaf, outer):
+        return why
     if context.second.on:
-        if event == 0 or event == EVENT_F_PERMISSION and outer.perm & PERM_PW:
-            status = update_nested(view, context, port, half, leaf, outer, ipa, syndrome)
-    elif event == 0 or event == EVENT_F_PERMISSION:
+        status = update_nested(view, context, port, half, leaf, outer, ipa, syndrome)
+    else:
         status = update(half, port, FETCH_TT_UPDATE, leaf)
         if status:
             syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
-    return status if status else event
+    return status if status else why
 
 
 cdef inline uint64_t canonical(
@@ -943,65 +1157,97 @@ cdef inline uint64_t canonical(
     return va & half.index_mask | (0 - <uint64_t>upper) & ~half.index_mask
 
 
+cdef inline unsigned int stage1_kind(const Context* context) noexcept nogil:
+    """Which tables of the walk caches are those of this walk."""
+    return KIND_COMBINED if context.second.on else KIND_S1
+
+
+cdef inline void stage1_begin(
+        View* view, const Context* context, const Half* half, uint64_t va, Leaf* leaf, Place* at,
+        Syndrome* syndrome) noexcept nogil:
+    """Where a walk of stage 1 begins, of a canonical address."""
+    cdef const Table* found
+    leaf_none(leaf)
+    syndrome_set(syndrome, 0, False, CLASS_IN)
+    at.table = half.table
+    at.tables = 0
+    at.shift = half.shift
+    if view != NULL:
+        found = cached_table(view, context, half, stage1_kind(context), va)
+        if found != NULL:
+            at.table = found.table
+            at.tables = found.bits
+            at.shift = found.lg2 - half.stride
+
+
+cdef inline void stage1_down(
+        View* view, const Context* context, const Half* half, uint64_t va, uint64_t d,
+        Place* at) noexcept nogil:
+    """A table of stage 1 was found, at.table, that descriptor `d` names: go down to it."""
+    at.tables |= d & half.keep
+    if view != NULL:
+        keep_table(
+            view, context, half, stage1_kind(context), va, at.shift, at.table, at.tables)
+    at.shift -= half.stride
+
+
+cdef inline void stage1_stopped(int why, const Leaf* leaf, Syndrome* syndrome) noexcept nogil:
+    """A descriptor of stage 1 is no leaf, or could not be read."""
+    if why_event(why) == EVENT_F_WALK_EABT:
+        syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
+
+
 cdef inline int walk_steps_once(
         View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
         Leaf* leaf, Syndrome* syndrome) noexcept nogil:
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     cdef const Half* half = &context.half[upper]
-    cdef const Table* found
     cdef Leaf outer
-    cdef uint64_t ia = va & half.index_mask
-    cdef uint64_t table = half.table, tables = 0, ipa
-    cdef unsigned int shift = half.shift
-    cdef unsigned int kind = KIND_COMBINED if context.second.on else KIND_S1
-    cdef int event
-    leaf_none(leaf)
+    cdef Place at
+    cdef uint64_t ipa
+    cdef int why
     leaf_none(&outer)
-    syndrome_set(syndrome, 0, False, CLASS_IN)
-    event = half_fault(context, va, upper, access)
-    if event:
-        return event
-    if view != NULL:
-        va = canonical(half, va, upper)
-        found = cached_table(view, context, half, kind, va)
-        if found != NULL:
-            table = found.table
-            tables = found.bits
-            shift = found.lg2 - half.stride
+    va = canonical(half, va, upper)
+    stage1_begin(view, context, half, va, leaf, &at, syndrome)
     while True:
-        ipa = entry_address(half, table, ia, shift)
+        ipa = entry_address(half, at.table, va & half.index_mask, at.shift)
         if context.second.on:
-            event = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
-                           &leaf.entry, syndrome)
-            if event:
-                return event
+            why = stage2(view, context, port, ipa, PERM_PR, False, CLASS_TT, &outer,
+                         &leaf.entry, syndrome)
+            if why:
+                return why
         else:
             leaf.entry = ipa
-        event = read_descriptor(half, port, FETCH_TT, shift, leaf, &table)
-        if event != AT_TABLE:
+        descriptor_at(half, leaf.entry, at.shift, leaf)
+        why = read_descriptor(half, port, FETCH_TT, leaf, &at.table)
+        if why != AT_TABLE:
             break
-        tables |= leaf.d & half.keep
-        if view != NULL:
-            keep_table(view, context, half, kind, va, shift, table, tables)
-        shift -= half.stride
-    if event:
-        if event == EVENT_F_WALK_EABT:
-            syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
-        return event
-    leaf.tables = tables
-    return stage1_end(view, context, port, half, upper, access, leaf, &outer, ipa, syndrome)
+        stage1_down(view, context, half, va, leaf.d, &at)
+    if why:
+        stage1_stopped(why, leaf, syndrome)
+        return why
+    leaf.tables = at.tables
+    return stage1_end(view, context, port, half, va, upper, access, leaf, &outer, ipa, syndrome)
+
+
+cdef inline int race_lost(int why) noexcept nogil:
+    """What a walk of stage 1 ends with that lost the race for an update for the last time."""
+    return WHY_S1_UPDATE_RACE if why == CHANGED else why
 
 
 cdef inline int walk_steps(
         View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
         Leaf* leaf, Syndrome* syndrome) noexcept nogil:
-    """Walk the stage-1 tables of one address, each descriptor through stage 2 if there is one."""
-    cdef int event = CHANGED, _try
+    """Walk the stage-1 tables of one address, each descriptor through stage 2 if there is one.
+
+    half_fault() found nothing wrong with it.
+    """
+    cdef int why = CHANGED, _try
     for _try in range(RETRIES):
-        event = walk_steps_once(view, context, port, va, access, leaf, syndrome)
-        if likely(event != CHANGED):
-            return event
-    return EVENT_F_WALK_EABT  # the syndrome is that of the last update
+        why = walk_steps_once(view, context, port, va, access, leaf, syndrome)
+        if likely(why != CHANGED):
+            break
+    return race_lost(why)  # the syndrome is that of the last update
 
 
 # --- the scalar driver ---
@@ -1009,8 +1255,10 @@ cdef inline int walk_steps(
 cdef inline void end_disabled(const Hw* hw, const Request* request,
                               Outcome* outcome) noexcept nogil:
     """SMMUEN=0: GBPA decides, and nothing is recorded (6.3.14)."""
-    if hw.gbpa_abort or request.iova & hw.oas_over:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    if hw.gbpa_abort:
+        end_refused(outcome, WHY_GBPA_ABORT)
+    elif request.iova & hw.oas_over:
+        end_refused(outcome, WHY_GBPA_ADDRESS)
     else:
         end_unmapped(
             outcome, ACTION_DISABLED, request.iova, 0x3F, hw.gbpa_attr, hw.gbpa_sh)
@@ -1025,23 +1273,24 @@ cdef inline void end_translated(
     outcome.action = ACTION_OK
     outcome.event = 0
     outcome.fault = 0
+    outcome.why = 0
     outcome.level = leaf.level
-    outcome.page_lg2 = leaf.shift
+    outcome.page_lg2 = fitting_lg2(half, leaf.shift)
     outcome.attr = stage1_attr(context.attr, mair_byte(context.mair, leaf.d))
     outcome.sh = shareability(outcome.attr, leaf_sh(leaf.d, half))
     outcome.ng = not_global(leaf.d) and context.two_ttbs  # no ASID: nG is ignored
-    outcome.contiguous = contiguous(leaf.d)
+    outcome.contiguous = contiguous(leaf.d, leaf.shift)
     outcome.stag = 0
 
 
 cdef inline void finish_stage1(
-        const Hw* hw, const Request* request, const Context* context, int event,
+        const Hw* hw, const Request* request, const Context* context, int why,
         const Leaf* leaf, const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
     """The outcome of a request that stage 1 alone translates."""
-    if unlikely(event):
+    if unlikely(why):
         end_fault(
-            hw, request, outcome, event, effective_access(context, request.access),
-            TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT else context.terminate,
+            hw, request, outcome, why, effective_access(context, request.access),
+            TERMINATE_A | TERMINATE_R if why_event(why) == EVENT_F_WALK_EABT else context.terminate,
             syndrome)
     else:
         end_translated(context, &context.half[half_of(request.iova, context.two_ttbs)],
@@ -1053,7 +1302,7 @@ cdef inline void finish_stage1(
 
 
 cdef inline void finish_stage2(
-        const Hw* hw, const Request* request, const Context* context, bint nested, int event,
+        const Hw* hw, const Request* request, const Context* context, bint nested, int why,
         const Leaf* first, const Leaf* leaf, uint64_t ipa, uint64_t pa,
         const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
     """The outcome of a request that stage 2 translates, after stage 1 if `nested`.
@@ -1064,15 +1313,15 @@ cdef inline void finish_stage2(
     cdef const Half* half
     cdef unsigned int attr = context.attr, sh = context.sh
     cdef unsigned int perm = 0, perm_s1 = 0
-    cdef unsigned int terminate
-    if event:
-        if event == EVENT_F_WALK_EABT:
+    cdef unsigned int terminate, lg2
+    if why:
+        if why_event(why) == EVENT_F_WALK_EABT:
             terminate = TERMINATE_A | TERMINATE_R
         else:
             terminate = second.terminate if syndrome.s2 else context.terminate
-        end_fault(hw, request, outcome, event, effective_access(context, request.access),
+        end_fault(hw, request, outcome, why, effective_access(context, request.access),
                   terminate, syndrome)
-        if event == EVENT_F_PERMISSION and syndrome.cls == CLASS_IN:
+        if why_event(why) == EVENT_F_PERMISSION and syndrome.cls == CLASS_IN:
             perm_s1 = first.perm
             perm = first.perm & leaf.perm if syndrome.s2 else first.perm
     else:
@@ -1083,12 +1332,13 @@ cdef inline void finish_stage2(
             sh = leaf_sh(first.d, half)
         else:
             end_unmapped(outcome, ACTION_OK, 0, 0, 0, 0)
-            outcome.contiguous = contiguous(leaf.d)
+            outcome.contiguous = contiguous(leaf.d, leaf.shift)
         outcome.pa = pa
         outcome.ipa = ipa
-        if not nested or leaf.shift < first.shift:
+        lg2 = fitting_lg2(&second.half, leaf.shift)
+        if not nested or lg2 < outcome.page_lg2:
             outcome.level = leaf.level
-            outcome.page_lg2 = leaf.shift
+            outcome.page_lg2 = lg2
         outcome.attr = stage2_attr(leaf.d, second.fwb, attr)
         outcome.sh = shareability(outcome.attr, combine_sh(sh, leaf_sh(leaf.d, &second.half)))
         perm_s1 = first.perm
@@ -1109,14 +1359,14 @@ cdef inline int translate_stage1(
     """
     cdef Leaf leaf
     cdef Syndrome syndrome
-    cdef int event
+    cdef int why
     if likely(context.simple):
-        event = walk(context, port, request.iova, request.access, &leaf, &syndrome, True)
+        why = walk(context, port, request.iova, request.access, &leaf, &syndrome, True)
     else:
-        event = walk(context, port, request.iova, request.access, &leaf, &syndrome, False)
-    if event < 0:
-        return event
-    finish_stage1(hw, request, context, event, &leaf, &syndrome, outcome)
+        why = walk(context, port, request.iova, request.access, &leaf, &syndrome, False)
+    if why < 0:
+        return why
+    finish_stage1(hw, request, context, why, &leaf, &syndrome, outcome)
     return 0
 
 
@@ -1124,65 +1374,217 @@ cdef inline int untranslatable(
         const Hw* hw, const Request* request, Syndrome* syndrome) noexcept nogil:
     """Stage 1 bypassed: the address must fit IAS or OAS, which are equal."""
     syndrome_set(syndrome, 0, False, CLASS_IN)
-    return EVENT_F_ADDR_SIZE if request.iova & hw.oas_over else 0
+    return WHY_BYPASS_ADDRESS if request.iova & hw.oas_over else 0
 
 
 cdef inline void end_untranslatable(
         const Hw* hw, const Request* request, const Context* context, const Syndrome* syndrome,
         Outcome* outcome) noexcept nogil:
     """That fault aborts and is recorded, whatever the configuration says."""
-    end_fault(hw, request, outcome, EVENT_F_ADDR_SIZE, effective_access(context, request.access),
+    end_fault(hw, request, outcome, WHY_BYPASS_ADDRESS, effective_access(context, request.access),
               TERMINATE_A | TERMINATE_R, syndrome)
     outcome.stage = 2 if context.second.on else 0
     outcome.vmid = context.vmid if context.second.on else 0
 
 
-cdef inline int translate_stage2(
-        const Hw* hw, Port* port, const Request* request, const Context* context, bint nested,
-        Outcome* outcome) noexcept nogil:
-    """Translate one request in a decoded context with stage 2, after stage 1 if `nested`."""
-    cdef Leaf first, leaf
-    cdef Syndrome syndrome
-    cdef uint64_t ipa = request.iova, pa = 0
-    cdef int event = 0
-    leaf_none(&leaf)
-    leaf_none(&first)
-    if nested:
-        event = walk_steps(
-            NULL, context, port, request.iova, request.access, &first, &syndrome)
-        ipa = first.address | (request.iova & low_mask(first.shift))
+cdef inline void end_bypass(
+        const Request* request, const Context* context, Outcome* outcome) noexcept nogil:
+    """Neither stage translates."""
+    end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
+
+
+# --- through TLB entries, or by walks ---
+
+cdef inline bint usable(const Entry* e, unsigned int access) noexcept nogil:
+    """A write through a page that is still clean walks again, to mark it dirty."""
+    return not (access & ACCESS_WRITE and e.flags & (ENTRY_CLEAN1 | ENTRY_CLEAN2))
+
+
+cdef inline void leaf_of(const Entry* e, unsigned int stage, Leaf* leaf) noexcept nogil:
+    """What an entry says of one stage; its output address is that of the entry."""
+    leaf.address = e.address
+    if stage == 1:
+        leaf.d = as_said(e.extra[0])
+        leaf.shift = e.lg2_s1
+        leaf.level = e.level_s1
+        leaf.perm = e.perm1
     else:
-        first.perm = 0x3F
-        if untranslatable(hw, request, &syndrome):
-            end_untranslatable(hw, request, context, &syndrome, outcome)
-            return 0
-    if event == 0:
-        event = stage2(NULL, context, port, ipa, context.need[request.access],
-                       (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
-    if event < 0:
-        return event
-    finish_stage2(hw, request, context, nested, event, &first, &leaf, ipa, pa, &syndrome, outcome)
+        leaf.d = as_said(e.extra[1])
+        leaf.shift = e.lg2_s2
+        leaf.level = e.level_s2
+        leaf.perm = e.perm2
+
+
+cdef inline int permission(
+        const Leaf* leaf, unsigned int need, bint s2, uint64_t ipa,
+        Syndrome* syndrome) noexcept nogil:
+    """Why a cached translation does not permit an access, with the syndrome; or 0."""
+    if leaf.perm & need:
+        return 0
+    syndrome_set(syndrome, ipa, s2, CLASS_IN)
+    return WHY_S2_PERMISSION if s2 else WHY_S1_PERMISSION
+
+
+# A translation under way in a decoded context: what its stages found so far.
+cdef struct Stages:
+    uint64_t va            # input address, canonical
+    uint64_t ipa           # into stage 2
+    uint64_t pa            # out of it
+    Leaf first             # of stage 1
+    Leaf second            # of stage 2
+    Syndrome syndrome
+    unsigned int kind      # of the TLB entry that answers, or will be kept
+
+
+cdef inline int stage1_found(
+        const Hw* hw, const Request* request, const Context* context, int why, Stages* s,
+        Outcome* outcome) noexcept nogil:
+    """Stage 1 gave a leaf, or none: ENDED with the outcome, or TO_STAGE2."""
+    if not context.second.on:
+        finish_stage1(hw, request, context, why, &s.first, &s.syndrome, outcome)
+        return ENDED
+    s.ipa = s.first.address | (request.iova & low_mask(s.first.shift))
+    if why == 0:
+        return TO_STAGE2
+    finish_stage2(hw, request, context, True, why, &s.first, &s.second, s.ipa, 0, &s.syndrome,
+                  outcome)
+    return ENDED
+
+
+cdef inline int stages_begin(
+        const Hw* hw, View* view, const Request* request, const Memo* memo, Stages* s,
+        Outcome* outcome) noexcept nogil:
+    """What is known of a translation without a walk.
+
+    ENDED with the outcome; or which stage walks, TO_STAGE1 or TO_STAGE2.
+    """
+    cdef const Context* context = &memo.context
+    cdef const Half* half
+    cdef const Entry* e = NULL
+    cdef unsigned int upper, access = request.access
+    cdef unsigned int need = context.need[access]
+    cdef int why
+    s.kind = KIND_S1
+    if view != NULL:
+        view.stage2_only = memo.index == STAGE1_BYPASS
+    if memo.index == STAGE1_BYPASS:
+        if untranslatable(hw, request, &s.syndrome):
+            end_untranslatable(hw, request, context, &s.syndrome, outcome)
+            return ENDED
+        if not context.second.on:
+            end_bypass(request, context, outcome)
+            return ENDED
+        leaf_none(&s.first)
+        s.first.perm = 0x3F
+        s.ipa = request.iova
+        return TO_STAGE2
+    upper = half_of(request.iova, context.two_ttbs)
+    half = &context.half[upper]
+    why = half_fault(context, request.iova, upper, access)
+    s.va = canonical(half, request.iova, upper)
+    if view != NULL and likely(why == 0):
+        if context.second.on and not view.c.split:
+            s.kind = KIND_COMBINED
+        e = tlb_probe(
+            view.c, s.kind, context.world, context.vmid, context.asid, context.aset, s.va)
+        if likely(e != NULL and not context.second.on):
+            if likely(e.perm1 & need and usable(e, access)):
+                # the ordinary hit, without what the others have to set up
+                leaf_of(e, 1, &s.first)
+                finish_stage1(hw, request, context, 0, &s.first, &s.syndrome, outcome)
+                return ENDED
+    leaf_none(&s.first)
+    leaf_none(&s.second)
+    syndrome_set(&s.syndrome, 0, False, CLASS_IN)
+    if why == 0:
+        if e == NULL or not usable(e, access):
+            return TO_STAGE1
+        leaf_of(e, 1, &s.first)
+        why = permission(&s.first, need, False, 0, &s.syndrome)
+        if s.kind == KIND_COMBINED:
+            leaf_of(e, 2, &s.second)
+            s.pa = e.address | s.va & low_mask(e.lg2)
+            s.ipa = e.ipa | s.va & low_mask(e.lg2)
+            if why == 0:
+                why = permission(&s.second, need, True, s.ipa, &s.syndrome)
+            finish_stage2(hw, request, context, True, why, &s.first, &s.second, s.ipa, s.pa,
+                          &s.syndrome, outcome)
+            return ENDED
+    return stage1_found(hw, request, context, why, s, outcome)
+
+
+cdef inline int stage1_walked(
+        const Hw* hw, View* view, const Request* request, const Context* context, int why,
+        Stages* s, Outcome* outcome) noexcept nogil:
+    """The walk of stage 1 came to its end: as stage1_found()."""
+    if view != NULL and why == 0 and s.kind == KIND_S1:
+        keep_entry(view, context, KIND_S1, s.va,
+                   &context.half[half_of(request.iova, context.two_ttbs)], &s.first, NULL, 0,
+                   s.first.address)
+    return stage1_found(hw, request, context, why, s, outcome)
+
+
+cdef inline void stage2_walked(
+        const Hw* hw, View* view, const Request* request, const Memo* memo, int why, Stages* s,
+        Outcome* outcome) noexcept nogil:
+    """Stage 2 translated s.ipa, or did not: the outcome."""
+    cdef const Context* context = &memo.context
+    if view != NULL and why == 0 and s.kind == KIND_COMBINED:
+        keep_entry(view, context, KIND_COMBINED, s.va,
+                   &context.half[half_of(request.iova, context.two_ttbs)], &s.first, &s.second,
+                   s.ipa, s.pa)
+    finish_stage2(hw, request, context, memo.index != STAGE1_BYPASS, why, &s.first, &s.second,
+                  s.ipa, s.pa, &s.syndrome, outcome)
+
+
+cdef inline int translate_stages(
+        const Hw* hw, Port* port, View* view, const Request* request, const Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request in a decoded context: 0, or a negative stop."""
+    cdef const Context* context = &memo.context
+    cdef unsigned int access = request.access
+    cdef Stages s
+    cdef int why
+    cdef int next = stages_begin(hw, view, request, memo, &s, outcome)
+    if next == TO_STAGE1:
+        why = walk_steps(view, context, port, request.iova, access, &s.first, &s.syndrome)
+        if why < 0:
+            return why
+        next = stage1_walked(hw, view, request, context, why, &s, outcome)
+    if next == TO_STAGE2:
+        why = stage2(view, context, port, s.ipa, context.need[access],
+                     (access & ACCESS_WRITE) != 0, CLASS_IN, &s.second, &s.pa, &s.syndrome)
+        if why < 0:
+            return why
+        stage2_walked(hw, view, request, memo, why, &s, outcome)
     return 0
 
 
+cdef inline int translate_stage2(
+        const Hw* hw, Port* port, const Request* request, const Memo* memo,
+        Outcome* outcome) noexcept nogil:
+    """Translate one request in a decoded context with stage 2, after stage 1 if there is one."""
+    return translate_stages(hw, port, NULL, request, memo, outcome)
+
+
 cdef inline void end_lookup(
-        const Hw* hw, const Request* request, const Context* context, int event,
+        const Hw* hw, const Request* request, const Context* context, int why,
         const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
     """Configuration lookup failed; stage 2 of a CD fetch is the one part that may be told how."""
-    if event == SILENT_ABORT:
-        end_unmapped(outcome, ACTION_ABORT, 0, 0, 0, 0)
+    if why_event(why) == 0:
+        end_refused(outcome, why)
     elif context.second.on and syndrome.s2:
-        end_fault(hw, request, outcome, event, effective_access(context, request.access),
-                  TERMINATE_A | TERMINATE_R if event == EVENT_F_WALK_EABT
+        end_fault(hw, request, outcome, why, effective_access(context, request.access),
+                  TERMINATE_A | TERMINATE_R if why_event(why) == EVENT_F_WALK_EABT
                   else context.second.terminate, syndrome)
         outcome.stage = 2
         outcome.vmid = context.vmid
     else:
-        end_fault(hw, request, outcome, event, 0, TERMINATE_A | TERMINATE_R, syndrome)
+        end_fault(hw, request, outcome, why, 0, TERMINATE_A | TERMINATE_R, syndrome)
 
 
 ctypedef int (*Stage2Driver)(
-    const Hw* hw, Port* port, const Request* request, const Context* context, bint nested,
+    const Hw* hw, Port* port, const Request* request, const Memo* memo,
     Outcome* outcome) noexcept nogil
 
 cdef extern from *:
@@ -1207,14 +1609,13 @@ cdef inline int translate_known(
     cdef const Context* context = &memo.context
     cdef Syndrome syndrome
     if unlikely(context.second.on):
-        return (<Stage2Driver>stage2_driver)(
-            hw, port, request, context, memo.index != STAGE1_BYPASS, outcome)
+        return (<Stage2Driver>stage2_driver)(hw, port, request, memo, outcome)
     if likely(memo.index != STAGE1_BYPASS):
         return translate_stage1(hw, port, request, context, outcome)
     if untranslatable(hw, request, &syndrome):
         end_untranslatable(hw, request, context, &syndrome, outcome)
     else:
-        end_unmapped(outcome, ACTION_BYPASS, request.iova, 0x3F, context.attr, context.sh)
+        end_bypass(request, context, outcome)
     return 0
 
 
@@ -1226,15 +1627,15 @@ cdef inline int translate_one(
     Two calls that run at once, or inside each other, do not share a memo.
     """
     cdef Syndrome syndrome
-    cdef int event
+    cdef int why
     if not cr0_smmuen(hw.cr0):
         end_disabled(hw, request, outcome)
         return 0
     if not memo_holds(hw, port, memo, request.sid, request.ssid):
-        event = lookup(hw, port, request.sid, request.ssid, memo, &syndrome)
-        if unlikely(event):
-            if event < 0:
-                return event
-            end_lookup(hw, request, &memo.context, event, &syndrome, outcome)
+        why = lookup(hw, port, request.sid, request.ssid, memo, &syndrome)
+        if unlikely(why):
+            if why < 0:
+                return why
+            end_lookup(hw, request, &memo.context, why, &syndrome, outcome)
             return 0
     return translate_known(hw, port, request, memo, outcome)

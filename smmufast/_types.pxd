@@ -39,8 +39,7 @@ cdef extern from "smmufast.h":
         STATUS_PENDING "SMMUFAST_PENDING"
         STATUS_EINVAL "SMMUFAST_EINVAL"
         STATUS_EPYTHON "SMMUFAST_EPYTHON"
-        MAX_FETCHES "SMMUFAST_MAX_FETCHES"
-        MAX_WORDS "SMMUFAST_MAX_WORDS"
+        HOLDS_SYNC "SMMUFAST_HOLDS_SYNC"
 
     ctypedef struct Request "smmufast_request":
         uint64_t iova
@@ -67,23 +66,25 @@ cdef extern from "smmufast.h":
         uint16_t stag
         uint8_t ng
         uint8_t contiguous
+        uint16_t why
         uint64_t[4] record
 
     ctypedef struct FetchC "smmufast_fetch":
         uint64_t address
+        uint64_t expected
+        uint64_t desired
         uint16_t size
         uint8_t kind
         int8_t level
-        uint8_t aborted
-        uint16_t words
+        uint32_t reserved
 
     ctypedef struct WalkC "smmufast_walk":
+        uint32_t size
+        uint32_t flags
         Request request
         Outcome result
-        uint32_t count
-        uint32_t used
-        FetchC* fetch
-        uint64_t* data
+        FetchC fetch
+        uint64_t* state
 
     ctypedef struct CallbacksC "smmufast_callbacks":
         int (*read)(void* ctx, uint64_t address, void* buf, size_t n) noexcept nogil
@@ -98,6 +99,7 @@ cdef extern from "smmufast.h":
 
     ctypedef struct BatchC "smmufast_batch":
         size_t n
+        size_t size
         ColumnC sid
         ColumnC ssid
         ColumnC iova
@@ -114,6 +116,7 @@ cdef extern from "smmufast.h":
         ColumnC ipa
         ColumnC stage
         ColumnC record
+        ColumnC why
 
     ctypedef struct SmmuC "smmufast_smmu":
         pass
@@ -129,6 +132,8 @@ cdef extern from "smmufast.h":
         int (*walk_supply)(SmmuC*, WalkC*, const void*) noexcept nogil
         int (*read)(SmmuC*, uint64_t offset, uint32_t size, uint64_t* value) noexcept nogil
         int (*write)(SmmuC*, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil
+        int (*walk_look)(SmmuC*, WalkC*) noexcept nogil
+        int (*walk_drop)(SmmuC*, WalkC*) noexcept nogil
 
 
 cdef enum:
@@ -173,6 +178,8 @@ cdef struct Half:
     uint8_t shift          # lowest input bit that indexes the first table
     int8_t level           # of the first table
     uint8_t blocks         # bit level+1: a block is legal there
+    uint8_t fitting        # the same, of blocks that are no larger than the output size
+    uint8_t output_bits    # the effective output size
     uint64_t entry_mask    # of an entry's offset in its table
     uint64_t low_address   # descriptor bits that are address bits in place
     uint64_t high_address  # descriptor bits that are address bits elsewhere

@@ -15,6 +15,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_descriptor.h"
+
 /* A pair's home among 2^13 slots: the upper bits of a product. */
 #define SMMUFAST_GOLDEN 0x9E3779B97F4A7C15ULL
 enum { SMMUFAST_HOME = 64 - 13 };
@@ -124,8 +126,9 @@ static inline int smmufast_near_find(
             off += va >> (s - 3) & k->entry_mask;
         }
         d = __atomic_load_n((const uint64_t *)(w->data + off), __ATOMIC_RELAXED);
-        if ((d & k->table_bits) != 3)
-            return s != k->shift && (k->block_shifts >> s & 1) && (d & 3) == 1;
+        if ((d & k->table_bits) != SMMUFAST_TABLE)
+            return s != k->shift && (k->block_shifts >> s & 1)
+                && (d & SMMUFAST_TABLE) == SMMUFAST_BLOCK;
         table = d & k->low_address;
         tables |= d;
     }
@@ -136,14 +139,6 @@ static inline int smmufast_near_find(
 static inline uint64_t smmufast_load(const void *at)
 {
     return __atomic_load_n((const uint64_t *)at, __ATOMIC_RELAXED);
-}
-
-/* {UXN, PXN, AP[2:1]} of a leaf after the tables above it. */
-static inline unsigned smmufast_code(uint64_t d, uint64_t tables)
-{
-    unsigned code = (unsigned)((d >> 6 & 3) | (d >> 51 & 12));
-    return (code & ~(unsigned)(tables >> 61 & 1)) | (unsigned)(tables >> 61 & 2)
-        | (unsigned)(tables >> 57 & 12);
 }
 
 /* First pass over rows [from, to) of one half: walk down to the last table and ask for the entry
@@ -178,7 +173,7 @@ static inline void smmufast_plain_walks(
             if (__builtin_expect(off > span, 0))
                 goto away;
             d = smmufast_load(data + off);
-            if (__builtin_expect((d & table_bits) != 3, 0))
+            if (__builtin_expect((d & table_bits) != SMMUFAST_TABLE, 0))
                 goto other;
             table = d & low_address;
             tables |= d;
@@ -196,7 +191,7 @@ static inline void smmufast_plain_walks(
         previous = table;
         continue;
     other:
-        if ((k->block_shifts >> s & 1) && (d & 3) == 1) {
+        if ((k->block_shifts >> s & 1) && (d & SMMUFAST_TABLE) == SMMUFAST_BLOCK) {
             b->held[i] = d;
             b->entry[i] = (const uint8_t *)&b->held[i];
             goto found;
@@ -251,9 +246,9 @@ static inline size_t smmufast_plain_leaves(
         d = smmufast_load(b->entry[i]);
         /* a page's bit 1 is set, a block's is not */
         if (__builtin_expect(
-                ((d ^ 0x403 ^ (uint64_t)(shift != granule) << 1) & leaf_bits) != 0, 0))
+                ((d ^ SMMUFAST_USED(shift == granule)) & leaf_bits) != 0, 0))
             return i;
-        code = tables ? smmufast_code(d, tables) : (unsigned)((d >> 6 & 3) | (d >> 51 & 12));
+        code = tables ? smmufast_leaf_code(d, tables) : SMMUFAST_LEAF_CODE(d);
         if (__builtin_expect(!(k->allowed[b->access[i]] >> code & 1), 0))
             return i;
         pa = (d & low_address & ~within) | (b->va[i] & within);
@@ -313,11 +308,11 @@ static size_t smmufast_plain_near(
             set = 1;
             within = ((uint64_t)1 << near->lg2) - 1;
             address = k->low_address & ~within;
-            wanted = near->lg2 == k->granule ? 0x403 : 0x401;
+            wanted = SMMUFAST_USED(near->lg2 == k->granule);
         }
         d = smmufast_load(near->table + (va >> (near->lg2 - 3) & entry_mask));
         if (__builtin_expect(((d ^ wanted) & leaf_bits) != 0, 0)
-            || __builtin_expect(!(allowed >> smmufast_code(d, near->tables) & 1), 0))
+            || __builtin_expect(!(allowed >> smmufast_leaf_code(d, near->tables) & 1), 0))
             break;
         pa = (d & address) | (va & within);
         if (out.pa)
@@ -711,7 +706,7 @@ static size_t smmufast_vector_usual(
 {
     const uint64_t bits = ((uint64_t)1 << b->lg2) - 1;
     const __m512i leaf_bits = _mm512_set1_epi64((long long)k->leaf_bits);
-    const __m512i page = _mm512_set1_epi64(b->lg2 == k->granule ? 0x403 : 0x401);
+    const __m512i page = _mm512_set1_epi64(SMMUFAST_USED(b->lg2 == k->granule));
     const __m512i address = _mm512_set1_epi64((long long)(k->low_address & ~bits));
     const __m512i within = _mm512_set1_epi64((long long)bits);
     const __m512i allowed = _mm512_set1_epi64((long long)k->allowed[b->access[0]]);
@@ -724,8 +719,8 @@ static size_t smmufast_vector_usual(
         const __m512i entry = _mm512_loadu_si512((const void *)&b->entry[i]);
         const __m512i d = smmufast_load8(_mm512_test_epi64_mask(entry, entry), entry);
         const __m512i code = _mm512_or_si512(
-            _mm512_and_si512(_mm512_srli_epi64(d, 6), three),
-            _mm512_and_si512(_mm512_srli_epi64(d, 51), twelve));
+            _mm512_and_si512(_mm512_srli_epi64(d, PTE_S1_AP_LSB), three),
+            _mm512_and_si512(_mm512_srli_epi64(d, PTE_S1_PXN_LSB - 2), twelve));
         /* a row without an entry has read 0, which is no leaf */
         if (__builtin_expect(
                 _mm512_mask_test_epi64_mask(
@@ -755,7 +750,7 @@ static size_t smmufast_vector_arrive(
     const __m512i two = _mm512_set1_epi64(2);
     const __m512i granule = _mm512_set1_epi64(k->granule);
     const __m512i leaf_bits = _mm512_set1_epi64((long long)k->leaf_bits);
-    const __m512i page = _mm512_set1_epi64(0x403);
+    const __m512i page = _mm512_set1_epi64(SMMUFAST_USED(1));
     const __m512i low_address = _mm512_set1_epi64((long long)k->low_address);
     const __m512i allowed = _mm512_loadu_si512(k->allowed);
     size_t i;
@@ -777,11 +772,15 @@ static size_t smmufast_vector_arrive(
         ok = _mm512_mask_testn_epi64_mask(
             ok, _mm512_xor_si512(_mm512_xor_si512(d, block), page), leaf_bits);
         code = _mm512_or_si512(
-            _mm512_and_si512(_mm512_srli_epi64(d, 6), three),
-            _mm512_and_si512(_mm512_srli_epi64(d, 51), twelve));
-        code = _mm512_andnot_si512(_mm512_and_si512(_mm512_srli_epi64(tables, 61), one), code);
-        code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi64(tables, 61), two));
-        code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi64(tables, 57), twelve));
+            _mm512_and_si512(_mm512_srli_epi64(d, PTE_S1_AP_LSB), three),
+            _mm512_and_si512(_mm512_srli_epi64(d, PTE_S1_PXN_LSB - 2), twelve));
+        code = _mm512_andnot_si512(
+            _mm512_and_si512(_mm512_srli_epi64(tables, PTE_S1_TABLE_APTABLE0_LSB), one), code);
+        code = _mm512_or_si512(
+            code, _mm512_and_si512(_mm512_srli_epi64(tables, PTE_S1_TABLE_APTABLE1_LSB - 1), two));
+        code = _mm512_or_si512(
+            code,
+            _mm512_and_si512(_mm512_srli_epi64(tables, PTE_S1_TABLE_PXNTABLE_LSB - 2), twelve));
         ok = _mm512_mask_test_epi64_mask(
             ok, _mm512_srlv_epi64(_mm512_permutexvar_epi64(access, allowed), code), one);
         within = _mm512_sub_epi64(_mm512_sllv_epi64(one, shift), one);
@@ -853,10 +852,10 @@ static size_t smmufast_vector_near(
             table = _mm512_set1_epi64((long long)(uintptr_t)near->table);
             within = _mm512_set1_epi64((long long)(((uint64_t)1 << near->lg2) - 1));
             address = _mm512_andnot_si512(within, _mm512_set1_epi64((long long)k->low_address));
-            wanted = _mm512_set1_epi64(near->lg2 == k->granule ? 0x403 : 0x401);
-            removed = _mm512_set1_epi64((long long)(near->tables >> 61 & 1));
+            wanted = _mm512_set1_epi64(SMMUFAST_USED(near->lg2 == k->granule));
+            removed = _mm512_set1_epi64((long long)SMMUFAST_REMOVED(near->tables));
             above = _mm512_set1_epi64(
-                (long long)((near->tables >> 61 & 2) | (near->tables >> 57 & 12)));
+                (long long)SMMUFAST_ADDED(near->tables));
             if (_mm512_cmpneq_epi64_mask(_mm512_srl_epi64(va, reach), tag))
                 break;
         }
@@ -874,8 +873,8 @@ static size_t smmufast_vector_near(
         code = _mm512_or_si512(
             _mm512_andnot_si512(
                 removed, _mm512_or_si512(
-                             _mm512_and_si512(_mm512_srli_epi64(d, 6), three),
-                             _mm512_and_si512(_mm512_srli_epi64(d, 51), twelve))),
+                             _mm512_and_si512(_mm512_srli_epi64(d, PTE_S1_AP_LSB), three),
+                             _mm512_and_si512(_mm512_srli_epi64(d, PTE_S1_PXN_LSB - 2), twelve))),
             above);
         if (_mm512_mask_test_epi64_mask(
                 _mm512_testn_epi64_mask(_mm512_xor_si512(d, wanted), leaf_bits),

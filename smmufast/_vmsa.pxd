@@ -8,11 +8,18 @@ _translate.pxd.  `ia` is the input address, `d` a descriptor in host byte order.
 from libc.stdint cimport uint8_t, uint64_t
 
 from smmufast._bits cimport low_mask
-from smmufast._layout cimport pte_s1_af, pte_s1_contiguous, pte_s1_ng
+from smmufast._layout cimport *
 from smmufast._types cimport (
     PERM_PR, PERM_PW, PERM_PX, PERM_UR, PERM_UW, PERM_UX, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE,
     Half,
 )
+
+
+cdef extern from "_descriptor.h":
+    const uint64_t TABLE "SMMUFAST_TABLE"
+    # bits of a page, or else of a block, whose access flag is set
+    uint64_t used_leaf "SMMUFAST_USED"(bint page) noexcept nogil
+    unsigned int leaf_code "smmufast_leaf_code"(uint64_t d, uint64_t tables) noexcept nogil
 
 
 cdef enum:
@@ -20,6 +27,7 @@ cdef enum:
     DESC_INVALID = 0
     DESC_TABLE = 1
     DESC_LEAF = 2
+    DESC_RESERVED = 3  # bits [1:0] are 0b01, where the level has no block: invalid too
     # what a translation regime does to permissions
     REGIME_SINGLE = 1  # EL2, EL3: no privilege split
     REGIME_WXN = 2
@@ -88,6 +96,16 @@ cdef inline unsigned int block_levels(
     if granule == 14:
         return (1 << 3) | (1 << 2 if ds else 0)
     return (1 << 3) | (1 << 2 if oas >= 52 else 0)
+
+
+cdef inline unsigned int fitting_levels(
+        const Half* half, unsigned int output_bits) noexcept nogil:
+    """Of half.blocks, the levels whose blocks are no larger than the output size."""
+    cdef unsigned int level, fitting = 0
+    for level in range(5):
+        if half.granule + (4 - level) * half.stride <= output_bits:
+            fitting |= 1 << level
+    return half.blocks & fitting
 
 
 cdef inline int stage2_level(
@@ -180,14 +198,14 @@ cdef inline uint64_t entry_address(
 
 cdef inline unsigned int descriptor_kind(
         uint64_t d, int level, unsigned int blocks) noexcept nogil:
-    """Invalid, table or leaf: bits [1:0], and whether a block is legal at this level."""
+    """What a descriptor is: bits [1:0], and whether a block is legal at this level."""
     if (d & 1) == 0:
         return DESC_INVALID
     if level == 3:
-        return DESC_LEAF if d & 2 else DESC_INVALID
+        return DESC_LEAF if d & 2 else DESC_RESERVED
     if d & 2:
         return DESC_TABLE
-    return DESC_LEAF if blocks >> (level + 1) & 1 else DESC_INVALID
+    return DESC_LEAF if blocks >> (level + 1) & 1 else DESC_RESERVED
 
 
 cdef inline uint64_t next_table(uint64_t d, const Half* half) noexcept nogil:
@@ -204,6 +222,20 @@ cdef inline uint64_t leaf_address(
     return next_table(d, half) & ~low_mask(shift)
 
 
+cdef inline bint output_fits(
+        uint64_t address, const Half* half, unsigned int shift, uint64_t ia) noexcept nogil:
+    """What comes out of a page or block at `address` is within the effective output size.
+
+    Of a block that is larger than that size, only the first part is (IHI 0070 3.4).
+    """
+    return ((address | ia & low_mask(shift)) & half.over) == 0
+
+
+cdef inline unsigned int fitting_lg2(const Half* half, unsigned int shift) noexcept nogil:
+    """lg2 of a page or block, or of that first part."""
+    return half.output_bits if shift > half.output_bits else shift
+
+
 cdef inline bint access_flag(uint64_t d) noexcept nogil:
     return pte_s1_af(d)
 
@@ -212,49 +244,50 @@ cdef inline bint not_global(uint64_t d) noexcept nogil:
     return pte_s1_ng(d)
 
 
-cdef inline bint contiguous(uint64_t d) noexcept nogil:
-    return pte_s1_contiguous(d)
+cdef inline bint contiguous(uint64_t d, unsigned int shift) noexcept nogil:
+    """The Contiguous bit, which is RES0 in the largest blocks of each granule (D8.7.1)."""
+    return shift < 36 and pte_s1_contiguous(d)
 
 
 cdef inline bint no_translation(uint64_t d, int level) noexcept nogil:
     """nT: a block that is not to be cached while its size changes (D8.14; IDR3.BBML)."""
-    return level < 3 and d >> 16 & 1
+    return level < 3 and pte_s1_nt(d)
 
 
 # --- hardware update of access flag and dirty state (D8.5; HTTU) ---
 
 cdef inline uint64_t with_access_flag(uint64_t d) noexcept nogil:
-    return d | 1 << 10
+    return d | PTE_S1_AF
 
 
 cdef inline bint clean_s1(uint64_t d) noexcept nogil:
     """Read-only by AP[2] alone, which DBM lets the hardware clear."""
-    return (d & (<uint64_t>1 << 51 | 1 << 7)) == (<uint64_t>1 << 51 | 1 << 7)
+    return (d & (PTE_S1_DBM | PTE_S1_AP2)) == (PTE_S1_DBM | PTE_S1_AP2)
 
 
 cdef inline uint64_t dirty_s1(uint64_t d) noexcept nogil:
-    return d & ~(<uint64_t>1 << 7)
+    return d & ~PTE_S1_AP2
 
 
 cdef inline bint clean_s2(uint64_t d) noexcept nogil:
     """Not writable by S2AP[1] alone, which DBM lets the hardware set."""
-    return (d & (<uint64_t>1 << 51 | 1 << 7)) == <uint64_t>1 << 51
+    return (d & (PTE_S2_DBM | PTE_S2_S2AP1)) == PTE_S2_DBM
 
 
 cdef inline uint64_t dirty_s2(uint64_t d) noexcept nogil:
-    return d | 1 << 7
+    return d | PTE_S2_S2AP1
 
 
 # Several rules in one comparison.  What does not pass is not decided here: the rules above are.
 
 cdef inline uint64_t table_bits(const Half* half, uint64_t over) noexcept nogil:
-    """Bits that read 0b11 in a table descriptor whose address has no bit of `over`."""
-    return 3 | half.low_address & over | half.high_address & over >> half.high_shift
+    """Bits that read TABLE in a table descriptor whose address has no bit of `over`."""
+    return TABLE | half.low_address & over | half.high_address & over >> half.high_shift
 
 
 cdef inline uint64_t leaf_bits(const Half* half, uint64_t over, bint affd) noexcept nogil:
-    """Bits that read 0b11 and AF in a page descriptor without a fault before permissions."""
-    return table_bits(half, over) | (0 if affd else 1 << 10)
+    """Bits that read TABLE and AF in a page descriptor without a fault before permissions."""
+    return table_bits(half, over) | (0 if affd else PTE_S1_AF)
 
 
 cdef inline bint in_place(const Half* half) noexcept nogil:
@@ -264,29 +297,16 @@ cdef inline bint in_place(const Half* half) noexcept nogil:
 
 # --- permissions (D8.4) ---
 
-cdef enum:
-    TABLE_PXN = 59
-    TABLE_UXN = 60
-    TABLE_AP0 = 61
-    TABLE_AP1 = 62
-
-
 cdef inline uint64_t hierarchical_bits(bint had) noexcept nogil:
-    """Bits of a table descriptor that take away from everything below it: [62:59]."""
-    return 0 if had else 0xFULL << 59
+    """Bits of a table descriptor that take away from everything below it."""
+    if had:
+        return 0
+    return PTE_S1_TABLE_PXNTABLE | PTE_S1_TABLE_UXNTABLE | PTE_S1_TABLE_APTABLE
 
 
 cdef inline unsigned int leaf_permissions(uint64_t d, uint64_t tables) noexcept nogil:
-    """AP[2:1], UXN and PXN of a leaf after the tables above it: {UXN, PXN, AP2, AP1}.
-
-    APTable[0] takes AP[1] away, APTable[1] sets AP[2]; UXNTable and PXNTable add.
-    """
-    cdef unsigned int leaf = <unsigned int>(d >> 6 & 3 | d >> 51 & 12)
-    if tables:
-        leaf &= ~<unsigned int>(tables >> TABLE_AP0 & 1)
-        leaf |= <unsigned int>(tables >> (TABLE_AP1 - 1) & 2)
-        leaf |= <unsigned int>(tables >> (TABLE_PXN - 2) & 12)
-    return leaf
+    """AP[2:1], UXN and PXN of a leaf after the tables above it: {UXN, PXN, AP2, AP1}."""
+    return leaf_code(d, tables)
 
 
 cdef inline unsigned int permitted(
@@ -296,9 +316,9 @@ cdef inline unsigned int permitted(
     `leaf` comes from leaf_permissions, `upper` is the half (for E0PD).
     """
     cdef bint ap1 = leaf & 1
-    cdef bint writable = not (leaf >> 1 & 1)
-    cdef bint pxn = leaf >> 2 & 1
-    cdef bint uxn = leaf >> 3 & 1
+    cdef bint writable = not leaf & 2
+    cdef bint pxn = (leaf & 4) != 0
+    cdef bint uxn = (leaf & 8) != 0
     cdef bint wxn = (regime & REGIME_WXN) != 0
     cdef bint uw, ux, px
     cdef unsigned int perm = 0
@@ -329,11 +349,11 @@ cdef inline unsigned int permitted(
 
 cdef inline unsigned int stage2_permitted(uint64_t d, bint xnx) noexcept nogil:
     """The accesses that a stage-2 leaf admits, by S2AP and XN; XN alone governs execution."""
-    cdef unsigned int xn = <unsigned int>(d >> 53 & 3)
+    cdef unsigned int xn = <unsigned int>pte_s2_xn(d)
     cdef unsigned int perm = 0
-    if d >> 6 & 1:
+    if pte_s2_s2ap0(d):
         perm = PERM_UR | PERM_PR
-    if d >> 7 & 1:
+    if pte_s2_s2ap1(d):
         perm |= PERM_UW | PERM_PW
     if xn == 0 or xn == 1 and not xnx:
         return perm | PERM_UX | PERM_PX
@@ -359,7 +379,7 @@ cdef inline unsigned int needed(unsigned int access) noexcept nogil:
 
 cdef inline unsigned int mair_byte(uint64_t mair, uint64_t d) noexcept nogil:
     """The MAIR byte that a leaf's AttrIndx selects."""
-    return <unsigned int>(mair >> (8 * (d >> 2 & 7))) & 0xFF
+    return <unsigned int>(mair >> (8 * pte_s1_attrindx(d))) & 0xFF
 
 
 cdef inline unsigned int normal_type(unsigned int attr) noexcept nogil:
@@ -422,7 +442,7 @@ cdef inline unsigned int shareability(unsigned int attr, unsigned int sh) noexce
 
 cdef inline unsigned int leaf_sh(uint64_t d, const Half* half) noexcept nogil:
     """SH of a leaf; with the 52-bit format of 4 and 16 KiB it is the CD's."""
-    return <unsigned int>(d >> 8 & 3) if half.own_sh else half.sh
+    return <unsigned int>pte_s1_sh(d) if half.own_sh else half.sh
 
 
 cdef inline unsigned int override_type(unsigned int code, unsigned int hints,
@@ -459,7 +479,7 @@ cdef inline unsigned int entering_attr(
 
 cdef inline bint stage2_device(uint64_t d, bint fwb) noexcept nogil:
     """A stage-2 leaf makes whatever it maps Device; reserved codes of MemAttr do."""
-    cdef unsigned int code = <unsigned int>(d >> 2)
+    cdef unsigned int code = <unsigned int>pte_s2_memattr(d)
     if fwb:
         return code & 7 <= 4
     return code & 12 == 0 or code & 3 == 0
@@ -479,7 +499,7 @@ cdef inline unsigned int forced(unsigned int nibble) noexcept nogil:
 
 cdef inline unsigned int stage2_attr(uint64_t d, bint fwb, unsigned int attr) noexcept nogil:
     """Memory type after stage 2, from that which enters it: combined, or by S2FWB (13.1.3)."""
-    cdef unsigned int code = <unsigned int>(d >> 2 & 15)
+    cdef unsigned int code = <unsigned int>pte_s2_memattr(d)
     cdef unsigned int device
     if stage2_device(d, fwb):
         if fwb:

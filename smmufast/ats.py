@@ -330,7 +330,9 @@ class AtsDevice:
                 response,
             )
         address = response.address | iova & (response.size - 1)
-        return self.smmu.ats_translated(self.sid, address, ssid=ssid, write=write)
+        return self.smmu.ats_translated(
+            self.sid, address, ssid=ssid, write=write, priv=priv, instr=execute
+        )
 
     # --- page requests ---
 

@@ -604,7 +604,7 @@ def _span(first: int, last: int) -> str:
 
 def _streams_of(configuration: Configuration, left: int) -> tuple[dict[str, Any], int]:
     """Return the streams of a configuration as plain values, and how many lines are left."""
-    from smmufast import streams
+    from smmufast import layout, streams
     from smmufast.explain import describe_cd, describe_ste
 
     smmu = configuration.smmu()
@@ -645,7 +645,7 @@ def _streams_of(configuration: Configuration, left: int) -> tuple[dict[str, Any]
         )
     return {
         "configuration": configuration.id,
-        "enabled": bool(smmu.cr0 & 1),
+        "enabled": bool(smmu.cr0 & layout.mask("CR0", "SMMUEN")),
         "table": None if table is None else table._asdict(),
         "streams": runs,
         "more": more,

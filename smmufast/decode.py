@@ -4,8 +4,8 @@ Sections: IHI 0070 4 (commands), 5 (STE, CD), 6.3 (GERROR, CMDQ_CONS), 7.3 (even
 requests); DDI 0487 D8.3 (translation table descriptors).  Not architectural: the lines that
 Linux's arm-smmu-v3 driver prints, and those of QEMU's trace, which are found in mixed text.
 
-Positions are those of `smmufast.layout`.  Where a command or a structure is refused, the
-conditions are looked at again, to name the one that holds.
+Positions are those of `smmufast.layout`.  Why a command or a structure is refused is asked of an
+SMMU with the features that are given (`Why`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from smmufast import layout
 from smmufast.faults import Event
 
 if TYPE_CHECKING:
+    from smmufast._smmu import Smmu
     from smmufast.features import Features
+    from smmufast.why import Why
 
-__all__ = ["KINDS", "DecodeError", "Decoded", "command_faults", "decode"]
+__all__ = ["KINDS", "DecodeError", "Decoded", "command_why", "decode"]
 
 KINDS = ("event", "command", "pri", "ste", "cd", "l1std", "l1cd", "pte")
 """Kinds of record that `decode` knows by name."""
@@ -367,10 +369,6 @@ def _event(record: bytes, **more: Any) -> Decoded:
 
 # --- commands -------------------------------------------------------------------------------------
 
-_SECURE = ("TLBI_EL3_ALL", "TLBI_EL3_VA", "TLBI_SNH_ALL")
-_HAS_SSEC = ("PREFETCH_CONFIG", "PREFETCH_ADDR", "RESUME", "STALL_TERM")
-
-
 def _command_record(word: int) -> layout.Record | None:
     """Return the record of a command, None for an opcode that no command has."""
     try:
@@ -382,72 +380,39 @@ def _command_record(word: int) -> layout.Record | None:
     return found
 
 
-def _missing_feature(name: str, features: Features) -> str:
-    """Return the feature that a command needs and this SMMU lacks, or an empty string."""
-    if name in ("CFGI_CD", "CFGI_CD_ALL") or name.startswith("TLBI_NH_"):
-        return "" if features.s1p else "stage 1 (IDR0.S1P=0)"
-    if name.startswith("TLBI_EL2_"):
-        if name == "TLBI_EL2_ALL" and not features.s1p:
-            return "stage 1 (IDR0.S1P=0)"
-        return "" if features.hyp else "EL2 streams (IDR0.HYP=0)"
-    if name in ("TLBI_S12_VMALL", "TLBI_S2_IPA"):
-        return "" if features.s2p else "stage 2 (IDR0.S2P=0)"
-    if name == "ATC_INV":
-        return "" if features.ats else "ATS (IDR0.ATS=0)"
-    if name == "PRI_RESP":
-        return "" if features.pri else "page requests (IDR0.PRI=0)"
-    if name in ("RESUME", "STALL_TERM"):
-        return "" if features.stall_model != 1 else "stalls (IDR0.STALL_MODEL=1)"
-    if name == "CFGI_VMS_PIDM":
-        return "" if features.mpam else "MPAM (IDR3.MPAM=0)"
-    if name.startswith("DPTI_"):
-        return "" if features.dpt else "a device permission table (IDR3.DPT=0)"
-    return ""
-
-
 def _is_range(fields: dict[str, int], features: Features | None) -> bool:
     return bool(fields.get("TG")) and (features is None or bool(features.ril))
 
 
-def command_faults(command: int, features: Features | None = None) -> list[str]:
+def _smmu(features: Features | None) -> Smmu:
+    """Return an SMMU to ask: with these features, or with all that are modelled."""
+    from smmufast import Memory, Smmu
+    from smmufast.features import Features, modelled
+
+    return Smmu(Memory(), modelled(Features.full() if features is None else features)[0])
+
+
+_ELSEWHERE = ("CMD_MPAM", "CMD_DPT")  # illegal here, for that is not modelled; not so everywhere
+
+
+def command_why(command: bytes, features: Features | None = None) -> Why | None:
     """Return why a command of the Non-secure queue is illegal (CERROR_ILL, IHI 0070 4.1).
 
     Parameters
     ----------
-    command : int
-        Its 16 bytes, read in little-endian order.
+    command : bytes
+        Its 16 bytes, as in memory.
     features : Features, optional
         Of the SMMU that reads it.  Without them only what no SMMU accepts is found.
 
-    >>> command_faults(layout.pack("SYNC", CS=3))
-    ['CS=0b11 is reserved']
+    >>> command_why(layout.to_bytes("SYNC", layout.pack("SYNC", CS=3))).sentence()
+    'CS=0b11 is reserved'
     """
-    rec = _command_record(command)
-    if rec is None:
-        op = command & 0xFF
-        what = "implementation defined" if 0x80 <= op <= 0x8F else "reserved"
-        return [f"opcode {op:#04x} is {what}"]
-    if rec.name in _SECURE or rec.name.startswith("TLBI_S_"):
-        return ["it belongs to the Secure queue, which this is not"]
-    fields = layout.unpack(rec, command)
-    found = []
-    if features is not None and (missing := _missing_feature(rec.name, features)):
-        found.append(f"it needs {missing}")
-    if fields.get("SSec"):
-        found.append("SSec=1: a Secure stream")
-    if rec.name == "SYNC" and fields["CS"] == 3:
-        found.append("CS=0b11 is reserved")
-    if rec.name == "PRI_RESP" and fields["Resp"] == 3:
-        found.append("Resp=0b11 is reserved")
-    if rec.name == "ATC_INV" and fields["Size"] > 52:
-        found.append(f"Size={fields['Size']} is more than 52, which is everything")
-    if _is_range(fields, features):
-        ds = features is None or features.ds
-        scale = fields["SCALE"] if ds else fields["SCALE"] & 31
-        level = 0 if fields["TG"] == 2 and fields["TTL"] == 1 and not ds else fields["TTL"]
-        if not fields["NUM"] and not scale and not level:
-            found.append("TG asks for a range, but NUM, SCALE and TTL are 0")
-    return found
+    why = _smmu(features).check_command(command)
+    if why is not None and why.name in _ELSEWHERE:
+        wanted = features is None or (features.mpam if why.name == "CMD_MPAM" else features.dpt)
+        return None if wanted else why
+    return why
 
 
 def _tlbi_span(fields: dict[str, int], features: Features | None) -> str:
@@ -558,8 +523,11 @@ def _command_text(name: str, fields: dict[str, int], features: Features | None) 
 def _command(record: bytes, features: Features | None, **more: Any) -> Decoded:
     word = int.from_bytes(record, "little")
     rec = _command_record(word)
-    faults = command_faults(word, features)
-    meaning = tuple(f"Illegal (CERROR_ILL): {reason}." for reason in faults)
+    why = command_why(record, features)
+    meaning: tuple[str, ...] = ()
+    if why is not None:
+        known = layout.unpack("CMD" if rec is None else rec, word)
+        meaning = (f"Illegal (CERROR_ILL, {why.section}): {why.sentence(known, features)}.",)
     if rec is None:
         name = f"opcode {word & 0xFF:#04x}"
         return Decoded(
@@ -605,7 +573,7 @@ def _pri(record: bytes, **more: Any) -> Decoded:
 
 
 def _ste(record: bytes, features: Features | None) -> Decoded:
-    from smmufast.explain import describe_ste, ste_faults
+    from smmufast.explain import describe_ste
 
     fields = layout.unpack("STE", record)
     meaning = []
@@ -619,7 +587,10 @@ def _ste(record: bytes, features: Features | None) -> Decoded:
         stages = {5: "Stage 1 translates", 6: "Stage 2 translates", 7: "Both stages translate"}
         meaning.append(f"{stages[fields['Config']]} the stream's addresses.")
     if features is not None and fields["V"] and fields["Config"] & 4:
-        meaning += [f"Illegal (C_BAD_STE): {why}." for why in ste_faults(fields, features)]
+        why = _smmu(features).check_ste(record)
+        if why is not None:
+            sentence = why.sentence(fields, features)
+            meaning.append(f"Illegal (C_BAD_STE, {why.section}): {sentence}.")
     return Decoded("ste", "STE", describe_ste(record), tuple(meaning), (), fields, record)
 
 
@@ -696,22 +667,15 @@ _S2XN = ("execution permitted", "unprivileged execution (with XNX)", "no executi
          "privileged execution (with XNX), else none")  # fmt: skip
 
 
-def _pte_address(d: int, granule: int, ds: bool) -> int:
-    """Return the address in a descriptor, with the bits below a page."""
-    if granule == 16:
-        return d & 0x0000_FFFF_FFFF_0000 | (d >> 12 & 15) << 48
-    if ds:
-        return d & 0x0003_FFFF_FFFF_F000 & -(1 << granule) | (d >> 8 & 3) << 50
-    return d & 0x0000_FFFF_FFFF_F000 & -(1 << granule)
-
-
 def _pte(record: bytes, stage: int, granule: str, level: int | None, ds: bool) -> Decoded:
+    from smmufast.explain import descriptor_address
+
     d = int.from_bytes(record, "little")
     lg2 = GRANULES[granule]
     table = d & 3 == 3 and level is not None and level < 3
     name = f"PTE_S{stage}_TABLE" if table else f"PTE_S{stage}"
     fields = layout.unpack(name, d)
-    address = _pte_address(d, lg2, ds)
+    address = descriptor_address(d, lg2, ds)
     where = f"{granule} granule" + ("" if level is None else f", level {level}")
     if not d & 1:
         return Decoded(

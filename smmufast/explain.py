@@ -1,8 +1,8 @@
 """explain(): a translation in words, each fetch decoded, then how it ended.
 
 Sections: IHI 0070 3.3 (stream and CD tables), 5 (STE, CD), 7.3 (events); DDI 0487 D8
-(translation tables).  The words follow what the translation found; where it ended in a fault the
-conditions that give that fault are looked at again, to name the one that holds.
+(translation tables).  The words follow what the translation found; where it was refused, the reason
+is the one that the rule gave (`Result.why`).
 
 Where stage 2 translates, each structure that stage 1 reads lies at an IPA: its stage-2 walk is
 told before it and indented, under the number of the step that needs it.
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from smmufast._smmu import Result, Smmu
     from smmufast.features import Features
 
-__all__ = ["cd_faults", "describe_cd", "describe_ste", "explain", "ste_faults"]
+__all__ = ["describe_cd", "describe_ste", "explain"]
 
 _U64 = (1 << 64) - 1
+_RECINVSID = layout.mask("CR2", "RECINVSID")
 _GRANULE = {"4K": 12, "16K": 14, "64K": 16}
 _KINDS = {
     "L1STD": "Level-1 stream table descriptor (L1STD)",
@@ -70,35 +71,23 @@ _FORCED = (
     "Normal, write-back, whatever stage 1 says",
     "as stage 1 says",
 )
-_START = {12: (2, 1, 0, 3), 14: (3, 2, 1, 0), 16: (3, 2, 1, None)}
-"""Start level of stage 2, by granule and S2SL0."""
-_EVENTS = {
-    "C_BAD_STREAMID": "the stream table has no entry for this StreamID",
-    "F_STE_FETCH": "the stream table could not be read",
-    "C_BAD_STE": "the stream table entry is invalid or illegal",
-    "F_STREAM_DISABLED": "the stream refuses this kind of transaction",
-    "C_BAD_SUBSTREAMID": "the stream has no such substream",
-    "F_CD_FETCH": "the context descriptor could not be read",
-    "C_BAD_CD": "the context descriptor is invalid or illegal",
-    "F_WALK_EABT": "a translation table could not be read",
-    "F_TRANSLATION": "the address is not mapped",
-    "F_ADDR_SIZE": "an address is too large",
-    "F_ACCESS": "the page's access flag is clear",
-    "F_PERMISSION": "the page does not permit this access",
-}
 
 
 def _span(high: int, low: int) -> str:
     return f"bits {high} to {low}" if high > low else f"bit {low}"
 
 
-def _address(d: int, lg2: int, ds: bool) -> int:
-    """Return the address bits of a descriptor, low bits included."""
-    if lg2 == 16:
-        return d & 0x0000_FFFF_FFFF_0000 | (d >> 12 & 15) << 48
-    if ds:
-        return d & 0x0003_FFFF_FFFF_F000 | (d >> 8 & 3) << 50
-    return d & 0x0000_FFFF_FFFF_F000
+def descriptor_address(d: int, lg2: int, ds: bool) -> int:
+    """Return the address bits of a descriptor whose granule is 2^lg2 bytes (DDI 0487 D8.3)."""
+    name = {12: "Addr_4K", 14: "Addr_16K"}.get(lg2, "Addr_64K")
+    high, at = ("Addr51_48", 48) if lg2 == 16 else ("Addr51_50", 50)
+    if ds and lg2 != 16:
+        name += "_DS"
+    found = d & layout.PTE_S1.field(name).mask
+    if ds or lg2 == 16:
+        field = layout.PTE_S1.field(high)
+        found |= (d & field.mask) >> field.lsb << at
+    return found
 
 
 def _size(lg2: int) -> str:
@@ -147,7 +136,7 @@ def stage2_memory_type(code: int, forced: bool) -> str:
     return f"Normal, inner {_CACHES[inner]}; outer {_CACHES[outer]}"
 
 
-# --- what is illegal ------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def _ips(code: int, features: Features | None) -> int:
@@ -164,128 +153,6 @@ def _pointer(value: int, features: Features) -> int:
     return value & ((1 << bits) - 1)
 
 
-def ste_faults(ste: dict[str, int], features: Features) -> list[str]:
-    """Return why an STE with V=1 that does not block its stream is illegal (IHI 0070 5.2.2).
-
-    Parameters
-    ----------
-    ste : dict
-        Its fields, from ``layout.unpack("STE", ...)``.
-    features : Features
-        Of the SMMU that reads it.
-    """
-    found = []
-    if ste["Config"] & 1 and not features.s1p:
-        found.append("Config asks for stage 1, which this SMMU does not have (IDR0.S1P=0)")
-    if ste["Config"] & 2 and not features.s2p:
-        found.append("Config asks for stage 2, which this SMMU does not have (IDR0.S2P=0)")
-    if features.ats and ste["Config"] != 4:
-        found += _eats_faults(ste, features)
-    if ste["Config"] == 5 and features.s1p and features.hyp and ste["STRW"] & 1:
-        found.append(f"STRW={_bits(ste['STRW'], 2)} is reserved for a Non-secure stream")
-    if ste["Config"] & 1:
-        if ste["S1STALLD"] and features.stall_model:
-            found.append(
-                "S1STALLD=1, but this SMMU has no choice to stall "
-                f"(IDR0.STALL_MODEL={features.stall_model})"
-            )
-        table = ste["S1CDMax"] and features.ssidsize
-        if table and ste["S1CDMax"] > features.ssidsize:
-            found.append(
-                f"S1CDMax={ste['S1CDMax']} is more than the SubstreamID has bits "
-                f"(IDR1.SSIDSIZE={features.ssidsize})"
-            )
-        if table and ste["S1Fmt"] in (1, 2) and not features.cd2l:
-            found.append(
-                "S1Fmt asks for a two-level CD table, which this SMMU does not have (IDR0.CD2L=0)"
-            )
-        pointer = _pointer(ste["S1ContextPtr"], features)
-        if features.arch_minor and not ste["Config"] & 2 and pointer >> features.oas_bits:
-            found.append(
-                f"S1ContextPtr={pointer:#x} is beyond the {features.oas_bits} bits of "
-                "physical address (IDR5.OAS)"
-            )
-    tagged = features.s2p and ste["Config"] != 4
-    if features.hyp and features.s1p and ste["Config"] == 5 and ste["STRW"]:
-        tagged = False  # the EL2 worlds have no VMID
-    if tagged and not features.vmid16 and ste["S2VMID"] >> 8:
-        found.append(f"S2VMID={ste['S2VMID']:#x}: this SMMU has 8-bit VMIDs (IDR0.VMID16=0)")
-    if ste["Config"] & 2:
-        found += _stage2_faults(ste, features)
-    return found
-
-
-def _eats_faults(ste: dict[str, int], features: Features) -> list[str]:
-    """Return why EATS is illegal, where it is not IGNORED."""
-    found = []
-    if ste["EATS"] == 2:
-        if ste["Config"] != 7:
-            found.append("EATS=0b10 (split-stage ATS) needs both stages")
-        if features.ns1ats:
-            found.append("EATS=0b10, but this SMMU has no split-stage ATS (IDR0.NS1ATS=1)")
-    if ste["S2S"] and (ste["EATS"] == 2 or (ste["EATS"] == 1 and ste["Config"] & 2)):
-        found.append(f"EATS={_bits(ste['EATS'], 2)}, but stage 2 stalls (S2S=1)")
-    return found
-
-
-def _stage2_faults(ste: dict[str, int], features: Features) -> list[str]:
-    """Return why the stage-2 fields of an STE are illegal."""
-    found = []
-    if not ste["S2AA64"]:
-        found.append("S2AA64=0: VMSAv8-32 tables, which this SMMU does not have (IDR0.TTF)")
-    if ste["S2S"] and features.stall_model == 1:
-        found.append("S2S=1, but this SMMU never stalls (IDR0.STALL_MODEL=1)")
-    if not ste["S2S"] and features.stall_model == 2:
-        found.append("S2S=0, but this SMMU always stalls (IDR0.STALL_MODEL=2)")
-    if features.ttendian == (2 if ste["S2ENDI"] else 3):
-        found.append(
-            f"S2ENDI={ste['S2ENDI']}: this SMMU reads tables of the other endianness only "
-            f"(IDR0.TTENDIAN={features.ttendian})"
-        )
-    if ((ste["S2HA"] or ste["S2HD"]) and not features.httu) or (ste["S2HD"] and features.httu == 1):
-        found.append(
-            f"S2HA={ste['S2HA']}, S2HD={ste['S2HD']}: this SMMU does not update tables so "
-            f"(IDR0.HTTU={features.httu})"
-        )
-    lg2 = _s2_granule(ste)
-    if not _has_granule(lg2, features):
-        found.append(
-            f"S2TG={_bits(ste['S2TG'], 2)} is reserved or a granule that this SMMU does not "
-            "have (IDR5)"
-        )
-        return found
-    ds = _s2_ds(ste, features)
-    oas = features.oas_bits
-    low = max(12 if lg2 == 16 or ds else 16, 64 - oas)
-    high = _largest_tsz(lg2, features)
-    tsz = ste["S2T0SZ"]
-    if not low <= tsz <= high:
-        found.append(f"S2T0SZ={tsz} is not within {low} to {high}")
-    level = _s2_level(ste, features)
-    start = f"S2SL0={_bits(ste['S2SL0'], 2)}" + (
-        f" with S2SL0_2={ste['S2SL0_2']}" if ds and lg2 == 12 else ""
-    )
-    if level is None:
-        found.append(f"{start} is reserved for this granule on this SMMU")
-    else:
-        bits = 64 - tsz - _shift(lg2, level)
-        # where the tables of a level cannot be concatenated, one must be enough
-        most = lg2 - 3 + (0 if (lg2, level) in ((12, -1), (14, 0), (16, 1)) else 4)
-        if not 1 <= bits <= most:
-            found.append(
-                f"S2T0SZ={tsz} does not go with {start}: a start at level {level} takes "
-                f"{_shift(lg2, level) + 1} to {_shift(lg2, level) + most} bits of address, "
-                f"and these are {64 - tsz}"
-            )
-    output = _ips(ste["S2PS"], features)
-    base = ste["S2TTB"] & ((1 << (48 if features.arch_minor == 0 else 52)) - 1)
-    if base >> output:
-        found.append(f"S2TTB={base:#x} is beyond the output size of {output} bits (S2PS, OAS)")
-    elif base >> 48 and lg2 != 16 and not ds:
-        found.append(f"S2TTB={base:#x} is beyond the 48 bits of this granule without S2DS")
-    return found
-
-
 def _shift(lg2: int, level: int) -> int:
     """Return log2 of what an entry of a level covers."""
     return lg2 + (3 - level) * (lg2 - 3)
@@ -296,40 +163,8 @@ def _first_level(lg2: int, bits: int) -> int:
     return 4 - -(-(bits - lg2) // (lg2 - 3))
 
 
-def _has_granule(lg2: int, features: Features) -> int:
-    return (features.gran4k << 12 | features.gran16k << 14 | features.gran64k << 16) >> lg2 & 1
-
-
-def _largest_tsz(lg2: int, features: Features) -> int:
-    return 39 if not features.stt else 47 if lg2 == 16 else 48
-
-
 def _s2_ds(ste: dict[str, int], features: Features | None) -> bool:
     return bool(ste["S2DS"] and (features is None or features.ds) and _s2_granule(ste) != 16)
-
-
-def _s2_level(ste: dict[str, int], features: Features | None) -> int | None:
-    """Return the level at which stage 2 starts, None for a reserved code."""
-    lg2, code = _s2_granule(ste), ste["S2SL0"]
-    ds = _s2_ds(ste, features)
-    oas = 52 if features is None else features.oas_bits
-    if ste["S2SL0_2"] and ds and lg2 == 12:
-        return -1 if not code and oas >= 52 else None
-    level = _START[lg2][code]
-    if level == 0 and lg2 == 12 and oas < 44:
-        return None
-    if level == 1 and lg2 != 12 and oas < (42 if lg2 == 14 else 44):
-        return None
-    if (level == 0 and lg2 == 14 and not (ds and oas >= 52)) or (
-        level == 3 and lg2 == 12 and features is not None and not features.stt
-    ):
-        return None
-    return level
-
-
-def _halves(cd: dict[str, int], two: bool) -> list[int]:
-    """Return the halves of the address space that a CD enables."""
-    return [n for n in (0, 1) if not (cd[f"EPD{n}"] and two) and (two or not n)]
 
 
 def _granule(cd: dict[str, int], half: int) -> int:
@@ -345,64 +180,6 @@ def _s2_granule(ste: dict[str, int]) -> int:
 
 def _ds(cd: dict[str, int], features: Features | None) -> bool:
     return bool(cd["DS"] and (features is None or features.ds))
-
-
-def cd_faults(
-    cd: dict[str, int], ste: dict[str, int], features: Features, two_ttbs: bool = True
-) -> list[str]:
-    """Return why a CD with V=1 is illegal (IHI 0070 5.4.1).
-
-    Parameters
-    ----------
-    cd, ste : dict
-        Their fields, from ``layout.unpack``.
-    features : Features
-        Of the SMMU that reads them.
-    two_ttbs : bool
-        False in the EL2 world without E2H, which has TTB0 only.
-    """
-    found = []
-    halves = _halves(cd, two_ttbs)
-    if cd["S"] and (features.stall_model == 1 or ste["S1STALLD"]):
-        found.append("S=1, but the stream cannot stall (IDR0.STALL_MODEL=1 or STE.S1STALLD=1)")
-    if not cd["S"] and features.stall_model == 2:
-        found.append("S=0, but this SMMU always stalls (IDR0.STALL_MODEL=2)")
-    if not cd["A"] and features.term_model:
-        found.append("A=0, but this SMMU cannot read as zero (IDR0.TERM_MODEL=1)")
-    if not cd["AA64"]:
-        found.append("AA64=0: VMSAv8-32 tables, which this SMMU does not have (IDR0.TTF)")
-    if halves and features.ttendian == (2 if cd["ENDI"] else 3):
-        found.append(
-            f"ENDI={cd['ENDI']}: this SMMU reads tables of the other endianness only "
-            f"(IDR0.TTENDIAN={features.ttendian})"
-        )
-    if ((cd["HA"] or cd["HD"]) and not features.httu) or (cd["HD"] and features.httu == 1):
-        found.append(
-            f"HA={cd['HA']}, HD={cd['HD']}: this SMMU does not update tables so "
-            f"(IDR0.HTTU={features.httu})"
-        )
-    if two_ttbs and not features.asid16 and cd["ASID"] >> 8:
-        found.append(f"ASID={cd['ASID']:#x}: this SMMU has 8-bit ASIDs (IDR0.ASID16=0)")
-    ips = _ips(cd["IPS"], features)
-    ds = _ds(cd, features)
-    for n in halves:
-        lg2 = _granule(cd, n)
-        if not _has_granule(lg2, features):
-            found.append(
-                f"TG{n}={_bits(cd[f'TG{n}'], 2)} is reserved or a granule that this SMMU "
-                "does not have (IDR5)"
-            )
-            continue
-        low = 12 if features.vax and (lg2 == 16 or ds) else 16
-        high = _largest_tsz(lg2, features)
-        if not low <= cd[f"T{n}SZ"] <= high:
-            found.append(f"T{n}SZ={cd[f'T{n}SZ']} is not within {low} to {high}")
-        base = cd[f"TTB{n}"] & ((1 << (48 if features.arch_minor == 0 else 52)) - 1)
-        if base >> ips:
-            found.append(f"TTB{n}={base:#x} is beyond the output size of {ips} bits (IPS, OAS)")
-        elif base >> 48 and lg2 != 16 and not ds:
-            found.append(f"TTB{n}={base:#x} is beyond the 48 bits of this granule without DS")
-    return found
 
 
 # --- one line each --------------------------------------------------------------------------------
@@ -784,10 +561,10 @@ class _Story:
             f"stage 2 takes {bits} bits of IPA: 0x0 to {(1 << bits) - 1:#x}",
         )
         if lg2:
-            level = _s2_level(ste, self.features)
+            level = next((fetch.level for fetch in self.fetches if fetch.kind == "S2TT"), None)
             counts = ste["S2SL0_2"] and lg2 == 12 and _s2_ds(ste, self.features)
             code = _bits(ste["S2SL0"], 2) + (", S2SL0_2=1" if counts else "")
-            more = "reserved for this granule"
+            more = "codes the level at which its walk starts"
             if level is not None:
                 more = f"its walk starts at level {level}"
                 beyond = bits - _shift(lg2, level) - (lg2 - 3)
@@ -846,7 +623,7 @@ class _Story:
             # a descriptor was read for an upper address: there are upper tables
             upper = self.result.iova >> 55 & 1
             return bool(upper) and any(fetch.kind == "TT" for fetch in self.fetches)
-        return not self.smmu.features.hyp or bool(self.smmu.cr2 & 1)
+        return not self.smmu.features.hyp or bool(self.smmu.cr2 & layout.mask("CR2", "E2H"))
 
     @property
     def half(self) -> int:
@@ -970,7 +747,7 @@ class _Story:
 
     def address(self, d: int, lg2: int) -> int:
         """Return the address bits of a stage-1 descriptor, low bits included."""
-        return _address(d, lg2, self.cd is not None and _ds(self.cd, self.features))
+        return descriptor_address(d, lg2, self.cd is not None and _ds(self.cd, self.features))
 
     def tell_table(self, i: int, d: int, lg2: int) -> None:
         self.table = address = self.address(d, lg2) & -(1 << (lg2 or 12))
@@ -1038,7 +815,7 @@ class _Story:
         )
         if fields["DBM"] and self.cd is not None and self.cd["HA"] and self.cd["HD"]:
             self.field("DBM", "1", "a write clears AP[2]")
-        if fields["Contiguous"]:
+        if fields["Contiguous"] and self.page_lg2 < 36:  # RES0 in the largest blocks
             self.field("Contiguous", "1", "one of a group that a TLB may keep as one")
 
     # --- stage 2 ---
@@ -1082,7 +859,7 @@ class _Story:
     def inner_address(self) -> int:
         """The address bits of the last stage-2 descriptor, low bits included."""
         ste = self.ste or {}
-        return _address(self.inner, _s2_granule(ste), _s2_ds(ste, self.features))
+        return descriptor_address(self.inner, _s2_granule(ste), _s2_ds(ste, self.features))
 
     def tell_stage2_leaf(self, kind: str, shift: int) -> None:
         ste, d = self.ste or {}, self.inner
@@ -1110,7 +887,7 @@ class _Story:
         if _s2_ds(ste, self.features):
             name, code = "S2SH0", ste["S2SH0"]
         self.field(name, _bits(code, 2), _SH[code])
-        if fields["Contiguous"]:
+        if fields["Contiguous"] and shift < 36:  # RES0 in the largest blocks
             self.field("Contiguous", "1", "one of a group that a TLB may keep as one")
 
     @property
@@ -1129,9 +906,9 @@ class _Story:
         )
         self.say(f"{expected:#018x} becomes {desired:#018x}", 5)
         prefix = "S2" if stage == 2 else ""
-        if (expected ^ desired) >> 10 & 1:
+        if (expected ^ desired) & layout.mask("PTE_S1", "AF"):
             self.field("AF", "1", f"set, because the page is used ({prefix}HA=1)")
-        if (expected ^ desired) >> 7 & 1:
+        if (expected ^ desired) & layout.mask("PTE_S1", "AP2"):
             name, value = ("S2AP[1]", 1) if stage == 2 else ("AP[2]", 0)
             what = "set" if value else "cleared"
             why = "the page is written"
@@ -1176,7 +953,7 @@ class _Story:
             self.say(f"Memory type: {result.memory_type}, {_SH[result.shareability]} (GBPA).", 2)
         elif self.fault is None:
             self.say("Outcome: abort, without an event.")
-            self.say(self.silent_reason(), 2)
+            self.say(self.reason, 2)
         else:
             self.end_fault(self.fault)
 
@@ -1206,31 +983,25 @@ class _Story:
             self.say("(What unprivileged code may write, privileged code may not execute.)", 2)
         self.say(f"Memory type: {memory_type(result.attr)}; {_SH[result.shareability]}.", 2)
         if self.traced and self.stage2:
-            said = stage2_memory_type(self.inner >> 2 & 15, self.forced)
+            code = layout.unpack("PTE_S2", self.inner)["MemAttr"]
+            said = stage2_memory_type(code, self.forced)
             other = "stage 1's" if self.stage1 else "what the device and the STE say"
             rule = "by S2FWB=1" if self.forced else f"of this and {other} the stricter counts"
             self.say(f"(Stage 2 says: {said}; {rule}.)", 2)
 
-    def silent_reason(self) -> str:
-        if self.ste is not None:
-            return "The STE blocks the stream."
-        if self.smmu is not None and not self.smmu.cr0 & 1:
-            beyond = self.result.iova >> self.smmu.features.oas_bits
-            what = (
-                "the address is beyond the physical address size"
-                if beyond
-                else "GBPA.ABORT says so"
-            )
-            return f"The SMMU is disabled (CR0.SMMUEN=0), and {what}."
-        if self.traced:
-            return (
-                "Nothing was read: the SMMU is disabled (CR0.SMMUEN=0), and GBPA.ABORT=1 or "
-                "the address is beyond the physical address size."
-            )
-        return (
-            "Either the STE blocks the stream, or the SMMU is disabled and GBPA.ABORT=1 or the "
-            "address is beyond the physical address size."
-        )
+    @property
+    def reason(self) -> str:
+        """Why it was refused, with the values of what was read."""
+        result = self.result
+        if result.why is None:
+            return ""
+        known = {"StreamID": result.sid, "SubstreamID": result.ssid or 0}
+        for fields in (self.l1std, self.ste, self.l1cd, self.cd):
+            known |= fields or {}
+        level = self.inner_level if self.stage2_fault else self.level
+        if level is not None:
+            known["Level"] = level
+        return f"Because {result.why.sentence(known, self.features)} ({result.why.section})."
 
     def end_fault(self, fault: Event) -> None:
         fields = fault.fields
@@ -1240,12 +1011,8 @@ class _Story:
         }.get(self.result.action, "abort")
         if self.result.stag is not None:
             what += f" until a CMD_RESUME with STAG={self.result.stag:#x}"
-        self.say(f"Outcome: {fault.name} ({_EVENTS.get(fault.name, 'a fault')}); {what}.")
-        if self.traced:
-            stage = "2" if self.stage2_fault else ""
-            reasons: list[str] = getattr(self, f"why{stage}_{fault.name.lower()}", list)()
-            for reason in reasons:
-                self.say(f"Because {reason}.", 2)
+        self.say(f"Outcome: {fault.name}; {what}.")
+        self.say(self.reason, 2)
         if "S2" in fields and (fields["S2"] or self.result.stage & 2):
             self.say(self.whose(fields), 2)
         if "PnU" in fields:
@@ -1298,9 +1065,9 @@ class _Story:
 
     def unrecorded(self, fault: Event) -> str:
         reasons = []
-        if self.smmu is None or not self.smmu.cr0 & layout.REGISTERS["CR0"].field("EVENTQEN").mask:
+        if self.smmu is None or not self.smmu.cr0 & layout.mask("CR0", "EVENTQEN"):
             reasons.append("CR0.EVENTQEN=0")
-        if fault.name == "C_BAD_STREAMID" and (self.smmu is None or not self.smmu.cr2 & 2):
+        if fault.name == "C_BAD_STREAMID" and (self.smmu is None or not self.smmu.cr2 & _RECINVSID):
             reasons.append("CR2.RECINVSID=0")
         if fault.number >= layout.Event.F_TRANSLATION:
             control, name = (self.ste, "S2R") if self.stage2_fault else (self.cd, "R")
@@ -1311,223 +1078,6 @@ class _Story:
         elif not reasons:
             reasons.append("the event queue is full")
         return f" ({' or '.join(reasons)})"
-
-    def aborted(self, fetched: str) -> list[str]:
-        """Return why a read failed."""
-        if self.fetches:
-            last = self.fetches[-1]
-            what = "read" if last.swap is None else "update"
-            if last.data is None:
-                return [
-                    f"the {what} of the {fetched} at {last.address:#x} ended in an external abort"
-                ]
-            if last.swap is not None:
-                return [f"the {fetched} at {last.address:#x} changed before each of many updates"]
-        address = (self.fault.fetch_address if self.fault is not None else 0) or 0
-        return [f"the {fetched} would lie at {address:#x}, beyond the physical address size"]
-
-    def why_c_bad_streamid(self) -> list[str]:
-        sid = self.result.sid
-        if self.l1std is None:
-            size = "2^LOG2SIZE"
-            if self.smmu is not None:
-                log2 = self.smmu.strtab_base_cfg & 63
-                size = f"2^{min(log2, self.smmu.features.sidsize)}"
-            return [
-                f"StreamID {sid:#x} is not below {size}, the size of the stream table "
-                "(STRTAB_BASE_CFG)"
-            ]
-        span = self.l1std["Span"]
-        if span == 0 or span > 11:
-            return [f"the level-1 descriptor has Span={span}: there is no level-2 table"]
-        if self.smmu is not None:
-            code = layout.unpack("STRTAB_BASE_CFG", self.smmu.strtab_base_cfg)["SPLIT"]
-            split = code if code in (8, 10) else 6
-            if span > split + 1:
-                return [f"Span={span} is more than the {split} bits of SPLIT allow"]
-            return [
-                f"entry {sid & ((1 << split) - 1)} is beyond the level-2 table of "
-                f"{1 << span - 1} entries"
-            ]
-        return [
-            f"Span={span} is more than SPLIT+1, or the level-2 table of {1 << span - 1} "
-            "entries ends before this StreamID"
-        ]
-
-    def why_f_ste_fetch(self) -> list[str]:
-        return self.aborted("stream table entry or level-1 descriptor")
-
-    def why_f_cd_fetch(self) -> list[str]:
-        return self.aborted("context descriptor or level-1 descriptor")
-
-    def why_f_walk_eabt(self) -> list[str]:
-        return self.aborted("translation table descriptor")
-
-    def why2_f_walk_eabt(self) -> list[str]:
-        return self.aborted("stage-2 descriptor")
-
-    def why2_f_translation(self) -> list[str]:
-        if self.inner_level is not None:
-            return [f"the level {self.inner_level} descriptor of stage 2 is invalid"]
-        if self.ste is None or self.ipa is None:
-            return []
-        return [
-            f"IPA {self.ipa:#x} is beyond the {64 - self.ste['S2T0SZ']} bits that stage 2 takes "
-            f"(S2T0SZ={self.ste['S2T0SZ']})"
-        ]
-
-    def why2_f_addr_size(self) -> list[str]:
-        if self.ste is None:
-            return []
-        size = _ips(self.ste["S2PS"], self.features)
-        table = self.inner_level is not None and self.inner_level < 3 and self.inner & 2
-        return [
-            f"{'the next table' if table else 'the output'} of stage 2 is at "
-            f"{self.inner_address:#x}, beyond the output size of {size} bits (S2PS, OAS)"
-        ]
-
-    def why2_f_access(self) -> list[str]:
-        return ["the page's stage-2 descriptor has AF=0, and neither S2AFFD nor the SMMU sets it"]
-
-    def why2_f_permission(self) -> list[str]:
-        fields = {} if self.fault is None else self.fault.fields
-        leaf = layout.unpack("PTE_S2", self.inner)
-        ap = f"S2AP={_bits(leaf['S2AP'], 2)}"
-        if fields.get("CLASS") != 2:
-            what = _CLASSES[fields.get("CLASS", 3)]
-            if fields.get("CLASS") == 1 and not fields.get("TTRnW"):
-                return [f"the stage-1 descriptor is to be updated, and stage 2 has {ap}: no write"]
-            if leaf["S2AP"] & 1:
-                memory = stage2_memory_type(leaf["MemAttr"], self.forced)
-                return [f"stage 2 makes it Device memory ({memory}), and S2PTW=1 forbids {what}"]
-            return [f"{what} reads it, and stage 2 has {ap}: no read"]
-        if fields.get("RnW") and fields.get("InD"):
-            xn = f"XN={_bits(leaf['XN'], 2)}"
-            if self.features is not None and not self.features.xnx:
-                xn = f"XN[1]={leaf['XN1']}"
-            return [f"stage 2 does not permit {self.access()}: {xn}"]
-        return [f"stage 2 does not permit {self.access()}: {ap}"]
-
-    def access(self) -> str:
-        """Return the access in words, as it counts after the STE's overrides."""
-        fields = {} if self.fault is None else self.fault.fields
-        who = _PNU[fields.get("PnU", 0)]
-        what = (
-            "write"
-            if not fields.get("RnW")
-            else ("instruction read" if fields.get("InD") else "read")
-        )
-        return f"{'an' if who[0] == 'u' else 'a'} {who} {what}"
-
-    def why_c_bad_ste(self) -> list[str]:
-        if self.ste is None:
-            return []
-        if not self.ste["V"]:
-            return ["it has V=0"]
-        if self.features is None:
-            names = ["Config", "EATS", "STRW", "S2VMID"]
-            if self.ste["Config"] & 1:
-                names += ["S1STALLD", "S1CDMax", "S1Fmt", "S1ContextPtr"]
-            if self.ste["Config"] & 2:
-                names += [*_S2_FLAGS, "S2TG", "S2T0SZ", "S2SL0", "S2PS", "S2TTB"]
-            values = ", ".join(f"{name}={self.ste[name]:#x}" for name in names)
-            return [
-                "it asks for something that this SMMU does not have, or for nonsense: " + values
-            ]
-        return ste_faults(self.ste, self.features)
-
-    def why_c_bad_cd(self) -> list[str]:
-        if self.cd is None or self.ste is None:
-            return []
-        if not self.cd["V"]:
-            return ["it has V=0"]
-        if self.features is None:
-            names = (
-                "AA64",
-                "S",
-                "A",
-                "ENDI",
-                "HA",
-                "HD",
-                "ASID",
-                "IPS",
-                "TG0",
-                "T0SZ",
-                "TTB0",
-                "TG1",
-                "T1SZ",
-                "TTB1",
-            )
-            values = ", ".join(f"{name}={self.cd[name]:#x}" for name in names)
-            return [
-                "it asks for something that this SMMU does not have, or for nonsense: " + values
-            ]
-        return cd_faults(self.cd, self.ste, self.features, self.two_ttbs)
-
-    def why_c_bad_substreamid(self) -> list[str]:
-        ste = self.ste
-        if self.l1cd is not None:
-            if not self.l1cd["V"]:
-                return ["the level-1 context descriptor has V=0"]
-            return [f"the leaf at {self.l1cd['L2Ptr']:#x} is beyond the physical address size"]
-        if ste is None:
-            return []
-        if not ste["Config"] & 1:
-            return ["a stream without stage 1 has no substreams"]
-        if self.features is not None and not self.features.ssidsize:
-            return ["this SMMU has no substreams (IDR1.SSIDSIZE=0)"]
-        if not ste["S1CDMax"]:
-            return ["the stream has no substreams (S1CDMax=0)"]
-        return [
-            f"substream {self.result.ssid or 0:#x} is not below 2^{ste['S1CDMax']}, the size "
-            "of the table (S1CDMax)"
-        ]
-
-    def why_f_stream_disabled(self) -> list[str]:
-        if self.ste is None:
-            return []
-        if self.result.ssid is None:
-            return ["it has no substream, and S1DSS refuses such transactions"]
-        return [
-            "substream 0 may not be used: its descriptor is that of transactions without a "
-            "substream (S1DSS=0b10)"
-        ]
-
-    def why_f_translation(self) -> list[str]:
-        if self.level is not None:
-            return [f"the level {self.level} descriptor is invalid"]
-        if self.cd is None:
-            return []
-        cd, n = self.cd, self.half
-        if cd[f"EPD{n}"] and self.two_ttbs:
-            return [f"TTB{n} is disabled (EPD{n}=1)"]
-        bits = 64 - cd[f"T{n}SZ"]
-        top = 56 if cd[f"TBI{n}"] else 64
-        upper = (self.result.iova & ((1 << top) - 1)) >> bits
-        if upper != ((1 << max(top - bits, 0)) - 1 if n else 0):
-            return [
-                f"bits {top - 1} to {bits} of the address are not all {n}: it is outside the "
-                f"{bits} bits that TTB{n} translates (T{n}SZ={cd[f'T{n}SZ']})"
-            ]
-        return [f"the access is unprivileged, and E0PD{n}=1"]
-
-    def why_f_addr_size(self) -> list[str]:
-        if self.cd is None or self.level is None:
-            size = "" if self.features is None else f" of {self.features.oas_bits} bits"
-            return [f"{self.result.iova:#x} is beyond the physical address size{size} (IDR5.OAS)"]
-        lg2 = _granule(self.cd, self.half)
-        ips = _ips(self.cd["IPS"], self.features)
-        what = "the next table" if self.level < 3 and self.descriptor & 2 else "the output"
-        return [
-            f"{what} is at {self.address(self.descriptor, lg2):#x}, beyond the output size of "
-            f"{ips} bits (IPS, OAS)"
-        ]
-
-    def why_f_access(self) -> list[str]:
-        return ["the page's descriptor has AF=0, and neither AFFD nor the SMMU sets it"]
-
-    def why_f_permission(self) -> list[str]:
-        return [f"{self.access()} is not permitted"]
 
 
 def _permitted(perm: Perm) -> str:
@@ -1549,8 +1099,7 @@ def explain(result: Result, smmu: Smmu | None = None) -> str:
         Of ``translate(..., trace=True)`` or of a resumable walk; without fetches only the end is
         told.
     smmu : Smmu, optional
-        That made it.  With it, reasons that depend on the SMMU's features and registers are named;
-        without it, what may have been the reason is said.
+        That made it.  With it, the values of its features are told beside the reason.
 
     Returns
     -------

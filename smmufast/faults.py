@@ -14,6 +14,7 @@ from smmufast import layout
 
 if TYPE_CHECKING:
     from smmufast._smmu import Result
+    from smmufast.why import Why
 
 ACTIONS = ("ok", "bypass", "disabled", "abort", "raz_wi", "stall")
 """What becomes of a transaction, by the number that batch columns hold."""
@@ -228,13 +229,14 @@ class AtsResponse(NamedTuple):
     `read`, `write` and `execute` are granted for the `size` bytes from `address` on, as privileged
     if `priv`.  A success may grant nothing: then `address` is None, and `size` is the smallest
     translation unit.  `ipa` says that the address is an intermediate physical one (split-stage
-    ATS).  `attr` and `shareability` are those of `Result`, of the stages that were applied.
+    ATS); permissions and size are those of both stages all the same.  `attr` and `shareability`
+    are those that a `Result` of the page has.
     `global_` is False, for pages are not offered to other PASIDs, whose contexts may differ, and
     so is `untranslated_only`.
 
     `fault` is what kept the request from being granted, as an Event, recorded or not; `event` is
     the Event that is recorded.  Both are None where no fault is to blame: a page that lacks the
-    permissions, or a stream that aborts silently.
+    permissions, or a stream that aborts silently.  `why` is the reason of a refusal.
     """
 
     status: Literal["success", "UR", "CA"]
@@ -251,6 +253,7 @@ class AtsResponse(NamedTuple):
     shareability: int = 0
     fault: Event | None = None
     event: Event | None = None
+    why: Why | None = None
 
     def permits(self, write: bool = False, execute: bool = False) -> bool:
         """Whether it grants an access: a write, an instruction fetch, or a read."""

@@ -650,9 +650,9 @@ def _accepted(command: bytes) -> bool:
     word = int.from_bytes(command, "little")
     op = word & 0xFF
     if op == layout.Opcode.SYNC:
-        return word >> 12 & 3 == 3
+        return layout.unpack("SYNC", word)["CS"] == 3
     if op in (layout.Opcode.PREFETCH_CONFIG, layout.Opcode.PREFETCH_ADDR):
-        return bool(word >> 10 & 1)
+        return bool(word & layout.mask("PREFETCH_CONFIG", "SSec"))
     return op in (0x18, 0x1A, 0x20, 0x21, 0x22, 0x23, 0x40, 0x41, 0x44, 0x45)
 
 

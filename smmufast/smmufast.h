@@ -8,6 +8,11 @@
  *     smmufast_smmu *smmu = api->acquire(object);     // with the lock held
  *     api->translate(smmu, &request, &result);        // without it, any thread
  *     api->release(smmu);                             // with the lock held
+ *
+ * Check api->abi == SMMUFAST_ABI once: the layouts below are those of one ABI.
+ * Within an ABI structs only grow at their end.  Those that do say how large
+ * they are: api->size is the library's, smmufast_batch.size and
+ * smmufast_walk.size are the caller's.
  */
 #ifndef SMMUFAST_H
 #define SMMUFAST_H
@@ -19,7 +24,7 @@
 extern "C" {
 #endif
 
-#define SMMUFAST_ABI 2
+#define SMMUFAST_ABI 3
 #define SMMUFAST_CAPSULE "smmufast._smmu._C_API"
 #define SMMUFAST_CALLBACKS "smmufast.callbacks2"
 #define SMMUFAST_NO_SSID 0xFFFFFFFFu
@@ -94,36 +99,43 @@ typedef struct smmufast_result {
     uint16_t stag;      /* of a stalled transaction; valid when event != 0 */
     uint8_t ng;         /* the stage-1 leaf's nG bit */
     uint8_t contiguous; /* the leaf's Contiguous bit, stage 1's if it translates */
+    uint16_t why;       /* the reason of a refusal, 0 if none: Why in smmufast/why.py */
     uint64_t record[4]; /* the event record, little-endian dwords; valid when fault != 0 */
 } smmufast_result;
 
-/* One read that a walk makes, or one hardware update.
+/* What a walk asks the host to do next: a read, or a hardware update.
  *
- * An update is a compare-and-swap of 8 bytes: data[words + 1] is expected,
- * data[words + 2] is stored if that is what is found; the answer is what was
- * found, whether it was replaced or not. */
+ * An update is a compare-and-swap of 8 bytes: `desired` is stored if `expected`
+ * is what is found; the answer is what was found, stored or not.  Perform it
+ * only while the walk asks for it: see walk_look. */
 typedef struct smmufast_fetch {
     uint64_t address;
-    uint16_t size;   /* bytes: 8 or 64 */
-    uint8_t kind;    /* SMMUFAST_FETCH_... */
-    int8_t level;    /* of a translation table, else 4 */
-    uint8_t aborted; /* the access ended in an external abort */
-    uint8_t reserved;
-    uint16_t words;  /* where its data starts in smmufast_walk.data */
+    uint64_t expected; /* of an update, a little-endian number; else 0 */
+    uint64_t desired;
+    uint16_t size;     /* bytes: 8 or 64 */
+    uint8_t kind;      /* SMMUFAST_FETCH_... */
+    int8_t level;      /* of a translation table, else 4 */
+    uint32_t reserved;
 } smmufast_fetch;
 
-#define SMMUFAST_MAX_FETCHES 128
-#define SMMUFAST_MAX_WORDS 384
+/* smmufast_walk.flags */
+enum {
+    /* CMD_SYNC does not complete before this walk, if an invalidation overtook it: otherwise the
+     * walk starts again.  Such a walk is ended by walk_supply or by walk_drop, and not copied. */
+    SMMUFAST_HOLDS_SYNC = 1
+};
 
-/* A resumable walk.  Its state is what it has been told so far: each fetch and
- * its data.  Read fetch[count] while pending, and result when done. */
+#define SMMUFAST_WALK_WORDS 128
+
+/* A resumable walk: all of its state, and no pointer.  Set size and flags
+ * before walk_start; read `fetch` while it is pending, `result` when it is done. */
 typedef struct smmufast_walk {
+    uint32_t size;   /* sizeof(smmufast_walk) */
+    uint32_t flags;
     smmufast_request request;
     smmufast_result result;
-    uint32_t count;   /* fetches answered */
-    uint32_t used;    /* words of data used */
-    smmufast_fetch fetch[SMMUFAST_MAX_FETCHES];
-    uint64_t data[SMMUFAST_MAX_WORDS]; /* little-endian dwords as read */
+    smmufast_fetch fetch;
+    uint64_t state[SMMUFAST_WALK_WORDS]; /* the library's */
 } smmufast_walk;
 
 /* Memory that the host reads and writes itself; not 0 means an external abort.
@@ -140,7 +152,8 @@ typedef struct smmufast_callbacks {
 
 /* Columns of a batch; a NULL pointer is a column that is not wanted.
  * Strides are in bytes; a stride of 0 repeats one value (inputs only).
- * Outputs must not overlap inputs, but for a column in the very place of another. */
+ * Outputs must not overlap inputs, but for a column in the very place of another.
+ * Columns beyond `size` are not wanted; one that the library does not know is EINVAL. */
 typedef struct smmufast_column {
     void *data;
     ptrdiff_t stride;
@@ -148,6 +161,7 @@ typedef struct smmufast_column {
 
 typedef struct smmufast_batch {
     size_t n;
+    size_t size;            /* sizeof(smmufast_batch) */
     smmufast_column sid;    /* uint32 */
     smmufast_column ssid;   /* uint32, SMMUFAST_NO_SSID for none */
     smmufast_column iova;   /* uint64 */
@@ -164,6 +178,7 @@ typedef struct smmufast_batch {
     smmufast_column ipa;      /* uint64 */
     smmufast_column stage;    /* uint8 */
     smmufast_column record;   /* 32 bytes, zero when nothing is recorded */
+    smmufast_column why;      /* uint16 */
 } smmufast_batch;
 
 typedef struct smmufast_smmu smmufast_smmu;
@@ -179,15 +194,21 @@ typedef struct smmufast_api {
     int (*translate)(smmufast_smmu *smmu, const smmufast_request *request,
                      smmufast_result *result);
     int (*translate_batch)(smmufast_smmu *smmu, const smmufast_batch *batch);
+    /* PENDING: walk->fetch is to be performed next.  DONE: walk->result is there. */
     int (*walk_start)(smmufast_smmu *smmu, const smmufast_request *request,
                       smmufast_walk *walk);
-    /* data: fetch[count].size bytes as they lie in memory, or NULL for an external abort. */
+    /* data: fetch.size bytes as they lie in memory, or NULL for an external abort.  If the walk was
+     * overtaken since it was looked at last, that is dropped: walk->fetch is the first one again. */
     int (*walk_supply)(smmufast_smmu *smmu, smmufast_walk *walk, const void *data);
     /* Registers as software accesses them, with all that follows from a write, commands
      * included.  They take the lock themselves: call with it or without.  The offset is in bytes
      * from the start of page 0, up to 0x1FFFF; size is 1, 2, 4 or 8 bytes. */
     int (*read)(smmufast_smmu *smmu, uint64_t offset, uint32_t size, uint64_t *value);
     int (*write)(smmufast_smmu *smmu, uint64_t offset, uint32_t size, uint64_t value);
+    /* Look at a walk again, without the lock: one that was overtaken starts again here. */
+    int (*walk_look)(smmufast_smmu *smmu, smmufast_walk *walk);
+    /* End a walk without a result.  Others than those that hold CMD_SYNC may just be forgotten. */
+    int (*walk_drop)(smmufast_smmu *smmu, smmufast_walk *walk);
 } smmufast_api;
 
 #ifdef __cplusplus

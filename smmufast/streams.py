@@ -151,7 +151,7 @@ class _Guest:
             ste = _with(self.ste, S1ContextPtr=ipa, S1CDMax=0)
             walk = _ask_through(self.smmu, self.sid, (*self.path, ste))
             address = _address(walk)
-            self.pages[ipa] = _reason(walk) if address is None else address
+            self.pages[ipa] = _told(walk) if address is None else address
         return self.pages[ipa]
 
 
@@ -187,6 +187,12 @@ def _reason(walk: Walk) -> str:
     if result is None:
         raise RuntimeError("the walk is not done")
     return str(result.action if result.fault is None else result.fault.name)
+
+
+def _told(walk: Walk, **fields: int) -> str:
+    """Return how a walk was refused, and why."""
+    why = None if walk.result is None else walk.result.why
+    return _reason(walk) if why is None else f"{_reason(walk)}: {why.sentence(fields)}"
 
 
 def bare(smmu: Smmu, cr0: int | None = None) -> Smmu:
@@ -393,8 +399,7 @@ def _streams(smmu: Smmu, present: Sequence[int] | None) -> Iterator[Run]:
             continue
         walk = _ask(smmu, sid, (data,))
         if walk.done:
-            span = layout.unpack("L1STD", data)["Span"]
-            problem = f"no level-2 table (Span={span}, {_reason(walk)})"
+            problem = _told(walk, **layout.unpack("L1STD", data))
             yield Run(sid, (end << table.split) - 1, None, None, problem, (data,))
             continue
         _, address = _asked(walk)
@@ -508,7 +513,7 @@ def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[C
         return  # stage 2 alone
     if first.done and _reason(first) == "C_BAD_STE":
         # a pointer that is too large for stage 1 alone is too large for stage 2
-        reason = _reason(_ask_through(smmu, run.first, path))
+        reason = _told(_ask_through(smmu, run.first, path))
         problem = f"stage 2 refuses the IPA of the context descriptor ({reason})"
         yield ContextRun(None, None, None, None, problem, path)
         return
@@ -538,7 +543,7 @@ def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[C
         walk = ask(i << leaf | 1, data)
         if walk.done:
             walk = _ask_through(smmu, run.first, (*path, data), ssid=i << leaf | 1)
-            problem = f"no table of context descriptors ({_reason(walk)})"
+            problem = _told(walk, **layout.unpack("L1CD", data))
             yield ContextRun(*span, None, None, problem, (*path, data))
             continue
         at = _asked(walk)[1] - _ENTRY

@@ -1,4 +1,6 @@
-"""A small system with stage 2, made by hand: one nested stream, and one with stage 2 alone."""
+"""Systems with stage 2, made by hand: one nested stream, and one with stage 2 alone."""
+
+import random
 
 import captures
 import ptwriter
@@ -84,3 +86,82 @@ def small_nested(has=None, *, cd=None, stage1=None, tables=None, **ste):
     return smmufast.Smmu(
         real, features(**has or {}), strtab_base=captures.STREAM_TABLE, strtab_base_cfg=4
     )
+
+
+UPPER = 0xFFFF_FF80_0000_0000  # of 39-bit addresses
+
+
+def scattered_nested(seed, first, second, *, has=None, cd=None, **ste):
+    """(the same two streams, input addresses) where stage 2 puts no two pages side by side.
+
+    first, second: log2 of the granules.  Both halves of stage 1 have pages and blocks of every
+    permission, below tables some of which take permissions away; stage 2 has the IPAs of their
+    tables and of their pages in its own granule, in any order, and maps some of them read-only.
+    """
+    rng = random.Random(seed)
+    page = 1 << second
+    guest = ptwriter.Memory()
+    guest.add(CONTEXT, 1 << 16)
+    allocate = ptwriter.BumpAllocator(guest, TABLES, 1 << 22)
+    halves = [ptwriter.PageTables(guest, allocate, first, 25) for _ in range(2)]
+    places, ipas = [], set()
+    regions = rng.sample(range(1 << 6), 6)
+    for tables, base in zip(halves, (0, UPPER), strict=True):
+        tables.slot(base, 2)
+        for region in regions:
+            # a table of the last level each, in which a few pages lie
+            start = base + (region << tables.shift(2))
+            flags = {"aptable": rng.choice((0, 0, 1, 2)), "pxntable": rng.randrange(2)}
+            for index in rng.sample(range(1 << first - 3), 6):
+                iova = start + (index << first)
+                ipa = DATA + (rng.randrange(1 << 8) << 16)
+                tables.map(iova, ipa, table_flags=flags, attrindx=1, ap=rng.choice((0, 1, 1, 3)))
+                ipas.update(range(ipa, ipa + (1 << first), page))
+                places += [iova + rng.randrange(1 << first) for _ in range(2)]
+        block = base + (1 << 6 << tables.shift(2))
+        ipa = DATA + (1 << 30) + (rng.randrange(4) << 30) & -1 << tables.shift(2)
+        tables.map(block, ipa, 2, attrindx=1, ap=1)
+        for _ in range(4):
+            offset = rng.randrange(1 << tables.shift(2))
+            ipas.add(ipa + offset & -page)
+            places += [block + offset & -8, block + (offset & -page)]
+    fields = {
+        "v": 1, "aa64": 1, "a": 1, "r": 1, "ips": 4, "t0sz": 25, "t1sz": 25,
+        "tg0": {12: 0, 14: 2, 16: 1}[first], "tg1": {12: 2, 14: 1, 16: 3}[first],
+        "ttb0": halves[0].base, "ttb1": halves[1].base, "asid": 7, "mair": 0x44FF00,
+    }  # fmt: skip
+    guest.write(CONTEXT, ptwriter.encode_cd(**fields | (cd or {})))
+
+    memory = ptwriter.Memory()
+    memory.add(captures.STREAM_TABLE, 0x1000)
+    allocate = ptwriter.BumpAllocator(memory, STAGE2, 1 << 24)
+    outer = ptwriter.Stage2Tables(memory, allocate, second, 24, start_level=1 if second == 12 else 2)
+    frames = list(range(GUEST, GUEST + (1 << 27), page))
+    rng.shuffle(frames)
+    for base, data in guest.regions():
+        for ipa in range(base, base + len(data), page):
+            content = guest.read(ipa, page)
+            if any(content):
+                frame = frames.pop()
+                memory.ensure(frame, page)
+                for offset in range(0, page, 0x1000):
+                    memory.write(frame + offset, content[offset : offset + 0x1000])
+                outer.map(ipa, frame, memattr=15, s2ap=3, sh=3)
+    for ipa in sorted(ipas):
+        outer.map(ipa, frames.pop(), memattr=15, s2ap=rng.choice((1, 3, 3)), sh=3)
+    both = {
+        "v": 1, "s1contextptr": CONTEXT, "shcfg": 1, "s2vmid": 9, "s2ps": 4, "s2r": 1,
+        **outer.ste_fields(), **ste,
+    }  # fmt: skip
+    for sid, config in ((NESTED, 0b111), (SECOND, 0b110)):
+        address = captures.STREAM_TABLE + 64 * sid
+        memory.write(address, ptwriter.encode_ste(**{"config": config} | both))
+    real = smmufast.Memory()
+    real.add_private(*captures.RAM)
+    for base, data in memory.regions():
+        real.write(base, data)
+    rng.shuffle(places)
+    smmu = smmufast.Smmu(
+        real, features(**has or {}), strtab_base=captures.STREAM_TABLE, strtab_base_cfg=4
+    )
+    return smmu, places

@@ -442,7 +442,7 @@ class StreamTable:
         sids_lg2 = min(log2size, sidsize)
         if split is None:
             size = 64 << sids_lg2
-            alignment = size
+            alignment = 64 << log2size
         else:
             size = max(64, 8 << max(0, sids_lg2 - split))
             alignment = max(64, 8 << max(0, log2size - split))

@@ -176,6 +176,7 @@ class Outcome:
     stage: bit 0: stage 1 took part, bit 1: stage 2 did, in the translation or in its fault.
     ipa: input of stage 2, 0 unless it gave an output.
     asid, vmid, ng, contiguous: of the translation, 0 where there are none.
+    why: the rule that refused, by the library's name for it; None on success.
     """
 
     success: bool
@@ -196,6 +197,7 @@ class Outcome:
     vmid: int = 0
     ng: int = 0
     contiguous: int = 0
+    why: str | None = None
 
 
 def event_record(
@@ -220,12 +222,23 @@ def event_record(
     return record.to_bytes(32, "little")
 
 
-class ConfigurationError(Exception):
-    """What stops a transaction before its address matters.  name None: silent abort."""
+def fetch_reported(features, address):
+    """FetchAddr (7.3.4): bits beyond OAS are RES0; v3.0 reports the whole address (3.4.3)."""
+    if features.arch_minor == 0:
+        return address
+    return address % (1 << features.oas_bits)
 
-    def __init__(self, name, fetch_address=0):
+
+class ConfigurationError(Exception):
+    """What stops a transaction before its address matters.
+
+    name None: silent abort.  why: the rule, by the library's name for it.
+    """
+
+    def __init__(self, name, why, fetch_address=0):
         super().__init__(name)
         self.name = name
+        self.why = why
         self.fetch_address = fetch_address
 
 
@@ -234,22 +247,26 @@ class TranslationError(Exception):
 
     stage2, event_class: which stage, and of what: a CD, a stage-1 descriptor, the input.
     ipa: what stage 2 was asked for.  fetch_address: of a read that aborted.
-    allowed: for F_PERMISSION, the accesses that this stage allows.
+    allowed: for F_PERMISSION, the accesses that this stage allows; page, region: what it found.
     descriptor_read: F_PERMISSION of stage 2 for a stage-1 descriptor, which was to be read.
     bypassed: an input address that is too large while stage 1 does not translate it.
+    why: the rule, by the library's name for it.
     """
 
     def __init__(
-        self, name, *, stage2=False, event_class=CLASS_IN, ipa=0, fetch_address=0, allowed=0,
-        descriptor_read=False, bypassed=False,
+        self, name, why, *, stage2=False, event_class=CLASS_IN, ipa=0, fetch_address=0, allowed=0,
+        page=None, region=None, descriptor_read=False, bypassed=False,
     ):  # fmt: skip
         super().__init__(name)
         self.name = name
+        self.why = why
         self.stage2 = stage2
         self.event_class = event_class
         self.ipa = ipa
         self.fetch_address = fetch_address
         self.allowed = allowed
+        self.page = page
+        self.region = region
         self.descriptor_read = descriptor_read
         self.bypassed = bypassed
 
@@ -492,10 +509,10 @@ class Fetcher:
 def fetch_structure(fetch, features, kind, address, size, event):
     """A configuration structure as an integer; beyond OAS it is not fetched."""
     if address >> features.oas_bits:
-        raise ConfigurationError(event, address)
+        raise ConfigurationError(event, f"{kind}_ADDRESS", address)
     data = fetch(kind, None, address, size)
     if data is None:
-        raise ConfigurationError(event, address)
+        raise ConfigurationError(event, f"{kind}_ABORT", address)
     return int.from_bytes(data, "little")
 
 
@@ -505,11 +522,11 @@ def find_ste(fetch, features, regs, sid):
     literal_log2size = bits(regs.strtab_base_cfg, 5, 0)
     log2size = min(literal_log2size, features.sidsize)
     if sid >= 1 << log2size:
-        raise ConfigurationError("C_BAD_STREAMID")
+        raise ConfigurationError("C_BAD_STREAMID", "STREAM_BEYOND")
 
     two_level = features.st_level != 0 and bits(regs.strtab_base_cfg, 17, 16) == 0b01
     if not two_level:
-        address = align_down(base, log2size + 6) + sid * 64
+        address = align_down(base, literal_log2size + 6) + sid * 64
         return fetch_structure(fetch, features, "STE", address, 64, "F_STE_FETCH")
 
     split = bits(regs.strtab_base_cfg, 10, 6)
@@ -520,45 +537,59 @@ def find_ste(fetch, features, regs, sid):
     l1std = fetch_structure(fetch, features, "L1STD", address, 8, "F_STE_FETCH")
 
     span = bits(l1std, 4, 0)
-    if span == 0 or span > 11 or span > split + 1:
-        raise ConfigurationError("C_BAD_STREAMID")
+    if span == 0:
+        raise ConfigurationError("C_BAD_STREAMID", "STREAM_NO_TABLE")
+    if span > 11 or span > split + 1:
+        raise ConfigurationError("C_BAD_STREAMID", "STREAM_SPAN")
     index = sid & ((1 << split) - 1)
     if index >= 1 << (span - 1):
-        raise ConfigurationError("C_BAD_STREAMID")
+        raise ConfigurationError("C_BAD_STREAMID", "STREAM_SHORT")
     leaf = align_down(in_place(l1std, features.pointer_msb, 6), 5 + (span - 1) + 1)
     return fetch_structure(fetch, features, "STE", leaf + index * 64, 64, "F_STE_FETCH")
+
+
+def bad_ste(why):
+    """An STE that is refused."""
+    return ConfigurationError("C_BAD_STE", why)
+
+
+def bad_cd(why):
+    """A CD that is refused."""
+    return ConfigurationError("C_BAD_CD", why)
 
 
 def check_ste(features, ste):
     """Refuse an STE that is invalid, that terminates, or that is ILLEGAL (5.2)."""
     if not bits(ste, 0, 0):
-        raise ConfigurationError("C_BAD_STE")
+        raise bad_ste("STE_V")
     config = bits(ste, 3, 1)
     if not config & 0b100:
-        raise ConfigurationError(None)
+        raise ConfigurationError(None, "STE_CONFIG")
 
     if config & 0b001 and not features.s1p:
-        raise ConfigurationError("C_BAD_STE")
+        raise bad_ste("STE_S1P")
     if config & 0b010 and not features.s2p:
-        raise ConfigurationError("C_BAD_STE")
+        raise bad_ste("STE_S2P")
     if config == 0b100:
         return
 
     eats = bits(ste, 93, 92) if features.ats else 0b00
     s2s = bits(ste, 185, 185)
-    if eats == 0b10 and (config != 0b111 or s2s or features.ns1ats):
-        raise ConfigurationError("C_BAD_STE")
-    if eats == 0b01 and config & 0b010 and s2s:
-        raise ConfigurationError("C_BAD_STE")
+    if eats == 0b10 and config != 0b111:
+        raise bad_ste("STE_EATS_STAGES")
+    if eats == 0b10 and features.ns1ats:
+        raise bad_ste("STE_EATS_NS1ATS")
+    if eats in (0b01, 0b10) and config & 0b010 and s2s:
+        raise bad_ste("STE_EATS_S2S")
     strw_used = config == 0b101 and features.hyp
     if strw_used and bits(ste, 95, 94) & 0b01:
-        raise ConfigurationError("C_BAD_STE")
+        raise bad_ste("STE_STRW")
+    if config & 0b001:
+        check_ste_stage1(features, ste, config)
     # S2VMID is used by the world NS-EL1, with stage 1 alone too.
     el1 = not (strw_used and bits(ste, 95, 94))
     if features.s2p and el1 and bits(ste, 143, 136) and not features.vmid16:
-        raise ConfigurationError("C_BAD_STE")
-    if config & 0b001:
-        check_ste_stage1(features, ste, config)
+        raise bad_ste("STE_S2VMID")
     if config & 0b010:
         check_ste_stage2(features, ste)
 
@@ -566,18 +597,18 @@ def check_ste(features, ste):
 def check_ste_stage1(features, ste, config):
     """Refuse an STE whose fields of stage 1 are ILLEGAL."""
     if bits(ste, 91, 91) and features.stall_model != 0b00:  # S1STALLD
-        raise ConfigurationError("C_BAD_STE")
+        raise bad_ste("STE_S1STALLD")
     if features.ssidsize:
         s1cdmax = bits(ste, 63, 59)
         s1fmt = bits(ste, 5, 4)
         if s1cdmax > features.ssidsize:
-            raise ConfigurationError("C_BAD_STE")
+            raise bad_ste("STE_S1CDMAX")
         if s1cdmax and s1fmt in (0b01, 0b10) and not features.cd2l:
-            raise ConfigurationError("C_BAD_STE")
+            raise bad_ste("STE_CD2L")
     s1contextptr = in_place(ste, features.pointer_msb, 6)
     # In v3.0 such a pointer fails when it is used; so does, in stage 2, one that is an IPA.
     if config == 0b101 and s1contextptr >> features.oas_bits and features.arch_minor >= 1:
-        raise ConfigurationError("C_BAD_STE")
+        raise bad_ste("STE_S1CONTEXTPTR")
 
 
 # Start level of stage 2 by granule and S2SL0; with 4 KiB, S2DS=1 and S2SL0_2=1, -1.
@@ -601,51 +632,54 @@ def stage2_start(features, ste):
 
 def check_ste_stage2(features, ste):
     """Refuse an STE whose fields of stage 2 are ILLEGAL."""
-    bad = ConfigurationError("C_BAD_STE")
     if not bits(ste, 179, 179):  # S2AA64=0, and TTF has no AArch32 tables
-        raise bad
+        raise bad_ste("STE_S2AA64")
     s2s = bits(ste, 185, 185)
-    if (s2s and features.stall_model == 0b01) or (not s2s and features.stall_model == 0b10):
-        raise bad
-    s2ha, s2hd = bits(ste, 184, 184), bits(ste, 183, 183)
-    if (s2ha or s2hd) and features.httu == 0b00:
-        raise bad
-    if s2hd and features.httu == 0b01:
-        raise bad
+    if s2s and features.stall_model == 0b01:
+        raise bad_ste("STE_S2S_NEVER")
+    if not s2s and features.stall_model == 0b10:
+        raise bad_ste("STE_S2S_ALWAYS")
     s2endi = bits(ste, 180, 180)
     if (features.ttendian == 0b10 and s2endi) or (features.ttendian == 0b11 and not s2endi):
-        raise bad
+        raise bad_ste("STE_S2ENDI")
+    s2ha, s2hd = bits(ste, 184, 184), bits(ste, 183, 183)
+    if (s2ha or s2hd) and features.httu == 0b00:
+        raise bad_ste("STE_S2HTTU")
+    if s2hd and features.httu == 0b01:
+        raise bad_ste("STE_S2HTTU")
 
     granule_lg2, ds, level = stage2_start(features, ste)
     supported = {12: features.gran4k, 14: features.gran16k, 16: features.gran64k}
-    if not supported.get(granule_lg2) or level is None:
-        raise bad
+    if not supported.get(granule_lg2):
+        raise bad_ste("STE_S2TG")
     t0sz = bits(ste, 165, 160)
     largest = 39 if not features.stt else 47 if granule_lg2 == 16 else 48
     smallest = max(12 if granule_lg2 == 16 or ds else 16, 64 - features.oas_bits)
     if not smallest <= t0sz <= largest:
-        raise bad
+        raise bad_ste("STE_S2T0SZ")
+    if level is None:
+        raise bad_ste("STE_S2SL0")
 
     # What a start level needs besides.
     if granule_lg2 == 12 and level == 3 and not features.stt:
-        raise bad
+        raise bad_ste("STE_S2SL0")
     if granule_lg2 == 14 and level == 0 and not ds:
-        raise bad
+        raise bad_ste("STE_S2SL0")
     physical_bits_needed = {(12, -1): 52, (12, 0): 44, (14, 0): 52, (14, 1): 42, (16, 1): 44}
     if features.oas_bits < physical_bits_needed.get((granule_lg2, level), 0):
-        raise bad
+        raise bad_ste("STE_S2SL0")
     # The start level resolves some bits, four more than one table has at most.
     per_level = granule_lg2 - 3
     resolved = 64 - t0sz - (granule_lg2 + (3 - level) * per_level)
     concatenated = (granule_lg2, level) not in ((12, -1), (14, 0), (16, 1))
     if not 1 <= resolved <= (per_level + 4 if concatenated else per_level):
-        raise bad
+        raise bad_ste("STE_S2SL0_SIZE")
 
     ttb = in_place(bits(ste, 247, 192), 47 if features.arch_minor == 0 else 51, 4)
     if ttb >> stage2_output_bits(features, ste):
-        raise bad
+        raise bad_ste("STE_S2TTB")
     if granule_lg2 != 16 and not ds and ttb >> 48:
-        raise bad
+        raise bad_ste("STE_S2TTB_48")
 
 
 def stage2_output_bits(features, ste):
@@ -671,10 +705,14 @@ def choose_substream(features, ste, ssid):
     s1cdmax = bits(ste, 63, 59) if features.ssidsize else 0
     s1dss = bits(ste, 65, 64)
     if ssid is not None:
-        if not features.ssidsize or not translates or s1cdmax == 0 or ssid >= 1 << s1cdmax:
-            raise ConfigurationError("C_BAD_SUBSTREAMID")
+        if not translates:
+            raise ConfigurationError("C_BAD_SUBSTREAMID", "SUBSTREAM_NO_STAGE1")
+        if not features.ssidsize or s1cdmax == 0:
+            raise ConfigurationError("C_BAD_SUBSTREAMID", "SUBSTREAM_NO_TABLE")
+        if ssid >= 1 << s1cdmax:
+            raise ConfigurationError("C_BAD_SUBSTREAMID", "SUBSTREAM_BEYOND")
         if ssid == 0 and s1dss == 0b10:
-            raise ConfigurationError("F_STREAM_DISABLED")
+            raise ConfigurationError("F_STREAM_DISABLED", "SUBSTREAM_0")
         return ssid
     if not translates:
         return None
@@ -682,7 +720,7 @@ def choose_substream(features, ste, ssid):
         return 0
     if s1dss == 0b01:
         return None
-    raise ConfigurationError("F_STREAM_DISABLED")
+    raise ConfigurationError("F_STREAM_DISABLED", "SUBSTREAM_WANTED")
 
 
 def fetch_context_structure(fetch, features, stage2, kind, address, size):
@@ -707,11 +745,11 @@ def find_cd(fetch, features, ste, stage2, index):
         address = align_down(pointer, table_lg2) + (index >> leaf_lg2) * 8
         l1cd = fetch_context_structure(fetch, features, stage2, "L1CD", address, 8)
         if not bits(l1cd, 0, 0):
-            raise ConfigurationError("C_BAD_SUBSTREAMID")
+            raise ConfigurationError("C_BAD_SUBSTREAMID", "L1CD_V")
         leaf = align_down(in_place(l1cd, features.pointer_msb, 12), leaf_lg2 + 6)
         too_large = leaf >> features.oas_bits and features.arch_minor >= 1
         if too_large and stage2 is None:
-            raise ConfigurationError("C_BAD_SUBSTREAMID")
+            raise ConfigurationError("C_BAD_SUBSTREAMID", "L1CD_L2PTR")
         address = leaf + (index & ((1 << leaf_lg2) - 1)) * 64
     return fetch_context_structure(fetch, features, stage2, "CD", address, 64)
 
@@ -814,7 +852,6 @@ def tables_start(granule_lg2, input_bits):
 
 def decode_region(features, cd, number, ips_bits, e2h_or_el1):
     """One TTB's part of a CD; raises C_BAD_CD where it is ILLEGAL (5.4)."""
-    bad = ConfigurationError("C_BAD_CD")
     if number == 0:
         tsz = bits(cd, 5, 0)
         granule_lg2 = {0b00: 12, 0b01: 16, 0b10: 14}.get(bits(cd, 7, 6))
@@ -834,19 +871,19 @@ def decode_region(features, cd, number, ips_bits, e2h_or_el1):
 
     supported = {12: features.gran4k, 14: features.gran16k, 16: features.gran64k}
     if not supported.get(granule_lg2):
-        raise bad
+        raise bad_cd(f"CD_TG{number}")
     cd_ds = bool(features.ds and bits(cd, 186, 186))
     largest = 39 if not features.stt else 47 if granule_lg2 == 16 else 48
     smallest = 12 if features.vax >= 1 and (granule_lg2 == 16 or cd_ds) else 16
     if not smallest <= tsz <= largest:
-        raise bad
+        raise bad_cd(f"CD_T{number}SZ")
 
     ds = cd_ds and granule_lg2 != 16
     ttb = in_place(ttb, 47 if features.arch_minor == 0 else 51, 4)
     if ttb >> ips_bits:
-        raise bad
+        raise bad_cd(f"CD_TTB{number}")
     if granule_lg2 != 16 and not ds and ttb >> 48:
-        raise bad
+        raise bad_cd(f"CD_TTB{number}_48")
 
     start_level, resolved = tables_start(granule_lg2, 64 - tsz)
     alignment = max(resolved + 3, 6 if ips_bits >= 52 or ds else 4)
@@ -866,37 +903,39 @@ def decode_region(features, cd, number, ips_bits, e2h_or_el1):
 
 def decode_cd(features, world, cd, entering, s1stalld):
     """Check a CD (5.4) and decode it."""
-    bad = ConfigurationError("C_BAD_CD")
     two_ttbs = world != EL2
     if not bits(cd, 31, 31):  # V
-        raise bad
+        raise bad_cd("CD_V")
     abort, stall = bits(cd, 46, 46), bits(cd, 44, 44)
-    if stall and (features.stall_model == 0b01 or s1stalld):
-        raise bad
+    if stall and features.stall_model == 0b01:
+        raise bad_cd("CD_S_NEVER")
     if not stall and features.stall_model == 0b10:
-        raise bad
+        raise bad_cd("CD_S_ALWAYS")
+    if stall and s1stalld:
+        raise bad_cd("CD_S_S1STALLD")
     if not abort and features.term_model:
-        raise bad
+        raise bad_cd("CD_A")
     if not bits(cd, 41, 41):  # AA64=0, and TTF has no AArch32 tables
-        raise bad
+        raise bad_cd("CD_AA64")
+    disabled = [bits(cd, 14, 14), bits(cd, 30, 30)] if two_ttbs else [0]  # EPD0, EPD1
+    endi = bits(cd, 15, 15)
+    if not all(disabled) and (
+        (features.ttendian == 0b10 and endi) or (features.ttendian == 0b11 and not endi)
+    ):
+        raise bad_cd("CD_ENDI")
     ha, hd = bits(cd, 43, 43), bits(cd, 42, 42)
     if (ha or hd) and features.httu == 0b00:
-        raise bad
+        raise bad_cd("CD_HTTU")
     if hd and features.httu == 0b01:
-        raise bad
+        raise bad_cd("CD_HTTU")
     if two_ttbs and bits(cd, 63, 56) and not features.asid16:  # ASID[15:8]
-        raise bad
+        raise bad_cd("CD_ASID")
 
     ips_bits = min(address_size_bits(bits(cd, 34, 32), features.arch_minor), features.oas_bits)
     regions = [
         decode_region(features, cd, number, ips_bits, two_ttbs)
         for number in range(2 if two_ttbs else 1)
     ]
-    endi = bits(cd, 15, 15)
-    if any(region.enabled for region in regions) and (
-        (features.ttendian == 0b10 and endi) or (features.ttendian == 0b11 and not endi)
-    ):
-        raise bad
 
     memory = [
         stage1_memory(entering, memory_from_mair(bits(cd, 192 + 8 * index + 7, 192 + 8 * index)))
@@ -1015,10 +1054,16 @@ class Page:
     descriptor: int
     address: int  # of the descriptor, in physical memory
     level: int
-    shift: int  # log2 of the page or block
+    shift: int  # log2 of the page or block, or of what of a block the output size admits
     output: int  # address of the page or block
     pa: int = 0  # output of the address itself
     allowed: int = 0
+
+
+def contiguous(page, region):
+    """The Contiguous bit of a leaf, which the largest blocks of a granule do not have."""
+    largest = {12: 0, 14: 1, 16: 1}[region.granule_lg2]
+    return 0 if page.level == largest else bits(page.descriptor, 52, 52)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1028,12 +1073,12 @@ class Page:
 def stage2_walk(fetch, stage2, ipa, event_class):
     """The leaf of an IPA, checked for its address size."""
 
-    def fault(name, **more):
-        return TranslationError(name, stage2=True, event_class=event_class, ipa=ipa, **more)
+    def fault(name, why, **more):
+        return TranslationError(name, why, stage2=True, event_class=event_class, ipa=ipa, **more)
 
     region = stage2.region
     if ipa >> region.input_bits:
-        raise fault("F_TRANSLATION")
+        raise fault("F_TRANSLATION", "S2T0SZ_RANGE")
     granule_lg2 = region.granule_lg2
     per_level = granule_lg2 - 3
     table = region.base
@@ -1044,13 +1089,13 @@ def stage2_walk(fetch, stage2, ipa, event_class):
         address = table + index * 8
         data = fetch("S2TT", level, address, 8)
         if data is None:
-            raise fault("F_WALK_EABT", fetch_address=address)
+            raise fault("F_WALK_EABT", "S2_ABORT", fetch_address=address)
         descriptor = int.from_bytes(data, stage2.byteorder)
         kind = descriptor & 0b11
         if kind == 0b11 and level < 3:
             table = output_address(region, descriptor, granule_lg2)
             if table >> stage2.output_bits:
-                raise fault("F_ADDR_SIZE")
+                raise fault("F_ADDR_SIZE", "S2_TABLE")
             level += 1
             shift -= per_level
             index = (ipa >> shift) & ((1 << per_level) - 1)
@@ -1058,14 +1103,14 @@ def stage2_walk(fetch, stage2, ipa, event_class):
         page = kind == 0b11
         block = kind == 0b01 and level < 3 and block_allowed(region, level, stage2.oas_bits)
         if not (page or block):
-            raise fault("F_TRANSLATION")
+            raise fault("F_TRANSLATION", "S2_RESERVED" if kind == 0b01 else "S2_INVALID")
         break
 
     output = output_address(region, descriptor, shift)
-    if output >> stage2.output_bits:
-        raise fault("F_ADDR_SIZE")
     pa = output | (ipa & ((1 << shift) - 1))
-    return Page(descriptor, address, level, shift, output, pa)
+    if pa >> stage2.output_bits:
+        raise fault("F_ADDR_SIZE", "S2_OUTPUT")
+    return Page(descriptor, address, level, min(shift, stage2.output_bits), output, pa)
 
 
 def stage2_allowed(stage2, leaf):
@@ -1085,29 +1130,33 @@ def stage2_allowed(stage2, leaf):
 def stage2_access(fetch, stage2, ipa, event_class, write=False, priv=True, instr=False):
     """Translate an IPA for one access; those to CDs and stage-1 descriptors are Data reads."""
 
-    def fault(name, **more):
-        return TranslationError(name, stage2=True, event_class=event_class, ipa=ipa, **more)
+    def fault(name, why, **more):
+        return TranslationError(name, why, stage2=True, event_class=event_class, ipa=ipa, **more)
 
     page = stage2_walk(fetch, stage2, ipa, event_class)
     leaf = page.descriptor
     page.allowed = stage2_allowed(stage2, leaf)
     permitted = bool(page.allowed & access_bit(write, priv, instr))
-    if event_class != CLASS_IN and stage2.device_reads_fault:
-        permitted = permitted and not stage2_is_device(bits(leaf, 5, 2), stage2.fwb)
+    why = "S2_PERMISSION"
+    if permitted and event_class != CLASS_IN and stage2.device_reads_fault:
+        permitted = not stage2_is_device(bits(leaf, 5, 2), stage2.fwb)
+        why = "S2_DEVICE"
 
     desired = leaf
     if not leaf & AF:
         if stage2.ha:
             desired |= AF
         elif not stage2.affd:
-            raise fault("F_ACCESS")
+            raise fault("F_ACCESS", "S2_AF")
     if write and permitted:
         desired |= S2AP1
     if desired != leaf:
         stage2_update(fetch, stage2, page, desired, event_class, ipa)
     if not permitted:
         descriptor_read = event_class == CLASS_TT
-        raise fault("F_PERMISSION", allowed=page.allowed, descriptor_read=descriptor_read)
+        raise fault(
+            "F_PERMISSION", why, allowed=page.allowed, page=page, descriptor_read=descriptor_read
+        )
     return page
 
 
@@ -1116,15 +1165,18 @@ def stage2_update(fetch, stage2, page, desired, event_class, ipa):
     leaf = page.descriptor
     if not fetch.swap("S2TT update", page.level, page.address, stage2.byteorder, leaf, desired):
         raise TranslationError(
-            "F_WALK_EABT", stage2=True, event_class=event_class, fetch_address=page.address, ipa=ipa
-        )
+            "F_WALK_EABT", "S2_UPDATE_ABORT", stage2=True, event_class=event_class,
+            fetch_address=page.address, ipa=ipa,
+        )  # fmt: skip
     page.descriptor = desired
 
 
 def stage2_write_descriptor(fetch, stage2, page, ipa):
     """Ask stage 2 whether a stage-1 descriptor, which was read through it, may be written."""
     if not page.allowed & PW:
-        raise TranslationError("F_PERMISSION", stage2=True, event_class=CLASS_TT, ipa=ipa)
+        raise TranslationError(
+            "F_PERMISSION", "S2_UPDATE", stage2=True, event_class=CLASS_TT, ipa=ipa
+        )
     if not page.descriptor & S2AP1:
         stage2_update(fetch, stage2, page, page.descriptor | S2AP1, CLASS_TT, ipa)
 
@@ -1136,15 +1188,16 @@ def stage2_write_descriptor(fetch, stage2, page, ipa):
 def select_region(context, iova, priv):
     """The region of an input address, checked against its size."""
     upper = context.two_ttbs and bits(iova, 55, 55)
-    region = context.regions[1 if upper else 0]
+    number = 1 if upper else 0
+    region = context.regions[number]
     if not region.enabled:
-        raise TranslationError("F_TRANSLATION")
+        raise TranslationError("F_TRANSLATION", f"EPD{number}")
     above = bits(iova, region.top_bit, region.input_bits)
     ones = (1 << (region.top_bit - region.input_bits + 1)) - 1
     if above != (ones if upper else 0):
-        raise TranslationError("F_TRANSLATION")
+        raise TranslationError("F_TRANSLATION", f"T{number}SZ_RANGE")
     if region.e0pd and not priv:
-        raise TranslationError("F_TRANSLATION")
+        raise TranslationError("F_TRANSLATION", f"E0PD{number}")
     return region
 
 
@@ -1201,25 +1254,30 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
             address = mapped.pa
         data = fetch("TT", level, address, 8)
         if data is None:
-            raise TranslationError("F_WALK_EABT", event_class=CLASS_TT, fetch_address=address)
+            raise TranslationError(
+                "F_WALK_EABT", "S1_ABORT", event_class=CLASS_TT, fetch_address=address
+            )
         descriptor = int.from_bytes(data, context.byteorder)
         kind = descriptor & 0b11
         if kind == 0b11 and level < 3:
             table = output_address(region, descriptor, granule_lg2)
             if table >> context.ips_bits:
-                raise TranslationError("F_ADDR_SIZE")
+                raise TranslationError("F_ADDR_SIZE", "S1_TABLE")
             tables |= descriptor
             level += 1
             continue
         page = kind == 0b11
         block = kind == 0b01 and level < 3 and block_allowed(region, level, context.oas_bits)
         if not (page or block):
-            raise TranslationError("F_TRANSLATION")
+            raise TranslationError(
+                "F_TRANSLATION", "S1_RESERVED" if kind == 0b01 else "S1_INVALID"
+            )
         break
 
     output = output_address(region, descriptor, shift)
-    if output >> context.ips_bits:
-        raise TranslationError("F_ADDR_SIZE")
+    pa = output | (va & ((1 << shift) - 1))
+    if pa >> context.ips_bits:
+        raise TranslationError("F_ADDR_SIZE", "S1_OUTPUT")
     allowed = stage1_allowed(context, region, descriptor, tables)
     permitted = bool(allowed & access_bit(write, priv, instr))
 
@@ -1228,7 +1286,7 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
         if context.ha:
             desired |= AF
         elif not context.affd:
-            raise TranslationError("F_ACCESS")
+            raise TranslationError("F_ACCESS", "S1_AF")
     if write and permitted:
         desired &= ~AP2
     # Where this stage refuses the access, stage 2 is not made to fault for the update.
@@ -1236,11 +1294,16 @@ def stage1_access(fetch, stream, iova, write, priv, instr):
         if stage2 is not None:
             stage2_write_descriptor(fetch, stage2, mapped, descriptor_ipa)
         if not fetch.swap("TT update", level, address, context.byteorder, descriptor, desired):
-            raise TranslationError("F_WALK_EABT", event_class=CLASS_TT, fetch_address=address)
+            raise TranslationError(
+                "F_WALK_EABT", "S1_UPDATE_ABORT", event_class=CLASS_TT, fetch_address=address
+            )
+    shift = min(shift, context.ips_bits)
+    found = Page(descriptor, address, level, shift, output, pa, allowed)
     if not permitted:
-        raise TranslationError("F_PERMISSION", allowed=allowed)
-    pa = output | (va & ((1 << shift) - 1))
-    return Page(descriptor, address, level, shift, output, pa, allowed), region
+        raise TranslationError(
+            "F_PERMISSION", "S1_PERMISSION", allowed=allowed, page=found, region=region
+        )
+    return found, region
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1262,8 +1325,10 @@ class ContextCache:
 def disabled(features, regs, iova):
     """SMMUEN=0: what GBPA says."""
     gbpa = regs.gbpa
-    if bits(gbpa, 20, 20) or iova >> features.oas_bits:
-        return Outcome(success=False, action="abort")
+    if bits(gbpa, 20, 20):
+        return Outcome(success=False, action="abort", why="GBPA_ABORT")
+    if iova >> features.oas_bits:
+        return Outcome(success=False, action="abort", why="GBPA_ADDRESS")
     memory, sh = input_attributes(
         features.attr_types_ovr,
         memattr=bits(gbpa, 3, 0),
@@ -1320,7 +1385,7 @@ def translate_address(fetch, features, stream, iova, write, priv, instr):
         # Its effective value only once the final type is known.
         sh = region.sh if region.ds else bits(leaf, 9, 8)
     elif iova >> features.oas_bits:
-        return outcome, TranslationError("F_ADDR_SIZE", bypassed=True)
+        return outcome, TranslationError("F_ADDR_SIZE", "BYPASS_ADDRESS", bypassed=True)
     outcome.perm_s1 = outcome.perm = reported_perm(stream, allowed)
 
     if stage2 is not None:
@@ -1340,12 +1405,12 @@ def translate_address(fetch, features, stream, iova, write, priv, instr):
         memory = stage2_memory(memory, bits(leaf2, 5, 2), stage2.fwb)
         sh = combined_sh(sh, stage2.region.sh if stage2.region.ds else bits(leaf2, 9, 8))
         if page is None:
-            outcome.contiguous = bits(leaf2, 52, 52)
+            outcome.contiguous = contiguous(second, stage2.region)
         if page is None or second.shift < page.shift:
             outcome.level, outcome.page_lg2 = second.level, second.shift
 
     if page is not None:
-        outcome.contiguous = bits(page.descriptor, 52, 52)
+        outcome.contiguous = contiguous(page, region)
         if outcome.level is None:
             outcome.level, outcome.page_lg2 = page.level, page.shift
     elif stage2 is None:
@@ -1411,7 +1476,10 @@ def translate(
             success=False,
             action="abort",
             fault=name,
-            event=event_record(name, sid, ssid, fetch_address=stream.fetch_address)
+            why=stream.why,
+            event=event_record(
+                name, sid, ssid, fetch_address=fetch_reported(features, stream.fetch_address)
+            )
             if recorded
             else None,
             fetches=fetch.fetches,
@@ -1431,6 +1499,7 @@ def translate(
     outcome.success = False
     outcome.pa = None
     outcome.fault = fault.name
+    outcome.why = fault.why
     if stream.stage2 is not None:
         outcome.stage |= 0b10
     outcome.action, recorded = fault_action(stream, fault)
@@ -1440,7 +1509,7 @@ def translate(
             fault.name, sid, ssid, write=write, priv=priv, instr=instr, iova=iova,
             event_class=fault.event_class,
             stage2=fault.stage2,
-            fetch_address=fault.fetch_address,
+            fetch_address=fetch_reported(features, fault.fetch_address),
             ipa=0 if aborted_read else in_place(fault.ipa, features.oas_bits - 1, 12),
             descriptor_read=fault.descriptor_read,
             stall=outcome.action == "stall",

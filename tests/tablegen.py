@@ -914,8 +914,8 @@ class _Builder:
         sids_lg2 = min(sids_lg2, room_lg2 - 6 if split is None else room_lg2 - 3 + split)
         log2size = sids_lg2
         if sids_lg2 >= features.sidsize and rng.random() < 0.7:
-            # LOG2SIZE may say more than SIDSIZE; a two-level table is aligned to what it says.
-            cap = 63 if split is None else room_lg2 - 3 + split
+            # LOG2SIZE may say more than SIDSIZE; the table is aligned to what it says.
+            cap = room_lg2 - 6 if split is None else room_lg2 - 3 + split
             log2size = rng.randint(features.sidsize, max(features.sidsize, cap))
         return StreamTable(self.memory, self.reserve, log2size, features.sidsize, split)
 

@@ -1,442 +1,63 @@
-"""ATS: translation requests, Translated transactions and a device's ATC against an obvious twin.
+"""ATS: translation requests, Translated transactions and a device's ATC.
 
-The twin follows IHI 0070 3.9.1 and 13.7 over the stages of reference.py: what an answer grants is
-found by trying every kind of access on a copy of memory.
+Random systems are compared with the obvious twin by atstwin.py.
 """
 
+import itertools
 import random
-from types import SimpleNamespace
 
+import atstwin
+import captures
 import nested
 import ptwriter
 import pytest
-import reference
 import small
-import tablegen
-import twin
-from rawfeatures import raw_of
-from reference import CLASS_IN, NSH, bits
+from atstwin import check_grid, check_requests, check_translated
+from reference_ats import Rights
 
 from smmufast import Features, Memory, Smmu, layout
 from smmufast._tlb import Caches
 from smmufast.ats import AtsDevice
 from smmufast.faults import AtsFault, AtsResponse
+from smmufast.why import Why
 
 ATSCHK, REC_CFG_ATS, RECINVSID = 1 << 4, 1 << 3, 1 << 1
-NOTHING = (False, False, False)
-
-
-# ------------------------------------------------------------------------------------------------
-# The twin
-
-
-class Overlay:
-    """Memory as it would be after some writes of 8 bytes."""
-
-    def __init__(self, memory):
-        self.memory = memory
-        self.written = {}
-
-    def read(self, address, size):
-        data = self.memory.read(address, size)
-        if data is None:
-            return None
-        data = bytearray(data)
-        for at, word in self.written.items():
-            if address <= at < address + size:
-                data[at - address : at - address + 8] = word
-        return bytes(data)
-
-    def write(self, address, data):
-        self.written[address] = data
-
-
-def fetcher(memory):
-    return reference.Fetcher(memory.read, memory.write, reference.ContextCache())
-
-
-def effective_eats(features, regs, ste):
-    """STE.EATS as it counts: 0b00, 0b01 or 0b10 (5.2)."""
-    if bits(ste, 3, 1) & 0b011 == 0:
-        return 0
-    eats = bits(ste, 93, 92)
-    if eats == 0b10 and not bits(regs.cr0, 4, 4):
-        return 0
-    return eats if eats in (0b01, 0b10) else 0
-
-
-def configuration_record(features, regs, error, sid, ssid):
-    """The record of a configuration error of ATS: CR2.REC_CFG_ATS asks for it."""
-    wanted = bits(regs.cr2, 3, 3) and features.atsrecerr and bits(regs.cr0, 2, 2)
-    if error.name == "C_BAD_STREAMID" and not bits(regs.cr2, 1, 1):
-        wanted = False
-    if not wanted:
-        return None
-    return reference.event_record(error.name, sid, ssid, fetch_address=error.fetch_address)
-
-
-def bad_request_record(regs, sid, iova, ssid, no_write, execute, priv):
-    """F_BAD_ATS_TREQ (7.3.6)."""
-    if not bits(regs.cr0, 2, 2):
-        return None
-    record = 0x05 | sid << 32 | (iova >> 12) << 140
-    if ssid is not None:
-        record |= 1 << 11 | ssid << 12
-    record |= priv << 92 | execute << 93 | (not no_write) << 94 | 1 << 95
-    return record.to_bytes(32, "little")
-
-
-def attempt(memory, features, stream, iova, split, write=False, priv=False, instr=False):
-    """One access: (what it found or None, the fault or None).
-
-    What it found: pa, page_lg2, attr, sh.  With `split` stage 1 is the only stage.
-    """
-    priv, instr = stream.overridden(write, priv, instr)
-    while True:
-        fetch = fetcher(memory)
-        try:
-            if not split:
-                outcome, fault = reference.translate_address(
-                    fetch, features, stream, iova, write, priv, instr
-                )
-                return None if fault else outcome, fault
-            page, region = reference.stage1_access(fetch, stream, iova, write, priv, instr)
-        except reference.TranslationError as fault:
-            return None, fault
-        except reference.DescriptorChangedError:
-            continue
-        kind = stream.context.memory[bits(page.descriptor, 4, 2)]
-        sh = region.sh if region.ds else bits(page.descriptor, 9, 8)
-        return SimpleNamespace(
-            pa=page.pa, page_lg2=page.shift, attr=reference.memory_to_mair(kind),
-            sh=reference.consistent_sh(kind, sh),
-        ), None  # fmt: skip
-
-
-def answer(status, *, found=None, size=0, granted=NOTHING, ipa=False, fault=None, record=None):
-    """What is compared of an answer."""
-    address = None if found is None else found.pa & -size
-    kind = None if found is None else (found.attr, found.sh)
-    return status, address, size, granted, ipa, kind, fault, record
-
-
-def expected_request(
-    memory, features, regs, sid, iova, ssid=None, no_write=False, execute=False, priv=False,
-    stu=4096,
-):  # fmt: skip
-    """The answer to a translation request, which updates memory."""
-    if ssid is None:
-        execute = priv = False
-    refused = bad_request_record(regs, sid, iova, ssid, no_write, execute, priv)
-    if not features.ats:
-        return answer("UR")
-    if not bits(regs.cr0, 0, 0):
-        return answer("UR", fault="F_BAD_ATS_TREQ", record=refused)
-    effective = reference.effective_features(features)
-    fetch = fetcher(memory)
-    try:
-        ste = reference.find_ste(fetch, effective, regs, sid)
-        reference.check_ste(effective, ste)
-        eats = effective_eats(features, regs, ste)
-        if not eats:
-            return answer("UR", fault="F_BAD_ATS_TREQ", record=refused)
-        stream = reference.configure(fetch, effective, regs, sid, ssid)
-    except reference.ConfigurationError as error:
-        if error.name is None:
-            return answer("UR")
-        record = configuration_record(features, regs, error, sid, ssid)
-        return answer("CA", fault=error.name, record=record)
-
-    def failed(fault):
-        if fault.name != "F_WALK_EABT":
-            return answer("success", size=stu, fault=fault.name)
-        seen_priv, _ = stream.overridden(False, priv, False)
-        seen_instr = stream.overridden(False, priv, False)[1]
-        record = None
-        if bits(regs.cr2, 3, 3) and features.atsrecerr and bits(regs.cr0, 2, 2):
-            record = reference.event_record(
-                fault.name, sid, ssid, write=False, priv=seen_priv, instr=seen_instr, iova=iova,
-                event_class=fault.event_class, stage2=fault.stage2,
-                fetch_address=fault.fetch_address,
-            )  # fmt: skip
-        return answer("CA", fault=fault.name, record=record)
-
-    if stream.cd_fault is not None:
-        return failed(stream.cd_fault)
-    split = eats == 0b10
-    if stream.context is None and (split or stream.stage2 is None):
-        if iova >> effective.oas_bits:
-            return answer("success", size=stu, fault="F_ADDR_SIZE")
-        kind = SimpleNamespace(
-            pa=iova, attr=reference.memory_to_mair(stream.entering),
-            sh=reference.consistent_sh(stream.entering, stream.entering_sh),
-        )  # fmt: skip
-        return answer(
-            "success", found=kind, size=stu, granted=(True, not no_write, execute), ipa=split
-        )
-
-    def tried(memory, **access):
-        return attempt(memory, effective, stream, iova, split, priv=priv, **access)
-
-    # A read; what it updates is updated.
-    read, fault = tried(memory)
-    denied = fault is not None and (fault.name, fault.event_class) == ("F_PERMISSION", CLASS_IN)
-    if fault is not None and not denied:
-        return failed(fault)
-    if denied and not fault.stage2 and not no_write and stream.stage2 is not None and not split:
-        # stage 1 may grant a write alone: then stage 2 is asked
-        page, fault = attempt(Overlay(memory), effective, stream, iova, True, True, priv)
-        if page is not None:
-            seen_priv, seen_instr = stream.overridden(False, priv, False)
-            try:
-                reference.stage2_access(
-                    fetcher(memory), stream.stage2, page.pa, CLASS_IN, False, seen_priv, seen_instr
-                )
-            except reference.TranslationError as fault:
-                if fault.name != "F_PERMISSION":
-                    return failed(fault)
-    written = executed = None
-    if not no_write and tried(Overlay(memory), write=True)[0] is not None:
-        written, _ = tried(memory, write=True)
-    if execute and read is not None:
-        executed, _ = tried(Overlay(memory), instr=True)
-    found = written or read
-    if found is None:
-        return answer("success", size=stu)
-    granted = (read is not None, written is not None, executed is not None)
-    return answer("success", found=found, size=1 << found.page_lg2, granted=granted, ipa=split)
-
-
-def expected_translated(memory, features, regs, sid, address, ssid=None, write=False):
-    """What becomes of a Translated transaction: (action, pa, fault, record, (attr, sh))."""
-    if not features.pasidtt:
-        ssid = None
-    effective = reference.effective_features(features)
-    events = bits(regs.cr0, 2, 2)
-
-    def passed():
-        if address >> effective.oas_bits:
-            return "abort", None, None, None, None
-        return "bypass", address, None, None, (0xFF, NSH)
-
-    def forbidden():
-        record = 0x07 | sid << 32 | (not write) << 99 | address << 128
-        return (
-            "abort", None, "F_TRANSL_FORBIDDEN", record.to_bytes(32, "little") if events else None,
-            None,
-        )  # fmt: skip
-
-    if not features.ats:
-        return "abort", None, None, None, None
-    if not bits(regs.cr0, 0, 0):
-        return forbidden()
-    if not bits(regs.cr0, 4, 4):
-        return passed()
-    try:
-        ste = reference.find_ste(fetcher(memory), effective, regs, sid)
-        reference.check_ste(effective, ste)
-        eats = effective_eats(features, regs, ste)
-        if not eats:
-            return forbidden()
-        if ssid is not None:
-            reference.choose_substream(effective, ste, ssid)
-    except reference.ConfigurationError as error:
-        record = None
-        if error.name is not None:
-            record = configuration_record(features, regs, error, sid, ssid)
-        return "abort", None, error.name, record, None
-    if eats == 0b01:
-        return passed()
-    entering, sh = reference.input_attributes(False, 0, 0, 0, 0)
-    stream = reference.Stream(
-        privcfg=0, instcfg=0, entering=entering, entering_sh=sh, vmid=0,
-        stage2=reference.decode_stage2(effective, ste),
-    )  # fmt: skip
-    while True:
-        try:
-            outcome, fault = reference.translate_address(
-                fetcher(memory), effective, stream, address, write, False, False
-            )
-            break
-        except reference.DescriptorChangedError:
-            continue
-    if fault is None:
-        return outcome.action, outcome.pa, None, None, (outcome.attr, outcome.sh)
-    action, recorded = reference.fault_action(stream, fault)
-    record = None
-    if recorded and events:
-        aborted = fault.name == "F_WALK_EABT"
-        record = reference.event_record(
-            fault.name, sid, ssid, write=write, iova=address, event_class=fault.event_class,
-            stage2=fault.stage2, fetch_address=fault.fetch_address,
-            ipa=0 if aborted else reference.in_place(fault.ipa, effective.oas_bits - 1, 12),
-        )  # fmt: skip
-    return action, None, fault.name, record, None
-
-
-# --- the library in the same form ---
-
-
-def request_row(response):
-    kind = None if response.address is None else (response.attr, response.shareability)
-    return (
-        response.status, response.address, response.size,
-        (response.read, response.write, response.execute), response.ipa, kind,
-        response.fault and response.fault.name, response.event and response.event.record,
-    )  # fmt: skip
-
-
-def translated_row(result):
-    return (
-        result.action, result.pa, result.fault and result.fault.name,
-        result.event and result.event.record,
-        (result.attr, result.shareability) if result else None,
-    )  # fmt: skip
+NOTHING = Rights()
 
 
 # ------------------------------------------------------------------------------------------------
 # Random systems
 
 
-def ats_system(seed):
-    """A random system whose SMMU has ATS, and whose streams mostly may use it."""
-    rng = random.Random(seed)
-    makes = (
-        tablegen.random_system, tablegen.random_nested_system, tablegen.random_nested_system,
-        tablegen.random_nested_bytes_system if seed % 8 == 3 else tablegen.random_nested_system,
-    )  # fmt: skip
-    system = makes[seed % 4](rng)
-    features, regs = system.features, system.regs
-    features.ats = int(rng.random() < 0.97)
-    features.ns1ats = int(rng.random() < 0.05)
-    features.atsrecerr = int(rng.random() < 0.8)
-    features.pasidtt = int(rng.random() < 0.7)
-    regs.cr0 |= ATSCHK * (rng.random() < 0.8)
-    regs.cr2 |= REC_CFG_ATS * (rng.random() < 0.6)
-    requests = system.requests(60)
-    effective = reference.effective_features(features)
-    for sid in sorted({request.sid for request in requests}):
-        fetch = reference.Fetcher(system.read, None, None)
-        try:
-            reference.find_ste(fetch, effective, regs, sid)
-        except reference.ConfigurationError:
-            continue
-        if rng.random() < 0.1:
-            continue
-        # Full ATS, or with both stages split-stage ATS; stage 2 does not stall.
-        _, _, address, _, data = fetch.fetches[-1]
-        ste = int.from_bytes(data, "little")
-        config = bits(ste, 3, 1)
-        eats = rng.choice((1, 2)) if config == 0b111 and not features.ns1ats else 1
-        ste = ste & ~(3 << 92) | eats << 92
-        if config & 0b010 and features.stall_model != 2:
-            ste &= ~(1 << 185)
-        system.memory.write(address, ste.to_bytes(64, "little"))
-    return rng, system, requests
+def seeds(first, last, quick):
+    """Numbers of random systems, some of them for the quick tests."""
+    return [
+        pytest.param(seed, marks=() if seed - first < quick else pytest.mark.slow)
+        for seed in range(first, last)
+    ]
 
 
-def smmu_over(system, memory, caches=None):
-    """A Smmu over other memory of a random system."""
-    real = Memory()
-    for base, data in memory.regions():
-        real.add(data, base)
-    features = raw_of(system.features)
-    return Smmu(real, features, caches=caches, **vars(system.regs))
+@pytest.mark.parametrize("seed", seeds(0, 48, 8))
+def test_requests_are_answered_as_the_twin_answers(seed):
+    pair, _ = check_requests(seed, cached=True)
+    assert pair.compared == 2 * atstwin.PER_SYSTEM
 
 
-def caches_of(seed):
-    return Caches.small(nested=("combined", "split")[seed % 2])
+@pytest.mark.parametrize("seed", seeds(48, 80, 8))
+def test_translated_transactions_end_as_the_twin_says(seed):
+    pair, _ = check_translated(seed, cached=True)
+    assert pair.compared == 2 * atstwin.PER_SYSTEM
 
 
-def check_translation(system, smmu, request):
-    """An ordinary access: what a request left in the caches serves it too."""
-    outcome = reference.translate(
-        system.read, system.features, system.regs, store=system.memory.write, **request._asdict()
-    )
-    call = request._asdict()
-    result = smmu.translate(call.pop("sid"), call.pop("iova"), **call)
-    assert twin.result_row(result) == twin.expected_row(outcome), request
+@pytest.mark.parametrize("cached", [False, True], ids=["without caches", "with caches"])
+@pytest.mark.parametrize("seed", seeds(80, 92, 4))
+def test_every_permission_size_and_override_is_answered_as_the_twin_answers(seed, cached):
+    assert check_grid(seed, cached).compared >= 2 * atstwin.PER_GRID
 
 
-def check_requests(seed, cached=False):
-    """Compare the requests of one random system; what kinds of answers there were."""
-    rng, system, requests = ats_system(seed)
-    mine = system.memory.copy()
-    caches = caches_of(seed // 4) if cached else None
-    smmu = smmu_over(system, mine, caches)
-    seen = set()
-    for request in requests:
-        if cached:
-            caches.invalidate_all()
-            if rng.random() < 0.3:
-                check_translation(system, smmu, request)
-        asked = {
-            "ssid": request.ssid, "priv": request.priv, "execute": rng.random() < 0.5,
-            "no_write": rng.random() < 0.4, "stu": 4096 << rng.choice((0, 0, 0, 4)),
-        }  # fmt: skip
-        for _ in range(2 if cached else 1):
-            wanted = expected_request(
-                system.memory, system.features, system.regs, request.sid, request.iova, **asked
-            )
-            response = smmu.ats_request(request.sid, request.iova, **asked)
-            assert request_row(response) == wanted, (seed, request, asked)
-            assert response.priv == (
-                response.status == "success" and request.priv and request.ssid is not None
-            )
-            assert mine.regions() == system.memory.regions(), (seed, request, asked)
-        seen.add((wanted[0], wanted[3], wanted[6], wanted[7] is not None))
-        if cached:
-            check_translation(system, smmu, request)
-            assert mine.regions() == system.memory.regions(), (seed, request, asked)
-    return seen
-
-
-def check_translated(seed, cached=False):
-    """Compare Translated transactions in one random system; how they ended."""
-    rng, system, requests = ats_system(seed)
-    mine = system.memory.copy()
-    caches = caches_of(seed // 4) if cached else None
-    smmu = smmu_over(system, mine, caches)
-    seen = set()
-    for request in requests:
-        ssid = request.ssid if rng.random() < 0.6 else None
-        # what a device would send, mostly: an address that it was given
-        found = expected_request(
-            Overlay(system.memory), system.features, system.regs, request.sid, request.iova, ssid
-        )
-        address = request.iova if found[1] is None or rng.random() < 0.2 else found[1]
-        address ^= rng.getrandbits(11)
-        for _ in range(2 if cached else 1):
-            wanted = expected_translated(
-                system.memory, system.features, system.regs, request.sid, address, ssid,
-                request.write,
-            )  # fmt: skip
-            result = smmu.ats_translated(request.sid, address, ssid=ssid, write=request.write)
-            assert translated_row(result) == wanted, (seed, request, ssid, hex(address))
-            assert mine.regions() == system.memory.regions(), (seed, request)
-        seen.add((wanted[0], wanted[2], wanted[3] is not None))
-        if cached:
-            caches.invalidate_all()
-    return seen
-
-
-CACHED = pytest.mark.parametrize("cached", [False, True], ids=["without caches", "with caches"])
-
-
-@CACHED
-@pytest.mark.parametrize("seed", range(48))
-def test_requests_are_answered_as_the_twin_answers(seed, cached):
-    assert check_requests(seed, cached)
-
-
-@CACHED
-@pytest.mark.parametrize("seed", range(48, 80))
-def test_translated_transactions_end_as_the_twin_says(seed, cached):
-    assert check_translated(seed, cached)
-
-
-def test_random_systems_reach_every_row():
-    seen = set().union(*map(check_requests, range(48)))
+@pytest.mark.slow
+def test_the_answers_without_caches_are_the_twins_and_of_every_kind():
+    seen = set().union(*(check_requests(seed)[1] for seed in range(48)))
     answers = {(status, fault) for status, _, fault, _ in seen}
     for name in ("C_BAD_STREAMID", "C_BAD_STE", "C_BAD_SUBSTREAMID", "F_STREAM_DISABLED",
                  "C_BAD_CD", "F_WALK_EABT"):  # fmt: skip
@@ -448,7 +69,7 @@ def test_random_systems_reach_every_row():
     assert {NOTHING, (True, False, False), (True, True, False), (True, True, True)} <= granted
     recorded = {event for status, _, fault, event in seen if (status, fault) == ("CA", "C_BAD_CD")}
     assert recorded == {False, True}
-    seen = set().union(*map(check_translated, range(48, 80)))
+    seen = set().union(*(check_translated(seed)[1] for seed in range(48, 80)))
     assert {("bypass", None), ("ok", None), ("abort", None), ("abort", "F_TRANSL_FORBIDDEN"),
             ("abort", "F_TRANSLATION"), ("abort", "C_BAD_STE")} <= {
         end[:2] for end in seen
@@ -478,11 +99,13 @@ def small_system(eats=1, features=None, **registers):
     return smmu
 
 
-def nested_system(eats=1, has=None, cr0=BOTH, **more):
+def nested_system(eats=1, has=None, cr0=BOTH, cr2=RECINVSID, **more):
     smmu = nested.small_nested(
         {"ats": 1, "pri": 1, "atsrecerr": 1, "httu": 2, "ssidsize": 4} | (has or {}), eats=eats,
         **more,
     )  # fmt: skip
+    smmu.write("CR0", 0)
+    smmu.write("CR2", cr2)
     smmu.write("CR0", cr0)
     return smmu
 
@@ -511,7 +134,7 @@ def test_requests_while_the_smmu_is_off_are_unsupported():
     )
     assert response.status == "UR"
     assert response.event.fields == {
-        "ID": 5, "SSV": 1, "SubstreamID": 3, "StreamID": small.STAGE1, "Span": 0, "P": 1, "X": 1,
+        "ID": 5, "SSV": 1, "SubstreamID": 3, "StreamID": small.STAGE1, "Span": 1, "P": 1, "X": 1,
         "W": 0, "R": 1, "InputAddr": 0x1234_5000,
     }  # fmt: skip
     plain = smmu.ats_request(small.STAGE1, 0x1000, execute=True, priv=True).event.fields
@@ -550,7 +173,8 @@ def test_configuration_errors_are_recorded_if_asked(event):
         if event <= 0x04:
             result = smmu.ats_translated(request.sid, request.iova)
             assert (result.action, result.fault.number) == ("abort", event)
-            assert (result.event is not None) == recorded
+            # a Translated transaction does not ask RECINVSID
+            assert (result.event is not None) == bool(cr2 & REC_CFG_ATS)
     assert small_system(cr2=RECINVSID | REC_CFG_ATS, features=full(atsrecerr=0)).ats_request(
         request.sid, request.iova, ssid=request.ssid
     ).event is None  # fmt: skip
@@ -611,6 +235,102 @@ def test_permissions_of_a_page():
     assert not response.global_ and not response.untranslated_only
 
 
+# INSTCFG and PRIVCFG of sixteen streams, and AP, UXN and PXN of sixteen pages.
+STREAMS = [(instcfg, privcfg) for instcfg in range(4) for privcfg in range(4)]
+PAGES_OF_EVERY_KIND = [(ap, uxn, pxn) for ap in range(4) for uxn in range(2) for pxn in range(2)]
+
+
+def permission_system(ovr):
+    """Sixteen streams with one context, for SubstreamID 1, over the sixteen pages."""
+    base = 0x8000_0000
+    image = bytearray(0x8000)
+
+    def put(offset, data):
+        image[offset : offset + len(data)] = data
+
+    for sid, (instcfg, privcfg) in enumerate(STREAMS):
+        put(64 * sid, ptwriter.encode_ste(
+            v=1, config=5, s1contextptr=base + 0x1000, s1cdmax=1, eats=1, instcfg=instcfg,
+            privcfg=privcfg,
+        ))  # fmt: skip
+    put(0x1040, ptwriter.encode_cd(
+        v=1, aa64=1, a=1, r=1, t0sz=25, epd1=1, ips=4, ttb0=base + 0x2000, mair=0xFF,
+    ))  # fmt: skip
+    for level, offset in ((1, 0x2000), (2, 0x3000)):
+        table = ptwriter.table_descriptor(12, base + 0x1000 * (level + 2))
+        put(offset, table.to_bytes(8, "little"))
+    for page, (ap, uxn, pxn) in enumerate(PAGES_OF_EVERY_KIND):
+        leaf = ptwriter.leaf_descriptor(12, 3, 0x9000_0000, ap=ap, uxn=uxn, pxn=pxn)
+        put(0x4000 + 8 * page, leaf.to_bytes(8, "little"))
+    memory = Memory()
+    memory.add(image, base)
+    features = full(attr_perms_ovr=ovr)
+    return Smmu(memory, features, strtab_base=base, strtab_base_cfg=4, cr0=BOTH)
+
+
+@pytest.mark.parametrize("ovr", [0, 1])
+def test_what_a_page_grants_by_overrides_and_privilege(ovr):
+    """The rules of IHI 0070 13.7.1, of every page and every request."""
+    smmu = permission_system(ovr)
+    for sid, (instcfg, privcfg) in enumerate(STREAMS):
+        for page, (ap, uxn, pxn) in enumerate(PAGES_OF_EVERY_KIND):
+            for priv, execute, no_write in itertools.product((False, True), repeat=3):
+                seen = {2: False, 3: True}.get(privcfg if ovr else 0, priv)
+                readable = seen or ap in (1, 3)
+                writable = ap < 2 and (seen or ap == 1)
+                # what the unprivileged may write, the privileged may not execute
+                executable = not pxn and ap != 1 if seen else not uxn
+                if ovr and instcfg == 3:
+                    read = run = executable
+                elif ovr and instcfg == 2:
+                    read = run = readable
+                else:
+                    read, run = readable, readable and executable
+                wanted = "r" * read + "w" * (writable and not no_write) + "x" * (execute and run)
+                answer = smmu.ats_request(
+                    sid, page << 12, ssid=1, priv=priv, execute=execute, no_write=no_write
+                )
+                assert rights(answer) == wanted, (instcfg, privcfg, ap, uxn, pxn, priv)
+                # the answer says the privilege of the request, not what it was taken for
+                assert answer.priv == priv
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("instcfg", [0, 3])
+def test_a_page_that_is_execute_only_grants_nothing_but_to_reads_that_are_fetches(instcfg, kind):
+    smmu = nested_system(
+        1, {"attr_perms_ovr": 1, "xnx": 1}, s1cdmax=2, s1dss=2, instcfg=instcfg
+    )
+    set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=0, xn=0)
+    smmu.memory.write(nested.GUEST + 64, smmu.memory.read(nested.GUEST, 64))
+    smmu = with_caches(smmu, kind)
+    for _ in range(2):
+        answer = smmu.ats_request(nested.NESTED, nested.RW, ssid=1, execute=True)
+        assert (answer.status, rights(answer)) == ("success", "rx" if instcfg == 3 else "")
+        ordinary = smmu.translate(nested.NESTED, nested.RW, ssid=1, instr=True)
+        assert ordinary.action == "ok"
+
+
+def test_a_request_in_a_context_that_reads_zero_grants_nothing():
+    smmu = small_system()
+    assert smmu.translate(small.SILENT, small.UNMAPPED).action == "raz_wi"
+    response = smmu.ats_request(small.SILENT, small.UNMAPPED)
+    assert (response.status, rights(response), response.event) == ("success", "", None)
+    assert response.fault.name == "F_TRANSLATION"
+
+
+def test_attributes_of_an_answer_are_those_of_an_access():
+    """So STE overrides count for them, as for untranslated accesses."""
+    for ste in ({}, {"mtcfg": 1, "memattr": 5}, {"alloccfg": 8}, {"shcfg": 2}):
+        for eats in (1, 2):
+            smmu = nested_system(eats, {"attr_types_ovr": 1}, **SKIPS, **ste)
+            iova = nested.DATA + nested.RW
+            answer, access = smmu.ats_request(nested.NESTED, iova), smmu.translate(
+                nested.NESTED, iova
+            )
+            assert (answer.attr, answer.shareability) == (access.attr, access.shareability)
+
+
 def test_an_answer_spans_the_page():
     smmu = small_system()
     response = smmu.ats_request(small.STAGE1, small.BLOCK + 0x12_3456)
@@ -622,17 +342,20 @@ def test_stage_1_bypass_is_the_identity():
     smmu = small_system()
     response = smmu.ats_request(small.SUBSTREAMS, 0x9999_1234, stu=0x1_0000)
     assert (response.address, response.size, rights(response)) == (0x9999_0000, 0x1_0000, "rw")
-    assert rights(smmu.ats_request(small.SUBSTREAMS, 0x9999_1234, no_write=True)) == "r"
-    response = smmu.ats_request(small.SUBSTREAMS, 1 << 60)
+    # No Write, or what the STE makes of reads, takes nothing away
+    assert rights(smmu.ats_request(small.SUBSTREAMS, 0x9999_1234, no_write=True)) == "rw"
+    assert rights(smmu.ats_request(small.SUBSTREAMS, (1 << 52) - 1, no_write=True)) == "rw"
+    response = smmu.ats_request(small.SUBSTREAMS, 1 << 52)
     assert (response.fault.name, response.event, rights(response)) == ("F_ADDR_SIZE", None, "")
 
 
 @EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, kind):
+def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, eats, kind):
     stage1 = {"ap": 3, "dbm": 1, "af": 0} if stage == 1 else {}
     smmu = nested_system(
-        1, cd={"ha": 1, "hd": 1}, stage1=stage1, s2ha=1, s2hd=1, tables={"s2ap": 1, "dbm": 1},
+        eats, cd={"ha": 1, "hd": 1}, stage1=stage1, s2ha=1, s2hd=1, tables={"s2ap": 1, "dbm": 1},
     )  # fmt: skip
     smmu = with_caches(smmu, kind)
 
@@ -655,7 +378,7 @@ def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, kind):
 
 
 @EVERY_CACHE
-def test_a_dirty_mark_that_stage_2_forbids_takes_the_write_away(kind):
+def test_a_dirty_mark_that_stage_2_forbids_grants_nothing(kind):
     smmu = with_caches(
         nested_system(
             1, cd={"ha": 1, "hd": 1}, stage1={"ap": 3, "dbm": 1}, tables={"s2ap": 1}
@@ -664,9 +387,14 @@ def test_a_dirty_mark_that_stage_2_forbids_takes_the_write_away(kind):
     )  # fmt: skip
     for _ in range(2):
         response = smmu.ats_request(nested.NESTED, nested.RW)
-        assert (rights(response), response.fault) == ("r", None)
+        assert (response.status, rights(response), response.fault.name) == (
+            "success", "", "F_PERMISSION",
+        )  # fmt: skip
+        assert (response.fault.s2, response.fault.class_, response.event) == (True, "TT", None)
         result = smmu.translate(nested.NESTED, nested.RW, write=True)
         assert (result.event.name, result.event.class_) == ("F_PERMISSION", "TT")
+        # a request that does not ask for the write does not meet it
+        assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == "r"
 
 
 @EVERY_CACHE
@@ -704,14 +432,172 @@ def test_a_request_does_not_stall():
     assert smmu.stalls == [stall]
 
 
+@EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
+def test_both_stages_permit_what_is_granted(eats, kind):
+    smmu = with_caches(nested_system(eats), kind)
+    for _ in range(2):
+        for page, granted in ((nested.RW, "rw"), (nested.READ_ONLY, "r"),
+                              (nested.READ_ONLY_OUTSIDE, "r")):  # fmt: skip
+            response = smmu.ats_request(nested.NESTED, page)
+            assert (rights(response), response.size, response.ipa) == (granted, 0x1000, eats == 2)
+            assert response.address == (nested.DATA if eats == 2 else nested.PAGES) + page
+            assert (response.attr, response.shareability) == (
+                (result := smmu.translate(nested.NESTED, page)).attr, result.shareability,
+            )  # fmt: skip
+        for page, fault in ((nested.UNMAPPED, "F_TRANSLATION"), (nested.NO_AF, "F_ACCESS")):
+            response = smmu.ats_request(nested.NESTED, page, stu=0x2000)
+            assert (response.status, response.address, response.size) == ("success", None, 0x2000)
+            assert (rights(response), response.event) == ("", None)
+            assert (response.fault.name, response.fault.s2) == (fault, True)
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
+def test_where_stage_1_grants_nothing_stage_2_is_not_asked(eats, kind):
+    # the access flag of the stage-2 leaf of NO_AF would be set
+    smmu = with_caches(nested_system(eats, stage1={"ap": 2}, s2ha=1), kind)
+    before = smmu.memory.read(nested.STAGE2, 0x10_0000)
+    for page in (nested.NO_AF, nested.UNMAPPED):
+        response = smmu.ats_request(nested.NESTED, page)
+        assert (response.status, rights(response), response.fault) == ("success", "", None)
+        assert rights(smmu.ats_request(nested.NESTED, page, no_write=True)) == ""
+    assert smmu.memory.read(nested.STAGE2, 0x10_0000) == before
+
+
+SKIPS = {"s1cdmax": 2, "s1dss": 1}  # without a PASID
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
+def test_a_request_that_skips_stage_1_is_granted_what_stage_2_permits(eats, kind):
+    smmu = with_caches(nested_system(eats, **SKIPS), kind)
+    for _ in range(2):
+        for page, granted in ((nested.RW, "rw"), (nested.READ_ONLY, "rw"),
+                              (nested.READ_ONLY_OUTSIDE, "r")):  # fmt: skip
+            iova = nested.DATA + page
+            response = smmu.ats_request(nested.NESTED, iova + 8, stu=0x8000)
+            assert (rights(response), response.size, response.ipa) == (granted, 0x1000, eats == 2)
+            assert response.address == (iova if eats == 2 else nested.physical(iova))
+            assert rights(smmu.ats_request(nested.NESTED, iova, no_write=True)) == "r"
+        for iova, fault in ((nested.DATA + nested.UNMAPPED, "F_TRANSLATION"),
+                            (nested.DATA + nested.NO_AF, "F_ACCESS"),
+                            (1 << 44, "F_ADDR_SIZE")):  # fmt: skip
+            response = smmu.ats_request(nested.NESTED, iova, stu=0x8000)
+            assert (response.status, rights(response), response.size) == ("success", "", 0x8000)
+            assert (response.fault.name, response.event) == (fault, None)
+            assert response.fault.s2 == (fault != "F_ADDR_SIZE")
+    # with a PASID stage 1 is not skipped
+    response = smmu.ats_request(nested.NESTED, nested.RW, ssid=0)
+    assert (rights(response), response.ipa) == ("rw", eats == 2)
+
+
+@pytest.mark.parametrize("instcfg", [0, 2, 3])
+@pytest.mark.parametrize("eats", [1, 2])
+def test_a_skipped_stage_1_leaves_the_overrides_to_stage_2(eats, instcfg):
+    ovr = {"attr_perms_ovr": 1, "xnx": 1}
+    smmu = nested_system(eats, ovr, **SKIPS, instcfg=instcfg)
+    write_only = nested.DATA + nested.RW
+    set_stage2_leaf(smmu, write_only, s2ap=3, xn=0b10)
+    granted = rights(smmu.ats_request(nested.NESTED, write_only))
+    assert granted == ("w" if instcfg == 3 else "rw")
+
+
+def stage2_leaf_at(ipa):
+    """Where the descriptor of an IPA lies in every nested system."""
+    result = nested_system().translate(nested.SECOND, ipa, trace=True)
+    return [fetch.address for fetch in result.fetches if fetch.kind == "S2TT"][-1]
+
+
+def set_stage2_leaf(smmu, ipa, **attributes):
+    """Give the page of an IPA other attributes."""
+    leaf = ptwriter.stage2_leaf_descriptor(
+        12, 3, nested.physical(ipa), **{"memattr": 15, "sh": 3} | attributes
+    )
+    smmu.memory.write_u64(stage2_leaf_at(ipa), leaf)
+
+
+GRANULES = [(12, 2), (12, 1), (14, 2), (16, 2), (12, 3), (14, 3), (16, 3)]  # with their leaf level
+
+
+@pytest.mark.parametrize("second", GRANULES, ids=str)
+@pytest.mark.parametrize("first", GRANULES, ids=str)
+def test_an_answer_has_the_size_of_the_smaller_page_of_both_stages(first, second):
+    """Whatever the granules: and both ends of the range lead where an access of them does."""
+    memory = ptwriter.Memory()
+    inner = ptwriter.PageTables(memory, atstwin.Tables(memory, atstwin.GUEST), first[0], 16)
+    contexts = inner.allocate(0x1000, 0x1000)
+    outer = ptwriter.Stage2Tables(
+        memory, atstwin.Tables(memory, atstwin.STAGE2_TABLES), second[0], 16,
+        start_level=0 if second[0] == 12 else 1,
+    )  # fmt: skip
+    va, ipa, pa = 0x1234_4000_0000, 0x4321_8000_0000, 0x5432_4000_0000
+    sizes = [1 << (granule + (3 - level) * (granule - 3)) for granule, level in (first, second)]
+    inner.map(va, ipa, first[1], ap=1, attrindx=0)
+    probe = ipa | 0x1234_5678 & sizes[0] - 1
+    outer.map(probe, pa, second[1], s2ap=3, memattr=15)
+    for address, size in inner.allocate.pieces:
+        for page in range(address, address + size, 1 << second[0]):
+            outer.map(page, page, s2ap=3, memattr=15)
+    memory.write(contexts, ptwriter.encode_cd(
+        v=1, aa64=1, a=1, r=1, ips=6, t0sz=16, tg0=ptwriter.TG0_CODES[first[0]], epd1=1,
+        ttb0=inner.base, mair=0xFF,
+    ))  # fmt: skip
+    memory.add(atstwin.STREAM_TABLE, 0x1000)
+    for sid, eats in ((1, 1), (2, 2)):
+        memory.write(atstwin.STREAM_TABLE + 64 * sid, ptwriter.encode_ste(
+            v=1, config=7, s1contextptr=contexts, eats=eats, s2vmid=sid, s2ps=6,
+            **outer.ste_fields(),
+        ))  # fmt: skip
+    size = min(sizes)
+    iova = (va & -sizes[0]) + (probe - ipa)
+    for caches in (None, Caches.small(nested="combined"), Caches.small(nested="split")):
+        real = Memory()
+        for base, data in memory.regions():
+            real.add(data, base)
+        smmu = Smmu(real, full(), strtab_base=atstwin.STREAM_TABLE, strtab_base_cfg=4, cr0=BOTH,
+                    caches=caches)  # fmt: skip
+        for sid in (1, 2, 1, 2):
+            start = iova & -size
+            for at in (iova, start, start + size - 1):
+                answer = smmu.ats_request(sid, at)
+                assert answer.fault is None
+                assert (answer.size, rights(answer), answer.ipa) == (size, "rw", sid == 2)
+                assert answer.address == (probe & -size if sid == 2 else answer.address)
+                offset = at - start
+                through = smmu.ats_translated(sid, answer.address + offset, write=True)
+                assert through.pa == smmu.translate(sid, at, write=True).pa
+
+
+def test_what_is_granted_is_what_accesses_meet():
+    """Without hardware updates an answer grants just the accesses that would succeed."""
+    letters = set()
+    for seed in range(6):
+        rng = random.Random(seed)
+        system = atstwin.grid_system(rng, httu=0)
+        smmu = atstwin.smmu_over(system, system.memory)
+        for _, _, probe in system.probes:
+            for sid, ssid in rng.sample(system.usable, min(20, len(system.usable))):
+                priv = rng.random() < 0.5 and ssid is not None
+                answer = smmu.ats_request(sid, probe, ssid=ssid, priv=priv, execute=True)
+                if answer.fault is None and answer.address is not None and answer.attr:
+                    met = {
+                        name: bool(smmu.translate(sid, probe, ssid=ssid, priv=priv, **access))
+                        for name, access in (
+                            ("r", {}), ("w", {"write": True}), ("x", {"instr": True}),
+                        )
+                    }  # fmt: skip
+                    met["x"] = met["x"] and met["r"] and ssid is not None
+                    assert rights(answer) == "".join(name for name in met if met[name])
+                    letters.add(rights(answer))
+    assert letters == {"r", "rw", "rx", "rwx", "w"}
+
+
 def test_split_stage_ats_gives_an_ipa_that_stage_2_translates():
     smmu = nested_system(2)
-    for page, granted in ((nested.RW, "rw"), (nested.READ_ONLY, "r"),
-                          (nested.READ_ONLY_OUTSIDE, "rw"), (nested.UNMAPPED, "rw")):  # fmt: skip
-        response = smmu.ats_request(nested.NESTED, page)
-        assert response.ipa and response.address == nested.DATA + page
-        assert rights(response) == granted
     ipa = nested.DATA + nested.RW + 0x123
+    response = smmu.ats_request(nested.NESTED, nested.RW + 0x123)
+    assert (response.ipa, response.address) == (True, ipa & -0x1000)
     result = smmu.ats_translated(nested.NESTED, ipa, write=True)
     assert (result.action, result.pa, result.ipa, result.stage) == (
         "ok", nested.physical(ipa), ipa, 2,
@@ -723,16 +609,9 @@ def test_split_stage_ats_gives_an_ipa_that_stage_2_translates():
     assert (result.event.name, result.event.write) == ("F_TRANSLATION", False)
     result = smmu.ats_translated(nested.NESTED, 1 << 45)  # beyond IAS
     assert (result.event.name, result.event.s2) == ("F_ADDR_SIZE", False)
-
-
-def test_full_ats_grants_what_both_stages_permit():
-    smmu = nested_system(1)
-    for page, granted in ((nested.RW, "rw"), (nested.READ_ONLY, "r"),
-                          (nested.READ_ONLY_OUTSIDE, "r"), (nested.UNMAPPED, "")):  # fmt: skip
-        response = smmu.ats_request(nested.NESTED, page)
-        assert not response.ipa and rights(response) == granted
-        assert response.address == (nested.PAGES + page if granted else None)
-    assert smmu.ats_translated(nested.NESTED, 0x1234).pa == 0x1234
+    quiet = nested_system(2, s2r=0)
+    result = quiet.ats_translated(nested.NESTED, nested.DATA + nested.UNMAPPED)
+    assert (result.action, result.fault.name, result.event) == ("abort", "F_TRANSLATION", None)
 
 
 @pytest.mark.parametrize("atschk", [0, 1])
@@ -752,6 +631,238 @@ def test_translated_transactions_are_checked_if_asked(atschk):
     assert smmu.ats_translated(small.STAGE1, 0x5000_0000).event is None
 
 
+# What stage 2 says of execution, and which of (unprivileged, privileged) may.
+EXECUTABLE = {0b00: "up", 0b01: "u", 0b10: "", 0b11: "p"}
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("privcfg", range(4))
+@pytest.mark.parametrize("instcfg", range(4))
+def test_overrides_apply_to_the_ipas_of_split_stage_ats(instcfg, privcfg, kind):
+    for xn, may in EXECUTABLE.items():
+        for ovr in (0, 1):
+            smmu = nested_system(
+                2, {"attr_perms_ovr": ovr, "xnx": 1}, instcfg=instcfg, privcfg=privcfg
+            )
+            ipa = nested.DATA + nested.RW
+            set_stage2_leaf(smmu, ipa, s2ap=3, xn=xn)
+            smmu = with_caches(smmu, kind)
+            instr = ovr and instcfg == 3
+            who = "p" if ovr and privcfg == 3 else "u"
+            for _ in range(2):
+                result = smmu.ats_translated(nested.NESTED, ipa)
+                if instr and who not in may:
+                    assert (result.action, result.event.name) == ("abort", "F_PERMISSION")
+                    fields = result.event.fields
+                    assert (fields["InD"], fields["PnU"], fields["RnW"]) == (1, who == "p", 1)
+                else:
+                    assert (result.action, result.pa) == ("ok", nested.physical(ipa))
+                # a write is always data
+                assert smmu.ats_translated(nested.NESTED, ipa, write=True).action == "ok"
+
+
+def test_overrides_do_not_touch_translated_transactions_that_pass():
+    smmu = nested_system(1, {"attr_perms_ovr": 1, "attr_types_ovr": 1, "pasidtt": 1}, instcfg=3,
+                         privcfg=3, mtcfg=1, memattr=0, shcfg=2, **SKIPS)  # fmt: skip
+    for ssid in (None, 1):
+        result = smmu.ats_translated(nested.NESTED, 0x1234, ssid=ssid, priv=True, instr=True)
+        assert (result.action, result.pa, result.attr, result.shareability) == (
+            "bypass", 0x1234, 0xFF, 0,
+        )  # fmt: skip
+
+
+def test_overrides_of_attributes_do_not_reach_the_ipas_of_split_stage_ats():
+    smmu = nested_system(2, {"attr_types_ovr": 1}, mtcfg=1, memattr=0, shcfg=2, alloccfg=8)
+    result = smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW)
+    assert (result.attr, result.shareability) == (0xFF, 3)
+    assert smmu.translate(nested.SECOND, nested.DATA + nested.RW).attr == 0
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_privilege_and_instruction_come_from_the_pasid_with_pasidtt(pasidtt, kind):
+    for xn, may in EXECUTABLE.items():
+        smmu = nested_system(2, {"pasidtt": pasidtt, "xnx": 1}, s1cdmax=2, s1dss=1)
+        ipa = nested.DATA + nested.RW
+        set_stage2_leaf(smmu, ipa, s2ap=3, xn=xn)
+        smmu = with_caches(smmu, kind)
+        for ssid in (None, 1):
+            for priv in (False, True):
+                counts = pasidtt and ssid is not None
+                who = "p" if priv else "u"
+                result = smmu.ats_translated(
+                    nested.NESTED, ipa, ssid=ssid, priv=priv, instr=True
+                )
+                assert result.ssid == (ssid if pasidtt else None)
+                if counts and who not in may:
+                    fields = result.event.fields
+                    assert (result.action, result.event.name) == ("abort", "F_PERMISSION")
+                    assert (fields["InD"], fields["PnU"]) == (1, priv)
+                    assert (fields["SSV"], fields["SubstreamID"]) == (1, ssid)
+                else:
+                    assert result.action == "ok"
+                for write in (False, True):  # as data
+                    assert smmu.ats_translated(
+                        nested.NESTED, ipa, ssid=ssid, priv=priv, instr=write, write=write
+                    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_what_a_request_is_granted_may_fail_as_a_translated_transaction(pasidtt):
+    """The example of IHI 0070 13.7: without PASIDTT a privileged fetch arrives as unprivileged."""
+    smmu = nested_system(
+        2, {"pasidtt": pasidtt, "attr_perms_ovr": 1, "xnx": 1}, s1cdmax=2, s1dss=2, instcfg=3,
+        stage1={"ap": 0},
+    )  # fmt: skip
+    set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=0, xn=0b11)
+    context = smmu.memory.read(nested.GUEST, 64)
+    smmu.memory.write(nested.GUEST + 64, context)
+    answer = smmu.ats_request(nested.NESTED, nested.RW, ssid=1, priv=True, execute=True)
+    assert (answer.status, rights(answer)) == ("success", "rx")
+    result = smmu.ats_translated(
+        nested.NESTED, answer.address, ssid=1, priv=True, instr=True
+    )
+    assert result.action == ("ok" if pasidtt else "abort")
+    assert (result.fault and result.fault.name) == (None if pasidtt else "F_PERMISSION")
+    device = AtsDevice(smmu, nested.NESTED)
+    assert device.access(nested.RW, ssid=1, priv=True, execute=True).action == result.action
+
+
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_a_device_says_what_its_translated_accesses_are(pasidtt):
+    """Also where it uses a translation that no longer permits them."""
+    for xn, kinds in ((0b10, [(True, False), (True, True)]), (0b01, [(True, True)])):
+        smmu = nested_system(
+            2, {"pasidtt": pasidtt, "xnx": 1}, s1cdmax=2, s1dss=2, stage1={"ap": 3}
+        )
+        smmu.memory.write(nested.GUEST + 64, smmu.memory.read(nested.GUEST, 64))
+        device = AtsDevice(smmu, nested.NESTED)
+        accesses = [(execute, priv) for execute in (False, True) for priv in (False, True)]
+        for execute, priv in accesses:
+            assert device.access(nested.RW, ssid=1, execute=execute, priv=priv).action == "ok"
+        set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=3, xn=xn)
+        for execute, priv in accesses:
+            result = device.access(nested.RW, ssid=1, execute=execute, priv=priv)
+            refused = pasidtt and (execute, priv) in kinds
+            assert result.action == ("abort" if refused else "ok")
+
+
+@EVERY_CACHE
+def test_translated_ipas_mark_the_stage_2_leaf(kind):
+    smmu = nested_system(2, s2ha=1, s2hd=1)
+    ipa = nested.DATA + nested.RW
+    set_stage2_leaf(smmu, ipa, s2ap=1, dbm=1, af=0)
+    at = stage2_leaf_at(ipa)
+    smmu = with_caches(smmu, kind)
+    flags = []
+    for write in (False, False, True, True):
+        assert smmu.ats_translated(nested.NESTED, ipa, write=write).action == "ok"
+        leaf = smmu.memory.read_u64(at)
+        flags.append((leaf >> 10 & 1, leaf >> 7 & 1))
+    assert flags == [(1, 0), (1, 0), (1, 1), (1, 1)]
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("eats", [1, 2])
+def test_a_page_that_was_cached_clean_is_marked_dirty_in_stage_2(eats, kind):
+    smmu = nested_system(eats, s2ha=1, s2hd=1)
+    ipa = nested.DATA + nested.RW
+    set_stage2_leaf(smmu, ipa, s2ap=1, dbm=1)
+    smmu = with_caches(smmu, kind)
+    dirty = []
+    for no_write in (True, True, False, False):
+        response = smmu.ats_request(nested.NESTED, nested.RW, no_write=no_write)
+        assert rights(response) == ("r" if no_write else "rw")
+        dirty.append(smmu.memory.read_u64(stage2_leaf_at(ipa)) >> 7 & 1)
+    assert dirty == [0, 0, 1, 1]
+
+
+def test_without_updates_a_clean_page_grants_no_write_and_a_page_without_af_nothing():
+    smmu = nested_system(1, stage1={"ap": 3, "dbm": 1})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "r"
+    smmu = nested_system(1, cd={"ha": 1}, stage1={"ap": 3, "dbm": 1, "af": 0})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "r"
+    smmu = nested_system(1, stage1={"af": 0})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == ""
+    smmu = nested_system(1, cd={"affd": 1}, stage1={"af": 0})
+    assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "rw"
+
+
+def test_stage_2_faults_of_a_cd_or_a_table_grant_nothing():
+    for changes in ({"s2ap": 0}, {"af": 0}):
+        for at in (nested.CONTEXT, nested.TABLES):
+            smmu = nested_system(1, cr2=REC_CFG_ATS | RECINVSID)
+            set_stage2_leaf(smmu, at, **{"s2ap": 3} | changes)
+            response = smmu.ats_request(nested.NESTED, nested.RW)
+            assert (response.status, rights(response), response.event) == ("success", "", None)
+            assert response.fault.name == ("F_PERMISSION" if "s2ap" in changes else "F_ACCESS")
+            assert response.fault.class_ == ("CD" if at == nested.CONTEXT else "TT")
+
+
+def with_read_only_tables(smmu):
+    """The same SMMU, whose guest's tables lie in memory that takes no writes."""
+    at = nested.physical(nested.TABLES)
+    tables = smmu.memory.read(at, 0x4000)
+    memory = Memory()
+    memory.add_private(0x4000_0000, at - 0x4000_0000)
+    for base, size in ((captures.STREAM_TABLE, 0x1000), (nested.STAGE2, 0x10_0000),
+                       (nested.GUEST, 0x1000)):  # fmt: skip
+        memory.write(base, smmu.memory.read(base, size))
+    memory.add_callback(at, 0x4000, lambda address, n: tables[address - at : address - at + n])
+    return Smmu(
+        memory, smmu.features, strtab_base=smmu.strtab_base,
+        strtab_base_cfg=smmu.strtab_base_cfg, cr0=smmu.cr0, cr2=smmu.cr2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("eats", [1, 2])
+def test_an_update_that_memory_refuses_is_a_completer_abort(eats):
+    for cr2, recorded in ((0, False), (REC_CFG_ATS, True)):
+        smmu = with_read_only_tables(
+            nested_system(eats, cr2=cr2, cd={"ha": 1, "hd": 1}, stage1={"ap": 3, "dbm": 1})
+        )
+        response = smmu.ats_request(nested.NESTED, nested.RW)
+        assert (response.status, response.fault.name) == ("CA", "F_WALK_EABT")
+        assert (response.event is not None) == recorded
+        assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == "r"
+
+
+@pytest.mark.parametrize("pasidtt", [0, 1])
+def test_the_default_substream_of_a_translated_transaction_counts_with_pasidtt(pasidtt):
+    for s1dss, ssid, event in ((0, None, "F_STREAM_DISABLED"), (3, None, "F_STREAM_DISABLED"),
+                               (2, 0, "F_STREAM_DISABLED"), (2, None, None), (1, None, None),
+                               (0, 0, None), (0, 3, None), (0, 4, "C_BAD_SUBSTREAMID"),
+                               (1, 4, "C_BAD_SUBSTREAMID")):  # fmt: skip
+        for eats in (1, 2):
+            stream = {"s1cdmax": 2, "s1dss": s1dss}
+            smmu = nested_system(eats, {"pasidtt": pasidtt}, cr2=REC_CFG_ATS, **stream)
+            result = smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW, ssid=ssid)
+            if event is None or not pasidtt:
+                assert result.action == ("bypass" if eats == 1 else "ok")
+            else:
+                assert (result.action, result.event.name) == ("abort", event)
+                smmu = nested_system(eats, {"pasidtt": pasidtt}, **stream)
+                result = smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW, ssid=ssid)
+                assert (result.action, result.event) == ("abort", None)
+
+
+def test_events_of_translated_transactions_come_in_their_order():
+    everything = {"cr2": REC_CFG_ATS, "features": full()}
+    # a stream that may not use ATS, before its PASID
+    result = small_system(eats=0, **everything).ats_translated(small.STAGE1, 0x1000, ssid=9)
+    assert result.event.name == "F_TRANSL_FORBIDDEN"
+    # an STE that is illegal, before ATS
+    result = small_system(eats=2, **everything).ats_translated(small.STAGE1, 0x1000, ssid=9)
+    assert result.event.name == "C_BAD_STE"
+    # the PASID, before the address
+    smmu = nested_system(2, {"pasidtt": 1}, cr2=REC_CFG_ATS, s1cdmax=2)
+    assert smmu.ats_translated(nested.NESTED, 1 << 60, ssid=9).event.name == "C_BAD_SUBSTREAMID"
+    assert smmu.ats_translated(nested.NESTED, 1 << 60, ssid=3).event.name == "F_ADDR_SIZE"
+    # the CD does not count: nothing of it would be used
+    smmu.memory.write(nested.GUEST, bytes(64))
+    assert smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW, ssid=0).action == "ok"
+
+
 @pytest.mark.parametrize("pasidtt", [0, 1])
 def test_a_pasid_of_a_translated_transaction_counts_with_pasidtt(pasidtt):
     smmu = small_system(features=full(pasidtt=pasidtt), cr2=RECINVSID | REC_CFG_ATS)
@@ -764,7 +875,7 @@ def test_a_pasid_of_a_translated_transaction_counts_with_pasidtt(pasidtt):
 
 def test_without_ats_nothing_is_recorded():
     smmu = small_system(features=full(ats=0))
-    assert smmu.ats_request(small.STAGE1, small.RW) == AtsResponse("UR")
+    assert smmu.ats_request(small.STAGE1, small.RW) == AtsResponse("UR", why=Why.ATS_ABSENT)
     result = smmu.ats_translated(small.STAGE1, 0x1000)
     assert (result.action, result.fault) == ("abort", None)
 
@@ -834,7 +945,26 @@ def test_translated_ipas_are_cached(kind):
     response = smmu.ats_request(nested.NESTED, nested.RW)
     hits = smmu.caches.tlb.hits
     assert smmu.ats_request(nested.NESTED, nested.RW) == response
-    assert smmu.caches.tlb.hits == hits + 1
+    assert smmu.caches.tlb.hits == hits + (2 if kind == "split" else 1)
+
+
+@pytest.mark.parametrize("pasidtt", [0, 1])
+@pytest.mark.parametrize("kind", ["combined", "split"])
+def test_what_ats_leaves_in_the_caches_is_not_stale(kind, pasidtt):
+    smmu = with_caches(
+        nested_system(
+            2, {"attr_types_ovr": 1, "pasidtt": pasidtt}, mtcfg=1, memattr=5, shcfg=3, s1cdmax=2
+        ),
+        kind,
+    )  # fmt: skip
+    for page in range(0, 0x6000, 0x1000):
+        for ssid in (None, 0):
+            smmu.ats_request(nested.NESTED, page, ssid=ssid)
+            smmu.ats_translated(nested.NESTED, nested.DATA + page, ssid=ssid)
+    assert {entry.kind for entry in smmu.caches.tlb} >= {"stage 2"}
+    assert smmu.stale() == []
+    set_stage2_leaf(smmu, nested.DATA + nested.RW, s2ap=1)
+    assert smmu.stale()
 
 
 def test_caches_serve_requests():
@@ -966,6 +1096,33 @@ def test_atc_inv_of_another_stream_or_while_off_does_nothing():
     smmu.command("ATC_INV", StreamID=small.SUBSTREAMS, Size=53)
     assert smmu.read("CMDQ_CONS") >> 24 == 1  # CERROR_ILL
     assert device.invalidations == 0
+
+
+def test_invalidations_of_the_tlb_do_not_reach_devices():
+    smmu, device = filled()
+    for name in ("TLBI_NSNH_ALL", "TLBI_NH_ALL", "TLBI_EL2_ALL"):
+        smmu.command(name)
+    smmu.command("TLBI_NH_VA", ASID=7, Address=small.RW)
+    smmu.command("CFGI_ALL")
+    smmu.sync()
+    assert held(device) == {None: PLAIN, 1: ALL_PAGES, 2: ALL_PAGES}
+    assert device.invalidations == 0
+
+
+def test_an_invalidation_that_a_device_does_not_make_completes_all_the_same():
+    smmu = small_system(cmdq_base=QUEUE + 0x8000 | 4)
+
+    class Refusing:
+        """It answers with Unsupported Request: in time, and without doing anything."""
+
+        def atc_invalidate(self, ssid, address, size, global_):
+            return True
+
+    smmu.devices[small.STAGE1] = Refusing()
+    for sid in (small.STAGE1, small.SUBSTREAMS):  # the other has no device
+        smmu.command("ATC_INV", StreamID=sid, SSV=1, SubstreamID=0xFFFFF, Size=52)
+        smmu.sync()
+    assert smmu.read("GERROR") == smmu.read("GERRORN") and smmu.read("CMDQ_CONS") >> 24 == 0
 
 
 def test_a_device_that_hangs_fails_the_sync():

@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments, **environment):
     """Run Python from the repository's root; return its output."""

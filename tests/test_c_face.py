@@ -1,5 +1,6 @@
 """The C and Cython faces: a consumer of each kind is compiled against the package and run."""
 
+import copy
 import gc
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import nested
 import numpy as np
 import pytest
 import small
@@ -19,14 +21,15 @@ from smmufast import NO_SUBSTREAM, Memory, Smmu
 from smmufast.faults import FETCH_KINDS
 
 SOURCES = Path(__file__).parent / "consumer"
-DONE, EINVAL, EPYTHON = 0, -1, -2
+DONE, PENDING, EINVAL, EPYTHON = 0, 1, -1, -2
 
 
 def environment():
     """Variables for a process that must import the very package that is tested."""
     parent = str(Path(smmufast.__file__).parents[1])
     path = [parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    # -O0: most of the time is the compiler's
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "CFLAGS": "-O0"}
 
 
 def load(name, directory):
@@ -74,7 +77,7 @@ def c_columns(requests, **outputs):
     columns = small.columns(requests)
     access = np.array([access_of(r) for r in requests], np.uint8)
     inputs = (columns["sid"], columns["ssid"], columns["iova"], access)
-    return (*inputs, *(outputs.get(name) for name in small.ALL))
+    return (*inputs, *(outputs.get(name) for name in smmufast.COLUMNS))
 
 
 def expected(requests=small.REQUESTS):
@@ -124,7 +127,7 @@ def test_cython_users_have_the_types(cython):
 
 def test_the_capsule_says_its_version(plain):
     abi, size, known = plain.version()
-    assert abi == 2
+    assert abi == 3
     assert size == known
 
 
@@ -165,6 +168,158 @@ def test_c_batch_gives_what_python_gives(plain):
     assert found == expected()
 
 
+# --- walks, step by step ---
+
+
+class CWalk:
+    """A walk whose struct is a bytearray."""
+
+    def __init__(self, plain, smmu, sid=1, iova=small.RW, access=0, holds=False):
+        self.plain, self.smmu = plain, smmu
+        self.struct = bytearray(b"\xee" * plain.sizes()[0])
+        self.status = plain.step("start", smmu, self.struct, sid, iova, access, int(holds))
+
+    @property
+    def fetch(self):
+        """What it asks for: kind, level, address, size, expected, desired."""
+        kind, *rest = self.plain.fetch_of(self.struct)
+        return FETCH_KINDS[kind], *rest
+
+    def supply(self, data=None):
+        """Answer, by default from memory."""
+        _, _, address, size, *_ = self.fetch
+        data = self.smmu.memory.read(address, size) if data is None else data
+        self.status = self.plain.step("supply", self.smmu, self.struct, data)
+        return self.status
+
+    def until(self, *fetch):
+        """Answer until it asks for this."""
+        while self.status == PENDING and self.fetch[: len(fetch)] != fetch:
+            self.supply()
+        return self
+
+    def look(self):
+        """Look at it again."""
+        self.status = self.plain.step("look", self.smmu, self.struct)
+        return self.status
+
+    def drop(self):
+        """End it."""
+        return self.plain.step("drop", self.smmu, self.struct)
+
+
+def commands(smmu, *names):
+    for name in names:
+        smmu.command(name)
+
+
+@pytest.mark.parametrize("caches", [None, "small"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_c_walk_that_a_sync_overtakes_starts_again(plain, caches, late):
+    smmu, image = small.system(caches=caches and small_caches())
+    walk = CWalk(plain, smmu).until("TT", 3)
+    image[small.LEVEL3 + 8 : small.LEVEL3 + 16] = (0x5000_0000 | 0x443).to_bytes(8, "little")
+    commands(smmu, "TLBI_NSNH_ALL", "CFGI_STE_RANGE")
+    assert walk.look() == PENDING and walk.fetch[0] == "TT"
+    smmu.command("CFGI_STE_RANGE", Range=31)
+    smmu.sync()
+    if late:
+        assert walk.supply(bytes(8)) == PENDING  # dropped
+    else:
+        assert walk.fetch[0] == "TT"
+        assert walk.look() == PENDING
+    assert walk.fetch[0] == "STE"
+    walk.until("never")
+    assert (walk.status, walk.look()) == (DONE, DONE)
+    assert plain.result_of(walk.struct)[0] == 0x5000_0000
+
+
+def test_a_c_walk_holds_cmd_sync_until_it_ends_or_is_dropped(plain):
+    for end in ("answer", "drop"):
+        smmu, _ = small.system(cr0=0b1101, cmdq_base=0x1_0002)
+        smmu.memory.add_private(0, 1 << 20)
+        walk = CWalk(plain, smmu, holds=True).until("TT", 3)
+        commands(smmu, "TLBI_NSNH_ALL", "SYNC")
+        assert smmu.read("CMDQ_CONS") == 1
+        if end == "answer":
+            assert walk.supply() == DONE
+            assert plain.result_of(walk.struct)[0] == 0x4000_1000
+        else:
+            assert walk.drop() == DONE
+            assert (walk.supply(bytes(8)), walk.look(), walk.drop()) == (EINVAL,) * 3
+        assert smmu.read("CMDQ_CONS") == 2
+
+
+def test_a_c_walk_that_is_forgotten_holds_nothing(plain):
+    smmu, _ = small.system(cr0=0b1101, cmdq_base=0x1_0002)
+    smmu.memory.add_private(0, 1 << 20)
+    CWalk(plain, smmu).until("TT", 3)
+    commands(smmu, "TLBI_NSNH_ALL", "SYNC")
+    assert smmu.read("CMDQ_CONS") == 2
+
+
+def test_a_c_walk_finds_the_smmu_disabled(plain):
+    smmu, _ = small.system()
+    walk = CWalk(plain, smmu).until("TT", 3)
+    smmu.write("CR0", 0b100)
+    assert walk.look() == DONE
+    assert plain.result_of(walk.struct)[:2] == (small.RW, 2)
+
+
+def test_a_c_walk_that_is_copied_is_two(plain):
+    smmu, _ = small.system(caches=small_caches())
+    first = CWalk(plain, smmu).until("TT", 2)
+    second = copy.copy(first)
+    second.struct = bytearray(first.struct)
+    first.struct[:8] = bytes(8)  # its size: nobody's any more
+    assert first.supply(bytes(8)) == EINVAL
+    assert second.until("never").status == DONE
+    assert plain.result_of(second.struct)[0] == 0x4000_1000
+
+
+def test_a_c_walk_names_the_update_that_it_asks_for(plain):
+    bench = nested.small_nested({"httu": 2}, cd={"ha": 1}, stage1={"af": 0}, s2ha=1, s2hd=1)
+    walk = CWalk(plain, bench, nested.NESTED, nested.RW)
+    host = bench.start_walk(nested.NESTED, nested.RW)
+    while (fetch := host.request) is not None:
+        level = 4 if fetch.level is None else fetch.level
+        assert walk.fetch == (fetch.kind, level, fetch.address, fetch.size,
+                              *(fetch.swap or (0, 0)))  # fmt: skip
+        data = fetch.swap[0].to_bytes(8, "little") if fetch.swap else None
+        walk.supply(data)
+        host.supply(data or bench.memory.read(fetch.address, fetch.size))
+    assert walk.status == DONE
+    assert plain.result_of(walk.struct)[0] == host.result.pa
+    assert walk.fetch[0] is None or walk.fetch[0] == FETCH_KINDS[0]
+
+
+def test_a_walk_whose_struct_was_written_to_is_refused(plain):
+    smmu, _ = small.system(caches=small_caches())
+    walk = CWalk(plain, smmu).until("TT", 2)
+    size, state = plain.sizes()
+    assert size - state == 128 * 8
+    result = 32  # the result is the host's
+    before = smmu.caches.__getstate__()
+    changed = accepted = 0
+    for at in range(size):
+        if result <= at < result + 72:
+            continue
+        other = copy.copy(walk)
+        other.struct = bytearray(walk.struct)
+        other.struct[at] ^= 0x81
+        if plain.step("supply", smmu, other.struct, bytes(8)) == EINVAL:
+            changed += 1
+            assert plain.step("look", smmu, other.struct) == EINVAL
+            assert plain.step("drop", smmu, other.struct) == EINVAL
+        else:
+            accepted += 1
+            assert at < 4 or at >= state + 800  # a larger size; words that are spare
+    assert changed > 800
+    assert accepted < 240
+    assert walk.until("never").status == DONE
+    assert smmu.caches.__getstate__() != before
+
+
 @pytest.mark.parametrize("name", small.ALL)
 def test_a_c_batch_fills_only_the_columns_that_are_wanted(plain, name):
     smmu, _ = small.system()
@@ -175,12 +330,20 @@ def test_a_c_batch_fills_only_the_columns_that_are_wanted(plain, name):
     assert found == [row[column] for row in expected()]
 
 
+def test_a_c_batch_gives_reasons(plain):
+    smmu, _ = small.system()
+    out = np.full(len(small.REQUESTS), 0x5555, np.uint16)
+    assert plain.batch(smmu, c_columns(small.REQUESTS, why=out)) == DONE
+    reasons = [result.why for result in small.translate_each(smmu)]
+    assert out.tolist() == [0 if why is None else int(why) for why in reasons]
+
+
 def test_a_c_batch_repeats_single_inputs(plain):
     smmu, _ = small.system()
     iova = np.arange(small.RW, small.RW + 0x100, dtype=np.uint64)
     pa = np.zeros(0x100, np.uint64)
     one = (np.uint32(1), np.uint32(NO_SUBSTREAM), iova, np.uint8(0))
-    assert plain.batch(smmu, (*one, pa, *[None] * 11)) == DONE
+    assert plain.batch(smmu, (*one, pa, *[None] * 12)) == DONE
     assert pa.tolist() == list(range(0x4000_1000, 0x4000_1100))
 
 
@@ -247,11 +410,15 @@ def test_arguments_out_of_range_are_einval_and_nothing_is_done(plain):
     assert found == {
         "translate ssid": EINVAL, "walk_start ssid": EINVAL,
         "translate access": EINVAL, "walk_start access": EINVAL, "result untouched": 1,
-        "walk_start": 1, "walk_supply abort": DONE, "walk_supply done": EINVAL,
-        "walk still done": 1,
+        "walk_supply not started": EINVAL, "walk_look not started": EINVAL,
+        "walk_drop not started": EINVAL, "walk_start size": EINVAL, "walk_start flags": EINVAL,
+        "walk_start": PENDING, "walk_supply abort": DONE, "walk_supply done": EINVAL,
+        "walk_look done": DONE, "walk_drop done": EINVAL, "walk still done": 1,
         "batch sid": EINVAL, "batch ssid": EINVAL, "batch iova": EINVAL, "batch access": EINVAL,
-        "batch ssid value": EINVAL, "batch access value": EINVAL, "batch untouched": 1,
-        "batch empty": DONE, "batch untouched when empty": 1, "batch": DONE, "batch written": 1,
+        "batch ssid value": EINVAL, "batch access value": EINVAL, "batch size": EINVAL,
+        "batch newer column": EINVAL, "batch of ABI 2": EINVAL, "batch untouched": 1,
+        "batch empty": DONE, "batch untouched when empty": 1, "batch newer": DONE,
+        "batch written": 1, "batch older": DONE, "batch of the size": 1,
     }  # fmt: skip
 
 

@@ -590,7 +590,10 @@ def test_a_capture_saved_again_is_the_same(tmp_path):
     assert replay(saved).total.agreeing == len(configuration.requests)
 
 
-@pytest.mark.parametrize("maker", [tablegen.random_system, tablegen.random_nested_system])
+NESTED_SYSTEM = pytest.param(tablegen.random_nested_system, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("maker", [tablegen.random_system, NESTED_SYSTEM])
 def test_random_systems_come_back_from_their_captures(tmp_path, maker):
     kinds = set()
     for number, (smmu, system) in enumerate(captures.random_systems(maker, 11, 60)):

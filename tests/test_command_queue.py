@@ -111,16 +111,13 @@ def test_prod_may_go_back_to_cons_during_an_error():
     assert state(smmu) == (0, ILL, 0)
 
 
-@pytest.mark.parametrize("where", ["outside", "beyond"])
-def test_a_fetch_that_aborts_stops_the_queue(where):
-    base = {"outside": 0xA000_0000, "beyond": 1 << 46}[where]
-    smmu, wires = system(features=Features.full().replace(oas=4), base=base)
+def test_a_fetch_that_aborts_stops_the_queue():
+    smmu, wires = system(base=0xA000_0000)
     smmu.write("CMDQ_PROD", 1)
     assert state(smmu) == (0, ABT, 1) and wires == ["gerror"]
-    if where == "outside":
-        smmu.memory.add(bytearray(SYNC.to_bytes(16, "little") * 8), base)
-        smmu.write("GERRORN", 1)
-        assert state(smmu) == (1, ABT, 0)
+    smmu.memory.add(bytearray(SYNC.to_bytes(16, "little") * 8), 0xA000_0000)
+    smmu.write("GERRORN", 1)
+    assert state(smmu) == (1, ABT, 0)
 
 
 def test_a_disabled_queue_waits():
@@ -187,7 +184,7 @@ def test_a_position_that_makes_no_sense_consumes_no_more_than_the_queue_holds():
 def test_sync_signals_as_it_is_asked_to():
     smmu, wires = system()
     for cs, address, expected in (
-        (0, 0, []), (1, 0, ["cmdq_sync"]), (2, 0, ["sev"]), (1, MSI, []),
+        (0, 0, []), (1, 0, ["cmdq_sync"]), (2, 0, ["sev"]), (1, MSI, ["cmdq_sync"]),
     ):  # fmt: skip
         smmu.command("SYNC", CS=cs, MSIAddress=address, MSIData=0xCAFE_F00D)
         assert wires == expected
@@ -207,7 +204,72 @@ def test_a_message_of_sync_that_aborts_is_an_error_but_sync_completes():
     smmu, wires = system()
     smmu.command("SYNC", CS=1, MSIAddress=0xA000_0000)
     assert state(smmu) == (1, 0, 0)
-    assert smmu.gerror == 1 << 4 and wires == ["gerror"]
+    assert smmu.gerror == 1 << 4 and wires == ["gerror", "cmdq_sync"]
+
+
+@pytest.mark.parametrize("sev", [0, 1])
+def test_a_full_queue_that_gets_room_is_an_event(sev):
+    smmu, wires = system(2, features=Features.full().replace(sev=sev), cr0=5)
+    device = smmu.devices[5] = Device()
+    sizes = []
+    device.pri_response = lambda *_: sizes.append((smmu.read("CMDQ_CONS"), list(wires)))
+    for i in range(4):
+        put(smmu, i, layout.pack("PRI_RESP", StreamID=5), 2)
+    smmu.write("CMDQ_PROD", 3)
+    smmu.write("CR0", ENABLED)
+    assert state(smmu) == (3, 0, 0) and wires == []  # it never was full
+    smmu.write("CR0", 5)
+    sizes.clear()
+    put(smmu, 3, CFGI_ALL, 2)
+    smmu.write("CMDQ_PROD", 7)
+    assert wires == []
+    smmu.write("CR0", ENABLED)
+    event = ["sev"] if sev else []
+    assert sizes == [(4, event), (5, event), (6, event)]  # with the first command consumed
+    assert state(smmu) == (7, 0, 0) and wires == event
+
+
+def test_the_event_of_room_is_one_with_that_of_sync_and_behind_what_sync_signals():
+    smmu, wires = system(0, cr0=5)
+    for cs, expected in ((0, ["sev"]), (1, ["cmdq_sync", "sev"]), (2, ["sev"])):
+        smmu.command("SYNC", CS=cs, MSIAddress=MSI, MSIData=cs)
+        assert wires == []
+        smmu.write("CR0", ENABLED)
+        assert wires == expected
+        wires.clear()
+        smmu.write("CR0", 5)
+    assert smmu.memory.read(MSI, 4) == b"\1\0\0\0"
+
+
+def test_a_queue_that_an_error_kept_full_wakes_once_it_goes_on():
+    smmu, wires = system(1)
+    put(smmu, 0, BAD, 1)
+    put(smmu, 1, CFGI_ALL, 1)
+    smmu.write("CMDQ_PROD", 2)
+    assert wires == ["gerror"] and state(smmu) == (0, ILL, 1)
+    put(smmu, 0, CFGI_ALL, 1)
+    smmu.write("GERRORN", 1)
+    assert wires == ["gerror", "sev"] and state(smmu) == (2, ILL, 0)
+    smmu.command("SYNC")
+    assert wires == ["gerror", "sev"]
+
+
+def test_an_exception_at_the_event_of_room_leaves_the_rest_for_later():
+    smmu, _ = system(1, cr0=5)
+    put(smmu, 0, layout.pack("SYNC", CS=1, MSIAddress=MSI, MSIData=9), 1)
+    put(smmu, 1, SYNC, 1)
+    smmu.write("CMDQ_PROD", 2)
+
+    def wakes(name):
+        if name == "sev":
+            raise KeyError(name)
+
+    smmu.on_interrupt = wakes
+    with pytest.raises(KeyError, match="sev"):
+        smmu.write("CR0", ENABLED)
+    assert state(smmu) == (1, 0, 0) and smmu.memory.read(MSI, 1) == b"\x09"
+    smmu.write("CMDQ_PROD", 2)
+    assert state(smmu) == (2, 0, 0)
 
 
 def test_sync_without_msi_or_sev_support():
@@ -244,7 +306,7 @@ def test_devices_are_told_what_the_commands_say():
     smmu.command("PRI_RESP", StreamID=5, SSV=1, SubstreamID=9, PRGIndex=0x1FF, Resp=2)
     smmu.command("PRI_RESP", StreamID=5, SubstreamID=9, PRGIndex=3, Resp=1)
     assert device.told == [
-        ("atc", 9, 0x1234_5000, 4096, False), ("atc", None, 0, 1 << 64, True),
+        ("atc", 9, 0x1234_5000, 4096, False), ("atc", 9, 0, 1 << 64, True),
         ("pri", 9, 0x1FF, 2), ("pri", None, 3, 1),
     ]  # fmt: skip
 
@@ -325,7 +387,7 @@ def test_without_a_queue_commands_are_executed_directly():
     smmu.command("SYNC", CS=2)
     assert wires == ["sev"]
     smmu.sync()
-    with pytest.raises(ValueError, match=r"^SYNC: CERROR_ILL: illegal command"):
+    with pytest.raises(ValueError, match=r"^SYNC: CERROR_ILL: CS=0b11 is reserved"):
         smmu.command("SYNC", CS=3)
     device.answer = False
     smmu.command("ATC_INV", StreamID=5)

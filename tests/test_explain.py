@@ -12,13 +12,11 @@ import smmufast
 from smmufast import layout
 from smmufast.capture import Capture
 from smmufast.explain import (
-    cd_faults,
     describe_cd,
     describe_ste,
     explain,
     memory_type,
     stage2_memory_type,
-    ste_faults,
 )
 
 MAKERS = [tablegen.random_system, tablegen.random_nested_system, tablegen.random_bytes_system]
@@ -50,7 +48,7 @@ def test_every_end_is_explained_by_every_form_of_a_result(maker):
             assert f"{result.iova:#x} by stream {result.sid:#x}" in words.splitlines()[0]
             assert all(len(line) <= 110 for line in words.splitlines())
             if result.fault:
-                assert f"Outcome: {name} (" in words
+                assert f"Outcome: {name}; " in words
             if result:
                 assert f"{result.pa:#x}" in words.partition("Outcome: ")[2]
         told = [int(address, 16) for address in FETCHED.findall(text)]
@@ -108,25 +106,19 @@ def check_control(text, result):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_an_ste_or_cd_has_a_fault_exactly_when_it_is_refused(maker):
+def test_an_ste_or_cd_is_refused_for_the_reason_that_the_rules_alone_give(maker):
     refused = 0
     for smmu, result, _access in drawn(maker, 32, 80, 40):
         data = {fetch.kind: fetch.data for fetch in result.fetches if fetch.data is not None}
-        name = result.fault.name if result.fault else result.action
         if "STE" not in data:
             continue
-        ste = layout.unpack("STE", data["STE"])
-        if not ste["V"] or not ste["Config"] & 4:
-            assert name in ("C_BAD_STE", "abort")
-            continue
-        assert bool(ste_faults(ste, smmu.features)) == (name == "C_BAD_STE"), (ste, name)
-        if "CD" in data:
-            cd = layout.unpack("CD", data["CD"])
-            hyp = smmu.features.hyp and ste["Config"] == 5 and ste["STRW"] == 2
-            two = not hyp or bool(smmu.cr2 & 1)
-            illegal = not cd["V"] or bool(cd_faults(cd, ste, smmu.features, two))
-            assert illegal == (name == "C_BAD_CD"), (cd, name)
-        refused += name in ("C_BAD_STE", "C_BAD_CD")
+        why = smmu.check_ste(data["STE"])
+        if why is None and "CD" in data:
+            why = smmu.check_cd(data["CD"], data["STE"])
+        structure = result.why is not None and result.why.name.startswith(("STE_", "CD_"))
+        fetched = structure and result.why.name.endswith(("_ADDRESS", "_ABORT"))
+        assert why == (result.why if structure and not fetched else None)
+        refused += why is not None
     assert refused > 50
 
 
@@ -336,166 +328,101 @@ def test_nested_ends_say_what_each_stage_gives():
 
 # Changes of features, fields, and what must be said of them.
 ILLEGAL = [
-    ({}, {"s2aa64": 0}, "S2AA64=0: VMSAv8-32 tables, which this SMMU does not have (IDR0.TTF)"),
-    ({}, {"s2s": 1}, "S2S=1, but this SMMU never stalls (IDR0.STALL_MODEL=1)"),
-    (
-        {"stall_model": 2, "stall_max": 1},
-        {},
-        "S2S=0, but this SMMU always stalls (IDR0.STALL_MODEL=2)",
-    ),
-    (
-        {},
-        {"s2endi": 1},
-        "S2ENDI=1: this SMMU reads tables of the other endianness only (IDR0.TTENDIAN=2)",
-    ),
-    ({}, {"s2ha": 1}, "S2HA=1, S2HD=0: this SMMU does not update tables so (IDR0.HTTU=0)"),
-    ({}, {"s2hd": 1}, "S2HA=0, S2HD=1: this SMMU does not update tables so (IDR0.HTTU=0)"),
-    (
-        {"httu": 1},
-        {"s2ha": 1, "s2hd": 1},
-        "S2HA=1, S2HD=1: this SMMU does not update tables so (IDR0.HTTU=1)",
-    ),
-    ({}, {"s2tg": 3}, "S2TG=0b11 is reserved or a granule that this SMMU does not have (IDR5)"),
-    (
-        {"gran16k": 0},
-        {"s2tg": 2},
-        "S2TG=0b10 is reserved or a granule that this SMMU does not have (IDR5)",
-    ),
-    ({}, {"s2t0sz": 19, "s2sl0": 2}, "S2T0SZ=19 is not within 20 to 39"),
-    ({}, {"s2t0sz": 40, "s2sl0": 0}, "S2T0SZ=40 is not within 20 to 39"),
-    ({}, {"s2sl0": 3}, "S2SL0=0b11 is reserved for this granule on this SMMU"),
-    (
-        {"oas": 3},
-        {"s2sl0": 2},
-        "S2SL0=0b10 is reserved for this granule on this SMMU",
-    ),
-    (
-        {"ds": 1, "vax": 1},
-        {"s2sl0_2": 1, "s2ds": 1},
-        "S2SL0=0b01 with S2SL0_2=1 is reserved for this granule on this SMMU",
-    ),
-    (
-        {},
-        {"s2sl0": 0},
-        "S2T0SZ=24 does not go with S2SL0=0b00: a start at level 2 takes 22 to 34 bits of "
-        "address, and these are 40",
-    ),
-    (
-        {},
-        {"s2t0sz": 34},
-        "S2T0SZ=34 does not go with S2SL0=0b01: a start at level 1 takes 31 to 43 bits of "
-        "address, and these are 30",
-    ),
-    (
-        {},
-        {"s2tg": 1, "s2sl0": 2},
-        "S2T0SZ=24 does not go with S2SL0=0b10: a start at level 1 takes 43 to 55 bits of "
-        "address, and these are 40",
-    ),
-    (
-        {},
-        {"s2ttb": 1 << 40},
-        "S2TTB=0x10000000000 is beyond the output size of 40 bits (S2PS, OAS)",
-    ),
-    (
-        {"oas": 6},
-        {"s2ps": 6, "s2ttb": 1 << 48},
-        "S2TTB=0x1000000000000 is beyond the 48 bits of this granule without S2DS",
-    ),
-    ({"vmid16": 0}, {"s2vmid": 256}, "S2VMID=0x100: this SMMU has 8-bit VMIDs (IDR0.VMID16=0)"),
-    (
-        {"s2p": 0},
-        {},
-        "Config asks for stage 2, which this SMMU does not have (IDR0.S2P=0)",
-    ),
-    (
-        {"ats": 1},
-        {"eats": 2, "config": 6},
-        "EATS=0b10 (split-stage ATS) needs both stages",
-    ),
-    (
-        {"ats": 1, "ns1ats": 1},
-        {"eats": 2},
-        "EATS=0b10, but this SMMU has no split-stage ATS (IDR0.NS1ATS=1)",
-    ),
-    (
-        {"ats": 1, "stall_model": 0, "stall_max": 1},
-        {"eats": 1, "s2s": 1},
-        "EATS=0b01, but stage 2 stalls (S2S=1)",
-    ),
+    ({}, {"s2aa64": 0}, "STE_S2AA64"),
+    ({}, {"s2s": 1}, "STE_S2S_NEVER"),
+    ({"stall_model": 2, "stall_max": 1}, {}, "STE_S2S_ALWAYS"),
+    ({}, {"s2endi": 1}, "STE_S2ENDI"),
+    ({}, {"s2ha": 1}, "STE_S2HTTU"),
+    ({}, {"s2hd": 1}, "STE_S2HTTU"),
+    ({"httu": 1}, {"s2ha": 1, "s2hd": 1}, "STE_S2HTTU"),
+    ({}, {"s2tg": 3}, "STE_S2TG"),
+    ({"gran16k": 0}, {"s2tg": 2}, "STE_S2TG"),
+    ({}, {"s2t0sz": 19, "s2sl0": 2}, "STE_S2T0SZ"),
+    ({}, {"s2t0sz": 40, "s2sl0": 0}, "STE_S2T0SZ"),
+    ({}, {"s2sl0": 3}, "STE_S2SL0"),
+    ({"oas": 3}, {"s2sl0": 2}, "STE_S2SL0"),
+    ({"ds": 1, "vax": 1}, {"s2sl0_2": 1, "s2ds": 1}, "STE_S2SL0"),
+    ({}, {"s2sl0": 0}, "STE_S2SL0_SIZE"),
+    ({}, {"s2t0sz": 34}, "STE_S2SL0_SIZE"),
+    ({}, {"s2tg": 1, "s2sl0": 2}, "STE_S2SL0_SIZE"),
+    ({}, {"s2ttb": 1099511627776}, "STE_S2TTB"),
+    ({"oas": 6}, {"s2ps": 6, "s2ttb": 281474976710656}, "STE_S2TTB_48"),
+    ({"vmid16": 0}, {"s2vmid": 256}, "STE_S2VMID"),
+    ({"s2p": 0}, {}, "STE_S2P"),
+    ({"ats": 1}, {"eats": 2, "config": 6}, "STE_EATS_STAGES"),
+    ({"ats": 1, "ns1ats": 1}, {"eats": 2}, "STE_EATS_NS1ATS"),
+    ({"ats": 1, "stall_model": 0, "stall_max": 1}, {"eats": 1, "s2s": 1}, "STE_EATS_S2S"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("has", "fields", "reason"), ILLEGAL, ids=[reason[:40] for _, _, reason in ILLEGAL]
-)
-def test_each_illegal_stage_2_is_named_and_refused(has, fields, reason):
+@pytest.mark.parametrize(("has", "fields", "name"), ILLEGAL)
+def test_each_illegal_stage_2_is_named_and_refused(has, fields, name):
     smmu = small_nested(has, **fields)
     result = smmu.translate(NESTED, nested.RW, trace=True)
-    assert result.fault.name == "C_BAD_STE"
-    text = explain(result, smmu)
-    unwrapped = text.replace("\n    ", " ")
-    assert f"  Because {reason}." in unwrapped, text
-    if fields.get("s2aa64") != 0:
-        assert unwrapped.count("  Because ") <= 2, text
-    assert "or for nonsense" in explain(result).replace("\n    ", " ")
-    # and those of stage 2 do not count where it is not enabled
+    assert (result.fault.name, result.why.name) == ("C_BAD_STE", name)
     ste = smmu.memory.read(captures.STREAM_TABLE + 64 * NESTED, 64)
-    if "S2" in reason and "VMID" not in reason:
-        word = int.from_bytes(ste, "little") & ~(7 << 1) | 5 << 1
-        assert ste_faults(layout.unpack("STE", word), smmu.features) == []
+    sentence = result.why.sentence(layout.unpack("STE", ste), smmu.features)
+    unwrapped = explain(result, smmu).replace("\n    ", " ")
+    assert f"  Because {sentence} ({result.why.section})." in unwrapped
+    assert unwrapped.count("  Because ") == 1
+    assert smmu.check_ste(ste) is result.why
+    untraced = smmu.translate(NESTED, nested.RW).explain().replace("\n    ", " ")
+    assert f"  Because {result.why.sentence()} ({result.why.section})." in untraced
+    # and those of stage 2 do not count where it is not enabled
+    if name.startswith("STE_S2") and name not in ("STE_S2VMID", "STE_S2P"):
+        word = int.from_bytes(ste, "little") & ~layout.mask("STE", "Config")
+        assert smmu.check_ste((word | layout.pack("STE", Config=5)).to_bytes(64, "little")) is None
+
+
+def because(result, smmu):
+    """The reason as it is told, once it is seen to be the sentence of result.why."""
+    text = explain(result, smmu)
+    (told,) = re.findall(r"Because (.*)\.$", re.sub(r"\n {4}(?=\S)", " ", text), re.MULTILINE)
+    assert told.endswith(f" ({result.why.section})")
+    return told.removesuffix(f" ({result.why.section})")
 
 
 def test_the_reason_of_each_fault_of_stage_2_is_named():
     def why(has=None, *, sid=NESTED, iova=nested.RW, write=False, **system):
         smmu = small_nested(has, **system)
-        text = explain(smmu.translate(sid, iova, trace=True, write=write), smmu)
-        text = re.sub(r"\n {4}(?=\S)", " ", text)
-        (because,) = re.findall(r"Because (.*)\.$", text, re.MULTILINE)
+        result = smmu.translate(sid, iova, trace=True, write=write)
+        text = re.sub(r"\n {4}(?=\S)", " ", explain(result, smmu))
         (whose,) = re.findall(r"^  Stage (\d found it.*)\.$", text, re.MULTILINE)
-        return because, whose
+        assert because(result, smmu)
+        return result.why.name, whose
 
     access = "2 found it, for the access itself, at IPA"
     assert why(iova=nested.UNMAPPED) == (
-        "the level 3 descriptor of stage 2 is invalid",
+        "S2_INVALID",
         f"{access} 0x8090004000 (S2=1, CLASS=IN)",
     )
     assert why(sid=SECOND, iova=1 << 40) == (
-        "IPA 0x10000000000 is beyond the 40 bits that stage 2 takes (S2T0SZ=24)",
+        "S2T0SZ_RANGE",
         f"{access} 0x10000000000 (S2=1, CLASS=IN)",
     )
-    assert why(iova=nested.NO_AF)[0] == (
-        "the page's stage-2 descriptor has AF=0, and neither S2AFFD nor the SMMU sets it"
-    )
-    assert why(iova=nested.READ_ONLY_OUTSIDE, write=True)[0] == (
-        "stage 2 does not permit an unprivileged write: S2AP=0b01"
-    )
+    assert why(iova=nested.NO_AF)[0] == "S2_AF"
+    assert why(iova=nested.READ_ONLY_OUTSIDE, write=True)[0] == "S2_PERMISSION"
     assert why(iova=nested.READ_ONLY, write=True) == (
-        "an unprivileged write is not permitted",
+        "S1_PERMISSION",
         "1 found it, for the access itself (S2=0, CLASS=IN)",
     )
     smmu = small_nested()
     last = smmu.translate(SECOND, nested.DATA, trace=True).fetches[-1]
     smmu.memory.write(last.address, (last.value | 1 << 43).to_bytes(8, "little"))
-    text = explain(smmu.translate(NESTED, 0, trace=True), smmu).replace("\n    ", " ")
-    assert (
-        "Because the output of stage 2 is at 0x80049000000, beyond the output size of 40 bits "
-        "(S2PS, OAS)." in text
+    assert because(smmu.translate(NESTED, 0, trace=True), smmu) == (
+        "the output of stage 2 is beyond the output size (S2PS=0b010, IDR5.OAS)"
     )
     assert why(tables={"memattr": 1}, s2ptw=1) == (
-        "stage 2 makes it Device memory (Device-nGnRE), and S2PTW=1 forbids the fetch of a "
-        "context descriptor",
+        "S2_DEVICE",
         "2 found it, for the fetch of a context descriptor, at IPA 0x80000000 (S2=1, CLASS=CD)",
     )
-    assert why(tables={"s2ap": 2})[0] == (
-        "the fetch of a context descriptor reads it, and stage 2 has S2AP=0b10: no read"
-    )
+    assert why(tables={"s2ap": 2})[0] == "S2_PERMISSION"
     assert why({"httu": 1}, cd={"ha": 1}, stage1={"af": 0}, tables={"s2ap": 1}) == (
-        "the stage-1 descriptor is to be updated, and stage 2 has S2AP=0b01: no write",
+        "S2_UPDATE",
         "2 found it, for the walk of stage 1, at IPA 0x80102008 (S2=1, CLASS=TT)",
     )
     assert why(s1contextptr=1 << 41) == (
-        "IPA 0x20000000000 is beyond the 40 bits that stage 2 takes (S2T0SZ=24)",
+        "S2T0SZ_RANGE",
         "2 found it, for the fetch of a context descriptor, at IPA 0x20000000000 (S2=1, CLASS=CD)",
     )
 
@@ -573,45 +500,45 @@ def test_the_reason_of_each_fault_is_named():
     smmu = captures.small_system()
 
     def why(sid, iova, **access):
-        text = explain(smmu.translate(sid, iova, trace=True, **access), smmu)
-        return re.findall(r"Because (.*)\.$", text.replace("\n    ", " "), re.MULTILINE)
+        return because(smmu.translate(sid, iova, trace=True, **access), smmu)
 
     sid = captures.SID
-    assert why(16, 0) == [
-        "StreamID 0x10 is not below 2^4, the size of the stream table (STRTAB_BASE_CFG)"
-    ]
-    assert why(9, 0) == ["it has V=0"]
-    assert why(4, 1 << 44) == [
-        "0x100000000000 is beyond the physical address size of 44 bits (IDR5.OAS)"
-    ]
-    assert why(4, 0, ssid=1) == ["a stream without stage 1 has no substreams"]
-    assert why(sid, 0, ssid=1) == ["this SMMU has no substreams (IDR1.SSIDSIZE=0)"]
-    assert why(sid, 0, write=True) == ["an unprivileged write is not permitted"]
-    assert why(sid, 0x3000, priv=True) == [
-        "the page's descriptor has AF=0, and neither AFFD nor the SMMU sets it"
-    ]
-    assert why(sid, 0x9000) == ["the level 3 descriptor is invalid"]
-    assert why(sid, 1 << 39) == [
-        "bits 63 to 39 of the address are not all 0: it is outside the 39 bits that TTB0 "
-        "translates (T0SZ=25)"
-    ]
-    assert why(sid, 1 << 55) == ["TTB1 is disabled (EPD1=1)"]
+    assert why(16, 0) == (
+        "StreamID=0x10 is not below 2^LOG2SIZE, the size of the stream table (STRTAB_BASE_CFG)"
+    )
+    assert why(9, 0) == "the stream table entry has V=0"
+    assert why(4, 1 << 44) == (
+        "no stage 1 translates the address, and it is beyond the physical address size (IDR5.OAS)"
+    )
+    assert why(4, 0, ssid=1) == "a stream without stage 1 has no substreams (Config=0b100)"
+    assert why(sid, 0, ssid=1) == "the stream has no substreams (S1CDMax=0, IDR1.SSIDSIZE=0)"
+    assert why(sid, 0, write=True) == "stage 1 does not permit the access"
+    assert why(sid, 0x3000, priv=True) == (
+        "the page's stage-1 descriptor has AF=0, and neither AFFD nor the SMMU sets it"
+    )
+    assert why(sid, 0x9000) == "the stage-1 descriptor (Level=3) is invalid: its bit 0 is 0"
+    assert why(sid, 1 << 39) == (
+        "the address is outside of the 64-T0SZ bits that TTB0 translates (T0SZ=25, TBI0=0)"
+    )
+    assert why(sid, 1 << 55) == "TTB1 is disabled (EPD1=1)"
 
 
-def test_an_end_without_a_trace_says_what_may_have_been():
+def test_a_silent_abort_says_why_with_and_without_a_trace_and_its_smmu():
     smmu = captures.small_system()
-    text = smmu.translate(5, 0).explain()
-    assert "Either the STE blocks the stream, or the SMMU is disabled" in text
     off = smmufast.Smmu(smmu.memory, smmu.features, cr0=0, gbpa=1 << 20)
-    for result, given, words in (
-        (smmu.translate(5, 0, trace=True), smmu, "The STE blocks the stream."),
-        (off.translate(5, 0, trace=True), off, "and GBPA.ABORT says so."),
-        (off.translate(5, 1 << 50), off, "beyond the physical address size."),
-        (off.translate(5, 0, trace=True), None, "Nothing was read: the SMMU is disabled"),
+    beyond = smmufast.Smmu(smmu.memory, smmu.features, cr0=0)
+    for given, iova, name in (
+        (smmu, 0, "STE_CONFIG"),
+        (off, 0, "GBPA_ABORT"),
+        (beyond, 1 << 50, "GBPA_ADDRESS"),
     ):
-        text = explain(result, given)
-        assert words in text
-        assert "Outcome: abort, without an event." in text
+        for trace in (False, True):
+            result = given.translate(5, iova, trace=trace)
+            assert (result.why.name, result.why.event) == (name, None)
+            for told in (None, given):
+                text = explain(result, told)
+                assert "Outcome: abort, without an event." in text
+                assert because(result, told)
 
 
 def test_what_passes_untranslated_says_why():
@@ -636,7 +563,7 @@ def test_resumable_walks_are_explained_as_they_went():
         walk.supply(None if walk.request.level == 2 else data)
     text = explain(walk.result, smmu)
     assert "the read ended in an external abort" in text
-    assert "Because the read of the translation table descriptor at 0x40101000 ended" in text
+    assert "Because the read of a stage-1 descriptor ended in an external abort (7.3.12)." in text
     assert text == explain(walk.result)
 
 

@@ -221,7 +221,8 @@ def test_pa_raises_the_exception_of_each_fault(smmu, number):
     assert small.row(error.result) == small.row(again)
     name = again.event.name if number else "aborted without an event"
     ssid = "" if request.ssid is None else f" ssid {request.ssid:#x}"
-    assert str(error) == f"{name}: sid {request.sid:#x}{ssid} iova {request.iova:#x}"
+    where = f"sid {request.sid:#x}{ssid} iova {request.iova:#x}"
+    assert str(error) == f"{name}: {where}: {again.why.sentence()}"
 
 
 def test_every_event_of_stage_1_has_an_exception_of_its_own():
@@ -917,6 +918,40 @@ def test_the_size_of_a_burst_is_checked(smmu):
         smmu.translate_range(1, (1 << 64) - 16, 17)
     end = smmu.translate_range(1, (1 << 64) - 16, 16)
     assert end.event.name == "F_TRANSLATION"
+
+
+# --- the column of reasons ---
+
+
+@pytest.mark.parametrize("more", [(), ("pa", "action"), small.ALL])
+@pytest.mark.parametrize("times", [1, 40])
+def test_the_column_of_reasons_says_what_results_say(smmu, more, times):
+    requests = small.REQUESTS * times
+    reasons = [0 if r.why is None else int(r.why) for r in small.translate_each(smmu)] * times
+    assert 0 in reasons and len(set(reasons)) > 10
+    given = small.columns(requests)
+    rows = smmu.translate_batch(**given, columns=(*more, "why"))
+    assert rows.dtype["why"] == np.uint16
+    assert rows["why"].tolist() == reasons
+    apart = {"why": np.full(3 * len(requests), 0x5555, np.uint16)[1::3]}
+    smmu.translate_batch(**given, out=apart)
+    assert apart["why"].tolist() == reasons
+    odd = np.zeros(len(requests), [("byte", "u1"), ("why", "u2")])[["why"]]
+    odd["why"] = 0x5555
+    smmu.translate_batch(**given, out=odd)
+    assert odd["why"].tolist() == reasons
+
+
+def test_pages_that_translate_have_no_reason(smmu):
+    out = {"why": np.full(1000, 0x5555, np.uint16), "level": np.zeros(1000, np.int8)}
+    smmu.translate_batch(1, np.full(1000, small.RW, np.uint64), out=out)
+    assert not out["why"].any()
+
+
+@pytest.mark.parametrize("kind", ["u1", "i2", "u4", "f2"])
+def test_the_column_of_reasons_is_of_its_own_dtype(smmu, kind):
+    with pytest.raises(TypeError, match=r"out\['why'\]: dtype .* given; uint16 needed"):
+        smmu.translate_batch(1, np.zeros(3, np.uint64), out={"why": np.zeros(3, kind)})
 
 
 # --- start_walk ---

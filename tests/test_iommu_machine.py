@@ -5,6 +5,7 @@ stages, processes; attach, replace, detach, bind, unbind, map, unmap, exit, faul
 is stale after a step, and no PASID, ASID, VMID or table page is leaked.
 """
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -563,4 +564,4 @@ AuxMachine.TestCase.settings = settings(
     max_examples=40, stateful_step_count=40, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-TestAuxMachine = AuxMachine.TestCase
+TestAuxMachine = pytest.mark.slow(AuxMachine.TestCase)

@@ -1,13 +1,25 @@
 """Batches through stage 2 give what single calls give, whatever bit of a table is flipped."""
 
+import itertools
+
 import numpy as np
 import pytest
-from nested import DATA, NESTED, PAGES, SECOND, small_nested
+from nested import DATA, NESTED, PAGES, SECOND, scattered_nested, small_nested
 
 from smmufast import ACTIONS
+from smmufast._smmu import vectors
 
 PAGE = 0x1000
 PLACES = np.arange(0, 7 * PAGE, 0x804, dtype=np.uint64)
+
+
+@pytest.fixture(params=["vectors", "portable"], autouse=True)
+def path(request):
+    """Which passes over a block of rows are taken."""
+    was = vectors()
+    vectors(request.param == "vectors")
+    yield
+    vectors(was)
 
 
 def descriptors(smmu, sid, places):
@@ -83,3 +95,32 @@ def test_hardware_updates_are_made_in_their_turn():
              for region in smmu.memory.regions],
         ))  # fmt: skip
     assert memories[0] == memories[1]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("first", "second"), [*itertools.product((12, 14, 16), repeat=2)])
+def test_tables_and_pages_that_stage_2_scatters(first, second, seed):
+    """A table of stage 1 may be several pages of stage 2, and then lies in several places."""
+    smmu, places = scattered_nested(seed, first, second)
+    places = np.array(places, np.uint64)
+    for access in ({}, {"write": True}, {"priv": True}, {"instr": True}):
+        rows = check(smmu, NESTED, places, **access)
+        assert rows["pa"].any()
+        assert access or len(set(rows["action"])) > 1
+
+
+@pytest.mark.parametrize("n", [15, 16, 17, 40, 128, 129, 300])
+def test_any_number_of_scattered_rows(n):
+    smmu, places = scattered_nested(n, 16, 12)
+    iova = np.resize(np.array(places, np.uint64), n)
+    rows = smmu.translate_batch(NESTED, iova)
+    for row, address in zip(rows, iova.tolist(), strict=True):
+        one = smmu.translate(NESTED, address)
+        assert (int(row["pa"]), ACTIONS[row["action"]]) == (one.pa or 0, one.action)
+
+
+@pytest.mark.parametrize("sid", [NESTED, SECOND])
+def test_inputs_of_stage_2_end_at_oas_or_at_their_range(sid):
+    smmu, places = scattered_nested(5, 12, 12)
+    far = [DATA | 1 << bit for bit in range(40, 64)] + [DATA, places[0]]
+    check(smmu, sid, np.array(far, np.uint64))

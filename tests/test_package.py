@@ -3,9 +3,11 @@
 import doctest
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -60,6 +62,7 @@ def test_ruff_finds_nothing():
     run(tool("ruff"), "check", "--no-cache", ".")
 
 
+@pytest.mark.slow
 def test_cython_lint_finds_nothing():
     sources = [path for path in SOURCES if path.suffix in (".pyx", ".pxd")]
     assert len(sources) > 8
@@ -76,6 +79,7 @@ def typed(tmp_path):
     return where
 
 
+@pytest.mark.slow
 def test_stubs_say_what_the_compiled_modules_hold(typed, tmp_path):
     allowed = tmp_path / "allowed"
     allowed.write_text(r"smmufast\._\w+\.__pyx_capi__" + "\n")  # what Cython users import
@@ -140,16 +144,58 @@ MISUSES = (
 )
 
 
+@pytest.mark.slow
 def test_types_hold_within_the_package_and_for_its_users(typed, tmp_path):
     (tmp_path / "uses.py").write_text(USES)
     python("-m", "mypy", *CONFIG, "--strict", "-p", "smmufast", "-m", "uses", **typed)
 
 
+@pytest.mark.slow
 def test_types_tell_mistakes(typed, tmp_path):
     # an ignore that is not needed is an error: each line must be one
     lines = [f"{line}  # type: ignore" for line in MISUSES]
     (tmp_path / "misuses.py").write_text("\n".join(["from smmufast import *", *lines]))
     python("-m", "mypy", *CONFIG, "--warn-unused-ignores", "-m", "misuses", **typed)
+
+
+# --- quick and slow tests ---
+
+COLLECT = """\
+import json, shlex, sys
+import pytest
+
+class Names:
+    def pytest_collection_finish(self, session):
+        self.names = [item.nodeid for item in session.items]
+
+found = []
+for arguments in json.loads(sys.argv[1]):
+    plugin = Names()
+    status = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *arguments], [plugin])
+    assert status == 0
+    # pytest doubles the backslashes of a name each time that it collects it
+    found.append([name.replace("\\\\", "") for name in plugin.names])
+open(sys.argv[2], "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_readme_runs_every_test_once(tmp_path):
+    commands = re.findall(r"\.venv/bin/pytest (.*)", (ROOT / "README.md").read_text())
+    assert len(commands) == 2
+    options = [shlex.split(command) for command in commands]
+    chosen = [words[words.index("-m") :] for words in options]
+    assert [words[:-2] for words in options] == [["-n", "2", "--dist", "loadfile"]] * 2
+    everything = ["-o", "addopts="]
+    names = tmp_path / "names"
+    python("-c", COLLECT, json.dumps([*chosen, everything]), names,
+           PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
+    quick, slow, whole = json.loads(names.read_text())
+    assert 0 < len(slow) < len(quick)
+    assert sorted(quick + slow) == sorted(whole)
+    assert {name.split("::")[0] for name in whole} == {
+        f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")
+    }
 
 
 # --- docstrings ---
@@ -268,6 +314,7 @@ def wheel(tmp_path_factory):
     said = python(
         "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index",
         "--disable-pip-version-check", "--wheel-dir", directory, sources, cwd=directory,
+        CFLAGS="-O0",  # what is looked at does not depend on it, and this takes a quarter
     )  # fmt: skip
     (built,) = directory.glob("*.whl")
     return built, said
@@ -284,6 +331,7 @@ def installed(wheel, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_cython_has_no_performance_hints_and_no_warnings(wheel):
     said = wheel[1].splitlines()
     assert any("Cythonizing smmufast/_smmu.pyx" in line for line in said)
@@ -291,6 +339,7 @@ def test_cython_has_no_performance_hints_and_no_warnings(wheel):
     assert [line for line in said if re.search(r"\.(pyx|pxd):\d+:\d+:", line)] == []
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_what_python_and_cython_users_need_and_no_more(wheel):
     names = {name for name in zipfile.ZipFile(wheel[0]).namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in SOURCES if path.suffix != ".pyx"}
@@ -300,6 +349,7 @@ def test_a_wheel_holds_what_python_and_cython_users_need_and_no_more(wheel):
     assert names - compiled == expected
 
 
+@pytest.mark.slow
 def test_a_wheel_says_what_the_project_says(installed):
     (found,) = metadata.distributions(path=[str(installed)])
     assert found.metadata["Name"] == PROJECT["name"] == "smmufast"
@@ -323,6 +373,7 @@ def tell():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["smmufast", "pytest", "python -P"])
 def test_programs_run_from_the_sources_use_the_installed_package(installed, tmp_path, program):
     # The sources lie in a folder that is named as the package is.
@@ -341,6 +392,7 @@ def test_programs_run_from_the_sources_use_the_installed_package(installed, tmp_
     assert Path(witness.read_text()).parent == installed / "smmufast"
 
 
+@pytest.mark.slow
 def test_nothing_but_numpy_is_imported(installed, tmp_path):
     said = python(
         "-c", "import sys; old = set(sys.modules); from smmufast import *;"

@@ -7,7 +7,7 @@ import pytest
 import small
 from test_ats import BOTH, QUEUE, full, rights, small_system
 
-from smmufast import PageAnswer, layout
+from smmufast import Caches, Event, PageAnswer, Smmu, layout
 from smmufast.ats import AtsDevice
 from smmufast.faults import AtsFault
 
@@ -131,6 +131,84 @@ def test_without_a_usable_ste_the_automatic_answer_is_a_failure():
     at = small.BASE + small.STES + 64 * small.STAGE2 + 16
     smmu.memory.write_u64(at, smmu.memory.read_u64(at) & ~(1 << 51))  # S2AA64
     assert smmu.page_request(small.STAGE2, 0, ssid=3, read=True).action == "failure"
+
+
+@pytest.mark.parametrize("ppar", [0, 1])
+def test_an_ste_that_aborts_says_whether_the_answer_has_the_pasid(ppar):
+    smmu = system(log2size=0, features=full(pps=0))
+    at = small.BASE + small.STES + 64 * small.ABORTED + 10
+    smmu.memory.write(at, bytes([smmu.memory.read(at, 1)[0] | ppar << 2]))
+    smmu.page_request(small.ABORTED, 0, read=True)
+    answer = smmu.page_request(small.ABORTED, 0, ssid=3, read=True)
+    assert answer == ("success", 3 if ppar else None)
+
+
+def test_ppar_is_that_of_memory_whatever_a_cache_holds():
+    plain = system(log2size=0, features=full(pps=0))
+    smmu = Smmu(
+        plain.memory, plain.features, caches=Caches.small(), strtab_base=plain.strtab_base,
+        strtab_base_cfg=plain.strtab_base_cfg, priq_base=plain.priq_base, cr0=plain.cr0,
+    )  # fmt: skip
+    assert smmu.translate(small.SUBSTREAMS, small.RW, ssid=3)
+    assert len(smmu.caches.ste) == 1
+    at = small.BASE + small.STES + 64 * small.SUBSTREAMS + 10
+    smmu.memory.write(at, bytes([smmu.memory.read(at, 1)[0] | 1 << 2]))
+    smmu.page_request(small.SUBSTREAMS, 0, read=True)
+    assert smmu.page_request(small.SUBSTREAMS, 0, ssid=3, read=True) == ("success", 3)
+
+
+LOOKUPS = {
+    "V=0": (small.INVALID, 0x04), "fetch aborts": (small.BEYOND_MEMORY, 0x03),
+    "out of range": (small.BEYOND_TABLE, 0x02), "illegal": (small.STAGE2, 0x04),
+    "legal": (small.STAGE1, None), "aborts": (small.ABORTED, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pps", [0, 1])
+@pytest.mark.parametrize("cr2", [0, 2, 8, 8 | 2])
+@pytest.mark.parametrize("what", LOOKUPS)
+def test_errors_of_looking_ppar_up_are_recorded_if_asked(what, cr2, pps):
+    sid, number = LOOKUPS[what]
+    smmu = system(log2size=0, features=full(pps=pps), cr2=cr2, eventq_base=QUEUE + 0x4000 | 3)
+    if what == "illegal":
+        at = small.BASE + small.STES + 64 * sid + 16
+        smmu.memory.write_u64(at, smmu.memory.read_u64(at) & ~(1 << 51))  # S2AA64
+    smmu.page_request(small.STAGE1, 0, read=True)
+    assert smmu.page_request(sid, 0x1000, ssid=5, read=True, last=False).action == "dropped"
+    assert smmu.page_request(sid, 0x1000, ssid=5).action == "dropped"  # a stop marker
+    assert smmu.page_request(sid, 0x1000, read=True) == ("success", None)
+    assert smmu.read("EVENTQ_PROD") == 0  # nothing was looked up
+    answer = smmu.page_request(sid, 0x1000, ssid=5, read=True)
+    if pps:
+        assert answer == ("success", 5) and smmu.read("EVENTQ_PROD") == 0
+        return
+    assert answer == (("success", None) if number is None else ("failure", None))
+    recorded = number is not None and cr2 & 8 and (number != 0x02 or cr2 & 2)
+    assert smmu.read("EVENTQ_PROD") == bool(recorded)
+    if recorded:
+        event = Event(smmu.memory.read(QUEUE + 0x4000, 32))
+        assert (event.number, event.sid, event.ssid) == (number, sid, 5)
+
+
+def test_an_injected_error_at_the_ste_of_ppar_is_an_event_and_a_failure():
+    smmu = system(log2size=0, features=full(pps=0), cr2=8, eventq_base=QUEUE + 0x4000 | 3)
+    smmu.page_request(small.STAGE1, 0, read=True)
+    smmu.memory.inject_error(kind="STE", count=1)
+    assert smmu.page_request(small.STAGE1, 0, ssid=5, read=True) == ("failure", None)
+    assert smmu.memory.read(QUEUE + 0x4000, 1) == b"\x03"
+    assert smmu.page_request(small.STAGE1, 0, ssid=5, read=True) == ("success", None)
+    assert smmu.read("EVENTQ_PROD") == 1
+
+
+def test_without_substreams_no_message_has_a_pasid():
+    smmu = system(log2size=0, features=full(ssidsize=0, pps=1))
+    answer = smmu.page_request(1, 0x1000, ssid=5, read=True, execute=True, priv=True)
+    assert answer.action == "queued"
+    word = int.from_bytes(smmu.memory.read(QUEUE, 8), "little")
+    assert word == 1 | 1 << 60 | 1 << 62  # StreamID, R, Last
+    assert smmu.page_request(1, 0x1000, ssid=5, read=True) == ("success", None)
+    # and no message is a stop marker
+    assert smmu.page_request(1, 0x1000, ssid=5) == ("success", None)
 
 
 def test_a_queue_without_memory_ends_in_priq_abt_err():

@@ -549,6 +549,28 @@ def test_linear_base_is_aligned_to_the_table():
     assert bench.translate().pa == 0x5000
 
 
+@pytest.mark.parametrize("sidsize", [4, 6, 32])
+def test_linear_base_is_aligned_to_what_log2size_says(sidsize):
+    bench = Bench(default_features(sidsize=sidsize))
+    bench.map(0, 0x5000)
+    bench.regs.strtab_base_cfg = 9
+    bench.regs.strtab_base = STREAM_TABLE | 0x7FC0
+    assert bench.translate().pa == 0x5000
+    bench.regs.strtab_base = STREAM_TABLE | 0x8000  # another table of 2^9 entries, without memory
+    assert bench.fault() == "F_STE_FETCH"
+
+
+@pytest.mark.parametrize("log2size", [50, 57, 58, 63])
+def test_a_linear_table_that_is_larger_than_memory_lies_at_0(log2size):
+    bench = Bench()
+    bench.memory.add(0, 0x1000)
+    bench.memory.write(64 * SID, ptwriter.encode_ste(**bench.ste))
+    bench.map(0, 0x5000)
+    bench.regs.strtab_base_cfg = log2size
+    bench.regs.strtab_base = STREAM_TABLE
+    assert bench.translate().pa == 0x5000
+
+
 @pytest.mark.parametrize(("code", "split"), [(6, 6), (8, 8), (10, 10), (0, 6), (7, 6), (16, 6)])
 def test_split_selects_the_leaf_table(code, split):
     bench = Bench()
@@ -620,10 +642,10 @@ def test_stream_structures_that_cannot_be_read_are_f_ste_fetch():
     outcome = bench.translate()
     assert outcome.fault == "F_STE_FETCH"
     assert outcome.event == event_record("F_STE_FETCH", SID, fetch_address=0x7000_0140)
-    # Beyond OAS no fetch is made.
+    # Beyond OAS no fetch is made, and the record has no more bits than addresses have.
     bench.regs.strtab_base = 0xF_0000_0000_0000
     outcome = bench.translate(ssid=9)
-    assert outcome.event == event_record("F_STE_FETCH", SID, 9, fetch_address=0xF_0000_0000_0140)
+    assert outcome.event == event_record("F_STE_FETCH", SID, 9, fetch_address=0x140)
     assert outcome.fetches == []
 
 

@@ -1,12 +1,15 @@
 """Rules of docs/rules.md that no other test states alone: what is cached, and what is ignored."""
 
+import itertools
+
 import numpy as np
 import pytest
 import reference
 import small
+import twin
 from rawfeatures import raw_of
 from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench, default_features
-from test_stage2 import VMID, nested_system
+from test_stage2 import VMID, Nested, nested_system, stage2_features
 
 from smmufast import Caches, Memory, Smmu, layout
 
@@ -144,7 +147,76 @@ def test_blocks_with_nt_are_not_cached(bbml):
     bench.map(0, 0x20_0000, 2, ignored=1 << 16)
     smmu = cached(bench)
     assert outcome(smmu, 0) == 0x20_0000
+    assert len(smmu.caches.tlb) == (bbml != 1)
+
+
+@pytest.mark.parametrize("nested", ["combined", "split"])
+@pytest.mark.parametrize("bbml", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nt_of_either_stage_counts_with_bbml_1_alone(stage, bbml, nested):
+    bench, iova, ipa = nested_system()
+    bench.features.bbml = bbml
+    block = iova & -0x20_0000
+    if stage == 1:
+        bench.map(block + 0x20_0000, ipa & -0x20_0000, 2, ignored=1 << 16)
+        address, pa = block + 0x20_0000 + (ipa & 0x1F_F000), 0x5000
+    else:
+        other = (ipa & -0x20_0000) + 0x20_0000
+        bench.map2(other, 0x40_0000, 2, ignored=1 << 16)
+        bench.map(iova + 0x1000, other)
+        address, pa = iova + 0x1000, 0x40_0000
+    smmu = cached(bench, Caches.server(nested=nested))
+    assert outcome(smmu, address) == pa
+    kept = {entry.kind for entry in smmu.caches.tlb}
+    kinds = {"combined"} if nested == "combined" else {"stage 1", "stage 2"}
+    if bbml != 1:
+        assert kept == kinds
+    elif nested == "combined":
+        assert kept == set()
+    else:
+        missing = block + 0x20_0000 if stage == 1 else other
+        kind = f"stage {stage}"
+        assert not [e for e in smmu.caches.tlb if e.kind == kind and e.start == missing]
+
+
+@pytest.mark.parametrize("bbml", [0, 1])
+def test_blocks_of_stage_2_with_nt_are_not_cached(bbml):
+    bench = Nested(stage2_features(bbml=bbml), config=0b110)
+    ipa = 0x66_0020_0000
+    bench.map2(ipa, 0x4000_0000, 2, ignored=1 << 16)
+    bench.map2(ipa + 0x20_0000, 0x4020_0000, 2)
+    smmu = cached(bench)
+    assert outcome(smmu, ipa + 8) == 0x4000_0008
     assert len(smmu.caches.tlb) == (bbml == 0)
+    assert outcome(smmu, ipa + 0x20_0008) == 0x4020_0008
+    assert len(smmu.caches.tlb) == 1 + (bbml == 0)
+
+
+@pytest.mark.parametrize("how", ["combined", "split"])
+@pytest.mark.parametrize(("first", "second"), [*itertools.product((0, 1), repeat=2)])
+def test_nested_translations_of_blocks_with_nt_are_not_cached(first, second, how):
+    bench = Nested(stage2_features(bbml=1))
+    iova, ipa = 0x1240_0000, 0x66_0020_0000
+    bench.map(iova, ipa, 2, ignored=first << 16)
+    bench.map2(ipa, 0x4000_0000, 2, ignored=second << 16)
+    smmu = cached(bench, Caches(tlb=(8, 8), nested=how))
+    for _ in range(2):
+        assert outcome(smmu, iova + 8) == 0x4000_0008
+    kept = {(entry.kind, entry.start) for entry in smmu.caches.tlb}
+    if how == "combined":
+        assert (("combined", iova) in kept) == (not first and not second)
+    else:
+        assert (("stage 1", iova) in kept) == (not first)
+        assert (("stage 2", ipa) in kept) == (not second)
+
+
+@pytest.mark.parametrize("page", [1 << 16, 0])
+def test_nt_is_an_address_bit_of_pages(page):
+    bench = Bench(default_features(bbml=1))
+    bench.map(0x3000, 0x5000_0000 | page)
+    smmu = cached(bench)
+    assert outcome(smmu, 0x3000) == 0x5000_0000 | page
+    assert len(smmu.caches.tlb) == 1
 
 
 def test_the_contiguous_hint_makes_no_larger_entry():
@@ -153,6 +225,26 @@ def test_the_contiguous_hint_makes_no_larger_entry():
     (entry,) = smmu.caches.tlb
     assert (entry.lg2, entry.contiguous) == (12, True)
     assert outcome(smmu, IOVA + 0x1000) == "F_TRANSLATION"
+
+
+@pytest.mark.parametrize("how", ["combined", "split", None])
+@pytest.mark.parametrize(("first", "second"), [*itertools.product((False, True), repeat=2)])
+def test_the_contiguous_hint_of_both_stages_is_that_of_stage_1(first, second, how):
+    bench, iova, ipa = nested_system()
+    bench.map(iova, ipa, contiguous=int(first))
+    bench.map2(ipa, 0x5000, contiguous=int(second))
+    smmu = cached(bench, how and Caches(tlb=(8, 8), nested=how)) if how else twin.smmu_of(bench)
+    for _ in range(2):  # walked to, then found
+        assert smmu.translate(SID, iova).contiguous is first
+    if how:
+        found = {e.kind: e.contiguous for e in smmu.caches.tlb if e.start in (iova, ipa)}
+        assert found == (
+            {"combined": first} if how == "combined" else {"stage 1": first, "stage 2": second}
+        )
+    bench.write_ste(config=0b110)
+    smmu = cached(bench) if how else twin.smmu_of(bench)
+    for _ in range(2):
+        assert smmu.translate(SID, ipa).contiguous is second
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -1061,6 +1061,7 @@ def possible_cells():
         yield "abort", "F_WALK_EABT", *where
 
 
+@pytest.mark.slow
 def test_nested_systems_succeed_mostly_and_fault_in_every_place():
     cells, ends, updates, shapes = (collections.Counter() for _ in range(4))
     rng = random.Random(11)

@@ -416,7 +416,7 @@ def test_the_fields_of_an_ste_that_differ_are_named():
     assert (found.cache, found.why) == ("ste", "S1DSS: 0x1 now, 0x2 cached, EATS: 0x0 now, "
                                                "0x1 cached")  # fmt: skip
     world.ste(3, config=0b101, v=0)
-    assert "sid 0x3 gives C_BAD_STE now" in [one.why for one in world.smmu.stale()]
+    assert "sid 0x3 gives C_BAD_STE (STE_V) now" in [one.why for one in world.smmu.stale()]
 
 
 def test_permissions_and_attributes_that_differ_are_named():
@@ -429,7 +429,7 @@ def test_permissions_and_attributes_that_differ_are_named():
     assert found.why == "perm1: 0x9 (UR|PR) now, 0x1f (UR|UW|UX|PR|PW) cached"
     world.table(0, leaf=0)
     (found,) = world.smmu.stale()
-    assert (found.now, found.why) == (None, "sid 0x3, ssid 0x1 gives F_TRANSLATION now")
+    assert (found.now, found.why) == (None, "sid 0x3, ssid 0x1 gives F_TRANSLATION (S1_INVALID) now")
 
 
 # --- ATCs ---
@@ -460,7 +460,7 @@ def test_an_atc_that_was_not_told_of_a_detach_is_stale():
     clean(world)
     (found,) = world.smmu.stale()
     assert (found.cache, found.entry, found.now) == ("atc", device.held()[0], None)
-    assert found.why == "a request gets CA now (C_BAD_CD)"
+    assert found.why == "a request gets CA now: C_BAD_CD (CD_V)"
     assert device.access(VA, ssid=1).pa == PA  # it does reach the page
     world.smmu.command("ATC_INV", StreamID=3, SubstreamID=1, SSV=1, Size=52)
     assert world.stale() == []
@@ -469,13 +469,13 @@ def test_an_atc_that_was_not_told_of_a_detach_is_stale():
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"leaf": 0}, "a request gets success now (F_TRANSLATION)"),
+        ({"leaf": 0}, "a request gets nothing now: F_TRANSLATION (S1_INVALID)"),
         ({"page": PA + 0x5000}, "address: 0x800005000 now, 0x800000000 cached"),
         ({"leaf": leaf_descriptor(12, 3, PA, attrindx=1, ap=3, af=1, ng=1)},
          "write: 0x0 now, 0x1 cached"),
         ({"leaf": leaf_descriptor(12, 3, PA, attrindx=0, ap=1, af=1, ng=1, uxn=1)}, None),
         ({"leaf": leaf_descriptor(12, 3, PA, attrindx=1, ap=0, af=1, ng=1)},
-         "a request is granted nothing now"),
+         "a request gets nothing now"),
     ],
 )  # fmt: skip
 def test_an_atc_entry_is_stale_that_a_request_would_not_get(change, why):
@@ -521,7 +521,7 @@ def test_an_atc_entry_may_be_smaller_than_what_a_request_would_get_but_not_large
     world.table(0, page=PA + VA)
     clean(world)
     (found,) = world.smmu.stale()
-    assert found.why.startswith("a request gets success now (F_TRANSLATION)")
+    assert found.why == "a request gets nothing now: F_TRANSLATION (S1_INVALID)"
 
 
 def test_an_atc_is_stale_when_its_stream_may_not_ask_any_more():
@@ -529,7 +529,7 @@ def test_an_atc_is_stale_when_its_stream_may_not_ask_any_more():
     device.access(VA, ssid=1)
     world.ste(3, eats=0)
     clean(world)
-    assert [one.why for one in world.smmu.stale()] == ["a request gets UR now (F_BAD_ATS_TREQ)"]
+    assert [one.why for one in world.smmu.stale()] == ["a request gets UR now: F_BAD_ATS_TREQ (ATS_EATS)"]
 
 
 def test_atcs_are_looked_into_without_caches_too_and_devices_without_an_atc_are_not():

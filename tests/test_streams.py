@@ -10,8 +10,11 @@ import tablegen
 from nested import NESTED, SECOND, small_nested
 
 import smmufast
-from smmufast import layout, streams
+from smmufast import Why, layout, streams
 
+S2_INVALID = Why.S2_INVALID.sentence()
+S2_DEVICE = Why.S2_DEVICE.sentence()
+S2_RANGE = Why.S2T0SZ_RANGE.sentence()
 MAKERS = [tablegen.random_system, tablegen.random_nested_system, tablegen.random_bytes_system]
 
 
@@ -233,9 +236,9 @@ def test_contexts_that_stage_2_refuses_say_why():
     absent = small_nested(s1contextptr=0x7000_0000)
     far = small_nested(s1contextptr=1 << 44)
     for smmu, problem in (
-        (refused, "stage 2 refuses its IPA 0x80000000 (F_PERMISSION)"),
-        (absent, "stage 2 refuses its IPA 0x70000000 (F_TRANSLATION)"),
-        (far, "stage 2 refuses the IPA of the context descriptor (F_TRANSLATION)"),
+        (refused, f"stage 2 refuses its IPA 0x80000000 (F_PERMISSION: {S2_DEVICE})"),
+        (absent, f"stage 2 refuses its IPA 0x70000000 (F_TRANSLATION: {S2_INVALID})"),
+        (far, f"stage 2 refuses the IPA of the context descriptor (F_TRANSLATION: {S2_RANGE})"),
     ):
         (run,) = [run for run in streams.streams(smmu) if run.first == NESTED]
         assert [(c.address, c.cd, c.problem) for c in streams.contexts(smmu, run)] == [
@@ -297,7 +300,8 @@ def test_tables_of_contexts_whose_ipas_are_apart_are_one_table(s1fmt):
     if missing is not None:
         (hole,) = [context for context in found if context.cd is None]
         assert (hole.first, hole.last) == missing
-        assert hole.problem == f"stage 2 refuses its IPA {first + 5 * 4096:#x} (F_TRANSLATION)"
+        ipa = first + 5 * 4096
+        assert hole.problem == f"stage 2 refuses its IPA {ipa:#x} (F_TRANSLATION: {S2_INVALID})"
     # what the pages name is all that these walks read
     pages = set(streams.pages(smmu))
     requests = [(NESTED, 0, {"ssid": ssid or None}) for ssid in ssids]

@@ -210,7 +210,10 @@ class Player:
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name)
-@pytest.mark.parametrize("seed, wide", [(0, True), (1, True), (2, False)])
+@pytest.mark.parametrize(
+    "seed, wide",
+    [(0, True), *(pytest.param(*more, marks=pytest.mark.slow) for more in [(1, True), (2, False)])],
+)
 def test_random_calls_write_what_the_twin_writes(configuration, seed, wide, request):
     request.addfinalizer(partial(vectors, vectors()))
     vectors(wide)

@@ -149,6 +149,7 @@ def check_faces(smmu, system, request, outcome, row):
     sid, iova = call.pop("sid"), call.pop("iova")
     result = smmu.translate(sid, iova, **call)
     assert result_row(result) == row, "translate"
+    assert (result.why and result.why.name) == outcome.why, "why"
     traced = smmu.translate(sid, iova, trace=True, **call)
     assert result_row(traced) == row, "translate(trace=True)"
     assert [fetch_row(fetch) for fetch in traced.fetches] == outcome.fetches, "fetches"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from smmufast import layout
 from smmufast.errors import TooBig
 from smmufast.iommu.undo import Undo
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
 INVALID_CD: Final = (0,) * 8
+_V: Final = layout.mask("CD", "V")
 
 
 class CdTable:
@@ -122,7 +124,7 @@ class CdTable:
             writer.write_cd(address, words, self.sids(), ssid)
         finally:
             if ssid:
-                self.used += (writer.read(address)[0] >> 31 & 1) - (before[0] >> 31 & 1)
+                self.used += bool(writer.read(address)[0] & _V) - bool(before[0] & _V)
 
     def drop_leaf(self, ssid: int) -> None:
         """Take back the leaf that `place` allocated; no CD in it is valid."""

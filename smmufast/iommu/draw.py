@@ -1,7 +1,8 @@
 """Pictures of what a stream's STE leads to: CD table, CDs, page tables, in lines of text.
 
 Drawn from the bytes in memory alone (IHI 0070 5.2, 5.3, 5.4; DDI 0487 D8.3): what the driver half
-keeps beside them is not asked, so that a picture shows what the SMMU finds.
+keeps beside them is not asked, so that a picture shows what the SMMU finds.  Where stage 2 starts,
+and where it puts an address, is asked of an SMMU that is given the STE and reads the same tables.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ import numpy as np
 
 from smmufast import layout
 from smmufast.errors import InvalidArgument, integer
-from smmufast.explain import _address, _first_level, _granule, _s2_granule, _s2_level, _shift
+from smmufast.explain import (
+    _first_level,
+    _granule,
+    _s2_granule,
+    _shift,
+    descriptor_address,
+)
 from smmufast.faults import ExternalAbort
 
 if TYPE_CHECKING:
     from smmufast._memory import Memory
+    from smmufast._smmu import Walk
+    from smmufast.features import Features
     from smmufast.iommu.system import Iommu
 
 _LEAF_LG2: Final = {1: 6, 2: 10}  # S1Fmt: lg2 of the CDs in a leaf of 4 KiB and of 64 KiB
@@ -36,36 +45,49 @@ def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
         raise InvalidArgument("limit", most, "1 or more")
     lines: list[str] = []
     for iommu, sid in streams:
-        picture = Picture(iommu.memory, most)
+        picture = Picture(iommu.memory, iommu.smmu.features, most)
         picture.stream(sid, iommu.ste_address(sid))
         lines += picture.lines
     return "\n".join(lines)
 
 
+def _output_bits(lg2: int) -> int:
+    """Bits of a leaf that say where it leads to, and whether its neighbours continue it."""
+    names = ["Addr_64K", "Addr51_48"] if lg2 == 16 else ["Addr_4K"]
+    return layout.mask("PTE_S1", "Contiguous", *names)
+
+
 class _Stage2:
-    """Addresses of a guest, as the tables of stage 2 put them into memory."""
+    """Stage 2 of an STE, as an SMMU of its own walks it."""
 
     def __init__(self, picture: Picture, ste: dict[str, int]) -> None:
+        from smmufast._memory import Memory
+        from smmufast._smmu import Smmu
+
         self._picture = picture
-        self._ste = ste
+        alone = {"Config": 6, "EATS": 0, "S2AFFD": 1, "S2HA": 0, "S2HD": 0}
+        self._ste = layout.to_bytes("STE", layout.pack("STE", **(ste | alone)))
+        # its only stream is 0, and its fetches are answered here
+        self._smmu = Smmu(Memory(), picture.features, strtab_base_cfg=0)
+
+    def _walk(self, ipa: int) -> Walk:
+        walk = self._smmu.start_walk(0, ipa, priv=True)
+        walk.supply(self._ste)
+        return walk
+
+    @property
+    def start(self) -> tuple[int, int] | None:
+        """Level and address of the first table; None where the STE is illegal."""
+        request = self._walk(0).request
+        return None if request is None else (request.level or 0, request.address)
 
     def pa(self, ipa: int) -> int | None:
         """Return where an intermediate physical address is; None where stage 2 has nothing."""
-        lg2, level = _s2_granule(self._ste), _s2_level(self._ste, None)
-        if not lg2 or level is None or ipa >> (64 - self._ste["S2T0SZ"]):
-            return None
-        table = self._ste["S2TTB"]
-        while True:
-            shift = _shift(lg2, level)
-            first = level == _s2_level(self._ste, None)
-            index = ipa >> shift & ((1 << 20) - 1 if first else (1 << lg2 - 3) - 1)
-            (d,) = self._picture.words(table + 8 * index, 1) or (0,)
-            if d & 3 == 3 and level < 3:
-                table, level = _address(d, lg2, False), level + 1
-            elif d & 1:
-                return _address(d, lg2, False) & -(1 << shift) | ipa & (1 << shift) - 1
-            else:
-                return None
+        walk = self._walk(ipa)
+        while (request := walk.request) is not None:
+            words = self._picture.words(request.address, 1)
+            walk.supply(None if words is None else words[0].to_bytes(8, "little"))
+        return None if walk.result is None else walk.result.pa
 
 
 class Picture:
@@ -74,12 +96,15 @@ class Picture:
     Parameters
     ----------
     memory : Memory
+    features : Features
+        Of the SMMU that reads the tables.
     limit : int
         Lines below one table or CD table; what is beyond is counted.
     """
 
-    def __init__(self, memory: Memory, limit: int) -> None:
+    def __init__(self, memory: Memory, features: Features, limit: int) -> None:
         self.memory = memory
+        self.features = features
         self.limit = limit
         self.lines: list[str] = []
 
@@ -130,12 +155,12 @@ class Picture:
         return prefix + ("   " if last else "│  ")
 
     def _stage2(self, ste: dict[str, int], last: bool) -> None:
-        lg2, level = _s2_granule(ste), _s2_level(ste, None)
         text = f"VMID {ste['S2VMID']}, S2TTB {ste['S2TTB']:#x}"
         below = self._branch("", last, text)
-        if lg2 and level is not None:
-            bits = 64 - ste["S2T0SZ"]
-            self._table(below, ste["S2TTB"], lg2, level, bits, 2, None)
+        start = _Stage2(self, ste).start
+        if start is not None:
+            level, table = start
+            self._table(below, table, _s2_granule(ste), level, 64 - ste["S2T0SZ"], 2, None)
 
     def _contexts(self, ste: dict[str, int], guest: _Stage2 | None, last: bool) -> None:
         base, bits = ste["S1ContextPtr"], min(ste["S1CDMax"], 20)
@@ -172,7 +197,7 @@ class Picture:
             at = self._at(base + 64 * start, guest)
             words = self.array(at, 8 * min(64, count - start)) if at is not None else None
             if words is not None and at is not None:
-                valid = np.flatnonzero(words[::8] & np.uint64(1 << 31)).tolist()
+                valid = np.flatnonzero(words[::8] & np.uint64(layout.mask("CD", "V"))).tolist()
                 found += [(first + start + index, at + 64 * index) for index in valid]
         for number, (ssid, address) in enumerate(found[: self.limit]):
             self._context(prefix, number + 1 == len(found), ssid, address, guest)
@@ -223,13 +248,12 @@ class Picture:
             d = int(words[index])
             start = iova + (index << shift)
             if d & 3 == 3 and level < 3:
-                rows.append(
-                    (f"[{index}] level {level + 1} table at", _address(d, lg2, False), start)
-                )
+                lower = descriptor_address(d, lg2, False)
+                rows.append((f"[{index}] level {level + 1} table at", lower, start))
                 run = []
                 continue
-            output = _address(d, lg2, False) & -(1 << shift)
-            rest = d & ~(_address(-1, lg2, False) | 0xF000 * (lg2 == 16)) & ~(1 << 52)
+            output = descriptor_address(d, lg2, False) & -(1 << shift)
+            rest = d & ~_output_bits(lg2)
             if run and [run[0] + run[3], run[1] + (run[3] << shift), run[2]] == [
                 index, output, rest,
             ]:  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from smmufast import layout
+from smmufast._driver import ste_config
 from smmufast.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def _stage2(table: Any, vmid: int, stall: bool, features: Features) -> dict[str,
     }  # fmt: skip
 
 
+_V: Final = layout.mask("STE", "V")
+_EATS: Final = layout.STE.field("EATS")
 _GUEST_0 = layout.pack("STE", V=1, Config=7, S1Fmt=3, S1CDMax=31, S1ContextPtr=(1 << 56) - 64)
 _GUEST_1 = layout.pack("STE", S1DSS=3, S1CIR=3, S1COR=3, S1CSH=3, S1STALLD=1, EATS=1) >> 64
 
@@ -100,30 +103,30 @@ def check_guest_ste(words: Sequence[int]) -> None:
             "ste", words, text="ste has bits that a guest may not set: "
             f"{words[0] & ~_GUEST_0:#x}, {words[1] & ~_GUEST_1:#x}",
         )  # fmt: skip
-    if words[0] & 1 and words[0] >> 1 & 7 not in (0, 4, 5):
+    if words[0] & _V and ste_config(words[0]) not in (0, 4, 5):
         raise InvalidArgument(
-            "ste", words, text=f"ste has Config {words[0] >> 1 & 7}, allowed are 0, 4 and 5"
+            "ste", words, text=f"ste has Config {ste_config(words[0])}, allowed are 0, 4 and 5"
         )
 
 
 def eats(words: Sequence[int]) -> int:
     """The EATS field of a guest's STE."""
-    return words[1] >> 28 & 3
+    return (words[1] & _EATS.mask) >> _EATS.shift
 
 
 def ste_nested(
     table: Any, vmid: int, guest: Sequence[int], *, stall: bool, ats: bool, features: Features
 ) -> Words:
     """Write a guest's STE over a host's stage 2: abort, stage 2 alone, or both stages."""
-    config = guest[0] >> 1 & 7
-    if not guest[0] & 1 or config == 0:
+    config = ste_config(guest[0])
+    if not guest[0] & _V or config == 0:
         return ste_abort()
     if config == 4:
         return ste_stage2(table, vmid, stall=stall, ats=False, features=features)
     ats = ats and eats(guest) == 1
     two = _words("STE", V=1, Config=7, **_stage2(table, vmid, stall and not ats, features))
-    first = guest[0] & ~(0xF) | two[0]
-    second = guest[1] & ~(3 << 28) | two[1] | (1 << 28 if ats else 0)
+    first = guest[0] & ~layout.mask("STE", "V", "Config") | two[0]
+    second = guest[1] & ~_EATS.mask | two[1] | (1 << _EATS.shift if ats else 0)
     return (first, second, *two[2:])
 
 

@@ -75,6 +75,11 @@ AUX: Final = Profile("AUX", True)
 #: Linux today: any stage-1 domain on any PASID that the caller chooses.
 NOW: Final = Profile("NOW", False)
 
+_CR1 = layout.pack(
+    "CR1", TABLE_SH=3, TABLE_OC=1, TABLE_IC=1, QUEUE_SH=3, QUEUE_OC=1, QUEUE_IC=1
+)  # inner shareable, write-back
+_OVFLG = layout.mask("EVENTQ_PROD", "OVFLG")  # as OVACKFLG in CONS, of both queues
+
 
 class Iommu:
     """The driver of one SMMU.
@@ -192,9 +197,9 @@ class Iommu:
         self.strtab = pages.alloc(self._strtab_size)
         if not two_level:
             self._fill(self.strtab, 1 << self.sid_bits)
-        smmu.write("CR1", 3 << 10 | 1 << 8 | 1 << 6 | 3 << 4 | 1 << 2 | 1)
+        smmu.write("CR1", _CR1)
         smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
-        smmu.write("STRTAB_BASE", self.strtab | 1 << 62, 8)
+        smmu.write("STRTAB_BASE", self.strtab | layout.mask("STRTAB_BASE", "RA"), 8)
         smmu.write("STRTAB_BASE_CFG", config)
         lg2 = min(features.cmdqs, 8)
         self.queue = CommandQueue(smmu, pages.alloc(16 << lg2), lg2)
@@ -217,7 +222,8 @@ class Iommu:
         if features.ats:
             enables |= layout.pack("CR0", ATSCHK=1)
             self._update("CR0", enables)
-        self._update("IRQ_CTRL", 7 if features.pri else 5)
+        sources = ["GERROR_IRQEN", "EVENTQ_IRQEN", *["PRIQ_IRQEN"] * features.pri]
+        self._update("IRQ_CTRL", layout.mask("IRQ_CTRL", *sources))
         self._update("CR0", enables | layout.pack("CR0", SMMUEN=1))
 
     def _update(self, register: str, value: int) -> None:
@@ -229,7 +235,7 @@ class Iommu:
     def _ring(self, name: str, lg2: int, size: int) -> None:
         base = self.system.pages.alloc(size << lg2)
         self._rings[name] = base, lg2
-        self.smmu.write(f"{name}_BASE", base | 1 << 62 | lg2, 8)
+        self.smmu.write(f"{name}_BASE", base | layout.mask(f"{name}_BASE", "WA") | lg2, 8)
         self.smmu.write(f"{name}_PROD", 0)
         self.smmu.write(f"{name}_CONS", 0)
 
@@ -254,14 +260,14 @@ class Iommu:
         while True:
             prod = self.smmu.read(f"{name}_PROD")
             cons = self.smmu.read(f"{name}_CONS")
-            overflowed = (prod ^ cons) >> 31
+            overflowed = (prod ^ cons) & _OVFLG
             if (prod ^ cons) & mask == 0:
                 if overflowed:
                     self.overflows[name] = self.overflows.get(name, 0) + 1
-                    self.smmu.write(f"{name}_CONS", prod & 1 << 31 | cons & mask)
+                    self.smmu.write(f"{name}_CONS", prod & _OVFLG | cons & mask)
                 return
             record = self.memory.read(base + size * (cons & mask >> 1), size)
-            self.smmu.write(f"{name}_CONS", cons & 1 << 31 | (cons + 1 & mask))
+            self.smmu.write(f"{name}_CONS", cons & _OVFLG | (cons + 1 & mask))
             yield record
 
     # --- the stream table ---

@@ -26,14 +26,28 @@ static const void *image_at(const image_t *image, uint64_t address, uint64_t n)
     return image->bytes + offset;
 }
 
+/* What a walk asked for, and whether it got it. */
+typedef struct {
+    smmufast_fetch fetch;
+    int aborted;
+} asked_t;
+
+/* `asked` may be NULL; else there is room for `*count`, which becomes how many there are. */
 static int run_walk(smmufast_smmu *smmu, const image_t *image, const smmufast_request *request,
-                    smmufast_walk *walk)
+                    smmufast_walk *walk, asked_t *asked, size_t *count)
 {
+    size_t n = 0;
+    walk->size = sizeof *walk;
+    walk->flags = 0;
     int status = api->walk_start(smmu, request, walk);
     while (status == SMMUFAST_PENDING) {
-        const smmufast_fetch *fetch = &walk->fetch[walk->count];
-        status = api->walk_supply(smmu, walk, image_at(image, fetch->address, fetch->size));
+        const void *data = image_at(image, walk->fetch.address, walk->fetch.size);
+        if (asked != NULL && n < *count)
+            asked[n++] = (asked_t){walk->fetch, data == NULL};
+        status = api->walk_supply(smmu, walk, data);
     }
+    if (asked != NULL)
+        *count = n;
     return status;
 }
 
@@ -80,6 +94,8 @@ static PyObject *py_walk(PyObject *module, PyObject *args)
     Py_buffer bytes;
     smmufast_request request = {0};
     smmufast_walk walk;
+    asked_t asked[64];
+    size_t count = 64;
     unsigned long long base, iova;
     unsigned int sid, ssid, access;
     int status;
@@ -97,16 +113,16 @@ static PyObject *py_walk(PyObject *module, PyObject *args)
     request.iova = iova;
     request.access = access;
     Py_BEGIN_ALLOW_THREADS
-    status = run_walk(smmu, &image, &request, &walk);
+    status = run_walk(smmu, &image, &request, &walk, asked, &count);
     Py_END_ALLOW_THREADS
     api->release(smmu);
     PyBuffer_Release(&bytes);
     fetches = PyList_New(0);
-    for (uint32_t i = 0; fetches != NULL && i < walk.count; i++) {
-        const smmufast_fetch *fetch = &walk.fetch[i];
+    for (size_t i = 0; fetches != NULL && i < count; i++) {
+        const smmufast_fetch *fetch = &asked[i].fetch;
         PyObject *item = Py_BuildValue("(iiKii)", fetch->kind, fetch->level,
                                        (unsigned long long)fetch->address, fetch->size,
-                                       fetch->aborted);
+                                       asked[i].aborted);
         if (item == NULL || PyList_Append(fetches, item) < 0)
             Py_CLEAR(fetches);
         Py_XDECREF(item);
@@ -114,17 +130,112 @@ static PyObject *py_walk(PyObject *module, PyObject *args)
     return Py_BuildValue("(iNN)", status, result_tuple(&walk.result), fetches);
 }
 
+/* --- a walk step by step; its struct is a bytearray of the caller --- */
+
+static smmufast_walk *walk_in(Py_buffer *view)
+{
+    if ((size_t)view->len < sizeof(smmufast_walk)) {
+        PyErr_SetString(PyExc_ValueError, "walk: too short");
+        return NULL;
+    }
+    return view->buf;
+}
+
+/* step(what, smmu, walk, ...) -> status; start: sid, iova, access, flags; supply: data or None */
+static PyObject *py_step(PyObject *module, PyObject *args)
+{
+    const char *what;
+    PyObject *object, *data = Py_None;
+    Py_buffer view, answer = {0};
+    unsigned long long iova = 0;
+    unsigned int sid = 0, access = 0, flags = 0;
+    int status;
+    (void)module;
+    what = PyUnicode_AsUTF8(PyTuple_GetItem(args, 0));
+    if (what == NULL)
+        return NULL;
+    if (strcmp(what, "start") == 0) {
+        if (!PyArg_ParseTuple(args, "sOw*IKII", &what, &object, &view, &sid, &iova, &access,
+                              &flags))
+            return NULL;
+    } else if (!PyArg_ParseTuple(args, "sOw*|O", &what, &object, &view, &data)) {
+        return NULL;
+    }
+    smmufast_walk *walk = walk_in(&view);
+    smmufast_smmu *smmu = walk == NULL ? NULL : api->acquire(object);
+    if (smmu == NULL || (data != Py_None && PyObject_GetBuffer(data, &answer, PyBUF_SIMPLE) < 0))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (strcmp(what, "start") == 0) {
+        smmufast_request request = {iova, sid, SMMUFAST_NO_SSID, access, 0};
+        walk->size = sizeof *walk;
+        walk->flags = flags;
+        status = api->walk_start(smmu, &request, walk);
+    } else if (strcmp(what, "supply") == 0) {
+        status = api->walk_supply(smmu, walk, answer.buf);
+    } else if (strcmp(what, "look") == 0) {
+        status = api->walk_look(smmu, walk);
+    } else {
+        status = api->walk_drop(smmu, walk);
+    }
+    Py_END_ALLOW_THREADS
+    api->release(smmu);
+    if (answer.obj != NULL)
+        PyBuffer_Release(&answer);
+    PyBuffer_Release(&view);
+    return PyLong_FromLong(status);
+}
+
+/* fetch_of(walk) -> (kind, level, address, size, expected, desired) */
+static PyObject *py_fetch_of(PyObject *module, PyObject *object)
+{
+    Py_buffer view;
+    (void)module;
+    if (PyObject_GetBuffer(object, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    smmufast_walk *walk = walk_in(&view);
+    smmufast_fetch fetch = walk == NULL ? (smmufast_fetch){0} : walk->fetch;
+    PyBuffer_Release(&view);
+    return walk == NULL ? NULL : Py_BuildValue(
+        "(iiKiKK)", fetch.kind, fetch.level, (unsigned long long)fetch.address, fetch.size,
+        (unsigned long long)fetch.expected, (unsigned long long)fetch.desired);
+}
+
+/* result_of(walk) -> result */
+static PyObject *py_result_of(PyObject *module, PyObject *object)
+{
+    Py_buffer view;
+    PyObject *result;
+    (void)module;
+    if (PyObject_GetBuffer(object, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    smmufast_walk *walk = walk_in(&view);
+    result = walk == NULL ? NULL : result_tuple(&walk->result);
+    PyBuffer_Release(&view);
+    return result;
+}
+
+/* sizes() -> of the walk, and where its state starts */
+static PyObject *py_sizes(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return Py_BuildValue("(nn)", (Py_ssize_t)sizeof(smmufast_walk),
+                         (Py_ssize_t)offsetof(smmufast_walk, state));
+}
+
 /* The columns of a batch, from a tuple of buffers in the order of smmufast_batch. */
-enum { COLUMNS = 16 };
-static const ptrdiff_t widths[COLUMNS] = {4, 4, 8, 1, 8, 1, 1, 1, 1, 1, 1, 1, 1, 8, 1, 32};
+enum { COLUMNS = 17 };
+static const ptrdiff_t widths[COLUMNS] = {4, 4, 8, 1, 8, 1, 1, 1, 1, 1, 1, 1, 1, 8, 1, 32, 2};
 
 static int fill_batch(PyObject *columns, Py_buffer *views, smmufast_batch *batch)
 {
     smmufast_column *column = &batch->sid;
     memset(views, 0, COLUMNS * sizeof *views);
     memset(batch, 0, sizeof *batch);
+    batch->size = sizeof *batch;
     if (PyTuple_GET_SIZE(columns) != COLUMNS) {
-        PyErr_SetString(PyExc_ValueError, "columns: 16 needed");
+        PyErr_SetString(PyExc_ValueError, "columns: 17 needed");
         return -1;
     }
     for (int i = 0; i < COLUMNS; i++) {
@@ -226,7 +337,8 @@ static void *race(void *argument)
             smmufast_request request = request_of(&batch, i);
             smmufast_result result;
             if (api->translate(mine->smmu, &request, &result) != SMMUFAST_DONE
-                || run_walk(mine->smmu, mine->image, &request, &walk) != SMMUFAST_DONE
+                || run_walk(mine->smmu, mine->image, &request, &walk, NULL, NULL)
+                       != SMMUFAST_DONE
                 || !same(&result, &walk.result) || result.event != event[i]
                 || result.pa != pa[i])
                 mine->differences++;
@@ -375,6 +487,12 @@ static PyObject *py_translate_held(PyObject *module, PyObject *args)
     return Py_BuildValue("(iN)", status, result_tuple(&result));
 }
 
+/* What ABI 2 had instead of smmufast_batch: no size. */
+typedef struct {
+    size_t n;
+    smmufast_column column[16];
+} old_batch_t;
+
 /* misuse(smmu) -> {what: status}: arguments out of range */
 static PyObject *py_misuse(PyObject *module, PyObject *object)
 {
@@ -384,12 +502,20 @@ static PyObject *py_misuse(PyObject *module, PyObject *object)
     uint32_t sid = 1, ssids[2] = {SMMUFAST_NO_SSID, 0x100000};
     uint64_t iovas[2] = {0x1000, 0x2000}, pa[2] = {7, 7};
     uint8_t access[2] = {0, 8};
-    smmufast_batch good = {0}, batch;
+    smmufast_batch good = {.size = sizeof good}, batch;
+    struct {
+        smmufast_batch batch;
+        smmufast_column more[2];
+    } newer;
+    old_batch_t old = {0};
     (void)module;
     smmufast_smmu *smmu = api->acquire(object);
     if (smmu == NULL)
         return NULL;
     PyObject *found = PyDict_New();
+    memset(&walk, 0xEE, sizeof walk);
+    walk.size = sizeof walk;
+    walk.flags = 0;
 #define NOTE(what, value)                                                                         \
     do {                                                                                          \
         PyObject *number = PyLong_FromLong(value);                                                \
@@ -406,10 +532,21 @@ static PyObject *py_misuse(PyObject *module, PyObject *object)
     NOTE("walk_start access", api->walk_start(smmu, &request, &walk));
     NOTE("result untouched", result.pa == 0x5A5A5A5A5A5A5A5Au && result.sh == 0x5A);
     request.access = 0;
+    NOTE("walk_supply not started", api->walk_supply(smmu, &walk, NULL));
+    NOTE("walk_look not started", api->walk_look(smmu, &walk));
+    NOTE("walk_drop not started", api->walk_drop(smmu, &walk));
+    walk.size = offsetof(smmufast_walk, state) + 8;
+    NOTE("walk_start size", api->walk_start(smmu, &request, &walk));
+    walk.size = sizeof walk;
+    walk.flags = 2;
+    NOTE("walk_start flags", api->walk_start(smmu, &request, &walk));
+    walk.flags = 0;
     NOTE("walk_start", api->walk_start(smmu, &request, &walk));
     NOTE("walk_supply abort", api->walk_supply(smmu, &walk, NULL));
     NOTE("walk_supply done", api->walk_supply(smmu, &walk, iovas));
-    NOTE("walk still done", walk.result.event == 3 && walk.count == 1);
+    NOTE("walk_look done", api->walk_look(smmu, &walk));
+    NOTE("walk_drop done", api->walk_drop(smmu, &walk));
+    NOTE("walk still done", walk.result.event == 3 && walk.fetch.kind == SMMUFAST_FETCH_NONE);
 
     good.n = 2;
     good.sid.data = &sid;
@@ -435,13 +572,35 @@ static PyObject *py_misuse(PyObject *module, PyObject *object)
     batch = good;
     batch.access.stride = 1;
     NOTE("batch access value", api->translate_batch(smmu, &batch));
+    batch = good;
+    batch.size = offsetof(smmufast_batch, pa) - 1;
+    NOTE("batch size", api->translate_batch(smmu, &batch));
+    memset(&newer, 0, sizeof newer);
+    newer.batch = good;
+    newer.batch.size = sizeof newer;
+    newer.more[1].data = pa;
+    NOTE("batch newer column", api->translate_batch(smmu, &newer.batch));
+    old.n = 2;
+    for (int i = 0; i < 16; i++)
+        old.column[i] = (&good.sid)[i];
+    memcpy(&newer, &old, sizeof old);
+    NOTE("batch of ABI 2", api->translate_batch(smmu, &newer.batch));
     NOTE("batch untouched", pa[0] == 7 && pa[1] == 7);
     batch = good;
     batch.n = 0;
     NOTE("batch empty", api->translate_batch(smmu, &batch));
     NOTE("batch untouched when empty", pa[0] == 7 && pa[1] == 7);
-    NOTE("batch", api->translate_batch(smmu, &good));
+    memset(&newer, 0, sizeof newer);
+    newer.batch = good;
+    newer.batch.size = sizeof newer;
+    NOTE("batch newer", api->translate_batch(smmu, &newer.batch));
     NOTE("batch written", pa[0] != 7);
+    pa[0] = 7;
+    batch = good;
+    batch.size = offsetof(smmufast_batch, action);
+    batch.event.data = iovas; /* beyond its size: not wanted */
+    NOTE("batch older", api->translate_batch(smmu, &batch));
+    NOTE("batch of the size", pa[0] != 7 && iovas[0] == 0x1000);
 #undef NOTE
     api->release(smmu);
     return found;
@@ -490,6 +649,10 @@ static PyMethodDef methods[] = {
     {"translate", py_translate, METH_VARARGS, NULL},
     {"translate_held", py_translate_held, METH_VARARGS, NULL},
     {"walk", py_walk, METH_VARARGS, NULL},
+    {"step", py_step, METH_VARARGS, NULL},
+    {"fetch_of", py_fetch_of, METH_O, NULL},
+    {"result_of", py_result_of, METH_O, NULL},
+    {"sizes", py_sizes, METH_NOARGS, NULL},
     {"batch", py_batch, METH_VARARGS, NULL},
     {"race", py_race, METH_VARARGS, NULL},
     {"host", py_host, METH_VARARGS, NULL},
