@@ -8,10 +8,12 @@ Run as a program for long comparisons::
 
 A program is random stores to STEs, CDs and tables of both stages, random commands, and
 translations over several streams, ASIDs, VMIDs and StreamWorlds, by an SMMU with caches of random
-geometry.  The model knows nothing of caches.  It remembers every value that a structure has had,
-and every command: an answer is permitted when it follows from values of which none is older than
-what the commands before the last CMD_SYNC have covered (IHI 0070 3.21, 4.3, 4.4).  Where every
-older value is covered, only the present answer is permitted.
+geometry: one by one, in batches, and as walks whose fetches the host makes while software goes on.
+
+The model knows nothing of caches.  It remembers every value that a structure has had, and every
+command: an answer is permitted when it follows from values of which none is older than what the
+commands before the last CMD_SYNC have covered (IHI 0070 3.21, 4.3, 4.4).  Where every older value
+is covered, only the present answer is permitted.
 
 An older value can be had until a command covers it that came after it was replaced, and what was
 made of it (a table that it named, a translation) until a command covers that, which came after it
@@ -664,6 +666,8 @@ class System:
             self.everything()
         elif chance < 0.47:
             return self.batch()
+        elif chance < 0.5:
+            self.walk()
         else:
             request = self.request()
             self.check(request, answer_of(self.smmu.translate(
@@ -822,6 +826,29 @@ class System:
             name = rng.choice(("TLBI_S12_VMALL", "TLBI_NH_ALL"))
             self.command(name, VMID=ste.vmid)
         self.sync()
+
+    def walk(self):
+        """A walk whose fetches the host makes, while software goes on."""
+        request = self.request()
+        walk = self.smmu.start_walk(
+            request.sid, request.va, ssid=request.ssid or None, write=request.write
+        )
+        while (fetch := walk.request) is not None:
+            data = self.memory.read(fetch.address, fetch.size)
+            chance = self.rng.random()
+            if chance < 0.08:
+                self.model.now += 1
+                self.change()
+            elif chance < 0.14:
+                name = self.random_command()
+                self.command(name, **self.fields_of(name))
+            elif chance < 0.18:
+                self.model.now += 1
+                self.sync()
+            if walk.request == fetch:  # else it was overtaken, and begins again
+                walk.supply(data)
+        self.counts["walks"] += 1
+        self.check(request, answer_of(walk.result))
 
     def batch(self):
         requests = [self.request() for _ in range(self.rng.choice((4, 20, 40)))]
