@@ -315,7 +315,7 @@ cdef inline int ats_pages(
             or not ats_granted(context, ask, request.access, pages.first.perm)):
         return why
     why = stage2(view, context, port, pages.ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
-                   &pages.second, &pages.pa, syndrome)
+                 &pages.second, &pages.pa, syndrome)
     if why == 0 and kind == KIND_COMBINED and pages.first.perm & need:
         upper = half_of(iova, context.two_ttbs)
         half = &context.half[upper]
@@ -475,7 +475,7 @@ cdef inline int ats_ipa(
     leaf_none(&leaf)
     first.perm = 0x3F
     why = stage2(view, context, port, request.iova, context.need[request.access],
-                   (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
+                 (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
     if why < 0:
         return why
     finish_stage2(hw, request, context, False, why, &first, &leaf, request.iova, pa, &syndrome,

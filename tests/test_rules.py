@@ -130,7 +130,7 @@ def test_every_row_that_is_there_has_its_tests():
                 assert name in ID.findall(text), (name, file)
             else:
                 wanted[file, test].add(name)
-    assert MARKED == wanted
+    assert wanted == MARKED
 
 
 def test_every_reason_has_a_row():

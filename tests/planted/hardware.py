@@ -4,7 +4,7 @@ By file: (name, old text, new text, arguments of pytest).
 """
 
 def of(file, *found):
-    return [Mutant(name, file, old, new, tests) for name, old, new, tests in found]
+    return [Mutant(name, file, old, new, tests) for name, old, new, tests in found]  # noqa: F821
 
 
 def some(file, words):
