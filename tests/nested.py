@@ -91,12 +91,13 @@ def small_nested(has=None, *, cd=None, stage1=None, tables=None, **ste):
 UPPER = 0xFFFF_FF80_0000_0000  # of 39-bit addresses
 
 
-def scattered_nested(seed, first, second, *, has=None, cd=None, **ste):
+def scattered_nested(seed, first, second, *, has=None, cd=None, tables=None, **ste):
     """(the same two streams, input addresses) where stage 2 puts no two pages side by side.
 
     first, second: log2 of the granules.  Both halves of stage 1 have pages and blocks of every
     permission, below tables some of which take permissions away; stage 2 has the IPAs of their
     tables and of their pages in its own granule, in any order, and maps some of them read-only.
+    has, cd, tables, ste: as for small_nested.
     """
     rng = random.Random(seed)
     page = 1 << second
@@ -106,25 +107,26 @@ def scattered_nested(seed, first, second, *, has=None, cd=None, **ste):
     halves = [ptwriter.PageTables(guest, allocate, first, 25) for _ in range(2)]
     places, ipas = [], set()
     regions = rng.sample(range(1 << 6), 6)
-    for tables, base in zip(halves, (0, UPPER), strict=True):
-        tables.slot(base, 2)
+    for half, base in zip(halves, (0, UPPER), strict=True):
+        half.slot(base, 2)
         for region in regions:
             # a table of the last level each, in which a few pages lie
-            start = base + (region << tables.shift(2))
+            start = base + (region << half.shift(2))
             flags = {"aptable": rng.choice((0, 0, 1, 2)), "pxntable": rng.randrange(2)}
             for index in rng.sample(range(1 << first - 3), 6):
                 iova = start + (index << first)
                 ipa = DATA + (rng.randrange(1 << 8) << 16)
-                tables.map(iova, ipa, table_flags=flags, attrindx=1, ap=rng.choice((0, 1, 1, 3)))
+                half.map(iova, ipa, table_flags=flags, attrindx=1, ap=rng.choice((0, 1, 1, 3)))
                 ipas.update(range(ipa, ipa + (1 << first), page))
                 places += [iova + rng.randrange(1 << first) for _ in range(2)]
-        block = base + (1 << 6 << tables.shift(2))
-        ipa = DATA + (1 << 30) + (rng.randrange(4) << 30) & -1 << tables.shift(2)
-        tables.map(block, ipa, 2, attrindx=1, ap=1)
+        block = base + (1 << 6 << half.shift(2))
+        ipa = DATA + (1 << 30) + (rng.randrange(4) << 30) & -1 << half.shift(2)
+        half.map(block, ipa, 2, attrindx=1, ap=1)
         for _ in range(4):
-            offset = rng.randrange(1 << tables.shift(2))
+            offset = rng.randrange(1 << half.shift(2))
             ipas.add(ipa + offset & -page)
             places += [block + offset & -8, block + (offset & -page)]
+    tables_end = allocate.next
     fields = {
         "v": 1, "aa64": 1, "a": 1, "r": 1, "ips": 4, "t0sz": 25, "t1sz": 25,
         "tg0": {12: 0, 14: 2, 16: 1}[first], "tg1": {12: 2, 14: 1, 16: 3}[first],
@@ -137,17 +139,20 @@ def scattered_nested(seed, first, second, *, has=None, cd=None, **ste):
     allocate = ptwriter.BumpAllocator(memory, STAGE2, 1 << 24)
     start = 1 if second == 12 else 2
     outer = ptwriter.Stage2Tables(memory, allocate, second, 24, start_level=start)
-    frames = list(range(GUEST, GUEST + (1 << 27), page))
+    structures = [CONTEXT, *range(TABLES, tables_end, page)]
+    frames = [GUEST + page * i for i in range(4 * (len(structures) + len(ipas)))]
+    # What lies between them looks like leaves of stage 1: whoever reads there finds a page.
+    decoy = ptwriter.leaf_descriptor(first, 3, min(ipas) & -1 << first, attrindx=1, ap=1)
+    size = -(-len(frames) * page >> 16 << 16)
+    memory.add(GUEST, size)
+    memory.write(GUEST, decoy.to_bytes(8, "little") * (size // 8))
     rng.shuffle(frames)
-    for base, data in guest.regions():
-        for ipa in range(base, base + len(data), page):
-            content = guest.read(ipa, page)
-            if any(content):
-                frame = frames.pop()
-                memory.ensure(frame, page)
-                for offset in range(0, page, 0x1000):
-                    memory.write(frame + offset, content[offset : offset + 0x1000])
-                outer.map(ipa, frame, memattr=15, s2ap=3, sh=3)
+    for ipa in structures:
+        frame = frames.pop()
+        content = guest.read(ipa, page)
+        for offset in range(0, page, 0x1000):
+            memory.write(frame + offset, content[offset : offset + 0x1000])
+        outer.map(ipa, frame, **{"memattr": 15, "s2ap": 3, "sh": 3} | (tables or {}))
     for ipa in sorted(ipas):
         outer.map(ipa, frames.pop(), memattr=15, s2ap=rng.choice((1, 3, 3)), sh=3)
     both = {

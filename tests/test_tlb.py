@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cachemodel import BY_ADDRESS, COMMANDS, Model, Tlbi, answers, rivals
 from hypothesis import HealthCheck, given, settings
@@ -343,6 +344,31 @@ def test_live_entries_are_fills_less_what_went(seed):
 # --- single rules, by hand ---
 
 PAGE = TlbEntry(0x7000_0000, 0x9000_0000, asid=5, vmid=1)
+
+
+def test_entries_of_one_page_whose_prints_agree_are_kept_apart():
+    """They differ in VMID or ASID alone; what is compared first is written again here."""
+    tags = np.unique(np.random.default_rng(3).integers(0, 1 << 32, 1 << 18, np.uint64))
+    page, lg2 = 0x42, 12
+    # VALID, the world NS_EL1 (0), the kind stage 1, the size
+    keys = tags | np.uint64(1 << 63 | 1 << 38 | lg2 << 32)
+    mixed = keys * np.uint64(0x5A308D33) + np.uint64(page * 0x3C6EF373)
+    found = mixed >> np.uint64(24) & np.uint64(0xFFFF_FFFF) | np.uint64(1)
+    order = np.argsort(found, kind="stable")
+    same = np.flatnonzero(found[order][1:] == found[order][:-1])
+    assert len(same) >= 4
+    for at in same[:8]:
+        a, b = ({"asid": tag & 0xFFFF, "vmid": tag >> 16}
+                for tag in (int(tags[order[at + i]]) for i in (0, 1)))  # fmt: skip
+        for ways in (4, 8):
+            caches = Caches(tlb=(1, ways))
+            first = PAGE._replace(start=page << lg2, lg2=lg2, kind="stage 1", output=0x5000, **a)
+            caches.fill(first)
+            assert caches.lookup(page << lg2, **a).output == 0x5000
+            assert caches.lookup(page << lg2, **b) is None
+            caches.fill(first._replace(output=0x6000, **b))
+            assert caches.lookup(page << lg2, **a).output == 0x5000
+            assert caches.lookup(page << lg2, **b).output == 0x6000
 
 
 @pytest.mark.rule("S3.17.1-1", "S3.17.1-3", "S4.4.2.4-2", "V8.16.3.1-2")
