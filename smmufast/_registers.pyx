@@ -144,9 +144,9 @@ cdef inline Ring* ring_of(Registers self, str name) noexcept:
 cdef object STATE_HEADER = struct.Struct("<8sII")  # mark, version, size of the JSON
 cdef bytes STATE_MARK = b"smmufast"
 cdef int STATE_VERSION = 2
-cdef tuple STATE = ("features", "ignore_s2ptw", "registers", "placed", "atc_failed", "last_stag",
-                    "stalls", "warnings", "caches", "wired")
-cdef tuple STATE_1 = STATE[:-1]  # of version 1
+cdef tuple STATE_1 = ("features", "ignore_s2ptw", "registers", "placed", "atc_failed", "last_stag",
+                      "stalls", "warnings", "caches")  # of version 1
+cdef tuple STATE = (*STATE_1, "wired")
 cdef tuple QUEUES = ("CMDQ", "EVENTQ", "PRIQ")
 cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
 cdef tuple ID_REGISTERS = ("idr0", "idr1", "idr3", "idr5", "aidr")  # Features.from_idr()
