@@ -99,6 +99,7 @@ cdef struct AtsPages:
 
 # --- rules ---
 
+# S3.9.1-13, S3.9.1.2-3, S3.9.1.2-4, S3.9.1.3-3, S5.2-35, S5.2-38
 cdef inline unsigned int eats_effective(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """STE.EATS of a legal STE: split-stage ATS needs ATSCHK, and there is no DPT (5.2)."""
     cdef unsigned int eats = <unsigned int>ste_eats(ste)
@@ -109,6 +110,8 @@ cdef inline unsigned int eats_effective(const Hw* hw, const uint64_t* ste) noexc
     return eats
 
 
+# S3.9-4, S3.9.1-17, S3.9.1.2-7, S3.13.7.1-3, S3.13.7.2-2, S3.13.7.2-3, S13.1.4-2, S13.7-1, S13.7-4,
+# S13.7-5, S13.7-6, S13.7.1-1, S13.7.1-2, S13.7.1-3, S13.7.1-4, S13.7.1-5
 cdef inline unsigned int ats_granted(
         const Context* context, const AtsAsk* ask, unsigned int access,
         unsigned int perm) noexcept nogil:
@@ -123,6 +126,7 @@ cdef inline unsigned int ats_granted(
     return granted
 
 
+# S2.5-3, S3.9.1.2-11, S6.3.12-4
 cdef inline unsigned int recorded_if_asked(const Hw* hw) noexcept nogil:
     """How configuration errors of ATS end: in an abort, recorded with CR2.REC_CFG_ATS."""
     return TERMINATE_A | TERMINATE_R if cr2_rec_cfg_ats(hw.cr2) else TERMINATE_A
@@ -130,6 +134,7 @@ cdef inline unsigned int recorded_if_asked(const Hw* hw) noexcept nogil:
 
 # --- ends ---
 
+# S7.3.6-1, S7.3.6-2, S7.3.6-3, S7.3.6-4
 cdef inline void end_bad_request(
         const Hw* hw, const Request* request, const AtsAsk* ask, int why,
         AtsAnswer* answer) noexcept nogil:
@@ -153,19 +158,22 @@ cdef inline void end_bad_request(
     f_bad_ats_treq_set_inputaddr(w, request.iova & ~<uint64_t>0xFFF)
 
 
+# S3.9.1-3, S3.9.1-4, S3.9.1-5, S3.9.1.2-5, S3.9.1.2-10, S3.9.1.2-14, S3.9.1.2-101, S3.13.7.2-1,
+# S5.5-6, S7.3.22-5, S15.2-1
 cdef inline void end_request(
-        const Hw* hw, const Request* request, const Context* context, int event,
+        const Hw* hw, const Request* request, const Context* context, int why,
         const Syndrome* syndrome, AtsAnswer* answer) noexcept nogil:
     """A fault on the way: faults of translation grant nothing, all others are a Completer Abort."""
-    cdef bint translation = EVENT_F_TRANSLATION <= why_event(event) <= EVENT_F_PERMISSION
+    cdef bint translation = EVENT_F_TRANSLATION <= why_event(why) <= EVENT_F_PERMISSION
     cdef unsigned int access = 0
-    if why_event(event) >= EVENT_F_WALK_EABT:
+    if why_event(why) >= EVENT_F_WALK_EABT:
         access = effective_access(context, request.access)
     answer.status = ATS_SUCCESS if translation else ATS_CA
-    end_fault(hw, request, &answer.outcome, event, access,
+    end_fault(hw, request, &answer.outcome, why, access,
               TERMINATE_A if translation else recorded_if_asked(hw), syndrome)
 
 
+# S3.9.1.3-4, S7.3.8-1, S7.3.8-2, S7.3.8-3
 cdef inline void end_forbidden(
         const Hw* hw, const Request* request, int why, Outcome* outcome) noexcept nogil:
     """Abort, and F_TRANSL_FORBIDDEN."""
@@ -179,6 +187,7 @@ cdef inline void end_forbidden(
     event_set_inputaddr(w, request.iova)
 
 
+# S3.9.1.1-1, S3.9.1.3-13, S13.6.2-1, S13.6.3-4
 cdef inline void end_passed(const Hw* hw, const Request* request, Outcome* outcome) noexcept nogil:
     """A Translated transaction goes on with the attributes that it has, if its address exists."""
     if request.iova & hw.oas_over:
@@ -189,12 +198,13 @@ cdef inline void end_passed(const Hw* hw, const Request* request, Outcome* outco
 
 # --- configuration lookup, in two parts: EATS is asked for between them ---
 
+# S3.9.2-1
 cdef inline int ats_stream(
         const Hw* hw, Port* port, View* view, uint32_t sid, Memo* memo,
         Syndrome* syndrome) noexcept nogil:
-    """Find and decode an STE: 0, an event, SILENT_ABORT, or a negative stop."""
+    """Find and decode an STE: 0, why not, or a negative stop."""
     cdef uint32_t cached = 0
-    cdef int event = 0
+    cdef int why = 0
     memo.whole = False
     memo.sid = sid
     memo.context.second.on = False
@@ -204,40 +214,42 @@ cdef inline int ats_stream(
     if view != NULL:
         cached = ste_probe(view.c, sid, memo.ste)
     if not cached:
-        event = ste_fetch(hw, port, sid, memo, syndrome)
-    if event == 0:
-        event = ste_decode(hw, memo)
+        why = ste_fetch(hw, port, sid, memo, syndrome)
+    if why == 0:
+        why = ste_decode(hw, memo)
     if (view != NULL and not cached and keeps_what_is_read(view)
-            and (event == 0 or event == WHY_STE_CONFIG)):
+            and (why == 0 or why == WHY_STE_CONFIG)):
         ste_fill(view.c, sid, memo.ste)
-    return event
+    return why
 
 
+# S3.9.1-15
 cdef inline int ats_context(
         const Hw* hw, Port* port, View* view, uint32_t ssid, Memo* memo,
         Syndrome* syndrome) noexcept nogil:
-    """Find and decode the CD, unless stage 1 is bypassed: 0, an event, or a negative stop."""
+    """Find and decode the CD, unless stage 1 is bypassed: 0, why not, or a negative stop."""
     cdef uint32_t cached = 0
-    cdef int event = ste_substream(hw, memo, ssid)
-    if event or memo.index == STAGE1_BYPASS:
-        return event
+    cdef int why = ste_substream(hw, memo, ssid)
+    if why or memo.index == STAGE1_BYPASS:
+        return why
     if view != NULL:
         cached = cd_probe(view.c, memo.sid, <uint32_t>memo.index, memo.cd)
     if not cached:
-        event = cd_fetch(hw, port, view, memo, syndrome)
-    if event == 0:
-        event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-    if view != NULL and not cached and event == 0 and keeps_what_is_read(view):
+        why = cd_fetch(hw, port, view, memo, syndrome)
+    if why == 0:
+        why = cd_decode(hw, memo.ste, memo.cd, &memo.context)
+    if view != NULL and not cached and why == 0 and keeps_what_is_read(view):
         cd_fill(view.c, memo.sid, <uint32_t>memo.index, memo.cd)
-    return event
+    return why
 
 
 # --- a page in both stages ---
 
+# S3.9.1-6
 cdef inline int ats_stage1(
         View* view, const Context* context, Port* port, uint64_t iova, unsigned int access,
         unsigned int kind, AtsPages* pages, bint* known, Syndrome* syndrome) noexcept nogil:
-    """The stage-1 page of an address, which may deny the access: 0, an event, or a stop.
+    """The stage-1 page of an address, which may deny the access: 0, why not, or a stop.
 
     `known`: the TLB has it, of KIND_COMBINED with stage 2; else it may be kept there.
     """
@@ -245,10 +257,10 @@ cdef inline int ats_stage1(
     cdef const Half* half = &context.half[upper]
     cdef const Entry* e
     cdef uint64_t va
-    cdef int event = half_fault(context, iova, upper, access)
+    cdef int why = half_fault(context, iova, upper, access)
     known[0] = False
-    if event:
-        return event
+    if why:
+        return why
     va = canonical(half, iova, upper)
     if view != NULL:
         e = tlb_probe(view.c, kind, context.world, context.vmid, context.asid, context.aset, va)
@@ -263,21 +275,22 @@ cdef inline int ats_stage1(
             else:
                 pages.pa = pages.ipa = e.address | va & low_mask(e.lg2)
             return 0
-    event = walk_steps(view, context, port, iova, access, &pages.first, syndrome)
-    if event == 0 and view != NULL and kind == KIND_S1:
+    why = walk_steps(view, context, port, iova, access, &pages.first, syndrome)
+    if why == 0 and view != NULL and kind == KIND_S1:
         keep_entry(view, context, KIND_S1, va, half, &pages.first, NULL, 0, pages.first.address)
-    if why_event(event) == EVENT_F_PERMISSION and not syndrome.s2:
-        event = 0
-    if event == 0:
+    if why_event(why) == EVENT_F_PERMISSION and not syndrome.s2:
+        why = 0
+    if why == 0:
         pages.clean = context.hd and clean_s1(pages.first.d)
         pages.pa = pages.ipa = pages.first.address | iova & low_mask(pages.first.shift)
-    return event
+    return why
 
 
+# S3.9.1.2-8, S3.13.7.1-1, S13.6.3-2, S13.6.4-1, S13.6.5-1, S13.7-10
 cdef inline int ats_pages(
         View* view, const Context* context, Port* port, const Request* request, const AtsAsk* ask,
         unsigned int access, bint nested, AtsPages* pages, Syndrome* syndrome) noexcept nogil:
-    """What the stages that there are say of an address: 0, an event, or a stop.
+    """What the stages that there are say of an address: 0, why not, or a stop.
 
     The pages may deny the access.  Where stage 1 grants nothing, stage 2 is not asked.
     """
@@ -285,7 +298,7 @@ cdef inline int ats_pages(
     cdef uint64_t iova = request.iova
     cdef unsigned int need = context.need[access], upper, kind = KIND_S1
     cdef bint known = False
-    cdef int event = 0
+    cdef int why = 0
     leaf_none(&pages.first)
     leaf_none(&pages.second)
     pages.first.perm = pages.second.perm = 0x3F
@@ -295,30 +308,32 @@ cdef inline int ats_pages(
     if nested:
         if view != NULL and context.second.on and not view.c.split:
             kind = KIND_COMBINED
-        event = ats_stage1(view, context, port, iova, access, kind, pages, &known, syndrome)
-        if event or known and kind == KIND_COMBINED:
-            return event
+        why = ats_stage1(view, context, port, iova, access, kind, pages, &known, syndrome)
+        if why or known and kind == KIND_COMBINED:
+            return why
     if (not context.second.on
             or not ats_granted(context, ask, request.access, pages.first.perm)):
-        return event
-    event = stage2(view, context, port, pages.ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
-                   &pages.second, &pages.pa, syndrome)
-    if event == 0 and kind == KIND_COMBINED and pages.first.perm & need:
+        return why
+    why = stage2(view, context, port, pages.ipa, need, (access & ACCESS_WRITE) != 0, CLASS_IN,
+                 &pages.second, &pages.pa, syndrome)
+    if why == 0 and kind == KIND_COMBINED and pages.first.perm & need:
         upper = half_of(iova, context.two_ttbs)
         half = &context.half[upper]
         keep_entry(view, context, KIND_COMBINED, canonical(half, iova, upper), half, &pages.first,
                    &pages.second, pages.ipa, pages.pa)
-    if event == 0 or why_event(event) == EVENT_F_PERMISSION:
-        event = 0
+    if why == 0 or why_event(why) == EVENT_F_PERMISSION:
+        why = 0
         pages.pa = pages.second.address | pages.ipa & low_mask(pages.second.shift)
         # the TLB does not say of its stage-2 entries whether they are clean
         if context.second.hd and (pages.second.entry == NOWHERE or clean_s2(pages.second.d)):
             pages.clean = True
-    return event
+    return why
 
 
 # --- translation requests ---
 
+# S3.9.1-2, S3.9.1-14, S3.9.1.2-9, S3.9.1.2-12, S3.9.1.2-15, S3.13.7.1-2, S3.13.7.1-4, S13.6.4-2,
+# S13.6.5-2, S13.7-2, S13.7-3
 cdef inline int ats_translate(
         const Hw* hw, Port* port, View* view, const Request* request, const AtsAsk* ask,
         const Memo* memo, AtsAnswer* answer) noexcept nogil:
@@ -329,7 +344,7 @@ cdef inline int ats_translate(
     cdef Syndrome syndrome
     cdef bint nested = memo.index != STAGE1_BYPASS
     cdef unsigned int access = request.access, granted = 0
-    cdef int event, _attempt
+    cdef int why, _attempt
     memset(&pages, 0, sizeof(pages))
     if view != NULL:
         view.stage2_only = not nested
@@ -345,11 +360,11 @@ cdef inline int ats_translate(
             answer.granted = ATS_READ | ATS_WRITE
             return 0
     for _attempt in range(2):
-        event = ats_pages(view, context, port, request, ask, access, nested, &pages, &syndrome)
-        if event < 0:
-            return event
-        if event:
-            end_request(hw, request, context, event, &syndrome, answer)
+        why = ats_pages(view, context, port, request, ask, access, nested, &pages, &syndrome)
+        if why < 0:
+            return why
+        if why:
+            end_request(hw, request, context, why, &syndrome, answer)
             return 0
         granted = ats_granted(context, ask, request.access, pages.first.perm & pages.second.perm)
         if not granted & ATS_WRITE or granted & ATS_READ and not pages.clean:
@@ -366,6 +381,7 @@ cdef inline int ats_translate(
     return 0
 
 
+# S3.9.1-1, S3.9.1.2-1, S3.9.1.2-2, S3.11-7, S6.3.9.6-3, S13.2-3
 cdef inline int ats_answer(
         const Hw* hw, Port* port, View* view, const Request* request, const AtsAsk* ask,
         AtsAnswer* answer) noexcept nogil:
@@ -373,7 +389,7 @@ cdef inline int ats_answer(
     cdef Memo memo
     cdef Syndrome syndrome
     cdef unsigned int eats = EATS_OFF
-    cdef int event
+    cdef int why
     answer.status = ATS_SUCCESS
     answer.granted = 0
     answer.split = False
@@ -385,22 +401,22 @@ cdef inline int ats_answer(
     if not cr0_smmuen(hw.cr0):
         end_bad_request(hw, request, ask, WHY_ATS_DISABLED, answer)
         return 0
-    event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
-    if event == WHY_STE_CONFIG:
+    why = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
+    if why == WHY_STE_CONFIG:
         answer.status = ATS_UR
-        end_refused(&answer.outcome, event)
+        end_refused(&answer.outcome, why)
         return 0
-    if event == 0:
+    if why == 0:
         eats = eats_effective(hw, memo.ste)
         if eats == EATS_OFF:
             end_bad_request(hw, request, ask, WHY_ATS_EATS, answer)
             return 0
         answer.split = eats == EATS_SPLIT
-        event = ats_context(hw, port, view, request.ssid, &memo, &syndrome)
-    if event < 0:
-        return event
-    if event:
-        end_request(hw, request, &memo.context, event, &syndrome, answer)
+        why = ats_context(hw, port, view, request.ssid, &memo, &syndrome)
+    if why < 0:
+        return why
+    if why:
+        end_request(hw, request, &memo.context, why, &syndrome, answer)
         return 0
     return ats_translate(hw, port, view, request, ask, &memo, answer)
 
@@ -421,6 +437,7 @@ cdef inline int ats_request(
 
 # --- Translated transactions ---
 
+# S3.9.1.3-10, S3.9.1.3-11, S13.7-9
 cdef inline void translated_input(const Hw* hw, Request* request) noexcept nogil:
     """What the SMMU knows of a Translated transaction's PASID, privilege and instruction (3.9.1.3).
 
@@ -432,6 +449,8 @@ cdef inline void translated_input(const Hw* hw, Request* request) noexcept nogil
         request.access &= ACCESS_WRITE
 
 
+# S3.9.1.3-8, S3.9.1.3-9, S3.9.1.3-12, S3.13.7.1-5, S13.1.4-3, S13.1.4-5, S13.6.3-5, S13.6.3-6,
+# S13.7-11, S13.7-12
 cdef inline int ats_ipa(
         const Hw* hw, Port* port, View* view, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:
@@ -443,7 +462,7 @@ cdef inline int ats_ipa(
     cdef Leaf first, leaf
     cdef Syndrome syndrome
     cdef uint64_t pa = 0
-    cdef int event
+    cdef int why
     context.attr = ATTR_WB
     context.sh = shareability(ATTR_WB, 0)
     context.second.on = True
@@ -455,15 +474,17 @@ cdef inline int ats_ipa(
     leaf_none(&first)
     leaf_none(&leaf)
     first.perm = 0x3F
-    event = stage2(view, context, port, request.iova, context.need[request.access],
-                   (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
-    if event < 0:
-        return event
-    finish_stage2(hw, request, context, False, event, &first, &leaf, request.iova, pa, &syndrome,
+    why = stage2(view, context, port, request.iova, context.need[request.access],
+                 (request.access & ACCESS_WRITE) != 0, CLASS_IN, &leaf, &pa, &syndrome)
+    if why < 0:
+        return why
+    finish_stage2(hw, request, context, False, why, &first, &leaf, request.iova, pa, &syndrome,
                   outcome)
     return 0
 
 
+# S2.8-3, S3.9.1-12, S3.9.1.3-1, S3.9.1.3-2, S3.9.1.3-6, S3.9.1.3-7, S3.9.1.3-14, S3.9.1.3-15,
+# S3.9.1.3-16, S6.3.9-7, S6.3.9.2-1, S6.3.9.6-6, S7.3.7-3, S7.3.9-5, S7.3.22-6
 cdef inline int translated_one(
         const Hw* hw, Port* port, View* view, const Request* request,
         Outcome* outcome) noexcept nogil:
@@ -471,7 +492,7 @@ cdef inline int translated_one(
     cdef Memo memo
     cdef Syndrome syndrome
     cdef unsigned int eats = EATS_OFF
-    cdef int event
+    cdef int why
     if not hw.ats:
         end_refused(outcome, WHY_ATS_ABSENT)
         return 0
@@ -481,21 +502,21 @@ cdef inline int translated_one(
     if not cr0_atschk(hw.cr0):
         end_passed(hw, request, outcome)
         return 0
-    event = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
-    if event < 0:
-        return event
-    if event == WHY_STE_CONFIG:
-        end_refused(outcome, event)
+    why = ats_stream(hw, port, view, request.sid, &memo, &syndrome)
+    if why < 0:
+        return why
+    if why == WHY_STE_CONFIG:
+        end_refused(outcome, why)
         return 0
-    if event == 0:
+    if why == 0:
         eats = eats_effective(hw, memo.ste)
         if eats == EATS_OFF:
             end_forbidden(hw, request, WHY_TRANSLATED_EATS, outcome)
             return 0
         if hw.pasidtt:
-            event = substream(hw, memo.ste, request.ssid, &memo.index)
-    if event:
-        end_fault(hw, request, outcome, event, 0, recorded_if_asked(hw) | TERMINATE_SID, &syndrome)
+            why = substream(hw, memo.ste, request.ssid, &memo.index)
+    if why:
+        end_fault(hw, request, outcome, why, 0, recorded_if_asked(hw) | TERMINATE_SID, &syndrome)
         return 0
     if eats == EATS_FULL:
         end_passed(hw, request, outcome)

@@ -29,13 +29,14 @@ from smmufast._types cimport ACCESS_WRITE, ACTION_STALL, Context, Hw, Outcome, R
 from smmufast._why cimport *
 
 
+# S3.21.1.2-2
 cdef inline void view_open(
         View* view, const Core* core, const Request* request) noexcept nogil:
     view.c = core.caches
     view.sid = request.sid
     view.ssid = request.ssid
     view.stage2_only = False
-    view.nt = core.hw.bbml == 1  # level 2 ignores nT (S3.21.1.3-1)
+    view.nt = core.hw.bbml == 1  # level 2 ignores nT (3.21.1.3)
     view.commands = &core.overtaking.commands
     view.begun = core.overtaking.commands
 
@@ -88,6 +89,7 @@ cdef inline int cd_take(const Hw* hw, View* view, Memo* memo) noexcept nogil:
     return why
 
 
+# S3.21.3-7, S3.21.3-8, S3.21.3-9, S3.21.3-10, S5.2.1-2, S5.4.1-4
 cdef inline int lookup_cached(
         const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """As lookup(), for view.sid and view.ssid; what is cached is not read."""
@@ -118,6 +120,7 @@ cdef inline int lookup_cached(
 
 # --- translations ---
 
+# S3.13.1-3, S3.17-11, S3.17-13, S3.21.1-1, S5.2.1-4, S5.2.1-5, S5.4.1-6, V8.16-2
 cdef inline int translate_known_cached(
         const Hw* hw, Port* port, View* view, const Request* request, const Memo* memo,
         Outcome* outcome) noexcept nogil:
@@ -141,6 +144,7 @@ cdef inline int translate_known_cached(
     return 0
 
 
+# S6.3.9.6-8, S16.2-5
 cdef inline int translate_cached(
         const Hw* hw, Port* port, View* view, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:
@@ -176,6 +180,7 @@ cdef inline int deliver(
     return event_deliver(core, port, request, outcome)
 
 
+# S3.3.3-10
 cdef inline int translate_request(
         Core* core, Port* port, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:

@@ -61,6 +61,8 @@ cdef struct Effect:
 
 # --- legality (4.1) ---
 
+# S2.2-8, S4.1.1-2, S4.1.1-3, S4.1.3-2, S4.3.3-3, S4.3.4-2, S4.4.2-1, S4.4.2.5-1, S4.4.2.7-2,
+# S4.4.3.1-4, S4.4.4.1-2, S4.5.1-7, S4.5.2-4, S4.7.1-6, S6.3.1-20
 cdef inline int command_missing(const Hw* hw, unsigned int op) noexcept nogil:
     """Why the Non-secure queue does not have this opcode; 0 when it does."""
     if (op == CMD_CFGI_CD or op == CMD_CFGI_CD_ALL or op == CMD_TLBI_NH_ALL
@@ -93,6 +95,7 @@ cdef inline int command_missing(const Hw* hw, unsigned int op) noexcept nogil:
     return WHY_CMD_IMPDEF if 0x80 <= op <= 0x8F else WHY_CMD_RESERVED
 
 
+# S3.10.2.1-1, S4.1.6-2
 cdef inline bint command_has_ssec(unsigned int op) noexcept nogil:
     """The StreamID may be marked as Secure, which the Non-secure queue refuses."""
     return (CMD_PREFETCH_CONFIG <= op <= CMD_CFGI_VMS_PIDM or op == CMD_RESUME
@@ -101,6 +104,7 @@ cdef inline bint command_has_ssec(unsigned int op) noexcept nogil:
 
 # --- TLB invalidation (4.4) ---
 
+# S3.17.6-1, S4.4-5, S4.4.2-2, S6.3.9-5, S6.3.9.1-1
 cdef inline uint16_t vmid_compared(const Hw* hw) noexcept nogil:
     """Bits of a VMID that TLB invalidation compares: none without stage 2; CR0.VMW masks low ones.
     """
@@ -112,6 +116,7 @@ cdef inline uint16_t vmid_compared(const Hw* hw) noexcept nogil:
     return <uint16_t>((0xFFFF if hw.vmid16 else 0xFF) & ~low_mask(wild))
 
 
+# S4.4.1.1-3
 cdef inline unsigned int tlbi_scale(const Hw* hw, const uint64_t* words) noexcept nogil:
     """SCALE of a range: five bits, or with DS six of which 39 is the largest value."""
     cdef unsigned int scale = <unsigned int>cmd_scale(words)
@@ -120,6 +125,7 @@ cdef inline unsigned int tlbi_scale(const Hw* hw, const uint64_t* words) noexcep
     return 39 if scale > 39 else scale
 
 
+# S2.4-3, S4.4.1.1-1, S4.4.1.1-2, S4.4.1.1-4, S4.4.1.1-5, S4.4.1.1-8, S4.4.1.1-10, S4.4.1.1-11
 cdef inline int tlbi_span(
         const Hw* hw, const uint64_t* words, uint64_t address, Effect* effect) noexcept nogil:
     """The addresses of an invalidation by address: a 4 KiB page, or with RIL a range.
@@ -149,6 +155,7 @@ cdef inline int tlbi_span(
     return 0
 
 
+# S4.1.6-3, S4.1.6-4, S4.4-1, S6.3.1-16, S6.3.1-17
 cdef inline int tlbi_decode(
         const Hw* hw, const uint64_t* words, unsigned int op, Effect* effect) noexcept nogil:
     """Scope of a TLBI_*: VMID, ASID, addresses; the opcode says the world and the stage."""
@@ -172,6 +179,7 @@ cdef inline int tlbi_decode(
 
 # --- ATS and PRI (4.5) ---
 
+# S4.5.1-1, S4.5.1-2, S4.5.1-3, S4.5.1-5
 cdef inline int atc_inv_decode(
         const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
     """A span of 4096 * 2^Size bytes, aligned; 52 is every address, and more is illegal."""
@@ -190,6 +198,7 @@ cdef inline int atc_inv_decode(
     return 0
 
 
+# S4.5.2-1, S4.5.2-2, S8.3-1
 cdef inline int pri_resp_decode(const uint64_t* words, Effect* effect) noexcept nogil:
     """An answer to a page request group; the fourth code is none."""
     effect.resp = <uint8_t>cmd_resp(words)
@@ -202,6 +211,7 @@ cdef inline int pri_resp_decode(const uint64_t* words, Effect* effect) noexcept 
 
 # --- stalls and completion ---
 
+# S3.12.2-6, S4.6-102, S4.7.1-1, S4.7.1-3, S4.7.1-4
 cdef inline void resume_decode(
         const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
     """Retry, or terminate: with abort where the implementation knows no other way."""
@@ -211,6 +221,7 @@ cdef inline void resume_decode(
     effect.abort = not effect.retry and (cmd_ab(words) or hw.term_model)
 
 
+# S4.1.6-5, S4.7.3-6, S4.7.3-7, S4.7.3-8, S6.3.1-19
 cdef inline int sync_decode(const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
     """How completion is signalled; without SEV there is no event, without MSIs no message."""
     effect.cs = <uint8_t>cmd_cs(words)
@@ -227,6 +238,7 @@ cdef inline int sync_decode(const Hw* hw, const uint64_t* words, Effect* effect)
 
 # --- the command ---
 
+# S4.1.3-1, S4.1.5-1, S4.1.6-1, S4.2-2, S4.2.2-3, S4.3.2-1, S4.3.6-1, S4.5.1-6, S4.5.2-3, S7.1-7
 cdef inline int command_rules(
         const Hw* hw, const uint64_t* words, unsigned int op, Effect* effect) noexcept nogil:
     """Why a command is illegal, 0 if it is not; of an illegal one, `effect` may be half filled."""
@@ -276,6 +288,7 @@ cdef inline int command_rules(
     return 0
 
 
+# S4.1.3-3, S4.5.1-8, S4.5.2-5, S6.3.9.6-4
 cdef inline int command_decode(
         const Hw* hw, const uint64_t* words, Effect* effect) noexcept nogil:
     """The CERROR code of a command of two dwords, NONE or ILL, and what it does.

@@ -32,6 +32,7 @@ cdef enum:
 
 # --- sizes ---
 
+# S2.1-2, S3.4-3, S5.2-66, S6.3.8-2
 cdef inline unsigned int size_bits(unsigned int code, unsigned int minor) noexcept nogil:
     """Bits of an OAS, IPS or S2PS code; 6 and 7 exist from v3.1 and v3.4 on (5.4 CD.IPS)."""
     if code >= 6 and minor == 0:
@@ -41,6 +42,7 @@ cdef inline unsigned int size_bits(unsigned int code, unsigned int minor) noexce
     return (0x3834302C2A282420ULL >> (8 * code)) & 0xFF
 
 
+# S5.1-3, S5.2-13
 cdef inline uint64_t pointer_mask(unsigned int minor) noexcept nogil:
     """Address bits that a structure's pointer field has: [47:6], [51:6] or [55:6]."""
     return low_mask(48 if minor == 0 else 52 if minor < 4 else 56) & ~low_mask(6)
@@ -48,11 +50,13 @@ cdef inline uint64_t pointer_mask(unsigned int minor) noexcept nogil:
 
 # --- stream table (3.3.1, 5.1) ---
 
+# S3.3.1.1-1, S6.3.24-3
 cdef inline uint64_t strtab_linear_base(uint64_t address, unsigned int log2size) noexcept nogil:
-    """STRTAB_BASE.ADDR of a linear table: aligned to what LOG2SIZE itself says (S6.3.24-1)."""
+    """STRTAB_BASE.ADDR of a linear table: aligned to what LOG2SIZE itself says (6.3.24)."""
     return address & ~low_mask(log2size + 6 if log2size < 57 else 63)
 
 
+# S6.3.24-4, S6.3.24-91
 cdef inline uint64_t strtab_two_level_base(
         uint64_t address, int log2size, int split) noexcept nogil:
     """STRTAB_BASE.ADDR of a level-1 table: aligned likewise, to 64 bytes at least."""
@@ -60,11 +64,13 @@ cdef inline uint64_t strtab_two_level_base(
     return address & ~low_mask((5 if top < 5 else top) + 1)
 
 
+# S3.3.1.2-2, S6.3.25-4, S6.3.25-92
 cdef inline unsigned int split_of(unsigned int code) noexcept nogil:
     """STRTAB_BASE_CFG.SPLIT: any value but 6, 8 and 10 acts as 6."""
     return code if code == 8 or code == 10 else 6
 
 
+# S3.2-1, S3.3.1-1, S6.3.2-9, S6.3.25-5, S6.3.25-6, S6.3.25-9, S7.3.3-1
 cdef inline int stream_first(const Hw* hw, uint32_t sid, uint64_t* address) noexcept nogil:
     """The first fetch of a StreamID, FETCH_L1STD or FETCH_STE; 0 when it is out of range."""
     if <uint64_t>sid >> hw.log2size:
@@ -76,6 +82,7 @@ cdef inline int stream_first(const Hw* hw, uint32_t sid, uint64_t* address) noex
     return FETCH_STE
 
 
+# S3.3.1.2-1, S3.3.1.2-3, S3.3.1.2-4, S3.21.3-5, S5.1-1, S5.1-2, S5.1.1-1, S7.3.3-2
 cdef inline int l1std_next(
         const Hw* hw, uint64_t l1std, uint32_t sid, uint64_t* address) noexcept nogil:
     """Where the level-2 array that an L1STD names holds the STE of this StreamID."""
@@ -93,6 +100,7 @@ cdef inline int l1std_next(
 
 # --- stream table entry (5.2) ---
 
+# S5.2-2, S7.3.7-4
 cdef inline bint ste_aborts(const uint64_t* ste) noexcept nogil:
     """Config 0b0xx: terminate without an event, whatever else the STE says."""
     return (ste_config(ste) & 4) == 0
@@ -106,6 +114,7 @@ cdef inline bint ste_stage2(const uint64_t* ste) noexcept nogil:
     return ste_config(ste) >> 1 & 1
 
 
+# S2.2-5, S3.3.3-2, S3.17.5-1, S3.17.5-2, S5.2-41, S5.2-42, S6.3.12-3
 cdef inline int ste_world(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """StreamWorld of a Non-secure stream: EL1 where STRW is IGNORED."""
     if not hw.s1p or not hw.hyp or ste_config(ste) != 5 or ste_strw(ste) == 0:
@@ -113,11 +122,13 @@ cdef inline int ste_world(const Hw* hw, const uint64_t* ste) noexcept nogil:
     return WORLD_EL2_E2H if cr2_e2h(hw.cr2) else WORLD_EL2
 
 
+# S5.2-24
 cdef inline bint substreams(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """Stage 1 has a table of CDs: S1CDMax is not 0, and not IGNORED."""
     return hw.ssidsize != 0 and ste_s1cdmax(ste) != 0
 
 
+# S3.17-6, S3.17-7, S5.2-54, S5.2-55, V8.1.2-2
 cdef inline uint16_t ste_vmid(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """The VMID that tags translations of the stream; 0 where S2VMID is IGNORED."""
     if ste_config(ste) == 4 or not hw.s2p or ste_world(hw, ste) != WORLD_NS_EL1:
@@ -125,6 +136,7 @@ cdef inline uint16_t ste_vmid(const Hw* hw, const uint64_t* ste) noexcept nogil:
     return <uint16_t>ste_s2vmid(ste)
 
 
+# S5.2-36, S5.2-37, S5.2-39
 cdef inline int eats_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """Full ATS needs a stage 2 that does not stall; split-stage ATS both stages as well."""
     cdef unsigned int eats = <unsigned int>ste_eats(ste)
@@ -140,6 +152,8 @@ cdef inline int eats_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
     return 0
 
 
+# S2.2-1, S2.2-3, S3.3.2-23, S3.4.3-1, S3.21.3-1, S5-3, S5.2-7, S5.2-8, S5.2-12, S5.2-14, S5.2-18,
+# S5.2-33, S5.2-43, S5.2-56, S5.2.2-1, S7.3.5-1
 cdef inline int ste_check(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """V=0 and the ILLEGAL conditions of an STE whose Config is not 0b0xx (5.2.2).
 
@@ -178,6 +192,9 @@ cdef inline int why_of_half(int why, unsigned int upper) noexcept nogil:
 
 # --- substreams and context descriptor tables (3.3.2, 5.3) ---
 
+# S3.2-2, S3.2-4, S3.3.2-2, S3.3.2-3, S3.3.2-4, S3.3.2-5, S3.3.2-6, S3.3.2-7, S3.3.2-8, S3.9-2,
+# S5.2-16, S5.2-17, S5.2-19, S5.2-20, S5.2-21, S5.2-22, S5.2-23, S6.3.2-10, S7.3.7-1, S7.3.7-2,
+# S7.3.9-1, S7.3.9-2, S13.6.4-4
 cdef inline int substream(
         const Hw* hw, const uint64_t* ste, uint32_t ssid, int* index) noexcept nogil:
     """Which CD a transaction uses, or STAGE1_BYPASS, or why none (structures 3.3)."""
@@ -204,6 +221,7 @@ cdef inline int substream(
     return 0
 
 
+# S3.3.2-9, S5.2-10
 cdef inline int cd_leaf_lg2(const Hw* hw, const uint64_t* ste) noexcept nogil:
     """lg2 of the CDs in a leaf of a two-level table, 0 when the table is linear."""
     cdef unsigned int fmt
@@ -213,6 +231,7 @@ cdef inline int cd_leaf_lg2(const Hw* hw, const uint64_t* ste) noexcept nogil:
     return 6 if fmt == 1 else 10 if fmt == 2 else 0
 
 
+# S3.3.2-10, S5.2-9, S5.2-11
 cdef inline int cd_first(
         const Hw* hw, const uint64_t* ste, uint32_t index, uint64_t* address) noexcept nogil:
     """The first fetch towards CD `index`: FETCH_L1CD or FETCH_CD.
@@ -232,6 +251,7 @@ cdef inline int cd_first(
     return FETCH_L1CD
 
 
+# S3.4.3-3, S3.4.3-4, S5.3-1, S5.3-2, S5.3-3, S7.3.9-3
 cdef inline int l1cd_next(const Hw* hw, const uint64_t* ste, uint64_t l1cd, uint32_t index,
                           uint64_t* address) noexcept nogil:
     """Where the leaf that an L1CD names holds CD `index`."""
@@ -269,22 +289,26 @@ cdef inline void half_shape(
     half.leaf_bits = leaf_bits(half, half.over, affd)
 
 
+# S3.4-8, S5.4-12, V8.1.7-2
 cdef inline unsigned int effective_size(const Hw* hw, unsigned int code) noexcept nogil:
     """Bits of an IPS or S2PS code, capped by OAS."""
     cdef unsigned int bits = size_bits(code, hw.minor)
     return hw.oas if bits > hw.oas else bits
 
 
+# S2.2-6, S3.13-1, S5.2-75, S5.4-23
 cdef inline bint httu_illegal(const Hw* hw, bint ha, bint hd) noexcept nogil:
     """Hardware update asked for beyond IDR0.HTTU."""
     return hw.httu == 0 and (ha or hd) or hw.httu == 1 and hd
 
 
+# S5.2-70
 cdef inline bint endian_illegal(const Hw* hw, bint big) noexcept nogil:
     """A descriptor endianness that IDR0.TTENDIAN lacks."""
     return hw.ttendian == 3 and not big or hw.ttendian == 2 and big
 
 
+# S3.12-14, S3.12-15, S5.2.2-2, S5.4.2-2, S6.3.1-21
 cdef inline int stall_check(
         const Hw* hw, bint stalls, int why_never, int why_always) noexcept nogil:
     """Stalling where IDR0.STALL_MODEL has none, or terminating where it is forced."""
@@ -293,6 +317,7 @@ cdef inline int stall_check(
     return why_always if hw.stall_model == 2 and not stalls else 0
 
 
+# S3.4-21, S3.4-22, S5.2-82, S5.4-31, S7.3.14-3, V8.2.3-2
 cdef inline int ttb_check(
         uint64_t ttb, unsigned int granule, bint ds, unsigned int output_bits, int why_beyond,
         int why_48) noexcept nogil:
@@ -302,6 +327,8 @@ cdef inline int ttb_check(
     return why_48 if granule != 16 and not ds and ttb >> 48 else 0
 
 
+# S3.4-15, S3.4-16, S3.12-6, S3.12-17, S5.2-32, S5.2-57, S5.2-59, S5.2-60, S5.2-65, S5.2-68,
+# S5.2-74, S5.2-77, S5.2-79, S5.2-80, S5.2.1-7, S5.5-5, V8.1.10-2
 cdef inline int stage2_decode(
         const Hw* hw, const uint64_t* ste, Second* second) noexcept nogil:
     """Stage 2 of an STE with Config 0b11x, or why it is ILLEGAL (5.2.2)."""
@@ -358,6 +385,7 @@ cdef inline int stage2_decode(
 
 # --- context descriptor (5.4) ---
 
+# S2.2-4, S5.4-2, S5.4-5, S5.4-6, S5.4-29, V8.1.1-1, V8.1.9-1
 cdef inline int half_decode(
         const Hw* hw, Half* half, unsigned int granule, unsigned int tsz, bint ds, bint tbi,
         bint had, bint affd, uint64_t ttb, unsigned int ips, unsigned int sh,
@@ -383,6 +411,10 @@ cdef inline int half_decode(
     return 0
 
 
+# S2.2-2, S2.2-7, S3.3.3-3, S3.4.1-5, S3.12-5, S3.12-7, S3.12-16, S3.13.2-2, S3.13.3.1-2, S3.17-10,
+# S5.2-34, S5.2-44, S5.4-1, S5.4-10, S5.4-11, S5.4-16, S5.4-19, S5.4-20, S5.4-22, S5.4-25, S5.4-26,
+# S5.4-32, S5.4-35, S5.4.1-1, S5.4.1-2, S5.4.1.1-1, S5.4.2-1, S5.4.2-3, S6.3.2-92, S6.3.4-18,
+# S7.3.11-1, S16.2.2-2, V8.1.2-1, V8.8.1-1
 cdef inline int cd_decode(
         const Hw* hw, const uint64_t* ste, const uint64_t* cd, Context* context) noexcept nogil:
     """A CD's context, or why it is none: V=0, or the CD is ILLEGAL (5.4.1)."""
@@ -460,6 +492,7 @@ cdef inline int cd_decode(
 
 # --- overrides by STE and GBPA (13.1, 6.3.14) ---
 
+# S3.3.4-1, S5.2-51, S13.1-101, S13.1-102, S13.1.2-1, S13.1.5-4
 cdef inline unsigned int effective_access(
         const Context* context, unsigned int access) noexcept nogil:
     """The access after overrides; a write is always Data."""
@@ -469,6 +502,7 @@ cdef inline unsigned int effective_access(
     return access
 
 
+# S5.2-50, S13.1.4-1
 cdef inline void override_access(
         Context* context, unsigned int privcfg, unsigned int instcfg) noexcept nogil:
     """PRIVCFG and INSTCFG: 0b10 clears, 0b11 sets, 0b0x leaves the device's own."""
@@ -502,6 +536,7 @@ cdef inline unsigned int admitted(const Context* context, unsigned int perm) noe
     return found
 
 
+# S3.3.4-4, S5.2-48, S5.2-49, S13.1.4-4
 cdef inline void override_attr(Context* context, bint allowed, bint mtcfg, unsigned int memattr,
                                unsigned int alloccfg, unsigned int shcfg) noexcept nogil:
     """Memory type and shareability that enter translation (the device's are WB and NSH)."""
@@ -513,6 +548,7 @@ cdef inline void override_attr(Context* context, bint allowed, bint mtcfg, unsig
     context.sh = shareability(context.attr, context.sh)
 
 
+# S3.3.4-5, S3.3.4-6, S5.2-52, S5.2.1-1, S13.1.4-6, S13.3-1, S13.7.1-6
 cdef inline void ste_overrides(const Hw* hw, const uint64_t* ste, Context* context) noexcept nogil:
     override_access(context, <unsigned int>ste_privcfg(ste) if hw.attr_perms_ovr else 0,
                     <unsigned int>ste_instcfg(ste) if hw.attr_perms_ovr else 0)

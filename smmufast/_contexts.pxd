@@ -91,18 +91,18 @@ cdef inline int contexts_stream(const Hw* hw, Port* port, ContextWalk* walk) noe
     cdef Syndrome syndrome
     cdef Memo* memo = &walk.memo
     cdef uint64_t sid = walk.next_sid
-    cdef int event
+    cdef int why
     syndrome_set(&syndrome, 0, False, CLASS_IN)
     memo.ste_at = NOWHERE
     memo.sid = <uint32_t>sid
-    event = ste_fetch(hw, port, <uint32_t>sid, memo, &syndrome)
-    if event == 0:
-        event = ste_decode(hw, memo)
-    if event and hw.two_level and memo.ste_at == NOWHERE:
+    why = ste_fetch(hw, port, <uint32_t>sid, memo, &syndrome)
+    if why == 0:
+        why = ste_decode(hw, memo)
+    if why and hw.two_level and memo.ste_at == NOWHERE:
         sid |= low_mask(hw.split)  # nor are those behind it in its part of the table
     walk.next_sid = sid + 1
-    if event:
-        return event if event < 0 else 0
+    if why:
+        return why if why < 0 else 0
     walk.stream = memo.context
     walk.sid = memo.sid
     walk.second_told = False
@@ -120,38 +120,38 @@ cdef inline int contexts_next(const Hw* hw, Port* port, ContextWalk* walk) noexc
     """
     cdef Syndrome syndrome
     cdef Memo* memo = &walk.memo
-    cdef int event
+    cdef int why
     cdef bint second
     while True:
         while walk.next_ssid >= walk.end_ssid:
             if walk.next_sid >= walk.end_sid or walk.left == 0:
                 return 0
             walk.left -= 1
-            event = contexts_stream(hw, port, walk)
-            if event < 0:
-                return event
+            why = contexts_stream(hw, port, walk)
+            if why < 0:
+                return why
         if walk.left == 0:
             return 0
         walk.ssid = NO_SSID if walk.next_ssid < 0 else <uint32_t>walk.next_ssid
         walk.next_ssid += 1
         syndrome_set(&syndrome, 0, False, CLASS_IN)
         memo.context = walk.stream
-        event = ste_substream(hw, memo, walk.ssid)
-        walk.stage1 = event == 0 and memo.index != STAGE1_BYPASS
+        why = ste_substream(hw, memo, walk.ssid)
+        walk.stage1 = why == 0 and memo.index != STAGE1_BYPASS
         second = memo.context.second.on
         if walk.stage1:
             walk.left -= 1
             memo.cd_ipa = NOWHERE
-            event = cd_fetch(hw, port, NULL, memo, &syndrome)
-            if event == 0:
-                event = cd_decode(hw, memo.ste, memo.cd, &memo.context)
-            elif (event > 0 and memo.l1cd_at != NOWHERE and memo.cd_ipa == NOWHERE
+            why = cd_fetch(hw, port, NULL, memo, &syndrome)
+            if why == 0:
+                why = cd_decode(hw, memo.ste, memo.cd, &memo.context)
+            elif (why > 0 and memo.l1cd_at != NOWHERE and memo.cd_ipa == NOWHERE
                     and walk.ssid != NO_SSID):
                 # nor is there another CD in the leaf that the L1CD would name
                 walk.next_ssid = <int64_t>(walk.ssid | low_mask(cd_leaf_lg2(hw, memo.ste))) + 1
-            if event < 0:
-                return event
-            walk.stage1 = event == 0
+            if why < 0:
+                return why
+            walk.stage1 = why == 0
         if walk.stage1 or second and not walk.second_told:
             walk.second_told = walk.second_told or second
             return 1

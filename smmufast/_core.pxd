@@ -67,7 +67,7 @@ cdef struct Msi:
     uint64_t address
     uint32_t data
     uint32_t error        # the GERROR bit of an aborted write
-    bint sent             # its address is not 0, before it is truncated (S4.7.3-7)
+    bint sent             # its address is not 0, before it is truncated (4.7.3)
     bint enabled          # IRQ_CTRL enables the source, message and wire
 
 

@@ -42,14 +42,24 @@ cdef struct Region:
     Py_buffer view         # REGION_BUFFER
 
 
+# What an access of the SMMU is for that is no fetch of a walk (FETCH_...): ACCESS_KINDS.
+cdef enum:
+    ACCESS_HOST = 0        # none of the SMMU: no injected error hits it
+    ACCESS_CMD = 9
+    ACCESS_EVENT
+    ACCESS_PRI
+    ACCESS_MSI
+
+
 cdef struct Injection:
     uint64_t first
     uint64_t last
-    int kind               # FETCH_..., or FETCH_NONE for any
+    int kind               # FETCH_... or ACCESS_..., or FETCH_NONE for any
     int level              # or NO_LEVEL for any
-    int64_t nth            # first matching fetch that fails, from 1
+    int64_t nth            # first matching access that fails, from 1
     int64_t count          # how many fail
     int64_t seen
+    int64_t number         # what remove_error() names it by
 
 
 # Where plain memory can be read in place: 8 bytes at base .. base + span.  Open, it is 64 bytes
@@ -103,8 +113,10 @@ cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned 
                     uint64_t* words) noexcept nogil
 
 
-cdef int port_read(Port* port, uint64_t address, void* into, size_t n) noexcept nogil
-cdef int port_write(Port* port, uint64_t address, const void* data, size_t n) noexcept nogil
+# `kind` is an ACCESS_...
+cdef int port_read(Port* port, int kind, uint64_t address, void* into, size_t n) noexcept nogil
+cdef int port_write(
+    Port* port, int kind, uint64_t address, const void* data, size_t n) noexcept nogil
 cdef int port_swap8(Port* port, int kind, int level, uint64_t address, uint64_t expected,
                     uint64_t desired, uint64_t* found) noexcept nogil
 
@@ -151,6 +163,7 @@ cdef inline int port_raised(Port* port, object error) noexcept:
     return FETCH_RAISED
 
 
+# S3.15-3
 cdef inline int fetch8(Port* port, int kind, int level, uint64_t address,
                        uint64_t* value) noexcept nogil:
     """Read one 8-byte descriptor, as a little-endian number; `address` is 8-byte aligned."""
@@ -170,6 +183,7 @@ cdef inline bint reads64(const Window* window, uint64_t offset) noexcept nogil:
     return offset <= window.span and window.span - offset >= WINDOW - 8
 
 
+# S3.21.3-14, S3.21.3-15, S5-5
 cdef inline int fetch64(Port* port, int kind, uint64_t address, uint64_t* words) noexcept nogil:
     """Read one 64-byte structure, as eight little-endian dwords."""
     cdef uint64_t offset = address - port.window.base
@@ -225,8 +239,9 @@ cdef inline bint unchanged64(
 cdef class Memory:
     cdef Ram ram
     cdef dict _callables
-    cdef int64_t handles   # uses that C handles announce, among ram.users
-    cdef int64_t exports   # views of its bytes that pickles hold
+    cdef int64_t handles    # uses that C handles announce, among ram.users
+    cdef int64_t exports    # views of its bytes that pickles hold
+    cdef int64_t _injected  # errors, ever: the number of the last one
     cdef object _span(self, uint8_t* data, uint64_t size, bint readonly)
     cdef int _pages(self, uint8_t* data, uint64_t size, uint64_t offset, list found) except -1
     cdef list _private(self, Region* region)

@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple, Never, SupportsIndex, TypeAlias, fi
 from numpy.typing import NDArray
 from typing_extensions import Buffer, CapsuleType
 
-from smmufast.faults import FETCH_KINDS as FETCH_KINDS
+from smmufast.faults import ACCESS_KINDS as ACCESS_KINDS
 from smmufast.faults import ExternalAbort as ExternalAbort
 
 # numpy's arrays have a buffer, which their stubs say from Python 3.12 on only
@@ -12,6 +12,11 @@ _Bytes: TypeAlias = Buffer | NDArray[Any]
 _Read: TypeAlias = Callable[[int, int], _Bytes | None]
 _Write: TypeAlias = Callable[[int, bytes], Literal[True] | None]
 _Swap: TypeAlias = Callable[[int, bytes, bytes], bytes | None]
+
+_Kind: TypeAlias = Literal[
+    "L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update",
+    "CMD", "EVENT", "PRI", "MSI",
+]  # fmt: skip
 
 class MemoryRegion(NamedTuple):
     base: int
@@ -51,6 +56,14 @@ class Memory:
     @property
     def regions(self) -> list[MemoryRegion]: ...
     def read(self, address: SupportsIndex, size: SupportsIndex) -> bytes: ...
+    def fetch(
+        self,
+        address: SupportsIndex,
+        size: SupportsIndex,
+        *,
+        kind: _Kind | None = None,
+        level: SupportsIndex | None = None,
+    ) -> bytes: ...
     def write(self, address: SupportsIndex, data: _Bytes) -> None: ...
     def read_u64(self, address: SupportsIndex, *, big_endian: bool = False) -> int: ...
     def write_u64(
@@ -61,12 +74,12 @@ class Memory:
         *,
         address: SupportsIndex | None = None,
         size: SupportsIndex | None = None,
-        kind: Literal["L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update"]
-        | None = None,
+        kind: _Kind | None = None,
         level: SupportsIndex | None = None,
         nth: SupportsIndex | None = None,
         count: SupportsIndex | None = None,
     ) -> int: ...
+    def remove_error(self, number: SupportsIndex) -> None: ...
     def clear_errors(self) -> None: ...
     def copy(self) -> Memory: ...
     def __copy__(self) -> Memory: ...

@@ -8,8 +8,8 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
-from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from cpython.ref cimport Py_DECREF
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
@@ -19,7 +19,7 @@ from smmufast._types cimport FETCH_NONE, NO_LEVEL, CallbacksC
 from collections import namedtuple
 from pickle import PickleBuffer
 
-from smmufast.faults import FETCH_KINDS, ExternalAbort
+from smmufast.faults import ACCESS_KINDS, ExternalAbort
 
 cdef extern from "<sys/mman.h>" nogil:
     void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
@@ -168,7 +168,7 @@ cdef int read_piece(Port* port, Region* region, uint64_t address, uint8_t* buf,
     return FETCH_OK
 
 
-cdef int port_read(Port* port, uint64_t address, void* into, size_t n) noexcept nogil:
+cdef int read_across(Port* port, uint64_t address, void* into, size_t n) noexcept nogil:
     """Read n bytes, across regions if need be: 0, FETCH_ABORT or FETCH_RAISED."""
     cdef Region* region
     cdef uint8_t* buf = <uint8_t*>into
@@ -191,8 +191,8 @@ cdef int port_read(Port* port, uint64_t address, void* into, size_t n) noexcept 
 
 
 cdef bint injected(Ram* ram, int kind, int level, uint64_t address,
-                   unsigned int size) noexcept nogil:
-    """Whether an injected error hits this fetch; every matching injection counts it."""
+                   uint64_t size) noexcept nogil:
+    """Whether an injected error hits this access; every matching injection counts it."""
     cdef Py_ssize_t i
     cdef Injection* injection
     cdef int64_t seen
@@ -209,6 +209,13 @@ cdef bint injected(Ram* ram, int kind, int level, uint64_t address,
         if seen >= injection.nth and seen - injection.nth < injection.count:
             hit = True
     return hit
+
+
+cdef int port_read(Port* port, int kind, uint64_t address, void* into, size_t n) noexcept nogil:
+    """Read n bytes that are no fetch of a walk: 0, FETCH_ABORT or FETCH_RAISED."""
+    if kind and port.ram.n_injections and injected(port.ram, kind, NO_LEVEL, address, n):
+        return FETCH_ABORT
+    return read_across(port, address, into, n)
 
 
 cdef void open_window(Port* port, uint64_t address) noexcept nogil:
@@ -261,7 +268,7 @@ cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned 
     if port.ram.n_injections and injected(port.ram, kind, level, address, size):
         status = FETCH_ABORT
     else:
-        status = port_read(port, address, words, size)
+        status = read_across(port, address, words, size)
     if status == FETCH_OK:
         for i in range(size // 8):
             words[i] = le64(words[i])
@@ -315,7 +322,8 @@ cdef int write_piece(Port* port, Region* region, uint64_t address, const uint8_t
     return FETCH_OK
 
 
-cdef int port_write(Port* port, uint64_t address, const void* data, size_t n) noexcept nogil:
+cdef int port_write(
+        Port* port, int kind, uint64_t address, const void* data, size_t n) noexcept nogil:
     """Write n bytes, across regions if need be: 0, FETCH_ABORT or FETCH_RAISED.
 
     Nothing is written unless every byte lies in a writable region.
@@ -325,6 +333,8 @@ cdef int port_write(Port* port, uint64_t address, const void* data, size_t n) no
     cdef uint64_t at = address, rest = n, part
     cdef int status
     if n and address + (n - 1) < address:
+        return FETCH_ABORT
+    if kind and port.ram.n_injections and injected(port.ram, kind, NO_LEVEL, address, n):
         return FETCH_ABORT
     while rest:
         region = find_region(port.ram, at)
@@ -741,13 +751,46 @@ cdef class Memory:
         port.ram = &self.ram
         port.exception = NULL
         self.ram.users += 1
-        status = port_read(&port, where, PyBytes_AS_STRING(data), n)
+        status = port_read(&port, ACCESS_HOST, where, PyBytes_AS_STRING(data), n)
         self.ram.users -= 1
         if status == FETCH_RAISED:
             raise_port(&port)
         if status:
             raise ExternalAbort(f"address {where:#x}: a callback refused to read {n} bytes")
         return data
+
+    def fetch(self, address, size, *, kind=None, level=None):
+        """Read as the SMMU would, injected errors included: for a host that serves a `Walk`.
+
+        >>> memory = Memory()
+        >>> memory.add(bytearray(64), 0x1000)
+        >>> number = memory.inject_error(address=0x1008)
+        >>> memory.fetch(0x1000, 8), memory.read(0x1008, 8)
+        (b'\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00', b'\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00')
+        >>> memory.fetch(0x1008, 8)
+        Traceback (most recent call last):
+        smmufast.faults.ExternalAbort: address 0x1008: an injected error
+
+        Parameters
+        ----------
+        address, size : int
+            In bytes.
+        kind, level : str, int, optional
+            As `Fetch` has them: an error of a kind or a level hits what is of it.  Without a kind,
+            errors of one kind do not hit.
+
+        Raises
+        ------
+        ExternalAbort
+            An injected error hits it, a region is missing, or a callback refuses.
+        """
+        cdef uint64_t where = to_address("address", address)
+        cdef uint64_t n = to_address("size", size)
+        cdef int number = FETCH_NONE if kind is None else kind_number(kind)
+        cdef int at = NO_LEVEL if level is None else level_number(level, kind)
+        if n and injected(&self.ram, number, at, where, n):
+            raise ExternalAbort(f"address {where:#x}: an injected error")
+        return self.read(where, n)
 
     def write(self, address, data):
         """Write bytes, across regions if need be.
@@ -820,27 +863,30 @@ cdef class Memory:
         self.write(address, number.to_bytes(8, "big" if big_endian else "little"))
 
     def inject_error(self, *, address=None, size=None, kind=None, level=None, nth=None, count=None):
-        """Make fetches of the SMMU end in an external abort; reads by the host are not affected.
+        """Make accesses of the SMMU end in an external abort; those of the host are not affected.
 
-        A fetch matches when it touches [address, address + size), is of the kind and, for
-        translation tables, of the level; what is not given matches all.
+        An access matches when it touches [address, address + size), is of the kind and, for
+        translation tables, of the level; what is not given matches all.  Fetches of a walk and
+        updates of descriptors match, and so do the fetch of a command ("CMD"), the writing of an
+        event or of a page request into its queue ("EVENT", "PRI"), and an MSI.  `fetch` does too.
 
         Parameters
         ----------
         address, size : int, optional
             In bytes; the size is 8 unless given.
-        kind : {"L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update"}, optional
+        kind : {"L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update", "CMD", \
+                "EVENT", "PRI", "MSI"}, optional
         level : int, optional
             -1 to 3.
         nth : int, optional
-            The first matching fetch that fails, counted from 1 now; by default the first.
+            The first matching access that fails, counted from 1 now; by default the first.
         count : int, optional
             How many fail from there on: by default one if nth is given, else all.
 
         Returns
         -------
         int
-            How many injections there are now.
+            A number that no other error of this Memory has had, for `remove_error`.
         """
         cdef Injection injection
         self._check_idle()
@@ -856,17 +902,10 @@ cdef class Memory:
             raise ValueError(f"size: {size} given without an address")
         injection.kind = FETCH_NONE
         if kind is not None:
-            if kind not in FETCH_KINDS[1:]:
-                raise ValueError(
-                    f"kind: {kind!r} given; one of {', '.join(FETCH_KINDS[1:])} needed")
-            injection.kind = FETCH_KINDS.index(kind)
+            injection.kind = kind_number(kind)
         injection.level = NO_LEVEL
-        if level is not None and kind is not None and "TT" not in kind:
-            raise ValueError(f"level: {level} given with kind {kind!r}; only tables have levels")
         if level is not None:
-            if not -1 <= to_integer("level", level) <= 3:
-                raise ValueError(f"level: {level} given; -1 to 3 allowed")
-            injection.level = level
+            injection.level = level_number(level, kind)
         injection.nth = 1
         injection.count = MOST_FETCHES if nth is None else 1
         if nth is not None:
@@ -877,8 +916,29 @@ cdef class Memory:
             if not 1 <= to_integer("count", count) <= MOST_FETCHES:
                 raise ValueError(f"count: {count} given; 1 to 2^63 - 1 allowed")
             injection.count = count
+        injection.number = self._injected + 1
         self._inject(&injection)
-        return self.ram.n_injections
+        return injection.number
+
+    def remove_error(self, number):
+        """Remove one injected error, by the number that `inject_error` returned.
+
+        Raises
+        ------
+        ValueError
+            There is none of that number, or no longer.
+        """
+        cdef Py_ssize_t i
+        self._check_idle()
+        wanted = to_integer("number", number)
+        for i in range(self.ram.n_injections):
+            if self.ram.injections[i].number == wanted:
+                self.ram.n_injections -= 1
+                memmove(&self.ram.injections[i], &self.ram.injections[i + 1],
+                        (self.ram.n_injections - i) * sizeof(Injection))
+                self._refresh()
+                return
+        raise ValueError(f"number: {wanted} given; no injected error has it")
 
     def clear_errors(self):
         """Remove every injected error."""
@@ -893,6 +953,7 @@ cdef class Memory:
             raise MemoryError()
         self.ram.injections = grown
         grown[self.ram.n_injections] = injection[0]
+        self._injected = max(self._injected, injection.number)
         self.ram.n_injections += 1
         self._refresh()
         return 0
@@ -981,7 +1042,7 @@ cdef class Memory:
         for i in range(self.ram.n_injections):
             each = &self.ram.injections[i]
             errors.append((each.first, each.last, each.kind, each.level, each.nth, each.count,
-                           each.seen))
+                           each.seen, each.number))
         return regions, errors
 
     def copy(self):
@@ -1005,7 +1066,7 @@ cdef class Memory:
                     copies[id(shared)] = [owned(shared[0])]
                 region = base, readonly, copies[id(shared)]
             regions.append(region)
-        return _restored(regions, errors)
+        return _restored(regions, errors, self._injected)
 
     def __copy__(self):
         return self.copy()
@@ -1030,7 +1091,7 @@ cdef class Memory:
                         views[i] = view[0], bytes(view[1])
                     elif type(view) is PickleBuffer:
                         views[i] = owned(view)
-        return _restored, (regions, errors)
+        return _restored, (regions, errors, self._injected)
 
     def __repr__(self):
         return f"Memory({len(self.regions)} regions)"
@@ -1041,8 +1102,8 @@ cdef object owned(view):
     return bytes(view) if memoryview(view).readonly else bytearray(view)
 
 
-def _restored(regions, errors):
-    """Return the Memory of what was pickled."""
+def _restored(regions, errors, injected=0):
+    """Return the Memory of what was pickled; `injected`: the number of its last error."""
     cdef Memory memory = Memory()
     cdef Injection each
     for region in regions:
@@ -1058,8 +1119,12 @@ def _restored(regions, errors):
             for offset, data in pages:
                 memory.write(base + offset, data)
     for error in errors:
-        each.first, each.last, each.kind, each.level, each.nth, each.count, each.seen = error
+        if len(error) == 7:  # of version 0.2
+            error = *error, memory._injected + 1
+        (each.first, each.last, each.kind, each.level, each.nth, each.count, each.seen,
+         each.number) = error
         memory._inject(&each)
+    memory._injected = max(memory._injected, injected)
     return memory
 
 
@@ -1119,6 +1184,22 @@ cdef object to_integer(str name, value):
         return PyNumber_Index(value)
     except TypeError:
         raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+
+
+cdef int kind_number(kind) except -1:
+    """The number of a kind of access."""
+    if kind not in ACCESS_KINDS[1:]:
+        raise ValueError(f"kind: {kind!r} given; one of {', '.join(ACCESS_KINDS[1:])} needed")
+    return ACCESS_KINDS.index(kind)
+
+
+cdef int level_number(level, kind) except -2:
+    """A level of tables, for a kind that has one."""
+    if kind is not None and "TT" not in kind:
+        raise ValueError(f"level: {level} given with kind {kind!r}; only tables have levels")
+    if not -1 <= to_integer("level", level) <= 3:
+        raise ValueError(f"level: {level} given; -1 to 3 allowed")
+    return level
 
 
 cdef uint64_t to_address(

@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from smmufast._bits cimport le64, low_mask
-from smmufast._memory cimport TOUCHED_LG2, Port, port_read, port_write
+from smmufast._memory cimport ACCESS_HOST, TOUCHED_LG2, Port, port_read, port_write
 
 cdef extern from *:
     """
@@ -198,7 +198,7 @@ cdef inline void pages_zero(PagesC* p, uint64_t address, uint64_t size) noexcept
     memset(zeros, 0, sizeof(zeros))
     while size and not p.status:
         n = min(size, <uint64_t>sizeof(zeros))
-        p.status = port_write(&p.port, address, zeros, n)
+        p.status = port_write(&p.port, ACCESS_HOST, address, zeros, n)
         address += n
         size -= n
 
@@ -207,7 +207,7 @@ cdef inline uint64_t load_slow(PagesC* p, uint64_t address) noexcept nogil:
     """Read a descriptor through the port; 0 once an access failed."""
     cdef uint64_t d = 0
     if not p.status:
-        p.status = port_read(&p.port, address, &d, 8)
+        p.status = port_read(&p.port, ACCESS_HOST, address, &d, 8)
     return 0 if p.status else le64(d)
 
 
@@ -215,4 +215,4 @@ cdef inline void store_slow(PagesC* p, uint64_t address, uint64_t d) noexcept no
     """Write a descriptor through the port, unless an access failed."""
     d = le64(d)
     if not p.status:
-        p.status = port_write(&p.port, address, &d, 8)
+        p.status = port_write(&p.port, ACCESS_HOST, address, &d, 8)

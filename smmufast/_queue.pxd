@@ -18,7 +18,8 @@ from smmufast._core cimport (
 )
 from smmufast._layout cimport cmdq_base_log2size, eventq_cons_ovackflg, eventq_prod_ovflg
 from smmufast._memory cimport (
-    FETCH_ABORT, FETCH_OK, FETCH_RAISED, Port, Ram, port_open, port_write,
+    ACCESS_EVENT, ACCESS_MSI, ACCESS_PRI, FETCH_ABORT, FETCH_OK, FETCH_RAISED, Port, Ram,
+    port_open, port_write,
 )
 from smmufast._types cimport ACTION_STALL, Outcome, Request
 
@@ -55,6 +56,7 @@ cdef enum:
 
 # --- global errors (7.5) ---
 
+# S6.3.19-1
 cdef inline bint gerror_active(const Queues* q, uint32_t error) noexcept nogil:
     return ((q.gerror ^ q.gerrorn) & error) != 0
 
@@ -67,6 +69,7 @@ cdef inline bint gerror_begin(Queues* q, uint32_t error) noexcept nogil:
     return True
 
 
+# S6.3.19-2, S7.5-1
 cdef inline bint gerror_toggle(Queues* q, uint32_t error) noexcept nogil:
     """Make an error active; no when it is already: then the new one is lost."""
     cdef bint begun
@@ -76,11 +79,12 @@ cdef inline bint gerror_toggle(Queues* q, uint32_t error) noexcept nogil:
     return begun
 
 
+# S6.3.20-1, S6.3.20-2
 cdef inline uint32_t gerror_acknowledge(Queues* q, uint32_t gerrorn) noexcept nogil:
     """GERRORN is written: the errors that were active and no longer are.
 
     It holds what was written.  So a bit that differs from GERROR's makes its error active, as
-    7.5 defines that, also where software alone made them differ (S6.3.20-2).
+    7.5 defines that, also where software alone made them differ (6.3.20).
     """
     cdef uint32_t before
     lock_take(&q.lock)
@@ -92,6 +96,7 @@ cdef inline uint32_t gerror_acknowledge(Queues* q, uint32_t gerrorn) noexcept no
 
 # --- rings (3.5.1) ---
 
+# S3.5.1-4, S6.3.27-2
 cdef inline uint32_t ring_bits(unsigned int log2size) noexcept nogil:
     """The bits of a position: index and wrap."""
     return <uint32_t>low_mask(log2size + 1)
@@ -101,22 +106,26 @@ cdef inline uint32_t ring_index(uint32_t position, unsigned int log2size) noexce
     return position & <uint32_t>low_mask(log2size)
 
 
+# S3.5.1-2, S6.3.28-2
 cdef inline uint32_t ring_after(uint32_t position, unsigned int log2size) noexcept nogil:
     """The next position; the wrap bit is inverted when the index starts again."""
     return (position + 1) & ring_bits(log2size)
 
 
+# S3.5.1-5
 cdef inline uint32_t ring_count(
         uint32_t prod, uint32_t cons, unsigned int log2size) noexcept nogil:
     """Entries between CONS and PROD; more than the queue holds when one of them is nonsense."""
     return (prod - cons) & ring_bits(log2size)
 
 
+# S3.5.1-1, S3.5.1-6
 cdef inline bint ring_full(uint32_t prod, uint32_t cons, unsigned int log2size) noexcept nogil:
     """No slot is free.  So it is too when CONS is nonsense: nothing may be overwritten then."""
     return ring_count(prod, cons, log2size) >= <uint32_t>1 << log2size
 
 
+# S6.3.26-3, S6.3.26-4
 cdef inline uint64_t ring_base(
         uint64_t address, unsigned int log2size, unsigned int entry_lg2) noexcept nogil:
     """BASE.ADDR, aligned to the queue's size, 32 bytes at least (6.3.26)."""
@@ -145,12 +154,13 @@ cdef inline void ring_forget(Ring* ring) noexcept nogil:
     ring_shown(ring)
 
 
+# S3.4.3-6, S3.5.1-3, S6.3.26-1, S6.3.26-2, S6.3.26-5, S6.3.27-3, S6.3.29-1, S6.3.33-1, S8-5
 cdef inline void ring_place(
         Queues* q, Ring* ring, uint64_t base, unsigned int largest,
         uint64_t address_mask) noexcept nogil:
     """BASE: where the queue lies and how many entries it has, `largest` at most.
 
-    Address bits beyond OAS are truncated (S3.4.3-6).
+    Address bits beyond OAS are truncated (3.4.3).
     """
     cdef unsigned int log2size = <unsigned int>cmdq_base_log2size(base)
     if log2size > largest:
@@ -165,6 +175,7 @@ cdef inline void ring_place(
     lock_give(&q.lock)
 
 
+# S6.3.95-1, S6.3.97-1
 cdef inline void ring_set_prod(Queues* q, Ring* ring, uint32_t value) noexcept nogil:
     lock_take(&q.lock)
     ring.prod = value & ring_bits(ring.log2size)
@@ -173,6 +184,7 @@ cdef inline void ring_set_prod(Queues* q, Ring* ring, uint32_t value) noexcept n
     lock_give(&q.lock)
 
 
+# S6.3.96-1, S6.3.98-1
 cdef inline void ring_set_cons(Queues* q, Ring* ring, uint32_t value) noexcept nogil:
     lock_take(&q.lock)
     ring.cons = value & ring_bits(ring.log2size)
@@ -217,7 +229,7 @@ cdef inline bint ring_overflow(const Ring* ring) noexcept nogil:
 
 
 cdef inline int ring_state(const Queues* q, const Ring* ring) noexcept nogil:
-    """Whether a record can be written: PUT_WRITTEN, or why not; the lock is held (S7.2.1-1)."""
+    """Whether a record can be written: PUT_WRITTEN, or why not; the lock is held (7.2.1)."""
     if not ring.enabled or ring.broken or gerror_active(q, ring.error):
         return PUT_CLOSED
     if (ring.blocks and (ring.overflowed or ring_overflow(ring))
@@ -250,6 +262,8 @@ cdef inline int ring_lose(Ring* ring, bint last) noexcept nogil:
     return PUT_LAST if last else 0
 
 
+# S3.5.1-10, S3.5.3-2, S3.5.3-3, S3.12.1-4, S6.3.9.4-1, S6.3.95-2, S7.2.1-1, S7.2.1-2, S7.2.1-5,
+# S7.4-1, S7.4-4, S7.4-5, S7.5-2, S7.5-3, S8-4, S8.1-1, S8.1-2
 cdef inline int ring_take(
         Queues* q, Ring* ring, bint overflows, bint last, Slot* slot) noexcept nogil:
     """Take the next slot: PUT_WRITTEN, or why there is none, with what shows (PUT_...).
@@ -273,6 +287,7 @@ cdef inline int ring_take(
     return status
 
 
+# S6.3.36-3, S7.4-2
 cdef inline int ring_show(Queues* q, Ring* ring) noexcept nogil:
     """No record is being written any more: PROD moves, with all that waited for it (PUT_...).
 
@@ -298,6 +313,7 @@ cdef inline int ring_show(Queues* q, Ring* ring) noexcept nogil:
     return shown
 
 
+# S7.2.2-4
 cdef inline int ring_fail(Queues* q, Ring* ring, bint current) noexcept nogil:
     """A write aborted: PUT_ERROR if the error is active from now on, or 0; the lock is held.
 
@@ -310,6 +326,7 @@ cdef inline int ring_fail(Queues* q, Ring* ring, bint current) noexcept nogil:
     return PUT_ERROR if gerror_begin(q, ring.error) else 0
 
 
+# S3.5.1-8, S3.5.2-1, S3.5.2-101, S6.3.9.4-2, S7.2.2-2, S7.2.2-3
 cdef inline int ring_give(Queues* q, Ring* ring, const Slot* slot, int fetched) noexcept nogil:
     """A slot is filled, or could not be: how that leaves the queue, and what shows (PUT_...).
 
@@ -352,6 +369,7 @@ cdef inline int ring_stop(Queues* q, Ring* ring) noexcept nogil:
     return shown
 
 
+# S3.5.4-2, S7.2.1-6
 cdef inline int ring_put(
         Queues* q, Ring* ring, Port* port, const uint64_t* record, bint overflows, bint last,
         int* status) noexcept nogil:
@@ -368,23 +386,26 @@ cdef inline int ring_put(
         return 0
     for i in range(size // 8):
         w[i] = le64(record[i])
-    fetched = port_write(port, slot.address, w, size)
+    fetched = port_write(
+        port, ACCESS_EVENT if ring == &q.events else ACCESS_PRI, slot.address, w, size)
     status[0] = ring_give(q, ring, &slot, fetched)
     return fetched if fetched < 0 else 0
 
 
 # --- interrupts (3.18) ---
 
+# S3.18-4, S4.7.3-9
 cdef inline int msi_write(Port* port, uint64_t address, uint32_t data) noexcept nogil:
     """FETCH_OK, FETCH_ABORT or FETCH_RAISED."""
     data = le32(data)
-    return port_write(port, address, &data, 4)
+    return port_write(port, ACCESS_MSI, address, &data, 4)
 
 
+# S3.18.2-7
 cdef inline int signal(Queues* q, Port* port, int irq, const Msi* msi) noexcept nogil:
     """An interrupt: its message, if there is one, and its wire as well: 0, or FETCH_RAISED.
 
-    The wire is asserted whatever the message's address is, where there are wires (S3.18.2-2).
+    The wire is asserted whatever the message's address is, where there are wires (3.18.2).
     Neither waits for the other: of two exceptions the first is told.
     """
     cdef int status = FETCH_OK
@@ -397,12 +418,15 @@ cdef inline int signal(Queues* q, Port* port, int irq, const Msi* msi) noexcept 
     return status
 
 
+# S3.18-8, S3.18.1-3, S3.18.2-5, S3.18.2-6, S6.3.16-1, S6.3.19-4, S6.3.30-1, S6.3.31-1, S6.3.34-1,
+# S6.3.35-1, S7.5-4, S16.7.4-7
 cdef inline int interrupt(Queues* q, Port* port, int irq) noexcept nogil:
     """The interrupt of a source that IRQ_CTRL may enable: 0, or FETCH_RAISED."""
     cdef Msi msi = q.msi[irq]
     return signal(q, port, irq, &msi) if msi.enabled else 0
 
 
+# S3.18-2, S3.18.2-4, S6.3.21-1, S6.3.22-1, S7.5.1-1
 cdef inline int gerror_raise(Queues* q, Port* port, uint32_t error) noexcept nogil:
     """Report a global error and interrupt: 0, or FETCH_RAISED."""
     if not gerror_toggle(q, error) or error == GERROR_MSI_GERROR_ABT_ERR:
@@ -454,6 +478,7 @@ cdef inline bint sync_waits(Core* core) noexcept nogil:
     return waits
 
 
+# S4.7.3-5
 cdef inline void sync_done(Core* core) noexcept nogil:
     """A CMD_SYNC is complete: walks that an invalidation before it overtook start again."""
     lock_take(&core.queues.lock)
@@ -494,11 +519,13 @@ cdef inline bint walk_again(const Core* core, uint64_t begun, bint holds) noexce
 
 # --- the event queue (7.2) ---
 
+# S3.18-1, S3.18-101, S3.18.2-1, S7.2.2-1, S7.2.2-5, S16.7.4-5
 cdef inline int event_signal(Queues* q, Port* port, int put) noexcept nogil:
     """The interrupts of what shows after ring_put for the event queue: 0, or FETCH_RAISED."""
     return ring_signal(q, port, IRQ_EVENTQ, put, PUT_FIRST)
 
 
+# S3.5.3-5
 cdef inline int event_put(
         Core* core, Port* port, const uint64_t* record, bint* written) noexcept nogil:
     """Write a record into the event queue, with its interrupt: 0, or FETCH_RAISED."""
@@ -516,6 +543,7 @@ cdef inline int event_put(
     return status
 
 
+# S3.5.3-1, S3.5.5-1, S3.12-13, S4.7.3-14, S7.3.1-1
 cdef inline int event_deliver(
         Core* core, Port* port, const Request* request, Outcome* outcome) noexcept nogil:
     """Write the record of a fault into the event queue, or hold the transaction as a stall.

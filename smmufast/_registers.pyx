@@ -29,7 +29,8 @@ from smmufast._layout cimport (
     cr0_priqen, cr0_smmuen, event_set_stag,
 )
 from smmufast._memory cimport (
-    FETCH_OK, FETCH_RAISED, Memory, Port, port_open, port_raised, port_read, raise_port, to_address,
+    ACCESS_CMD, FETCH_OK, FETCH_RAISED, Memory, Port, port_open, port_raised, port_read,
+    raise_port, to_address,
 )
 from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
@@ -143,9 +144,9 @@ cdef inline Ring* ring_of(Registers self, str name) noexcept:
 cdef object STATE_HEADER = struct.Struct("<8sII")  # mark, version, size of the JSON
 cdef bytes STATE_MARK = b"smmufast"
 cdef int STATE_VERSION = 2
-cdef tuple STATE = ("features", "ignore_s2ptw", "registers", "placed", "atc_failed", "last_stag",
-                    "stalls", "warnings", "caches", "wired")
-cdef tuple STATE_1 = STATE[:-1]  # of version 1
+cdef tuple STATE_1 = ("features", "ignore_s2ptw", "registers", "placed", "atc_failed", "last_stag",
+                      "stalls", "warnings", "caches")  # of version 1
+cdef tuple STATE = (*STATE_1, "wired")
 cdef tuple QUEUES = ("CMDQ", "EVENTQ", "PRIQ")
 cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
 cdef tuple ID_REGISTERS = ("idr0", "idr1", "idr3", "idr5", "aidr")  # Features.from_idr()
@@ -201,7 +202,7 @@ cdef dict state_of_1(parsed):
     """A state of version 1 as one of version 2.
 
     That version had wires which a message kept quiet: they are there from now on.  It had
-    PRIQ_IRQ_CFG2.LO where there are no messages, which is RES0 (S6.3.36-1).
+    PRIQ_IRQ_CFG2.LO where there are no messages, which is RES0 (6.3.36).
     """
     state = saved_dict("all", parsed, STATE_1)
     codes, registers = state["features"], state["registers"]
@@ -540,6 +541,7 @@ cdef class Registers:
         """PREFETCH_*: fill the caches with what the effect names, or with nothing."""
         return 0
 
+    # S5.2-29, S8.1-6, S8.1-7, S8.1-8
     cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2:
         """STE.PPAR: whether automatic responses carry the PASID; -1 when no STE is legal."""
         raise TypeError("Registers are a part of Smmu")
@@ -547,6 +549,7 @@ cdef class Registers:
     cdef void _forget(self) noexcept:
         """The registers changed: drop what was derived from them."""
 
+    # S3.3.3-9, S3.21.3-12, S4.1.7-1, S4.3-1, S4.3-101, S4.3.8-1, S4.7.3-12
     cdef int _invalidate(self, const Effect* effect) except -1:
         """CFGI_* and TLBI_*: drop from the caches what the effect names."""
         cdef CachesC* c = self.core.caches
@@ -728,6 +731,8 @@ cdef class Registers:
 
     # --- MMIO ---
 
+    # S3.7-1, S3.10-1, S3.10.2-1, S6.1-1, S6.2-1, S6.2-2, S6.2-3, S6.2-4, S6.2-5, S6.2-8, S6.2-9,
+    # S6.2-10, S6.2.2-1, S6.3.5-1, S6.3.170-1
     cdef str _locate(self, offset, size, int* shift, int* bits):
         """The register of an access, and its part; None when there is none."""
         cdef uint64_t at
@@ -800,10 +805,12 @@ cdef class Registers:
             whole = self._load(name) & ~(field << shift) | whole << shift
         self._store(name, whole)
 
+    # S6.3.3-1, S6.3.7-1
     cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF:
         """The value of a register."""
         return self._load_from(&self.queues, name)
 
+    # S6.3.9.5-2, S6.3.10-1, S6.3.10-2, S6.3.13-1, S6.3.18-1, S6.3.18-2, S6.3.28-1, S6.3.45-1
     cdef uint64_t _load_from(self, Queues* q, str name) except? 0xFFFFFFFFFFFFFFFF:
         """The value of a register, with the queues as they were."""
         cdef const Ring* ring
@@ -825,6 +832,8 @@ cdef class Registers:
             return ring.cons | <uint64_t>ring.ovackflg << 31
         return self._values[name]
 
+    # S3.16-1, S6.2-11, S6.2-12, S6.3-1, S6.3.2-5, S6.3.9.5-3, S6.3.12-2, S6.3.16-3, S6.3.24-5,
+    # S6.3.26-6, S6.3.28-3, S6.3.29-2, S6.3.33-2, S6.3.95-3, S6.3.97-2
     cdef bint _guarded(self, str name, uint64_t value) except -1:
         """Whether an enable keeps a register from being written."""
         if PRESET.get(name) is not None and getattr(self._features, PRESET[name]):
@@ -839,6 +848,9 @@ cdef class Registers:
             self._warn(name, f"write of {value:#x} ignored: {guard} is {self._values[guard]:#x}")
         return True
 
+    # S3.11-8, S6.2-6, S6.2-7, S6.2-13, S6.3.11-1, S6.3.11.1-1, S6.3.11.1-2, S6.3.11.2-1, S6.3.14-2,
+    # S6.3.14.1-1, S6.3.14.1-2, S6.3.21-3, S6.3.23-1, S6.3.24-2, S6.3.25-8, S6.3.27-4, S6.3.32-1,
+    # S7.1-6, S7.1-92
     cdef int _store(self, str name, uint64_t value) except -1:
         """Write a register: the one place where writes have their effects."""
         cdef uint64_t ignored, kept = 0
@@ -898,6 +910,7 @@ cdef class Registers:
         self._digest()
         return 0
 
+    # S3.11-13, S6.3.9-3, S6.3.9-4, S6.3.9.3-3, S6.3.9.6-13, S6.3.9.6-15
     cdef int _set_cr0(self, uint32_t value) except -1:
         """CR0, which is complete at once: CR0ACK follows."""
         cdef uint32_t old = self._values["CR0"]
@@ -937,6 +950,7 @@ cdef class Registers:
         self.core.ram.users -= 1
         return self._end(&port, status)
 
+    # S7.1-5, S7.1-91
     cdef int _acknowledge(self, uint32_t value) except -1:
         """GERRORN: what waited for an error to end goes on."""
         cdef uint32_t idle = (value ^ self.queues.gerrorn) & ~(
@@ -950,6 +964,7 @@ cdef class Registers:
                 self._consume()
         return 0
 
+    # S3.11-1, S3.11-2, S3.11-12, S3.11-101
     def reset(self):
         """Let the device be as after a reset: everything disabled, all registers 0.
 
@@ -981,6 +996,8 @@ cdef class Registers:
 
     # --- the digest that rules read ---
 
+    # S3.3.1.1-2, S3.18-5, S3.18-6, S6.3.1-2, S6.3.1-7, S6.3.1-11, S6.3.1-18, S6.3.2-2, S6.3.4-2,
+    # S6.3.6-2, S6.3.9-1, S6.3.16-2, S6.3.20-3, S6.3.21-4, S6.3.25-2
     cdef int _digest_features(self) except -1:
         """The features, the constant registers, and which bits of the others there are."""
         cdef Hw* hw = &self.core.hw
@@ -1064,6 +1081,7 @@ cdef class Registers:
         })
         return 0
 
+    # S2.10-1, S3.11-6, S6.3.9.5-1, S6.3.9.6-5, S6.3.9.6-12, S6.3.12-1
     cdef int _digest(self) except -1:
         """Let the digest say what the registers hold."""
         cdef Hw* hw = &self.core.hw
@@ -1079,6 +1097,7 @@ cdef class Registers:
         self._forget()
         return 0
 
+    # S6.3.24-1, S6.3.25-1, S6.3.25-3, S6.3.25-7, S6.3.25-91
     cdef int _digest_stream_table(self) except -1:
         cdef Hw* hw = &self.core.hw
         cdef uint64_t address
@@ -1094,6 +1113,7 @@ cdef class Registers:
             hw.strtab = strtab_linear_base(address, config["LOG2SIZE"])
         return 0
 
+    # S3.11-4, S6.3.2-8, S6.3.14-1, S6.3.14-4, S13.2-1, S13.2-2
     cdef int _digest_gbpa(self) except -1:
         cdef Hw* hw = &self.core.hw
         cdef unsigned int attr = 0xFF, sh = 0
@@ -1106,13 +1126,14 @@ cdef class Registers:
         hw.gbpa_sh = shareability(attr, sh)
         return 0
 
+    # S3.4.3-7, S3.18.1-1, S6.3.16-4, S6.3.16-5, S6.3.21-2
     cdef int _digest_interrupts(self) except -1:
         cdef Msi* msi
         enables = layout.unpack("IRQ_CTRL", self._values["IRQ_CTRL"])
         for irq, name in ((IRQ_EVENTQ, "EVENTQ"), (IRQ_PRIQ, "PRIQ"), (IRQ_GERROR, "GERROR")):
             msi = &self.queues.msi[<int>irq]
             msi.enabled = enables[name + "_IRQEN"]
-            # bits beyond OAS are RES0 here, other than in CMD_SYNC (S6.3.21-2)
+            # bits beyond OAS are RES0 here, other than in CMD_SYNC (6.3.21)
             msi.address = self._values[name + "_IRQ_CFG0"] & ~self.core.hw.oas_over
             msi.sent = msi.address != 0
             msi.data = self._values[name + "_IRQ_CFG1"]
@@ -1175,6 +1196,7 @@ cdef class Registers:
 
     # --- stalls (3.12.2, 4.7, 5.5, 7.2.1) ---
 
+    # S3.12.2-1, S3.12.2-5, S3.12.2-13, S3.12.2.1-1, S3.12.2.1-3, S5.5-7, S6.3.9.6-14, S7.3.21-3
     cdef int _hold(self, const Request* request, Outcome* outcome) except -1:
         """Hold a transaction until software resumes it; a retry that stalls again keeps its Stall.
 
@@ -1215,15 +1237,16 @@ cdef class Registers:
         return 0
 
     cdef bint _writable(self) noexcept:
-        """Whether a record can be written; without a queue it is in the outcome (S7.2.1-1)."""
+        """Whether a record can be written; without a queue it is in the outcome (7.2.1)."""
         cdef Queues* q = &self.queues
         return ring_writable(q, &q.events) if q.events.placed else q.events.enabled
 
+    # S3.5.3-4, S3.12.2-12, S6.3.6-3, S7.2.1-3, S7.2.1-4
     cdef int _record(self) except -1:
         """Record the stalls that wait, in order, as far as STALL_MAX and the event queue admit.
 
         What has waited is translated anew first, since what it found may be invalid by now: so
-        nothing old is recorded after an invalidation and CMD_SYNC (S3.12.2-4, S4.7.3-5).  Called
+        nothing old is recorded after an invalidation and CMD_SYNC (3.12.2, 4.7.3).  Called
         again by a callback, this returns at once, for the first call goes on: also after records
         that the queue did not take, but for no more of these than the queue has entries.
         """
@@ -1250,6 +1273,7 @@ cdef class Registers:
             self._recording = False
         return 0
 
+    # S3.5.4-1, S3.12.2-8, S3.12.2-10, S3.12.2-11, S4.7.1-9, S7.3.13-6, S7.4-3, L-6
     cdef bint _record_first(self, Stall stall) except -1:
         """Write the record of one stall; no when the event queue does not take it.
 
@@ -1310,10 +1334,11 @@ cdef class Registers:
         stall._stag = None
         return 0
 
+    # S4.7.2.1-1, S4.7.3-15
     cdef int _again(self, Stall stall) except -1:
         """Translate a transaction as though it had just arrived; unless it stalls again, it ends.
 
-        Its event, if there is one now, is that of what it meets now (S7.2.1-4).
+        Its event, if there is one now, is that of what it meets now (7.2.1).
         """
         cdef Outcome outcome
         stall.retrying = True
@@ -1354,6 +1379,8 @@ cdef class Registers:
         stall.ended.action = action
         return self._finish(stall)
 
+    # S3.12.2-3, S3.12.2-4, S3.12.2-9, S3.12.2.2-2, S3.12.2.3-1, S3.12.3-1, S4.3.8-2, S4.6-101,
+    # S4.6-103, S4.7.1-2, S4.7.1-5, S4.7.1-7, S4.7.1-8
     cdef int _resume(self, uint32_t sid, uint32_t stag, bint retry, bint abort) except -1:
         """CMD_RESUME; without effect when no such transaction is stalled."""
         cdef Stall stall = self._tagged.get(stag, {}).get(sid)
@@ -1363,6 +1390,7 @@ cdef class Registers:
             return self._again(stall)
         return self._kill(stall, ACTION_ABORT if abort else ACTION_RAZ_WI)
 
+    # S3.12.2-7, S4.6-104, S4.7.2-1, S4.7.2-2, S4.7.2-3
     cdef int _terminate(self, object sid) except -1:
         """End every stall of a StreamID, or of all, with an abort."""
         cdef Stall stall
@@ -1403,6 +1431,9 @@ cdef class Registers:
 
     # --- commands (4) ---
 
+    # S3.5.1-7, S3.5.1-9, S3.11-9, S3.18-3, S3.21.2-1, S3.21.2-2, S3.21.2-3, S3.21.2-4, S4.1.1-1,
+    # S4.1.2-1, S4.1.2-2, S4.1.2-3, S4.1.3-4, S4.1.4-1, S6.3.9.3-1, S6.3.9.3-2, S6.3.9.6-11,
+    # S6.3.27-1, S6.3.28-4, S7.1-1, S7.1-2, S7.1-4, S7.1-8, S16.7.4-4
     cdef int _consume(self) except -1:
         """Consume commands until the queue is empty, an error stops it, or once around.
 
@@ -1426,7 +1457,7 @@ cdef class Registers:
                 restarts = self._restarts
                 port_open(&port, self.core.ram, NULL)
                 self.core.ram.users += 1
-                status = port_read(&port, ring_entry(ring, ring.cons), words, 16)
+                status = port_read(&port, ACCESS_CMD, ring_entry(ring, ring.cons), words, 16)
                 self.core.ram.users -= 1
                 self._end(&port, status)
                 cerror = CMDQ_CONS_ERR_ABT
@@ -1456,6 +1487,7 @@ cdef class Registers:
             self._consuming = False
         return 0
 
+    # S3.9.1-8, S4.7.3-1, S4.7.3-13, S4.7.3-18, S4.7.3-19, S4.8-1, S7.1-9
     cdef int _execute(self, const Effect* effect) except -1:
         """Do what a legal command does but for its completion: 0, or a CERROR code."""
         if effect.kind in (EFFECT_CFGI_STE, EFFECT_CFGI_RANGE, EFFECT_CFGI_ALL, EFFECT_CFGI_CD,
@@ -1485,12 +1517,13 @@ cdef class Registers:
         """Whether a command is a CMD_SYNC that walks hold, and so not consumed yet (4.7.3)."""
         return effect.kind == EFFECT_SYNC and sync_waits(&self.core)
 
+    # S3.9.1.4-1, S3.9.1.5-1, S4.5-1, S4.5.1-4, S4.5.1-9
     cdef int _atc_inv(self, const Effect* effect) except -1:
         """CMD_ATC_INV to the device of its StreamID; a failure is the next SYNC's."""
         device = self._devices.get(effect.sid)
         if device is None:
             return 0
-        ssid = effect.ssid if effect.ssv else None  # with G too: the PASID prefix (S4.5.1-3)
+        ssid = effect.ssid if effect.ssv else None  # with G too: the PASID prefix (4.5.1)
         size = (<object>effect.last) - effect.first + 1
         try:
             if device.atc_invalidate(ssid, effect.first, size, effect.global_ != 0) is False:
@@ -1499,11 +1532,12 @@ cdef class Registers:
             self._atc_failed = True
         return 0
 
+    # S3.18.1-2, S3.18.2-3, S4.1.2-4, S4.7.3-2, S4.7.3-3, S4.7.3-4, S4.7.3-11, S4.7.3-16
     cdef int _complete(self, const Effect* effect, bint room) except -1:
         """Signal what a command that is consumed by now completes: a CMD_SYNC, or `room`.
 
         Room in a queue that was full wakes processors from WFE: somebody may have looked while it
-        was full, if only a callback or another thread (S4.1.2-3).
+        was full, if only a callback or another thread (4.1.2).
         """
         cdef Queues* q = &self.queues
         cdef Port port
@@ -1525,6 +1559,7 @@ cdef class Registers:
             status = FETCH_RAISED
         return self._end(&port, status)
 
+    # S4.1.3-5, S6.3.19-5, S7.1-3
     cdef int _command_error(self, uint32_t cerror, int why) except -1:
         """CMDQ_CONS.ERR first, then GERROR.CMDQ_ERR, which stops the queue."""
         cdef Port port
@@ -1615,6 +1650,7 @@ cdef class Registers:
             reason = HELD
         raise RuntimeError(f"command queue: {reason}")
 
+    # S3.12-1, S3.12.4.1-1, S7.3.2-1, S7.3.2-2, S7.3.19-1, S16.7.1-2
     def record(self, str name not None, **fields):
         """Put an event of the host's own into the event queue (IHI 0070 7.3).
 
@@ -1656,6 +1692,8 @@ cdef class Registers:
 
     # --- page requests (8) ---
 
+    # S3.18.2-2, S6.3.4-14, S6.3.36-1, S6.3.36-2, S6.3.36-4, S6.3.36-5, S8-1, S8-2, S8-3, S8.1-3,
+    # S8.1-4, S8.1-5, S8.1-9, S8.2-1, S8.2-2, S8.2-3, S8.2-4, S8.2-5, S8.2-6, S16.7.4-6
     def page_request(self, sid, address, *, ssid=None, bint read=False, bint write=False,
                      bint execute=False, bint priv=False, bint last=True, prg_index=0):
         """Take a PCIe page request message into the page request queue.
@@ -1708,7 +1746,7 @@ cdef class Registers:
         self.core.ram.users += 1
         if q.pages.enabled and q.pages.placed:
             status = ring_put(q, &q.pages, &port, words, True, last, &put)
-        # with LO the last of a group interrupts, written or lost to overflow (S6.3.36-2)
+        # with LO the last of a group interrupts, written or lost to overflow (6.3.36)
         wanted = PUT_LAST if self._values["PRIQ_IRQ_CFG2"] & PRIQ_IRQ_CFG2_LO else PUT_FIRST
         if ring_signal(q, &port, IRQ_PRIQ, put, wanted) < 0:
             status = FETCH_RAISED

@@ -1086,6 +1086,7 @@ cdef int burst_add(Burst* burst, uint64_t iova, const Outcome* page,
 ctypedef int (*ScalarDriver)(Core*, Port*, const Request*, Memo*, Outcome*) noexcept nogil
 
 
+# S15.2-2, S16.7.1-1
 cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
                    Burst* burst) noexcept nogil:
     """Translate the next pages of a burst; `request` is that of the next page.
@@ -1511,6 +1512,8 @@ cdef class Smmu:
         result.outcome = outcome[0]
         return result
 
+    # S3.21.1-6, S3.21.3-3, S3.21.3-6, S4.2-1, S4.2-3, S4.2-101, S4.2.1-1, S4.2.1-2, S4.2.2-1,
+    # S4.2.2-2, S6.3.9.6-9, S7.2-2, V8.5.1.2-5
     cdef int _prefetch(self, const Effect* effect) except -1:
         """CMD_PREFETCH_*: as a read that tells nobody how it ended (IHI 0070 4.2)."""
         cdef Port port
@@ -1606,7 +1609,7 @@ cdef class Smmu:
     cdef int _ppar(self, uint32_t sid, uint32_t ssid) except? -2:
         """STE.PPAR, for a response to a page request (8.1); -1 where no STE can be asked.
 
-        That is an event, as of a transaction, if CR2.REC_CFG_ATS asks for these (S8.1-9).
+        That is an event, as of a transaction, if CR2.REC_CFG_ATS asks for these (8.1).
         """
         cdef const Hw* hw = &self.core.hw
         cdef Port port
@@ -1643,6 +1646,7 @@ cdef class Smmu:
         """Translate one request: STATUS_DONE, STATUS_EINVAL or STATUS_EPYTHON."""
         return api_translate(<SmmuC*>&self.core, request, outcome)
 
+    # S3.3-1, S3.4-1, S3.9-1
     def translate(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
                   bint instr=False, bint trace=False):
         """Translate one access of a device.
@@ -1962,6 +1966,7 @@ cdef class Smmu:
 
     # --- ATS (3.9.1) ---
 
+    # S3.9-3, S3.9.1-9, S3.9.1.2-6, S13.6.2-2, S13.6.3-1, S13.6.4-3, S13.7-7, S13.7-8
     def ats_request(self, sid, iova, *, ssid=None, bint no_write=False, bint execute=False,
                     bint priv=False, stu=4096):
         """Answer a PCIe ATS translation request for one page.

@@ -175,7 +175,7 @@ cdef class _Look:
                 why = WHY_S2_INVALID
                 if memo.context.second.on:
                     why = stage2(&view, &memo.context, &port, request.iova, allowed & -allowed,
-                                   False, CLASS_IN, &leaf, &address, &syndrome)
+                                 False, CLASS_IN, &leaf, &address, &syndrome)
             else:
                 for access in (2, 3, 6, 0, 1, 4):  # privileged first: E0PD lets them walk
                     if memo.context.need[access] & allowed:

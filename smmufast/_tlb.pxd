@@ -168,6 +168,9 @@ cdef class Caches:
 
 # --- tags ---
 
+# S2.3-3, S3.3.3-4, S3.3.3-6, S3.17-1, S3.17-2, S3.17-3, S3.17-4, S3.17-5, S3.17-9, S3.17.6-2,
+# S3.20.1-2, S5.2.1-6, S5.2.1-8, S5.4-24, S5.4.1-8, S5.4.1-9, S6.3.9-6, V8.16.3.1-1, V8.16.3.1-2,
+# V8.16.3.1-4, V8.16.3.1-5
 cdef inline uint64_t tlb_key(
         const CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid,
         uint16_t asid, unsigned int aset) noexcept nogil:
@@ -182,6 +185,7 @@ cdef inline uint64_t tlb_key(
     )
 
 
+# S3.17.1-2
 cdef inline uint64_t global_key(uint64_t key) noexcept nogil:
     """The same of global entries: it has no ASID."""
     return key & ~KEY_ASID | KEY_GLOBAL
@@ -210,6 +214,7 @@ cdef inline uint64_t* config_words(const CacheC* cache, uint64_t slot) noexcept 
     return (<ConfigEntry*>cache.entries)[slot].words
 
 
+# S3.21.3-11, S4.3.8-3
 cdef inline uint32_t config_probe(
         CacheC* cache, uint64_t set, uint64_t first, uint64_t second,
         uint64_t* words) noexcept nogil:
@@ -222,6 +227,7 @@ cdef inline uint32_t config_probe(
     return <uint32_t>slot + 1
 
 
+# S5.2.1-3
 cdef inline uint32_t ste_probe(
         CachesC* c, uint32_t sid, uint64_t* words) noexcept nogil:
     """Look an STE up: 0, or a handle for ste_touch() and the STE's dwords."""
@@ -248,6 +254,7 @@ cdef inline void config_touch(
         cache_hit_times(&c.cache[CACHE_CD], cd_handle - 1, n)
 
 
+# S4.3.3-4, S5.4.1-7
 cdef inline uint32_t cd_probe(
         CachesC* c, uint32_t sid, uint32_t index, uint64_t* words) noexcept nogil:
     """Look the CD of a SubstreamID up: 0, or a handle for cd_touch() and the CD's dwords.
@@ -281,6 +288,7 @@ cdef Table* walk_probe(
     CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid, uint16_t asid,
     uint64_t address) noexcept nogil
 # Keep a table; NULL without such a walk cache.
+# V8.16.3.1-3
 cdef Table* walk_fill(CachesC* c, const Table* e) noexcept nogil
 
 # A TLBI command, and what INV_ALL or a reset does.

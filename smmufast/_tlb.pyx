@@ -209,6 +209,7 @@ cdef inline uint32_t config_fill(
     return <uint32_t>slot + 1
 
 
+# S3.20.2-1
 cdef uint32_t ste_fill(
         CachesC* c, uint32_t sid, const uint64_t* words) noexcept nogil:
     """Keep an STE; returns the handle for ste_touch(), 0 without a cache."""
@@ -246,11 +247,13 @@ cdef uint64_t config_drop_sids(
     return dropped
 
 
+# S4.3.4-1, S16.2-3
 cdef uint64_t cfgi_cd_all(CachesC* c, uint32_t sid) noexcept nogil:
     """CMD_CFGI_CD_ALL: every CD of a stream.  Returns how many entries went, as all of these."""
     return config_drop_sids(c, &c.cache[CACHE_CD], sid, sid)
 
 
+# S4.3.3-1, S4.3.3-2, S4.3.3-5, S5.3.1-1
 cdef uint64_t cfgi_cd(
         CachesC* c, uint32_t sid, uint32_t ssid, bint leaf) noexcept nogil:
     """CMD_CFGI_CD: one CD.  Level-1 descriptors are not cached, so `leaf` makes no difference."""
@@ -266,6 +269,7 @@ cdef uint64_t cfgi_cd(
     return 1
 
 
+# S4.3-2, S4.3.1-1, S4.3.1-2, S4.3.1-3, S5.1.1-3, S16.2.2-1
 cdef uint64_t cfgi_ste(CachesC* c, uint32_t sid, bint leaf) noexcept nogil:
     """CMD_CFGI_STE: an STE and every CD of its stream; `leaf` as for cfgi_cd()."""
     cdef CacheC* cache = &c.cache[CACHE_STE]
@@ -279,6 +283,7 @@ cdef uint64_t cfgi_ste(CachesC* c, uint32_t sid, bint leaf) noexcept nogil:
     return dropped
 
 
+# S4.3.2-2, S16.2-2
 cdef uint64_t cfgi_range(
         CachesC* c, uint32_t sid, unsigned int lg2_count) noexcept nogil:
     """CMD_CFGI_STE_RANGE: as cfgi_ste() for 2^lg2_count StreamIDs; low bits of sid are ignored.
@@ -326,12 +331,14 @@ cdef inline bint filter_key(const Filter* f, uint64_t key) noexcept nogil:
     return False
 
 
+# S4.4-4
 cdef inline bint filter_span(const Filter* f, uint64_t start, unsigned int lg2) noexcept nogil:
     """Whether a span of addresses and those of the filter overlap."""
     start &= ~low_mask(lg2)
     return start <= f.last and (start | low_mask(lg2)) >= f.first
 
 
+# S4.4.2.4-3
 cdef inline unsigned int block_lg2(const Entry* e) noexcept nogil:
     """Log2 of what an invalidation by input address takes an entry for.
 
@@ -342,6 +349,7 @@ cdef inline unsigned int block_lg2(const Entry* e) noexcept nogil:
     return own if own > e.lg2 else e.lg2
 
 
+# S4.4.1.1-6, S4.4.1.1-7
 cdef inline bint tlb_matches(const CachesC* c, uint64_t slot, const Filter* f) noexcept nogil:
     cdef const CacheC* cache = &c.cache[CACHE_TLB]
     cdef const Entry* e = &(<Entry*>cache.entries)[slot]
@@ -398,6 +406,7 @@ cdef uint64_t tlb_drop_slots(
     return dropped
 
 
+# S3.21.1.3-2
 cdef uint64_t tlb_drop(CachesC* c, uint64_t sizes, const Filter* f) noexcept nogil:
     """Drop every TLB entry that matches; `sizes`: what those that could have.  How many went."""
     cdef CacheC* cache = &c.cache[CACHE_TLB]
@@ -458,6 +467,7 @@ cdef inline void filter_rivals(Filter* f, uint64_t key) noexcept nogil:
         filter_pass(f, ~KEY_LG2, global_key(key) & ~KEY_LG2)
 
 
+# S3.17.1-1, S3.17.1-4
 cdef inline uint64_t entry_key(const CachesC* c, const Entry* e) noexcept nogil:
     cdef uint64_t key = tlb_key(c, e.kind, e.world, e.vmid, e.asid, e.aset)
     if e.is_global and c.key_mask[e.kind][e.world] & KEY_GLOBAL:
@@ -465,6 +475,7 @@ cdef inline uint64_t entry_key(const CachesC* c, const Entry* e) noexcept nogil:
     return key | <uint64_t>e.lg2 << KEY_LG2_SHIFT
 
 
+# S2.4-4, S3.20.1-1, S3.21.1.3-1, V8.17-1
 cdef inline uint64_t tlb_rivals(
         CachesC* c, const Entry* e, uint64_t key, Filter* f) noexcept nogil:
     """A filter for the entries that a request could find instead of this one; their sizes."""
@@ -585,6 +596,7 @@ cdef Table* walk_fill(CachesC* c, const Table* e) noexcept nogil:
     return &(<Table*>cache.entries)[slot]
 
 
+# S3.21.1-2, S4.4.1.1-9
 cdef uint64_t walk_drop(CachesC* c, CacheC* cache, const Filter* f) noexcept nogil:
     """Drop every table that matches, at whatever level; returns how many."""
     cdef uint64_t slot, dropped = 0
@@ -607,6 +619,9 @@ cdef uint64_t walk_drop(CachesC* c, CacheC* cache, const Filter* f) noexcept nog
 
 # --- invalidation ---
 
+# S3.3.3-5, S3.11-14, S3.17.1-3, S4.4-2, S4.4.2.1-1, S4.4.2.2-1, S4.4.2.3-1, S4.4.2.3-2, S4.4.2.4-1,
+# S4.4.2.4-2, S4.4.2.7-1, S4.4.2.8-1, S4.4.2.9-1, S4.4.2.10-1, S4.4.3.1-1, S4.4.3.1-2, S4.4.3.1-3,
+# S4.4.3.2-1, S4.4.4.1-1, S16.2-4, S16.2.1-1
 cdef bint filter_of(const Invalidation* inv, Filter* f) noexcept nogil:
     """What a TLBI command hits (IHI 0070, 4.4); False for those that are not Non-secure."""
     cdef uint64_t ns = <uint64_t>WORLD_NS_EL1 << KEY_WORLD_SHIFT
@@ -657,6 +672,7 @@ cdef bint filter_of(const Invalidation* inv, Filter* f) noexcept nogil:
     return True
 
 
+# S3.21.1-3, S4.4-3
 cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil:
     """A TLBI command: returns how many entries went.
 

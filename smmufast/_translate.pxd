@@ -117,11 +117,14 @@ cdef inline void syndrome_set(
     syndrome.ttrnw = False
 
 
+# S7.3.4-2
 cdef inline uint64_t fetch_reported(const Hw* hw, uint64_t address) noexcept nogil:
     """FetchAddr of a record (7.3.4): bits beyond OAS are 0, but v3.0 has all of them (3.4.3)."""
     return address & ~<uint64_t>7 & (~<uint64_t>0 if hw.minor == 0 else ~hw.oas_over)
 
 
+# S3.4.1-8, S3.12.1-2, S5.2-30, S7.3-1, S7.3-2, S7.3-3, S7.3-4, S7.3-5, S7.3-6, S7.3.9-4, S7.3.12-4,
+# S7.3.13-4, S7.3.13-5, S13.4.1-2, V8.8.2-1, L-5
 cdef inline void fault_record(
         const Hw* hw, uint64_t* w, int event, const Request* request, unsigned int access,
         const Syndrome* syndrome) noexcept nogil:
@@ -148,6 +151,8 @@ cdef inline void fault_record(
             event_set_ttrnw(w, syndrome.ttrnw)
 
 
+# S3.3.2-22, S3.12-3, S3.12.1-1, S3.12.1-3, S3.12.2-2, S5.1.1-2, S5.5-2, S5.5-3, S5.5-4,
+# S6.3.12.2-1, S7.3.3-3
 cdef inline void end_fault(
         const Hw* hw, const Request* request, Outcome* outcome, int why, unsigned int access,
         unsigned int terminate, const Syndrome* syndrome) noexcept nogil:
@@ -239,6 +244,7 @@ cdef inline int level_of(const Half* half, unsigned int shift) noexcept nogil:
     return 3 - <int>((shift - half.granule) // half.stride)
 
 
+# S3.4-24, S5-1, V8.2.5.2-4
 cdef inline uint64_t descriptor(const Half* half, uint64_t raw, bint simple) noexcept nogil:
     """A descriptor in host order, from its bytes in memory; the reverse is the same."""
     return swap64(le64(raw)) if not simple and half.swap else le64(raw)
@@ -341,6 +347,7 @@ cdef inline int update_read(
     return 0
 
 
+# S3.13-2, S3.13.4-1, S3.15-4, S4.7.3-17, V8.5.1.2-2, V8.5.2.1-4, V8.5.3-1, V8.5.4-1, V8.5.5-1
 cdef inline int update(
         const Half* half, Port* port, int kind, Leaf* leaf) noexcept nogil:
     """Write leaf.desired in place of leaf.d, unless that changed: 0, CHANGED, why not, a stop."""
@@ -387,6 +394,7 @@ cdef inline void descriptor_at(
     leaf.shift = shift
 
 
+# S3.4.3-8, S16.7.4-3
 cdef inline int read_descriptor(
         const Half* half, Port* port, int kind, Leaf* leaf, uint64_t* table) noexcept nogil:
     """Read the descriptor at leaf.entry; as descriptor_read()."""
@@ -397,6 +405,7 @@ cdef inline int read_descriptor(
 
 # --- stage 2 ---
 
+# S2.5-2, S5.2-72, S5.2-73, S13.1.1-4, V8.6.3-2
 cdef inline int stage2_denies(
         const Second* second, unsigned int need, bint for_walk, const Leaf* leaf) noexcept nogil:
     """F_PERMISSION: the access is not permitted, or S2PTW keeps table walks out of Device."""
@@ -406,6 +415,7 @@ cdef inline int stage2_denies(
         for_walk and second.ptw and stage2_device(leaf.d, second.fwb)) else 0
 
 
+# S3.4-17, S3.13.1-2, S5.2-67, S5.2-71, S7.3.22-3, V8.4.2.1-1, V8.15.4-4
 cdef inline int stage2_fault(
         const Second* second, uint64_t ipa, unsigned int need, bint dirty, bint for_walk,
         Leaf* leaf) noexcept nogil:
@@ -439,6 +449,7 @@ cdef inline bint stage2_updates(
             and (why == 0 or why_event(why) == EVENT_F_PERMISSION))
 
 
+# V8.5.1.2-3
 cdef inline int stage2_end(
         const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
         bint for_walk, Leaf* leaf) noexcept nogil:
@@ -452,6 +463,7 @@ cdef inline int stage2_end(
     return why
 
 
+# S3.12-9, S3.12-10, S3.12-11, S7.3-91, S7.3.12-3, S7.3.13-3, V8.1-3, V8.15.1.3-2, V8.15.4.1-1
 cdef inline int stage2_answer(
         int why, uint64_t ipa, unsigned int cls, const Leaf* leaf, uint64_t* address,
         Syndrome* syndrome) noexcept nogil:
@@ -468,6 +480,7 @@ cdef inline int stage2_answer(
     return why
 
 
+# S3.4-13, S3.4-14, S3.4.1-7, V8.1.7-6, V8.1.10-1
 cdef inline int stage2_once(
         const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
         bint for_walk, Leaf* leaf, bint simple) noexcept nogil:
@@ -501,6 +514,7 @@ cdef inline bint keeps_what_is_read(const View* view) noexcept nogil:
     return view.begun == view.commands[0]
 
 
+# S3.17-12
 cdef inline void keep_table(
         View* view, const Context* context, const Half* half, unsigned int kind,
         uint64_t address, unsigned int shift, uint64_t table, uint64_t tables) noexcept nogil:
@@ -535,6 +549,8 @@ cdef inline const Table* cached_table(
     return e
 
 
+# S3.3-2, S3.17-8, S3.20.1-3, S3.21.1.2-3, S16.2.2-3, V8.1.7-5, V8.2.1-4, V8.5.1.1-2, V8.5.1.2-4,
+# V8.15.1.4-1, V8.16-1
 cdef inline void keep_entry(
         View* view, const Context* context, unsigned int kind, uint64_t input,
         const Half* half, const Leaf* first, const Leaf* second, uint64_t ipa,
@@ -653,6 +669,7 @@ cdef inline void stage2_keep(
                    leaf.address)
 
 
+# S3.21.1-5
 cdef inline int stage2_cached(
         View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
         bint dirty, unsigned int cls, Leaf* leaf) noexcept nogil:
@@ -738,6 +755,7 @@ cdef inline bint same_place(
 ctypedef bint (*SamePlace)(const Memo*, Port*, uint64_t, uint64_t) noexcept nogil
 
 
+# S3.3.3-1, S16.2-1, L-2
 cdef inline bint memo_holds(
         const Hw* hw, Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
     """The memo is this pair's, and registers and memory still hold what it was decoded from."""
@@ -806,6 +824,7 @@ cdef inline int ste_read(int status) noexcept nogil:
     return structure_read(status, WHY_STE_ABORT)
 
 
+# S3.2-5, S3.4.3-5, S3.4.3-10, S3.10.1-1, S5.1-4, S7.3.4-1, S7.3.4-91, S16.7.4-1
 cdef inline int ste_fetch(
         const Hw* hw, Port* port, uint32_t sid, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """Find and read the STE of a StreamID, into memo.ste: 0, why not or a negative stop."""
@@ -817,6 +836,7 @@ cdef inline int ste_fetch(
     return why if why else ste_read(fetch64(port, FETCH_STE, memo.ste_at, memo.ste))
 
 
+# S3.1-1, S3.3.2-1, S3.3.2-14, S5-2, S5.2-1, S5.2-28, S5.2-31, S5.2-53
 cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
     """What an STE says of stage 2 and overrides: 0, or why it serves no transaction."""
     cdef Context* context = &memo.context
@@ -841,6 +861,7 @@ cdef inline int ste_decode(const Hw* hw, Memo* memo) noexcept nogil:
     return 0
 
 
+# S3.2-3, S3.3.2-13, S3.21.3-4
 cdef inline int ste_substream(
         const Hw* hw, Memo* memo, uint32_t ssid) noexcept nogil:
     """Which CD, into memo.index: 0, or why none.  From here on stage 2 translates."""
@@ -881,6 +902,8 @@ cdef inline int cd_output(
         hw, ipa, WHY_L1CD_ADDRESS if kind == FETCH_L1CD else WHY_CD_ADDRESS, syndrome)
 
 
+# S3.3.2-11, S3.3.2-12, S3.4-23, S3.4.3-2, S3.4.3-11, S3.13.2-3, S3.13.3.1-8, S5.2-15, S15-2,
+# S15.1-101
 cdef inline int cd_place(
         const Hw* hw, Port* port, View* view, const Memo* memo, uint64_t ipa, int kind,
         uint64_t* address, Syndrome* syndrome) noexcept nogil:
@@ -896,6 +919,7 @@ cdef inline int cd_place(
     return cd_output(hw, ipa, kind, address, syndrome)
 
 
+# S5.3-4, S7.3.10-1, S7.3.10-2, S16.7.4-2
 cdef inline int cd_fetch(
         const Hw* hw, Port* port, View* view, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """Find and read the CD of memo.index, into memo.cd: 0, why not or a negative stop."""
@@ -922,6 +946,7 @@ cdef inline void lookup_open(
     syndrome_set(syndrome, 0, False, CLASS_IN)
 
 
+# S3.3.2-16, S3.21.3-2, S7.2-1, S7.3.22-1, S15-1
 cdef inline int lookup(
         const Hw* hw, Port* port, uint32_t sid, uint32_t ssid, Memo* memo,
         Syndrome* syndrome) noexcept nogil:
@@ -971,6 +996,7 @@ cdef inline void fill_permissions() noexcept nogil:
                         permitted_leaves[regime * 12 + upper * 6 + bit] |= 1 << leaf
 
 
+# S3.13.3.1-4, V8.4.1.2.6-1, V8.5.2.1-3, V8.5.2.1-7, V8.5.2.2-1, V8.15.5.1-1
 cdef inline unsigned int leaf_perm(
         const Context* context, unsigned int upper, uint64_t d, uint64_t tables,
         bint simple) noexcept nogil:
@@ -980,6 +1006,9 @@ cdef inline unsigned int leaf_perm(
     return permissions[context.regime * 32 + upper * 16 + leaf_permissions(d, tables)]
 
 
+# S3.13.1-1, S3.13.2-1, S3.13.3.1-5, S3.13.3.1-6, S3.21.1.2-1, S5.4-13, S5.4-14, S7.3.14-1,
+# S7.3.15-1, S7.3.16-1, S7.3.22-2, V8.1.7-3, V8.5.1.1-1, V8.5.1.2-1, V8.15.1.2-1, V8.15.4-3,
+# V8.15.4-5
 cdef inline int leaf_fault(
         const Context* context, const Half* half, uint64_t va, unsigned int upper,
         unsigned int access, Leaf* leaf, bint simple) noexcept nogil:
@@ -1002,6 +1031,7 @@ cdef inline int leaf_fault(
     return 0
 
 
+# S2.5-1, S3.4-6, S5.4-9, S5.4-28, S7.3.13-1, V8.2.4-2, V8.2.4.1-1, V8.15.4-1
 cdef inline int half_fault(
         const Context* context, uint64_t va, unsigned int upper,
         unsigned int access) noexcept nogil:
@@ -1043,6 +1073,7 @@ cdef inline int walk_once(
     return why
 
 
+# S3.13-4, S7.3.12-1, S7.3.13-2, V8.15.1.3-1
 cdef inline int walk(
         const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
         Syndrome* syndrome, bint simple) noexcept nogil:
@@ -1090,6 +1121,7 @@ cdef inline int update_denied(uint64_t ipa, Syndrome* syndrome) noexcept nogil:
     return WHY_S2_UPDATE
 
 
+# S3.13.5-1, S3.13.5-2, S7.3.16-2, V8.5.2.1-8
 cdef inline int update_nested(
         View* view, const Context* context, Port* port, const Half* half, Leaf* leaf, Leaf* outer,
         uint64_t ipa, Syndrome* syndrome) noexcept nogil:
@@ -1130,6 +1162,7 @@ cdef inline bint stage1_updates(
     return not context.second.on or outer.perm & PERM_PW
 
 
+# S3.13.2-5, S3.13.5-3, S3.13.5-4, V8.15.5-2
 cdef inline int stage1_end(
         View* view, const Context* context, Port* port, const Half* half, uint64_t va,
         unsigned int upper, unsigned int access, Leaf* leaf, Leaf* outer, uint64_t ipa,
@@ -1151,6 +1184,7 @@ cdef inline int stage1_end(
     return status if status else why
 
 
+# S3.4.1-4, S4.4.2-3
 cdef inline uint64_t canonical(
         const Half* half, uint64_t va, unsigned int upper) noexcept nogil:
     """An input address in range, as caches know it: bits beyond the range repeat the half."""
@@ -1197,6 +1231,8 @@ cdef inline void stage1_stopped(int why, const Leaf* leaf, Syndrome* syndrome) n
         syndrome_set(syndrome, leaf.entry, False, CLASS_TT)
 
 
+# S3.3.2-18, S3.4.3-9, S3.13.4-2, S5.4.1-5, S7.3.12-2, S7.3.22-4, V8.2.1-1, V8.2.1-3, V8.2.3-1,
+# V8.15.4-2
 cdef inline int walk_steps_once(
         View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
         Leaf* leaf, Syndrome* syndrome) noexcept nogil:
@@ -1235,6 +1271,7 @@ cdef inline int race_lost(int why) noexcept nogil:
     return WHY_S1_UPDATE_RACE if why == CHANGED else why
 
 
+# S3.3.2-25, S3.13-3, S5.2-6, V8.5.2.1-5
 cdef inline int walk_steps(
         View* view, const Context* context, Port* port, uint64_t va, unsigned int access,
         Leaf* leaf, Syndrome* syndrome) noexcept nogil:
@@ -1252,6 +1289,7 @@ cdef inline int walk_steps(
 
 # --- the scalar driver ---
 
+# S3.3.2-15, S3.4-4, S3.11-3, S3.11-10, S3.11-15, S6.3.9.6-2, S6.3.9.6-7, S6.3.9.6-10, S7.2.1-7
 cdef inline void end_disabled(const Hw* hw, const Request* request,
                               Outcome* outcome) noexcept nogil:
     """SMMUEN=0: GBPA decides, and nothing is recorded (6.3.14)."""
@@ -1264,6 +1302,7 @@ cdef inline void end_disabled(const Hw* hw, const Request* request,
             outcome, ACTION_DISABLED, request.iova, 0x3F, hw.gbpa_attr, hw.gbpa_sh)
 
 
+# S3.4-20, S3.4.2-1, S13.1-103, S13.4.3-1, V8.3.1.2-4
 cdef inline void end_translated(
         const Context* context, const Half* half, uint64_t ia, const Leaf* leaf,
         Outcome* outcome) noexcept nogil:
@@ -1283,6 +1322,7 @@ cdef inline void end_translated(
     outcome.stag = 0
 
 
+# S3.3.2-19, S5.5-1, S5.5-101, S7.3.21-2
 cdef inline void finish_stage1(
         const Hw* hw, const Request* request, const Context* context, int why,
         const Leaf* leaf, const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
@@ -1301,6 +1341,7 @@ cdef inline void finish_stage1(
     outcome.perm = outcome.perm_s1 = admitted(context, leaf.perm)
 
 
+# S3.3.2-20, S3.12-4, S3.12-8, S3.12.5-1, S5.5-103, S13.4-2, S13.5-1, S13.6.3-3, V8.4.3-2
 cdef inline void finish_stage2(
         const Hw* hw, const Request* request, const Context* context, bint nested, int why,
         const Leaf* first, const Leaf* leaf, uint64_t ipa, uint64_t pa,
@@ -1350,6 +1391,7 @@ cdef inline void finish_stage2(
     outcome.perm_s1 = admitted(context, perm_s1)
 
 
+# S5.2-4, V8.2.12.2-1
 cdef inline int translate_stage1(
         const Hw* hw, Port* port, const Request* request, const Context* context,
         Outcome* outcome) noexcept nogil:
@@ -1370,6 +1412,7 @@ cdef inline int translate_stage1(
     return 0
 
 
+# S3.4-2, S3.4-5, S3.4-11, S3.4-12, V8.1.9-3
 cdef inline int untranslatable(
         const Hw* hw, const Request* request, Syndrome* syndrome) noexcept nogil:
     """Stage 1 bypassed: the address must fit IAS or OAS, which are equal."""
@@ -1377,6 +1420,7 @@ cdef inline int untranslatable(
     return WHY_BYPASS_ADDRESS if request.iova & hw.oas_over else 0
 
 
+# S3.4-9, S3.4-10, S7.3.14-2, V8.2.12.1-1
 cdef inline void end_untranslatable(
         const Hw* hw, const Request* request, const Context* context, const Syndrome* syndrome,
         Outcome* outcome) noexcept nogil:
@@ -1395,6 +1439,7 @@ cdef inline void end_bypass(
 
 # --- through TLB entries, or by walks ---
 
+# S3.13.3.1-10, V8.5.2.1-6
 cdef inline bint usable(const Entry* e, unsigned int access) noexcept nogil:
     """A write through a page that is still clean walks again, to mark it dirty."""
     return not (access & ACCESS_WRITE and e.flags & (ENTRY_CLEAN1 | ENTRY_CLEAN2))
@@ -1415,6 +1460,7 @@ cdef inline void leaf_of(const Entry* e, unsigned int stage, Leaf* leaf) noexcep
         leaf.perm = e.perm2
 
 
+# S3.17-14, V8.15.1.5-1
 cdef inline int permission(
         const Leaf* leaf, unsigned int need, bint s2, uint64_t ipa,
         Syndrome* syndrome) noexcept nogil:
@@ -1537,6 +1583,7 @@ cdef inline void stage2_walked(
                   s.ipa, s.pa, &s.syndrome, outcome)
 
 
+# S3.3.2-17, S5.2-5, S15-3, V8.1-1, V8.4.3-1, V8.15.5-1
 cdef inline int translate_stage2(
         const Hw* hw, Port* port, const Request* request, const Memo* memo,
         Outcome* outcome) noexcept nogil:
@@ -1564,6 +1611,7 @@ cdef inline int translate_stage2(
     return 0
 
 
+# S3.3.2-21, S3.12-2, S5.5-102
 cdef inline void end_lookup(
         const Hw* hw, const Request* request, const Context* context, int why,
         const Syndrome* syndrome, Outcome* outcome) noexcept nogil:
@@ -1599,6 +1647,7 @@ cdef inline void open_drivers() noexcept nogil:
     stage2_driver = <void*>translate_stage2
 
 
+# S2.10-2, S5.2-3, S13.4-3, V8.1-2, L-1, L-3
 cdef inline int translate_known(
         const Hw* hw, Port* port, const Request* request, const Memo* memo,
         Outcome* outcome) noexcept nogil:
@@ -1616,6 +1665,7 @@ cdef inline int translate_known(
     return 0
 
 
+# S3.11-5, S3.11-11, S6.3.9.6-1
 cdef inline int translate_one(
         const Hw* hw, Port* port, const Request* request, Memo* memo,
         Outcome* outcome) noexcept nogil:

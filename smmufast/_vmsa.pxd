@@ -55,6 +55,7 @@ cdef inline unsigned int granule_of_tg1(uint64_t tg) noexcept nogil:
     return (0x100C0E00U >> (8 * tg)) & 0xFF
 
 
+# S2.4-2, S5.2-58, S5.4-3
 cdef inline unsigned int tsz_max(unsigned int granule, bint stt) noexcept nogil:
     """Largest legal TxSZ: 39, or with small translation tables 48 (47 for 64 KiB)."""
     if not stt:
@@ -62,11 +63,13 @@ cdef inline unsigned int tsz_max(unsigned int granule, bint stt) noexcept nogil:
     return 47 if granule == 16 else 48
 
 
+# S2.3-1, S3.4-7, S5.4-4, V8.1.8-1
 cdef inline unsigned int tsz_min(unsigned int granule, bint ds, unsigned int vax) noexcept nogil:
     """Smallest legal TxSZ of stage 1: 16, or 12 where 52-bit input addresses exist."""
     return 12 if vax >= 1 and (granule == 16 or ds) else 16
 
 
+# V8.2.8-1, V8.2.8.1-1, V8.2.9.1-1
 cdef inline unsigned int levels_below_start(
         unsigned int input_bits, unsigned int granule, unsigned int stride) noexcept nogil:
     """How many levels lie below the first: the first level is 3 minus this."""
@@ -79,6 +82,7 @@ cdef inline unsigned int levels_below_start(
     )
 
 
+# S5.2-81, S5.4-30, V8.2.5.2-1, V8.2.5.2-2
 cdef inline unsigned int table_align_lg2(
         unsigned int input_bits, unsigned int shift, bint wide) noexcept nogil:
     """lg2 of the first table's alignment: its own size, 64 bytes at least for 52-bit outputs."""
@@ -88,6 +92,7 @@ cdef inline unsigned int table_align_lg2(
     return 4 if lg2 < 4 else lg2
 
 
+# V8.2.8-2, V8.2.9-1, V8.2.10-1, V8.2.10-2
 cdef inline unsigned int block_levels(
         unsigned int granule, bint ds, unsigned int oas) noexcept nogil:
     """Levels where a block is legal, as a mask: bit level+1."""
@@ -108,6 +113,7 @@ cdef inline unsigned int fitting_levels(
     return half.blocks & fitting
 
 
+# S5.2-62, V8.1.10-3, V8.1.10-4, V8.2.2-2, V8.2.8.2-1, V8.2.9.2-1, V8.2.10.2-1
 cdef inline int stage2_level(
         unsigned int granule, unsigned int sl0, bint sl0_2, bint ds, bint stt,
         unsigned int oas) noexcept nogil:
@@ -134,6 +140,7 @@ cdef inline int stage2_level(
     return 0 if granule == 14 and wide else 4
 
 
+# S5.2-61, V8.2.8.2-2, V8.2.9.2-2
 cdef inline bint stage2_size_legal(
         unsigned int input_bits, unsigned int granule, int level) noexcept nogil:
     """The first level resolves at least one bit, and at most 16 tables are concatenated."""
@@ -144,11 +151,13 @@ cdef inline bint stage2_size_legal(
     return 1 <= resolved <= stride + (4 if concatenates else 0)
 
 
+# V8.2.2-1
 cdef inline uint64_t first_table(const Half* half, uint64_t ipa) noexcept nogil:
     """The table of stage 2's first level that translates this IPA: one of those concatenated."""
     return half.table + (ipa >> (half.shift + half.stride) << half.granule)
 
 
+# S2.8-1, V8.1.7-1, V8.2.8-3
 cdef inline void address_format(Half* half, unsigned int granule, bint ds) noexcept nogil:
     """Where descriptors keep their address: bits above 47 have no place, or one of two.
 
@@ -172,22 +181,26 @@ cdef inline void address_format(Half* half, unsigned int granule, bint ds) noexc
 
 # --- the input address (D8.2.4, IHI 0070 3.4.1) ---
 
+# V8.1.8-2, V8.2.4-1
 cdef inline unsigned int half_of(uint64_t va, bint two_ttbs) noexcept nogil:
     """Which TTB translates this address."""
     return <unsigned int>(va >> 55) & two_ttbs
 
 
+# S3.4.1-3, S5.4-17, V8.8-1
 cdef inline uint64_t range_mask(unsigned int input_bits, bint tbi) noexcept nogil:
     """Address bits that must all equal the half's sign: [63:N], or [55:N] with TBI."""
     cdef uint64_t top = 0x00FFFFFFFFFFFFFFULL if tbi else 0xFFFFFFFFFFFFFFFFULL
     return top & ~low_mask(input_bits)
 
 
+# S3.4.1-2, V8.1.9-2
 cdef inline bint in_range(uint64_t va, uint64_t mask, unsigned int upper) noexcept nogil:
     """The address is one of the region's: its bits above N are all 0, or all 1 above."""
     return ((va ^ (0 - <uint64_t>upper)) & mask) == 0
 
 
+# V8.2.5.1-1, V8.2.8.3-1
 cdef inline uint64_t entry_address(
         const Half* half, uint64_t table, uint64_t ia, unsigned int shift) noexcept nogil:
     """Where the descriptor of `ia` lies in a table whose entries cover 2^shift bytes."""
@@ -196,6 +209,7 @@ cdef inline uint64_t entry_address(
 
 # --- descriptors (D8.3) ---
 
+# V8.2.1-2, V8.3-1, V8.3.1.3-1, V8.15.1.1-1
 cdef inline unsigned int descriptor_kind(
         uint64_t d, int level, unsigned int blocks) noexcept nogil:
     """What a descriptor is: bits [1:0], and whether a block is legal at this level."""
@@ -208,6 +222,7 @@ cdef inline unsigned int descriptor_kind(
     return DESC_LEAF if blocks >> (level + 1) & 1 else DESC_RESERVED
 
 
+# V8.2.5.2-3, V8.3.1.1-1, V8.3.1.1-2
 cdef inline uint64_t next_table(uint64_t d, const Half* half) noexcept nogil:
     """Address of the table that a table descriptor names: aligned to the granule."""
     cdef uint64_t address = d & half.low_address
@@ -216,12 +231,14 @@ cdef inline uint64_t next_table(uint64_t d, const Half* half) noexcept nogil:
     return address
 
 
+# V8.3.1.2-3
 cdef inline uint64_t leaf_address(
         uint64_t d, const Half* half, unsigned int shift) noexcept nogil:
     """Output address of the block or page of 2^shift bytes."""
     return next_table(d, half) & ~low_mask(shift)
 
 
+# S3.4-18, V8.1.7-4, V8.7.1.2-1
 cdef inline bint output_fits(
         uint64_t address, const Half* half, unsigned int shift, uint64_t ia) noexcept nogil:
     """What comes out of a page or block at `address` is within the effective output size.
@@ -231,6 +248,7 @@ cdef inline bint output_fits(
     return ((address | ia & low_mask(shift)) & half.over) == 0
 
 
+# S3.4-19
 cdef inline unsigned int fitting_lg2(const Half* half, unsigned int shift) noexcept nogil:
     """lg2 of a page or block, or of that first part."""
     return half.output_bits if shift > half.output_bits else shift
@@ -244,11 +262,13 @@ cdef inline bint not_global(uint64_t d) noexcept nogil:
     return pte_s1_ng(d)
 
 
+# V8.7.1-1, V8.7.1-2
 cdef inline bint contiguous(uint64_t d, unsigned int shift) noexcept nogil:
     """The Contiguous bit, which is RES0 in the largest blocks of each granule (D8.7.1)."""
     return shift < 36 and pte_s1_contiguous(d)
 
 
+# V8.7.3-1
 cdef inline bint no_translation(uint64_t d, int level) noexcept nogil:
     """nT: a block that is not to be cached while its size changes (D8.14; IDR3.BBML)."""
     return level < 3 and pte_s1_nt(d)
@@ -256,10 +276,12 @@ cdef inline bint no_translation(uint64_t d, int level) noexcept nogil:
 
 # --- hardware update of access flag and dirty state (D8.5; HTTU) ---
 
+# S3.13.2-4
 cdef inline uint64_t with_access_flag(uint64_t d) noexcept nogil:
     return d | PTE_S1_AF
 
 
+# S3.13.3.1-1, V8.5.2.1-1, V8.5.2.1-2
 cdef inline bint clean_s1(uint64_t d) noexcept nogil:
     """Read-only by AP[2] alone, which DBM lets the hardware clear."""
     return (d & (PTE_S1_DBM | PTE_S1_AP2)) == (PTE_S1_DBM | PTE_S1_AP2)
@@ -269,11 +291,13 @@ cdef inline uint64_t dirty_s1(uint64_t d) noexcept nogil:
     return d & ~PTE_S1_AP2
 
 
+# S3.13.3.1-9
 cdef inline bint clean_s2(uint64_t d) noexcept nogil:
     """Not writable by S2AP[1] alone, which DBM lets the hardware set."""
     return (d & (PTE_S2_DBM | PTE_S2_S2AP1)) == PTE_S2_DBM
 
 
+# S3.13.3.1-7
 cdef inline uint64_t dirty_s2(uint64_t d) noexcept nogil:
     return d | PTE_S2_S2AP1
 
@@ -297,6 +321,7 @@ cdef inline bint in_place(const Half* half) noexcept nogil:
 
 # --- permissions (D8.4) ---
 
+# S5.4-27, V8.2.6.2-1, V8.4.1.2.2-2
 cdef inline uint64_t hierarchical_bits(bint had) noexcept nogil:
     """Bits of a table descriptor that take away from everything below it."""
     if had:
@@ -304,11 +329,14 @@ cdef inline uint64_t hierarchical_bits(bint had) noexcept nogil:
     return PTE_S1_TABLE_PXNTABLE | PTE_S1_TABLE_UXNTABLE | PTE_S1_TABLE_APTABLE
 
 
+# V8.3.1.2-1, V8.4.1.2.2-1, V8.4.1.2.5-1
 cdef inline unsigned int leaf_permissions(uint64_t d, uint64_t tables) noexcept nogil:
     """AP[2:1], UXN and PXN of a leaf after the tables above it: {UXN, PXN, AP2, AP1}."""
     return leaf_code(d, tables)
 
 
+# S2.8-2, S3.3.4-2, S5.4-15, S5.4-18, S5.4.1-3, S13.4.1-1, V8.4.1.2.1-1, V8.4.1.2.1-2, V8.4.1.2.3-1,
+# V8.4.1.2.3-2, V8.4.1.2.4-1, V8.4.5.1-1, V8.4.5.1-2
 cdef inline unsigned int permitted(
         unsigned int leaf, unsigned int regime, unsigned int upper) noexcept nogil:
     """The accesses that a leaf admits, as PERM_ bits.
@@ -347,6 +375,7 @@ cdef inline unsigned int permitted(
     return perm
 
 
+# S2.3-2, S3.3.5-1, S13.4.3-3, S13.7-13, V8.3.1.2-2, V8.4.2.1.1-1, V8.4.2.1.2-1
 cdef inline unsigned int stage2_permitted(uint64_t d, bint xnx) noexcept nogil:
     """The accesses that a stage-2 leaf admits, by S2AP and XN; XN alone governs execution."""
     cdef unsigned int xn = <unsigned int>pte_s2_xn(d)
@@ -362,6 +391,7 @@ cdef inline unsigned int stage2_permitted(uint64_t d, bint xnx) noexcept nogil:
     return perm
 
 
+# S13.1.1-3, V8.4.4-1
 cdef inline unsigned int needed(unsigned int access) noexcept nogil:
     """The PERM_ bit that an access needs; a write is always Data."""
     cdef unsigned int bit = PERM_UR
@@ -377,11 +407,13 @@ cdef inline unsigned int needed(unsigned int access) noexcept nogil:
 # 0100 non-cacheable, 00RW write-through transient, 01RW write-back transient,
 # 10RW write-through, 11RW write-back.
 
+# S5.4-33, V8.6.1-1
 cdef inline unsigned int mair_byte(uint64_t mair, uint64_t d) noexcept nogil:
     """The MAIR byte that a leaf's AttrIndx selects."""
     return <unsigned int>(mair >> (8 * pte_s1_attrindx(d))) & 0xFF
 
 
+# S3.23-1, S5.4-34
 cdef inline unsigned int normal_type(unsigned int attr) noexcept nogil:
     """A MAIR byte with its reserved encodings replaced by what they act as."""
     if attr & 0xF0 == 0:
@@ -395,6 +427,7 @@ cdef inline bint is_device(unsigned int attr) noexcept nogil:
     return attr & 0xF0 == 0
 
 
+# S13.1.7-1
 cdef inline unsigned int cacheability(
         bint write_back, unsigned int hints, bint transient) noexcept nogil:
     """A nibble of a cacheable level; hints are RW, and without either nothing is transient."""
@@ -411,6 +444,7 @@ cdef inline bint write_back(unsigned int nibble) noexcept nogil:
     return nibble >> 2 & 1
 
 
+# S13.1.5-3
 cdef inline unsigned int combine_hints(unsigned int entering, unsigned int own) noexcept nogil:
     """One level's hints: no-allocate beats allocate, transient beats non-transient."""
     cdef unsigned int hints
@@ -422,6 +456,7 @@ cdef inline unsigned int combine_hints(unsigned int entering, unsigned int own) 
     return cacheability(write_back(own), hints, not (own & 8 and entering & 8))
 
 
+# S3.3.4-3, S13.1-93, S13.4-1, S13.4.2-1, S13.4.2-2
 cdef inline unsigned int stage1_attr(unsigned int entering, unsigned int own) noexcept nogil:
     """Memory type after stage 1: the leaf's, with hints combined if the entering type has any."""
     own = normal_type(own)
@@ -433,6 +468,7 @@ cdef inline unsigned int stage1_attr(unsigned int entering, unsigned int own) no
     )
 
 
+# S13.1.1-2, S13.4.4-1, V8.6.2-1, V8.6.2-2
 cdef inline unsigned int shareability(unsigned int attr, unsigned int sh) noexcept nogil:
     """Device and non-cacheable memory is outer shareable; code 01 acts as non-shareable."""
     if is_device(attr) or attr == 0x44:
@@ -440,11 +476,13 @@ cdef inline unsigned int shareability(unsigned int attr, unsigned int sh) noexce
     return SH_NON if sh == 1 else sh
 
 
+# S5.2-64, S5.4-8, V8.6.2-3, V8.6.7-1
 cdef inline unsigned int leaf_sh(uint64_t d, const Half* half) noexcept nogil:
     """SH of a leaf; with the 52-bit format of 4 and 16 KiB it is the CD's."""
     return <unsigned int>pte_s1_sh(d) if half.own_sh else half.sh
 
 
+# S5.2-46, S13.1.4-7
 cdef inline unsigned int override_type(unsigned int code, unsigned int hints,
                                        bint transient) noexcept nogil:
     """MAIR byte of a MemAttr code in stage-2 form (STE.MemAttr, GBPA.MemAttr).
@@ -462,6 +500,7 @@ cdef inline unsigned int override_type(unsigned int code, unsigned int hints,
     return outer << 4 | inner
 
 
+# S3.3.4-7, S5.2-47, S6.3.14-3, S13.1-91, S13.1-92, S13.1.1-1, S13.1.3-1, S13.1.4-8, S13.6.1-1
 cdef inline unsigned int entering_attr(
         bint mtcfg, unsigned int memattr, unsigned int alloccfg) noexcept nogil:
     """Type of a transaction after MTCFG, MemAttr and ALLOCCFG.
@@ -485,6 +524,7 @@ cdef inline bint stage2_device(uint64_t d, bint fwb) noexcept nogil:
     return code & 12 == 0 or code & 3 == 0
 
 
+# S13.4.3-2, V8.6.5.2-1
 cdef inline unsigned int weaker(unsigned int nibble, unsigned int code) noexcept nogil:
     """One level's cacheability after stage 2 (01 NC, 10 WT, 11 WB): hints stay, NC is strictest."""
     if code == 1 or not cacheable(nibble):
@@ -492,11 +532,13 @@ cdef inline unsigned int weaker(unsigned int nibble, unsigned int code) noexcept
     return nibble & ~<unsigned int>4 if code == 2 else nibble
 
 
+# V8.6.3-1, V8.6.6-2
 cdef inline unsigned int forced(unsigned int nibble) noexcept nogil:
     """One level forced to write-back: hints stay, read and write allocate where there are none."""
     return nibble | 4 if cacheable(nibble) else 15
 
 
+# S2.4-1, S13.1-94, S13.1.5-1, S13.1.6-1, V8.6.5-1, V8.6.5.1-1, V8.6.6-1
 cdef inline unsigned int stage2_attr(uint64_t d, bint fwb, unsigned int attr) noexcept nogil:
     """Memory type after stage 2, from that which enters it: combined, or by S2FWB (13.1.3)."""
     cdef unsigned int code = <unsigned int>pte_s2_memattr(d)
@@ -516,6 +558,7 @@ cdef inline unsigned int stage2_attr(uint64_t d, bint fwb, unsigned int attr) no
     return weaker(attr >> 4, code >> 2) << 4 | weaker(attr & 15, code & 3)
 
 
+# S13.1.5-2, V8.6.7.1-1
 cdef inline unsigned int combine_sh(unsigned int a, unsigned int b) noexcept nogil:
     """The stronger shareability: outer over inner over none; code 01 is none."""
     if a == SH_OUTER or b == SH_OUTER:

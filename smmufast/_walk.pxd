@@ -526,6 +526,7 @@ cdef inline bint walk_holds(const WalkC* walk) noexcept nogil:
     return (walk.flags & HOLDS_SYNC) != 0
 
 
+# S3.21.1-4, S3.21.3-13
 cdef inline bint walk_overtaken(const Core* core, const WalkC* walk) noexcept nogil:
     """The walk has to start again."""
     return walk_again(core, walking(walk).begun, walk_holds(walk))

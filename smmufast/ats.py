@@ -255,6 +255,7 @@ class AtsDevice:
             self._keep(ssid, priv, iova, response)
         return response
 
+    # S3.9.1-10
     def translate(
         self, iova: SupportsIndex, *, ssid: int | None = None, write: bool = False,
         execute: bool = False, priv: bool = False,
@@ -336,6 +337,7 @@ class AtsDevice:
 
     # --- page requests ---
 
+    # S3.9.1-11
     def request_page(
         self, address: SupportsIndex, *, ssid: int | None = None, read: bool = True,
         write: bool = False, execute: bool = False, priv: bool = False,
@@ -392,6 +394,7 @@ class AtsDevice:
 
     # --- what the SMMU tells it ---
 
+    # S3.9.1-7, S4.5.1-10
     def atc_invalidate(self, ssid: int | None, address: int, size: int, global_: bool) -> bool:
         """Drop the translations of some bytes: of a PASID, of no PASID, or `global_` of all PASIDs.
 

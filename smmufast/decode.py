@@ -1346,6 +1346,7 @@ def _records(
     return [decoder(data[at : at + size]) for at in range(0, len(data), size)]
 
 
+# L-4
 def decode(
     data: str | bytes | bytearray | memoryview,
     kind: str | None = None,

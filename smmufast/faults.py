@@ -20,6 +20,7 @@ ACTIONS = ("ok", "bypass", "disabled", "abort", "raz_wi", "stall")
 """What becomes of a transaction, by the number that batch columns hold."""
 
 FETCH_KINDS = ("", "L1STD", "STE", "L1CD", "CD", "TT", "S2TT", "TT update", "S2TT update")
+ACCESS_KINDS = (*FETCH_KINDS, "CMD", "EVENT", "PRI", "MSI")
 """Kinds of fetch, by number; index 0 is no fetch."""
 
 
@@ -221,6 +222,7 @@ class Event:
         return Event, (self.record,)
 
 
+# S3.9.1-16
 class AtsResponse(NamedTuple):
     """The answer to an ATS translation request (IHI 0070 3.9.1): what a device may keep.
 

@@ -417,6 +417,10 @@ class Features:
     # AIDR
     arch_minor: int = _Default(3)
 
+    # S3.3.1.2-5, S6.3.1-5, S6.3.1-6, S6.3.1-8, S6.3.1-9, S6.3.1-10, S6.3.1-12, S6.3.1-13,
+    # S6.3.1-14, S6.3.1-15, S6.3.2-3, S6.3.2-4, S6.3.2-7, S6.3.2-11, S6.3.4-5, S6.3.4-6, S6.3.4-7,
+    # S6.3.4-8, S6.3.4-9, S6.3.4-10, S6.3.4-11, S6.3.4-12, S6.3.4-13, S6.3.4-15, S6.3.4-16,
+    # S6.3.4-17, S6.3.6-4, S6.3.6-5, S6.3.6-6, S6.3.6-7, S6.3.6-8, S6.3.6-9, S6.3.6-10, S6.3.6-11
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in _FIELDS}
         named = {name for name, value in given.items() if type(value) is not _Default}
@@ -437,6 +441,7 @@ class Features:
         made._set(codes)
         return made
 
+    # S2.9-1, S2.9-2, S3.3.2-24, S3.21.1.1-1
     @property
     def contradictions(self) -> tuple[Contradiction, ...]:
         """What the features say against each other: only `from_idr` makes such Features.
@@ -500,6 +505,7 @@ class Features:
         """Return an SMMUv3.3 with everything that this library models."""
         return cls()
 
+    # S6.3.8-3
     @classmethod
     def from_idr(cls, idr0: int, idr1: int, idr3: int, idr5: int, aidr: int) -> Self:
         """Return the features that the identification registers tell; RES0 bits are ignored.
@@ -523,26 +529,31 @@ class Features:
         mine = {name: getattr(self, name) for name, (of, _) in _FIELDS.items() if of == register}
         return layout.pack(register, **mine)
 
+    # S3.15-2, S6.3.1-1, S6.3.1-3
     @property
     def idr0(self) -> int:
         """The register IDR0."""
         return self._register("IDR0")
 
+    # S3.16-2, S6.3.2-1
     @property
     def idr1(self) -> int:
         """The register IDR1."""
         return self._register("IDR1")
 
+    # S6.3.4-1, S6.3.4-3
     @property
     def idr3(self) -> int:
         """The register IDR3."""
         return self._register("IDR3")
 
+    # S6.3.6-1
     @property
     def idr5(self) -> int:
         """The register IDR5."""
         return self._register("IDR5")
 
+    # S2.1-1, S6.3.8-1
     @property
     def aidr(self) -> int:
         """The register AIDR."""
@@ -617,6 +628,7 @@ UNMODELLED = {
 }  # fmt: skip
 
 
+# S6.3.2-6
 def modelled(features: Features) -> tuple[Features, dict[str, int]]:
     """What this version models of some features, and what it leaves out.
 

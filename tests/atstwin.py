@@ -33,7 +33,7 @@ from rawfeatures import raw_of
 from reference import bits
 from reference_ats import Answer, End, Rights
 
-from smmufast import Features, Memory, Smmu
+from smmufast import Memory, Smmu
 from smmufast._tlb import Caches
 
 ATSCHK, REC_CFG_ATS = 1 << 4, 1 << 3

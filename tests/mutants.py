@@ -26,7 +26,6 @@ import fnmatch
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,7 +88,7 @@ class Mutant(NamedTuple):
         return self.old.startswith(" ")
 
 
-class Misplaced(Exception):
+class MisplacedError(Exception):
     """A mutant that cannot be planted."""
 
 
@@ -108,11 +107,11 @@ def place(mutant, text):
     """Where the mutant's old text is: the first character, and the first behind it."""
     times = text.count(mutant.old)
     if times != 1:
-        raise Misplaced(f"{mutant.name}: {mutant.file} has its text {times} times")
+        raise MisplacedError(f"{mutant.name}: {mutant.file} has its text {times} times")
     start = text.index(mutant.old)
     stop = start + len(mutant.old)
-    if mutant.lines and (start and text[start - 1] != "\n" or text[stop : stop + 1] != "\n"):
-        raise Misplaced(f"{mutant.name}: its text is not whole lines")
+    if mutant.lines and ((start and text[start - 1] != "\n") or text[stop : stop + 1] != "\n"):
+        raise MisplacedError(f"{mutant.name}: its text is not whole lines")
     return start, stop
 
 
@@ -126,7 +125,7 @@ def builds(chosen, read):
         start, stop = place(mutant, read(mutant.file))
         for build in found:
             if all(
-                mutant.file != other.file or (start, stop) == span and mutant.lines == other.lines
+                mutant.file != other.file or ((start, stop) == span and mutant.lines == other.lines)
                 or stop <= span[0] or start >= span[1]
                 for _, other, span in build
             ):  # fmt: skip
@@ -170,9 +169,11 @@ def alternatives(old, news, suffix, lines):
     for number, new in news.items():
         new = new if new.strip() else f"{indent}{';' if c else 'pass'}"
         if c:
-            old = f"{indent}if (smmufast_mutant({number})) {{\n{new}\n{indent}}} else {{\n{old}\n{indent}}}"
+            test = f"{indent}if (smmufast_mutant({number})) {{"
+            old = f"{test}\n{new}\n{indent}}} else {{\n{old}\n{indent}}}"
         else:
-            old = f"{indent}if smmufast_mutant({number}):\n{deeper(new)}\n{indent}else:\n{deeper(old)}"
+            test = f"{indent}if smmufast_mutant({number}):"
+            old = f"{test}\n{deeper(new)}\n{indent}else:\n{deeper(old)}"
     return old
 
 
@@ -220,7 +221,7 @@ def sources():
         yield ROOT / name
     for name in ("smmufast", "tests", "examples", "docs", "benchmarks"):
         for path in sorted((ROOT / name).rglob("*")):
-            built = path.suffix in (".so", ".pyc") or name == "smmufast" and path.suffix == ".c"
+            built = path.suffix in (".so", ".pyc") or (name == "smmufast" and path.suffix == ".c")
             if path.is_file() and not built:
                 yield path
 
@@ -242,7 +243,7 @@ def make(tree, mutants, log):
             cwd=tree, env=os.environ | {"CFLAGS": flags}, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
     if done.returncode:
-        raise Misplaced(f"the build fails: {log} says why")
+        raise MisplacedError(f"the build fails: {log} says why")
 
 
 # --- tests ---
@@ -325,7 +326,7 @@ def main():
         directory = (options.keep or Path(temporary)).resolve()
         try:
             return run(chosen, directory, options.jobs)
-        except Misplaced as problem:
+        except MisplacedError as problem:
             print(f"mutants: error: {problem}", file=sys.stderr)
             return 2
 
@@ -353,7 +354,7 @@ def run(chosen, directory, jobs):
                 if future.result()[0]:
                     print(future.result()[1])
                     pool.shutdown(wait=False, cancel_futures=True)
-                    raise Misplaced(f"without a mutant, {' '.join(words)} fails")
+                    raise MisplacedError(f"without a mutant, {' '.join(words)} fails")
             waiting = {
                 pool.submit(pytest, tree, number, ("-x", *mutant.tests)): mutant
                 for number, mutant, _ in build
@@ -362,7 +363,8 @@ def run(chosen, directory, jobs):
                 end, what = verdict(*future.result())
                 mutant = waiting[future]
                 say(end, mutant, what)
-    print(f"{len(chosen)} mutants: {', '.join(f'{len(found)} {end}' for end, found in ends.items())}")
+    counts = ", ".join(f"{len(found)} {end}" for end, found in ends.items())
+    print(f"{len(chosen)} mutants: {counts}")
     for mutant in ends["survived"]:
         print(f"\nsurvivor {mutant.name}, {mutant.file}, under {' '.join(mutant.tests)}:")
         print("\n".join(f"- {line}" for line in mutant.old.split("\n")))

@@ -137,7 +137,8 @@ def scattered_nested(seed, first, second, *, has=None, cd=None, tables=None, **s
     memory = ptwriter.Memory()
     memory.add(captures.STREAM_TABLE, 0x1000)
     allocate = ptwriter.BumpAllocator(memory, STAGE2, 1 << 24)
-    outer = ptwriter.Stage2Tables(memory, allocate, second, 24, start_level=1 if second == 12 else 2)
+    start = 1 if second == 12 else 2
+    outer = ptwriter.Stage2Tables(memory, allocate, second, 24, start_level=start)
     structures = [CONTEXT, *range(TABLES, tables_end, page)]
     frames = [GUEST + page * i for i in range(4 * (len(structures) + len(ipas)))]
     # What lies between them looks like leaves of stage 1: whoever reads there finds a page.

@@ -37,6 +37,7 @@ def seeds(first, last, quick):
     ]
 
 
+@pytest.mark.rule("S3.9.1-15", "S13.6.2-2")
 @pytest.mark.parametrize("seed", seeds(0, 48, 8))
 def test_requests_are_answered_as_the_twin_answers(seed):
     pair, _ = check_requests(seed, cached=True)
@@ -127,6 +128,9 @@ def rights(response):
     return "r" * response.read + "w" * response.write + "x" * response.execute
 
 
+@pytest.mark.rule(
+    "S3.9.1.2-1", "S3.11-7", "S6.3.9.6-3", "S7.3.6-1", "S7.3.6-2", "S7.3.6-3", "S13.2-3",
+)
 def test_requests_while_the_smmu_is_off_are_unsupported():
     smmu = small_system(cr0=0b100)
     response = smmu.ats_request(
@@ -144,6 +148,7 @@ def test_requests_while_the_smmu_is_off_are_unsupported():
     assert (response.status, response.event, response.fault.name) == ("UR", None, "F_BAD_ATS_TREQ")
 
 
+@pytest.mark.rule("S7.3.8-2")
 def test_refusals_lie_in_the_event_queue_as_far_as_it_has_room():
     smmu = small_system(eats=0, eventq_base=QUEUE | 0)
     response = smmu.ats_request(small.STAGE1, 0x1000)
@@ -161,6 +166,10 @@ def test_refusals_lie_in_the_event_queue_as_far_as_it_has_room():
     }  # fmt: skip
 
 
+@pytest.mark.rule(
+    "S2.5-3", "S3.9.1.2-10", "S3.9.1.2-11", "S3.9.1.3-6", "S6.3.1-7", "S6.3.12-4", "S7.3.22-6",
+    "S15.2-1",
+)
 @pytest.mark.parametrize("event", [0x02, 0x03, 0x04, 0x06, 0x08, 0x09, 0x0A, 0x0B])
 def test_configuration_errors_are_recorded_if_asked(event):
     request = small.EVENTS[event]
@@ -180,6 +189,7 @@ def test_configuration_errors_are_recorded_if_asked(event):
     ).event is None  # fmt: skip
 
 
+@pytest.mark.rule("S3.9.1-3", "S3.13.7.2-1", "S7.3.22-5")
 @pytest.mark.parametrize("event", [0x10, 0x11, 0x12])
 def test_faults_of_translation_grant_nothing_and_are_not_recorded(event):
     smmu = small_system(cr2=RECINVSID | REC_CFG_ATS, eventq_base=QUEUE | 4)
@@ -192,6 +202,7 @@ def test_faults_of_translation_grant_nothing_and_are_not_recorded(event):
     assert smmu.read("EVENTQ_PROD") == 1
 
 
+@pytest.mark.rule("S3.9.1.2-2", "S3.9.1.2-3", "S3.9.1.3-2", "S3.9.1.3-3", "S7.3.6-4")
 def test_streams_that_abort_or_bypass_may_not_ask():
     smmu = small_system()
     response = smmu.ats_request(small.ABORTED, 0)
@@ -204,6 +215,7 @@ def test_streams_that_abort_or_bypass_may_not_ask():
     assert (result.action, result.event.name) == ("abort", "F_TRANSL_FORBIDDEN")
 
 
+@pytest.mark.rule("S3.9.1-13", "S3.9.1.2-4", "S5.2-35", "S5.2-38")
 @pytest.mark.parametrize(
     ("eats", "cr0", "config", "expected"),
     [(0, 0x15, 7, 0), (1, 0x15, 7, 1), (2, 0x15, 7, 2), (3, 0x15, 7, 0),
@@ -222,6 +234,9 @@ def test_effective_eats(eats, cr0, config, expected):
     assert found == expected
 
 
+@pytest.mark.rule(
+    "S3.9-3", "S3.9.1-2", "S3.9.1-16", "S3.13.7.2-2", "S3.13.7.2-3", "S13.7-1", "S13.7-8",
+)
 def test_permissions_of_a_page():
     smmu = small_system()
     sid = small.SUBSTREAMS
@@ -271,6 +286,10 @@ def permission_system(ovr):
     return Smmu(memory, features, strtab_base=base, strtab_base_cfg=4, cr0=BOTH)
 
 
+@pytest.mark.rule(
+    "S3.9-4", "S13.1.4-2", "S13.7-5", "S13.7-7", "S13.7.1-1", "S13.7.1-2", "S13.7.1-3",
+    "S13.7.1-4", "S13.7.1-6",
+)
 @pytest.mark.parametrize("ovr", [0, 1])
 def test_what_a_page_grants_by_overrides_and_privilege(ovr):
     """The rules of IHI 0070 13.7.1, of every page and every request."""
@@ -298,6 +317,7 @@ def test_what_a_page_grants_by_overrides_and_privilege(ovr):
                 assert answer.priv == priv
 
 
+@pytest.mark.rule("S3.9.1-17", "S13.7-6")
 @EVERY_CACHE
 @pytest.mark.parametrize("instcfg", [0, 3])
 def test_a_page_that_is_execute_only_grants_nothing_but_to_reads_that_are_fetches(instcfg, kind):
@@ -314,6 +334,7 @@ def test_a_page_that_is_execute_only_grants_nothing_but_to_reads_that_are_fetche
         assert ordinary.action == "ok"
 
 
+@pytest.mark.rule("S3.9.1-4")
 def test_a_request_in_a_context_that_reads_zero_grants_nothing():
     smmu = small_system()
     assert smmu.translate(small.SILENT, small.UNMAPPED).action == "raz_wi"
@@ -322,6 +343,7 @@ def test_a_request_in_a_context_that_reads_zero_grants_nothing():
     assert response.fault.name == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S13.4-3")
 def test_attributes_of_an_answer_are_those_of_an_access():
     """So STE overrides count for them, as for untranslated accesses."""
     for ste in ({}, {"mtcfg": 1, "memattr": 5}, {"alloccfg": 8}, {"shcfg": 2}):
@@ -341,6 +363,7 @@ def test_an_answer_spans_the_page():
     assert (response.attr, response.shareability) == (0xFF, 0)
 
 
+@pytest.mark.rule("S3.9.1.2-9", "S13.6.4-2", "S13.6.4-3")
 def test_stage_1_bypass_is_the_identity():
     smmu = small_system(eventq_base=QUEUE | 4)
     response = smmu.ats_request(small.SUBSTREAMS, 0x9999_1234, stu=0x1_0000)
@@ -353,6 +376,7 @@ def test_stage_1_bypass_is_the_identity():
     assert smmu.read("EVENTQ_PROD") == 0
 
 
+@pytest.mark.rule("S3.9.1-14", "S3.13.7.1-1", "S3.13.7.1-2", "S13.7-2", "S13.7-3", "S13.7-10")
 @EVERY_CACHE
 @pytest.mark.parametrize("eats", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
@@ -381,6 +405,7 @@ def test_a_page_is_marked_dirty_for_a_write_that_is_granted(stage, eats, kind):
     assert updates(nested.READ_ONLY_OUTSIDE) == ("r", False, False)
 
 
+@pytest.mark.rule("S3.9.1.2-15")
 @EVERY_CACHE
 def test_a_dirty_mark_that_stage_2_forbids_grants_nothing(kind):
     smmu = with_caches(
@@ -418,6 +443,7 @@ def test_an_access_flag_that_stage_2_forbids_grants_nothing(kind):
     assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == ""
 
 
+@pytest.mark.rule("S13.7.1-5")
 @EVERY_CACHE
 def test_a_page_may_grant_a_write_alone(kind):
     smmu = with_caches(nested_system(1, {"attr_perms_ovr": 1}, stage1={"uxn": 1}, instcfg=3), kind)
@@ -426,6 +452,7 @@ def test_a_page_may_grant_a_write_alone(kind):
         assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == ""
 
 
+@pytest.mark.rule("S3.9.1-5", "S3.9.1.2-101", "S5.5-6")
 def test_a_request_does_not_stall():
     smmu = nested_system(1, {"stall_model": 0, "stall_max": 8}, cd={"s": 1})
     assert smmu.translate(nested.NESTED, nested.UNMAPPED).action == "abort"  # that of stage 2
@@ -436,6 +463,7 @@ def test_a_request_does_not_stall():
     assert smmu.stalls == [stall]
 
 
+@pytest.mark.rule("S3.9.1.2-5", "S3.9.1.2-6", "S13.6.3-1", "S13.6.3-2")
 @EVERY_CACHE
 @pytest.mark.parametrize("eats", [1, 2])
 def test_both_stages_permit_what_is_granted(eats, kind):
@@ -456,6 +484,7 @@ def test_both_stages_permit_what_is_granted(eats, kind):
             assert (response.fault.name, response.fault.s2) == (fault, True)
 
 
+@pytest.mark.rule("S3.9.1.2-8")
 @EVERY_CACHE
 @pytest.mark.parametrize("eats", [1, 2])
 def test_where_stage_1_grants_nothing_stage_2_is_not_asked(eats, kind):
@@ -472,6 +501,7 @@ def test_where_stage_1_grants_nothing_stage_2_is_not_asked(eats, kind):
 SKIPS = {"s1cdmax": 2, "s1dss": 1}  # without a PASID
 
 
+@pytest.mark.rule("S13.6.4-1", "S13.6.4-4", "S13.6.5-1", "S13.6.5-2")
 @EVERY_CACHE
 @pytest.mark.parametrize("eats", [1, 2])
 def test_a_request_that_skips_stage_1_is_granted_what_stage_2_permits(eats, kind):
@@ -524,6 +554,7 @@ def set_stage2_leaf(smmu, ipa, **attributes):
 GRANULES = [(12, 2), (12, 1), (14, 2), (16, 2), (12, 3), (14, 3), (16, 3)]  # with their leaf level
 
 
+@pytest.mark.rule("S13.6.3-3")
 @pytest.mark.parametrize("second", GRANULES, ids=str)
 @pytest.mark.parametrize("first", GRANULES, ids=str)
 def test_an_answer_has_the_size_of_the_smaller_page_of_both_stages(first, second):
@@ -573,6 +604,7 @@ def test_an_answer_has_the_size_of_the_smaller_page_of_both_stages(first, second
                 assert through.pa == smmu.translate(sid, at, write=True).pa
 
 
+@pytest.mark.rule("S3.9.1.2-7")
 def test_what_is_granted_is_what_accesses_meet():
     """Without hardware updates an answer grants just the accesses that would succeed."""
     letters = set()
@@ -597,6 +629,7 @@ def test_what_is_granted_is_what_accesses_meet():
     assert letters == {"r", "rw", "rx", "rwx", "w"}
 
 
+@pytest.mark.rule("S3.9.1.3-8", "S3.9.1.3-9", "S13.6.3-5")
 def test_split_stage_ats_gives_an_ipa_that_stage_2_translates():
     smmu = nested_system(2)
     ipa = nested.DATA + nested.RW + 0x123
@@ -618,6 +651,10 @@ def test_split_stage_ats_gives_an_ipa_that_stage_2_translates():
     assert (result.action, result.fault.name, result.event) == ("abort", "F_TRANSLATION", None)
 
 
+@pytest.mark.rule(
+    "S3.9.1-12", "S3.9.1.1-1", "S3.9.1.3-1", "S3.9.1.3-4", "S3.9.1.3-7", "S6.3.9-7",
+    "S6.3.9.6-6", "S7.3.8-1", "S7.3.8-3", "S13.6.3-4",
+)
 @pytest.mark.parametrize("atschk", [0, 1])
 def test_translated_transactions_are_checked_if_asked(atschk):
     smmu = small_system(eats=0, cr0=0b101 | atschk << 4)
@@ -639,6 +676,7 @@ def test_translated_transactions_are_checked_if_asked(atschk):
 EXECUTABLE = {0b00: "up", 0b01: "u", 0b10: "", 0b11: "p"}
 
 
+@pytest.mark.rule("S3.9.1.3-12", "S13.1.4-3", "S13.7-12")
 @EVERY_CACHE
 @pytest.mark.parametrize("privcfg", range(4))
 @pytest.mark.parametrize("instcfg", range(4))
@@ -665,6 +703,7 @@ def test_overrides_apply_to_the_ipas_of_split_stage_ats(instcfg, privcfg, kind):
                 assert smmu.ats_translated(nested.NESTED, ipa, write=True).action == "ok"
 
 
+@pytest.mark.rule("S3.9.1.3-13", "S13.6.2-1")
 def test_overrides_do_not_touch_translated_transactions_that_pass():
     smmu = nested_system(1, {"attr_perms_ovr": 1, "attr_types_ovr": 1, "pasidtt": 1}, instcfg=3,
                          privcfg=3, mtcfg=1, memattr=0, shcfg=2, **SKIPS)  # fmt: skip
@@ -675,6 +714,7 @@ def test_overrides_do_not_touch_translated_transactions_that_pass():
         )  # fmt: skip
 
 
+@pytest.mark.rule("S13.1.4-5", "S13.6.3-6")
 def test_overrides_of_attributes_do_not_reach_the_ipas_of_split_stage_ats():
     smmu = nested_system(2, {"attr_types_ovr": 1}, mtcfg=1, memattr=0, shcfg=2, alloccfg=8)
     result = smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW)
@@ -682,6 +722,7 @@ def test_overrides_of_attributes_do_not_reach_the_ipas_of_split_stage_ats():
     assert smmu.translate(nested.SECOND, nested.DATA + nested.RW).attr == 0
 
 
+@pytest.mark.rule("S3.9.1.3-10", "S3.9.1.3-11", "S13.7-9")
 @EVERY_CACHE
 @pytest.mark.parametrize("pasidtt", [0, 1])
 def test_privilege_and_instruction_come_from_the_pasid_with_pasidtt(pasidtt, kind):
@@ -711,6 +752,7 @@ def test_privilege_and_instruction_come_from_the_pasid_with_pasidtt(pasidtt, kin
                     )  # fmt: skip
 
 
+@pytest.mark.rule("S13.7-11")
 @pytest.mark.parametrize("pasidtt", [0, 1])
 def test_what_a_request_is_granted_may_fail_as_a_translated_transaction(pasidtt):
     """The example of IHI 0070 13.7: without PASIDTT a privileged fetch arrives as unprivileged."""
@@ -751,6 +793,7 @@ def test_a_device_says_what_its_translated_accesses_are(pasidtt):
             assert result.action == ("abort" if refused else "ok")
 
 
+@pytest.mark.rule("S3.13.7.1-5")
 @EVERY_CACHE
 def test_translated_ipas_mark_the_stage_2_leaf(kind):
     smmu = nested_system(2, s2ha=1, s2hd=1)
@@ -781,6 +824,7 @@ def test_a_page_that_was_cached_clean_is_marked_dirty_in_stage_2(eats, kind):
     assert dirty == [0, 0, 1, 1]
 
 
+@pytest.mark.rule("S13.7-4")
 def test_without_updates_a_clean_page_grants_no_write_and_a_page_without_af_nothing():
     smmu = nested_system(1, stage1={"ap": 3, "dbm": 1})
     assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "r"
@@ -792,6 +836,7 @@ def test_without_updates_a_clean_page_grants_no_write_and_a_page_without_af_noth
     assert rights(smmu.ats_request(nested.NESTED, nested.RW)) == "rw"
 
 
+@pytest.mark.rule("S3.9.1.2-14")
 def test_stage_2_faults_of_a_cd_or_a_table_grant_nothing():
     for changes in ({"s2ap": 0}, {"af": 0}):
         for at in (nested.CONTEXT, nested.TABLES):
@@ -819,6 +864,7 @@ def with_read_only_tables(smmu):
     )  # fmt: skip
 
 
+@pytest.mark.rule("S3.9.1.2-12")
 @pytest.mark.parametrize("eats", [1, 2])
 def test_an_update_that_memory_refuses_is_a_completer_abort(eats):
     for cr2, recorded in ((0, False), (REC_CFG_ATS, True)):
@@ -831,6 +877,7 @@ def test_an_update_that_memory_refuses_is_a_completer_abort(eats):
         assert rights(smmu.ats_request(nested.NESTED, nested.RW, no_write=True)) == "r"
 
 
+@pytest.mark.rule("S3.9.1.3-15", "S7.3.7-3")
 @pytest.mark.parametrize("pasidtt", [0, 1])
 def test_the_default_substream_of_a_translated_transaction_counts_with_pasidtt(pasidtt):
     for s1dss, ssid, event in ((0, None, "F_STREAM_DISABLED"), (3, None, "F_STREAM_DISABLED"),
@@ -850,6 +897,7 @@ def test_the_default_substream_of_a_translated_transaction_counts_with_pasidtt(p
                 assert (result.action, result.event) == ("abort", None)
 
 
+@pytest.mark.rule("S3.9.1.3-16")
 def test_events_of_translated_transactions_come_in_their_order():
     everything = {"cr2": REC_CFG_ATS, "features": full()}
     # a stream that may not use ATS, before its PASID
@@ -867,6 +915,7 @@ def test_events_of_translated_transactions_come_in_their_order():
     assert smmu.ats_translated(nested.NESTED, nested.DATA + nested.RW, ssid=0).action == "ok"
 
 
+@pytest.mark.rule("S2.8-3", "S3.9.1.3-14", "S7.3.9-5")
 @pytest.mark.parametrize("pasidtt", [0, 1])
 def test_a_pasid_of_a_translated_transaction_counts_with_pasidtt(pasidtt):
     smmu = small_system(features=full(pasidtt=pasidtt), cr2=RECINVSID | REC_CFG_ATS)
@@ -877,6 +926,7 @@ def test_a_pasid_of_a_translated_transaction_counts_with_pasidtt(pasidtt):
     assert (bad.event and bad.event.name) == ("C_BAD_SUBSTREAMID" if pasidtt else None)
 
 
+@pytest.mark.rule("S3.9.1-1")
 def test_without_ats_nothing_is_recorded():
     smmu = small_system(features=full(ats=0))
     assert smmu.ats_request(small.STAGE1, small.RW) == AtsResponse("UR", why=Why.ATS_ABSENT)
@@ -884,6 +934,7 @@ def test_without_ats_nothing_is_recorded():
     assert (result.action, result.fault) == ("abort", None)
 
 
+@pytest.mark.rule("S3.9.1-9")
 def test_arguments_are_checked_and_exceptions_of_memory_arrive():
     smmu = small_system()
     for name, call in (
@@ -914,6 +965,7 @@ def test_answers_cannot_be_changed():
         response.write = True
 
 
+@pytest.mark.rule("S3.9.1-6")
 @pytest.mark.parametrize("kind", ["combined", "split"])
 def test_requests_fill_the_caches_as_accesses_do(kind):
     for sid, iova in (
@@ -1061,6 +1113,7 @@ ALL_PAGES = PAGES | {(small.BLOCK, 0x20_0000)}
 PLAIN = {(small.RW, 0x1000)}
 
 
+@pytest.mark.rule("S3.9.1-7", "S4.5.1-10")
 @pytest.mark.parametrize(
     ("fields", "left"),
     [
@@ -1102,6 +1155,7 @@ def test_atc_inv_of_another_stream_or_while_off_does_nothing():
     assert device.invalidations == 0
 
 
+@pytest.mark.rule("S3.9.1-8")
 def test_invalidations_of_the_tlb_do_not_reach_devices():
     smmu, device = filled()
     for name in ("TLBI_NSNH_ALL", "TLBI_NH_ALL", "TLBI_EL2_ALL"):
@@ -1113,6 +1167,7 @@ def test_invalidations_of_the_tlb_do_not_reach_devices():
     assert device.invalidations == 0
 
 
+@pytest.mark.rule("S3.9.1.5-1")
 def test_an_invalidation_that_a_device_does_not_make_completes_all_the_same():
     smmu = small_system(cmdq_base=QUEUE + 0x8000 | 4)
 
@@ -1129,6 +1184,7 @@ def test_an_invalidation_that_a_device_does_not_make_completes_all_the_same():
     assert smmu.read("GERROR") == smmu.read("GERRORN") and smmu.read("CMDQ_CONS") >> 24 == 0
 
 
+@pytest.mark.rule("S3.9.1.4-1")
 def test_a_device_that_hangs_fails_the_sync():
     smmu, device = filled()
     device.responsive = False
@@ -1211,6 +1267,7 @@ def test_devices_are_checked():
     assert len(device) == 0 and device.access(small.RW) and device.misses == 3
 
 
+@pytest.mark.rule("S3.9.2-1")
 @pytest.mark.parametrize("at", [small.STES + 64 * small.STAGE1, small.CDS], ids=["STE", "CD"])
 def test_what_is_invalidated_while_a_request_reads_it_is_not_cached(at):
     image = small.build()

@@ -11,6 +11,7 @@ from test_stage2 import Nested, nested_system, stage2_features
 DEVICE, NON_CACHEABLE = 0x00, 0x44
 
 
+@pytest.mark.rule("S13.1.1-4")
 @pytest.mark.parametrize("mair", [DEVICE, NON_CACHEABLE, 0xFF])
 def test_permissions_do_not_depend_on_the_memory_type(mair):
     """An instruction fetch from Device memory is an access as any other (13.1.1)."""
@@ -23,6 +24,7 @@ def test_permissions_do_not_depend_on_the_memory_type(mair):
             assert outcome.success and outcome.perm & UX
 
 
+@pytest.mark.rule("S13.1.2-1")
 def test_a_write_is_data_whatever_the_device_and_the_stream_say():
     """13.1.2: at both stages, and in the record."""
     bench, iova, ipa = nested_system(features=stage2_features(attr_perms_ovr=1, xnx=1))
@@ -36,6 +38,7 @@ def test_a_write_is_data_whatever_the_device_and_the_stream_say():
     assert int.from_bytes(record, "little") >> 97 & 7 == 0  # PnU, InD and RnW
 
 
+@pytest.mark.rule("S13.4.1-2")
 def test_privilege_is_told_as_it_came_where_it_does_not_count():
     """13.4.1: in EL2 AP[1] counts as 1, and the record has the privilege of the access."""
     bench = Bench()
@@ -49,6 +52,7 @@ def test_privilege_is_told_as_it_came_where_it_does_not_count():
         )
 
 
+@pytest.mark.rule("S13.4.3-3", "S13.7-13")
 @pytest.mark.parametrize("config", [0b110, 0b111])
 @pytest.mark.parametrize("xnx", [0, 1])
 def test_privilege_counts_in_stage_2_only_for_execution_and_with_xnx(xnx, config):
@@ -69,6 +73,7 @@ def test_privilege_counts_in_stage_2_only_for_execution_and_with_xnx(xnx, config
         assert perm & (UX | PX) == (by_privilege if xnx else (0 if xn & 2 else UX | PX))
 
 
+@pytest.mark.rule("S13.1.7-1", "S13.4.3-2")
 def test_hints_pass_through_stage_2_unchanged():
     """13.4.3: stage 2 has none of its own; what it makes non-cacheable has none."""
     bench, iova, ipa = nested_system()
@@ -103,6 +108,7 @@ def test_hints_are_set_by_the_stream_whether_its_type_is_or_not():
     assert bench.translate(0).attr == 0xEE
 
 
+@pytest.mark.rule("S13.1.1-2", "S13.1.4-7")
 def test_what_is_not_cacheable_is_outer_shareable_and_has_no_hints():
     """13.1.7: whatever overrides, tables and input say, stage by stage."""
     for config in (0b100, 0b110):

@@ -4,10 +4,11 @@ import numpy as np
 import ptwriter
 import pytest
 import twin
+from rawfeatures import raw_of
 from test_reference import CONTEXT_TABLE, SID, Bench, default_features
 from test_stage2 import nested_system
 
-from smmufast import ACTIONS, Caches, Features, Memory, Smmu, layout
+from smmufast import ACTIONS, Caches, Memory, Smmu, layout
 from smmufast._smmu import vectors
 
 OTHER = SID + 1
@@ -134,7 +135,7 @@ def recording(bench, change, caches=None):
     for base, data in bench.regions():
         memory.add(data, base)
     memory.add_private(QUEUE, 0x1000)
-    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    features = raw_of(bench.features)
     registers = vars(bench.regs) | {"eventq_base": QUEUE | 5}
     smmu = Smmu(memory, features, caches=caches, **registers)
     smmu.write("IRQ_CTRL", layout.mask("IRQ_CTRL", "EVENTQ_IRQEN"))
@@ -244,7 +245,7 @@ def test_the_region_of_a_table_may_end_in_its_middle():
             memory.add(memoryview(data)[: table - base + page // 2], base)
         else:
             memory.add(data, base)
-    features = Features(**{name: getattr(bench.features, name) for name in twin.FEATURES})
+    features = raw_of(bench.features)
     smmu = Smmu(memory, features, **vars(bench.regs))
     for step in (page, page + 8, 5 * page):
         iova = np.arange(0, page * n, step, dtype=np.uint64)

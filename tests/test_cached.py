@@ -27,6 +27,7 @@ def parts(seeds):
 # --- random systems ---
 
 
+@pytest.mark.rule("S3.3.3-10", "S16.2-5")
 @pytest.mark.parametrize("first", parts(SEEDS))
 def test_caches_change_nothing_while_tables_stay(first):
     made, hits, looked = np.sum([cachetwin.check_same(first + i) for i in range(PART)], axis=0)
@@ -34,6 +35,7 @@ def test_caches_change_nothing_while_tables_stay(first):
     assert 2 * hits > looked
 
 
+@pytest.mark.rule("S3.20.1-3", "S3.21.1-3", "S3.21.1-5", "S3.21.3-12", "S16.2.2-3")
 @pytest.mark.parametrize("first", parts(SEEDS // 2))
 def test_invalidation_makes_up_for_every_change(first):
     found = np.sum([cachetwin.check_changes(first + i) for i in range(PART)], axis=0)
@@ -159,6 +161,7 @@ def test_a_resumable_walk_leaves_what_translate_leaves(how, walk2):
 # --- threads ---
 
 
+@pytest.mark.rule("S4.3.8-3")
 def test_threads_share_one_smmu_with_caches():
     bare, _ = small.system()
     found = zip(small.REQUESTS, small.translate_each(bare), strict=True)

@@ -23,6 +23,7 @@ def with_event_queue(smmu):
 # Prefetch
 
 
+@pytest.mark.rule("S4.2-2")
 def test_a_prefetch_with_a_substream_that_is_not_there_does_nothing():
     for features, filled in ((default_features(), 0), (default_features(ssidsize=0), 1)):
         _, smmu, _ = mapped(features)
@@ -35,6 +36,7 @@ def test_a_prefetch_with_a_substream_that_is_not_there_does_nothing():
     assert (smmu.caches.tlb.hits, smmu.caches.tlb.fills) == (1, 1)
 
 
+@pytest.mark.rule("S4.2.1-2")
 def test_a_prefetched_context_marks_its_stage_2_page_accessed():
     bench, _, _ = nested_system()
     bench.write_ste(s2ha=1)
@@ -47,6 +49,7 @@ def test_a_prefetched_context_marks_its_stage_2_page_accessed():
     assert bench.descriptor(slot) & AF
 
 
+@pytest.mark.rule("S4.2.2-2", "V8.5.1.2-5")
 def test_a_prefetched_address_is_marked_accessed_and_never_dirty():
     bench, iova, ipa = nested_system()
     bench.write_cd(ha=1, hd=1)
@@ -65,6 +68,7 @@ def test_a_prefetched_address_is_marked_accessed_and_never_dirty():
 # Configuration
 
 
+@pytest.mark.rule("S4.3.3-2")
 def test_the_cd_of_no_substream_goes_with_substream_0():
     bench, _, _ = mapped()
     bench.write_cd(1)
@@ -81,6 +85,7 @@ def test_the_cd_of_no_substream_goes_with_substream_0():
     assert outcome(smmu) == "C_BAD_CD"
 
 
+@pytest.mark.rule("S4.3.3-4", "S5.4.1-7")
 @pytest.mark.parametrize("command", ["CFGI_CD", "CFGI_CD_ALL", "CFGI_STE"])
 def test_a_cd_that_streams_share_goes_stream_by_stream(command):
     bench, _, _ = mapped()
@@ -96,6 +101,7 @@ def test_a_cd_that_streams_share_goes_stream_by_stream(command):
     assert smmu.translate(SID + 1, IOVA).fault.name == "C_BAD_CD"
 
 
+@pytest.mark.rule("S4.3.3-5", "S5.3.1-1")
 def test_level_1_context_descriptors_are_read_with_every_cd_that_is_not_cached():
     bench = Bench()
     bench.map(IOVA, 0x5000)
@@ -119,6 +125,7 @@ def test_level_1_context_descriptors_are_read_with_every_cd_that_is_not_cached()
 # TLB
 
 
+@pytest.mark.rule("S4.4.1.1-11")
 def test_a_range_that_is_not_aligned_starts_where_it_says():
     bench = Bench()
     for at in range(0, 0x80_0000, 0x20_0000):
@@ -136,6 +143,7 @@ def test_a_range_that_is_not_aligned_starts_where_it_says():
         assert {entry.start for entry in smmu.caches.tlb} == left
 
 
+@pytest.mark.rule("S4.4.3.1-3")
 def test_tlbi_s2_ipa_is_enough_for_stage_2_alone():
     bench = Nested(stage2_features(oas=5), config=0b110)
     ipa = 0x66_7788_9000
@@ -154,6 +162,7 @@ def test_tlbi_s2_ipa_is_enough_for_stage_2_alone():
 # Stalls
 
 
+@pytest.mark.rule("S4.3.8-1", "S4.7.3-16")
 def test_invalidations_leave_what_is_stalled_and_recorded():
     smmu, _ = system()
     told = []
@@ -169,6 +178,7 @@ def test_invalidations_leave_what_is_stalled_and_recorded():
     assert held.result.pa == 0x4000_7000
 
 
+@pytest.mark.rule("S4.7.1-5")
 def test_a_stall_of_stage_2_may_end_as_raz_wi():
     for how, action in (({"Ab": 1}, "abort"), ({}, "raz_wi")):
         bench, iova, ipa = nested_system()

@@ -60,6 +60,7 @@ def state(smmu):
 # --- order and errors ---
 
 
+@pytest.mark.rule("S3.5.1-9", "S4.1.1-1", "S4.1.2-1", "S4.1.2-3", "S4.7.3-1", "S6.3.27-1")
 def test_commands_are_consumed_in_order_when_prod_moves():
     smmu, _ = system()
     device = smmu.devices[5] = Device()
@@ -72,6 +73,7 @@ def test_commands_are_consumed_in_order_when_prod_moves():
     assert state(smmu) == (6, 0, 0)
 
 
+@pytest.mark.rule("S3.5.1-2", "S3.5.1-5", "S4.1.4-1", "S6.3.28-2")
 def test_a_full_queue_is_consumed_in_one_go_and_wraps():
     smmu, _ = system()
     device = smmu.devices[5] = Device()
@@ -83,6 +85,9 @@ def test_a_full_queue_is_consumed_in_one_go_and_wraps():
         assert len(device.told) == 8 * turn + 8
 
 
+@pytest.mark.rule(
+    "S4.1.3-5", "S6.3.19-5", "S6.3.27-4", "S6.3.28-1", "S7.1-1", "S7.1-4", "S7.1-5", "S7.1-91",
+)
 def test_an_illegal_command_stops_the_queue_until_it_is_acknowledged():
     smmu, wires = system()
     device = smmu.devices[5] = Device()
@@ -102,6 +107,7 @@ def test_an_illegal_command_stops_the_queue_until_it_is_acknowledged():
     assert state(smmu) == (3, ILL, 0) and len(device.told) == 1
 
 
+@pytest.mark.rule("S7.1-6", "S7.1-92")
 def test_prod_may_go_back_to_cons_during_an_error():
     smmu, _ = system()
     put(smmu, 0, BAD)
@@ -111,6 +117,7 @@ def test_prod_may_go_back_to_cons_during_an_error():
     assert state(smmu) == (0, ILL, 0)
 
 
+@pytest.mark.rule("S4.1.3-4", "S7.1-2", "S7.1-8", "S16.7.4-4")
 def test_a_fetch_that_aborts_stops_the_queue():
     smmu, wires = system(base=0xA000_0000)
     smmu.write("CMDQ_PROD", 1)
@@ -120,6 +127,7 @@ def test_a_fetch_that_aborts_stops_the_queue():
     assert state(smmu) == (1, ABT, 0)
 
 
+@pytest.mark.rule("S4.1.2-2", "S6.3.9.3-1", "S6.3.28-3")
 def test_a_disabled_queue_waits():
     smmu, _ = system(cr0=5)
     put(smmu, 0, CFGI_ALL)
@@ -132,6 +140,7 @@ def test_a_disabled_queue_waits():
     assert state(smmu) == (0, 0x7F, 0)
 
 
+@pytest.mark.rule("S3.11-9", "S4.5.1-8", "S4.5.2-5", "S6.3.9.6-4", "S6.3.9.6-11")
 def test_commands_run_while_translation_is_disabled():
     smmu, wires = system(cr0=8)
     device = smmu.devices[5] = Device()
@@ -145,6 +154,7 @@ def test_commands_run_while_translation_is_disabled():
     assert device.told == [] and wires == ["cmdq_sync"]
 
 
+@pytest.mark.rule("S3.21.2-4")
 @pytest.mark.parametrize("seed", range(20))
 def test_any_positions_and_any_bytes_end(seed):
     rng = random.Random(seed)
@@ -166,6 +176,7 @@ def test_any_positions_and_any_bytes_end(seed):
     assert smmu.translate(small.STAGE1, small.RW).pa == 0x4000_1000
 
 
+@pytest.mark.rule("S3.5.1-7")
 def test_a_position_that_makes_no_sense_consumes_no_more_than_the_queue_holds():
     smmu, _ = system(cr0=5)
     for i in range(8):
@@ -181,6 +192,7 @@ def test_a_position_that_makes_no_sense_consumes_no_more_than_the_queue_holds():
 # --- completion ---
 
 
+@pytest.mark.rule("S3.18.1-2", "S3.18.2-3", "S4.7.3-3", "S4.7.3-4")
 def test_sync_signals_as_it_is_asked_to():
     smmu, wires = system()
     for cs, address, expected in (
@@ -192,6 +204,7 @@ def test_sync_signals_as_it_is_asked_to():
     assert smmu.memory.read(MSI - 4, 12) == bytes(4) + bytes.fromhex("0df0feca") + bytes(4)
 
 
+@pytest.mark.rule("S4.7.3-2")
 def test_sync_is_consumed_before_it_signals():
     smmu, _ = system()
     seen = []
@@ -200,6 +213,7 @@ def test_sync_is_consumed_before_it_signals():
     assert seen == [("cmdq_sync", 1, 0, 0)]
 
 
+@pytest.mark.rule("S4.7.3-11")
 def test_a_message_of_sync_that_aborts_is_an_error_but_sync_completes():
     smmu, wires = system()
     smmu.command("SYNC", CS=1, MSIAddress=0xA000_0000)
@@ -207,6 +221,7 @@ def test_a_message_of_sync_that_aborts_is_an_error_but_sync_completes():
     assert smmu.gerror == 1 << 4 and wires == ["gerror", "cmdq_sync"]
 
 
+@pytest.mark.rule("S4.1.2-4")
 @pytest.mark.parametrize("sev", [0, 1])
 def test_a_full_queue_that_gets_room_is_an_event(sev):
     smmu, wires = system(2, features=Features.full().replace(sev=sev), cr0=5)
@@ -272,6 +287,7 @@ def test_an_exception_at_the_event_of_room_leaves_the_rest_for_later():
     assert state(smmu) == (2, 0, 0)
 
 
+@pytest.mark.rule("S4.7.3-6", "S4.7.3-7", "S6.3.1-19")
 def test_sync_without_msi_or_sev_support():
     smmu, wires = system(features=Features.full().replace(msi=0, sev=0))
     smmu.command("SYNC", CS=1, MSIAddress=MSI)
@@ -280,6 +296,7 @@ def test_sync_without_msi_or_sev_support():
     assert smmu.memory.read(MSI, 4) == bytes(4)
 
 
+@pytest.mark.rule("S4.5.1-1", "S4.7.3-18", "S4.7.3-19", "S7.1-9")
 @pytest.mark.parametrize("answer", [False, TimeoutError("no answer")])
 def test_sync_after_an_invalidation_that_failed(answer):
     smmu, _ = system()
@@ -297,6 +314,7 @@ def test_sync_after_an_invalidation_that_failed(answer):
 # --- devices ---
 
 
+@pytest.mark.rule("S4.1.6-1", "S4.5-1", "S4.5.1-4", "S4.5.1-5", "S4.5.1-9", "S4.5.2-1")
 def test_devices_are_told_what_the_commands_say():
     smmu, _ = system()
     device = smmu.devices[5] = Device()
@@ -341,6 +359,7 @@ def test_a_device_may_issue_commands_itself():
     smmu.sync()
 
 
+@pytest.mark.rule("S6.3.9.3-2", "S6.3.26-1")
 def test_a_device_may_set_the_queue_up_anew():
     smmu, _ = system()
 
@@ -441,6 +460,7 @@ def test_a_queue_that_cannot_be_written_refuses_commands():
     assert smmu.read("CMDQ_PROD") == 0
 
 
+@pytest.mark.rule("S2.2-8", "S6.3.1-20")
 @pytest.mark.parametrize(
     ("missing", "name"),
     [({"ats": 0, "pri": 0}, "ATC_INV"), ({"pri": 0}, "PRI_RESP"), ({"s2p": 0}, "TLBI_S12_VMALL"),

@@ -225,6 +225,11 @@ def random_words(rng):
     return word & ~0xFF
 
 
+@pytest.mark.rule(
+    "S4.1.1-2", "S4.1.1-3", "S4.1.5-1", "S4.1.6-3", "S4.1.6-4", "S4.1.6-5", "S4.2.2-3",
+    "S4.4-1", "S4.4.1.1-2", "S4.4.2-2", "S4.4.2.5-1", "S4.4.4.1-2", "S4.5.1-6", "S4.5.2-3",
+    "S6.3.1-17", "S7.1-7",
+)
 @pytest.mark.parametrize("op", range(256))
 def test_every_opcode_is_decoded_as_the_specification_reads(decode, op):
     rng = random.Random(op)
@@ -256,6 +261,7 @@ def test_what_is_illegal_has_a_reason(decode, op):
             assert cerror == ILL or not hw["ril"]
 
 
+@pytest.mark.rule("S4.3.2-1", "S4.3.6-1", "S4.4.1.1-4", "S4.5.1-2", "S4.7.1-1")
 @pytest.mark.parametrize(
     ("dwords", "effect"),
     [
@@ -305,6 +311,10 @@ def command_of(name, **fields):
     return layout.pack(name, **fields)
 
 
+@pytest.mark.rule(
+    "S4.1.3-2", "S4.1.3-3", "S4.3.3-3", "S4.3.4-2", "S4.4.1.1-8", "S4.4.2-1", "S4.4.2.7-2",
+    "S4.4.3.1-4", "S4.5.1-7", "S4.5.2-4", "S4.7.1-6",
+)
 @pytest.mark.parametrize(
     ("name", "fields", "feature"),
     [
@@ -338,6 +348,9 @@ def test_a_command_without_its_feature_is_illegal(decode, name, fields, feature)
     assert decode(hardware(**feature), command)[0] == ILL
 
 
+@pytest.mark.rule(
+    "S3.10.2.1-1", "S4.1.3-1", "S4.1.6-2", "S4.4.1.1-10", "S4.5.1-3", "S4.5.2-2", "S4.7.3-8",
+)
 @pytest.mark.parametrize(
     ("name", "fields", "bad"),
     [
@@ -362,6 +375,7 @@ def test_an_illegal_parameter_is_cerror_ill(decode, name, fields, bad):
     )  # fmt: skip
 
 
+@pytest.mark.rule("S4.4.1.1-3")
 @pytest.mark.parametrize(
     ("ds", "scale", "last"),
     [
@@ -378,18 +392,21 @@ def test_the_scale_of_a_range_is_capped(decode, ds, scale, last):
     assert decode(hardware(ds=ds), command)[1]["last"] == last
 
 
+@pytest.mark.rule("S4.4.1.1-5")
 def test_a_range_ends_with_the_address_space(decode):
     command = command_of("TLBI_NH_VA", TG=1, NUM=1, Address=EVERY_BYTE - 0xFFF)
     effect = decode(hardware(), command)[1]
     assert (effect["first"], effect["last"]) == (EVERY_BYTE - 0xFFF, EVERY_BYTE)
 
 
+@pytest.mark.rule("S2.4-3", "S4.4.1.1-1")
 def test_without_ril_an_address_is_one_page(decode):
     command = command_of("TLBI_NH_VA", TG=1, NUM=7, SCALE=3, TTL=2, Address=0x5000)
     effect = decode(hardware(ril=0), command)[1]
     assert (effect["first"], effect["last"], effect["granule"]) == (0x5000, 0x5FFF, 0)
 
 
+@pytest.mark.rule("S4.4-5", "S6.3.1-16", "S6.3.9-5")
 @pytest.mark.parametrize(
     ("vmw", "mask"), [(0, 0xFFFF), (1, 0xFFFE), (4, 0xFFF0), (5, 0xFFFF), (7, 0xFFFF)]
 )

@@ -408,6 +408,7 @@ def test_raw_events_are_found_behind_any_prefix(decoration):
     assert (found.line, found.source, found.told) == (1, "arm-smmu-v3.2.auto", False)
 
 
+@pytest.mark.rule("L-4")
 @pytest.mark.parametrize("decoration", DECORATIONS)
 def test_events_in_words_make_the_same_record(decoration):
     log = "\n".join(DECORATIONS[decoration].format(line) for line in TOLD)

@@ -563,7 +563,8 @@ def test_resumable_walks_are_explained_as_they_went():
         walk.supply(None if walk.request.level == 2 else data)
     text = explain(walk.result, smmu)
     assert "the read ended in an external abort" in text
-    assert "Because the read of a stage-1 descriptor ended in an external abort (S7.3.12-2)." in text
+    reason = "the read of a stage-1 descriptor ended in an external abort (S7.3.12-2)"
+    assert f"Because {reason}." in text
     assert text == explain(walk.result)
 
 

@@ -41,6 +41,7 @@ def smmu():
 # --- translate and its results ---
 
 
+@pytest.mark.rule("S3.3-1", "S3.3.2-19", "S3.4.2-1", "S3.10.1-1")
 @pytest.mark.parametrize("request_", small.PHYSICAL, ids=str)
 def test_translate_gives_the_address_that_the_tables_say(smmu, request_):
     result = smmu.translate(request_.sid, request_.iova, **request_.access)
@@ -327,6 +328,7 @@ def test_flags_say_what_the_device_does(smmu):
         assert fields["InD"] == (instr and not write)
 
 
+@pytest.mark.rule("S3.4-1")
 def test_the_largest_arguments_are_taken(smmu):
     assert smmu.translate(0xFFFF_FFFF, (1 << 64) - 1, ssid=0xFFFFF).event.name == "C_BAD_STREAMID"
 
@@ -375,6 +377,7 @@ def test_a_smmu_needs_a_memory_and_features():
         Smmu(Memory(), Features(), 0x1000)
 
 
+@pytest.mark.rule("S6.3.2-6")
 @pytest.mark.parametrize(
     "asked",
     [{"ttf": 3}, {"d128": 1}, {"atos": 1}, {"ttf": 3, "mpam": 1}],
@@ -426,6 +429,7 @@ def test_a_smmu_is_initialised_once(smmu):
     assert smmu.pa(1, small.RW) == 0x4000_1000
 
 
+@pytest.mark.rule("S2.10-1", "S3.2-5")
 def test_several_smmus_live_side_by_side():
     one, image = small.system()
     other = Smmu(one.memory, **small.registers_two_level())
@@ -1105,6 +1109,7 @@ def test_several_threads_use_one_smmu_at_once(smmu):
     smmu.memory.add(bytearray(8), 0)
 
 
+@pytest.mark.rule("S3.21.3-15")
 def test_tables_may_be_rewritten_while_a_batch_runs(smmu):
     # Each entry holds one of two pages; a batch sees one or the other, never a mixture.
     image = small.build()

@@ -55,6 +55,7 @@ def words_with_known_codes(seed):
     return words
 
 
+@pytest.mark.rule("S6.3.1-2", "S6.3.4-2")
 def test_every_identification_field_is_a_feature_of_that_name():
     table = [f.name.lower() for name in REGISTERS for f in layout.REGISTERS[name].fields]
     table.remove("arch_major")
@@ -97,6 +98,7 @@ def test_registers_of_a_real_model_come_back_unchanged():
     assert (f.ttendian, f.stall_model, f.term_model, f.ril, f.bbml) == (2, 1, 1, 1, 2)
 
 
+@pytest.mark.rule("S6.3.6-2")
 @pytest.mark.parametrize(
     "minor, bits",
     [
@@ -281,6 +283,7 @@ def test_a_contradiction_names_its_section_and_the_codes():
     assert Features().contradictions == ()
 
 
+@pytest.mark.rule("S2.9-2", "S3.3.2-24", "S3.21.1.1-1")
 def test_whatever_is_named_is_kept_or_refused_and_the_rest_follows():
     """Each code that is named alone, many in pairs and at random; from presets and from none."""
     rng = random.Random(1)
@@ -304,6 +307,7 @@ def test_whatever_is_named_is_kept_or_refused_and_the_rest_follows():
     assert min(outcomes.values()) > 500
 
 
+@pytest.mark.rule("S2.9-1")
 def test_what_is_consistent_is_accepted_as_it_is_named():
     """Nothing more is refused than what the list says: naming all codes gives just these."""
     rng = random.Random(2)
@@ -356,6 +360,13 @@ def test_defaults_follow_from_what_was_named(named, follows):
     assert Features().replace(**named) == Features(**named)
 
 
+@pytest.mark.rule(
+    "S3.3.1.2-5", "S6.3.1-5", "S6.3.1-6", "S6.3.1-8", "S6.3.1-9", "S6.3.1-10", "S6.3.1-12",
+    "S6.3.1-13", "S6.3.1-14", "S6.3.1-15", "S6.3.2-3", "S6.3.2-4", "S6.3.2-7", "S6.3.2-11",
+    "S6.3.4-5", "S6.3.4-6", "S6.3.4-7", "S6.3.4-8", "S6.3.4-9", "S6.3.4-10", "S6.3.4-11",
+    "S6.3.4-12", "S6.3.4-13", "S6.3.4-15", "S6.3.4-16", "S6.3.4-17", "S6.3.6-4", "S6.3.6-5",
+    "S6.3.6-6", "S6.3.6-7", "S6.3.6-8", "S6.3.6-9", "S6.3.6-10", "S6.3.6-11",
+)
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -472,6 +483,7 @@ def test_what_is_legal_at_the_edges_is_accepted(changes):
     assert Features.from_idr(*registers(f)) == f
 
 
+@pytest.mark.rule("S6.3.8-3")
 def test_reserved_codes_in_registers_are_refused():
     good = registers(Features())
     for index, word, message in [

@@ -152,6 +152,7 @@ def test_f04_every_stream_of_a_device_follows_its_domain(system):
         assert system.smmu.translate(sid, 0x1234).action == "abort"
 
 
+@pytest.mark.rule("S3.9.2-2")
 def test_f05_pasids_go_on_before_ats_and_off_after_it(systems):
     system = systems()
     device = system.device(1, pasid_bits=4, ats=True)

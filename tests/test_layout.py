@@ -693,6 +693,7 @@ def test_cython_setters_change_their_own_bits_only(probe, name):
                 assert int.from_bytes(space.raw, "little") == wanted, f
 
 
+@pytest.mark.rule("V8.3.1.2-1")
 @pytest.mark.parametrize("name", BY_VALUE)
 def test_cython_functions_on_values_agree_with_unpack(probe, name):
     rec = layout.record(name)

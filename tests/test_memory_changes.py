@@ -13,6 +13,7 @@ from test_stage2 import nested_system
 import smmufast
 
 
+@pytest.mark.rule("S3.3.3-1", "S16.2-1", "L-2")
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("maker", [tablegen.random_system, tablegen.random_nested_system])
 def test_every_call_sees_the_bytes_of_the_moment(maker, seed):

@@ -6,7 +6,7 @@ import sys
 
 import mutants
 import pytest
-from mutants import Misplaced, Mutant
+from mutants import MisplacedError, Mutant
 
 SOURCES = mutants.ROOT / "smmufast"
 LISTED = mutants.listed()
@@ -47,13 +47,13 @@ def test_every_mutant_has_its_place_and_its_tests(one):
 
 def test_a_text_must_be_there_once():
     for text in ("", "a b a b"):
-        with pytest.raises(Misplaced, match="m: x.pxd has its text [02] times"):
+        with pytest.raises(MisplacedError, match=r"m: x.pxd has its text [02] times"):
             mutants.place(mutant("a b", "c"), text)
 
 
 @pytest.mark.parametrize("text", ["  ab\n", "x  a\n", "   a\n", "  a"])
 def test_lines_are_whole(text):
-    with pytest.raises(Misplaced, match=r"whole lines|0 times"):
+    with pytest.raises(MisplacedError, match=r"whole lines|0 times"):
         mutants.place(mutant("  a", "  c"), text)
 
 
@@ -99,7 +99,10 @@ def test_texts_that_overlap_are_built_apart():
 @pytest.mark.parametrize(
     ("text", "before"),
     [
-        ('# a comment\n"""A docstring\n\nof lines."""\n\nfrom x cimport y\n', "\nfrom x cimport y\n"),
+        (
+            '# a comment\n"""A docstring\n\nof lines."""\n\nfrom x cimport y\n',
+            "\nfrom x cimport y\n",
+        ),
         ("from x cimport y\n", "from x cimport y\n"),
     ],
 )
@@ -113,7 +116,11 @@ def test_the_choice_is_made_known_behind_the_docstring(text, before):
     ("status", "output", "end"),
     [
         (0, "3 passed", ("survived", "")),
-        (1, "FAILED tests/test_x.py::test_y[1] - assert 1 == 2", ("killed", "test_x.py::test_y[1]")),
+        (
+            1,
+            "FAILED tests/test_x.py::test_y[1] - assert 1 == 2",
+            ("killed", "test_x.py::test_y[1]"),
+        ),
         (-11, "", ("killed", "signal 11")),
         (None, "", ("killed", "it does not come to an end")),
         (1, "FAILED tests/test_x.py::test_y - NameError: name 'z'", ("error", None)),
@@ -124,12 +131,14 @@ def test_the_choice_is_made_known_behind_the_docstring(text, before):
 )
 def test_only_a_test_that_fails_or_crashes_kills(status, output, end):
     found = mutants.verdict(status, output)
-    assert found == end or end[1] is None and found[0] == end[0]
+    assert found == end or (end[1] is None and found[0] == end[0])
 
 
 def test_the_command_lists_and_refuses():
     command = [sys.executable, "-P", str(mutants.TESTS / "mutants.py")]
-    done = subprocess.run([*command, "--list", "driver*", "no-entry-*"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--list", "driver*", "no-entry-*"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no mutant is named driver*" in done.stderr
     done = subprocess.run([*command, "--list", "no-entry-*"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -40,6 +40,7 @@ def outcome(smmu, iova=IOVA, sid=SID, **more):
 # Streams and substreams (3.2, 3.3.2)
 
 
+@pytest.mark.rule("S3.2-3")
 def test_substreams_select_a_stage_1_and_all_share_stage_2():
     bench, iova, ipa = nested_system()
     bench.write_ste(s1cdmax=2, s1dss=2)
@@ -57,6 +58,7 @@ def test_substreams_select_a_stage_1_and_all_share_stage_2():
     assert outcome(smmu, iova, ssid=2) == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S3.2-2")
 @pytest.mark.parametrize("ssidsize", [4, 20])
 def test_every_bit_of_a_substream_counts(ssidsize):
     bench = Bench(default_features(ssidsize=ssidsize))
@@ -68,6 +70,7 @@ def test_every_bit_of_a_substream_counts(ssidsize):
         assert bench.fault(IOVA, ssid=3 | 1 << bit) == "C_BAD_SUBSTREAMID"
 
 
+@pytest.mark.rule("S3.3-2")
 def test_streams_of_one_vmid_share_stage_2():
     bench = Nested(config=0b110)
     slot = bench.map2(IOVA, 0x5000)
@@ -80,6 +83,7 @@ def test_streams_of_one_vmid_share_stage_2():
     assert outcome(smmu, sid=SID + 2) == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S3.3.2-5")
 @pytest.mark.parametrize("stages", [1, 2])
 def test_without_a_substream_a_stream_may_be_as_if_it_had_no_stage_1(stages):
     bench = Nested(stage2_features(oas=3)) if stages == 2 else Bench(default_features(oas=3))
@@ -106,6 +110,7 @@ def test_without_a_substream_a_stream_may_be_as_if_it_had_no_stage_1(stages):
         assert {row[2] for row in skipped} >= {0, 0x11}
 
 
+@pytest.mark.rule("S3.21.3-2")
 def test_nothing_is_read_behind_a_structure_that_is_not_valid():
     bench, iova, _ = nested_system()
     bench.write_ste(s1cdmax=8, s1fmt=1, s1dss=2)
@@ -133,6 +138,7 @@ def test_nothing_is_read_behind_a_structure_that_is_not_valid():
     assert kinds() == []
 
 
+@pytest.mark.rule("S3.3.5-1")
 @pytest.mark.parametrize("config", [0b110, 0b111])
 def test_reserved_bits_of_stage_2_descriptors_change_nothing(config):
     bench, iova, ipa = nested_system()
@@ -153,6 +159,7 @@ def test_reserved_bits_of_stage_2_descriptors_change_nothing(config):
 # Address sizes (3.4)
 
 
+@pytest.mark.rule("S3.4-11", "S3.4-12")
 @pytest.mark.parametrize("s1p", [0, 1])
 def test_the_top_byte_counts_where_stage_1_does_not_translate(s1p):
     tagged = 0x5A << 56 | IOVA
@@ -198,6 +205,7 @@ def with_large_block(stage, granule_lg2, level, ps):
     return bench
 
 
+@pytest.mark.rule("S3.4-18", "V8.1.7-4")
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(("granule_lg2", "level", "size_lg2", "ps", "bits"), LARGE)
 def test_what_comes_out_of_a_block_must_fit_the_output_size(
@@ -222,6 +230,7 @@ def test_what_comes_out_of_a_block_must_fit_the_output_size(
     assert burst.result.fault.name == "F_ADDR_SIZE"
 
 
+@pytest.mark.rule("S3.4-19", "V8.1.7-5", "V8.7.1.2-1")
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("nested", ["combined", "split"])
 def test_an_entry_of_a_large_block_answers_for_what_fits_alone(stage, nested):
@@ -271,6 +280,7 @@ def test_large_blocks_of_both_stages_give_what_fits_both(ps):
             assert bool(found.event[12] & 0x80) == (iova < 1 << of_stage_1)
 
 
+@pytest.mark.rule("S3.4.3-2", "S3.4.3-4", "S5.3-4")
 def test_pointers_of_contexts_beyond_ias_are_a_matter_of_stage_2():
     bench, iova, _ = nested_system(features=stage2_features(oas=4))
     bench.write_ste(s1cdmax=8, s1fmt=1, s1dss=2)
@@ -285,6 +295,7 @@ def test_pointers_of_contexts_beyond_ias_are_a_matter_of_stage_2():
         assert (found.fault, found.stage) == ("F_TRANSLATION", 2)
 
 
+@pytest.mark.rule("S3.4.3-11")
 @pytest.mark.parametrize("config", [0b101, 0b111])
 def test_a_context_lies_where_it_does_whatever_its_own_output_size_is(config):
     bench, iova, _ = nested_system()
@@ -299,6 +310,7 @@ def test_a_context_lies_where_it_does_whatever_its_own_output_size_is(config):
     assert bench.translate(iova).pa == 0x5000
 
 
+@pytest.mark.rule("S3.4-16")
 @pytest.mark.parametrize("s2tg", [0, 1, 2])
 def test_stage_2_takes_52_bits_at_most_whatever_oas_is(s2tg):
     bench = Nested(stage2_features(arch_minor=4, oas=7), config=0b110)
@@ -315,6 +327,7 @@ def test_stage_2_takes_52_bits_at_most_whatever_oas_is(s2tg):
 # Queues and interrupts (3.5, 3.18, 3.21.2, 16.7.4)
 
 
+@pytest.mark.rule("S3.21.2-1")
 def test_the_command_queue_is_only_read():
     memory = Memory()
     commands = b"".join(layout.to_bytes(layout.command_record(name), layout.pack(name))
@@ -325,6 +338,7 @@ def test_the_command_queue_is_only_read():
     assert (smmu.read("CMDQ_CONS"), smmu.gerror) == (4, 0)
 
 
+@pytest.mark.rule("S3.21.2-2", "S3.21.2-3")
 def test_commands_may_be_replaced_while_they_are_not_consumed():
     memory = Memory()
     memory.add_private(QUEUE, 0x1000)
@@ -343,6 +357,7 @@ def test_commands_may_be_replaced_while_they_are_not_consumed():
     assert (smmu.read("CMDQ_CONS"), wires) == (5, ["cmdq_sync", *wires_of_a_full_queue])
 
 
+@pytest.mark.rule("S3.18-1", "S3.18-2", "S3.18-3")
 @pytest.mark.parametrize("by", ["wire", "message"])
 def test_what_an_interrupt_tells_is_there_when_it_comes(by):
     smmu, _ = small.system(
@@ -385,6 +400,7 @@ def test_what_an_interrupt_tells_is_there_when_it_comes(by):
     assert set(seen) == {(1, 0x10, 1, True, 1, 1 << 24 | 1)}
 
 
+@pytest.mark.rule("S3.18-4")
 def test_a_message_is_32_bits_in_little_endian():
     smmu, _ = small.system(cr0=0b101, eventq_base=QUEUE | 2)
     smmu.memory.add_private(QUEUE, 0x2000)
@@ -401,6 +417,7 @@ def test_a_message_is_32_bits_in_little_endian():
     assert smmu.memory.read(target - 4, 12) == expected
 
 
+@pytest.mark.rule("S3.18.1-3", "S16.7.4-7")
 def test_a_message_of_the_page_request_queue_that_aborts_has_its_own_error():
     smmu, _ = small.system(cr0=0b111, priq_base=QUEUE | 2)
     smmu.memory.add_private(QUEUE, 0x1000)
@@ -441,6 +458,7 @@ def worlds(nested):
     return smmu
 
 
+@pytest.mark.rule("S3.3.3-5", "S3.11-14")
 @pytest.mark.parametrize("nested", ["combined", "split"])
 def test_two_commands_leave_nothing_in_the_tlb(nested):
     smmu = worlds(nested)
@@ -452,6 +470,7 @@ def test_two_commands_leave_nothing_in_the_tlb(nested):
     assert [len(getattr(smmu.caches, name)) for name in ("tlb", "walk1", "walk2")] == [0, 0, 0]
 
 
+@pytest.mark.rule("S3.11-12")
 def test_a_reset_leaves_the_caches_to_be_invalidated():
     smmu, image = small.system(caches=Caches.small())
     assert outcome(smmu, small.RW, small.STAGE1) == 0x4000_1000
@@ -467,6 +486,7 @@ def test_a_reset_leaves_the_caches_to_be_invalidated():
     assert outcome(smmu, small.RW, small.STAGE1) == "C_BAD_CD"
 
 
+@pytest.mark.rule("S3.21.1-6", "S3.21.3-3")
 def test_nothing_enters_the_caches_while_the_smmu_is_off():
     smmu, _ = small.system(cr0=0b100, caches=Caches.small())
     for sid in (small.STAGE1, small.NESTED):
@@ -484,6 +504,7 @@ def test_nothing_enters_the_caches_while_the_smmu_is_off():
 # Faults (3.12)
 
 
+@pytest.mark.rule("S3.12-5")
 def test_each_context_of_a_stream_has_its_own_fault_control():
     bench = Bench(default_features(stall_model=0, stall_max=8))
     bench.write_ste(s1cdmax=2, s1dss=2)
@@ -503,6 +524,7 @@ def test_each_context_of_a_stream_has_its_own_fault_control():
             assert (result.event is not None) == recorded
 
 
+@pytest.mark.rule("S3.12-13", "S3.12.2-13")
 def test_a_stall_holds_up_nobody_else():
     bench = Bench(default_features(stall_model=0, stall_max=8))
     bench.map(IOVA, 0x5000)
@@ -514,6 +536,7 @@ def test_a_stall_holds_up_nobody_else():
     assert not held.done
 
 
+@pytest.mark.rule("S3.12.2.3-1")
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_stalled_context_fetch_goes_on_without_a_configuration_command(cached):
     bench, iova, _ = nested_system()
@@ -554,6 +577,7 @@ def test_affd_does_not_keep_the_access_flag_from_being_set(stage):
     assert bench.descriptor(slot) & AF
 
 
+@pytest.mark.rule("S3.13.2-2")
 @pytest.mark.parametrize("config", [0b101, 0b110, 0b111])
 @pytest.mark.parametrize("ha", [0, 1])
 def test_a_batch_sets_access_flags_in_spite_of_affd(config, ha):
@@ -574,6 +598,7 @@ def test_a_batch_sets_access_flags_in_spite_of_affd(config, ha):
     assert {bool(bench.descriptor(slot) & AF) for slot in slots} == {bool(ha)}
 
 
+@pytest.mark.rule("S3.13.2-3", "S3.13.3.1-8")
 @pytest.mark.parametrize("two_level", [False, True])
 def test_a_context_fetch_sets_the_access_flag_and_never_marks_its_page_dirty(two_level):
     bench, iova, _ = nested_system()
@@ -589,6 +614,7 @@ def test_a_context_fetch_sets_the_access_flag_and_never_marks_its_page_dirty(two
     assert [bench.descriptor(slot) for slot in slots] == [value | AF for value in before]
 
 
+@pytest.mark.rule("S3.13.4-2")
 def test_reading_a_stage_1_table_never_marks_its_page_dirty():
     bench, iova, ipa = nested_system()
     bench.write_ste(s2ha=1, s2hd=1)
@@ -602,6 +628,7 @@ def test_reading_a_stage_1_table_never_marks_its_page_dirty():
     assert bench.descriptor(slot) == before | reference.S2AP1
 
 
+@pytest.mark.rule("S3.13.3.1-4")
 def test_a_write_that_tables_above_refuse_marks_nothing_dirty():
     for had, end in ((0, "F_PERMISSION"), (1, None)):
         bench, iova, ipa = nested_system()
@@ -631,6 +658,7 @@ def test_of_contiguous_descriptors_the_one_that_is_accessed_is_updated():
     assert [i for i in range(32) if after[i] != before[i]] == [10, 11]
 
 
+@pytest.mark.rule("S3.13.7.1-3", "S3.13.7.1-4")
 @pytest.mark.parametrize("kind", [None, "combined", "split"])
 def test_a_request_marks_a_page_dirty_only_if_both_stages_can_grant_the_write(kind):
     updates = {"ha": 1, "hd": 1}
@@ -674,6 +702,7 @@ def leaf_of_stage_2(smmu, ipa):
 # Tags of the TLB (3.17)
 
 
+@pytest.mark.rule("S3.17.6-1", "S3.17.6-2")
 def test_vmids_that_a_wildcard_groups_go_together_and_answer_apart():
     bench = Nested(config=0b110)
     slot = bench.map2(IOVA, 0x5000)
@@ -693,6 +722,7 @@ def test_vmids_that_a_wildcard_groups_go_together_and_answer_apart():
     assert [entry.vmid for entry in smmu.caches.tlb] == [0x30]
 
 
+@pytest.mark.rule("S3.17.5-2")
 def test_el2_entries_with_and_without_e2h_are_told_apart():
     bench = Bench()
     bench.write_ste(strw=2)
@@ -715,6 +745,7 @@ def test_el2_entries_with_and_without_e2h_are_told_apart():
 # Structures in caches (3.21.3)
 
 
+@pytest.mark.rule("S3.21.3-9")
 def test_a_structure_that_could_not_be_fetched_is_fetched_again():
     bench, iova, _ = nested_system()
     at = CONTEXT_TABLE
@@ -743,6 +774,7 @@ def test_a_structure_that_could_not_be_fetched_is_fetched_again():
         assert outcome(smmu, iova) == 0x5000
 
 
+@pytest.mark.rule("S3.3.3-9", "S3.21.3-10")
 def test_a_stream_is_cached_until_its_own_command_whatever_the_registers_say():
     smmu, _ = small.system(caches=Caches.small())
     assert outcome(smmu, small.RW, small.STAGE1) == 0x4000_1000
@@ -757,6 +789,7 @@ def test_a_stream_is_cached_until_its_own_command_whatever_the_registers_say():
     assert outcome(smmu, small.RW, small.STAGE1) == "F_STE_FETCH"
 
 
+@pytest.mark.rule("S3.3.2-12")
 def test_a_pointer_to_a_context_is_a_physical_address_without_stage_2():
     bench, iova, _ = nested_system()
     bench.map(iova, 0x5000)

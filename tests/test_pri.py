@@ -62,6 +62,7 @@ class Host:
 # --- the queue ---
 
 
+@pytest.mark.rule("S8-1")
 def test_a_page_request_lies_in_the_queue_as_linux_reads_it():
     smmu = system()
     answer = smmu.page_request(
@@ -82,6 +83,7 @@ def test_a_page_request_lies_in_the_queue_as_linux_reads_it():
     assert [word >> bit & 1 for bit in range(58, 64)] == [0, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.rule("S6.3.9.5-1", "S6.3.9.6-5", "S8.2-3")
 @pytest.mark.parametrize("smmuen", [0, 1])
 @pytest.mark.parametrize("priqen", [0, 1])
 def test_a_queue_that_is_not_enabled_fails_requests(smmuen, priqen):
@@ -94,6 +96,7 @@ def test_a_queue_that_is_not_enabled_fails_requests(smmuen, priqen):
     assert smmu.read("PRIQ_PROD") == (3 if on else 0)
 
 
+@pytest.mark.rule("S8.1-2", "S8.1-3")
 def test_an_overflow_is_answered_until_it_is_acknowledged():
     smmu = system(log2size=1, features=full(pps=1))
     for group in (1, 2):
@@ -112,6 +115,7 @@ def test_an_overflow_is_answered_until_it_is_acknowledged():
     assert smmu.read("PRIQ_PROD") == 3 | 1 << 31
 
 
+@pytest.mark.rule("S5.2-29", "S6.3.4-14", "S8.1-6")
 @pytest.mark.parametrize(("pps", "ppar", "carries"),
                          [(0, 0, False), (0, 1, True), (1, 0, True), (1, 1, True)])  # fmt: skip
 def test_pps_and_ppar_say_whether_an_automatic_answer_has_the_pasid(pps, ppar, carries):
@@ -123,6 +127,7 @@ def test_pps_and_ppar_say_whether_an_automatic_answer_has_the_pasid(pps, ppar, c
     assert answer == ("success", 3 if carries else None)
 
 
+@pytest.mark.rule("S8.1-7")
 def test_without_a_usable_ste_the_automatic_answer_is_a_failure():
     smmu = system(log2size=0, features=full(pps=0))
     smmu.page_request(small.STAGE1, 0, read=True)
@@ -165,6 +170,7 @@ LOOKUPS = {
 }  # fmt: skip
 
 
+@pytest.mark.rule("S8.1-8")
 @pytest.mark.parametrize("pps", [0, 1])
 @pytest.mark.parametrize("cr2", [0, 2, 8, 8 | 2])
 @pytest.mark.parametrize("what", LOOKUPS)
@@ -201,6 +207,7 @@ def test_an_injected_error_at_the_ste_of_ppar_is_an_event_and_a_failure():
     assert smmu.read("EVENTQ_PROD") == 1
 
 
+@pytest.mark.rule("S8-2", "S8.1-9")
 def test_without_substreams_no_message_has_a_pasid():
     smmu = system(log2size=0, features=full(ssidsize=0, pps=0, pasidtt=0))
     answer = smmu.page_request(1, 0x1000, ssid=5, read=True, execute=True, priv=True)
@@ -212,6 +219,7 @@ def test_without_substreams_no_message_has_a_pasid():
     assert smmu.page_request(1, 0x1000, ssid=5) == ("success", None)
 
 
+@pytest.mark.rule("S8.2-1", "S8.2-2", "S16.7.4-6")
 def test_a_queue_without_memory_ends_in_priq_abt_err():
     smmu = small_system(priq_base=0xA000_0000 | 2, cr0=BOTH)
     assert smmu.page_request(1, 0x1000, read=True).action == "failure"
@@ -223,6 +231,7 @@ def test_a_queue_without_memory_ends_in_priq_abt_err():
     assert smmu.page_request(1, 0x1000, read=True).action == "queued"
 
 
+@pytest.mark.rule("S6.3.36-3")
 def test_the_interrupt_of_a_last_request_follows_its_entry():
     smmu = system(priq_base=0xA000_0000 | 2)
     smmu.write("PRIQ_IRQ_CFG2", 1 << 31)
@@ -266,6 +275,7 @@ def test_a_last_request_behind_one_that_aborted_does_not_interrupt():
 # --- a device that asks ---
 
 
+@pytest.mark.rule("S3.9.1-10")
 def test_a_device_gets_its_page_once_software_has_mapped_it():
     smmu = system()
     host = Host(smmu)
@@ -307,6 +317,7 @@ def test_groups_have_indices_of_their_own():
     assert repr(asked[3]) == "<PageRequest sid=0x1 address=0x3000 r prg=3 success>"
 
 
+@pytest.mark.rule("S3.9.1-11")
 def test_credits_limit_what_is_outstanding():
     smmu = system()
     seen = []
@@ -321,6 +332,7 @@ def test_credits_limit_what_is_outstanding():
     assert device.access(small.UNMAPPED).pa == FIXED
 
 
+@pytest.mark.rule("S8.3-1")
 @pytest.mark.parametrize("code", [SUCCESS, INVALID, FAILURE])
 def test_answers_that_help_not(code):
     smmu = system()

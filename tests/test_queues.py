@@ -157,6 +157,11 @@ def random_step(rng, smmu, name, model, patch, enables):
         model.enabled = True
 
 
+@pytest.mark.rule(
+    "S3.5.1-1", "S3.5.1-6", "S3.5.1-8", "S3.5.1-10", "S3.5.3-3", "S3.12-2", "S3.18.2-1",
+    "S4.7.3-14", "S6.3.9.4-1", "S6.3.95-1", "S6.3.95-2", "S6.3.96-1", "S7.2.1-1", "S7.2.1-2",
+    "S7.2.2-2", "S7.4-1", "S7.4-5", "S7.5-2",
+)
 @pytest.mark.parametrize("seed", range(40))
 def test_the_event_queue_is_that_of_the_model(seed):
     rng = random.Random(seed)
@@ -178,6 +183,10 @@ def test_the_event_queue_is_that_of_the_model(seed):
         check(smmu, "EVENTQ", model, patch, 32)
 
 
+@pytest.mark.rule(
+    "S6.3.36-2", "S6.3.97-1", "S6.3.98-1", "S7.5-3", "S8-3", "S8-4", "S8.1-1", "S8.1-4",
+    "S8.2-6",
+)
 @pytest.mark.parametrize("seed", range(40))
 def test_the_page_request_queue_is_that_of_the_model(seed):
     rng = random.Random(seed)
@@ -225,6 +234,7 @@ def test_the_page_request_queue_is_that_of_the_model(seed):
 # --- where a queue lies ---
 
 
+@pytest.mark.rule("S6.3.26-3")
 @pytest.mark.parametrize("log2size", [0, 1, 3, 7, 19])
 def test_a_queue_is_aligned_to_its_size(log2size):
     smmu, _ = system(eventq_base=QUEUE | 0x1F_FFE0 | log2size)
@@ -236,6 +246,7 @@ def test_a_queue_is_aligned_to_its_size(log2size):
     assert all(f"{base:#x} is used" in text for text in texts)
 
 
+@pytest.mark.rule("S3.5.1-3", "S6.3.2-2", "S6.3.29-1")
 def test_a_queue_has_no_more_entries_than_the_implementation():
     features = Features(eventqs=2)
     smmu, _ = system(eventq_base=QUEUE | 9, features=features)
@@ -244,6 +255,7 @@ def test_a_queue_has_no_more_entries_than_the_implementation():
     assert "IDR1.EVENTQS, 2, is used" in smmu.warnings[0].text
 
 
+@pytest.mark.rule("S3.5.4-2", "S6.3.19-2", "S7.2.2-1", "S7.5-1", "S16.7.4-5")
 @pytest.mark.parametrize("where", ["outside", "read-only"])
 def test_a_queue_that_cannot_be_written_is_an_error(where):
     base = {"outside": 0xA000_0000, "read-only": 0xB000_0000}[where]
@@ -260,6 +272,7 @@ def test_a_queue_that_cannot_be_written_is_an_error(where):
     assert smmu.read("EVENTQ_PROD") == 0
 
 
+@pytest.mark.rule("S3.4.3-6", "S6.3.21-2", "S6.3.26-2")
 @pytest.mark.parametrize("high", [1 << 44, 1 << 51, 0xFF << 44])
 def test_addresses_of_queues_and_messages_are_truncated_to_oas(high):
     features = Features.full().replace(oas=4)
@@ -287,6 +300,7 @@ def test_addresses_of_queues_and_messages_are_truncated_to_oas(high):
     assert wires == ["eventq", "priq", "cmdq_sync", "gerror"]
 
 
+@pytest.mark.rule("S3.4.3-7", "S4.7.3-9")
 def test_only_bits_beyond_oas_make_no_message_in_a_register_and_one_in_a_command():
     # 4.7.3 says of CMD_SYNC that the check for zero is of all bits; elsewhere they are RES0
     smmu, wires = system(features=Features.full().replace(oas=4), cr0=0xD, cmdq_base=COMMANDS | 2)
@@ -314,6 +328,7 @@ def test_without_an_event_queue_events_are_in_results_alone():
     assert smmu.gerror == 0
 
 
+@pytest.mark.rule("S3.5.3-1", "S3.5.3-5")
 def test_every_face_records():
     smmu, _ = system(5)
     request = FAULTS[3]
@@ -332,6 +347,7 @@ def test_every_face_records():
     assert records(smmu, QUEUE, 32, 0, 7, 5) == [expected] * 7
 
 
+@pytest.mark.rule("S3.5.3-2", "S3.12.1-4")
 def test_a_batch_loses_what_does_not_fit():
     smmu, _ = system(2)
     request = FAULTS[3]
@@ -346,6 +362,10 @@ def test_a_batch_loses_what_does_not_fit():
 # --- interrupts ---
 
 
+@pytest.mark.rule(
+    "S3.18-101", "S3.18.1-1", "S3.18.2-5", "S3.18.2-6", "S6.3.16-1", "S6.3.16-5", "S6.3.30-1",
+    "S6.3.31-1",
+)
 def test_interrupts_are_wired_or_messages_and_only_if_enabled():
     features = Features.full()
     smmu, wires = system(features=features)
@@ -371,6 +391,7 @@ def test_interrupts_are_wired_or_messages_and_only_if_enabled():
     assert wires == ["eventq"]
 
 
+@pytest.mark.rule("S3.18.2-4", "S7.5-4", "S7.5.1-1")
 def test_a_message_that_aborts_is_an_error_of_its_own():
     smmu, wires = system(features=Features.full())
     smmu.write("IRQ_CTRL", 0)
@@ -388,6 +409,7 @@ def test_a_message_that_aborts_is_an_error_of_its_own():
     assert wires == ["gerror", "eventq"]
 
 
+@pytest.mark.rule("S3.18.2-7", "S4.7.3-5")
 @pytest.mark.parametrize("wired", [True, False])
 def test_every_source_asserts_its_wire_beside_its_message_where_there_are_wires(wired):
     smmu, wires = system(
@@ -463,6 +485,7 @@ def test_an_exception_of_one_way_does_not_keep_the_other_quiet(raises):
     assert seen == ["message", "eventq"] and smmu.read("EVENTQ_PROD") == 1
 
 
+@pytest.mark.rule("S3.18-5", "S6.3.21-4")
 def test_without_msi_support_all_interrupts_are_wired():
     smmu, wires = system(features=Features(msi=0))
     smmu.write("IRQ_CTRL", 0)
@@ -473,6 +496,7 @@ def test_without_msi_support_all_interrupts_are_wired():
     assert wires == ["eventq"]
 
 
+@pytest.mark.rule("S3.18-8", "S3.18.2-2", "S6.3.36-1")
 def test_page_requests_may_interrupt_for_the_last_of_a_group_only():
     smmu, wires = system(features=Features.full(), cr0=7, priq_base=PAGES | 4)
     smmu.write("IRQ_CTRL", 0)
@@ -485,6 +509,7 @@ def test_page_requests_may_interrupt_for_the_last_of_a_group_only():
     assert told == [[], [], ["priq"], [], ["priq"]]
 
 
+@pytest.mark.rule("S6.3.36-4")
 def test_a_lost_last_message_interrupts_with_lo():
     smmu, wires = system(features=Features.full(), cr0=7, priq_base=PAGES | 1)
     smmu.write("IRQ_CTRL", 0)
@@ -524,6 +549,7 @@ def test_a_lost_message_interrupts_without_lo_never():
 # --- global errors ---
 
 
+@pytest.mark.rule("S6.3.19-1", "S6.3.20-1")
 def test_gerrorn_ends_active_errors_only():
     smmu, wires = system(eventq_base=0xA000_0000)
     fault(smmu)
@@ -539,6 +565,7 @@ def test_gerrorn_ends_active_errors_only():
     assert len(smmu.warnings) == 1
 
 
+@pytest.mark.rule("S6.3.20-2", "S6.3.20-3")
 @pytest.mark.parametrize(
     ("features", "bits"),
     [({}, 0x1FD), ({"pri": 0}, 0x1B5), ({"msi": 0}, 0x10D), ({"msi": 0, "pri": 0}, 0x105)],
@@ -633,6 +660,7 @@ def test_a_record_whose_callback_raises_leaves_the_queue_as_it_was():
     assert smmu.read("EVENTQ_PROD") == 1 and wires == ["eventq"]
 
 
+@pytest.mark.rule("S6.3.9.4-2")
 def test_a_queue_set_up_anew_meanwhile_is_not_touched_by_older_writers():
     smmu, _ = system(eventq_base=0xA000_0000 | 4)
 
@@ -652,6 +680,7 @@ def test_a_queue_set_up_anew_meanwhile_is_not_touched_by_older_writers():
     assert smmu.memory.read(QUEUE + 32 * 3, 32) == record
 
 
+@pytest.mark.rule("S3.5.2-101", "S7.2.1-6")
 def test_threads_lose_no_record():
     smmu, _ = system(19, eventq_base=QUEUE | 19)
     n, threads = 3000, 4
@@ -675,6 +704,7 @@ def test_threads_lose_no_record():
         assert (np.diff(own.astype(np.int64)) > 0).all()
 
 
+@pytest.mark.rule("S3.5.2-1")
 def test_threads_behind_a_callback_lose_no_record():
     smmu, _ = system(eventq_base=0xA000_0000 | 10)
     data = bytearray(32 << 10)
@@ -885,6 +915,7 @@ def test_callbacks_see_what_the_text_says_while_records_are_being_written(name, 
     assert told
 
 
+@pytest.mark.rule("S7.4-2")
 @pytest.mark.parametrize("name", ["EVENTQ", "PRIQ"])
 def test_an_overflow_shows_only_once_the_queue_is_seen_full(name):
     smmu, _ = system(features=Features.full(), cr0=7, **{f"{name.lower()}_base": 0xA000_0000 | 2})
@@ -999,6 +1030,7 @@ def threads_in_order(ends):
     return smmu, told, raised
 
 
+@pytest.mark.rule("S7.2.2-4")
 @pytest.mark.parametrize(
     ("ends", "shows"),
     [
@@ -1100,6 +1132,7 @@ def test_an_abort_of_a_queue_that_was_set_up_anew_shows_at_once():
 # --- page requests ---
 
 
+@pytest.mark.rule("S8.1-5")
 def test_an_automatic_answer_carries_the_pasid_if_the_stream_asks_for_it():
     image = small.build()
     image[small.STES + 64 * small.STAGE1 + 10] |= 1 << 2  # STE.PPAR is bit 82
@@ -1124,6 +1157,7 @@ def test_an_automatic_answer_carries_the_pasid_if_the_stream_asks_for_it():
     assert answers(0, small.STAGE1, ssid=3, last=False) == ("dropped", None)
 
 
+@pytest.mark.rule("S3.11-6", "S8.2-5")
 @pytest.mark.parametrize("cr0", [0, 2, 5, 7])
 def test_page_requests_fail_while_the_queue_is_disabled(cr0):
     smmu, _ = system(features=Features.full(), cr0=cr0, priq_base=PAGES | 2)
@@ -1149,6 +1183,7 @@ def test_page_requests_are_checked():
     assert smmu.read("PRIQ_PROD") == 0
 
 
+@pytest.mark.rule("S3.12-1", "S3.12.4.1-1", "S7.3.2-1", "S7.3.19-1", "S16.7.1-2")
 def test_a_host_puts_events_of_its_own_into_the_queue():
     memory = Memory()
     memory.add_private(0, 1 << 30)

@@ -54,6 +54,7 @@ def assert_same(smmu, found, wanted):
         assert found.result.iova == result.iova
 
 
+@pytest.mark.rule("S15.2-2", "S16.7.1-1")
 def test_bursts_over_random_tables_are_those_of_page_after_page():
     lengths = set()
     for seed in range(60):

@@ -14,6 +14,7 @@ QUEUE = 0x9000_0000
 # --- FetchAddr ---
 
 
+@pytest.mark.rule("S7.3.4-2")
 @pytest.mark.parametrize("minor", [0, 1, 2, 3])
 @pytest.mark.parametrize("two_level", [False, True])
 def test_a_fetch_address_has_the_bits_that_addresses_have(minor, two_level):
@@ -38,6 +39,7 @@ def test_a_fetch_address_has_the_bits_that_addresses_have(minor, two_level):
 # --- the queue while records are being written ---
 
 
+@pytest.mark.rule("S7.2.2-3", "S7.2.2-5")
 def test_what_lies_behind_a_record_that_could_not_be_written_is_lost_with_it():
     """The first write aborts while the second is under way: that one is written in vain."""
     memory = Memory()
@@ -79,6 +81,7 @@ def test_what_lies_behind_a_record_that_could_not_be_written_is_lost_with_it():
     assert wires == []  # the queue is as empty as it was
 
 
+@pytest.mark.rule("S7.2.1-5")
 def test_the_event_of_a_retry_that_terminates_is_lost_where_there_is_no_room():
     smmu, _ = test_stall.system(log2size=0)
     held = test_stall.stall(smmu)

@@ -424,6 +424,7 @@ def test_event_records_are_the_worked_encodings():
     )
 
 
+@pytest.mark.rule("V8.2.1-1", "V8.2.5.1-1", "V8.2.8.3-1")
 @pytest.mark.parametrize(
     ("granule_lg2", "indices"),
     [
@@ -444,6 +445,7 @@ def test_48_bits_are_indexed_as_worked_out(granule_lg2, indices):
     assert steps[0][1] & ~mask == bench.tables.base
 
 
+@pytest.mark.rule("V8.2.9.1-1")
 def test_16k_36_bits_start_at_level_2_with_a_full_table():
     bench = Bench(granule_lg2=14, tsz=28)
     bench.map(0xF_FFFF_FFFF, 0x4000_0000)
@@ -454,6 +456,7 @@ def test_16k_36_bits_start_at_level_2_with_a_full_table():
     assert walk_steps(outcome)[0] == (2, bench.tables.base + 0x7FF * 8)
 
 
+@pytest.mark.rule("S5.4-30", "V8.2.5.2-1")
 @pytest.mark.parametrize(
     ("tsz", "ds", "ips", "alignment"),
     [
@@ -478,6 +481,7 @@ START_LEVELS = {
 }
 
 
+@pytest.mark.rule("S5.4-2", "V8.1.9-1", "V8.2.8-1", "V8.2.8.1-1")
 @pytest.mark.parametrize("ttb", [0, 1])
 @pytest.mark.parametrize("granule_lg2", [12, 14, 16])
 def test_walks_start_at_the_level_of_the_table(granule_lg2, ttb):
@@ -515,6 +519,9 @@ TSZ_LIMITS = [
 ]
 
 
+@pytest.mark.rule(
+    "S2.3-1", "S2.4-2", "S3.4-7", "S5.4-3", "S5.4-4", "S5.4-9", "V8.1.8-1", "V8.2.4-2",
+)
 @pytest.mark.parametrize("ttb", [0, 1])
 @pytest.mark.parametrize(("granule_lg2", "fields", "ds", "smallest", "largest"), TSZ_LIMITS)
 def test_txsz_outside_its_limits_is_c_bad_cd(granule_lg2, fields, ds, smallest, largest, ttb):
@@ -532,6 +539,10 @@ def test_txsz_outside_its_limits_is_c_bad_cd(granule_lg2, fields, ds, smallest, 
 # Streams
 
 
+@pytest.mark.rule(
+    "S3.2-1", "S3.3.1-1", "S5.1.1-2", "S6.3.2-9", "S6.3.12.2-1", "S6.3.25-7", "S6.3.25-9",
+    "S7.3.3-1", "S7.3.3-3",
+)
 def test_streamids_beyond_the_table_are_bad_and_recorded_only_if_asked():
     for cr2, recorded in ((0, False), (0b10, True)):
         bench = Bench(cr2=cr2)
@@ -542,6 +553,7 @@ def test_streamids_beyond_the_table_are_bad_and_recorded_only_if_asked():
     assert bench.fault(sid=4) == "C_BAD_STREAMID"
 
 
+@pytest.mark.rule("S3.3.1.1-1")
 def test_linear_base_is_aligned_to_the_table():
     bench = Bench()
     bench.map(0, 0x5000)
@@ -549,6 +561,7 @@ def test_linear_base_is_aligned_to_the_table():
     assert bench.translate().pa == 0x5000
 
 
+@pytest.mark.rule("S6.3.24-3")
 @pytest.mark.parametrize("sidsize", [4, 6, 32])
 def test_linear_base_is_aligned_to_what_log2size_says(sidsize):
     bench = Bench(default_features(sidsize=sidsize))
@@ -571,6 +584,7 @@ def test_a_linear_table_that_is_larger_than_memory_lies_at_0(log2size):
     assert bench.translate().pa == 0x5000
 
 
+@pytest.mark.rule("S3.3.1.2-1", "S3.3.1.2-2", "S5.1-2", "S6.3.25-4", "S6.3.25-5", "S6.3.25-92")
 @pytest.mark.parametrize(("code", "split"), [(6, 6), (8, 8), (10, 10), (0, 6), (7, 6), (16, 6)])
 def test_split_selects_the_leaf_table(code, split):
     bench = Bench()
@@ -588,6 +602,7 @@ def test_split_selects_the_leaf_table(code, split):
     ]
 
 
+@pytest.mark.rule("S6.3.24-4", "S6.3.24-91")
 def test_two_level_base_is_aligned_to_what_log2size_says():
     bench = Bench(default_features(sidsize=8))
     bench.map(0, 0x5000)
@@ -606,6 +621,7 @@ def test_two_level_base_is_aligned_to_what_log2size_says():
     assert bench.fault() == "C_BAD_STREAMID"
 
 
+@pytest.mark.rule("S3.3.1.2-3", "S3.3.1.2-4", "S3.21.3-5", "S5.1-1", "S5.1.1-1", "S7.3.3-2")
 @pytest.mark.parametrize(
     ("span", "index", "fault"),
     [
@@ -629,6 +645,7 @@ def test_span_limits_the_leaf_table(span, index, fault):
     assert bench.fault(sid=index) == fault
 
 
+@pytest.mark.rule("S3.3.1.1-2", "S6.3.25-91")
 def test_fmt_without_two_level_support_is_linear():
     bench = Bench(default_features(st_level=0, sidsize=6))
     bench.map(0, 0x5000)
@@ -636,6 +653,7 @@ def test_fmt_without_two_level_support_is_linear():
     assert bench.translate().success
 
 
+@pytest.mark.rule("S3.4.3-5", "S3.4.3-10", "S7.3-6", "S7.3.4-1", "S7.3.4-91")
 def test_stream_structures_that_cannot_be_read_are_f_ste_fetch():
     bench = Bench(default_features(oas=5))
     bench.regs.strtab_base = 0x7000_0000
@@ -649,6 +667,7 @@ def test_stream_structures_that_cannot_be_read_are_f_ste_fetch():
     assert outcome.fetches == []
 
 
+@pytest.mark.rule("S3.3.2-1", "S3.21.3-4", "S5.2-1", "S5.2-2", "S5.2-3", "S5.2-4", "S7.3.7-4")
 def test_configs():
     bench = Bench()
     bench.map(0, 0x5000)
@@ -667,6 +686,9 @@ def test_configs():
     assert bench.fault() == "C_BAD_STE"
 
 
+@pytest.mark.rule(
+    "S2.2-5", "S3.4.3-1", "S5-3", "S5.2-12", "S5.2-18", "S5.2-33", "S5.2-43", "S7.3.5-1",
+)
 @pytest.mark.parametrize(
     ("features", "fields", "bad"),
     [
@@ -704,6 +726,7 @@ def test_illegal_stes(features, fields, bad):
         assert outcome.success
 
 
+@pytest.mark.rule("S5.2-14")
 def test_v30_fetches_a_context_pointer_beyond_oas_and_fails():
     bench = Bench(default_features(arch_minor=0, oas=1))
     bench.write_ste(s1contextptr=1 << 36)
@@ -739,6 +762,11 @@ SUBSTREAM_RULES = [
 ]
 
 
+@pytest.mark.rule(
+    "S3.2-4", "S3.3.2-3", "S3.3.2-4", "S3.3.2-6", "S3.3.2-7", "S3.3.2-8", "S3.3.2-9", "S3.9-1",
+    "S3.9-2", "S5.2-16", "S5.2-17", "S5.2-19", "S5.2-21", "S5.2-23", "S5.2-24", "S6.3.2-10",
+    "S7.3.7-2", "S7.3.9-2",
+)
 @pytest.mark.parametrize(("ssid", "fields", "features", "result"), SUBSTREAM_RULES)
 def test_substream_rules(ssid, fields, features, result):
     bench = Bench(default_features(**features))
@@ -759,6 +787,7 @@ def test_substream_rules(ssid, fields, features, result):
         assert (outcome.event is not None) == (result is not None)
 
 
+@pytest.mark.rule("S7.3.7-1", "S7.3.9-1")
 def test_substream_records():
     bench = Bench()
     bench.write_ste(s1cdmax=4)
@@ -770,6 +799,7 @@ def test_substream_records():
         assert int.from_bytes(disabled, "little") == SID << 32 | 0x06
 
 
+@pytest.mark.rule("S3.3.2-10", "S3.21.3-14", "S5-5", "S5.2-9", "S5.2-10", "S5.2-11")
 @pytest.mark.parametrize(
     ("s1fmt", "s1cdmax", "ssid", "l1_offset", "cd_offset"),
     [
@@ -809,6 +839,7 @@ def test_context_table_formats(s1fmt, s1cdmax, ssid, l1_offset, cd_offset):
     assert [fetch[:4] for fetch in outcome.fetches[: len(expected)]] == expected
 
 
+@pytest.mark.rule("S3.4.3-3", "S5.3-1", "S5.3-3", "S7.3.9-3", "S7.3.9-4", "S7.3.10-1")
 def test_level_1_context_descriptors():
     bench = Bench(default_features(oas=4))
     bench.write_ste(s1fmt=1, s1cdmax=10, s1dss=2)
@@ -836,6 +867,11 @@ def test_level_1_context_descriptors():
 # Context descriptors
 
 
+@pytest.mark.rule(
+    "S2.2-2", "S2.2-4", "S3.3.2-21", "S3.4-21", "S3.12-16", "S3.17-10", "S5.4-1", "S5.4-6",
+    "S5.4-10", "S5.4-11", "S5.4-20", "S5.4-26", "S5.4-31", "S5.4.1-2", "S5.4.2-1", "S5.4.2-3",
+    "S7.3.11-1", "S7.3.14-3", "V8.2.3-2",
+)
 @pytest.mark.parametrize(
     ("features", "ste", "fields", "bad"),
     [
@@ -882,6 +918,10 @@ def test_illegal_cds(features, ste, fields, bad):
         assert outcome.event == event_record("C_BAD_CD", SID)
 
 
+@pytest.mark.rule(
+    "S3.12-3", "S3.12.1-1", "S3.12.1-3", "S5.5-1", "S5.5-2", "S5.5-3", "S5.5-101", "S7.3.12-4",
+    "V8.15.1.3-1",
+)
 @pytest.mark.parametrize(
     ("a", "r", "s", "result"),
     [
@@ -915,6 +955,7 @@ def test_fault_control(a, r, s, result):
 # Addresses
 
 
+@pytest.mark.rule("S3.4-6", "S3.4.1-2", "V8.1.8-2", "V8.1.9-2", "V8.2.4-1")
 @pytest.mark.parametrize(
     ("iova", "success"),
     [
@@ -934,6 +975,7 @@ def test_48_bit_halves(iova, success):
     assert bench.translate(iova).success == success
 
 
+@pytest.mark.rule("S3.4.1-3", "S3.4.1-8", "S5.4-17", "S7.3-4", "V8.8-1", "V8.8.1-1", "V8.8.2-1")
 @pytest.mark.parametrize("ttb", [0, 1])
 @pytest.mark.parametrize("tbi", [0, 1])
 def test_top_byte_is_ignored_where_that_ttb_says_so(ttb, tbi):
@@ -951,6 +993,7 @@ def test_top_byte_is_ignored_where_that_ttb_says_so(ttb, tbi):
         )
 
 
+@pytest.mark.rule("S3.3.3-3", "S3.4.1-5", "S3.17.5-1", "S5.2-42", "S5.4.1-1", "V8.1.2-1")
 def test_single_ttb_worlds_have_no_upper_half():
     bench = Bench(cr2=0b10)
     bench.map(0, 0x5000)
@@ -966,6 +1009,7 @@ def test_single_ttb_worlds_have_no_upper_half():
     assert bench.fault(0) == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S2.5-1", "S5.4-28", "V8.2.4.1-1", "V8.15.4-1")
 @pytest.mark.parametrize("ttb", [0, 1])
 def test_e0pd_stops_unprivileged_accesses(ttb):
     bench = Bench(ttb=ttb)
@@ -1002,6 +1046,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.rule("S3.21.1.2-1", "V8.2.8-2", "V8.2.9-1", "V8.2.10-1")
 @pytest.mark.parametrize(("granule_lg2", "ds", "oas", "level", "size_lg2"), BLOCKS)
 def test_blocks_are_allowed_at_some_levels(granule_lg2, ds, oas, level, size_lg2):
     bench = Bench(default_features(oas=oas), granule_lg2=granule_lg2, tsz=16 - 4 * ds, ds=ds)
@@ -1017,6 +1062,7 @@ def test_blocks_are_allowed_at_some_levels(granule_lg2, ds, oas, level, size_lg2
         assert outcome.pa == 0x0000_7654_3210_0000 & ~low | va & low
 
 
+@pytest.mark.rule("S7.3.13-1", "V8.2.1-2", "V8.3-1", "V8.3.1.3-1")
 @pytest.mark.parametrize("level", [-1, 0, 1, 2, 3])
 def test_invalid_descriptors(level):
     bench = Bench(tsz=12, ds=1)
@@ -1027,6 +1073,7 @@ def test_invalid_descriptors(level):
         assert bench.fault() == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S2.8-1", "S3.4-24", "S3.4.3-8", "S5-1", "S5.4-32", "V8.1.7-1", "V8.3.1.1-1")
 @pytest.mark.parametrize("endi", [0, 1])
 @pytest.mark.parametrize(
     ("granule_lg2", "ds", "pa"),
@@ -1047,6 +1094,7 @@ def test_52_bit_addresses_in_tables_and_leaves(granule_lg2, ds, pa, endi):
     assert bench.fault(0xABC) == "F_ADDR_SIZE"
 
 
+@pytest.mark.rule("S3.13.1-1", "S7.3.15-1", "S7.3.22-2", "V8.5.1.1-1", "V8.15.4-3")
 def test_address_size_outranks_access_flag_and_permission():
     bench = Bench()
     bench.map(0, 0x1_0000_0000, af=0, ap=0)
@@ -1059,6 +1107,7 @@ def test_address_size_outranks_access_flag_and_permission():
     assert bench.translate(priv=True).success
 
 
+@pytest.mark.rule("S3.4-8", "S3.4-20", "S5.4-12", "S5.4-13", "S7.3.14-1", "V8.1.7-2", "V8.1.7-3")
 @pytest.mark.parametrize(
     ("minor", "oas", "ips", "bits"),
     [
@@ -1076,6 +1125,7 @@ def test_output_size_is_the_smaller_of_ips_and_oas(minor, oas, ips, bits):
         assert bench.fault() == "F_ADDR_SIZE"
 
 
+@pytest.mark.rule("S3.4-5")
 def test_bypass_stops_at_oas():
     for fields in ({"config": 0b100}, {"s1cdmax": 4, "s1dss": 1}):
         bench = Bench(default_features(oas=3))
@@ -1091,6 +1141,7 @@ def test_bypass_stops_at_oas():
         )  # fmt: skip
 
 
+@pytest.mark.rule("S2.1-2", "S3.4-3", "S6.3.8-2")
 @pytest.mark.parametrize(
     ("minor", "oas", "bits"),
     [
@@ -1114,6 +1165,11 @@ def test_oas_codes_by_version(minor, oas, bits):
     assert not bench.translate(1 << bits).success
 
 
+@pytest.mark.rule(
+    "S3.3.2-14", "S3.3.2-15", "S3.4-4", "S3.11-3", "S3.11-4", "S3.11-5", "S3.11-10",
+    "S6.3.9.6-1", "S6.3.9.6-2", "S6.3.9.6-7", "S6.3.9.6-10", "S6.3.14-1", "S6.3.14-3",
+    "S6.3.14-4", "S13.2-1",
+)
 def test_gbpa_decides_while_the_smmu_is_off():
     bench = Bench(default_features(oas=3))
     bench.regs.cr0 = 0b100
@@ -1185,6 +1241,11 @@ PERMISSIONS = [
 ]
 
 
+@pytest.mark.rule(
+    "S3.3.3-2", "S3.3.4-2", "S5.2-44", "S5.4-15", "S5.4-18", "S5.4.1-3", "S6.3.12-3",
+    "S13.1.1-3", "S13.4.1-1", "V8.2.12.2-1", "V8.4.1.2.1-1", "V8.4.1.2.1-2", "V8.4.1.2.2-2",
+    "V8.4.1.2.3-1", "V8.4.1.2.3-2", "V8.4.1.2.4-1", "V8.4.4-1", "V8.4.5.1-1", "V8.4.5.1-2",
+)
 @pytest.mark.parametrize(("leaf", "table_flags", "fields", "el1", "el2"), PERMISSIONS)
 def test_permissions(leaf, table_flags, fields, el1, el2):
     for strw, cr2, expected in ((0, 0b10, el1), (2, 0b11, el1), (2, 0b10, el2)):
@@ -1199,6 +1260,7 @@ def test_permissions(leaf, table_flags, fields, el1, el2):
                 assert outcome.perm == expected
 
 
+@pytest.mark.rule("S2.2-7", "S2.8-2", "S5.4-19", "S5.4-27", "S6.3.2-92", "S6.3.4-18")
 def test_features_switch_permission_controls_off():
     bench = Bench(default_features(had=0, epan=0, e0pd=0))
     bench.map(0, 0x5000, ap=2, table_flags={"xntable": 1})
@@ -1212,6 +1274,7 @@ def test_features_switch_permission_controls_off():
     assert six(bench) == UX | PR | PX
 
 
+@pytest.mark.rule("V8.4.1.2.2-1", "V8.4.1.2.5-1")
 def test_every_table_on_the_way_restricts():
     bench = Bench()
     for level, flags in ((1, {"aptable": 2}), (2, {"pxntable": 1}), (3, {"xntable": 1})):
@@ -1256,6 +1319,10 @@ def test_bits_between_a_block_and_its_granule_are_ignored(granule_lg2, level):
     assert bench.translate((1 << shift) - 8).pa == (4 << shift) - 8
 
 
+@pytest.mark.rule(
+    "S3.3.4-1", "S3.3.4-6", "S5.2-50", "S5.2-51", "S5.2-52", "S7.3-3", "S7.3.16-1", "S13.1-101",
+    "S13.1-102", "S13.1.4-1", "S13.1.4-6",
+)
 @pytest.mark.parametrize("privcfg", [0, 1, 2, 3])
 @pytest.mark.parametrize("instcfg", [0, 1, 2, 3])
 @pytest.mark.parametrize("override", [0, 1])
@@ -1282,6 +1349,7 @@ def test_overrides_of_privilege_and_instruction(privcfg, instcfg, override):
 # Attributes
 
 
+@pytest.mark.rule("S3.23-1", "S5.4-33", "S5.4-34", "S13.4-1", "S13.4.2-1", "S13.4.3-1", "V8.6.1-1")
 @pytest.mark.parametrize(
     ("byte", "attr"),
     [
@@ -1300,6 +1368,7 @@ def test_mair(byte, attr):
     assert (outcome.attr, outcome.sh) == (attr, OSH if uncacheable else ISH)
 
 
+@pytest.mark.rule("S13.1-93", "S13.1.5-3", "S13.4.2-2")
 @pytest.mark.parametrize(
     ("ste", "byte", "attr"),
     [
@@ -1331,6 +1400,11 @@ def test_hints_combine_with_those_that_enter(ste, byte, attr):
     assert bench.translate().attr == byte
 
 
+@pytest.mark.rule(
+    "S3.3.4-4", "S3.3.4-5", "S3.3.4-7", "S5.2-46", "S5.2-47", "S5.2-48", "S5.2-49", "S5.2.1-1",
+    "S13.1-91", "S13.1-92", "S13.1.1-1", "S13.1.3-1", "S13.1.4-4", "S13.1.4-8", "S13.3-1",
+    "S13.6.1-1",
+)
 @pytest.mark.parametrize(
     ("ste", "attr", "sh"),
     [
@@ -1361,6 +1435,7 @@ def test_bypass_attributes(ste, attr, sh):
     assert (outcome.attr, outcome.sh) == (0xFF, NSH)
 
 
+@pytest.mark.rule("S5.4-8", "V8.6.2-1", "V8.6.2-2", "V8.6.2-3")
 def test_shareability_comes_from_the_leaf_or_with_ds_from_the_cd():
     for code, expected in ((0, NSH), (1, NSH), (2, OSH), (3, ISH)):
         bench = Bench()

@@ -32,6 +32,7 @@ def cr0(*names):
 # --- CR0 and IRQ_CTRL ---
 
 
+@pytest.mark.rule("S6.3.10-2", "S6.3.18-2")
 def test_fields_that_are_not_there_are_not_acknowledged():
     smmu, _ = system()
     smmu.write("CR0", 0xFFFF_FFFF & ~cr0("CMDQEN"))
@@ -43,6 +44,7 @@ def test_fields_that_are_not_there_are_not_acknowledged():
     assert smmu.read("IRQ_CTRL") == smmu.read("IRQ_CTRLACK") == 5
 
 
+@pytest.mark.rule("S6.3.9.5-2", "S6.3.9.5-3")
 def test_priqen_is_acknowledged_as_written_and_counts_with_smmuen():
     smmu, _ = system(priq_base=PAGES | 2)
     smmu.write("CR0", cr0("PRIQEN"))
@@ -54,6 +56,7 @@ def test_priqen_is_acknowledged_as_written_and_counts_with_smmuen():
     assert smmu.page_request(1, 0x1000, read=True).action == "queued"
 
 
+@pytest.mark.rule("S6.3.16-4")
 def test_enabling_an_interrupt_tells_nothing_of_before():
     smmu, wires = system(eventq_base=0xA000_0000, priq_base=PAGES | 2, cr0=cr0("EVENTQEN") | 3)
     smmu.translate(small.INVALID, 0)  # its record has no memory
@@ -66,6 +69,7 @@ def test_enabling_an_interrupt_tells_nothing_of_before():
     assert wires == ["gerror"]
 
 
+@pytest.mark.rule("S6.3.9-6", "S6.3.9.1-1")
 def test_the_vmid_wildcard_is_for_invalidation_alone():
     bench, iova, _ = nested_system()
     bench.features.vmw = 1
@@ -81,6 +85,7 @@ def test_the_vmid_wildcard_is_for_invalidation_alone():
     assert smmu.translate(SID, iova).fault.name == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S6.3.9.2-1")
 @pytest.mark.parametrize("with_caches", [False, True])
 def test_atschk_counts_for_the_next_transaction(with_caches):
     smmu, _ = system(cr0=1, caches=Caches.small() if with_caches else None)
@@ -93,6 +98,7 @@ def test_atschk_counts_for_the_next_transaction(with_caches):
 # --- what is there ---
 
 
+@pytest.mark.rule("S6.3.1-11")
 def test_registers_of_page_requests_are_not_there_without_pri():
     smmu, _ = system(FULL.replace(pri=0))
     for name, record in layout.REGISTERS.items():
@@ -105,6 +111,7 @@ def test_registers_of_page_requests_are_not_there_without_pri():
     assert smmu.page_request(1, 0x1000, read=True).action == "failure"
 
 
+@pytest.mark.rule("S6.3.13-1")
 def test_the_dormant_hint_is_never_given():
     smmu, _ = system(FULL.replace(dormhint=1), caches=Caches.small())
     assert smmu.read("STATUSR") == 0
@@ -113,6 +120,7 @@ def test_the_dormant_hint_is_never_given():
     assert smmu.read("STATUSR") == 0
 
 
+@pytest.mark.rule("S6.2-12")
 def test_a_guard_holds_for_each_half_of_a_register():
     smmu, _ = system()
     smmu.write("STRTAB_BASE", 0x4000_0012_8000_0000)
@@ -123,6 +131,7 @@ def test_a_guard_holds_for_each_half_of_a_register():
     assert smmu.read(0x80, 8) == 0x4000_0012_8000_0000
 
 
+@pytest.mark.rule("S6.3.11.1-2")
 def test_attributes_of_preset_tables_and_queues_are_kept():
     features = FULL.replace(tables_preset=1, queues_preset=1)
     smmu, _ = system(features, eventq_base=QUEUE | 2)
@@ -132,6 +141,7 @@ def test_attributes_of_preset_tables_and_queues_are_kept():
     assert smmu.translate(small.INVALID, 0).event.name == "C_BAD_STE"
 
 
+@pytest.mark.rule("S6.3.2-8")
 @pytest.mark.parametrize("types", [0, 1])
 def test_gbpa_overrides_what_the_implementation_lets_it(types):
     smmu, _ = system(FULL.replace(attr_types_ovr=types))
@@ -145,6 +155,7 @@ def test_gbpa_overrides_what_the_implementation_lets_it(types):
 # --- sizes and places of tables and queues ---
 
 
+@pytest.mark.rule("S6.3.25-8", "S6.3.26-5", "S6.3.33-1")
 def test_sizes_beyond_the_limit_are_read_as_written():
     smmu, _ = system(FULL.replace(sidsize=8, cmdqs=3, eventqs=2, priqs=1))
     smmu.write("STRTAB_BASE_CFG", 40)
@@ -156,6 +167,7 @@ def test_sizes_beyond_the_limit_are_read_as_written():
         assert smmu.read(f"{queue}_PROD") == (2 << log2size) - 1
 
 
+@pytest.mark.rule("S6.3.27-3")
 def test_a_smaller_queue_truncates_its_positions_and_a_larger_one_keeps_them():
     for queue in ("CMDQ", "EVENTQ", "PRIQ"):
         smmu, _ = system()
@@ -168,6 +180,7 @@ def test_a_smaller_queue_truncates_its_positions_and_a_larger_one_keeps_them():
         assert (smmu.read(f"{queue}_PROD"), smmu.read(f"{queue}_CONS")) == (0x6, 0x5)
 
 
+@pytest.mark.rule("S6.3.26-4")
 def test_a_queue_of_one_entry_lies_at_any_multiple_of_32():
     smmu, _ = system(cmdq_base=COMMANDS + 0x60, priq_base=PAGES + 0x60, cr0=0xF)
     smmu.page_request(7, 0x1000, read=True)
@@ -179,6 +192,7 @@ def test_a_queue_of_one_entry_lies_at_any_multiple_of_32():
     assert not [w for w in smmu.warnings if "multiple" in w.text]
 
 
+@pytest.mark.rule("S6.3.25-6")
 @pytest.mark.parametrize(("code", "split"), [(8, 8), (10, 10)])
 def test_a_table_smaller_than_a_leaf_has_one_level_1_descriptor(code, split):
     smmu, _ = system(strtab_base=QUEUE + 0x40, strtab_base_cfg=1 << 16 | code << 6 | 4)
@@ -195,6 +209,7 @@ def test_a_table_smaller_than_a_leaf_has_one_level_1_descriptor(code, split):
     assert smmu.translate(16, 0x123).fault.name == "C_BAD_STREAMID"
 
 
+@pytest.mark.rule("S6.3.25-3")
 @pytest.mark.parametrize("fmt", [0, 2, 3])
 def test_a_format_that_is_reserved_is_linear(fmt):
     smmu, _ = system(strtab_base_cfg=fmt << 16 | 6 << 6 | 12)
@@ -205,6 +220,7 @@ def test_a_format_that_is_reserved_is_linear(fmt):
 # --- the command queue ---
 
 
+@pytest.mark.rule("S6.3.9.3-3", "S6.3.28-4")
 def test_an_enable_neither_ends_nor_hides_an_error_of_the_command_queue():
     smmu, _ = system(cmdq_base=COMMANDS | 3, cr0=cr0("CMDQEN"))
     smmu.memory.write(COMMANDS, bytes([0xFF]) + bytes(15) + SYNC * 7)
@@ -222,6 +238,7 @@ def test_an_enable_neither_ends_nor_hides_an_error_of_the_command_queue():
     assert smmu.read("CMDQ_CONS") & 0xFFFFF == 2
 
 
+@pytest.mark.rule("S7.1-3")
 def test_the_code_of_a_command_error_is_there_before_the_error_is_told():
     smmu, _ = system(cmdq_base=COMMANDS | 3, cr0=cr0("CMDQEN"))
     smmu.memory.write(COMMANDS, SYNC + bytes([0xFF]))
@@ -239,6 +256,7 @@ def test_the_code_of_a_command_error_is_there_before_the_error_is_told():
 # --- messages ---
 
 
+@pytest.mark.rule("S6.3.19-4")
 def test_messages_go_on_while_the_error_of_one_is_active():
     smmu, _ = system(eventq_base=QUEUE | 3, cr0=5)
     smmu.write("EVENTQ_IRQ_CFG0", 0xA000_0000)
@@ -253,6 +271,7 @@ def test_messages_go_on_while_the_error_of_one_is_active():
     assert (smmu.gerror, smmu.gerrorn) == (1 << 5, 0)
 
 
+@pytest.mark.rule("S6.3.21-3")
 @pytest.mark.parametrize("low", [0, 1, 2, 3])
 def test_a_message_is_written_to_a_whole_word(low):
     smmu, _ = system(eventq_base=QUEUE | 3, cr0=5)
@@ -264,6 +283,7 @@ def test_a_message_is_written_to_a_whole_word(low):
     assert smmu.memory.read(MSI - 4, 12) == bytes(4) + (0xCAFE).to_bytes(8, "little")
 
 
+@pytest.mark.rule("S6.3.36-5")
 def test_last_only_counts_for_messages_too():
     smmu, _ = system(priq_base=PAGES | 4, cr0=cr0("SMMUEN", "PRIQEN"))
     smmu.write("PRIQ_IRQ_CFG0", MSI)
@@ -281,6 +301,7 @@ def test_last_only_counts_for_messages_too():
 # --- SMMUEN=0 ---
 
 
+@pytest.mark.rule("S7.2.1-7", "S7.3.2-2", "S7.4-4")
 def test_events_of_the_host_are_recorded_while_translation_is_off():
     smmu, _ = system(eventq_base=QUEUE | 0)
     assert not smmu.record("F_UUT", StreamID=1)
@@ -292,6 +313,7 @@ def test_events_of_the_host_are_recorded_while_translation_is_off():
     assert smmu.read("EVENTQ_PROD") == 1  # lost without an overflow: the queue is disabled
 
 
+@pytest.mark.rule("S8.2-4")
 def test_page_requests_ask_neither_eats_nor_atschk():
     smmu, _ = system(priq_base=PAGES | 4, cr0=cr0("SMMUEN", "PRIQEN", "ATSCHK"))
     for sid in (small.STAGE1, small.ABORTED, small.INVALID, small.BEYOND_TABLE):

@@ -27,6 +27,11 @@ def device(features=FULL, cr0=0, **more):
 # --- the map ---
 
 
+@pytest.mark.rule(
+    "S2.1-1", "S3.10-1", "S3.15-2", "S3.16-2", "S6.2-6", "S6.2-13", "S6.3.1-1", "S6.3.1-3",
+    "S6.3.2-1", "S6.3.3-1", "S6.3.4-1", "S6.3.5-1", "S6.3.6-1", "S6.3.7-1", "S6.3.8-1",
+    "S6.3.170-1",
+)
 def test_identification_registers_tell_the_features():
     smmu = device()
     for offset, expected in (
@@ -40,6 +45,7 @@ def test_identification_registers_tell_the_features():
         assert "ignored" in smmu.warnings[-1].text
 
 
+@pytest.mark.rule("S3.7-1", "S3.10.2-1", "S6.2-1", "S6.2-2", "S6.2-3", "S6.2-5", "S6.2.2-1")
 def test_every_word_reads_as_its_register_or_as_zero():
     smmu = device(cr0=0xF, **small.registers())
     for offset in range(0, 0x20000, 4):
@@ -60,6 +66,7 @@ def test_every_word_reads_as_its_register_or_as_zero():
             assert smmu.read(offset, 8) == 0, hex(offset)
 
 
+@pytest.mark.rule("S6.2-4")
 def test_registers_of_both_pages_are_those_of_page_0_too():
     smmu = device()
     for name in ("EVENTQ", "PRIQ"):
@@ -70,6 +77,7 @@ def test_registers_of_both_pages_are_those_of_page_0_too():
             assert smmu.read(offset) == smmu.read(offset - 0x10000) == 0x8000_0007
 
 
+@pytest.mark.rule("S6.2-7", "S6.2-8")
 def test_64_bit_registers_are_two_halves_or_one_access():
     smmu = device()
     for name in ("STRTAB_BASE", "CMDQ_BASE", "EVENTQ_BASE", "PRIQ_BASE", "GERROR_IRQ_CFG0"):
@@ -85,6 +93,7 @@ def test_64_bit_registers_are_two_halves_or_one_access():
         assert smmu.read(record.offset + 4) == (0x4000_0012 << 32 & fields) >> 32
 
 
+@pytest.mark.rule("S6.2-9", "S6.2-10")
 @pytest.mark.parametrize(
     ("offset", "size"),
     [(0x20, 1), (0x20, 2), (0x21, 4), (0x22, 4), (0x20, 8), (0x28, 8), (0x84, 8), (0x98, 8),
@@ -99,6 +108,7 @@ def test_accesses_of_other_sizes_read_as_zero_and_are_ignored(offset, size):
     assert smmu.warnings[-1] == (f"{offset:#x}", f"write of {size} bytes ignored: no register")
 
 
+@pytest.mark.rule("S6.1-1")
 def test_what_no_bus_can_do_is_an_error():
     smmu = device()
     for arguments, message in (
@@ -123,6 +133,7 @@ def test_what_no_bus_can_do_is_an_error():
 # --- which bits there are ---
 
 
+@pytest.mark.rule("S3.18-6", "S6.3.1-18", "S6.3.9-1", "S6.3.12-1", "S6.3.16-2", "S6.3.25-2")
 @pytest.mark.parametrize(
     ("missing", "register", "bits"),
     [
@@ -155,6 +166,7 @@ def test_bits_of_absent_features_are_not_there(missing, register, bits):
     assert found[0] & ~bits == found[1] & ~bits
 
 
+@pytest.mark.rule("S3.5.1-4", "S6.3.27-2", "S8-5")
 def test_bits_above_the_wrap_bit_are_not_there():
     smmu = device()
     for queue in ("CMDQ", "EVENTQ", "PRIQ"):
@@ -173,6 +185,7 @@ def test_bits_above_the_wrap_bit_are_not_there():
 # --- updates ---
 
 
+@pytest.mark.rule("S6.3.9-3", "S6.3.9-4", "S6.3.10-1", "S6.3.18-1")
 def test_updates_are_acknowledged():
     smmu = device()
     smmu.write("CR0", 0x1F | 4 << 6)
@@ -183,6 +196,7 @@ def test_updates_are_acknowledged():
     assert smmu.read("IRQ_CTRL") == smmu.read("IRQ_CTRLACK") == 7
 
 
+@pytest.mark.rule("S6.3.14.1-1", "S6.3.14.1-2")
 def test_gbpa_is_written_with_update_only():
     smmu = device(gbpa=0x1000)
     assert smmu.read("GBPA") == 0x1000
@@ -214,6 +228,7 @@ GUARDED = [
 ]
 
 
+@pytest.mark.rule("S6.2-11", "S6.3-1", "S6.3.12-2", "S6.3.16-3", "S6.3.95-3", "S6.3.97-2")
 @pytest.mark.parametrize(("register", "value", "guard", "bit"), GUARDED)
 def test_guarded_registers_keep_their_value_while_enabled(register, value, guard, bit):
     smmu = device()
@@ -235,6 +250,7 @@ def test_guarded_registers_keep_their_value_while_enabled(register, value, guard
     assert smmu.read(register) == 0
 
 
+@pytest.mark.rule("S6.3.11-1", "S6.3.11.1-1", "S6.3.11.2-1")
 def test_the_parts_of_cr1_are_guarded_apart():
     smmu = device()
     smmu.write("CR1", 0xFFF)
@@ -256,6 +272,7 @@ def test_the_parts_of_cr1_are_guarded_apart():
         smmu.write("CR1", 0)
 
 
+@pytest.mark.rule("S3.16-1", "S6.3.2-5", "S6.3.24-5", "S6.3.26-6", "S6.3.29-2", "S6.3.33-2")
 def test_preset_registers_are_read_only():
     features = FULL.replace(tables_preset=1, queues_preset=1)
     smmu = device(features, eventq_base=0x9000_0005, **small.registers())
@@ -273,6 +290,7 @@ def test_preset_registers_are_read_only():
 # --- what registers do to translation ---
 
 
+@pytest.mark.rule("S3.11-8", "S3.11-11", "S6.3.9.6-12", "S6.3.24-1", "S6.3.25-1")
 def test_translation_follows_the_registers():
     smmu = device()
     request = small.Request(small.STAGE1, small.RW)
@@ -328,6 +346,7 @@ def test_registers_of_the_constructor_are_registers():
         device(on_interrupt=5)
 
 
+@pytest.mark.rule("S3.11-1", "S3.11-2", "S3.11-101")
 def test_a_reset_device_is_as_a_new_one():
     smmu = device(cr0=0xF, gbpa=0, eventq_base=0x9000_0001, **small.registers())
     fresh = Smmu(smmu.memory, FULL, cr0=0, cr2=0)
@@ -387,6 +406,7 @@ def test_what_is_probably_a_mistake_is_told(registers, features, register, text)
     assert [w.register for w in found] == [register]
 
 
+@pytest.mark.rule("S6.3.24-2")
 def test_nothing_is_told_of_a_device_that_is_programmed_well():
     smmu = device()
     for name, value in {

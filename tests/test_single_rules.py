@@ -7,6 +7,7 @@ import ptwriter
 import pytest
 import reference
 import small
+import twin
 from rawfeatures import raw_of
 from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench, default_features
 from test_stage2 import VMID, Nested, nested_system, stage2_features
@@ -44,6 +45,7 @@ def outcome(smmu, iova=IOVA, **more):
 # TLB
 
 
+@pytest.mark.rule("S4.3-1", "S4.3-101", "S4.7.3-12")
 def test_a_cached_translation_is_used_until_it_is_invalidated():
     bench, smmu, slot = mapped()
     assert outcome(smmu) == 0x5000
@@ -56,6 +58,7 @@ def test_a_cached_translation_is_used_until_it_is_invalidated():
     assert outcome(smmu) == "F_TRANSLATION"
 
 
+@pytest.mark.rule("V8.15.1.5-1")
 def test_permissions_are_tested_on_every_hit():
     bench, smmu, slot = mapped(ap=3)
     assert outcome(smmu) == 0x5000
@@ -65,6 +68,7 @@ def test_permissions_are_tested_on_every_hit():
     assert smmu.caches.tlb.hits == 2
 
 
+@pytest.mark.rule("S3.17-14")
 @pytest.mark.parametrize("s2ap", [1, 2])
 def test_permissions_of_stage_2_are_tested_on_every_hit(s2ap):
     bench, iova, ipa = nested_system()
@@ -77,6 +81,9 @@ def test_permissions_of_stage_2_are_tested_on_every_hit(s2ap):
     assert result.fault.ipa == ipa
 
 
+@pytest.mark.rule(
+    "S3.13.1-3", "S3.17-13", "S3.21.1-1", "V8.2.1-4", "V8.5.1.1-2", "V8.15.1.4-1", "V8.16-1",
+)
 @pytest.mark.parametrize(
     ("descriptor", "fault"),
     [(0, "F_TRANSLATION"), (1 << 51 | 0xFF3, "F_ACCESS"), (1 << 47 | 0xFFF, "F_ADDR_SIZE")],
@@ -93,6 +100,9 @@ def test_faults_other_than_of_permission_are_not_cached(descriptor, fault):
     assert outcome(smmu) == 0x5000
 
 
+@pytest.mark.rule(
+    "S2.3-3", "S3.3.3-6", "S3.17-8", "S5.2.1-8", "S5.4.1-8", "S5.4.1-9", "V8.16.3.1-1",
+)
 def test_translations_are_shared_by_vmid_and_asid():
     bench = Bench()
     slot = bench.tables.slot(IOVA, 3)
@@ -108,6 +118,7 @@ def test_translations_are_shared_by_vmid_and_asid():
     assert smmu.translate(SID + 2, IOVA).fault.name == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S3.17.1-2", "S5.4-24")
 @pytest.mark.parametrize("aset", [0, 1])
 def test_global_pages_are_shared_within_an_asid_set(aset):
     bench = Bench()
@@ -125,6 +136,7 @@ def test_global_pages_are_shared_within_an_asid_set(aset):
     assert smmu.translate_batch(SID + 1, np.full(2, IOVA, np.uint64))["pa"].tolist() == [shared] * 2
 
 
+@pytest.mark.rule("S3.17-6", "S3.17-7", "S5.2-54", "S5.2-55", "V8.1.2-2", "V8.16.3.1-5")
 @pytest.mark.parametrize(
     ("s2p", "config", "strw", "vmid"),
     [(1, 0b101, 0, VMID), (1, 0b101, 2, 0), (0, 0b101, 0, 0), (1, 0b111, 0, VMID)],
@@ -151,6 +163,7 @@ def test_blocks_with_nt_are_not_cached(bbml):
     assert len(smmu.caches.tlb) == (bbml != 1)
 
 
+@pytest.mark.rule("S3.21.1.2-2", "V8.7.3-1")
 @pytest.mark.parametrize("nested", ["combined", "split"])
 @pytest.mark.parametrize("bbml", [0, 1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
@@ -220,6 +233,7 @@ def test_nt_is_an_address_bit_of_pages(page):
     assert len(smmu.caches.tlb) == 1
 
 
+@pytest.mark.rule("S3.21.1.2-3", "V8.7.1-1")
 def test_the_contiguous_hint_makes_no_larger_entry():
     _, smmu, _ = mapped(contiguous=1)
     assert outcome(smmu) == 0x5000
@@ -276,6 +290,7 @@ def test_pages_without_an_asid_are_global():
                 assert smmu.translate(SID, IOVA).is_global is (cr2 == 0b10)
 
 
+@pytest.mark.rule("S3.13.3.1-10", "V8.5.2.1-6")
 @pytest.mark.parametrize("how", ["combined", "split", "stage 2 alone"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_write_to_a_page_that_is_still_clean_walks_again(stage, how):
@@ -304,6 +319,7 @@ def test_a_write_to_a_page_that_is_still_clean_walks_again(stage, how):
     assert smmu.caches.tlb.misses == misses
 
 
+@pytest.mark.rule("S3.4.1-4", "S4.4.2-3")
 def test_commands_by_address_do_not_know_of_ignored_top_bytes():
     bench, smmu, slot = mapped()
     bench.write_cd(tbi0=1)
@@ -317,6 +333,7 @@ def test_commands_by_address_do_not_know_of_ignored_top_bytes():
     assert outcome(smmu, tagged) == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S3.17-12", "S3.21.1-2", "S4.4.2.3-2")
 def test_tables_in_walk_caches_go_unless_only_leaves_are_named():
     bench, smmu, slot = mapped()
     other = IOVA + 0x1000
@@ -370,6 +387,7 @@ def test_tables_of_another_granule_do_not_serve():
     assert len(smmu.caches.walk1) > 3
 
 
+@pytest.mark.rule("S3.21.3-7", "S4.8-1")
 def test_structures_are_cached_until_their_command():
     bench, smmu, _ = mapped()
     assert outcome(smmu) == 0x5000
@@ -384,6 +402,7 @@ def test_structures_are_cached_until_their_command():
     assert outcome(smmu) == "C_BAD_STE"
 
 
+@pytest.mark.rule("S3.21.3-1", "S3.21.3-8", "S5.2.1-2", "S5.4.1-4")
 def test_structures_that_are_not_legal_are_not_cached():
     bench, smmu, _ = mapped()
     for write, bad in ((bench.write_ste, {"v": 0}), (bench.write_ste, {"strw": 1}),
@@ -402,6 +421,7 @@ def test_structures_that_are_not_legal_are_not_cached():
     assert smmu.translate(SID, IOVA).action == "abort"
 
 
+@pytest.mark.rule("S4.3.1-3", "S5.1.1-3")
 def test_level_1_descriptors_are_read_with_every_structure_that_is_not_cached():
     bench = Bench()
     bench.map(IOVA, 0x5000)
@@ -419,6 +439,9 @@ def test_level_1_descriptors_are_read_with_every_structure_that_is_not_cached():
     assert outcome(smmu) == "C_BAD_STREAMID"
 
 
+@pytest.mark.rule(
+    "S3.11-13", "S3.11-15", "S4.2-3", "S6.3.9.6-8", "S6.3.9.6-9", "S6.3.9.6-15", "V8.16-2",
+)
 def test_caches_keep_what_they_hold_while_the_smmu_is_off():
     bench, smmu, slot = mapped()
     assert outcome(smmu) == 0x5000
@@ -436,6 +459,7 @@ def test_caches_keep_what_they_hold_while_the_smmu_is_off():
 # Prefetch
 
 
+@pytest.mark.rule("S3.21.3-6", "S4.2-1", "S4.2-101", "S4.2.1-1", "S4.2.2-1", "S7.2-2")
 def test_prefetch_commands_fill_caches_and_record_nothing():
     bench, smmu, slot = mapped()
     smmu.command("PREFETCH_CONFIG", StreamID=SID)
@@ -485,6 +509,10 @@ IGNORED = [
 ]
 
 
+@pytest.mark.rule(
+    "S3.1-1", "S3.3.2-13", "S5-2", "S5.2-8", "S5.2-28", "S5.2-31", "S5.2-53", "S5.4-16",
+    "S5.4-35",
+)
 @pytest.mark.parametrize(("record", "sid", "names"), IGNORED, ids=lambda value: str(value)[:24])
 def test_fields_without_effect_change_nothing(record, sid, names):
     sid = getattr(small, sid)
@@ -513,6 +541,7 @@ def test_fields_without_effect_change_nothing(record, sid, names):
     assert rows("V") != expected
 
 
+@pytest.mark.rule("S3.5.5-1", "S5.2-30", "S7.3.1-1")
 def test_identical_events_are_never_merged():
     image = small.build()
     at = small.STES + 64 * small.STAGE1 + 10
@@ -530,6 +559,7 @@ def test_identical_events_are_never_merged():
 # Priority
 
 
+@pytest.mark.rule("S3.3.2-16", "S7.2-1", "S7.3.22-1", "S15-1")
 def test_of_all_that_is_wrong_the_first_in_order_is_told():
     bench, iova, _ = nested_system()
     beyond = 1 << 60
@@ -568,6 +598,7 @@ def dwords(record):
     return " ".join(f"{int.from_bytes(record[i : i + 8], 'little'):016x}" for i in range(0, 32, 8))
 
 
+@pytest.mark.rule("S3.12.1-2", "S7.3-1", "S7.3-2", "S7.3.13-2", "S7.3.13-4", "L-5")
 def test_faults_write_the_worked_encodings():
     bench, _, _ = nested_system()
     bench.memory.add(STREAM_TABLE + 0x1000, 0x1000)
@@ -587,6 +618,7 @@ def test_faults_write_the_worked_encodings():
     )
 
 
+@pytest.mark.rule("L-6")
 def test_a_stall_writes_the_worked_encoding():
     bench = Bench(default_features(stall_model=0, stall_max=8))
     bench.write_cd(s=1)
@@ -598,6 +630,7 @@ def test_a_stall_writes_the_worked_encoding():
     )
 
 
+@pytest.mark.rule("S6.3.14-2", "S6.3.23-1", "S6.3.32-1", "S6.3.45-1", "S13.2-2")
 @pytest.mark.parametrize(
     ("name", "value", "kept"),
     [
@@ -617,6 +650,7 @@ def test_registers_without_effect_keep_the_bits_that_there_are(name, value, kept
     assert smmu.read(name) == kept
 
 
+@pytest.mark.rule("S6.3.34-1", "S6.3.35-1")
 def test_page_requests_interrupt_by_a_message():
     memory = Memory()
     memory.add_private(0x9000_0000, 0x2000)
@@ -628,6 +662,7 @@ def test_page_requests_interrupt_by_a_message():
     assert memory.read_u64(0x9000_1000) == 0xCAFE
 
 
+@pytest.mark.rule("S6.3.21-1", "S6.3.22-1")
 def test_global_errors_interrupt_by_a_message():
     memory = Memory()
     memory.add_private(0x9000_0000, 0x1000)
@@ -640,6 +675,7 @@ def test_global_errors_interrupt_by_a_message():
     assert memory.read_u64(0x9000_0008) == 0xBEEF
 
 
+@pytest.mark.rule("S4.1.7-1")
 def test_parameters_of_commands_that_name_nothing_have_no_effect():
     _, smmu, _ = mapped()
     assert outcome(smmu) == 0x5000
@@ -656,6 +692,7 @@ def test_parameters_of_commands_that_name_nothing_have_no_effect():
         assert after == before
 
 
+@pytest.mark.rule("S3.17-11")
 @pytest.mark.parametrize("nested", ["combined", "split"])
 def test_nested_translations_are_cached_whole_or_by_stage(nested):
     bench, iova, ipa = nested_system()
@@ -672,6 +709,7 @@ def test_nested_translations_are_cached_whole_or_by_stage(nested):
 # Hardware update
 
 
+@pytest.mark.rule("S3.13-4")
 def test_an_update_that_is_always_beaten_ends_as_an_external_abort():
     bench = Bench(default_features(httu=2))
     bench.map(IOVA, 0x5000, af=0)
@@ -696,6 +734,7 @@ def test_an_update_that_is_always_beaten_ends_as_an_external_abort():
     assert result.fault.fields["FetchAddr"] == slot
 
 
+@pytest.mark.rule("S3.13.3.1-9")
 def test_a_page_without_stage_2_permissions_may_be_made_dirty():
     bench, iova, ipa = nested_system()
     bench.write_ste(s2ha=1, s2hd=1)
@@ -705,6 +744,7 @@ def test_a_page_without_stage_2_permissions_may_be_made_dirty():
     assert bench.descriptor(slot) & reference.S2AP1
 
 
+@pytest.mark.rule("S3.13.5-3")
 def test_a_stage_1_update_stays_if_its_output_faults():
     bench, iova, _ = nested_system()
     bench.write_cd(ha=1)
@@ -714,6 +754,7 @@ def test_a_stage_1_update_stays_if_its_output_faults():
     assert bench.descriptor(slot) & reference.AF
 
 
+@pytest.mark.rule("S5.2-62")
 def test_the_reserved_bit_of_the_start_level_needs_the_52_bit_format():
     bench, iova, _ = nested_system()
     bench.write_ste(s2sl0=0, s2sl0_2=1, s2t0sz=34)

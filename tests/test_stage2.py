@@ -159,6 +159,7 @@ def test_event_records_of_stage_2_and_stalls_are_the_worked_encodings():
     assert dwords(stalled) == [0x1_0000_0010, 0x208_8000_0000, 0x8000, 0]  # STAG 0
 
 
+@pytest.mark.rule("S5.2-5", "V8.2.2-1")
 def test_40_bits_from_level_1_on_are_two_tables_side_by_side():
     bench = Nested(config=0b110)
     assert bench.second.base % 0x2000 == 0
@@ -172,6 +173,7 @@ def test_40_bits_from_level_1_on_are_two_tables_side_by_side():
     assert bench.translate(ipa).pa == 0x5ABC
 
 
+@pytest.mark.rule("S3.4-13", "S3.4.1-7", "S5.2-57", "V8.1.10-1")
 @pytest.mark.parametrize(
     ("granule_lg2", "level", "t0sz", "index"),
     [
@@ -198,6 +200,7 @@ def test_the_first_lookup_takes_all_bits_that_are_left(granule_lg2, level, t0sz,
     assert kinds(beyond) == ["STE"]
 
 
+@pytest.mark.rule("S5.2-81", "V8.2.5.2-2")
 def test_small_first_tables_of_stage_2_are_aligned_to_their_size():
     for t0sz, ps, alignment in ((33, 5, 16), (32, 5, 32), (33, 6, 64), (30, 5, 128)):
         bench = Nested(config=0b110)
@@ -226,6 +229,7 @@ def is_illegal(features, **fields):
     return False
 
 
+@pytest.mark.rule("S3.4-15")
 @pytest.mark.parametrize("stt", [0, 1])
 @pytest.mark.parametrize("ds", [0, 1])
 @pytest.mark.parametrize("oas", [0, 2, 3, 4, 5, 6])
@@ -333,6 +337,11 @@ ILLEGAL = [
 ]
 
 
+@pytest.mark.rule(
+    "S2.2-1", "S2.2-3", "S3.3.2-23", "S3.4-22", "S5.2-7", "S5.2-36", "S5.2-37", "S5.2-39",
+    "S5.2-41", "S5.2-56", "S5.2-65", "S5.2-68", "S5.2-70", "S5.2-75", "S5.2-82", "S5.2.1-7",
+    "S5.2.2-1", "S5.2.2-2", "V8.1.1-1",
+)
 @pytest.mark.parametrize(("features", "fields", "bad"), ILLEGAL)
 def test_illegal_stes_with_stage_2(features, fields, bad):
     features = stage2_features(**features)
@@ -343,6 +352,7 @@ def test_illegal_stes_with_stage_2(features, fields, bad):
     assert (bench.fault() == "C_BAD_STE") == bad
 
 
+@pytest.mark.rule("S3.4-17", "S5.2-66", "S5.2-67")
 def test_effective_output_size_is_the_smaller_of_s2ps_and_oas():
     for minor, oas, ps, bits in ((3, 6, 7, 52), (3, 4, 6, 44), (0, 6, 6, 48), (3, 6, 0, 32)):
         second = {"granule_lg2": 16, "tsz": 32, "start_level": 2}
@@ -360,6 +370,7 @@ def test_effective_output_size_is_the_smaller_of_s2ps_and_oas():
 # Stage 2 alone
 
 
+@pytest.mark.rule("V8.2.10-2")
 @pytest.mark.parametrize("endi", [False, True])
 @pytest.mark.parametrize(
     ("granule_lg2", "start_level", "ds", "level", "size_lg2"),
@@ -388,6 +399,7 @@ def test_stage_2_blocks(granule_lg2, start_level, ds, level, size_lg2, endi):
         assert (outcome.ipa, outcome.vmid, outcome.perm_s1) == (ipa, VMID, ALL_ACCESSES)
 
 
+@pytest.mark.rule("S3.3.2-17", "S3.4-2", "S3.4-9", "S5.2-22", "V8.1-2", "V8.1.9-3")
 @pytest.mark.parametrize("config", [0b110, 0b111])
 def test_an_input_that_stage_1_does_not_translate_must_fit_oas(config):
     features = stage2_features(oas=3)
@@ -406,11 +418,13 @@ def test_an_input_that_stage_1_does_not_translate_must_fit_oas(config):
     )
 
 
+@pytest.mark.rule("S3.3.2-2", "S5.2-20")
 def test_substreams_are_bad_for_stage_2_alone():
     bench = Nested(config=0b110)
     assert bench.fault(ssid=0) == "C_BAD_SUBSTREAMID"
 
 
+@pytest.mark.rule("S3.13.1-2", "S7.3.22-3", "V8.15.4-4")
 def test_stage_2_order_within_a_leaf():
     bench = Nested(config=0b110)
     bench.map2(0x1000, 0x1_0000_0000, af=0, s2ap=0)
@@ -431,6 +445,7 @@ XN = [
 ]  # fmt: skip
 
 
+@pytest.mark.rule("S2.3-2", "V8.3.1.2-2", "V8.4.2.1.1-1", "V8.4.2.1.2-1")
 @pytest.mark.parametrize(("xnx", "xn", "execution"), XN)
 def test_stage_2_permissions(xnx, xn, execution):
     bench = Nested(stage2_features(xnx=xnx), config=0b110)
@@ -459,6 +474,7 @@ def nested_system(**more):
     return bench, iova, ipa
 
 
+@pytest.mark.rule("S3.3.2-18", "S5.2-6", "V8.2.1-3")
 def test_every_fetch_of_stage_1_goes_through_stage_2():
     bench, iova, ipa = nested_system()
     outcome = bench.translate(iova + 0xABC)
@@ -469,6 +485,7 @@ def test_every_fetch_of_stage_1_goes_through_stage_2():
     assert [fetch[1] for fetch in outcome.fetches if fetch[0] == "TT"] == [0, 1, 2, 3]
 
 
+@pytest.mark.rule("S3.3.2-11", "S5.4.1-5", "S15-2", "S15.1-101", "V8.2.3-1")
 def test_structures_lie_where_stage_2_puts_them():
     bench, iova, _ = nested_system()
     moved = 0x400_0000
@@ -486,6 +503,7 @@ def test_structures_lie_where_stage_2_puts_them():
     assert all(address >= 0x400_0000 for address in addresses(outcome, "TT")[:1])
 
 
+@pytest.mark.rule("S5.2-15")
 @pytest.mark.parametrize("s1fmt", [1, 2])
 def test_two_level_context_tables_of_ipas(s1fmt):
     bench, iova, _ = nested_system()
@@ -525,6 +543,7 @@ def test_two_level_context_tables_of_ipas(s1fmt):
     assert (outcome.fault, outcome.stage) == ("C_BAD_SUBSTREAMID", 0)
 
 
+@pytest.mark.rule("S7.3.13-5")
 def test_bits_of_a_context_pointer_beyond_oas_are_not_in_the_record():
     bench, iova, _ = nested_system(features=stage2_features(oas=4))
     bench.write_ste(s1contextptr=1 << 50 | 1 << 42 | 0x5040)
@@ -547,6 +566,10 @@ def place(bench, name, iova, ipa):
     return address, address
 
 
+@pytest.mark.rule(
+    "S3.4-23", "S3.4.3-9", "S3.12-9", "S3.12-10", "S3.12-11", "S3.12-17", "S7.3-5", "S7.3-91",
+    "S7.3.12-3", "S7.3.13-3", "V8.1-3", "V8.15.4-2", "V8.15.4.1-1",
+)
 @pytest.mark.parametrize("access", [{}, {"write": True, "priv": True}])
 @pytest.mark.parametrize(("name", "event_class", "stage"), PLACES)
 def test_faults_of_stage_2_are_attributed_to_what_it_was_asked_for(
@@ -601,6 +624,7 @@ def test_faults_of_stage_2_are_attributed_to_what_it_was_asked_for(
     assert (outcome.fault, outcome.event, outcome.action) == ("F_TRANSLATION", None, "abort")
 
 
+@pytest.mark.rule("S7.3.10-2", "S7.3.12-1", "S7.3.12-2", "V8.15.1.3-2")
 def test_external_aborts_of_what_stage_2_has_translated():
     bench, iova, _ = nested_system()
     bench.map2(bench.tables.slot(iova, 3), 0x7000_0000)
@@ -616,6 +640,7 @@ def test_external_aborts_of_what_stage_2_has_translated():
     )  # fmt: skip
 
 
+@pytest.mark.rule("S3.4-14", "S3.12-8", "S7.3.22-4", "S15-3", "V8.1.7-6", "V8.4.3-1", "V8.15.5-1")
 def test_faults_of_stage_1_come_before_those_of_stage_2_for_the_output():
     bench, iova, _ = nested_system()
     bench.map(iova, 0x70_0000_0000, ap=2)  # not in stage 2
@@ -638,6 +663,7 @@ def test_faults_of_stage_1_come_before_those_of_stage_2_for_the_output():
     assert bench.fault(iova) == "F_ADDR_SIZE"
 
 
+@pytest.mark.rule("V8.1-1")
 @pytest.mark.parametrize(
     ("level1", "level2", "level", "size_lg2"),
     [(3, 3, 3, 12), (2, 3, 3, 12), (3, 2, 3, 12), (2, 2, 2, 21), (1, 2, 2, 21), (2, 1, 2, 21)],
@@ -660,6 +686,7 @@ def test_the_smaller_page_of_both_stages_is_reported(level1, level2, level, size
         assert outcome.fault == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S13.1.5-4", "V8.4.3-2")
 def test_both_stages_permit():
     bench, iova, ipa = nested_system()
     for ap, s2ap, xn in itertools.product(range(4), range(4), range(4)):
@@ -673,6 +700,7 @@ def test_both_stages_permit():
             assert outcome.perm == six(bench, iova)
 
 
+@pytest.mark.rule("S2.5-2", "S5.2-72", "S5.2-73", "S6.3.4-3", "V8.6.3-2")
 @pytest.mark.parametrize("fwb", [0, 1])
 @pytest.mark.parametrize("memattr", range(16))
 def test_s2ptw_refuses_structures_in_device_memory(memattr, fwb):
@@ -702,6 +730,9 @@ def test_s2ptw_refuses_structures_in_device_memory(memattr, fwb):
 # Hardware update
 
 
+@pytest.mark.rule(
+    "S3.13.2-1", "S3.13.2-4", "S3.13.4-1", "S3.13.5-4", "V8.5.1.2-1", "V8.5.1.2-3", "V8.5.3-1",
+)
 def test_access_flags_of_both_stages_are_set():
     bench, iova, ipa = nested_system()
     slots = [bench.second.slot(page, 3) for page in (CONTEXT_TABLE, ipa)]
@@ -724,6 +755,10 @@ def test_access_flags_of_both_stages_are_set():
     assert not any(len(fetch) > 5 for fetch in bench.translate(iova).fetches)
 
 
+@pytest.mark.rule(
+    "S3.13-2", "S3.13.2-5", "S3.13.3.1-1", "S3.13.3.1-5", "S3.13.3.1-7", "S3.15-4", "S4.7.3-17",
+    "V8.5.1.2-2", "V8.5.2.1-1", "V8.5.2.1-4",
+)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_one_swap_sets_the_flag_and_makes_the_page_dirty(stage):
     bench, iova, ipa = nested_system()
@@ -746,6 +781,10 @@ def test_one_swap_sets_the_flag_and_makes_the_page_dirty(stage):
     assert swaps == [(before, desired)]
 
 
+@pytest.mark.rule(
+    "S3.13.3.1-2", "S3.13.3.1-6", "S5.2-74", "S5.4-22", "V8.5.2.1-3", "V8.5.2.1-7",
+    "V8.5.2.2-1", "V8.15.5.1-1",
+)
 def test_dbm_needs_both_enables_and_nothing_else_in_the_way():
     for ha, hd, success in ((0, 0, False), (1, 0, False), (0, 1, False), (1, 1, True)):
         bench, iova, ipa = nested_system()
@@ -769,6 +808,7 @@ def test_dbm_needs_both_enables_and_nothing_else_in_the_way():
     assert bench.translate(iova).perm == UR | UW | PR | PW
 
 
+@pytest.mark.rule("S3.13.5-1", "S3.13.5-2", "S7.3.16-2", "V8.4.2.1-1", "V8.5.2.1-8")
 def test_a_stage_1_update_needs_stage_2_to_permit_the_write():
     bench, iova, ipa = nested_system()
     bench.write_cd(ha=1, hd=1)
@@ -793,6 +833,7 @@ def test_a_stage_1_update_needs_stage_2_to_permit_the_write():
         bench.write_ste(s2ha=0, s2hd=0)
 
 
+@pytest.mark.rule("V8.15.5-2")
 def test_a_page_that_stage_1_refuses_is_marked_accessed_only_where_stage_2_lets_it():
     bench, iova, ipa = nested_system()
     bench.write_cd(ha=1)
@@ -812,6 +853,7 @@ def test_a_page_that_stage_1_refuses_is_marked_accessed_only_where_stage_2_lets_
     assert bench.descriptor(slot2) & AF
 
 
+@pytest.mark.rule("V8.15.4-5")
 def test_what_fails_earlier_updates_nothing():
     bench, iova, ipa = nested_system()
     bench.write_cd(ha=1, ips=1)
@@ -825,6 +867,7 @@ def test_what_fails_earlier_updates_nothing():
     assert not bench.descriptor(slot2) & AF
 
 
+@pytest.mark.rule("S3.13-3", "V8.2.5.2-4", "V8.5.2.1-5")
 def test_a_descriptor_that_changes_before_its_update_is_walked_again():
     # The page of the last stage-1 table is also the table of stage 2 that maps it, and one slot is
     # both the stage-1 leaf, big-endian, and the stage-2 leaf of its page, little-endian.
@@ -860,6 +903,9 @@ def stalled(outcome):
     return record
 
 
+@pytest.mark.rule(
+    "S3.3.2-22", "S3.12-6", "S3.12.2-2", "S3.12.5-1", "S5.2-77", "S5.5-4", "S5.5-5", "S5.5-102",
+)
 def test_faults_stall_where_their_stage_says_so():
     for s, s2s, r, s2r in itertools.product((0, 1), repeat=4):
         bench, iova, ipa = nested_system()
@@ -878,6 +924,7 @@ def test_faults_stall_where_their_stage_says_so():
             assert outcome.fault == "F_TRANSLATION" and not outcome.success
 
 
+@pytest.mark.rule("S3.12-7", "S5.2-34", "S5.4.2-2", "S16.2.2-2")
 @pytest.mark.parametrize(
     ("model", "cd", "ste", "fault"),
     [
@@ -897,6 +944,7 @@ def test_stall_models(model, cd, ste, fault):
     assert bench.fault(iova) == fault
 
 
+@pytest.mark.rule("S2.2-6", "S3.13-1", "S5.4-23")
 @pytest.mark.parametrize(
     ("httu", "fields", "bad"),
     [
@@ -910,6 +958,7 @@ def test_contexts_with_updates_need_httu(httu, fields, bad):
     assert (bench.fault(iova) == "C_BAD_CD") == bad
 
 
+@pytest.mark.rule("S3.4-10", "S3.12-4", "S5.5-103", "S7.3.14-2")
 def test_external_aborts_and_the_size_of_untranslated_inputs_never_stall():
     bench, iova, _ = nested_system(features=stage2_features(oas=4))
     bench.write_cd(s=1)
@@ -951,6 +1000,10 @@ def expected_attr(mair, memattr):
     return halves[0] << 4 | halves[1]
 
 
+@pytest.mark.rule(
+    "S3.3.2-20", "S3.3.4-3", "S13.1-103", "S13.1.5-1", "S13.1.5-2", "V8.6.5-1", "V8.6.5.1-1",
+    "V8.6.5.2-1", "V8.6.7.1-1",
+)
 @pytest.mark.parametrize("mair", [0x00, 0x04, 0x08, 0x0C, 0x44, 0xBB, 0xFF, 0xF4, 0x4F, 0xBF])
 def test_types_of_both_stages_combine(mair):
     bench, iova, ipa = nested_system()
@@ -979,6 +1032,7 @@ FORCED = [
 ]  # fmt: skip
 
 
+@pytest.mark.rule("S2.4-1", "S5.2-32", "S13.1.6-1", "S13.4.4-1", "V8.6.3-1", "V8.6.6-1", "V8.6.6-2")
 @pytest.mark.parametrize("ignored", [0, 0b1000])
 @pytest.mark.parametrize(("code", "mair", "attr"), FORCED)
 def test_forced_write_back(code, mair, attr, ignored):
@@ -995,6 +1049,7 @@ def test_forced_write_back(code, mair, attr, ignored):
         assert bench.translate(iova).attr == expected_attr(mair, code | ignored)
 
 
+@pytest.mark.rule("S13.1-94", "S13.4-2", "S13.5-1", "V8.2.12.1-1")
 def test_the_input_combines_with_stage_2_alone():
     bench = Nested(config=0b110)
     for ste, memattr, sh, expected in (
@@ -1015,6 +1070,7 @@ def test_the_input_combines_with_stage_2_alone():
         assert (outcome.attr, outcome.sh) == expected, ste
 
 
+@pytest.mark.rule("S5.2-64", "V8.6.7-1")
 def test_shareability_of_52_bit_descriptors_is_the_stes():
     second = {"granule_lg2": 12, "tsz": 24, "start_level": 1, "ds": True}
     for code, expected in ((0, NSH), (1, NSH), (2, OSH), (3, ISH)):
@@ -1061,6 +1117,7 @@ def possible_cells():
         yield "abort", "F_WALK_EABT", *where
 
 
+@pytest.mark.rule("S3.3.2-25", "L-3")
 @pytest.mark.slow
 def test_nested_systems_succeed_mostly_and_fault_in_every_place():
     cells, ends, updates, shapes = (collections.Counter() for _ in range(4))

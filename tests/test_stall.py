@@ -71,6 +71,7 @@ def resume(smmu, held, **how):
 # --- a stall and its record ---
 
 
+@pytest.mark.rule("S3.12.2-1", "S7.3.13-6")
 def test_a_fault_stalls_with_a_record_that_names_it():
     smmu, wires = system()
     result = smmu.translate(STALLS, IOVA + 8, write=True, priv=True)
@@ -87,6 +88,7 @@ def test_a_fault_stalls_with_a_record_that_names_it():
     assert repr(held) == f"<Stall sid=0x14 iova={IOVA + 8:#x} write stag={held.stag:#x}>"
 
 
+@pytest.mark.rule("S3.12.2.1-1", "S7.3.21-3")
 def test_every_stall_has_its_own_record_and_tag():
     smmu, _ = system()
     held = [stall(smmu, sid=sid) for sid in (STALLS, OTHER, STALLS, STALLS)]
@@ -96,6 +98,7 @@ def test_every_stall_has_its_own_record_and_tag():
     assert smmu.read("EVENTQ_PROD") == 4
 
 
+@pytest.mark.rule("S7.3.21-2")
 def test_other_faults_of_the_stream_do_not_stall():
     smmu, _ = system()
     result = smmu.translate(STALLS, IOVA, ssid=3)
@@ -106,6 +109,7 @@ def test_other_faults_of_the_stream_do_not_stall():
 # --- resume ---
 
 
+@pytest.mark.rule("S3.12.2-3", "S3.12.2.2-2", "S4.3.8-2")
 def test_a_retry_goes_on_with_what_memory_says_by_then():
     smmu, _ = system()
     told = []
@@ -119,6 +123,7 @@ def test_a_retry_goes_on_with_what_memory_says_by_then():
     assert repr(held) == f"<Stall sid=0x14 iova={IOVA + 0x10:#x} read ok>"
 
 
+@pytest.mark.rule("S3.12.2-5", "S4.6-101", "S4.7.1-2")
 def test_a_retry_that_faults_stalls_again_with_a_new_record():
     smmu, _ = system()
     told = []
@@ -138,6 +143,7 @@ def test_a_retry_that_faults_stalls_again_with_a_new_record():
     assert held.result.pa == 0x4000_7000
 
 
+@pytest.mark.rule("S3.12.2-4")
 def test_a_retry_that_faults_otherwise_ends():
     smmu, _ = system()
     held = stall(smmu)
@@ -148,6 +154,7 @@ def test_a_retry_that_faults_otherwise_ends():
     assert smmu.read("EVENTQ_PROD") == 2
 
 
+@pytest.mark.rule("S3.12.2-6", "S3.12.3-1", "S4.6-102", "S4.7.1-3", "S4.7.1-4")
 @pytest.mark.parametrize("term_model", [0, 1])
 @pytest.mark.parametrize("ab", [0, 1])
 def test_termination_aborts_or_reads_zero(ab, term_model):
@@ -160,6 +167,7 @@ def test_termination_aborts_or_reads_zero(ab, term_model):
     assert held.result.pa is None
 
 
+@pytest.mark.rule("S3.12.2-9", "S4.6-103", "S4.7.1-7")
 @pytest.mark.parametrize("sid, stag", [(STALLS, 1), (OTHER, 0), (STALLS + 1, 0), (0, 0)])
 def test_resuming_what_is_not_stalled_has_no_effect(sid, stag):
     smmu, _ = system()
@@ -170,6 +178,7 @@ def test_resuming_what_is_not_stalled_has_no_effect(sid, stag):
     assert smmu.read("EVENTQ_PROD") == 1
 
 
+@pytest.mark.rule("S4.6-104", "S4.7.2-1", "S4.7.2-3")
 def test_stall_term_ends_all_of_a_stream():
     smmu, _ = system()
     told = []
@@ -183,6 +192,7 @@ def test_stall_term_ends_all_of_a_stream():
     assert smmu.stalls == [held[1], later]
 
 
+@pytest.mark.rule("S3.12.2-7", "S6.3.9.6-13", "S6.3.9.6-14")
 def test_disabling_ends_all():
     smmu, _ = system(1)
     held = [stall(smmu, sid=sid) for sid in (STALLS, OTHER, STALLS)]
@@ -207,6 +217,7 @@ def test_a_reset_ends_all():
 # --- records that wait ---
 
 
+@pytest.mark.rule("S3.5.3-4", "S7.2.1-3", "S7.4-3")
 def test_stalls_wait_while_the_queue_is_full_and_no_overflow_is_told():
     smmu, wires = system(1)
     held = [stall(smmu) for _ in range(5)]
@@ -232,6 +243,7 @@ def test_a_stall_that_waits_has_no_event_yet():
     assert result.fault.name == "F_TRANSLATION"
 
 
+@pytest.mark.rule("S3.5.4-1", "S3.12.2-12")
 def test_stalls_wait_while_the_queue_is_disabled():
     smmu, _ = system(cr0=1)
     held = [stall(smmu) for _ in range(2)]
@@ -253,6 +265,7 @@ def test_stalls_wait_while_the_queue_has_an_error():
     assert smmu.read("EVENTQ_PROD") == 2
 
 
+@pytest.mark.rule("S4.7.2-2")
 def test_a_stall_that_waits_can_be_terminated():
     smmu, _ = system(0)
     first, second, third = (stall(smmu, sid=sid) for sid in (OTHER, STALLS, OTHER))
@@ -263,6 +276,7 @@ def test_a_stall_that_waits_can_be_terminated():
     assert first.recorded
 
 
+@pytest.mark.rule("S3.12.2-8", "S6.3.6-3")
 def test_no_more_are_recorded_than_the_implementation_can_hold():
     smmu, _ = system(features=FULL.replace(stall_max=3))
     held = [stall(smmu) for _ in range(6)]
@@ -274,6 +288,7 @@ def test_no_more_are_recorded_than_the_implementation_can_hold():
     assert smmu.read("EVENTQ_PROD") == 4
 
 
+@pytest.mark.rule("S4.7.1-9")
 def test_tags_are_used_again_but_late():
     smmu, _ = system(features=FULL.replace(stall_max=2))
     seen = []
@@ -286,6 +301,7 @@ def test_tags_are_used_again_but_late():
     assert first.stag not in seen and len(set(seen)) == 5
 
 
+@pytest.mark.rule("S3.12.2-10")
 @pytest.mark.parametrize("streams", [(STALLS,), (OTHER,), (STALLS, OTHER)])
 def test_a_tag_is_used_once_among_all_streams(streams):
     smmu, _ = system(log2size=7)
@@ -386,6 +402,7 @@ def events(smmu, log2size=4):
     return [(event.name, bool(event.stalled)) for event in found]
 
 
+@pytest.mark.rule("S3.12.2-11", "S4.7.3-15", "S7.2.1-4")
 @pytest.mark.parametrize("caches", [None, Caches.small, Caches.server])
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_page_that_came_meanwhile_lets_what_waits_go_on_without_a_record(cause, caches):
@@ -441,6 +458,7 @@ def test_a_cd_that_terminates_by_now_terminates_what_waits(cause):
     assert held.fault.stalled
 
 
+@pytest.mark.rule("S4.7.2.1-1")
 def test_the_shutdown_of_a_stream_leaves_no_record_of_a_stall():
     # 4.7.2.1: the STE aborts, CFGI, SYNC, then STALL_TERM; there is no room until the end
     smmu, held, room, told = waiting("full", 2)
@@ -489,6 +507,17 @@ def test_a_retry_that_stalls_once_more_and_waits_is_translated_anew_too():
     smmu.memory.write_u64(LEAF, MAPPED)
     smmu.write("EVENTQ_CONS", 1)
     assert held.result.pa == 0x4000_7000 and smmu.read("EVENTQ_PROD") == 1
+
+
+def test_what_the_queue_refused_is_translated_anew_too():
+    smmu, _ = system(eventq_base=0xA000_0000 | 2, cr0=1)  # there is no memory
+    held = stall(smmu)
+    smmu.write("CR0", CR0)
+    assert smmu.gerror == EVENTQ_ABT_ERR and not held.recorded and held.stag is None
+    smmu.memory.add(bytearray(128), 0xA000_0000)
+    smmu.memory.write_u64(LEAF, MAPPED)
+    smmu.write("GERRORN", EVENTQ_ABT_ERR)
+    assert held.result.pa == 0x4000_7000 and smmu.read("EVENTQ_PROD") == 0
 
 
 @pytest.mark.parametrize("cause", ["full", "disabled", "error"])
@@ -665,12 +694,14 @@ def test_a_host_that_stalls_again_when_it_is_told_is_served():
 # --- models ---
 
 
+@pytest.mark.rule("S3.12-15", "S6.3.1-21")
 def test_where_stalling_is_forced_every_fault_stalls():
     smmu, _ = system(features=FULL.replace(stall_model=2))
     assert smmu.translate(small.STAGE1, IOVA).event.name == "C_BAD_CD"  # CD.S=0 is illegal
     stall(smmu)
 
 
+@pytest.mark.rule("S3.12-14")
 def test_without_stalls_the_cd_is_illegal():
     smmu, _ = system(features=FULL.replace(stall_model=1))
     assert smmu.translate(STALLS, IOVA).event.name == "C_BAD_CD"
@@ -680,6 +711,7 @@ def test_without_stalls_the_cd_is_illegal():
 # --- batches, bursts ---
 
 
+@pytest.mark.rule("S5.5-7")
 def test_a_batch_stalls_row_by_row():
     smmu, _ = system()
     iova = np.array([small.RW, IOVA, small.RO, IOVA + 0x10], np.uint64)
@@ -1194,6 +1226,7 @@ class Pair:
         self.seen = len(model.records)
 
 
+@pytest.mark.rule("S3.12.2.1-3", "S4.7.1-8", "S4.7.3-13")
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("seed", range(60))
 def test_random_programs_lose_no_stall(seed, cached):
@@ -1251,6 +1284,22 @@ def test_a_stall_is_recorded_once_the_interrupt_ends_the_error(times):
     held = stall(smmu)
     assert held.recorded
     assert interrupts == ["gerror"] * times + ["eventq"]
+
+
+def test_an_error_whose_interrupt_maps_the_page_leaves_nothing_to_record():
+    smmu, interrupts = refusing(1)
+
+    def interrupt(name):
+        interrupts.append(name)
+        smmu.memory.write_u64(LEAF, MAPPED)
+        smmu.command("TLBI_NH_ALL")
+        smmu.command("SYNC")
+        smmu.write("GERRORN", smmu.gerror)
+
+    smmu.on_interrupt = interrupt
+    result = smmu.translate(STALLS, IOVA)
+    assert result.action == "ok" and result.pa == 0x4000_7000
+    assert interrupts == ["gerror"] and smmu.read("EVENTQ_PROD") == 0 and smmu.stalls == []
 
 
 def test_a_queue_that_always_refuses_does_not_hang():

@@ -32,6 +32,7 @@ def flip(bench, address, bit):
 # Pointers
 
 
+@pytest.mark.rule("S5.1-3", "S5.2-13", "S5.3-2")
 @pytest.mark.parametrize(("minor", "top"), [(0, 47), (1, 51), (2, 51), (3, 51), (4, 55)])
 def test_pointers_have_the_bits_of_their_version(minor, top):
     bench = Bench(default_features(arch_minor=minor))
@@ -51,6 +52,7 @@ def test_pointers_have_the_bits_of_their_version(minor, top):
             flip(bench, address, bit)
 
 
+@pytest.mark.rule("S5.2-80", "S5.4-29")
 @pytest.mark.parametrize(("minor", "top"), [(0, 47), (1, 51), (3, 51), (4, 51)])
 def test_table_bases_have_the_bits_of_their_version(minor, top):
     bench = Bench(default_features(arch_minor=minor), granule_lg2=16)
@@ -65,6 +67,7 @@ def test_table_bases_have_the_bits_of_their_version(minor, top):
             flip(system, address, bit)
 
 
+@pytest.mark.rule("S5.1-4")
 def test_a_stream_table_pointer_beyond_oas_is_f_ste_fetch():
     bench = Bench(default_features(oas=2))
     bench.regs.strtab_base_cfg = 7 | 6 << 6 | 1 << 16
@@ -80,6 +83,7 @@ def test_a_stream_table_pointer_beyond_oas_is_f_ste_fetch():
 # ILLEGAL structures
 
 
+@pytest.mark.rule("S5.2-60", "S5.4-5")
 @pytest.mark.parametrize("minor", [0, 1, 3])
 def test_sizes_out_of_range_are_illegal_in_v30_too(minor):
     bench = Bench(default_features(arch_minor=minor, stt=0, ds=0, vax=0))
@@ -98,6 +102,10 @@ def test_sizes_out_of_range_are_illegal_in_v30_too(minor):
         assert bench.fault(IOVA) != "C_BAD_STE"
 
 
+@pytest.mark.rule(
+    "S5.2-58", "S5.2-59", "S5.2-61", "S5.2-79", "V8.1.10-2", "V8.1.10-3", "V8.1.10-4",
+    "V8.2.2-2", "V8.2.8.2-1", "V8.2.8.2-2", "V8.2.9.2-1", "V8.2.9.2-2", "V8.2.10.2-1",
+)
 @pytest.mark.parametrize("stt", [0, 1])
 @pytest.mark.parametrize("ds", [0, 1])
 @pytest.mark.parametrize("oas", [0, 2, 3, 4, 5, 6])
@@ -124,6 +132,7 @@ def test_shapes_of_stage_2_are_legal_as_the_twin_finds_them(oas, ds, stt):
     assert 50 < found.count(False) < found.count(True)
 
 
+@pytest.mark.rule("S5.2-71", "S5.4-14")
 def test_affd_is_ignored_with_hardware_update():
     for stage in (1, 2):
         for update in (0, 1):
@@ -143,6 +152,7 @@ def test_affd_is_ignored_with_hardware_update():
             assert bool(bench.descriptor(slot) & AF) == bool(update)
 
 
+@pytest.mark.rule("S5.4.1.1-1")
 def test_epd_and_sizes_decide_together():
     for half, iova in ((0, IOVA), (1, (1 << 64) - 0x1000)):
         other = 1 - half
@@ -176,6 +186,7 @@ def rows(smmu):
     return found
 
 
+@pytest.mark.rule("S5.2.1-4")
 def test_a_change_of_config_takes_no_tlb_invalidation():
     bench, smmu, slot = mapped()
     assert outcome(smmu) == 0x5000
@@ -188,6 +199,7 @@ def test_a_change_of_config_takes_no_tlb_invalidation():
     assert outcome(smmu) == 0x5000
 
 
+@pytest.mark.rule("S5.2.1-5")
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     "fields",
@@ -225,6 +237,7 @@ def test_overrides_that_stage_2_alone_combines_take_no_tlb_invalidation():
         assert seen[-1] != seen[-2]
 
 
+@pytest.mark.rule("S5.2.1-6")
 def test_entries_of_another_world_are_found_when_it_comes_back():
     bench, smmu, slot = mapped()
     assert outcome(smmu) == 0x5000
@@ -235,6 +248,7 @@ def test_entries_of_another_world_are_found_when_it_comes_back():
         assert outcome(smmu) == found
 
 
+@pytest.mark.rule("S5.4-25", "V8.3.1.2-4")
 def test_the_asid_of_el2_is_ignored():
     bench = Bench()
     slot = bench.tables.slot(IOVA, 3)
@@ -258,6 +272,7 @@ def test_the_asid_of_el2_is_ignored():
         bench.tables.write_descriptor(slot, kept)
 
 
+@pytest.mark.rule("S5.4.1-6")
 def test_how_faults_end_takes_no_tlb_invalidation():
     bench = Bench(default_features(stall_model=0, stall_max=4))
     slot = bench.tables.slot(IOVA, 3)

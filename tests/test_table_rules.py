@@ -40,6 +40,7 @@ def first_levels(granule_lg2, ds):
             "start_level": {12: 1, 14: 2, 16: 2}[granule_lg2]}  # fmt: skip
 
 
+@pytest.mark.rule("V8.2.5.2-3", "V8.2.6.2-1", "V8.3.1.1-2")
 @pytest.mark.parametrize(("granule_lg2", "ds"), SHAPES)
 def test_bits_of_table_descriptors_without_effect_change_nothing(granule_lg2, ds):
     ignored = TABLE_BITS | format_bits(granule_lg2, ds) | (set() if ds else {8, 9})
@@ -61,6 +62,7 @@ def test_bits_of_table_descriptors_without_effect_change_nothing(granule_lg2, ds
         assert told(system.translate(IOVA)) != expected
 
 
+@pytest.mark.rule("V8.2.8-3", "V8.3.1.2-3")
 @pytest.mark.parametrize("level", [2, 3])
 @pytest.mark.parametrize(("granule_lg2", "ds"), SHAPES)
 def test_bits_of_leaves_without_effect_change_nothing(granule_lg2, ds, level):
@@ -98,6 +100,7 @@ def test_upper_address_bits_of_64k_descriptors_count_whatever_oas_is(oas):
         assert bench.translate(IOVA).success
 
 
+@pytest.mark.rule("V8.15.1.1-1")
 def test_an_invalid_descriptor_outranks_its_address():
     for level in (0, 1, 2, 3):
         bench = Bench()
@@ -112,6 +115,7 @@ def test_an_invalid_descriptor_outranks_its_address():
         assert bench.fault(IOVA) == "F_ADDR_SIZE"
 
 
+@pytest.mark.rule("V8.15.1.2-1")
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_a_table_beyond_the_output_size_is_a_fault(level):
     bench = Bench()
@@ -160,6 +164,7 @@ def test_tables_restrict_under_stage_2_and_through_walk_caches(had):
 # Hardware update
 
 
+@pytest.mark.rule("V8.4.1.2.6-1")
 def test_a_table_that_forbids_writing_leaves_a_clean_page_clean():
     for aptable, success in ((0, True), (2, False)):
         bench = Nested(config=0b101)
@@ -172,6 +177,7 @@ def test_a_table_that_forbids_writing_leaves_a_clean_page_clean():
         assert bench.descriptor(slot) == (before & ~AP2 if success else before)
 
 
+@pytest.mark.rule("V8.5.2.1-2")
 def test_dirty_state_needs_the_bit_of_its_own_stage():
     for dbm1, dbm2 in ((0, 0), (0, 1), (1, 0), (1, 1)):
         bench, iova, ipa = nested_system()
@@ -185,6 +191,7 @@ def test_dirty_state_needs_the_bit_of_its_own_stage():
         assert bool(bench.descriptor(slot2) & S2AP1) == bool(dbm1 and dbm2)
 
 
+@pytest.mark.rule("V8.5.1.2-4")
 @pytest.mark.parametrize("nested", ["combined", "split"])
 def test_what_could_not_be_marked_accessed_is_not_cached(nested):
     bench, iova, ipa = nested_system()
@@ -200,6 +207,7 @@ def test_what_could_not_be_marked_accessed_is_not_cached(nested):
                     "stage 2"]  # fmt: skip
 
 
+@pytest.mark.rule("V8.5.4-1")
 def test_an_update_that_memory_refuses_is_an_external_abort():
     for stage in (1, 2):
         bench, iova, ipa = nested_system()
@@ -222,6 +230,7 @@ def test_an_update_that_memory_refuses_is_an_external_abort():
         assert not bench.descriptor(slot) & AF
 
 
+@pytest.mark.rule("V8.5.5-1")
 def test_of_contiguous_descriptors_one_is_updated():
     bench, iova, ipa = nested_system()
     bench.write_cd(ha=1, hd=1)
@@ -294,6 +303,7 @@ def largest(granule_lg2, ds, tsz, level, config):
     return bench
 
 
+@pytest.mark.rule("V8.7.1-2")
 @pytest.mark.parametrize("config", [0b101, 0b110, 0b111])
 @pytest.mark.parametrize(("granule_lg2", "ds", "tsz", "level", "size_lg2"), LARGEST)
 def test_the_largest_blocks_have_no_contiguous_bit(granule_lg2, ds, tsz, level, size_lg2, config):

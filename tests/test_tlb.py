@@ -150,6 +150,7 @@ SHAPES = [
 SIZES = {"one size": (12,), "two sizes": (12, 21), "all sizes": LG2}
 
 
+@pytest.mark.rule("S3.3.3-4", "S3.17-4", "S3.17.1-4")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: " ".join(map(str, shape.values())))
 @pytest.mark.parametrize("lg2s", SIZES.values(), ids=SIZES)
 def test_random_programs_do_what_the_model_does(shape, lg2s):
@@ -197,6 +198,10 @@ def test_random_programs_do_what_the_model_does(shape, lg2s):
     compare(caches, model)
 
 
+@pytest.mark.rule(
+    "S4.4.2.1-1", "S4.4.2.2-1", "S4.4.2.3-1", "S4.4.2.4-1", "S4.4.2.7-1", "S4.4.2.8-1",
+    "S4.4.2.9-1", "S4.4.3.1-1", "S4.4.3.2-1", "S4.4.4.1-1", "S16.2-4",
+)
 @pytest.mark.parametrize("op", COMMANDS)
 def test_every_command_hits_and_spares_what_the_model_says(op):
     choose = random.Random(op)
@@ -222,6 +227,10 @@ def test_every_command_hits_and_spares_what_the_model_says(op):
     assert spared > 500
 
 
+@pytest.mark.rule(
+    "S3.20.2-1", "S3.21.3-11", "S4.3-2", "S4.3.1-1", "S4.3.1-2", "S4.3.2-2", "S4.3.3-1",
+    "S4.3.4-1", "S5.2.1-3", "S16.2-2", "S16.2-3", "S16.2.2-1",
+)
 def test_random_configuration_programs_do_what_the_model_does():
     shapes = [(4, 2), (8, 4)], [(1, 5), (2, 3, "fifo")], [(2, 2, "plru"), (4, 4, "random", 7)]
     for ste, cd in shapes:
@@ -270,6 +279,7 @@ def test_random_configuration_programs_do_what_the_model_does():
 # --- what must hold, whatever is filled ---
 
 
+@pytest.mark.rule("S3.17-3", "S3.20.1-1", "S3.20.1-2")
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(), st.sampled_from(((1, 64), (8, 4), (16, 16), (2, 5, "fifo"))))
 def test_no_two_live_entries_answer_one_request(seed, geometry):
@@ -288,6 +298,7 @@ def test_no_two_live_entries_answer_one_request(seed, geometry):
         assert caches.lookup(at, **dict(zip(names, tags, strict=True)))
 
 
+@pytest.mark.rule("S3.21.1.3-2", "S4.4-3", "S4.4-4", "S4.4.1.1-9")
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers())
 def test_after_a_command_what_it_names_is_gone_and_all_else_is_there(seed):
@@ -360,6 +371,7 @@ def test_entries_of_one_page_whose_prints_agree_are_kept_apart():
             assert caches.lookup(page << lg2, **b).output == 0x6000
 
 
+@pytest.mark.rule("S3.17.1-1", "S3.17.1-3", "S4.4.2.4-2", "V8.16.3.1-2")
 def test_a_global_entry_answers_every_asid_and_goes_by_address_not_by_asid():
     caches = Caches(tlb=(16, 4))
     caches.fill(PAGE._replace(is_global=True))
@@ -369,6 +381,7 @@ def test_a_global_entry_answers_every_asid_and_goes_by_address_not_by_asid():
     assert caches.tlbi("TLBI_NH_VA", vmid=1, asid=77, address=0x7000_0000) == 1
 
 
+@pytest.mark.rule("S3.17-9", "S4.4-2")
 @pytest.mark.parametrize("world", ["NS_EL1", "EL2_E2H"])
 @pytest.mark.parametrize("kind", ["stage 1", "combined"])
 def test_a_global_entry_answers_its_own_asid_set_alone(world, kind):
@@ -385,6 +398,7 @@ def test_a_global_entry_answers_its_own_asid_set_alone(world, kind):
     assert caches.tlbi(op, vmid=1, asid=3, address=PAGE.start) == 2
 
 
+@pytest.mark.rule("S3.17-2")
 def test_worlds_and_stages_without_asid_have_no_asid_set():
     caches = Caches(tlb=(16, 4))
     for tags in ({"kind": "stage 2"}, {"world": StreamWorld.EL2}):
@@ -392,6 +406,7 @@ def test_worlds_and_stages_without_asid_have_no_asid_set():
         assert caches.lookup(PAGE.start, vmid=1, asid=5, aset=0, **tags)
 
 
+@pytest.mark.rule("V8.16.3.1-3")
 def test_a_table_goes_by_its_asid_whatever_is_global_below():
     caches = Caches(walk1=(16, 4))
     caches.fill_walk(WalkEntry(0x7000_0000, 0x5000, vmid=1, asid=5))
@@ -400,6 +415,7 @@ def test_a_table_goes_by_its_asid_whatever_is_global_below():
     assert caches.tlbi("TLBI_NH_VA", vmid=1, asid=5, address=0x7000_0000) == 1
 
 
+@pytest.mark.rule("S3.17-1", "S3.17-5", "S4.4.2.10-1", "V8.16.3.1-4")
 def test_worlds_without_asid_or_vmid_compare_none():
     caches = Caches(tlb=(16, 4))
     caches.fill(PAGE._replace(world=StreamWorld.EL2))
@@ -413,6 +429,7 @@ def test_worlds_without_asid_or_vmid_compare_none():
     assert caches.tlbi("TLBI_EL2_VA", asid=99, address=0x7000_0000) == 1  # what has none
 
 
+@pytest.mark.rule("S4.4.3.1-2", "S16.2.1-1")
 def test_tlbi_s2_ipa_leaves_combined_entries_and_nh_all_takes_them():
     caches = Caches(tlb=(16, 4), walk1=(4, 4), walk2=(4, 4))
     caches.fill(PAGE._replace(kind="combined", ipa=0x7000_0000))
@@ -424,6 +441,7 @@ def test_tlbi_s2_ipa_leaves_combined_entries_and_nh_all_takes_them():
     assert caches.tlbi("TLBI_NH_ALL", vmid=1) == 2
 
 
+@pytest.mark.rule("S4.4.2.4-3")
 def test_a_combined_entry_goes_with_the_whole_block_of_stage_1():
     caches = Caches(tlb=(64, 4))
     for page in range(512):
@@ -434,6 +452,7 @@ def test_a_combined_entry_goes_with_the_whole_block_of_stage_1():
     assert caches.tlbi("TLBI_NH_VA", address=0x401F_F000) == 256
 
 
+@pytest.mark.rule("S2.4-4", "S3.21.1.3-1", "V8.17-1")
 def test_a_page_replaces_a_block_and_a_block_the_pages_under_it():
     caches = Caches(tlb=(16, 4))
     block = TlbEntry(0x4000_0000, 0x8000_0000, lg2=21)
@@ -451,6 +470,7 @@ def test_a_page_replaces_a_block_and_a_block_the_pages_under_it():
     assert caches.tlb.replacements == 1 + 1 + 9
 
 
+@pytest.mark.rule("S4.4.1.1-6", "S4.4.1.1-7")
 def test_a_range_stops_where_it_says():
     caches = Caches(tlb=(1, 32), walk1=(1, 4))
     for page in range(16):

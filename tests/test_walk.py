@@ -133,6 +133,7 @@ def test_a_walk_alone_does_what_translate_does(first):
     assert sum(walktwin.check_alone(first + i) for i in range(10)) > 1000
 
 
+@pytest.mark.rule("S3.21.3-13")
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_walks_at_once_use_nothing_of_before_a_sync(first):
     ended, restarts, held = np.sum([walktwin.check_together(first + i) for i in range(10)], axis=0)
@@ -213,6 +214,7 @@ WAYS = {
 ways = pytest.mark.parametrize(("config", "move", "waits"), WAYS.values(), ids=WAYS.keys())
 
 
+@pytest.mark.rule("S3.21.1-4")
 @ways
 @every_caches
 @pytest.mark.parametrize("queue", [True, False])

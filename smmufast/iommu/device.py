@@ -265,6 +265,7 @@ class Device:
             raise InvalidArgument("device", self, text="PASIDs go off after ATS, and ATS is on")
         self.pasid_enabled = False
 
+    # S3.9.2-2
     def _ats_on(self) -> None:
         for sid in self.sids:
             self.iommu.invalidate_atc(sid)

@@ -4,7 +4,7 @@ By file: (name, old text, new text, arguments of pytest).
 """
 
 def of(file, *found):
-    return [Mutant(name, file, old, new, tests) for name, old, new, tests in found]
+    return [Mutant(name, file, old, new, tests) for name, old, new, tests in found]  # noqa: F821
 
 
 def some(file, words):
@@ -578,8 +578,8 @@ MUTANTS = [
          "TERMINATE_A if translation else recorded_if_asked(hw)", "recorded_if_asked(hw)",
          some("ats", "grant_nothing or twin")),
         ("ats-abort-of-a-stream-is-ca",
-         "        answer.status = ATS_UR\n        end_refused(&answer.outcome, event)",
-         "        answer.status = ATS_CA\n        end_refused(&answer.outcome, event)",
+         "        answer.status = ATS_UR\n        end_refused(&answer.outcome, why)",
+         "        answer.status = ATS_CA\n        end_refused(&answer.outcome, why)",
          some("ats", "abort_or_bypass or twin")),
         ("ats-does-not-mark-dirty",
          "not granted & ATS_WRITE or granted & ATS_READ and not pages.clean", "True",
