@@ -237,10 +237,13 @@ cdef inline bint same_shape(Memo* memo, Shape* shape) noexcept nogil:
 cdef inline bint look_up(Run* run, uint32_t sid, uint32_t ssid, Memo* memo) noexcept nogil:
     """Decode the context of a pair ahead of its turn; no if that is left to the turn.
 
-    Nothing is updated on the way.  What needs stage 2 waits for its turn.
+    Nothing is updated on the way.  What needs stage 2 waits for its turn, and so does every row
+    of an SMMU that a callback has disabled.
     """
     cdef Syndrome syndrome
     cdef int event
+    if unlikely(not cr0_smmuen(run.core.hw.cr0)):
+        return False
     memset(&memo.context, 0, sizeof(Context))  # contexts are compared as bytes
     run.port.dry = True
     event = lookup(&run.core.hw, run.port, sid, ssid, memo, &syndrome)
@@ -1008,7 +1011,8 @@ cdef inline bint nested_takes(const Run* run) noexcept nogil:
     """The context that the scalar driver left is one for these passes."""
     cdef const Context* context = &run.memo.context
     return (
-        run.memo.whole and context.second.on and context.second.simple and not context.second.hd
+        cr0_smmuen(run.core.hw.cr0) and run.memo.whole
+        and context.second.on and context.second.simple and not context.second.hd
         and (run.memo.index == STAGE1_BYPASS or context.simple))
 
 

@@ -226,8 +226,8 @@ def sources():
                 yield path
 
 
-def make(tree, mutants, log):
-    """Copy the sources into `tree`, plant the mutants and compile in place."""
+def copy(tree, mutants):
+    """Copy the sources into `tree`, and plant the mutants."""
     for path in sources():
         data = path.read_bytes()
         here = [one for one in mutants if path == ROOT / "smmufast" / one[1].file]
@@ -236,6 +236,10 @@ def make(tree, mutants, log):
         put(tree / path.relative_to(ROOT), data)
     put(tree / "smmufast" / "_mutant.h", HEADER.encode())
     put(tree / "smmufast" / "_mutant.py", MODULE.encode())
+
+
+def compiled(tree, log):
+    """Compile in place what has changed."""
     flags = os.environ.get("CFLAGS", "-O0")  # the compiler takes longer than the tests
     with open(log, "w") as file:
         done = subprocess.run(
@@ -342,12 +346,14 @@ def run(chosen, directory, jobs):
         ends[end].append(mutant)
         print(f"{end:9} {mutant.name:36} {what}", flush=True)
 
+    rounds = builds(chosen, read.__getitem__)
+    for n, build in enumerate(rounds):  # all of them now: the sources may change meanwhile
+        copy(directory / f"build{n}", build)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for n, build in enumerate(builds(chosen, read.__getitem__)):
+        for n, build in enumerate(rounds):
             tree = directory / f"build{n}"
-            tree.mkdir(parents=True, exist_ok=True)
             print(f"building {len(build)} mutants in {tree}", flush=True)
-            make(tree, build, directory / f"build{n}.log")
+            compiled(tree, directory / f"build{n}.log")
             mutants = [mutant for _, mutant, _ in build]
             alone = {pool.submit(pytest, tree, 0, words): words for words in selections(mutants)}
             for future, words in alone.items():

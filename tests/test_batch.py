@@ -195,8 +195,9 @@ def test_rows_behind_a_record_see_what_its_interrupt_changed(what, sids, behind)
     assert rows == [0x5000] * 20 + [0] + [0 if what == "STE" else 0x7000] * behind
 
 
+@pytest.mark.parametrize("caches", [Caches.server, lambda: None], ids=["server", "none"])
 @pytest.mark.parametrize("what", ["STE", "CR0", "STRTAB_BASE_CFG"])
-def test_hits_behind_a_record_meet_the_configuration_that_its_interrupt_left(what):
+def test_rows_behind_a_record_meet_the_configuration_that_its_interrupt_left(what, caches):
     def build():
         bench = Bench()
         bench.map(GOOD, 0x5000)
@@ -211,7 +212,7 @@ def test_hits_behind_a_record_meet_the_configuration_that_its_interrupt_left(wha
                     smmu.write(what, 1)  # two streams
                     smmu.write("CR0", layout.mask("CR0", "EVENTQEN", "SMMUEN"))
 
-        return recording(bench, change, Caches.server())
+        return recording(bench, change, caches())
 
     rows, singly = by_batch_and_singly(build, [SID], 60)
     assert rows == singly

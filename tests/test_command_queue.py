@@ -123,6 +123,8 @@ def test_a_fetch_that_aborts_stops_the_queue():
     smmu.write("CMDQ_PROD", 1)
     assert state(smmu) == (0, ABT, 1) and wires == ["gerror"]
     smmu.memory.add(bytearray(SYNC.to_bytes(16, "little") * 8), 0xA000_0000)
+    smmu.write("CMDQ_PROD", 1)
+    assert state(smmu) == (0, ABT, 1)  # repaired, but not acknowledged
     smmu.write("GERRORN", 1)
     assert state(smmu) == (1, ABT, 0)
 

@@ -131,11 +131,12 @@ def test_access_flags_of_the_pages_that_tables_lie_in_are_set(first, second):
 QUEUE = 0x4F00_0000
 
 
+@pytest.mark.parametrize("what", ["page", "CR0"])
 @pytest.mark.parametrize("sid", [NESTED, SECOND])
-def test_rows_behind_a_record_see_what_its_interrupt_changed(sid):
-    """Software answers the first record by moving the page of the rows behind it."""
+def test_rows_behind_a_record_see_what_its_interrupt_changed(sid, what):
+    """Software answers the first record by moving the page of the rows behind it, or disables."""
     start = 0 if sid == NESTED else DATA
-    iova = np.array([start + PAGE] * 20 + [start + 4 * PAGE] + [start + PAGE + 8] * 20, np.uint64)
+    iova = np.array([start + PAGE] * 20 + [start + 4 * PAGE] + [start + PAGE + 8] * 60, np.uint64)
     found = []
     for batch in (True, False):
         smmu = small_nested()
@@ -148,7 +149,10 @@ def test_rows_behind_a_record_see_what_its_interrupt_changed(sid):
         leaf = [f.address for f in fetches if f.kind == "TT"][-1] if sid == NESTED else leaf[-1]
         there = DATA + 2 * PAGE if sid == NESTED else PAGES + 2 * PAGE
 
-        def interrupt(name, memory=smmu.memory, leaf=leaf, there=there):
+        def interrupt(name, smmu=smmu, memory=smmu.memory, leaf=leaf, there=there):
+            if what == "CR0":
+                smmu.write("CR0", layout.mask("CR0", "EVENTQEN"))
+                return
             # 48 bits of output, of which these pages use the lower 40
             memory.write_u64(leaf, memory.read_u64(leaf) & ~0xFF_FFFF_F000 | there)
 
@@ -158,7 +162,8 @@ def test_rows_behind_a_record_see_what_its_interrupt_changed(sid):
         else:
             found.append([smmu.translate(sid, int(address)).pa or 0 for address in iova])
     assert found[0] == found[1]
-    assert found[0] == [PAGES + PAGE] * 20 + [0] + [PAGES + 2 * PAGE + 8] * 20
+    then = start + PAGE + 8 if what == "CR0" else PAGES + 2 * PAGE + 8
+    assert found[0] == [PAGES + PAGE] * 20 + [0] + [then] * 60
 
 
 @pytest.mark.parametrize("xnx", [0, 1])

@@ -262,6 +262,29 @@ def test_the_contiguous_hint_of_both_stages_is_that_of_stage_1(first, second, ho
         assert smmu.translate(SID, ipa).contiguous is second
 
 
+@pytest.mark.parametrize(
+    ("command", "fields"),
+    [
+        ("TLBI_S12_VMALL", {}),
+        ("TLBI_NH_ALL", {}),
+        ("TLBI_NH_ASID", {"ASID": 3}),
+        ("TLBI_NH_VA", {"ASID": 3, "Address": IOVA}),
+        ("TLBI_NH_VAA", {"Address": IOVA}),
+    ],
+)
+def test_an_invalidation_spares_other_vmids(command, fields):
+    bench = Bench(stage2_features())
+    bench.map(IOVA, 0x5000, ng=1)
+    bench.write_cd(asid=3)
+    bench.write_ste(s2vmid=7)
+    bench.write_ste(SID + 1, s2vmid=8)
+    smmu = cached(bench)
+    for sid in (SID, SID + 1):
+        assert smmu.translate(sid, IOVA).pa == 0x5000
+    smmu.command(command, VMID=7, **fields)
+    assert [entry.vmid for entry in smmu.caches.tlb] == [8]
+
+
 @pytest.mark.parametrize("aset", [0, 1])
 def test_a_context_finds_what_it_filled_whatever_its_asid_set(aset):
     bench = Bench()
