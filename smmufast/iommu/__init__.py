@@ -51,8 +51,9 @@ from smmufast.iommu.pasid import (
     SetKind,
     VirtualCommand,
 )
+from smmufast.iommu.smmu.iommu import Iommu
 from smmufast.iommu.sva import AddressSpace, Bond
-from smmufast.iommu.system import AUX, NOW, Cpu, Iommu, Profile, System
+from smmufast.iommu.system import AUX, NOW, Cpu, Profile, System
 
 __all__ = [
     "AUX",

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
-from smmufast._driver import ATS, ATS_FULL
 from smmufast.ats import AtsDevice
 from smmufast.errors import (
     Busy,
@@ -27,8 +26,6 @@ from smmufast.errors import (
     instance,
     integer,
 )
-from smmufast.iommu import entry
-from smmufast.iommu.cdtable import INVALID_CD, CdTable
 from smmufast.iommu.domain import (
     BLOCKED,
     IDENTITY,
@@ -43,14 +40,18 @@ from smmufast.iommu.domain import (
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import NO_PASID, AttachHandle, Group
 from smmufast.iommu.mediated import Mediated
+from smmufast.iommu.smmu import entry
+from smmufast.iommu.smmu.cdtable import INVALID_CD, CdTable
+from smmufast.iommu.smmu.invalidations import ATS, ATS_FULL
 from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast._smmu import Result
+    from smmufast.iommu.smmu.iommu import Iommu
     from smmufast.iommu.sva import AddressSpace, Bond
-    from smmufast.iommu.system import Iommu, System
+    from smmufast.iommu.system import System
 
 FEATURES: Final = ("AUX", "SVA", "IOPF")
 

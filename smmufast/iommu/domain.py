@@ -10,19 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Final, SupportsIndex
 
-from smmufast._driver import S1_ASID, S2_VMID, S2_VMID_S1_CLEAR, Invalidations
 from smmufast._tables import PageTable
 from smmufast.errors import Busy, InvalidArgument, NotSupported, instance, integer
-from smmufast.iommu import entry
+from smmufast.iommu.smmu import entry
+from smmufast.iommu.smmu.invalidations import (
+    S1_ASID,
+    S2_VMID,
+    S2_VMID_S1_CLEAR,
+    Invalidations,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from smmufast.iommu.cdtable import CdTable
     from smmufast.iommu.device import Device
     from smmufast.iommu.fault import PageFault
+    from smmufast.iommu.smmu.cdtable import CdTable
+    from smmufast.iommu.smmu.iommu import Iommu
     from smmufast.iommu.sva import AddressSpace
-    from smmufast.iommu.system import Iommu
 
 Words = tuple[int, ...]  # the eight dwords of an STE or a CD
 

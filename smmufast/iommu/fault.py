@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast.iommu.device import Device
-    from smmufast.iommu.system import Iommu
+    from smmufast.iommu.smmu.iommu import Iommu
 
 #: How a page fault may be answered.
 RESPONSES: Final = ("success", "invalid", "failure")

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from smmufast.iommu.device import Device
     from smmufast.iommu.fault import PageFault
-    from smmufast.iommu.system import Iommu, System
+    from smmufast.iommu.smmu.iommu import Iommu
+    from smmufast.iommu.system import System
 
 _ARGUMENTS = {
     "TTB0": "ttb", "T0SZ": "t0sz", "TG0": "tg", "IPS": "ps", "IR0": "irgn", "OR0": "orgn",

@@ -12,7 +12,7 @@ from smmufast.iommu.undo import Undo
 if TYPE_CHECKING:
     from smmufast.iommu.device import Device
     from smmufast.iommu.domain import Words
-    from smmufast.iommu.system import Iommu
+    from smmufast.iommu.smmu.iommu import Iommu
 
 LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
 INVALID_CD: Final = (0,) * 8
