@@ -28,12 +28,13 @@ from smmufast.errors import (
 from smmufast.features import Features
 from smmufast.iommu import fault
 from smmufast.iommu.device import Device
-from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
+from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, paging_domain
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
+from smmufast.iommu.profile import NOW, Profile
 from smmufast.iommu.smmu.iommu import Iommu
 from smmufast.iommu.undo import Undo
 
@@ -41,30 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast._tlb import Caches, StaleEntry
-    from smmufast.iommu.sva import AddressSpace, Bond
 
 MOST_SMMUS: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Which era of the kernel's interface a system follows: a value, not a subclass.
-
-    Attributes
-    ----------
-    name : str
-    aux : bool
-        Auxiliary domains that own their PASID, and a CD table for each main domain.
-    """
-
-    name: str
-    aux: bool
-
-
-#: Linux 5.2 to 5.17, and the 2018 proposal: auxiliary domains.
-AUX: Final = Profile("AUX", True)
-#: Linux today: any stage-1 domain on any PASID that the caller chooses.
-NOW: Final = Profile("NOW", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +138,8 @@ class System:
         iopf: bool = True,
     ) -> None:
         if not isinstance(profile, Profile):
-            raise InvalidArgument("profile", profile, "AUX or NOW")
+            text = f"profile must be a Profile (AUX or NOW), not {profile!r}"
+            raise InvalidArgument("profile", profile, text=text)
         instance("pasid_policy", pasid_policy, PasidPolicy)
         for name, value, kind in (("memory", memory, Memory), ("cpu", cpu, Cpu)):
             if value is not None:
@@ -180,7 +160,9 @@ class System:
         if pages is None:
             if memory is not None or smmu is not None:
                 raise InvalidArgument(
-                    "pages", None, text="pages is missing: where in your memory tables may go"
+                    "pages", None,
+                    text="pages=(base, size) is required with memory=: where the driver may put "
+                    "its tables",
                 )
             pages = self._room
         self.pages = Pages(self.memory, *pages)
@@ -192,7 +174,6 @@ class System:
         self.pasids = PasidSpace(
             pasid_policy, smmu_limits=[1 << iommu.ssid_bits for iommu in self.iommus]
         )
-        self.bonds: dict[Device, dict[AddressSpace, Bond]] = {}
         self.reports: deque[fault.Report] = deque(maxlen=1024)
         self.on_fault: Callable[[fault.Report], object] | None = None
 
@@ -285,7 +266,7 @@ class System:
         """
         with self.lock:
             instance("device", device, Device)
-            if device._iommu is not None:
+            if device._master is not None:
                 raise Busy("device", device, text="device was probed")
             iommu = integer("iommu", iommu)
             group = device._wanted_group
@@ -301,12 +282,14 @@ class System:
                     raise OutOfRange("sid", sid, f"0 to {one.last_sid:#x}")
                 if sid in one.devices:
                     raise NoDevice("sid", sid, text=f"sid {sid:#x} belongs to {one.devices[sid]!r}")
+            if group is not None:
+                group.check_reset()
             with Undo() as undo:
                 for sid in device.sids:
                     if one.reserve_ste(sid):
                         undo.add(partial(one.unreserve_ste, sid))
-                undo.add(device.unprobed)
-                device.probed(one)
+                undo.add(device._unprobed)
+                device._probed(one)
                 undo.add(partial(self._unlink, device, one))
                 for sid in device.sids:
                     one.devices[sid] = device
@@ -319,24 +302,27 @@ class System:
 
     def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
-        group = device.group
+        group, master = device.group, device.master
+        undo.add(partial(setattr, group, "default", group.default))
+        if not group.devices:
+            group.default = self._default(device, undo)
+        domain = group.domain
+        master.prepare(domain, undo)
+        pasids = group.pasids if device.max_pasids else {}
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.prepare_pasid(one.domain, pasid, undo)
+        undo.add(master.drop_table)
+        if domain is not master.domain:
+            undo.add(partial(master.attach, BLOCKED))
+        master.attach(domain)
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.set_pasid(one.domain, pasid, one.handle)
+            undo.add(partial(master.detach_pasid, pasid))
         group.devices.append(device)
-        undo.add(partial(group.devices.remove, device))
-        if len(group.devices) == 1:
-            undo.add(partial(setattr, group, "default", group.default))
-            undo.add(partial(setattr, group, "domain", group.domain))
-            default = self._default(device, undo)
-            device.reserve(default, undo)
-            group.default = group.domain = default
-        else:
-            device.reserve(group.domain, undo)
-            for pasid in group.pasids if device.max_pasids else ():
-                domain = group.at(pasid)
-                assert isinstance(domain, PagingDomain | SvaDomain)
-                device.reserve_pasid(domain, pasid, undo)
-        device.install(group.domain)
-        for pasid in group.pasids if device.max_pasids else ():
-            device.install_pasid(group.at(pasid), pasid, None)
 
     def _default(self, device: Device, undo: Undo) -> Domain:
         if self.default_domain == "identity" or (
@@ -345,7 +331,7 @@ class System:
             return IDENTITY
         if self.default_domain == "blocked":
             return BLOCKED
-        domain = device.iommu.paging_domain()
+        domain = paging_domain(device.iommu)
         undo.add(domain.free)
         for base, size in device.direct:
             domain.map(base, base, size)
@@ -369,7 +355,7 @@ class System:
             As `Device.paging_domain`.
         """
         with self.lock:
-            return self.iommus[0].paging_domain(ready=False, **more)
+            return paging_domain(self.iommus[0], ready=False, **more)
 
     # --- PASIDs ---
 
@@ -393,15 +379,11 @@ class System:
         int
             How many there were.
         """
-        return sum(iommu.service() for iommu in self.iommus)
+        return sum(fault.service(iommu) for iommu in self.iommus)
 
     def stale(self) -> list[StaleEntry]:
         """Look for cache entries of any SMMU that the tables no longer give."""
         return [found for iommu in self.iommus for found in iommu.smmu.stale()]
-
-    def bonds_of(self, device: Device) -> list[Bond]:
-        """The bonds of a device with address spaces."""
-        return list(self.bonds.get(device, {}).values())
 
     def draw(self, *, limit: SupportsIndex = 16) -> str:
         """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
