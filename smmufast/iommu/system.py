@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast._memory import Memory
@@ -287,10 +286,10 @@ class System:
             with Undo() as undo:
                 for sid in device.sids:
                     if one.reserve_ste(sid):
-                        undo.add(partial(one.unreserve_ste, sid))
+                        undo.add(one.unreserve_ste, sid)
                 undo.add(device._unprobed)
                 device._probed(one)
-                undo.add(partial(self._unlink, device, one))
+                undo.add(self._unlink, device, one)
                 for sid in device.sids:
                     one.devices[sid] = device
                 self._join(device, undo)
@@ -303,7 +302,7 @@ class System:
     def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
         group, master = device.group, device.master
-        undo.add(partial(setattr, group, "default", group.default))
+        undo.add(setattr, group, "default", group.default)
         if not group.devices:
             group.default = self._default(device, undo)
         domain = group.domain
@@ -315,13 +314,13 @@ class System:
             master.prepare_pasid(one.domain, pasid, undo)
         undo.add(master.drop_table)
         if domain is not master.domain:
-            undo.add(partial(master.attach, BLOCKED))
+            undo.add(master.attach, BLOCKED)
         master.attach(domain)
         for pasid in pasids:
             one = group.attachment(pasid)
             assert one is not None
             master.set_pasid(one.domain, pasid, one.handle)
-            undo.add(partial(master.detach_pasid, pasid))
+            undo.add(master.detach_pasid, pasid)
         group.devices.append(device)
 
     def _default(self, device: Device, undo: Undo) -> Domain:
