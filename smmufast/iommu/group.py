@@ -57,10 +57,7 @@ class Group:
     @property
     def resetting(self) -> bool:
         """Whether a device of the group is being reset."""
-        for device in self.devices:  # a loop: every call that changes something asks
-            if device.master.blocked:
-                return True
-        return False
+        return any([device.master.blocked for device in self.devices])
 
     @property
     def pasids(self) -> dict[int, Domain | AttachHandle]:
