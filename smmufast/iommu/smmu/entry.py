@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from smmufast import layout
 from smmufast.errors import InvalidArgument
-from smmufast.iommu.smmu.writer import ste_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +26,14 @@ _MASK: Final = (1 << 64) - 1
 def _words(record: str, **fields: int) -> Words:
     word = layout.pack(record, **fields)
     return tuple(word >> 64 * i & _MASK for i in range(8))
+
+
+_CONFIG: Final = layout.STE.field("Config")
+
+
+def ste_config(word: int) -> int:
+    """Config of an STE, from its first dword."""
+    return (word & _CONFIG.mask) >> _CONFIG.shift
 
 
 def ste_abort() -> Words:
