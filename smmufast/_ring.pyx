@@ -236,11 +236,10 @@ cdef class CommandQueue:
     def __reduce__(self):
         made = type(self), (self._smmu, self.base, self.size_lg2)
         more = getattr(self, "__dict__", {})
-        return *made, (self.prod, self._free, self.issued, self.syncs, self.log, more)
+        return *made, (self.prod, self._free, self.issued, self._began, self.syncs, self.log, more)
 
     def __setstate__(self, state):
-        self.prod, self._free, self.issued, self.syncs, self.log, more = state
-        self._began = self.issued
+        self.prod, self._free, self.issued, self._began, self.syncs, self.log, more = state
         for name, value in more.items():
             setattr(self, name, value)
 
@@ -351,8 +350,12 @@ cdef class CommandQueue:
         if self.log is not None:
             for i in range(b.count):
                 word = batch_word(b, i)
-                record = layout.command_record(word & 0xFF)
-                self.log.append((record.name, layout.unpack(record, word)))
+                try:
+                    record = layout.command_record(word & 0xFF)
+                except ValueError:
+                    self.log.append((f"{word & 0xFF:#x}", {}))  # no such command
+                else:
+                    self.log.append((record.name, layout.unpack(record, word)))
         return 0
 
     # --- with the lock held ---
@@ -366,7 +369,7 @@ cdef class CommandQueue:
             if not self._free:
                 self._ring()
             if not self._free:  # it does not get past a command
-                self._finish()
+                self._close()
             slot = self.prod & self._mask >> 1
             n = min(b.count - done, <Py_ssize_t>self._free, <Py_ssize_t>(self._size - slot))
             store(self.memory, self.base + slot * sizeof(Command), &b.commands[done],
@@ -379,13 +382,20 @@ cdef class CommandQueue:
 
     cdef int _finish(self) except -1:
         """See that all is consumed: the end of a batch."""
-        refused = self._refused
         try:
             self._ring()
+        except BaseException:
+            self._refused.clear()  # what was raised is what is told
+            raise
         finally:
             self._began = self.issued
-            self._refused = []
+        return self._close()
+
+    cdef int _close(self) except -1:
+        """Raise what was refused."""
+        refused = self._refused
         if refused:
+            self._refused = []
             raise CommandError.of(refused)
         return 0
 
@@ -802,7 +812,8 @@ cdef int bits_of(uint64_t value) noexcept:
 
 cdef bint names_tag(const Span* s, bint ranges) noexcept:
     """Whether a range is so large that the whole tag goes instead (F60)."""
-    cdef uint64_t most = <uint64_t>1 << (2 * s.granule_lg2 - 3)
+    cdef int step_lg2 = s.page_lg2 if s.leaf else s.granule_lg2
+    cdef uint64_t most = <uint64_t>1 << step_lg2 + s.granule_lg2 - 3  # of as many as a table has
     cdef uint64_t size_1 = s.last - s.first  # the size less 1: it may be 2^64
     return size_1 >= (<uint64_t>1 << 52) - 1 or not ranges and size_1 >= most - 1
 
@@ -878,6 +889,8 @@ cdef int invalidation(Batch* b, int kind, uint32_t number, uint32_t ssid, const 
         fill_in(&c, &ATC_SIZE, size)
         return batch_add(b, &c)
     if kind == KIND_S2_VMID_S1_CLEAR:
+        if names_tag(s, ranges):  # TLBI_S12_VMALL has done it
+            return 0
         c = TLBI_NH_ALL
         fill_in(&c, &VMID, number)
         return batch_add(b, &c)
@@ -914,9 +927,9 @@ def invalidate(parts, first, last, granule_lg2, page_lg2, leaf):
         try:
             for _, kind, number, ssid in keys:
                 invalidation(&b, kind, number, ssid, &s, queue._ranges, e2h)
-            if type(queue) is CommandQueue:
+            if b.count and type(queue) is CommandQueue:
                 queue.tell(&b)
-            else:
+            elif b.count:
                 queue.run([batch_word(&b, i) for i in range(b.count)])
         finally:
             batch_close(&b)

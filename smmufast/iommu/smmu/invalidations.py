@@ -213,15 +213,19 @@ class Invalidations:
         _ring.invalidate(self._parts(), first, last, granule_lg2, page_lg2, leaf)
 
     def _parts(self) -> list[_Part]:
-        """What is told to each queue until its CMD_SYNC, in this order: TLBs before ATCs."""
+        """What is told to each queue until its CMD_SYNC, in this order.
+
+        What was cached through stage 2 is dropped when stage 2 itself is dropped, not before: it
+        could be filled again from what is stale.  ATCs come last, since they ask the TLBs.
+        """
         version = self._version
         known, parts = self._order
         if known != version:
             rows = [key for key, users in self._rows() if users]
             parts = []
-            for ats in (False, True):
+            for kinds in ((S1_ASID, S2_VMID), (S2_VMID_S1_CLEAR,), (ATS, ATS_FULL)):
                 for order in dict.fromkeys(key[0] for key in rows):
-                    keys = [key for key in rows if key[0] == order and (key[1] >= ATS) == ats]
+                    keys = [key for key in rows if key[0] == order and key[1] in kinds]
                     if keys:
                         parts.append((self._queues[order], keys))
             self._order = version, parts
