@@ -84,7 +84,8 @@ cdef inline void fill_in(Command* c, const Place* p, uint64_t value) noexcept:
     c.words[p.dword] |= value << p.shift & p.mask
 
 
-cdef object MASK = (1 << 64) - 1
+cdef uint64_t ALL = 0xFFFFFFFFFFFFFFFF
+cdef object MASK = ALL
 cdef Command SYNC = command_of(layout.pack("SYNC"))
 cdef Command CFGI_STE = command_of(layout.pack("CFGI_STE", Leaf=1))
 cdef Command CFGI_CD = command_of(layout.pack("CFGI_CD", Leaf=1))
@@ -159,6 +160,181 @@ cdef int batch_add(Batch* b, const Command* c) except -1:
 cdef object batch_word(const Batch* b, Py_ssize_t i):
     """A command as one number."""
     return <object>le64(b.commands[i].words[0]) | <object>le64(b.commands[i].words[1]) << 64
+
+
+# --- what invalidates a range ---
+
+#: Kinds of what may have cached a domain, in the order in which it is told (F58)
+S1_ASID, S2_VMID, S2_VMID_S1_CLEAR, ATS, ATS_FULL = range(5)
+
+cdef enum:
+    KIND_S1_ASID
+    KIND_S2_VMID
+    KIND_S2_VMID_S1_CLEAR
+    KIND_ATS
+    KIND_ATS_FULL
+
+    ATC_ALL = 52    # Size of a CMD_ATC_INV of everything
+    SCALE_MOST = 31
+    NUM_MOST = 32
+
+
+# TLBI commands of a stage: of one address, and of a whole tag.
+cdef struct Tlbi:
+    Command some
+    Command whole
+    Place tag
+    Place address
+
+
+cdef Tlbi tlbi_of(some, whole, tag, address):
+    cdef Tlbi t
+    t.some = command_of(layout.pack(some))
+    t.whole = command_of(layout.pack(whole))
+    t.tag = place_of(some, tag)
+    t.address = place_of(some, address)
+    return t
+
+
+cdef Tlbi TLBI_NH = tlbi_of("TLBI_NH_VA", "TLBI_NH_ASID", "ASID", "Address")
+cdef Tlbi TLBI_EL2 = tlbi_of("TLBI_EL2_VA", "TLBI_EL2_ASID", "ASID", "Address")
+cdef Tlbi TLBI_S2 = tlbi_of("TLBI_S2_IPA", "TLBI_S12_VMALL", "VMID", "IPA")
+
+
+# Addresses of which something was removed, `last` included.
+cdef struct Span:
+    uint64_t first
+    uint64_t last
+    int granule_lg2   # of the page table
+    int page_lg2      # of the entries that were removed
+    bint leaf         # no table was
+
+
+cdef Span span_of(first, last, granule_lg2, page_lg2, leaf):
+    cdef Span s
+    if granule_lg2 not in (12, 14, 16):
+        raise InvalidArgument("granule_lg2", granule_lg2, "12, 14 or 16")
+    if not granule_lg2 <= page_lg2 < 52:
+        raise InvalidArgument("page_lg2", page_lg2, f"{granule_lg2} to 51")
+    if not 0 <= first <= last <= MASK:
+        raise InvalidArgument("last", last, f"{first:#x} to 2^64 - 1")
+    s.first, s.last, s.granule_lg2, s.page_lg2, s.leaf = first, last, granule_lg2, page_lg2, leaf
+    return s
+
+
+cpdef int check_cached(kind, number, ssid) except -1:
+    """Refuse what has cached nothing: a wrong kind, or a number with too many bits."""
+    cdef Place p = STREAM_ID if kind >= KIND_ATS else ASID
+    if kind not in (S1_ASID, S2_VMID, S2_VMID_S1_CLEAR, ATS, ATS_FULL):
+        raise InvalidArgument("kind", kind, "S1_ASID to ATS_FULL")
+    if not 0 <= number <= p.mask >> p.shift:
+        raise InvalidArgument("number", number, f"0 to {p.mask >> p.shift:#x}")
+    if not 0 <= ssid <= SUBSTREAM_ID.mask >> SUBSTREAM_ID.shift:
+        raise InvalidArgument("ssid", ssid, "0 to 0xfffff")
+    return 0
+
+
+cdef int bits_of(uint64_t value) noexcept:
+    """How many bits a number has."""
+    cdef int n = 0
+    while value:
+        value >>= 1
+        n += 1
+    return n
+
+
+cdef bint names_tag(const Span* s, bint ranges) noexcept:
+    """Whether a range is so large that the whole tag goes instead (F60)."""
+    cdef int step_lg2 = s.page_lg2 if s.leaf else s.granule_lg2
+    cdef uint64_t most = <uint64_t>1 << step_lg2 + s.granule_lg2 - 3  # of as many as a table has
+    cdef uint64_t size_1 = s.last - s.first  # the size less 1: it may be 2^64
+    return size_1 >= (<uint64_t>1 << 52) - 1 or not ranges and size_1 >= most - 1
+
+
+cdef int tlbi_range(Batch* b, const Tlbi* t, Command tagged, const Span* s,
+                    bint ranges) except -1:
+    """The commands that drop a range, by addresses one after another or by ranges (4.4.1)."""
+    cdef Command c
+    cdef uint64_t address, step, pages, number
+    cdef int scale
+    fill_in(&tagged, &LEAF, s.leaf)
+    if not ranges:
+        step = <uint64_t>1 << (s.page_lg2 if s.leaf else s.granule_lg2)
+        address = s.first & -step
+        while True:
+            c = tagged
+            address_in(&c, t, address)
+            batch_add(b, &c)
+            if s.last - address < step:
+                return 0
+            address += step
+    address = s.first >> s.granule_lg2 << s.granule_lg2
+    pages = (s.last - address >> s.granule_lg2) + 1
+    if not s.leaf and pages & 31 == 1:
+        pages += 1
+    fill_in(&tagged, &TG, (s.granule_lg2 - 10) // 2)
+    if s.leaf:
+        fill_in(&tagged, &TTL, 4 - (s.page_lg2 - 3) // (s.granule_lg2 - 3))
+    while pages:
+        scale = min(bits_of(pages & -pages) - 1, SCALE_MOST)
+        number = pages >> scale
+        number = number & NUM_MOST - 1 if scale < SCALE_MOST else min(number, NUM_MOST)
+        c = tagged
+        address_in(&c, t, address)
+        fill_in(&c, &SCALE, scale)
+        fill_in(&c, &NUM, number - 1)
+        batch_add(b, &c)
+        address += number << scale + s.granule_lg2
+        pages -= number << scale
+    return 0
+
+
+cdef int address_in(Command* c, const Tlbi* t, uint64_t address) except -1:
+    if address & ~t.address.mask:
+        raise InvalidArgument("address", address, f"0 to {t.address.mask:#x}")
+    fill_in(c, &t.address, address)
+    return 0
+
+
+cdef int atc_size(uint64_t first, uint64_t last) noexcept:
+    """log2, in pages of 4 KiB, of the one power-of-two span that covers a range (F59)."""
+    return min(bits_of(first >> 12 ^ last >> 12), ATC_ALL)
+
+
+cdef uint64_t atc_base(uint64_t first, int size) noexcept:
+    return 0 if size == ATC_ALL else first >> 12 + size << 12 + size
+
+
+cdef int invalidation(Batch* b, int kind, uint32_t number, uint32_t ssid, const Span* s,
+                      bint ranges, bint e2h) except -1:
+    """The commands that one entry needs."""
+    cdef Command c = ATC_INV
+    cdef const Tlbi* t
+    cdef int size = ATC_ALL
+    if kind == KIND_ATS or kind == KIND_ATS_FULL:
+        if kind == KIND_ATS:
+            size = atc_size(s.first, s.last)
+            if ssid:
+                c = ATC_INV_PASID
+                fill_in(&c, &SUBSTREAM_ID, ssid)
+            fill_in(&c, &ATC_ADDRESS, atc_base(s.first, size))
+        fill_in(&c, &STREAM_ID, number)
+        fill_in(&c, &ATC_SIZE, size)
+        return batch_add(b, &c)
+    if kind == KIND_S2_VMID_S1_CLEAR:
+        if names_tag(s, ranges):  # TLBI_S12_VMALL has done it
+            return 0
+        c = TLBI_NH_ALL
+        fill_in(&c, &VMID, number)
+        return batch_add(b, &c)
+    t = &TLBI_S2 if kind == KIND_S2_VMID else &TLBI_EL2 if e2h else &TLBI_NH
+    if names_tag(s, ranges):
+        c = t.whole
+        fill_in(&c, &t.tag, number)
+        return batch_add(b, &c)
+    c = t.some
+    fill_in(&c, &t.tag, number)
+    return tlbi_range(b, t, c, s, ranges)
 
 
 # --- the command queue ---
@@ -326,6 +502,23 @@ cdef class CommandQueue:
             self.tell(&b)
         finally:
             batch_close(&b)
+
+    def drop(self, kind, number, ssid=0):
+        """Drop all that may be cached of something, then CMD_SYNC; as `run`.
+
+        Parameters
+        ----------
+        kind, number, ssid : int
+            As `Invalidations.insert` has them: a tag of TLBs, or the ATC of a stream.
+        """
+        cdef Batch b
+        cdef Span s
+        check_cached(kind, number, ssid)
+        s.first, s.last, s.granule_lg2, s.page_lg2, s.leaf = 0, ALL, 12, 12, False
+        batch_open(&b)
+        invalidation(&b, kind, number, ssid, &s, self._ranges, self._smmu.cr2 & E2H != 0)
+        if b.count:
+            self.tell(&b)
 
     cdef int _take(self, Batch* b, word) except -1:
         cdef Command c = command_of(word)
@@ -741,167 +934,7 @@ cdef int place(name, field, Command* c, const Place* p, value) except -1:
     return 0
 
 
-# --- what invalidates a range ---
-
-#: Kinds of what may have cached a domain, in the order in which it is told (F58)
-S1_ASID, S2_VMID, S2_VMID_S1_CLEAR, ATS, ATS_FULL = range(5)
-
-cdef enum:
-    KIND_S1_ASID
-    KIND_S2_VMID
-    KIND_S2_VMID_S1_CLEAR
-    KIND_ATS
-    KIND_ATS_FULL
-
-    ATC_ALL = 52    # Size of a CMD_ATC_INV of everything
-    SCALE_MOST = 31
-    NUM_MOST = 32
-
-
-# TLBI commands of a stage: of one address, and of a whole tag.
-cdef struct Tlbi:
-    Command some
-    Command whole
-    Place tag
-    Place address
-
-
-cdef Tlbi tlbi_of(some, whole, tag, address):
-    cdef Tlbi t
-    t.some = command_of(layout.pack(some))
-    t.whole = command_of(layout.pack(whole))
-    t.tag = place_of(some, tag)
-    t.address = place_of(some, address)
-    return t
-
-
-cdef Tlbi TLBI_NH = tlbi_of("TLBI_NH_VA", "TLBI_NH_ASID", "ASID", "Address")
-cdef Tlbi TLBI_EL2 = tlbi_of("TLBI_EL2_VA", "TLBI_EL2_ASID", "ASID", "Address")
-cdef Tlbi TLBI_S2 = tlbi_of("TLBI_S2_IPA", "TLBI_S12_VMALL", "VMID", "IPA")
-
-
-# Addresses of which something was removed, `last` included.
-cdef struct Span:
-    uint64_t first
-    uint64_t last
-    int granule_lg2   # of the page table
-    int page_lg2      # of the entries that were removed
-    bint leaf         # no table was
-
-
-cdef Span span_of(first, last, granule_lg2, page_lg2, leaf):
-    cdef Span s
-    if granule_lg2 not in (12, 14, 16):
-        raise InvalidArgument("granule_lg2", granule_lg2, "12, 14 or 16")
-    if not granule_lg2 <= page_lg2 < 52:
-        raise InvalidArgument("page_lg2", page_lg2, f"{granule_lg2} to 51")
-    if not 0 <= first <= last <= MASK:
-        raise InvalidArgument("last", last, f"{first:#x} to 2^64 - 1")
-    s.first, s.last, s.granule_lg2, s.page_lg2, s.leaf = first, last, granule_lg2, page_lg2, leaf
-    return s
-
-
-cdef int bits_of(uint64_t value) noexcept:
-    """How many bits a number has."""
-    cdef int n = 0
-    while value:
-        value >>= 1
-        n += 1
-    return n
-
-
-cdef bint names_tag(const Span* s, bint ranges) noexcept:
-    """Whether a range is so large that the whole tag goes instead (F60)."""
-    cdef int step_lg2 = s.page_lg2 if s.leaf else s.granule_lg2
-    cdef uint64_t most = <uint64_t>1 << step_lg2 + s.granule_lg2 - 3  # of as many as a table has
-    cdef uint64_t size_1 = s.last - s.first  # the size less 1: it may be 2^64
-    return size_1 >= (<uint64_t>1 << 52) - 1 or not ranges and size_1 >= most - 1
-
-
-cdef int tlbi_range(Batch* b, const Tlbi* t, Command tagged, const Span* s,
-                    bint ranges) except -1:
-    """The commands that drop a range, by addresses one after another or by ranges (4.4.1)."""
-    cdef Command c
-    cdef uint64_t address, step, pages, number
-    cdef int scale
-    fill_in(&tagged, &LEAF, s.leaf)
-    if not ranges:
-        step = <uint64_t>1 << (s.page_lg2 if s.leaf else s.granule_lg2)
-        address = s.first & -step
-        while True:
-            c = tagged
-            address_in(&c, t, address)
-            batch_add(b, &c)
-            if s.last - address < step:
-                return 0
-            address += step
-    address = s.first >> s.granule_lg2 << s.granule_lg2
-    pages = (s.last - address >> s.granule_lg2) + 1
-    if not s.leaf and pages & 31 == 1:
-        pages += 1
-    fill_in(&tagged, &TG, (s.granule_lg2 - 10) // 2)
-    if s.leaf:
-        fill_in(&tagged, &TTL, 4 - (s.page_lg2 - 3) // (s.granule_lg2 - 3))
-    while pages:
-        scale = min(bits_of(pages & -pages) - 1, SCALE_MOST)
-        number = pages >> scale
-        number = number & NUM_MOST - 1 if scale < SCALE_MOST else min(number, NUM_MOST)
-        c = tagged
-        address_in(&c, t, address)
-        fill_in(&c, &SCALE, scale)
-        fill_in(&c, &NUM, number - 1)
-        batch_add(b, &c)
-        address += number << scale + s.granule_lg2
-        pages -= number << scale
-    return 0
-
-
-cdef int address_in(Command* c, const Tlbi* t, uint64_t address) except -1:
-    if address & ~t.address.mask:
-        raise InvalidArgument("address", address, f"0 to {t.address.mask:#x}")
-    fill_in(c, &t.address, address)
-    return 0
-
-
-cdef int atc_size(uint64_t first, uint64_t last) noexcept:
-    """log2, in pages of 4 KiB, of the one power-of-two span that covers a range (F59)."""
-    return min(bits_of(first >> 12 ^ last >> 12), ATC_ALL)
-
-
-cdef uint64_t atc_base(uint64_t first, int size) noexcept:
-    return 0 if size == ATC_ALL else first >> 12 + size << 12 + size
-
-
-cdef int invalidation(Batch* b, int kind, uint32_t number, uint32_t ssid, const Span* s,
-                      bint ranges, bint e2h) except -1:
-    """The commands that one entry needs."""
-    cdef Command c = ATC_INV
-    cdef const Tlbi* t
-    cdef int size = ATC_ALL
-    if kind == KIND_ATS or kind == KIND_ATS_FULL:
-        if kind == KIND_ATS:
-            size = atc_size(s.first, s.last)
-            if ssid:
-                c = ATC_INV_PASID
-                fill_in(&c, &SUBSTREAM_ID, ssid)
-            fill_in(&c, &ATC_ADDRESS, atc_base(s.first, size))
-        fill_in(&c, &STREAM_ID, number)
-        fill_in(&c, &ATC_SIZE, size)
-        return batch_add(b, &c)
-    if kind == KIND_S2_VMID_S1_CLEAR:
-        if names_tag(s, ranges):  # TLBI_S12_VMALL has done it
-            return 0
-        c = TLBI_NH_ALL
-        fill_in(&c, &VMID, number)
-        return batch_add(b, &c)
-    t = &TLBI_S2 if kind == KIND_S2_VMID else &TLBI_EL2 if e2h else &TLBI_NH
-    if names_tag(s, ranges):
-        c = t.whole
-        fill_in(&c, &t.tag, number)
-        return batch_add(b, &c)
-    c = t.some
-    fill_in(&c, &t.tag, number)
-    return tlbi_range(b, t, c, s, ranges)
+# --- what a range needs, in Python ---
 
 
 def invalidate(parts, first, last, granule_lg2, page_lg2, leaf):

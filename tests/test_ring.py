@@ -407,6 +407,25 @@ def test_a_wrong_entry_or_range_is_refused():
     assert queue.issued == issued
 
 
+def test_a_tag_is_dropped_by_one_command():
+    queue = queue_of()
+    for entry, word in (
+        ((0, 7), layout.pack("TLBI_NH_ASID", ASID=7)),
+        ((1, 8), layout.pack("TLBI_S12_VMALL", VMID=8)),
+        ((3, 9), layout.pack("ATC_INV", StreamID=9, Size=52)),
+        ((3, 9, 5), layout.pack("ATC_INV", StreamID=9, SSV=1, SubstreamID=5, Size=52)),
+    ):  # fmt: skip
+        queue.log = []
+        queue.drop(*entry)
+        assert [layout.pack(*one[:1], **one[1]) for one in queue.log] == [word, ringtwin.SYNC]
+    issued = queue.issued
+    queue.drop(2, 8)  # its TLBI_S12_VMALL does it
+    for entry in ((0, 1 << 16), (4, -1), (5, 1), (-1, 1), (3, 1, 1 << 20), (3, 1, -1)):
+        with pytest.raises(InvalidArgument):
+            queue.drop(*entry)
+    assert queue.issued == issued
+
+
 def test_stage_2_is_dropped_before_what_was_cached_through_it():
     queue = queue_of()
     made = Invalidations([(queue, kind, 1, 0) for kind in range(5)])

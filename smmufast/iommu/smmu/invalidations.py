@@ -30,10 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 _ALL: Final = (1 << 64) - 1
-_U32: Final = (1 << 32) - 1
-_TAG: Final = (1 << 16) - 1
-#: the largest number of each kind: an ASID, a VMID, a StreamID
-_LAST: Final = {S1_ASID: _TAG, S2_VMID: _TAG, S2_VMID_S1_CLEAR: _TAG, ATS: _U32, ATS_FULL: _U32}
 
 
 class Entry(NamedTuple):
@@ -102,10 +98,7 @@ class Invalidations:
         InvalidArgument
             No such kind, or a number that has too many bits.
         """
-        if not 0 <= number <= _LAST.get(kind, -1):
-            raise InvalidArgument("number", number, f"0 to {_LAST.get(kind, -1):#x} of kind {kind}")
-        if not 0 <= ssid < 1 << 20:
-            raise InvalidArgument("ssid", ssid, "0 to 0xfffff")
+        _ring.check_cached(kind, number, ssid)
         key = self._key(queue, kind, number, ssid)
         users = self._users.get(key, 0) + 1
         self._users[key] = users

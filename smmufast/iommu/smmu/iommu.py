@@ -313,18 +313,12 @@ class Iommu:
 
     def flush_tag(self, domain: PagingDomain | SvaDomain) -> None:
         """Drop all TLB entries under a domain's ASID or VMID."""
-        queue = self.queue
         for kind, number in domain.tags:
-            if kind == S1_ASID:
-                self.flush_asid(number)
-            else:
-                queue.issue("TLBI_S12_VMALL", VMID=number)
-                queue.sync()
+            self.queue.drop(kind, number)
 
     def flush_asid(self, asid: int) -> None:
         """Drop all TLB entries under an ASID."""
-        name = "TLBI_EL2_ASID" if self.e2h else "TLBI_NH_ASID"
-        self.queue.run([layout.pack(name, ASID=asid)])
+        self.queue.drop(S1_ASID, asid)
 
     # --- domains ---
 
