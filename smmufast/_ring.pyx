@@ -89,6 +89,7 @@ cdef object MASK = ALL
 cdef Command SYNC = command_of(layout.pack("SYNC"))
 cdef Command CFGI_STE = command_of(layout.pack("CFGI_STE", Leaf=1))
 cdef Command CFGI_CD = command_of(layout.pack("CFGI_CD", Leaf=1))
+cdef Command PREFETCH_CONFIG = command_of(layout.pack("PREFETCH_CONFIG"))
 cdef Command ATC_INV = command_of(layout.pack("ATC_INV"))
 cdef Command ATC_INV_PASID = command_of(layout.pack("ATC_INV", SSV=1))
 cdef Command TLBI_NH_ALL = command_of(layout.pack("TLBI_NH_ALL"))
@@ -471,10 +472,7 @@ cdef class CommandQueue:
         try:
             for word in words:
                 self._take(&b, word)
-            with self.lock:
-                self._put(&b)
-                self._note(&b)
-                self._finish()
+            self.push(&b)
         finally:
             batch_close(&b)
 
@@ -528,13 +526,18 @@ cdef class CommandQueue:
         """As `run`; the batch is left as it was."""
         batch_add(b, &SYNC)
         try:
-            with self.lock:
-                self._put(b)
-                self._note(b)
-                self.syncs += 1
-                self._finish()
+            self.push(b, 1)
         finally:
             b.count -= 1
+        return 0
+
+    cdef int push(self, const Batch* b, int syncs=0) except -1:
+        """As `submit`; so many of the commands are CMD_SYNC."""
+        with self.lock:
+            self._put(b)
+            self._note(b)
+            self.syncs += syncs
+            self._finish()
         return 0
 
     cdef int _note(self, const Batch* b) except -1:
@@ -814,13 +817,26 @@ cdef class EntryWriter:
         return entry_dwords(&e)
 
     def write_ste(self, address, words, sid):
-        """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step."""
+        """Make the STE at `address`, of stream `sid`, eight dwords; CFGI_STE at each step.
+
+        PREFETCH_CONFIG follows, without CMD_SYNC.
+        """
         cdef Batch commands
         cdef Command c = CFGI_STE
         batch_open(&commands)
         place("CFGI_STE", "StreamID", &c, &STREAM_ID, sid)
         batch_add(&commands, &c)
-        return self._write(address, words, True, &commands)
+        update = self._write(address, words, True, &commands)
+        # Linux: it is likely to be used soon
+        c = PREFETCH_CONFIG
+        fill_in(&c, &STREAM_ID, sid)
+        commands.count = 0
+        batch_add(&commands, &c)
+        if self._overridden:
+            self.queue.submit([batch_word(&commands, 0)])
+        else:
+            self.queue.push(&commands)
+        return update
 
     def write_cd(self, address, words, sids, ssid):
         """Make the CD at `address` eight dwords; CFGI_CD of each stream at each step."""

@@ -57,6 +57,13 @@ class Queue:
         self.syncs += 1
         self.finish()
 
+    def submit(self, words):
+        """Put commands, and wait."""
+        for word in words:
+            self.put(word)
+            self.note(word)
+        self.finish()
+
     def finish(self):
         """The end of a batch."""
         try:
@@ -154,7 +161,9 @@ class Writer:
         """As EntryWriter.write_ste."""
         commands = [layout.pack("CFGI_STE", StreamID=sid, Leaf=1)]
         safe = ste_safe if self.safe_bits else lambda old, new: 0
-        return self.write(address, words, ste_used, safe, commands)
+        update = self.write(address, words, ste_used, safe, commands)
+        self.queue.submit([layout.pack("PREFETCH_CONFIG", StreamID=sid)])
+        return update
 
     def write_cd(self, address, words, sids, ssid):
         """As EntryWriter.write_cd."""

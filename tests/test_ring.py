@@ -351,9 +351,11 @@ def test_memory_of_callbacks_sees_each_store():
     smmu.write("CR0", 8)
     EntryWriter(queue, memory).write_ste(0x2000, [1] + [0] * 7, 5)
     assert stores[0] == (0x2000, (1).to_bytes(8, "little"))
-    command = layout.pack("CFGI_STE", StreamID=5, Leaf=1)
-    both = command.to_bytes(16, "little") + layout.pack("SYNC").to_bytes(16, "little")
-    assert stores[1:] == [(0x1000, both)]
+    commands = [layout.pack("CFGI_STE", StreamID=5, Leaf=1), layout.pack("SYNC")]
+    assert stores[1:] == [
+        (0x1000, b"".join(command.to_bytes(16, "little") for command in commands)),
+        (0x1020, layout.pack("PREFETCH_CONFIG", StreamID=5).to_bytes(16, "little")),
+    ]
 
 
 # --- ranges ---

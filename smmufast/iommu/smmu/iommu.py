@@ -312,8 +312,12 @@ class Iommu:
             self.queue.issue("ATC_INV", StreamID=sid, Size=52)
 
     def flush_tag(self, domain: PagingDomain | SvaDomain) -> None:
-        """Drop all TLB entries under a domain's ASID or VMID."""
-        for kind, number in domain.tags:
+        """Drop all TLB entries under a domain's ASID or VMID, once nobody uses it.
+
+        While others do, what a device leaves behind is theirs too: the same tables gave it, and
+        what is unmapped is invalidated.
+        """
+        for kind, number in domain.tags if not domain.users else ():
             self.queue.drop(kind, number)
 
     def flush_asid(self, asid: int) -> None:
