@@ -11,6 +11,7 @@ they are used at the same time.
 from smmufast.iommu.pasid.backends import PasidBackend
 from smmufast.iommu.pasid.notices import Notifier, NotifierOrder, PasidChange, PasidNotice
 from smmufast.iommu.pasid.policy import (
+    EVERY_SMMU,
     LAST,
     PER_DEVICE,
     SIZE,
@@ -23,6 +24,7 @@ from smmufast.iommu.pasid.space import NO_SPID, PasidSpace, PasidState
 from smmufast.iommu.pasid.virtual_command import VirtualCommand
 
 __all__ = [
+    "EVERY_SMMU",
     "LAST",
     "NO_SPID",
     "PER_DEVICE",

@@ -127,16 +127,7 @@ class PasidBackends(PasidNotifiers):
     def _take(self, first: int, most: int | None, owner: Owner | None) -> int:
         last = self.limit - 1
         if self._backends:
-            backend = self._backends[0][0]
-            given = backend.alloc(first, last if most is None else most)
-            if given is None:
-                raise NoSpace("pasid", None, text=f"pasid: {backend!r} has none")
-            try:
-                return self._ids.alloc(given, given, owner)
-            except PasidError:
-                backend.free(given)
-            text = f"pasid: {backend!r} gave {given}, which is in use or cannot be one"
-            raise NoSpace("pasid", given, text=text)
+            return self._take_given(first, last if most is None else most, owner)
         last = last if most is None else min(most, last)
         if first <= last:
             try:
@@ -144,6 +135,25 @@ class PasidBackends(PasidNotifiers):
             except PasidExhausted:
                 pass
         raise self._none_free(1, first, last)
+
+    def _take_given(self, first: int, most: int, owner: Owner | None) -> int:
+        """Take what the backend gives."""
+        backend = self._backends[0][0]
+        picked: list[int] = []  # given back in the end, lest they are given again
+        try:
+            while (given := backend.alloc(first, most)) is not None:
+                with suppress(PasidError):
+                    return self._ids.alloc(given, given, owner)
+                if given in picked or given in self._ids or not self.picked(given):
+                    backend.free(given)
+                    text = f"pasid: {backend!r} gave {given}, which is in use or cannot be one"
+                    raise NoSpace("pasid", given, text=text)
+                picked.append(given)
+            text = f"pasid: {backend!r} has none in {first:#x} to {most:#x}"
+            raise NoSpace("pasid", None, text=text)
+        finally:
+            for given in picked:
+                backend.free(given)
 
     def _take_many(
         self, count: int, first: int, most: int | None, owner: Owner | None
@@ -185,6 +195,7 @@ class PasidBackends(PasidNotifiers):
             self._ids.free(*freed)
         else:
             self._ids.free_many(np.fromiter(freed, np.uint32, len(freed)))
+        self._withhold(freed)
         if self._references:
             for pasid in freed:
                 self._references.pop(pasid, None)

@@ -15,7 +15,8 @@ from smmufast.iommu.pasid.notices import (
     Told,
     tell,
 )
-from smmufast.iommu.pasid.sets import ALLOCATED, Owner, PasidSet, PasidSets, SetKind
+from smmufast.iommu.pasid.picked import PasidPicked
+from smmufast.iommu.pasid.sets import ALLOCATED, Owner, PasidSet, SetKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from smmufast.iommu.pasid.policy import PasidPolicy
 
 
-class PasidNotifiers(PasidSets):
+class PasidNotifiers(PasidPicked):
     """The notifiers of a space."""
 
     def __init__(self, policy: PasidPolicy, smmu_limits: Sequence[int]) -> None:

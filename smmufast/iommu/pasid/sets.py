@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from operator import index
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
-from smmufast._pasid import PasidAllocator, PasidError
+from smmufast._pasid import PasidError
 from smmufast.errors import AccessDenied, Busy, InvalidArgument, NoEntry, NoSpace
 from smmufast.iommu.pasid.notices import Chain, tell
 from smmufast.iommu.pasid.policy import SIZE, PasidLimits, PasidPolicy
@@ -164,7 +164,6 @@ class PasidSets(PasidLimits):
 
     def __init__(self, policy: PasidPolicy, smmu_limits: Sequence[int]) -> None:
         super().__init__(policy, smmu_limits)
-        self._ids = PasidAllocator(SIZE)
         self._sets: dict[PasidSet, None] = {}
         self._mm_sets: dict[object, PasidSet] = {}
         self._in_sets = 0

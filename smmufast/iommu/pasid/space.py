@@ -45,7 +45,7 @@ class PasidSpace(PasidBackends):
     Parameters
     ----------
     policy : PasidPolicy
-        PER_DEVICE, SYSTEM_WIDE or SYSTEM_WIDE_STRICT.
+        PER_DEVICE, SYSTEM_WIDE, SYSTEM_WIDE_STRICT, EVERY_SMMU, or one of yours.
     smmu_limits : sequence of int
         ``2**ssid_bits`` of each SMMU.
 
@@ -68,11 +68,15 @@ class PasidSpace(PasidBackends):
     one moment.  Notifiers are called without the lock, when the change is made: they may use the
     space, and other threads may too before they are told.
 
-    An ID of the default set without data takes nothing but two of the bits that are there from
-    the start, 258 KiB in all.  Others take more, up to (in CPython 3.11): 130 bytes for data, 140
-    for a set, 120 for an SPID, 80 for references.
+    A PASID that somebody chose (`pick`) is not handed out; it is not allocated for that, and not
+    counted as such.
 
-    Copies (`copy.deepcopy`, `pickle`) have the IDs, sets, data, references and SPIDs, and no
+    An ID of the default set without data takes nothing but two of the bits that are there from
+    the start, 258 KiB in all.  So does one that was picked once.  Others take more, up to (in
+    CPython 3.11): 130 bytes for data, 140 for a set, 120 for an SPID, 80 for references or for
+    several picks.
+
+    Copies (`copy.deepcopy`, `pickle`) have the IDs, picks, sets, data, references and SPIDs, and no
     notifiers; no other thread may change the space meanwhile.  A space with a backend cannot be
     copied: its IDs are the backend's.
 
@@ -242,7 +246,7 @@ class PasidSpace(PasidBackends):
         if pasids.ndim != 1:
             raise InvalidArgument("pasids", pasids.shape, "one dimension")
         with self._lock:
-            plain = pasid_set is None and not (self._in_sets or self._backends)
+            plain = pasid_set is None and not (self._in_sets or self._backends or self._picks)
             if plain and self._references:
                 plain = self._references.keys().isdisjoint(pasids.tolist())
             if plain:
