@@ -423,6 +423,14 @@ class IdTwin:
                 return number
         raise Busy("id")
 
+    def narrow(self, bits):
+        if any(number >= 2**bits for number in self.taken):
+            raise Busy("id")
+        self.last = min(self.last, 2**bits - 1)
+
+    def widen(self, bits):
+        self.last = max(self.last, 2**bits - 1)
+
     def claim(self, number, data=None):
         if not 1 <= number <= self.last:
             raise InvalidArgument("id")
@@ -447,6 +455,7 @@ class IovaTwin:
     def __init__(self, first, last, granule, align_limit=None):
         self.granule = granule
         self.free_granules = set(range(first // granule, (last + 1) // granule))
+        self.reserved_granules = set()
         self.last = last
         self.align_limit = align_limit
         self.taken = {}
@@ -486,6 +495,17 @@ class IovaTwin:
 
     def reserve(self, first, last):
         granules = set(range(first // self.granule, last // self.granule + 1))
-        if last < first or not granules <= self.free_granules:
+        if last < first or not granules <= self.free_granules | self.reserved_granules:
             raise InvalidArgument("first")
         self.free_granules -= granules
+        self.reserved_granules |= granules
+
+    @property
+    def reserved(self):
+        found = []
+        for granule in sorted(self.reserved_granules):
+            first = granule * self.granule
+            if found and found[-1][1] == first - 1:
+                first = found.pop()[0]
+            found.append((first, (granule + 1) * self.granule - 1))
+        return found

@@ -1964,7 +1964,8 @@ def test_f46_a_random_program_does_what_the_twin_does():
             data = rng.choice([None, "x", "y"])
             name, *arguments = rng.choice(
                 [("alloc", data), ("alloc", data), ("claim", number, data), ("free", number),
-                 ("free", number), ("find", number)]
+                 ("free", number), ("find", number),
+                 rng.choice([("narrow", rng.randrange(1, bits + 1)), ("widen", bits)])]
             )  # fmt: skip
             outcomes = []
             for each in (space, twin):
