@@ -10,7 +10,7 @@ from __future__ import annotations
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
-from smmufast._pasid import PasidAllocated, PasidError, PasidReserved
+from smmufast._pasid import PasidError, PasidReserved
 from smmufast.errors import InvalidArgument, NoEntry
 from smmufast.iommu.pasid.policy import LAST
 from smmufast.iommu.pasid.sets import PasidSets
@@ -33,8 +33,8 @@ class PasidPicked(PasidSets):
     def pick(self, pasid: SupportsIndex) -> None:
         """Count one use more of a PASID that its user chose: `alloc` does not return it.
 
-        It may be allocated: to the same user, who asked for it before, or to somebody else, which
-        is for the caller to find out.
+        It may be allocated: to the same user, who asked for it before, as a process does, or to
+        somebody else, which is for the caller to find out.  It stays withheld when it is freed.
 
         Raises
         ------
@@ -45,15 +45,13 @@ class PasidPicked(PasidSets):
         if not 0 < pasid <= LAST:
             raise InvalidArgument("pasid", pasid, f"1 to {LAST:#x}")
         with self._lock:
-            if pasid in self._picks:
-                self._picks[pasid] += 1
+            if pasid in self._picks or pasid in self._ids:
+                self._picks[pasid] = self._picks.get(pasid, 0) + 1
                 return
             try:
                 self._ids.reserve(pasid, pasid)
             except PasidReserved:
                 self._picks[pasid] = 2
-            except PasidAllocated:
-                self._picks[pasid] = 1
 
     def unpick(self, pasid: SupportsIndex) -> None:
         """Count one use less.
@@ -65,12 +63,13 @@ class PasidPicked(PasidSets):
         """
         pasid = index(pasid)
         with self._lock:
-            count = self._picks.get(pasid, 0)
-            if not self.picked(pasid):
-                text = f"pasid {pasid:#x} was not picked"
-                raise NoEntry("pasid", pasid, text=text)
-            if not count:
-                self._ids.unreserve(pasid, pasid)
+            count = self._picks.get(pasid)
+            if count is None:
+                try:
+                    self._ids.unreserve(pasid or -1, pasid)  # 0 is reserved for ever
+                except PasidError:
+                    text = f"pasid {pasid:#x} was not picked"
+                    raise NoEntry("pasid", pasid, text=text) from None
             elif count == 1 or (count == 2 and pasid not in self._ids):
                 del self._picks[pasid]
             else:
