@@ -13,6 +13,7 @@ from smmufast.iommu import (
     AddressSpace,
     Busy,
     Exists,
+    InputOutput,
     InvalidArgument,
     IommuError,
     NotSupported,
@@ -117,6 +118,23 @@ def test_an_smmu_for_whose_tables_no_page_is_left_stays_as_it_was(fails):
     system.pages.fail_after(None)
     assert system.add_iommu(smmu=mine).ssid_bits == 8
     assert reaches(system.device(1, pasid_bits=8, iommu=1), 200)
+
+
+class Stuck(Smmu):
+    """An SMMU that never acknowledges what is written to CR0."""
+
+    def read(self, offset, size=4):
+        return 0 if offset == "CR0ACK" else super().read(offset, size)
+
+
+def test_an_smmu_that_does_not_come_up_is_left_alone():
+    system = System()
+    mine = Stuck(system.memory, FULL, cr0=0)
+    heard = []
+    mine.on_interrupt = heard.append
+    assert refused(system, InputOutput, smmu=mine).argument == "CR0"
+    assert (mine.on_interrupt, mine.read("CR0")) == (heard.append, 0)
+    assert system.device(1, pasid_bits=4).max_pasids == 16
 
 
 def test_wide_asids_in_use_keep_out_an_smmu_with_narrow_ones():

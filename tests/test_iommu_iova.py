@@ -150,9 +150,13 @@ def test_regions_that_overlap_are_reserved_once_as_in_linuxs_reserve_iova():
     ]  # fmt: skip
     at = iovas.alloc(PAGE)
     assert at == 63 * PAGE
-    for first, last in ((40, 63), (30, 64), (63, 63), (64, 70), (-1, 3)):
+    allocated, outside = "is allocated", "is not within <IovaAllocator 0x0 to 0x3ffff"
+    for first, last, why in (
+        (40, 63, allocated), (30, 64, outside), (63, 63, allocated), (64, 70, outside),
+        (-1, 3, outside),
+    ):  # fmt: skip
         before = holes(iovas), iovas.reserved
-        with pytest.raises(InvalidArgument) as caught:
+        with pytest.raises(InvalidArgument, match=why) as caught:
             iovas.reserve(first * PAGE, last * PAGE)
         assert caught.value.argument == "first"
         assert (holes(iovas), iovas.reserved) == before
