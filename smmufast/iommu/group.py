@@ -174,7 +174,8 @@ class Group:
             if device.max_pasids and pasid >= device.max_pasids:
                 raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
         if not any(device.max_pasids for device in self.devices):
-            raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
+            text = f"pasid: {self.devices[0].why_no_pasids}"
+            raise InvalidArgument("pasid", pasid, text=text)
         self.check_reset()
 
     def check_reset(self) -> None:

@@ -103,7 +103,7 @@ class Mediated:
         """NOW: attach a PASID that nobody uses."""
         parent = self.parent
         if not parent.max_pasids:
-            raise InvalidArgument("device", parent, text="the device has no PASIDs")
+            raise InvalidArgument("device", parent, text=f"device: {parent.why_no_pasids}")
         pasid = take_pasid(parent, 1, parent.max_pasids - 1, None)
         try:
             parent.attach_pasid(domain, pasid, handle)

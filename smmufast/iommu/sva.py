@@ -434,7 +434,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             raise Busy("space", space, text="space is another system's")
         first, last = system.profile.bind_range(device)
         if not device.max_pasids:
-            raise NoSpace("device", device, text="device has no PASIDs")
+            raise NoSpace("device", device, text=f"device: {device.why_no_pasids}")
         with Undo() as undo:
             pasid = space.pasid
             if not pasid:
