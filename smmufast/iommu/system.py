@@ -10,7 +10,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast._memory import Memory
@@ -181,12 +180,12 @@ class System:
         """Count an SMMU in for the ASIDs and PASIDs of the system, and boot it."""
         iommu = Iommu(self, smmu, len(self.iommus))
         with Undo() as undo:
-            undo.add(partial(self.asids.widen, self.asids.bits))
+            undo.add(self.asids.widen, self.asids.bits)
             self.asids.narrow(16 if smmu.features.asid16 else 8)
             limit = 1 << iommu.ssid_bits
             if not self.pasids.add_smmu(limit):
                 iommu.ssid_bits = 0
-            undo.add(partial(self.pasids._drop_smmu, limit))
+            undo.add(self.pasids._drop_smmu, limit)
             iommu.boot()
         self.iommus.append(iommu)
         return iommu
@@ -370,10 +369,10 @@ class System:
             with Undo() as undo:
                 for sid in device.sids:
                     if one.reserve_ste(sid):
-                        undo.add(partial(one.unreserve_ste, sid))
+                        undo.add(one.unreserve_ste, sid)
                 undo.add(device._unprobed)
                 device._probed(one)
-                undo.add(partial(self._unlink, device, one))
+                undo.add(self._unlink, device, one)
                 for sid in device.sids:
                     one.devices[sid] = device
                 self._join(device, undo)
@@ -386,7 +385,7 @@ class System:
     def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
         group, master = device.group, device.master
-        undo.add(partial(setattr, group, "default", group.default))
+        undo.add(setattr, group, "default", group.default)
         if not group.devices:
             group.default = self._default(device, undo)
         domain = group.domain
@@ -398,13 +397,13 @@ class System:
             master.prepare_pasid(one.domain, pasid, undo)
         undo.add(master.drop_table)
         if domain is not master.domain:
-            undo.add(partial(master.attach, BLOCKED))
+            undo.add(master.attach, BLOCKED)
         master.attach(domain)
         for pasid in pasids:
             one = group.attachment(pasid)
             assert one is not None
             master.set_pasid(one.domain, pasid, one.handle)
-            undo.add(partial(master.detach_pasid, pasid))
+            undo.add(master.detach_pasid, pasid)
         group.devices.append(device)
 
     def _default(self, device: Device, undo: Undo) -> Domain:

@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast import layout
@@ -285,9 +284,9 @@ class Iommu:
         features = smmu.features
         with Undo() as undo:
             config = self._place(undo)
-            undo.add(partial(setattr, smmu, "on_interrupt", smmu.on_interrupt))
+            undo.add(setattr, smmu, "on_interrupt", smmu.on_interrupt)
             smmu.on_interrupt = self.interrupts.add
-            undo.add(partial(smmu.write, "CR0", 0))
+            undo.add(smmu.write, "CR0", 0)
             self._update("CR0", 0)
             smmu.write("CR1", _CR1)
             smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
@@ -326,7 +325,7 @@ class Iommu:
     def _alloc(self, size: int, undo: Undo) -> int:
         pages = self.system.pages
         base = pages.alloc(size)
-        undo.add(partial(pages.free, base, size))
+        undo.add(pages.free, base, size)
         return base
 
     def _start(self, features: Features) -> None:
