@@ -16,7 +16,7 @@ from smmufast import layout
 from smmufast.errors import Busy, InputOutput, InvalidArgument, NotSupported, OutOfRange
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.smmu import entry
-from smmufast.iommu.smmu.invalidations import S1_ASID, S2_VMID
+from smmufast.iommu.smmu.invalidations import S1_ASID
 from smmufast.iommu.smmu.queue import CommandQueue
 from smmufast.iommu.smmu.writer import EntryWriter
 from smmufast.iommu.undo import Undo
@@ -523,16 +523,12 @@ class Iommu:
             self.queue.issue("ATC_INV", StreamID=sid, Size=52)
 
     def flush_tag(self, kind: int, number: int) -> None:
-        """Drop all TLB entries under an ASID or a VMID, before it is used for something else."""
-        if kind == S1_ASID:
-            self.flush_asid(number)
-        elif kind == S2_VMID:
-            self.queue.run([layout.pack("TLBI_S12_VMALL", VMID=number)])
+        """Drop all TLB entries under an ASID or a VMID, once nobody uses it."""
+        self.queue.drop(kind, number)
 
     def flush_asid(self, asid: int) -> None:
         """Drop all TLB entries under an ASID."""
-        name = "TLBI_EL2_ASID" if self.e2h else "TLBI_NH_ASID"
-        self.queue.run([layout.pack(name, ASID=asid)])
+        self.queue.drop(S1_ASID, asid)
 
     # --- what the SMMU sees meanwhile ---
 
