@@ -199,6 +199,7 @@ class AddressSpace:
         )  # fmt: skip
         space.table = table
         space._system = system
+        system.spaces.add(space)
         for name in _GEOMETRY:
             setattr(space, name, getattr(table, name))
         return space
@@ -458,6 +459,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             group.set_pasid(domain, pasid, bond)
         space.pasid = pasid
         space._system = system
+        system.spaces.add(space)
         if space.table is not None:
             space.table.active = True
         return bond
