@@ -14,9 +14,12 @@ steps: `shrink` leaves out what a failure does not need.
 """
 
 import argparse
+import copy
 import random
+import re
 import sys
 import warnings
+import weakref
 
 from smmufast import Caches, Features, layout
 from smmufast.faults import AtsFault
@@ -29,6 +32,7 @@ from smmufast.iommu import (
     AttachHandle,
     Cpu,
     Device,
+    InvalidArgument,
     IommuError,
     System,
     Viommu,
@@ -45,7 +49,7 @@ GUEST_OUT = 0x6800_0000
 FLYING = 0x50_0000_0000  # faults in flight have pages of their own
 
 
-class Wrong(AssertionError):
+class Wrong(AssertionError):  # noqa: N818
     """A life went wrong."""
 
 
@@ -125,8 +129,9 @@ class Life:
         rng = self.rng = random.Random(f"{seed}")
         self.aux = bool(seed & 1)
         self.model = rng.choice([0, 0, 0, 1, 0 if "forced stalls" in without else 2])
+        self.wide = bool(rng.randrange(2))
         features = Features.full().replace(
-            stall_model=self.model, sidsize=rng.choice([6, 10]), asid16=rng.randrange(2),
+            stall_model=self.model, sidsize=10 if self.wide else 6, asid16=rng.randrange(2),
             ril=rng.randrange(2),
         )  # fmt: skip
         kind = rng.choice(["blocked", "blocked", "identity", "paging"])
@@ -139,9 +144,13 @@ class Life:
             default_domain=kind, e2h=not rng.randrange(4),
             cpu=Cpu(asid_bits=16 if features.asid16 else 8),
         )  # fmt: skip
-        self.say(f"System({count}, profile={self.system.profile.name}, default_domain={kind!r}, "
-                 f"caches={getattr(caches, '__name__', None)}, stall_model={self.model}, "
-                 f"sidsize={features.sidsize}, ril={features.ril}, e2h={self.system.e2h})")  # fmt: skip
+        self.say(
+            f"System({count}, profile={self.system.profile.name}, default_domain={kind!r}, "
+            f"caches={getattr(caches, '__name__', None)}, stall_model={self.model}, "
+            f"sidsize={features.sidsize}, ril={features.ril}, e2h={self.system.e2h})"
+        )
+        if not hasattr(self.system, "spaces"):
+            self.system.spaces = weakref.WeakSet()
         self.start_pages = self.system.pages.in_use
         self.devices, self.away = [], []
         self.main, self.at, self.reset = {}, {}, set()
@@ -158,8 +167,11 @@ class Life:
             dict(pasid_bits=bits), dict(pasid_bits=bits, ats=True),
             dict(pasid_bits=bits, ats=True, pri=True), dict(pasid_bits=bits, stall=True),
             dict(), dict(pasid_bits=11), dict(ats=True), dict(pasid_bits=bits, coherent=False),
+            dict(pasids=5), dict(direct=((0x2000, PAGE),)),
+            dict(pasid_bits=bits, two=True, ats=True),
         ]  # fmt: skip
-        self.pasids = [1, 2, 3, 7]
+        self.pasids = [1, 2, 3, 4, 7]
+        self.freed = []
         for _ in range(rng.choice([2, 3])):
             self.plug()
 
@@ -242,7 +254,8 @@ class Life:
                 dict(device.enabled_features), list(device.shares),
             )  # fmt: skip
             seen["group", name] = (
-                group.domain, group.default, dict(group.pasids), group.resetting, list(group.devices)
+                group.domain, group.default, dict(group.pasids), group.resetting,
+                list(group.devices),
             )  # fmt: skip
         for space in self.spaces:
             if space.process:
@@ -363,10 +376,13 @@ class Life:
         resolved = may_ask and (asks if ats else self.stalls(device) and (
             target.thing.stage == 1 if not target.process else True))  # fmt: skip
         try:
-            if through_atc:
+            number = self.rng.randrange(len(device.sids))
+            if through_atc and number:
+                result = device.atcs[number].access(iova, ssid=pasid, write=write)
+            elif through_atc:
                 result = device.access(iova, pasid=pasid, write=write)
             else:
-                result = device.translate(iova, pasid=pasid, write=write)
+                result = device.translate(iova, pasid=pasid, write=write, sid=device.sids[number])
             pa = result.pa
         except AtsFault:
             pa = None
@@ -463,13 +479,20 @@ class Life:
             kind = None
         else:
             kind = self.pick(self.kinds)
+            if group is not None and "odd members" in self.without:
+                first = group.devices[0]
+                kind = {"pasid_bits": 3 if first.max_pasids else 0, "stall": first.stall}
             sid = self.numbers.get("d", 0) + 1
             if sid > 60:
                 return
+            if self.wide:
+                sid *= 16  # leaves of the stream table
             number = self.rng.randrange(len(self.system.iommus))
             if group is not None:
                 number = group.devices[0].iommu.number
-            device = Device(sid, group=group, **kind)
+            kind = dict(kind)
+            two = kind.pop("two", False) or not self.rng.randrange(4)
+            device = Device([sid, sid + 1] if two and self.wide else sid, group=group, **kind)
         name = self.names.get(device) or self.call_it("d", device)
         joins = group is not None and bool(group.devices)
         must = None if joins else True
@@ -489,12 +512,15 @@ class Life:
     def default(self, group):
         if group.default in (IDENTITY, BLOCKED):
             return SAME if group.default is IDENTITY else BLOCK
-        return Space(f"default of {self.name(group.devices[0])}", group.default, None)
+        space = Space(f"default of {self.name(group.devices[0])}", group.default, None)
+        for base, size in group.devices[0].direct:
+            space.pages.update({base + n: base + n for n in range(0, size, PAGE)})
+        return space
 
     def unplug(self):
         """A device goes; what it was attached to stays for the others of its group."""
         device = self.pick(self.devices)
-        if device is None or len(self.devices) < 2 and not self.ending:
+        if device is None or (len(self.devices) < 2 and not self.ending):
             return
         number, group = device.iommu.number, device.group
         self.do(f"{self.name(device)}.release()", device.release, must=True)
@@ -506,7 +532,7 @@ class Life:
         self.reset.discard(group)
         if group.devices:
             # bonds of the device are gone, and what PASIDs nobody can use
-            for pasid, space in list(self.at[group].items()):
+            for pasid in list(self.at[group]):
                 if pasid not in group.pasids:
                     del self.at[group][pasid]
         else:
@@ -596,7 +622,41 @@ class Life:
         children = self.aux and bool(getattr(space.thing, "children", None))
         must = None if children else not used
         if self.do(f"{space}.free()", space.thing.free, must=must):
+            self.freed = [*self.freed[-3:], space.thing]
             self.drop_space(space)
+
+    def use_freed(self):
+        """A freed domain is refused everywhere."""
+        domain, device = self.pick(self.freed), self.pick(self.devices)
+        if domain is None:
+            return
+        name, call, more = self.pick([
+            ("attach", device.attach, ()), ("replace", device.replace, ()),
+            ("group.attach", device.group.attach, ()), ("group.set", device.group.set, ()),
+            ("attach_pasid", device.attach_pasid, (2,)), ("attach_aux", device.attach_aux, ()),
+            ("mediated().attach", device.mediated().attach, ()), ("map", self.map_freed, ()),
+        ])  # fmt: skip
+        if name == "group.set" and "group.set" in self.without:
+            return
+        self.do(f"{self.name(device)}.{name}({self.name(domain)}, which was freed)", call, domain,
+                *more, must=False)  # fmt: skip
+
+    def map_freed(self, domain):
+        domain.map(0, RAM, PAGE)
+
+    def claim(self):
+        group = self.pick(self.main)
+        name = self.name(group.devices[0])
+        if group.owner is not None:
+            must = None if self.aux or group.default is BLOCKED else group not in self.reset
+            if self.do(f"{name}.group.release()", group.release, must=must):
+                self.main[group] = self.default(group)
+            return
+        direct = any(device.direct for device in group.devices)
+        free = group.domain is group.default and not self.at[group] and group not in self.reset
+        must = None if self.aux or direct or group.default is BLOCKED else free
+        if self.do(f"{name}.group.claim()", group.claim, self, must=must):
+            self.main[group] = BLOCK
 
     def drop_space(self, space):
         space.gone = True
@@ -619,25 +679,31 @@ class Life:
     def targets(self):
         return [BLOCK, SAME, *self.domains(), *self.nested]
 
+    def beyond_guests(self, group, target):
+        """A guest cannot invalidate the ATCs of a device with several StreamIDs."""
+        return isinstance(target, Nested) and any(d.ats and len(d.sids) > 1 for d in group.devices)
+
     def can_attach(self, group, target):
         """Whether the main domain may be attached; None: the model does not know."""
         if group in self.reset:
             return False
         if target is BLOCK or target is SAME:
-            return None if self.aux else True
+            direct = target is BLOCK and any(device.direct for device in group.devices)
+            return not direct and (None if self.aux else True)
         iommu = group.devices[0].iommu
         domain = self.under(target).thing
         if domain.iommu is not None and domain.iommu is not iommu:
             return False
-        if isinstance(target, Nested) or domain.stage == 2:
-            if self.at[group]:
-                return False
+        if (isinstance(target, Nested) or domain.stage == 2) and self.at[group]:
+            return False
         if domain.coherent_only and not all(d.coherent for d in group.devices):
             return False
         return None if self.aux else True
 
     def replace_main(self, device, target):
-        must = self.can_attach(device.group, target)
+        if self.beyond_guests(device.group, target):
+            return
+        must = None if target is self.main[device.group] else self.can_attach(device.group, target)
         if self.do(f"{self.name(device)}.replace({target})", device.replace, target.thing,
                    must=must):  # fmt: skip
             self.main[device.group] = target
@@ -649,6 +715,8 @@ class Life:
             targets = targets[2:] or targets
         target = self.pick(targets)
         device = self.pick(group.devices)
+        if self.beyond_guests(group, target):
+            return
         name = self.name(device)
         how = self.pick(["attach", "replace", "replace", "group"])
         current = self.main[group]
@@ -674,11 +742,12 @@ class Life:
         target = self.main[group]
         device = self.pick(group.devices)
         must = None if self.aux or group.default is BLOCKED else group not in self.reset
-        if target.thing is group.default:
+        direct = any(one.direct for one in group.devices)
+        if direct or target is BLOCK or target.thing is group.default:
             must = None
         if self.do(f"{self.name(device)}.group.detach({target})", group.detach, target.thing,
                    must=must):  # fmt: skip
-            self.main[group] = self.default(group)
+            self.main[group] = BLOCK if group.owner is not None else self.default(group)
 
     # --- PASIDs ---
 
@@ -753,9 +822,21 @@ class Life:
         share = device.mediated()
         name = self.call_it("m", share)
         text = f"{name} = {self.name(device)}.mediated(); {name}.attach({space})"
-        if self.do(text, share.attach, space.thing):
+        # two shares of a parent may be of one domain
+        twice = any(one.parent is device and held is space for one, held in self.shares)
+        must = True if twice and device.group not in self.reset and self.room(device) else None
+        if must and "two shares of a domain" in self.without:
+            return
+        if self.do(text, share.attach, space.thing, must=must):
             self.shares.append((share, space))
             self.at[device.group][share.pasid] = space
+
+    def room(self, device):
+        """Whether a share finds a PASID; the AUX profile needs no other one."""
+        at, most = self.at[device.group], device.max_pasids
+        return self.aux or any(
+            pasid not in self.system.pasids and pasid not in at for pasid in range(1, most)
+        )
 
     def end_share(self, pair):
         share, _ = pair
@@ -781,6 +862,7 @@ class Life:
         space.thing = AddressSpace.of(
             self.system, asid=asid, handler=self.handler(space) if lazy else None
         )
+        self.system.spaces.add(space.thing)
         space.name = self.call_it("p", space)
         self.names[space.thing] = space.name
         self.spaces.append(space)
@@ -808,7 +890,13 @@ class Life:
             free = pasid and pasid not in self.at[group] and all(
                 pasid < d.max_pasids for d in group.devices if d.max_pasids
             )  # fmt: skip
+            if not pasid and "hand-picked PASIDs" not in self.without:
+                most = min(d.max_pasids for d in group.devices if d.max_pasids)
+                free = any(p not in self.system.pasids and p not in self.at[group]
+                           for p in range(1, most))  # fmt: skip
             must = True if device in space.bonds or (paged and free) else None
+            if self.model == 0 and device.stall and len(device.sids) > 1:
+                must = None
         if self.do(f"{self.name(device)}.bind({space})", device.bind, space.thing, must=must):
             space.bonds[device] = self.result
             self.at[group][space.thing.pasid] = space
@@ -848,23 +936,52 @@ class Life:
             self.bury()
 
     def close_table(self):
-        """Give the tables of a process back while it is bound: never."""
+        """Take the tables of a process away while it is bound: never."""
         space = self.pick(s for s in self.processes() if s.bonds)
+        if space is None:
+            return
+        text, call = self.pick([
+            ("close()", space.thing.table.close), ("ready = False", self.unready),
+        ])  # fmt: skip
+        self.do(f"{space}.table.{text}", call, *[space] * (call == self.unready), must=False)
+
+    def unready(self, space):
+        space.thing.table.ready = False
+
+    def copy_process(self):
+        """A bound process, and a domain, are not copied by halves."""
+        space = self.pick(s for s in self.spaces if s.bonds or not s.process)
         if space is not None:
-            self.do(f"{space}.table.close()", space.thing.table.close, must=False)
+            self.do(f"copy.copy({space})", copied, space.thing, must=False)
 
     # --- guests ---
 
     def new_guest(self):
-        host = self.pick(s for s in self.domains() if s.thing.nest_parent)
-        if host is None or len(self.guests) >= 3:
+        hosts = [guest.host for guest in self.guests]
+        hosts += [s for s in self.domains() if s.thing.nest_parent]
+        host = self.pick(hosts)
+        if len(self.guests) >= 3:
             return
+        if host is None:
+            device = self.pick(self.devices)
+            domain = device.paging_domain(nest_parent=True)
+            host = Space("", domain, None)
+            host.name = self.call_it("x", host)
+            self.names[domain] = host.name
+            self.spaces.append(host)
+            self.say(f"{host.name} = {self.name(device)}.paging_domain(nest_parent=True)")
+        if self.rng.randrange(2) and not host.pages:
+            for out in (GUEST_OUT, GUEST_OUT + 16 * PAGE):
+                pa = RAM + PAGE * self.rng.randrange(256)
+                host.thing.map(out, pa, 16 * PAGE)
+                host.pages.update({out + n * PAGE: pa + n * PAGE for n in range(16)})
+            self.say(f"{host.name} maps {GUEST_OUT:#x}")
         guest = Guest("", Viommu(host.thing), host)
         guest.name = self.call_it("v", guest)
         number = self.numbers["v"] % 64
         guest.own = GUEST_OWN + 0x10000 * number
         guest.ram = RAM + 0x1000_0000 + 0x10000 * number
-        guest.out = GUEST_OUT + PAGE * 16 * self.rng.randrange(2)
+        guest.out = GUEST_OUT + PAGE * 16 * (number % 2)
         wanted = {guest.own + n * PAGE: guest.ram + n * PAGE for n in range(4)}
         if wanted.keys() & host.pages.keys():
             return
@@ -894,6 +1011,8 @@ class Life:
             return
         stage1 = bool(self.rng.randrange(2))
         eats = self.rng.randrange(2)
+        if not stage1 and "ATS of guests that bypass" in self.without:
+            eats = 0
         fields = {"V": 1, "Config": 5 if stage1 else 4, "EATS": eats}
         if stage1:
             fields["S1ContextPtr"] = guest.own
@@ -904,6 +1023,9 @@ class Life:
         self.names[domain] = nested.name
         self.nested.append(nested)
         self.say(f"{nested} = {guest}.domain({'stage 1' if stage1 else 'bypass'}, EATS={eats})")
+        near = [d for d in self.devices if d.iommu is guest.host.thing.iommu]
+        if near and self.rng.randrange(4):
+            self.replace_main(self.pick(near), nested)
 
     def guest_changes(self):
         """A guest moves its pages, and says so with its own commands."""
@@ -1102,8 +1224,7 @@ class Life:
         lazy = [
             (device, pasid)
             for device, pasid in self.all_pairs()
-            if isinstance(self.reach(device, pasid)[0], Space)
-            and self.reach(device, pasid)[0].lazy
+            if isinstance(self.reach(device, pasid)[0], Space) and self.reach(device, pasid)[0].lazy
         ]
         pair = self.pick(lazy)
         if pair is None:
@@ -1118,16 +1239,19 @@ class Life:
         self.callback = None
 
     def more(self):
-        self.pick([self.aux_feature, self.aux_domain, self.aux_domain] if self.aux else [self.pasid])()
+        aux = [self.aux_feature, self.aux_domain, self.aux_domain]
+        self.pick(aux if self.aux else [self.pasid])()
 
     def space_ops(self):
-        self.pick([self.new_domain, self.new_process, self.new_guest, self.nest])()
+        self.pick([self.new_domain, self.new_process, self.new_guest, self.nest, self.nest])()
 
     BOTH = (
         "plug", "unplug", "reset_device", "new_domain", "space_ops", "map", "map", "unmap",
         "free_domain", "change_asid", "enforce", "attach", "attach", "attach", "detach", "share",
         "share", "new_process", "bind", "bind", "bind", "unbind", "exit", "close_table", "fly",
-        "fly", "overtake", "overtake", "overtake", "overtake", "end_group", "service", "ask_again", "call_back", "nest", "guest_changes",
+        "overtake", "overtake", "overtake", "overtake", "end_group", "service", "ask_again",
+        "call_back", "nest", "guest_changes", "guest_changes", "claim", "use_freed",
+        "copy_process",
     )  # fmt: skip
     CHANGES = (
         "attach", "detach", "unbind", "exit", "share", "bind", "end_group", "unplug", "plug",
@@ -1195,6 +1319,14 @@ class Life:
             self.wrong(f"left at the end: pages: {system.pages.in_use - self.start_pages - leaves}")
 
 
+def copied(thing):
+    """Copy something; a refusal is one whatever its class."""
+    try:
+        return copy.copy(thing)
+    except TypeError as error:
+        raise InvalidArgument("thing", thing, text=str(error)) from error
+
+
 def shown(address):
     return "nothing" if address is None else f"{address:#x}"
 
@@ -1215,13 +1347,14 @@ def live(seed, steps=range(STEPS), without=()):
 
 
 def kind_of(wrong):
-    """What two failures have in common if they are one: words without numbers."""
-    text = wrong.what.split("\n")[0]
-    head = text.split(":")[0]
-    tail = text.rsplit(":", 1)[-1] if head in ("broke", "service broke") else ""
-    if head == "check" or head.startswith("check"):
-        return ": ".join(text.split(":")[:2])
-    return "".join(c for c in head + tail if not c.isdigit())
+    """What two failures have in common if they are one: words, without names and numbers."""
+    head, _, rest = wrong.what.split("\n")[0].partition(": ")
+    if head.startswith("check"):
+        return f"{head}: {rest.split(':')[0]}"
+    head = re.sub(r"\(.*", "", re.sub(r"0x[0-9a-f]+|\d", "", head))
+    call = re.search(r"\.(\w+)\(", rest)
+    error = re.search(r"([A-Z]\w+): ", rest)
+    return " ".join([head, *([call[1]] if call else []), *([error[1]] if error else [])])
 
 
 def shrink(seed, steps, kind, without=()):

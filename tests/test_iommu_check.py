@@ -111,7 +111,8 @@ def test_old_kernels_let_streams_bypass_and_that_is_healthy():
 
 def test_other_granules_and_stages_are_healthy():
     system = System()
-    for sid, (stage, granule) in enumerate([(1, 16384), (2, 16384), (1, 65536), (2, 65536), (2, 4096)]):
+    kinds = [(1, 16384), (2, 16384), (1, 65536), (2, 65536), (2, 4096)]
+    for sid, (stage, granule) in enumerate(kinds):
         device = system.device(sid)
         domain = device.paging_domain(stage=stage, granule=granule)
         device.replace(domain)
