@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast._memory import Memory
@@ -26,14 +25,15 @@ from smmufast.errors import (
     integer,
 )
 from smmufast.features import Features
-from smmufast.iommu import fault
+from smmufast.iommu import fault, save
 from smmufast.iommu.device import Device
-from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
+from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, paging_domain
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
+from smmufast.iommu.profile import NOW, Profile
 from smmufast.iommu.smmu.iommu import Iommu
 from smmufast.iommu.undo import Undo
 
@@ -41,30 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast._tlb import Caches, StaleEntry
-    from smmufast.iommu.sva import AddressSpace, Bond
 
 MOST_SMMUS: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Which era of the kernel's interface a system follows: a value, not a subclass.
-
-    Attributes
-    ----------
-    name : str
-    aux : bool
-        Auxiliary domains that own their PASID, and a CD table for each main domain.
-    """
-
-    name: str
-    aux: bool
-
-
-#: Linux 5.2 to 5.17, and the 2018 proposal: auxiliary domains.
-AUX: Final = Profile("AUX", True)
-#: Linux today: any stage-1 domain on any PASID that the caller chooses.
-NOW: Final = Profile("NOW", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +137,8 @@ class System:
         iopf: bool = True,
     ) -> None:
         if not isinstance(profile, Profile):
-            raise InvalidArgument("profile", profile, "AUX or NOW")
+            text = f"profile must be a Profile (AUX or NOW), not {profile!r}"
+            raise InvalidArgument("profile", profile, text=text)
         instance("pasid_policy", pasid_policy, PasidPolicy)
         for name, value, kind in (("memory", memory, Memory), ("cpu", cpu, Cpu)):
             if value is not None:
@@ -180,7 +159,9 @@ class System:
         if pages is None:
             if memory is not None or smmu is not None:
                 raise InvalidArgument(
-                    "pages", None, text="pages is missing: where in your memory tables may go"
+                    "pages", None,
+                    text="pages=(base, size) is required with memory=: where the driver may put "
+                    "its tables",
                 )
             pages = self._room
         self.pages = Pages(self.memory, *pages)
@@ -192,7 +173,6 @@ class System:
         self.pasids = PasidSpace(
             pasid_policy, smmu_limits=[1 << iommu.ssid_bits for iommu in self.iommus]
         )
-        self.bonds: dict[Device, dict[AddressSpace, Bond]] = {}
         self.reports: deque[fault.Report] = deque(maxlen=1024)
         self.on_fault: Callable[[fault.Report], object] | None = None
 
@@ -285,7 +265,7 @@ class System:
         """
         with self.lock:
             instance("device", device, Device)
-            if device._iommu is not None:
+            if device._master is not None:
                 raise Busy("device", device, text="device was probed")
             iommu = integer("iommu", iommu)
             group = device._wanted_group
@@ -301,13 +281,15 @@ class System:
                     raise OutOfRange("sid", sid, f"0 to {one.last_sid:#x}")
                 if sid in one.devices:
                     raise NoDevice("sid", sid, text=f"sid {sid:#x} belongs to {one.devices[sid]!r}")
+            if group is not None:
+                group.check_reset()
             with Undo() as undo:
                 for sid in device.sids:
                     if one.reserve_ste(sid):
-                        undo.add(partial(one.unreserve_ste, sid))
-                undo.add(device.unprobed)
-                device.probed(one)
-                undo.add(partial(self._unlink, device, one))
+                        undo.add(one.unreserve_ste, sid)
+                undo.add(device._unprobed)
+                device._probed(one)
+                undo.add(self._unlink, device, one)
                 for sid in device.sids:
                     one.devices[sid] = device
                 self._join(device, undo)
@@ -319,24 +301,27 @@ class System:
 
     def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
-        group = device.group
+        group, master = device.group, device.master
+        undo.add(setattr, group, "default", group.default)
+        if not group.devices:
+            group.default = self._default(device, undo)
+        domain = group.domain
+        master.prepare(domain, undo)
+        pasids = group.pasids if device.max_pasids else {}
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.prepare_pasid(one.domain, pasid, undo)
+        undo.add(master.drop_table)
+        if domain is not master.domain:
+            undo.add(master.attach, BLOCKED)
+        master.attach(domain)
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.set_pasid(one.domain, pasid, one.handle)
+            undo.add(master.detach_pasid, pasid)
         group.devices.append(device)
-        undo.add(partial(group.devices.remove, device))
-        if len(group.devices) == 1:
-            undo.add(partial(setattr, group, "default", group.default))
-            undo.add(partial(setattr, group, "domain", group.domain))
-            default = self._default(device, undo)
-            device.reserve(default, undo)
-            group.default = group.domain = default
-        else:
-            device.reserve(group.domain, undo)
-            for pasid in group.pasids if device.max_pasids else ():
-                domain = group.at(pasid)
-                assert isinstance(domain, PagingDomain | SvaDomain)
-                device.reserve_pasid(domain, pasid, undo)
-        device.install(group.domain)
-        for pasid in group.pasids if device.max_pasids else ():
-            device.install_pasid(group.at(pasid), pasid, None)
 
     def _default(self, device: Device, undo: Undo) -> Domain:
         if self.default_domain == "identity" or (
@@ -345,7 +330,7 @@ class System:
             return IDENTITY
         if self.default_domain == "blocked":
             return BLOCKED
-        domain = device.iommu.paging_domain()
+        domain = paging_domain(device.iommu)
         undo.add(domain.free)
         for base, size in device.direct:
             domain.map(base, base, size)
@@ -369,7 +354,7 @@ class System:
             As `Device.paging_domain`.
         """
         with self.lock:
-            return self.iommus[0].paging_domain(ready=False, **more)
+            return paging_domain(self.iommus[0], ready=False, **more)
 
     # --- PASIDs ---
 
@@ -393,15 +378,85 @@ class System:
         int
             How many there were.
         """
-        return sum(iommu.service() for iommu in self.iommus)
+        return sum(fault.service(iommu) for iommu in self.iommus)
 
     def stale(self) -> list[StaleEntry]:
         """Look for cache entries of any SMMU that the tables no longer give."""
         return [found for iommu in self.iommus for found in iommu.smmu.stale()]
 
-    def bonds_of(self, device: Device) -> list[Bond]:
-        """The bonds of a device with address spaces."""
-        return list(self.bonds.get(device, {}).values())
+    # --- copies ---
+
+    def save(self) -> bytes:
+        """Return everything of the system but its memory, as bytes for `restore`.
+
+        That is the SMMUs with their caches (`Smmu.save`), devices with their ATCs, domains,
+        PASIDs, what is attached and what waits.  Callbacks (handlers, `on_fault`, `mm_exit`,
+        observers) are the host's and are left out.  What lies in the memory stays there, and
+        equals the state until something changes either.
+
+        Raises
+        ------
+        TypeError
+            An object of the host (a handle, the data of a PASID) cannot be pickled, or PASIDs
+            come from a backend.
+        RuntimeError, Busy
+            A translation or a command is under way; a flush that failed is due.
+
+        >>> from smmufast.iommu import System
+        >>> system = System()
+        >>> nic = system.device(8)
+        >>> domain = nic.paging_domain()
+        >>> nic.attach(domain)
+        >>> domain.map(0x1000, 0x8000_0000, 0x1000)
+        >>> later = System.restore(system.save(), system.memory.copy())
+        >>> domain.unmap(0x1000, 0x1000)
+        4096
+        >>> hex(later.iommus[0].devices[8].translate(0x1000).pa)
+        '0x80000000'
+        """
+        return save.save(self)
+
+    @classmethod
+    def restore(
+        cls, state: object, memory: Memory, *, classes: Iterable[type] = ()
+    ) -> System:
+        """Make a system that goes on as the saved one would have.
+
+        Parameters
+        ----------
+        state : bytes-like
+            What `save` returned.
+        memory : Memory
+            That of the saved one, which must not be used any more then, or a copy as of then.
+        classes : iterable of type
+            Classes of yours that the state may name: of attach handles, of PASIDs' data.
+
+        Returns
+        -------
+        System
+
+        Raises
+        ------
+        InvalidArgument
+            The bytes are damaged, or name a class that is neither this library's nor in
+            `classes`.
+        """
+        instance("memory", memory, Memory)
+        return save.restore(state, memory, classes)
+
+    def __copy__(self) -> System:
+        """Refuse: two systems cannot have the same tables."""
+        raise WrongType("system", self, text="a System is copied by copy.deepcopy, with its memory")
+
+    def __deepcopy__(self, memo: object) -> System:
+        """Copy it with its memory."""
+        with self.lock:
+            return save.restore(self.save(), self.memory.copy(), None)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle it with its memory, which can go out of band (protocol 5)."""
+        with self.lock:
+            return _restored, (self.save(), self.memory)
 
     def draw(self, *, limit: SupportsIndex = 16) -> str:
         """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
@@ -418,3 +473,7 @@ class System:
         """Its SMMUs, devices and profile."""
         devices = sum(len(set(iommu.devices.values())) for iommu in self.iommus)
         return f"<System {self.profile.name}: {len(self.iommus)} SMMUs, {devices} devices>"
+
+
+def _restored(state: bytes, memory: Memory) -> System:
+    return save.restore(state, memory, None)

@@ -7,16 +7,16 @@ its event and page request queues.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast import layout
 from smmufast.errors import Busy, InputOutput, InvalidArgument, NotSupported, OutOfRange
-from smmufast.iommu import fault
-from smmufast.iommu.domain import PagingDomain, SvaDomain
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.smmu import entry
-from smmufast.iommu.smmu.invalidations import S1_ASID
+from smmufast.iommu.smmu.invalidations import S1_ASID, S2_VMID
 from smmufast.iommu.smmu.queue import CommandQueue
 from smmufast.iommu.smmu.writer import EntryWriter
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from smmufast._smmu import Result, Smmu
     from smmufast.iommu.device import Device
+    from smmufast.iommu.domain import Domain
+    from smmufast.iommu.nested import Viommu
     from smmufast.iommu.system import System
 
 SPLIT: Final = 8  # a leaf of a two-level stream table holds 256 STEs
@@ -34,6 +36,75 @@ _CR1 = layout.pack(
     "CR1", TABLE_SH=3, TABLE_OC=1, TABLE_IC=1, QUEUE_SH=3, QUEUE_OC=1, QUEUE_IC=1
 )  # inner shareable, write-back
 _OVFLG = layout.mask("EVENTQ_PROD", "OVFLG")  # as OVACKFLG in CONS, of both queues
+
+
+#: How a page fault may be answered, and what CMD_PRI_RESP says then (4.6.1).
+RESPONSES: Final = {"failure": 0, "invalid": 1, "success": 2}
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """A record of the event or the page request queue, and whose it was when it was taken.
+
+    Attributes
+    ----------
+    data : bytes
+    fields : dict of str to int
+        By the names of the layout EVENT or PRI.
+    device : Device or None
+        Whose stream it is.
+    domain : Domain or None
+        What its address is in.
+    answered : bool
+        The SMMU was told what becomes of it.
+    """
+
+    data: bytes
+    fields: dict[str, int]
+    device: Device | None
+    domain: Domain | None
+    answered: bool = False
+
+    @property
+    def sid(self) -> int:
+        """Its StreamID."""
+        return self.fields["StreamID"]
+
+    @property
+    def pasid(self) -> int | None:
+        """Its PASID, if it has one."""
+        return self.fields["SubstreamID"] if self.fields["SSV"] else None
+
+
+def answer(iommu: Iommu, record: Record, response: str) -> None:
+    """Tell the SMMU what becomes of a stalled access, or of a group of page requests.
+
+    No CMD_SYNC follows (F62).  An event that did not stall has no answer, nor has a request that
+    is not the last of its group, nor a stop marker.
+    """
+    fields = record.fields
+    if "PRGIndex" in fields:
+        if not fields["Last"] or is_stop_marker(record):
+            return
+        more = {} if record.pasid is None else {"SSV": 1, "SubstreamID": record.pasid}
+        iommu.queue.issue(
+            "PRI_RESP", StreamID=record.sid, PRGIndex=fields["PRGIndex"],
+            Resp=RESPONSES[response], **more,
+        )  # fmt: skip
+    elif fields["Stall"]:
+        # retry, or terminate with an abort
+        action = {"AC": 1} if response == "success" else {"AB": 1}
+        iommu.queue.issue("RESUME", StreamID=record.sid, STAG=fields["STAG"], **action)
+    else:
+        return
+    iommu.queue.submit()
+
+
+def is_stop_marker(record: Record) -> bool:
+    """Whether a page request says that no more come under its PASID: nobody waits for it."""
+    fields = record.fields
+    asks = fields["R"] or fields["W"] or fields["X"]
+    return bool(fields["Last"] and not asks and record.pasid is not None)
 
 
 class Iommu:
@@ -70,12 +141,14 @@ class Iommu:
         self.asids: IdSpace = system.asids
         self.vmids: IdSpace = IdSpace(16 if features.vmid16 else 8, "vmid")
         self.devices: dict[int, Device] = {}
+        self.viommus: list[Viommu] = []
         self._leaves: dict[int, int] = {}
         self._spare: dict[int, int] = {}  # leaves that `reserve_ste` has, and nothing points to
-        self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
+        self.page_requests: dict[tuple[int, int | None, int], list[Record]] = {}
         self.overflows: dict[str, int] = {}  # of the event and page request queues
-        self._interrupts: set[str] = set()
-        self._servicing = threading.RLock()
+        self.interrupts: set[str] = set()
+        self.servicing = threading.RLock()
+        self._taken: dict[str, deque[Record]] = {"EVENTQ": deque(), "PRIQ": deque()}
         self.boot()
         self.writer = EntryWriter(self.queue, self.memory, call=system.lock.call)
 
@@ -134,7 +207,7 @@ class Iommu:
         """Bring the SMMU up as an operating system does: all streams abort, nothing is cached."""
         smmu, pages = self.smmu, self.system.pages
         features = smmu.features
-        smmu.on_interrupt = self._interrupts.add
+        smmu.on_interrupt = self.interrupts.add
         self._update("CR0", 0)
         two_level = features.st_level and self.sid_bits > SPLIT
         if two_level:
@@ -194,36 +267,74 @@ class Iommu:
         self.smmu.write(f"{name}_PROD", 0)
         self.smmu.write(f"{name}_CONS", 0)
 
-    def take(self, name: str) -> Iterable[bytes]:
-        """Take the records out of the event or the page request queue, in order.
+    def _take(self, name: str) -> bytes | None:
+        """Take one record out of the event or the page request queue; CONS moves past it."""
+        if name not in self._rings:
+            return None
+        base, lg2 = self._rings[name]
+        size = 32 if name == "EVENTQ" else 16
+        mask = (2 << lg2) - 1
+        prod = self.smmu.read(f"{name}_PROD")
+        cons = self.smmu.read(f"{name}_CONS")
+        if (prod ^ cons) & mask == 0:
+            if (prod ^ cons) & _OVFLG:
+                self.overflows[name] = self.overflows.get(name, 0) + 1
+                self.smmu.write(f"{name}_CONS", prod & _OVFLG | cons & mask)
+            return None
+        record = self.memory.read(base + size * (cons & mask >> 1), size)
+        self.smmu.write(f"{name}_CONS", cons & _OVFLG | (cons + 1 & mask))
+        return record
+
+    def next_record(self, name: str) -> Record | None:
+        """Take the next record of the event or the page request queue, in order.
 
         Parameters
         ----------
         name : str
             "EVENTQ" or "PRIQ".
 
-        Yields
-        ------
-        bytes
-            One record; CONS has moved past it.
+        Returns
+        -------
+        Record or None
+            None when there is no more.
         """
-        if name not in self._rings:
-            return
-        base, lg2 = self._rings[name]
-        size = 32 if name == "EVENTQ" else 16
-        mask = (2 << lg2) - 1
-        while True:
-            prod = self.smmu.read(f"{name}_PROD")
-            cons = self.smmu.read(f"{name}_CONS")
-            overflowed = (prod ^ cons) & _OVFLG
-            if (prod ^ cons) & mask == 0:
-                if overflowed:
-                    self.overflows[name] = self.overflows.get(name, 0) + 1
-                    self.smmu.write(f"{name}_CONS", prod & _OVFLG | cons & mask)
-                return
-            record = self.memory.read(base + size * (cons & mask >> 1), size)
-            self.smmu.write(f"{name}_CONS", cons & _OVFLG | (cons + 1 & mask))
-            yield record
+        with self.system.lock.between_changes():
+            taken = self._taken[name]
+            if taken:
+                return taken.popleft()
+            word = self._take(name)
+            return None if word is None else self._record(name, word)
+
+    def _record(self, name: str, data: bytes) -> Record:
+        fields = layout.unpack("EVENT" if name == "EVENTQ" else "PRI", data)
+        device = self.devices.get(fields["StreamID"])
+        ssid = fields["SubstreamID"] if fields["SSV"] else 0
+        domain = None if device is None else device.domain_at(ssid)
+        return Record(data, fields, device, domain)
+
+    def drain(self, sids: tuple[int, ...], ssid: int | None) -> None:
+        """Answer what waits under an SSID of some streams, or under any: nobody will resolve it.
+
+        It is called when STEs and CDs lead elsewhere, before their domain is forgotten.  Records
+        stay to be reported, with the device that they were of.
+
+        Parameters
+        ----------
+        sids : tuple of int
+        ssid : int or None
+            0 for what has no PASID; None for everything.
+        """
+        for name, taken in self._taken.items():
+            while (data := self._take(name)) is not None:
+                taken.append(self._record(name, data))
+            for record in taken:
+                sid, pasid = record.sid, record.pasid
+                if sid in sids and ssid in (None, pasid or 0) and not record.answered:
+                    record.answered = True
+                    self.system.lock.defer(answer, self, record, "invalid")
+        for key in [key for key in self.page_requests if key[0] in sids]:
+            if ssid in (None, key[1] or 0):
+                del self.page_requests[key]  # of a group whose last request has not come
 
     # --- the stream table ---
 
@@ -311,70 +422,17 @@ class Iommu:
         else:
             self.queue.issue("ATC_INV", StreamID=sid, Size=52)
 
-    def flush_tag(self, domain: PagingDomain | SvaDomain) -> None:
-        """Drop all TLB entries under a domain's ASID or VMID."""
-        queue = self.queue
-        for kind, number in domain.tags:
-            if kind == S1_ASID:
-                self.flush_asid(number)
-            else:
-                queue.issue("TLBI_S12_VMALL", VMID=number)
-                queue.sync()
+    def flush_tag(self, kind: int, number: int) -> None:
+        """Drop all TLB entries under an ASID or a VMID, before it is used for something else."""
+        if kind == S1_ASID:
+            self.flush_asid(number)
+        elif kind == S2_VMID:
+            self.queue.run([layout.pack("TLBI_S12_VMALL", VMID=number)])
 
     def flush_asid(self, asid: int) -> None:
         """Drop all TLB entries under an ASID."""
         name = "TLBI_EL2_ASID" if self.e2h else "TLBI_NH_ASID"
         self.queue.run([layout.pack(name, ASID=asid)])
-
-    # --- domains ---
-
-    def paging_domain(
-        self,
-        *,
-        stage: int | None = None,
-        granule: int | None = None,
-        nest_parent: bool = False,
-        dirty: bool = False,
-        pasid: bool = False,
-        contiguous: bool = False,
-        user_data: object = None,
-        ready: bool = True,
-    ) -> PagingDomain:
-        """Make a paging domain; `Device.paging_domain` says what the arguments are."""
-        features = self.smmu.features
-        if user_data is not None:
-            raise NotSupported("user_data", user_data, text="no domain takes user data")
-        if nest_parent and (dirty or pasid):
-            raise NotSupported(
-                "nest_parent", True, text="a nesting parent has no dirty tracking and no PASIDs"
-            )
-        if nest_parent and not (features.s1p and features.s2p):
-            raise NotSupported("nest_parent", True, text="the SMMU cannot nest")
-        if (dirty or pasid) and (not features.s1p or stage == 2):
-            raise NotSupported(
-                "dirty" if dirty else "pasid", True, text="dirty tracking and PASIDs are stage 1"
-            )
-        if dirty and features.httu < 2:
-            raise NotSupported("dirty", True, text="the SMMU has no hardware dirty state (HTTU)")
-        if nest_parent and stage == 1:
-            raise NotSupported("stage", 1, text="a nesting parent is stage 2")
-        if stage is None:
-            stage = 2 if nest_parent or not features.s1p else 1
-        return PagingDomain(
-            self, stage=stage, granule=granule, dirty=dirty, nest_parent=nest_parent,
-            contiguous=contiguous, ready=ready,
-        )  # fmt: skip
-
-    # --- interrupts ---
-
-    def service(self) -> int:
-        """Do what the interrupts asked for; return how many records were handled.
-
-        One thread at a time: the others wait until what it found is answered.
-        """
-        with self._servicing:
-            self._interrupts.clear()
-            return fault.service(self)
 
     # --- what the SMMU sees meanwhile ---
 
