@@ -153,7 +153,7 @@ class Life:
             self.system.spaces = weakref.WeakSet()
         self.start_pages = self.system.pages.in_use
         self.devices, self.away = [], []
-        self.main, self.at, self.reset = {}, {}, set()
+        self.main, self.at, self.reset, self.defaults = {}, {}, set(), {}
         self.spaces, self.guests, self.nested, self.shares = [], [], [], []
         self.dead = []  # processes that ended, and are bound or have a table
         self.names, self.numbers = {}, {}
@@ -242,7 +242,7 @@ class Life:
             )
         for device in self.devices:
             name, group = self.name(device), device.group
-            table = device._table()
+            table = device.master.table
             cds = {}
             for ssid in (0, *self.pasids) if table is not None else ():
                 where = table.address(ssid) if ssid < 1 << table.s1cdmax else None
@@ -507,9 +507,16 @@ class Life:
         self.devices.append(device)
         group = device.group
         if len(group.devices) == 1:
+            self.defaults.pop(group, None)
             self.main[group], self.at[group] = self.default(group), {}
 
     def default(self, group):
+        """The default domain that a group got with its first device."""
+        if group not in self.defaults:
+            self.defaults[group] = self.new_default(group)
+        return self.defaults[group]
+
+    def new_default(self, group):
         if group.default in (IDENTITY, BLOCKED):
             return SAME if group.default is IDENTITY else BLOCK
         space = Space(f"default of {self.name(group.devices[0])}", group.default, None)
@@ -528,7 +535,8 @@ class Life:
         self.away.append((device, number, group if device._wanted_group is not None else None))
         self.shares = [s for s in self.shares if s[0].parent is not device]
         for space in [*self.spaces, *self.dead]:
-            space.bonds.pop(device, None)
+            kept = [(one, bond) for one, bond in space.bonds.items() if bond.references]
+            space.bonds = {one: bond for one, bond in kept if one is not device}
         self.reset.discard(group)
         if group.devices:
             # bonds of the device are gone, and what PASIDs nobody can use
@@ -648,7 +656,8 @@ class Life:
         group = self.pick(self.main)
         name = self.name(group.devices[0])
         if group.owner is not None:
-            must = None if self.aux or group.default is BLOCKED else group not in self.reset
+            same = self.aux or group.domain is group.default or group.default is BLOCKED
+            must = None if same else group not in self.reset
             if self.do(f"{name}.group.release()", group.release, must=must):
                 self.main[group] = self.default(group)
             return
@@ -697,8 +706,16 @@ class Life:
         if (isinstance(target, Nested) or domain.stage == 2) and self.at[group]:
             return False
         if domain.coherent_only and not all(d.coherent for d in group.devices):
-            return False
+            return None if isinstance(target, Nested) else False
         return None if self.aux else True
+
+    def set_main(self, group, target):
+        """A device of a group has another main domain; a guest forgets what it had cached."""
+        old, self.main[group] = self.main[group], target
+        if isinstance(old, Nested) and old.stage1 and old.guest in self.guests:
+            word = layout.pack("TLBI_NH_ALL")
+            self.do(f"{old.guest} invalidates", old.guest.viommu.invalidate,
+                    [(word & (1 << 64) - 1, word >> 64)], must=True)  # fmt: skip
 
     def replace_main(self, device, target):
         if self.beyond_guests(device.group, target):
@@ -706,7 +723,7 @@ class Life:
         must = None if target is self.main[device.group] else self.can_attach(device.group, target)
         if self.do(f"{self.name(device)}.replace({target})", device.replace, target.thing,
                    must=must):  # fmt: skip
-            self.main[device.group] = target
+            self.set_main(device.group, target)
 
     def attach(self):
         group = self.pick(self.main)
@@ -735,7 +752,7 @@ class Life:
             must = must if free else False
             done = self.do(f"{name}.group.attach({target})", group.attach, target.thing, must=must)
         if done:
-            self.main[group] = target
+            self.set_main(group, target)
 
     def detach(self):
         group = self.pick(self.main)
@@ -747,7 +764,7 @@ class Life:
             must = None
         if self.do(f"{self.name(device)}.group.detach({target})", group.detach, target.thing,
                    must=must):  # fmt: skip
-            self.main[group] = BLOCK if group.owner is not None else self.default(group)
+            self.set_main(group, BLOCK if group.owner is not None else self.default(group))
 
     # --- PASIDs ---
 
@@ -833,7 +850,10 @@ class Life:
 
     def room(self, device):
         """Whether a share finds a PASID; the AUX profile needs no other one."""
-        at, most = self.at[device.group], device.max_pasids
+        if "hand-picked PASIDs" in self.without:
+            return False
+        at = self.at[device.group]
+        most = min(one.max_pasids for one in device.group.devices if one.max_pasids)
         return self.aux or any(
             pasid not in self.system.pasids and pasid not in at for pasid in range(1, most)
         )
@@ -895,7 +915,7 @@ class Life:
                 free = any(p not in self.system.pasids and p not in self.at[group]
                            for p in range(1, most))  # fmt: skip
             must = True if device in space.bonds or (paged and free) else None
-            if self.model == 0 and device.stall and len(device.sids) > 1:
+            if self.stalls(device) and len(device.sids) > 1:
                 must = None
         if self.do(f"{self.name(device)}.bind({space})", device.bind, space.thing, must=must):
             space.bonds[device] = self.result
@@ -912,7 +932,8 @@ class Life:
         must = group not in self.reset or None
         if self.do(f"{self.name(device)} unbinds {space}, force={force}", bond.unbind, force=force,
                    must=must) and not bond.references:  # fmt: skip
-            del space.bonds[device]
+            # the devices of a group share it
+            space.bonds = {one: held for one, held in space.bonds.items() if held is not bond}
             self.at[group].pop(pasid, None)
             self.bury()
 
@@ -990,7 +1011,7 @@ class Life:
         self.guests.append(guest)
         own = guest.own
         self.record("CD", guest.ram, V=1, AA64=1, A=1, R=1, T0SZ=25, TG0=0, IPS=5, EPD1=1, ASID=1,
-                    TTB0=own + PAGE, MAIR0=0xFF)  # fmt: skip
+                    TTB0=own + PAGE, MAIR0=0xFF, S=int(self.model == 2))  # fmt: skip
         self.record("PTE_S1_TABLE", guest.ram + PAGE, Valid=1, Type=1, Addr_4K=own + 2 * PAGE)
         self.record("PTE_S1_TABLE", guest.ram + 2 * PAGE, Valid=1, Type=1, Addr_4K=own + 3 * PAGE)
         self.guest_pages(guest)
@@ -1074,7 +1095,8 @@ class Life:
                 self.shares = [s for s in self.shares if s[0].parent is not device]
                 for space in [*self.spaces, *self.dead]:
                     if space.bonds.pop(device, None) is not None:
-                        self.at[device.group].pop(space.thing.pasid, None)
+                        at = self.at[device.group]
+                        self.at[device.group] = {p: s for p, s in at.items() if s is not space}
                 self.forget_aux(device.group)
                 self.bury()
 
@@ -1093,7 +1115,8 @@ class Life:
         self.attach_one(device, self.pick(self.domains()))
 
     def end_aux(self, device, domain):
-        must = None if device.group in self.reset else True
+        held = any(s.parent is device and s.domain is domain for s, _ in self.shares)
+        must = None if held or device.group in self.reset else True
         if self.do(f"{self.name(device)}.detach_aux({self.name(domain)})", device.detach_aux,
                    domain, must=must):  # fmt: skip
             self.forget_aux(device.group)
@@ -1305,7 +1328,6 @@ class Life:
             "ASIDs": list(system.asids),
             "VMIDs": [n for iommu in system.iommus for n in iommu.vmids],
             "stalls": [s for iommu in system.iommus for s in iommu.smmu.stalls],
-            "bonds": [b for b in system.bonds.values() if b],
         }  # fmt: skip
         self.spaces.clear()
         for what, things in left.items():

@@ -243,14 +243,14 @@ def test_an_ste_of_stage_2_that_differs_is_found(fields):
 @pytest.mark.parametrize("ssid", [0, 3])
 def test_a_cd_that_differs_is_found(fields, ssid):
     system, nic, _, _ = attached()
-    poke(system.memory, "CD", nic._table().address(ssid), **fields)
+    poke(system.memory, "CD", nic.master.table.address(ssid), **fields)
     assert "cd" in kinds(system)
     assert any(finding.pasid == (ssid or None) for finding in check(system))
 
 
 def test_a_valid_cd_where_nothing_is_attached_is_found():
     system, nic, _, _ = attached()
-    table = nic._table()
+    table = nic.master.table
     system.memory.write(table.address(4), system.memory.read(table.address(3), 64))
     (finding,) = check(system)
     assert (finding.kind, finding.sid, finding.pasid) == ("cd", 8, 4)
@@ -260,14 +260,14 @@ def test_the_cd_of_a_process_that_ended_must_be_quiet():
     system, held = now_system()
     process = held[5]
     process.exit()
-    address = held[1]._table().address(process.pasid)
+    address = held[1].master.table.address(process.pasid)
     poke(system.memory, "CD", address, EPD0=0)
     assert "cd" in kinds(system)
 
 
 def test_two_tables_under_one_asid_are_found():
     system, nic, main, _ = attached()
-    poke(system.memory, "CD", nic._table().address(3), ASID=main.asid)
+    poke(system.memory, "CD", nic.master.table.address(3), ASID=main.asid)
     assert {"asid", "cd"} <= kinds(system)
 
 
@@ -285,7 +285,7 @@ def test_ats_that_is_on_at_one_end_is_found(way):
     nic = system.device(8, ats=True)
     nic.attach(nic.paging_domain())
     if way == "device":
-        nic.ats_enabled = False
+        nic.master.ats_enabled = False
     else:
         poke(system.memory, "STE", ste_of(nic), EATS=0)
     assert "ats" in kinds(system)
@@ -345,7 +345,7 @@ def test_pages_that_are_given_back_behind_their_owner_are_found():
     system.pages.free(main.root, PAGE)
     assert kinds(system) == {"pages"}
     system, nic, _, _ = attached()
-    table = nic._table()
+    table = nic.master.table
     system.pages.free(table.base, 64 << 4)
     assert kinds(system) == {"pages"}
 
@@ -371,7 +371,7 @@ def test_a_table_that_nobody_points_to_is_found():
     nic = system.device(8, pasid_bits=12)
     domain = nic.paging_domain()
     nic.attach_pasid(domain, 5)
-    poke(system.memory, "L1CD", nic._table().base, V=0)
+    poke(system.memory, "L1CD", nic.master.table.base, V=0)
     assert "table" in kinds(system)
     system = System()
     nic = system.device(8)
@@ -383,7 +383,7 @@ def test_level_1_that_points_to_what_nobody_owns_is_found():
     system = System()
     nic = system.device(8, pasid_bits=12)
     nic.attach_pasid(nic.paging_domain(), 5)
-    poke(system.memory, "L1CD", nic._table().base + 8, V=1, L2Ptr=0x10_0000)
+    poke(system.memory, "L1CD", nic.master.table.base + 8, V=1, L2Ptr=0x10_0000)
     assert kinds(system) == {"table"}
     system = System()
     poke(system.memory, "L1STD", system.iommus[0].strtab + 8, Span=9, L2Ptr=0x10_0000)
@@ -457,9 +457,15 @@ def test_a_device_that_a_domain_does_not_tell_is_found():
 
 
 def test_a_wrong_count_of_attachments_is_found():
-    system, _, main, _ = attached()
-    main.users += 1
-    assert kinds(system) == {"users"}
+    system, nic, main, _ = attached()
+    main.attachments.clear()
+    assert "attachment" in kinds(system)
+    system, nic, main, other = attached()
+    nic.master.attachments[3].domain = main
+    assert "attachment" in kinds(system)
+    system, nic, main, other = attached()
+    nic.master.table.cds[3] = main
+    assert "attachment" in kinds(system)
 
 
 def test_a_stall_of_a_stream_that_nobody_has_is_found():

@@ -17,14 +17,22 @@ import numpy as np
 from smmufast import layout
 from smmufast._tables import PageTable
 from smmufast.faults import ExternalAbort
-from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, NestedDomain, PagingDomain, SvaDomain
-from smmufast.iommu.mediated import Mediated
+from smmufast.iommu.domain import (
+    BLOCKED,
+    IDENTITY,
+    Cached,
+    Domain,
+    NestedDomain,
+    PagingDomain,
+    SvaDomain,
+)
 from smmufast.iommu.smmu.invalidations import ATS, ATS_FULL
 from smmufast.iommu.sva import AddressSpace, ProcessTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from smmufast.iommu.attachment import Attachment
     from smmufast.iommu.device import Device
     from smmufast.iommu.smmu.cdtable import CdTable
     from smmufast.iommu.smmu.iommu import Iommu
@@ -37,28 +45,29 @@ def _devices(iommu: Iommu) -> list[Device]:
     return list(dict.fromkeys(iommu.devices.values()))
 
 
-def _main(device: Device) -> Domain:
-    """What accesses without a PASID should meet."""
-    return BLOCKED if device.group.resetting else device.domain
+def _attached(device: Device) -> dict[int, Domain]:
+    """What is attached to a device, by SSID; 0 is the main domain, and always there."""
+    return {ssid: one.domain for ssid, one in device.master.attachments.items()}
 
 
-def _pasids(device: Device) -> dict[int, Domain]:
-    """What each PASID of the device should meet."""
-    group = device.group
-    if group.resetting or not device.max_pasids:
-        return {}
-    at = {pasid: group.at(pasid) for pasid in group.pasids}
-    return {pasid: domain for pasid, domain in at.items() if domain is not None} | device.aux
+def _records(domain: Domain) -> list[Attachment]:
+    """What a domain knows of its attachments."""
+    return list(domain.attachments) if isinstance(domain, Cached | NestedDomain) else []
+
+
+def _blocked(device: Device) -> bool:
+    """Whether the device is being reset: its STEs abort, whatever is attached."""
+    return device.master.blocked
 
 
 def _table(device: Device) -> CdTable | None:
-    """The CD table that its STE points to, or would."""
-    return device._table()
+    """The CD table that its STEs point to, or would."""
+    return device.master.table
 
 
 def _tables(iommu: Iommu, domains: list[PagingDomain]) -> list[CdTable]:
     """Every CD table that somebody owns."""
-    held = [device.cd_table for device in _devices(iommu)]
+    held = [device.master.own_table for device in _devices(iommu)]
     held += [domain.cd_table for domain in domains if domain.iommu is iommu]
     return list(dict.fromkeys(table for table in held if table is not None))
 
@@ -76,7 +85,7 @@ def _extents(table: CdTable) -> dict[int, int]:
     return {table.base: 8 << (table.s1cdmax - 10)} | leaves
 
 
-def _told(domain: PagingDomain | SvaDomain) -> set[tuple[object, int, int, int]]:
+def _told(domain: Cached) -> set[tuple[object, int, int, int]]:
     """Whom an unmap tells: (queue, kind, number, PASID)."""
     return {entry[:4] for entry in domain.invalidations.entries if entry.users}
 
@@ -86,20 +95,23 @@ def _root(domain: PagingDomain | SvaDomain) -> PageTable | AddressSpace:
     return domain.space if isinstance(domain, SvaDomain) else domain
 
 
-def _vmid(domain: PagingDomain | NestedDomain) -> int:
-    """The VMID of a stage 2: a guest's own, if its Viommu has one."""
-    if isinstance(domain, NestedDomain):
-        viommu = getattr(domain, "viommu", None)
-        return int(getattr(viommu, "vmid", domain.parent.vmid))
-    return domain.vmid
-
-
 def _spaces(system: System) -> list[AddressSpace]:
     """Processes that are known: those with a PASID, and what the system remembers."""
     owners = [system.pasids.find(pasid) for pasid in system.pasids]
     known = [owner for owner in owners if isinstance(owner, AddressSpace)]
-    known += [space for bonds in system.bonds.values() for space in bonds]
+    known += [
+        domain.space
+        for iommu in system.iommus
+        for device in _devices(iommu)
+        for domain in _attached(device).values()
+        if isinstance(domain, SvaDomain)
+    ]
     return list(dict.fromkeys((*known, *getattr(system, "spaces", ()))))
+
+
+def _blocks(system: System) -> dict[int, int]:
+    """What the allocator has handed out: addresses and sizes."""
+    return {address: 1 << lg2 for address, lg2 in system.pages._handed_out()}
 
 
 # --- findings ---
@@ -107,7 +119,7 @@ def _spaces(system: System) -> list[AddressSpace]:
 #: What a finding may be called.
 KINDS: Final = (
     "register", "stale", "stream", "ste", "ats", "cd", "table", "pages", "pasid", "asid", "vmid",
-    "told", "users", "waiting",
+    "told", "attachment", "waiting",
 )  # fmt: skip
 
 
@@ -172,7 +184,6 @@ class _Check:
         self.found: list[Finding] = []
         self.extents: dict[int, tuple[int, str]] = {}  # of the table memory: size and owner
         self.walked: set[PageTable] = set()
-        self.roots: dict[int, str] = {}
         # of all SMMUs, by what memory says: TTB and where it was found
         self.asids: dict[int, tuple[int, str]] = {}
         owners = [system.asids.find(n) for n in system.asids]
@@ -254,7 +265,7 @@ class _Check:
             elif isinstance(owner, PagingDomain):
                 has = owner.aux_pasid == pasid and not owner.freed
             else:
-                has = not isinstance(owner, Mediated) or owner.pasid == pasid
+                has = True  # somebody's whom we do not know
             if not has:
                 self.add("pasid", f"PASID {pasid} is taken by {owner!r}, which does not have it",
                          pasid=pasid)  # fmt: skip
@@ -282,35 +293,35 @@ class _Check:
             self.add("pasid", f"{owner!r} has PASID {pasid}, which is free", **where)
             return
         other = self.system.pasids.find(pasid)
-        if isinstance(owner, Mediated):
-            # AUX profile: the domain's; a PASID without data is somebody's whom we do not know
-            good = other in (None, owner, owner.domain)
-        else:
-            good = other is owner
-        if not good:
+        # a share has the PASID of its auxiliary domain, or one without data
+        if other is not owner and not (other is None or other is getattr(owner, "domain", None)):
             self.add("pasid", f"{owner!r} has PASID {pasid}, which is that of {other!r}", **where)
 
     # --- who is attached ---
 
     def attached(self) -> None:
-        """Domains that something is attached to: alive, with a tag of their own, and counted."""
-        counts: dict[Domain, int] = {}
+        """Domains that something is attached to: alive, aware of it, with a tag of their own."""
+        counts: dict[Domain, list[Attachment]] = {domain: [] for domain in self.domains}
+        for space in _spaces(self.system):
+            counts |= {domain: [] for domain in space.domains.values()}
         for iommu in self.system.iommus:
             for device in _devices(iommu):
-                if device.group.resetting:
-                    return  # counts are raised meanwhile
-                for pasid, domain in [(0, device.domain), *_pasids(device).items()]:
-                    below = domain.parent if isinstance(domain, NestedDomain) else domain
-                    for one in {domain, below}:
-                        counts[one] = counts.get(one, 0) + 1
+                for ssid, one in device.master.attachments.items():
+                    where = {"iommu": iommu.number, "sid": device.sid, "pasid": ssid or None}
+                    if one.ssid != ssid or one.master is not device.master:
+                        self.add("attachment", f"{one!r} is under SSID {ssid} of {device!r}",
+                                 **where)  # fmt: skip
+                    counts.setdefault(one.domain, []).append(one)
+                    below = one.domain
+                    if isinstance(below, NestedDomain):
+                        below = below.parent
+                        counts.setdefault(below, []).append(one)
                     if isinstance(below, PagingDomain | SvaDomain):
-                        self.alive(below, iommu, device, pasid)
-        known: list[PagingDomain | SvaDomain] = [*self.domains]
-        known += [d for space in _spaces(self.system) for d in space.domains.values()]
-        for domain in known:
-            if domain.users != counts.get(domain, 0):
-                self.add("users", f"{domain!r} counts {domain.users} attachments, "
-                         f"there are {counts.get(domain, 0)}")  # fmt: skip
+                        self.alive(below, iommu, device, ssid)
+        for domain, records in counts.items():
+            if isinstance(domain, Cached | NestedDomain) and set(records) != set(_records(domain)):
+                self.add("attachment", f"{domain!r} has {len(_records(domain))} attachments, its "
+                         f"devices have {len(records)}")  # fmt: skip
 
     def alive(
         self, domain: PagingDomain | SvaDomain, iommu: Iommu, device: Device, pasid: int
@@ -340,34 +351,19 @@ class _Check:
         for space in _spaces(self.system):
             if space.table is not None:
                 self.walk(space.table)
-        self.account(False)
-        if not self.balanced():
+        blocks = _blocks(self.system)
+        if blocks.keys() - self.extents.keys():
             # page tables of others, and of processes that were never bound
             for owner in gc.get_referrers(self.system.pages):
                 if isinstance(owner, PageTable):
                     self.walk(owner)
-            self.account(True)
-
-    def balanced(self) -> bool:
-        """Whether as much is reachable as is handed out."""
-        pages = self.system.pages
-        size = sum(size for size, _ in self.extents.values())
-        return bool((size, len(self.extents)) == (pages.in_use, pages.blocks))
-
-    def account(self, last: bool) -> None:
-        """Report blocks that overlap; at last also those that are missing or too many."""
-        end, before = 0, ""
-        for address, (size, owner) in sorted(self.extents.items()):
-            if address < end:
-                self.add("table", f"{owner} at {address:#x} lies in {before}", address=address)
-            end, before = max(end, address + size), owner
-        if last and not self.balanced():
-            pages = self.system.pages
-            size = sum(size for size, _ in self.extents.values())
-            self.add(
-                "pages", f"{pages.blocks} blocks of {pages.in_use:#x} bytes are handed out, "
-                f"{len(self.extents)} of {size:#x} bytes are reachable",
-            )  # fmt: skip
+        for address in blocks.keys() - self.extents.keys():
+            self.add("pages", f"nothing leads to {blocks[address]:#x} bytes at {address:#x}, which "
+                     "are handed out", address=address)  # fmt: skip
+        for address, (size, owner) in self.extents.items():
+            if blocks.get(address) != size:
+                self.add("pages", f"{owner} has {size:#x} bytes at {address:#x}, which are not "
+                         "handed out", address=address)  # fmt: skip
 
     def walk(self, table: PageTable) -> None:
         """Account for the tables that a page table has in memory."""
@@ -401,7 +397,6 @@ class _Smmu:
         self.iommu = iommu
         self.stes: dict[int, dict[str, int]] = {}  # of the devices' streams
         self.tables = _tables(iommu, check.domains)
-        self.cds: dict[CdTable, set[int]] = {}  # valid ones, by memory
 
     def add(self, kind: str, text: str, **where: int | None) -> None:
         """Keep a finding of this SMMU."""
@@ -552,20 +547,23 @@ class _Smmu:
 
     def wanted_ste(self, device: Device) -> dict[str, int]:
         """The fields of the STE that say where it leads."""
-        main = _main(device)
+        attached = _attached(device)
+        main = attached[0]
+        if _blocked(device):
+            return {"Config": 0}
         if isinstance(main, NestedDomain):
             guest = layout.unpack("STE", main.ste[0] | main.ste[1] << 64)
             config = guest["Config"] if guest["V"] else 0
             if config & 4 == 0:
                 return {"Config": 0}
-            wanted = {"Config": config | 2, **self.stage2(main.parent), "S2VMID": _vmid(main)}
+            wanted = {"Config": config | 2, **self.stage2(main.parent), "S2VMID": main.vmid}
             if config & 1:
                 wanted |= {name: guest[name] for name in _STE_S1}
             return wanted
         if isinstance(main, PagingDomain) and main.stage == 2:
-            return {"Config": 6, **self.stage2(main), "S2VMID": _vmid(main)}
+            return {"Config": 6, **self.stage2(main), "S2VMID": main.vmid}
         table = _table(device)
-        if main in (IDENTITY, BLOCKED) and (table is None or not _pasids(device)):
+        if main in (IDENTITY, BLOCKED) and (table is None or len(attached) == 1):
             return {"Config": 4 if main is IDENTITY else 0}
         s1dss = 1 if main is IDENTITY else 0 if main is BLOCKED else 2
         if table is None:
@@ -589,9 +587,9 @@ class _Smmu:
         for device in _devices(self.iommu):
             if _table(device) is not table:
                 continue
-            main = _main(device)
-            pairs = [(0, main)] if main.stage == 1 else []
-            for ssid, domain in [*pairs, *_pasids(device).items()]:
+            for ssid, domain in _attached(device).items():
+                if domain.stage != 1:
+                    continue
                 other = wanted.setdefault(ssid, (domain, device.sid))[0]
                 if other is not domain:
                     self.add("cd", f"a CD should be of {other!r} and of {domain!r}",
@@ -602,9 +600,11 @@ class _Smmu:
         """A CD table: each valid CD is what an attachment says."""
         wanted = self.expected(table)
         home = _home(table, self.check.domains)
-        valid = self.cds[table] = set()
+        for ssid, (domain, sid) in wanted.items():
+            if table.cds.get(ssid) is not domain:
+                self.add("attachment", f"{domain!r} is attached, and the CD table has "
+                         f"{table.cds.get(ssid)!r}", sid=sid, pasid=ssid or None)  # fmt: skip
         for ssid, address, words in self.valid_cds(table):
-            valid.add(ssid)
             domain, sid = wanted.pop(ssid, (None, None))
             if domain is None and ssid == 0 and home is not None:
                 domain = home
@@ -686,9 +686,11 @@ class _Smmu:
     def told(self) -> None:
         """Each domain tells all that may have cached it, by what memory says."""
         queue = self.iommu.queue
-        needed: dict[PagingDomain | SvaDomain, set[tuple[object, int, int, int]]] = {}
+        needed: dict[Cached, set[tuple[object, int, int, int]]] = {}
         for device in _devices(self.iommu):
-            main, table = _main(device), _table(device)
+            if _blocked(device):
+                continue
+            main, table = _attached(device)[0], _table(device)
             below = main.parent if isinstance(main, NestedDomain) else main
             kind = ATS if below is main else ATS_FULL
             reached = {ssid: domain for ssid, (domain, _) in self.expected(table).items()} if (
@@ -696,10 +698,11 @@ class _Smmu:
             pairs = [(0, below, kind)]
             pairs += [(ssid, domain, ATS) for ssid, domain in reached.items() if ssid]
             for ssid, domain, one in pairs:
-                if not isinstance(domain, PagingDomain | SvaDomain):
+                if not isinstance(domain, Cached):
                     continue
                 needs = needed.setdefault(domain, set())
-                needs |= {(queue, tag, number, 0) for tag, number in domain.tags}
+                tags = main.tags if domain is below and main is not below else domain.tags
+                needs |= {(queue, tag, number, 0) for tag, number in tags}
                 for sid in device.sids:
                     ste = self.stes.get(sid)
                     if ste is not None and ste["Config"] & 4 and ste["EATS"]:
