@@ -463,7 +463,7 @@ def test_a_wrong_count_of_attachments_is_found():
     system, nic, main, other = attached()
     nic.master.attachments[3].domain = main
     assert "attachment" in kinds(system)
-    system, nic, main, other = attached()
+    system, nic, main, _ = attached()
     nic.master.table.cds[3] = main
     assert "attachment" in kinds(system)
 
