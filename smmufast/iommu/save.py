@@ -55,7 +55,8 @@ _OTHERS: Final = {
 
 
 def _no_callbacks(state: dict[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {name: None if name in _CALLBACKS else value for name, value in state.items()}
+    kept = dict[str, Any](state)
+    kept.update((name, None) for name in _CALLBACKS if name in state)
     if "spaces" in kept:
         kept["spaces"] = [*kept["spaces"]]  # weak, until the system is whole again
     return kept

@@ -28,7 +28,7 @@ from smmufast.errors import (
     integer,
 )
 from smmufast.features import Features
-from smmufast.iommu import fault, save
+from smmufast.iommu import check, fault, save
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, paging_domain
 from smmufast.iommu.draw import draw
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast._tlb import Caches, StaleEntry
+    from smmufast.iommu.check import Finding
     from smmufast.iommu.sva import AddressSpace
 
 MOST_SMMUS: Final = 4096
@@ -543,6 +544,20 @@ class System:
         """Pickle it with its memory, which can go out of band (protocol 5)."""
         with self.lock:
             return _restored, (self.save(), self.memory)
+
+    def check(self) -> list[Finding]:
+        """Look for whatever is inconsistent: memory and hardware against who is attached where.
+
+        Stale entries of TLBs and ATCs; PASIDs, ASIDs, VMIDs and pages that nobody has, or two;
+        tables that nobody owns, and entries that say something else than what is attached.
+
+        Returns
+        -------
+        list of Finding
+            Empty when all is well.
+        """
+        with self.lock:
+            return check.check(self)
 
     def draw(self, *, limit: SupportsIndex = 16) -> str:
         """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
