@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from lost import lose
+from lives import lose
 
 from smmufast import Caches, Features, layout
 from smmufast.iommu import (
