@@ -288,18 +288,18 @@ class Device:
             alone = not any(one.max_pasids for one in group.devices if one is not self)
             for ssid in [ssid for ssid in master.attachments if ssid]:
                 if alone and not is_auxiliary(master.attachments[ssid].domain):
-                    lock.defer(partial(group.set_pasid, None, ssid, leaving=True))
+                    lock.insist(partial(group.set_pasid, None, ssid, leaving=True))
                 else:
-                    lock.defer(master.detach_pasid, ssid)
-            lock.defer(master.attach, BLOCKED)
-            lock.defer(master.drain, None)
+                    lock.insist(master.detach_pasid, ssid)
+            lock.insist(master.attach, BLOCKED)
+            lock.insist(master.drain, None)
             for viommu in master.iommu.viommus:
                 viommu.forget(self)
-            lock.defer(master.iommu.forget, self)
+            lock.insist(master.iommu.forget, self)
             master.drop_table()
             group.devices.remove(self)
             if not group.devices:
-                lock.defer(group.emptied)
+                lock.insist(group.emptied)
             self._unprobed()
             self.enabled_features.clear()
             self.mm_exit = None

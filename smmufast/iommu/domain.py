@@ -19,6 +19,7 @@ from smmufast.iommu.smmu.invalidations import (
     S2_VMID_S1_CLEAR,
     Invalidations,
 )
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -168,7 +169,7 @@ class Cached(Domain):
         iommu = attachment.master.iommu
         for kind, number in attachment.domain.tags:
             if not self.invalidations.remove(iommu.queue, kind, number):
-                self.system.lock.defer(iommu.flush_tag, kind, number)
+                self.system.lock.insist(iommu.flush_tag, kind, number)
         self.active = len(self.invalidations) > 0
 
     def tables(self) -> dict[tuple[CdTable, int], None]:
@@ -329,16 +330,23 @@ class PagingDomain(PageTable, Cached):
                 raise InvalidArgument("domain", self, text="domain has no ASID")
             old, new = self.asid, iommu.asids.alloc(self)
             users = self.invalidations.users(iommu.queue, S1_ASID, old)
-            for _ in range(users):
-                self.invalidations.insert(iommu.queue, S1_ASID, new)
-            self.asid = new
-            self._words.clear()
-            for table, ssid in self.tables():
-                table.rewrite(ssid)
+            with Undo() as undo:
+                undo.add(iommu.asids.free, new)
+                for _ in range(users):
+                    self.invalidations.insert(iommu.queue, S1_ASID, new)
+                    undo.add(self.invalidations.remove, iommu.queue, S1_ASID, new)
+                undo.add(self._set_asid, old)
+                self._set_asid(new)
+                for table, ssid in self.tables():
+                    table.rewrite(ssid, undo)
             for _ in range(users):
                 self.invalidations.remove(iommu.queue, S1_ASID, old)
-            iommu.flush_asid(old)
+            self.system.lock.insist(iommu.flush_asid, old)
             iommu.asids.free(old)
+
+    def _set_asid(self, asid: int) -> None:
+        self.asid = asid
+        self._words.clear()
 
     def flush_all(self) -> None:
         """Invalidate everything that may be cached of this domain."""

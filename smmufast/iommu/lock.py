@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 from smmufast.errors import Busy
@@ -77,6 +77,18 @@ class SystemLock:
             callback(*arguments)
         except BaseException as error:
             self._raised.append(error)
+
+    def insist(self, step: Callable[..., object], *arguments: object) -> None:
+        """Take a step without which a change stays half made; one that fails is taken once more.
+
+        As with `defer`, what it raises is raised when the lock is let go of.
+        """
+        try:
+            step(*arguments)
+        except BaseException as error:
+            self._raised.append(error)
+            with suppress(Exception):
+                step(*arguments)
 
     def __repr__(self) -> str:
         """Whether it is held."""

@@ -170,9 +170,9 @@ class CdTable:
         else:
             self.cds[ssid] = domain
 
-    def rewrite(self, ssid: int) -> None:
-        """Write the CD of a domain again, which has changed."""
-        self.write(ssid, self.cds[ssid].cd(self.stall))
+    def rewrite(self, ssid: int, undo: Undo | None = None) -> None:
+        """Write the CD of a domain again, which has changed; `undo` as for `write`."""
+        self.write(ssid, self.cds[ssid].cd(self.stall), undo)
 
     # --- the masters behind it ---
 
@@ -185,7 +185,7 @@ class CdTable:
         """Empty every ATC of one PASID; what one of them raises does not spare the others."""
         lock = self.iommu.system.lock
         for master in self.masters:
-            lock.defer(master.flush_atc, ssid)
+            lock.insist(master.flush_atc, ssid)
 
     def join(self, master: Master, undo: Undo) -> None:
         """One more STE will point here."""
