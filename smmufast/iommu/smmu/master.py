@@ -98,6 +98,8 @@ class Master:
 
     def domain_at(self, ssid: int) -> Domain | None:
         """What an access under an SSID reaches: in the AUX profile also what others attached."""
+        if self.blocked:
+            return BLOCKED
         if not ssid:
             return self.domain
         table = self.table
