@@ -40,7 +40,9 @@ from smmufast.iommu import (
 
 RAM = 0x1_0000_0000
 PAGE = 0x1000
-IOVAS = (0, 0x1000, 0x2000, 0x1F_F000, 0x20_0000, 0x40_0000_0000)
+TOP = 0x7FFF_FFFF_F000
+IOVAS = (0, 0x1000, 0x2000, 0x1F_F000, 0x20_0000, 0x40_0000_0000, TOP)
+BLOCK_PAGES = 512
 STEPS = 120
 # of a guest: what it has for itself, and where its stage 1 leads to
 GUEST_OWN = 0x6000_0000
@@ -787,8 +789,12 @@ class Life:
         if space is None or space.gone:
             return
         iova = self.pick([*IOVAS, GUEST_OUT, GUEST_OUT + PAGE])
+        count = self.pick([1, 1, 1, 3, 16, BLOCK_PAGES])
+        if iova >= GUEST_OWN:
+            count = min(count, 16)  # a guest's tables are near
         pa = RAM + PAGE * self.rng.randrange(256)
-        count = self.pick([1, 1, 1, 3, 16])
+        if count == BLOCK_PAGES and self.rng.randrange(2):
+            pa &= -PAGE * BLOCK_PAGES
         wanted = {iova + n * PAGE: pa + n * PAGE for n in range(count)}
         unready = not space.process and space.thing.iommu is None
         must = not unready and not wanted.keys() & space.pages.keys()
@@ -801,7 +807,7 @@ class Life:
         if space is None or space.gone:
             return
         iova = self.pick([*IOVAS, *list(space.pages)[:3], GUEST_OUT])
-        count = self.pick([1, 1, 1, 3, 16])
+        count = self.pick([1, 1, 1, 3, 16, BLOCK_PAGES])
         if GUEST_OWN <= iova < GUEST_OUT:
             return
         if self.do(f"{space}.unmap({iova:#x}, {count} pages)", space.table.unmap, iova,
