@@ -7,7 +7,6 @@ group all follow from them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ class AttachHandle:
         """The device goes: end what the handle stands for, if that is the device's."""
 
 
-@dataclass(slots=True, eq=False)
 class Attachment:
     """One domain on one address space of a device.
 
@@ -48,11 +46,21 @@ class Attachment:
         What the caller gave with a PASID.
     """
 
-    master: Master
-    domain: Domain
-    ssid: int
-    table: CdTable | None = None
-    handle: AttachHandle | None = None
+    __slots__ = ("domain", "handle", "master", "ssid", "table")
+
+    def __init__(
+        self,
+        master: Master,
+        domain: Domain,
+        ssid: int,
+        table: CdTable | None = None,
+        handle: AttachHandle | None = None,
+    ) -> None:
+        self.master = master
+        self.domain = domain
+        self.ssid = ssid
+        self.table = table
+        self.handle = handle
 
     def link(self) -> None:
         """Let the domain know that the SMMU may cache it for this master from now on.

@@ -219,9 +219,10 @@ class Group:
         done: list[tuple[Master, Attachment | None, bool]] = []
         try:
             for master in masters:
-                before = master, master.attachments.get(pasid), master.has_leaf(pasid)
+                before = master.attachments.get(pasid)
+                leaf = len(masters) == 1 or master.has_leaf(pasid)
                 master.set_pasid(domain, pasid, handle)
-                done.append(before)
+                done.append((master, before, leaf))
         except BaseException:
             for master, old, leaf in reversed(done):
                 with contextlib.suppress(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -24,5 +23,7 @@ class Undo:
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
         for call, arguments in reversed(self._calls) if kind is not None else ():
-            with contextlib.suppress(Exception):  # what failed first is what is raised
+            try:
                 call(*arguments)
+            except BaseException:
+                continue
