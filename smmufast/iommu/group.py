@@ -200,22 +200,22 @@ class Group:
         """
         if not leaving:
             self.check_reset()
-        masters = self._with_pasids()
-        old = masters[0].attachments.get(pasid) if masters else None
         with Undo() as undo:
             if domain is not None:
-                for master in masters:
-                    master.prepare_pasid(domain, pasid, undo)
-            self._set_pasid(masters, domain, pasid, handle)
-        if old is not None and old.handle is not None:
-            old.handle.domain = None
-        if handle is not None:
-            handle.domain = domain
+                self.prepare_pasid(domain, pasid, undo)
+            self.install_pasid(domain, pasid, handle)
 
-    @staticmethod
-    def _set_pasid(
-        masters: list[Master], domain: Domain | None, pasid: int, handle: AttachHandle | None
+    def prepare_pasid(self, domain: Domain, pasid: int, undo: Undo) -> None:
+        """Check a domain of a PASID on every device, and have the pages for its CDs."""
+        for master in self._with_pasids():
+            master.prepare_pasid(domain, pasid, undo)
+
+    def install_pasid(
+        self, domain: Domain | None, pasid: int, handle: AttachHandle | None
     ) -> None:
+        """Attach a PASID, for which `prepare_pasid` was called, on all devices or on none."""
+        masters = self._with_pasids()
+        old = masters[0].attachments.get(pasid) if masters else None
         done: list[tuple[Master, Attachment | None, bool]] = []
         try:
             for master in masters:
@@ -233,6 +233,10 @@ class Group:
                 if not leaf:
                     master.drop_leaf(pasid)
             raise
+        if old is not None and old.handle is not None:
+            old.handle.domain = None
+        if handle is not None:
+            handle.domain = domain
 
     @property
     def max_pasids(self) -> int:

@@ -448,15 +448,13 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             group.check_pasid(domain, pasid)
             undo.add(_drop_domains, space)
             # before an ASID is taken, for which another domain may have to move
-            for member in group.devices:
-                if member.max_pasids:
-                    member.master.prepare_pasid(domain, pasid, undo)
+            group.prepare_pasid(domain, pasid, undo)
             device.enable_iopf()
             undo.add(device.disable_iopf)
             domain.take_asid()
             space.domains[iommu] = domain
             bond = Bond(device, space)
-            group.set_pasid(domain, pasid, bond)
+            group.install_pasid(domain, pasid, bond)
         space.pasid = pasid
         space._system = system
         system.spaces.add(space)
