@@ -60,7 +60,7 @@ MUTANTS = [
          "((S1_ASID, S2_VMID, S2_VMID_S1_CLEAR), (ATS, ATS_FULL))", some("stage_2")),
         ("invs-the-order-is-kept-after-a-change",
          "        self._version += 1\n        return left", "        return left",
-         some("random_users", "invalidations")),
+         some("what_is_removed", "invalidations")),
     ),
     *of(
         "iommu/smmu/iommu.py",
