@@ -64,11 +64,16 @@ MUTANTS = [
     ),
     *of(
         "iommu/smmu/iommu.py",
-        ("a-tag-that-others-use-is-flushed", "domain.tags if not domain.users else ()",
-         "domain.tags", KERNEL),
-        ("a-tag-is-never-flushed", "            self.queue.drop(kind, number)", "            pass",
-         KERNEL),
         ("a-leaf-of-the-stream-table-is-not-told",
          '            self.queue.issue("CFGI_STE", StreamID=sid, Leaf=0)', "            pass", KERNEL),
+    ),
+    *of(
+        "iommu/domain.py",
+        ("a-tag-that-others-use-is-flushed",
+         "not self.invalidations.remove(iommu.queue, kind, number)",
+         "self.invalidations.remove(iommu.queue, kind, number) is not None", KERNEL),
+        ("a-tag-is-never-flushed",
+         "                self.system.lock.defer(iommu.flush_tag, kind, number)",
+         "                pass", KERNEL),
     ),
 ]
