@@ -211,15 +211,22 @@ cdef struct Span:
     bint leaf         # no table was
 
 
-cdef Span span_of(first, last, granule_lg2, page_lg2, leaf):
+cdef Span span_of(first, last, int granule_lg2, int page_lg2, bint leaf):
     cdef Span s
-    if granule_lg2 not in (12, 14, 16):
+    if granule_lg2 != 12 and granule_lg2 != 14 and granule_lg2 != 16:
         raise InvalidArgument("granule_lg2", granule_lg2, "12, 14 or 16")
     if not granule_lg2 <= page_lg2 < 52:
         raise InvalidArgument("page_lg2", page_lg2, f"{granule_lg2} to 51")
-    if not 0 <= first <= last <= MASK:
+    try:
+        s.first = first
+        s.last = last
+    except OverflowError:
+        raise InvalidArgument("first, last", (first, last), "0 to 2^64 - 1") from None
+    if s.first > s.last:
         raise InvalidArgument("last", last, f"{first:#x} to 2^64 - 1")
-    s.first, s.last, s.granule_lg2, s.page_lg2, s.leaf = first, last, granule_lg2, page_lg2, leaf
+    s.granule_lg2 = granule_lg2
+    s.page_lg2 = page_lg2
+    s.leaf = leaf
     return s
 
 
@@ -379,6 +386,8 @@ cdef class CommandQueue:
     cdef readonly uint64_t syncs
     cdef public list log
     cdef readonly object lock
+    cdef object _acquire     # its methods
+    cdef object _release
     cdef uint32_t _size
     cdef uint32_t _mask      # of an index and its wrap bit
     cdef uint32_t _free      # entries that the SMMU is known to have consumed
@@ -394,6 +403,8 @@ cdef class CommandQueue:
         self.base = base
         self.size_lg2 = size_lg2
         self.lock = threading.RLock()
+        self._acquire = self.lock.acquire
+        self._release = self.lock.release
         self._size = <uint32_t>1 << self.size_lg2
         self._mask = 2 * self._size - 1
         self._free = self._size
@@ -514,7 +525,7 @@ cdef class CommandQueue:
         check_cached(kind, number, ssid)
         s.first, s.last, s.granule_lg2, s.page_lg2, s.leaf = 0, ALL, 12, 12, False
         batch_open(&b)
-        invalidation(&b, kind, number, ssid, &s, self._ranges, self._smmu.cr2 & E2H != 0)
+        invalidation(&b, kind, number, ssid, &s, self._ranges, self._e2h())
         if b.count:
             self.tell(&b)
 
@@ -533,11 +544,14 @@ cdef class CommandQueue:
 
     cdef int push(self, const Batch* b, int syncs=0) except -1:
         """As `submit`; so many of the commands are CMD_SYNC."""
-        with self.lock:
+        self._acquire()
+        try:
             self._put(b)
             self._note(b)
             self.syncs += syncs
             self._finish()
+        finally:
+            self._release()
         return 0
 
     cdef int _note(self, const Batch* b) except -1:
@@ -594,6 +608,10 @@ cdef class CommandQueue:
             self._refused = []
             raise CommandError.of(refused)
         return 0
+
+    cdef bint _e2h(self) except -1:
+        """Whether TLB entries of stage 1 are those of EL2."""
+        return (self._real.core.hw.cr2 if self._real else self._smmu.cr2) & E2H != 0
 
     cdef uint64_t _tell_prod(self) except? 0xFFFFFFFFFFFFFFFF:
         """Write CMDQ_PROD, and return CMDQ_CONS."""
@@ -861,7 +879,8 @@ cdef class EntryWriter:
         cdef int i, syncs = 0
         cdef bint hitless = True
         target = dwords_of(words)
-        with self.queue.lock:
+        self.queue._acquire()
+        try:
             load(self.memory, address, now.words, 8)
             if memcmp(&now, &target, sizeof(Entry)) == 0:
                 return UPDATES[0][1]
@@ -889,6 +908,8 @@ cdef class EntryWriter:
                 self._step(address, 0xFE, &now, &target, commands, &syncs, &hitless)
                 self._step(address, 1, &now, &target, commands, &syncs, &hitless)
             return UPDATES[syncs][hitless]
+        finally:
+            self.queue._release()
 
     cdef int _step(self, uint64_t address, unsigned int dwords, Entry* now, const Entry* wanted,
                    Batch* commands, int* syncs, bint* hitless) except -1:
@@ -971,7 +992,7 @@ def invalidate(parts, first, last, granule_lg2, page_lg2, leaf):
     for queue, keys in parts:
         if queue is None:
             raise InvalidArgument("parts", parts, "pairs of a CommandQueue and a list")
-        e2h = queue._smmu.cr2 & E2H != 0
+        e2h = queue._e2h()
         batch_open(&b)
         try:
             for _, kind, number, ssid in keys:
