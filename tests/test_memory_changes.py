@@ -59,9 +59,12 @@ def test_level_1_tables_at_address_0_are_read_again():
     assert smmu.translate(0, 0x123).fault.name == "C_BAD_STREAMID"
 
 
-def test_level_1_context_descriptors_are_read_again():
+@pytest.mark.parametrize("merged", [False, True])
+def test_level_1_context_descriptors_are_read_again(merged):
     bench = Bench()
     bench.map(0, 0x5000)
+    if merged:
+        bench.memory.merge()
     leaves = [CONTEXT_TABLE + 0x4000, CONTEXT_TABLE + 0x8000]
     for leaf, asid in zip(leaves, (3, 4), strict=True):
         bench.memory.write(leaf, ptwriter.encode_cd(**bench.cd | {"asid": asid}))
@@ -75,8 +78,9 @@ def test_level_1_context_descriptors_are_read_again():
     assert smmu.translate(SID, 0).fault.name == "C_BAD_SUBSTREAMID"
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("s1fmt", [0, 1])
-def test_context_descriptors_lie_where_stage_2_puts_them_now(s1fmt):
+def test_context_descriptors_lie_where_stage_2_puts_them_now(s1fmt, merged):
     """Stage 2 moves the page of the CD, and that of the level-1 descriptor."""
     bench, iova, _ = nested_system()
     if s1fmt:
@@ -87,6 +91,8 @@ def test_context_descriptors_lie_where_stage_2_puts_them_now(s1fmt):
     moved = 0x600_0000
     bench.memory.add(moved, 0x3000)
     where = CONTEXT_TABLE + (0x1000 if s1fmt else 0)
+    if merged:
+        bench.memory.merge()
     smmu = twin.smmu_of(bench)
     first = smmu.translate(SID, iova)
     assert first

@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 from nested import (
-    DATA, NESTED, PAGES, SECOND, STAGE2, TABLES, physical, scattered_nested, small_nested,
+    DATA,
+    NESTED,
+    PAGES,
+    SECOND,
+    STAGE2,
+    TABLES,
+    physical,
+    scattered_nested,
+    small_nested,
 )
 
 from smmufast import ACTIONS, layout
@@ -117,19 +125,27 @@ def test_tables_and_pages_that_stage_2_scatters(first, second, seed):
 
 @pytest.mark.parametrize(("first", "second"), [(12, 12), (14, 14), (16, 12)])
 def test_access_flags_of_the_pages_that_tables_lie_in_are_set(first, second):
-    found = []
-    for batch in (True, False):
-        smmu, places = scattered_nested(
-            3, first, second, has={"httu": 1}, tables={"af": 0}, s2ha=1, cd={"ha": 1}
-        )
-        iova = np.resize(np.array(places, np.uint64), 200)
-        if batch:
-            smmu.translate_batch(NESTED, iova)
-        else:
-            for address in iova.tolist():
-                smmu.translate(NESTED, address)
-        found.append([smmu.memory.read(STAGE2, 1 << 24)])
-    assert found[0] == found[1]
+    smmu, places = scattered_nested(
+        3, first, second, has={"httu": 1}, tables={"af": 0}, s2ha=1, cd={"ha": 1}
+    )
+    size = 1 << 20
+    unmarked = smmu.memory.read(STAGE2, size)
+    found = [place for place in places if smmu.translate(NESTED, place)]
+    others = 0
+    for place in found[1:16]:
+        after = []
+        # rows that write nothing come first: the passes over blocks go ahead then
+        iova = np.array(found[:1] * 32 + [place] * 40, np.uint64)
+        for batch in (True, False):
+            smmu.memory.write(STAGE2, unmarked)
+            for each in [iova] if batch else np.split(iova, len(iova)):
+                smmu.translate_batch(NESTED, each)
+            after.append(smmu.memory.read(STAGE2, size))
+        assert after[0] == after[1]
+        smmu.memory.write(STAGE2, unmarked)
+        smmu.translate(NESTED, found[0])
+        others += smmu.memory.read(STAGE2, size) != after[0]
+    assert others > 4
 
 
 QUEUE = 0x4F00_0000
