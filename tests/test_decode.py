@@ -175,6 +175,15 @@ def test_every_command_has_words(name):
     assert bool(found.meaning) == secure
 
 
+@pytest.mark.parametrize(
+    ("scale", "ds", "lg2"), [(50, 1, 39), (39, 1, 39), (38, 1, 38), (50, 0, 18), (31, 0, 31)]
+)
+def test_the_scale_of_a_range_is_that_of_the_features(scale, ds, lg2):
+    command = layout.pack("TLBI_NH_VA", Address=0, TG=1, SCALE=scale)
+    found = one(layout.to_bytes("CMD", command), features=Features(ds=ds))
+    assert f"for 0x0 to {(1 << lg2 + 12) - 1:#x} (" in found.text
+
+
 def test_commands_are_judged_by_the_features():
     command = layout.to_bytes("CMD", layout.pack("TLBI_S2_IPA", IPA=0x1000))
     assert one(command).meaning == ()

@@ -6,12 +6,17 @@ import captures
 import nested
 import pytest
 import tablegen
+import twin
 from nested import NESTED, SECOND, small_nested
+from rawfeatures import raw
+from test_reference import CONTEXT_TABLE, SID
+from test_stage2 import nested_system
 
 import smmufast
 from smmufast import layout
 from smmufast.capture import Capture
 from smmufast.explain import (
+    _ips,
     describe_cd,
     describe_ste,
     explain,
@@ -619,3 +624,26 @@ def test_lines_of_stream_lists_hold_what_counts():
     )
     assert describe_cd(cd) == "TTB0=0x3000 16K T0SZ=25 EPD1=1 IPS=48 bits ASID=0x9 AA64 A ENDI"
     assert describe_cd(bytes(64)) == "V=0 (invalid)"
+
+
+def test_pointers_of_v3_0_have_48_bits():
+    bench, iova, _ = nested_system()
+    bench.features.arch_minor, bench.features.ds, bench.features.vax = 0, 0, 0
+    bench.features.oas = 5
+    beyond = 1 << 50
+    bench.write_ste(s1contextptr=CONTEXT_TABLE | beyond, s2ps=5)
+    bench.write_cd(ttb0=bench.tables.base | beyond, ips=5)
+    smmu = twin.smmu_of(bench)
+    result = smmu.translate(SID, iova, trace=True)
+    assert result.pa == 0x5000
+    told = [int(ipa, 16) for ipa in re.findall(r"IPA (0x\w+)", explain(result, smmu))]
+    assert len(told) > 8 and max(told) < 1 << 48
+
+
+@pytest.mark.parametrize(
+    ("code", "oas", "minor", "bits"),
+    [(5, 5, 3, 48), (6, 5, 3, 48), (6, 6, 3, 52), (3, 6, 3, 42), (6, 3, 1, 42), (7, 5, 0, 48)],
+)
+def test_output_sizes_are_limited_by_oas(code, oas, minor, bits):
+    features = raw(oas=oas, arch_minor=minor, gran64k=1, ttf=2, s1p=1)
+    assert _ips(code, features) == bits

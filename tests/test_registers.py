@@ -43,6 +43,9 @@ def test_identification_registers_tell_the_features():
         smmu.write(offset, 0xFFFF_FFFF)
         assert smmu.read(offset) == expected
         assert "ignored" in smmu.warnings[-1].text
+    for bit, name in ((4, "cohacc"), (8, "dormhint")):  # what they say changes nothing else
+        for value in (0, 1):
+            assert device(FULL.replace(**{name: value})).read(0) >> bit & 1 == value
 
 
 @pytest.mark.rule("S3.7-1", "S3.10.2-1", "S6.2-1", "S6.2-2", "S6.2-3", "S6.2-5", "S6.2.2-1")
@@ -306,6 +309,18 @@ def test_translation_follows_the_registers():
     smmu.write("STRTAB_BASE", 0x9010_0000)
     smmu.write("CR0", 5)
     assert smmu.translate(request.sid, request.iova).action == "bypass"
+    # two levels, of which the second is where the L1STD of 2^SPLIT streams says
+    leaf, at = 0x9012_0000, {6: 3, 8: 2, 10: 5}
+    for split, index in at.items():
+        smmu.write("CR0", 0)
+        smmu.memory.write(0x9010_0000, bytes(64))
+        smmu.memory.write_u64(0x9010_0000 + 8 * index, leaf | split + 1)
+        smmu.memory.write(leaf + 64 * small.STAGE1, (1 | 4 << 1).to_bytes(8, "little"))
+        smmu.write("STRTAB_BASE_CFG", 1 << 16 | split << 6 | 13)
+        smmu.write("CR0", 5)
+        for other in range(8):
+            found = smmu.translate(other << split | small.STAGE1, request.iova)
+            assert (found.action == "bypass") == (other == index)
     smmu.write("CR0", 0)
     smmu.write("STRTAB_BASE_CFG", 0)
     smmu.write("CR2", 0)
