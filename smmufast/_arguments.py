@@ -87,6 +87,6 @@ def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     allowed = tuple(allowed)
     # 1 and True are equal, but they are not the same argument
     if not any(type(value) is type(one) and value == one for one in allowed):
-        *most, last = (repr(one) for one in allowed)
+        *most, last = (repr(one) for one in allowed if one is not None)
         text = f"{', '.join(most)} or {last}" if most else last
         raise ValueError(must_be(name, text, value))

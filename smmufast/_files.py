@@ -16,17 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-__all__ = ["number", "refuse_taken", "replacing", "replacing_directory"]
+__all__ = ["as_number", "refuse_taken", "replacing", "replacing_directory"]
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,4096}|[0-9]{1,4096}", re.A)
 
 
-def number(text: str) -> int | None:
+def as_number(text: str) -> int | None:
     """Return the number that a text stands for: 0x and hexadecimal digits, or decimal ones.
 
     None where it is no number.  Wherever text is read as numbers, it is read so.
 
-    >>> number("0x10"), number("10"), number("010"), number("ten")
+    >>> as_number("0x10"), as_number("10"), as_number("010"), as_number("ten")
     (16, 10, 10, None)
     """
     if not _NUMBER.fullmatch(text):

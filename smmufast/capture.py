@@ -94,7 +94,7 @@ from numpy.lib import format as npy
 
 from smmufast import layout
 from smmufast._arguments import flag, integer, must_be, one_of
-from smmufast._files import number, refuse_taken, replacing_directory
+from smmufast._files import as_number, refuse_taken, replacing_directory
 from smmufast._memory import Memory
 from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast.faults import ExternalAbort
@@ -264,7 +264,7 @@ class _Line:
 
     def number_of(self, name: str, value: Any, last: int, first: int = 0) -> int:
         if type(value) is str:
-            found = number(value)
+            found = as_number(value)
             value = value if found is None else found
         if type(value) is not int:
             self.bad(f"{name}: {_kind(value)} found; a number is wanted")
@@ -1196,7 +1196,7 @@ class Capture:
             )
         else:
             if memory is not None or registers is not None:
-                raise TypeError("memory and registers must not be given beside smmu: it has its own")
+                raise TypeError("memory and registers must not be given beside smmu")
             memory = smmu.memory
             given = _registers_of(smmu)
             masked = {}
@@ -1232,7 +1232,8 @@ class Capture:
                 json.dump(values, file, indent=1, default=_plain)
             _write_pages(os.path.join(partial, "pages.npz"), kept_addresses, contents)
             # without its pages a ring that was used would be taken for one of zeros
-            if queues and (queue_addresses or not any(given.get(f"{name}_PROD") for name in queues)):
+            used = any(given.get(f"{name}_PROD") for name in queues)
+            if queues and (queue_addresses or not used):
                 where = os.path.join(partial, "queues.npz")
                 _write_pages(where, queue_addresses, queue_contents)
             _write_lines(os.path.join(partial, "requests.jsonl.gz"), translated)
