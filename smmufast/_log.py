@@ -647,9 +647,14 @@ class _Log:
         self.errors: dict[str, int] = {}
         self.asked: dict[str, dict[str, bool]] = {}
 
-    def read(self, text: str) -> list[Decoded]:
+    def read(
+        self, text: str, progress: Callable[[int, int], object] | None = None
+    ) -> list[Decoded]:
         rest = None
+        lines = text.count("\n") + 1
         for number, line in _joined(text):
+            if progress is not None and not number % 1024:
+                progress(number, lines)
             self.line(number, line)
             if len(self.found) > self.limit:
                 rest = number
@@ -824,6 +829,11 @@ class _Log:
                   source=found[1])  # fmt: skip
 
 
-def read_log(text: str, features: Features | None, limit: int) -> list[Decoded]:
+def read_log(
+    text: str,
+    features: Features | None,
+    limit: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Decoded]:
     """Return what a log tells; behind `limit` findings a last one says what is left out."""
-    return _Log(features, limit).read(text)
+    return _Log(features, limit).read(text, progress)

@@ -9,6 +9,7 @@ SMMU with the features that are given (`Why`).
 
 from __future__ import annotations
 
+import functools
 import re
 import textwrap
 from collections.abc import Callable
@@ -388,6 +389,7 @@ def _is_range(fields: dict[str, int], features: Features | None) -> bool:
     return bool(fields.get("TG")) and (features is None or bool(features.ril))
 
 
+@functools.lru_cache(maxsize=4)
 def _smmu(features: Features | None) -> Smmu:
     """Return an SMMU to ask: with these features, or with all that are modelled."""
     from smmufast import Memory, Smmu
@@ -873,6 +875,7 @@ def decode(
     level: int | None = None,
     features: Features | None = None,
     limit: int = MOST,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[Decoded]:
     """Return records, or what a log tells, in words.
 
@@ -897,6 +900,8 @@ def decode(
         Of the SMMU: then commands and STEs that it refuses are told with the reason.
     limit : int
         Findings, or records, that are wanted at most.
+    progress : callable, optional
+        Called now and then with the lines of a log that were read, and all its lines.
 
     Returns
     -------
@@ -936,7 +941,7 @@ def decode(
                 raise DecodeError(f"words: {_bad_token(data)}; numbers are wanted")
             from smmufast._log import read_log
 
-            return read_log(data, features, limit)
+            return read_log(data, features, limit, progress)
         raw = _words(tokens, None if kind is None else _bytes_of_kind(kind), unit)
     elif isinstance(data, (bytes, bytearray, memoryview)):
         raw = bytes(data)

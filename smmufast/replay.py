@@ -592,7 +592,9 @@ class QueueReplay:
         }
 
 
-def replay_queues(path: str | os.PathLike[str]) -> QueueReplay:
+def replay_queues(
+    path: str | os.PathLike[str], progress: Callable[[int, int], object] | None = None
+) -> QueueReplay:
     """Give recorded batches of commands to an SMMU, and fill its event queue, and compare.
 
     Of a batch CMDQ_CONS is compared; of a run that filled the event queue EVENTQ_PROD after each
@@ -603,6 +605,8 @@ def replay_queues(path: str | os.PathLike[str]) -> QueueReplay:
     ----------
     path : path
         A file as `smmufast.capture.load_batches` reads.
+    progress : callable, optional
+        Called with the batches and runs done, and all of them.
 
     Raises
     ------
@@ -612,10 +616,16 @@ def replay_queues(path: str | os.PathLike[str]) -> QueueReplay:
     features, batches = load_batches(path)
     features = modelled(features)[0]
     found = QueueReplay(str(path))
-    for batch in batches:
+    fillings = load_fillings(path)
+    work = len(batches) + len(fillings)
+    for done, batch in enumerate(batches):
         found.count(*_batch(features, batch))
-    for filling in load_fillings(path):
+        if progress is not None:
+            progress(done + 1, work)
+    for done, filling in enumerate(fillings, len(batches)):
         found.count(OVERFLOWS, _filling(features, filling))
+        if progress is not None:
+            progress(done + 1, work)
     return found
 
 

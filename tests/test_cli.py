@@ -67,7 +67,7 @@ def case(**more):
     return {"sid": captures.SID, "iova": "0x1000", "rnw": 1, "out": out} | more
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(("decode", "46 0"), 0), (("nothing",), 2)])
+@pytest.mark.parametrize(("arguments", "status"), [(("decode", "70 0"), 0), (("nothing",), 2)])
 def test_a_process_of_its_own_says_the_same(arguments, status):
     process = start(*arguments)
     out, err = process.communicate(timeout=60)
@@ -523,11 +523,11 @@ def test_decode_of_words():
     text = run("decode", "0x0000000900000004", "0", "0", "0", "--kind", "event")
     assert text.startswith("C_BAD_STE: stream 0x9\n")
     assert "    StreamID  [63:32]  9  stream\n" in text
-    assert run("decode", "46", "0") == (
+    assert run("decode", "0x46", "0") == (
         "SYNC: wait until the commands before are done\n    Opcode  [7:0]  0x46  command\n"
     )
     assert run("decode", EVENT.hex(), "--brief") == "C_BAD_STE: stream 0x9\n"
-    assert run("decode", given="46 0\n").startswith("SYNC: ")
+    assert run("decode", given="70 0\n").startswith("SYNC: ")
     (found,) = run_json("decode", EVENT.hex())
     assert (found["name"], found["record"], found["line"]) == ("C_BAD_STE", EVENT.hex(), None)
     arguments = ("--kind", "pte", "--stage", 2, "--granule", "16K", "--level", 3)
@@ -571,10 +571,10 @@ def test_decode_of_a_log_counts_what_repeats():
     ("arguments", "given", "problem"),
     [
         (("1", "2", "3"), None, "words: 24 bytes given; an event has 32"),
-        (("--kind", "event", "xyz"), None, "words: 'xyz' given; hexadecimal numbers are wanted"),
-        (("--kind", "ate", "1"), None, "kind: 'ate' given; event, command"),
-        (("--unit", "7", "1"), None, "unit: 7 given; 64, 32, 8 allowed"),
-        (("--level", "9", "1"), None, "level: 9 given"),
+        (("--kind", "event", "xyz"), None, "words: 'xyz' given; numbers are wanted"),
+        (("--kind", "ate", "1"), None, "kind must be 'event', 'command', 'pri'"),
+        (("--unit", "7", "1"), None, "unit must be 64, 32 or 8, not 7"),
+        (("--level", "9", "1"), None, "level must be -1, 0, 1, 2 or 3, not 9"),
         (("--level", "low", "1"), None, "'low' is not a number"),
         (("--raw", "1"), None, "--raw: reads standard input, but words are given too"),
         ((), "", "nothing to decode"),
@@ -670,7 +670,8 @@ def test_numpy_is_not_needed_for_the_command_itself():
 def test_an_uncompiled_package_is_named(tmp_path):
     source = tmp_path / "smmufast"
     source.mkdir()
-    for name in ("cli.py", "__main__.py", "capture.py", "layout.py", "faults.py", "features.py"):
+    for name in ("_arguments.py", "_files.py", "cli.py", "__main__.py", "capture.py", "layout.py",
+                 "faults.py", "features.py"):  # fmt: skip
         (source / name).write_bytes((Path(smmufast.__file__).parent / name).read_bytes())
     (source / "__init__.py").write_text("")
     process = subprocess.run(
