@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-__all__ = ["as_number", "refuse_taken", "replacing", "replacing_directory"]
+__all__ = ["as_number", "refuse_taken", "replacing", "replacing_directory", "write_text"]
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,4096}|[0-9]{1,4096}", re.A)
 
@@ -72,6 +72,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, which is whole or as it was before."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
