@@ -1017,10 +1017,10 @@ class Capture:
             return cls._load_cases(path, _Watch(path, progress))
         if os.path.exists(os.path.join(path, "meta.json")):
             return cls._load_linux(path, _Watch(path, progress))
-        if os.path.isfile(path):
-            raise CaptureError(path, None, "a file found; a capture is a directory")
+        if not os.path.exists(path):
+            raise CaptureError(path or "''", None, "there is no such directory")
         if not os.path.isdir(path):
-            raise CaptureError(path, None, "there is no such directory")
+            raise CaptureError(path, None, "a file found; a capture is a directory")
         raise CaptureError(path, None, "no capture: neither meta.json nor cases.jsonl.gz is there")
 
     @classmethod

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from smmufast._files import as_number
 
@@ -65,7 +65,7 @@ def _short(text: str) -> str:
 def _positive(text: str) -> int:
     if number := _count(text):
         return number
-    raise argparse.ArgumentTypeError("at least 1 is needed")
+    raise argparse.ArgumentTypeError("0 is too little: 1 or more is allowed")
 
 
 def _count(text: str) -> int:
@@ -77,6 +77,20 @@ def _count(text: str) -> int:
 
 def _level(text: str) -> int:
     return -1 if text == "-1" else _number(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit."""
+        _note(f"error: {message} ({self.prog} --help says more)")
+        sys.exit(BAD_INPUT)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; argparse would not tell that it could not."""
+        if message:
+            print(message, end="", file=file)
 
 
 class _Version(argparse.Action):
@@ -93,7 +107,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="smmufast",
         description="An Arm SMMUv3 model: replay captures, walk them, list their streams and "
         "queues, decode records and logs.",
@@ -365,6 +379,8 @@ def _replay(arguments: argparse.Namespace) -> int:
         _print_json(found.as_dict() | {"status": status})
     else:
         _print_replay(found)
+        if arguments.random and not found.random:
+            print("No request hits a page: no random translations were made.")
     return status
 
 
@@ -806,15 +822,20 @@ def _events(arguments: argparse.Namespace) -> int:
     if os.path.exists(os.path.join(path, "queues.npz")):
         queue = load_queue(path, "events")
         slots = 1 << queue.log2size
-        found = [
-            (f"{(queue.first + i) % slots:#x}", Event(record))
-            for i, record in enumerate(queue.records)
+        records = [
+            (f"{(queue.first + i) % slots:#x}", record) for i, record in enumerate(queue.records)
         ]
         head = _queue_head(os.path.basename(os.path.abspath(path)), "event", queue)
     else:
         if not os.path.exists(os.path.join(path, "cases.jsonl.gz")):
             _check_directory(path)
-        found = [(where, Event(record)) for where, record in load_events(path)]
+        records = load_events(path)
+    found = []
+    with _Progress("decoding") as progress:
+        for i, (where, record) in enumerate(records):
+            if not i % 1024:
+                progress(i, len(records))
+            found.append((where, Event(record)))
     counts = _counted(event.name for _, event in found)
     more = len(found) > arguments.limit
     shown = found[: arguments.limit]

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["Difference", "QueueReplay", "Replay", "Tally", "replay", "replay_queues"]
 
 CHUNK = 1 << 16
-"""Requests between reports of progress, and random requests that are made at a time."""
+"""Random requests that are made at a time."""
+STEP = 1 << 10
+"""Requests that are compared between reports of progress."""
 
 _COLUMNS = ("pa", "action", "fault", "record")
 _STALL = ACTIONS.index("stall")
@@ -295,8 +297,8 @@ class _Run:
         for i, (request, expected) in enumerate(
             zip(requests.tolist(), configuration.expected, strict=True)
         ):
-            if i and i % CHUNK == 0:
-                self.step(CHUNK)
+            if i and i % STEP == 0:
+                self.step(STEP)
             sid, number, iova, write, priv, instr = request
             ssid = None if number == NO_SUBSTREAM else number
             result = translate_alone(
@@ -324,7 +326,7 @@ class _Run:
                 page_lg2[i] = result.page_lg2 or 12
                 if result.page_lg2:
                     self.tally(sid).page_lg2[result.page_lg2] += 1
-        self.step((count - 1) % CHUNK + 1 if count else 0)
+        self.step((count - 1) % STEP + 1 if count else 0)
         self.batches(configuration, smmu, scalar, verdicts, reasons)
         for i in reasons:
             verdicts[i] = "differing"

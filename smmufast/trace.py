@@ -1,10 +1,10 @@
 """Traces: requests in files and arrays of any length, translated piece by piece.
 
 Not architectural.  A trace has columns: ``sid``, ``ssid`` and ``iova``, of any integer dtype, and
-``write``, ``priv`` and ``instr``, which are bool or integers of 0 and 1.  It is a structured array with fields of these
-names, a dict of 1-D arrays, a 1-D array of input addresses, or a file of the first or the last
-kind.  Other fields are not looked at.  ``capture.REQUEST`` is such a dtype; without flags, and
-faster, is ``[("sid", "<u4"), ("ssid", "<u4"), ("iova", "<u8")]``.
+``write``, ``priv`` and ``instr``, which are bool or integers of 0 and 1.  It is a structured array
+with fields of these names, a dict of 1-D arrays, a 1-D array of input addresses, or a file of the
+first or the last kind.  Other fields are not looked at.  ``capture.REQUEST`` is such a dtype;
+without flags, and faster, is ``[("sid", "<u4"), ("ssid", "<u4"), ("iova", "<u8")]``.
 
 Nothing is copied whole.  Pages of a memory-mapped array are given back to the host once their
 requests are done, so that a process stays as small as a chunk whatever the length of its trace.
@@ -67,7 +67,8 @@ class TraceError(ValueError):
         """Name the file, the row and the problem."""
         self.path = path
         self.row = row
-        parts = [*([] if path is None else [path]), *([] if row is None else [f"row {row}"])]
+        name = [] if path is None else [path or "''"]
+        parts = [*name, *([] if row is None else [f"row {row}"])]
         super().__init__(": ".join((*parts, problem)))
 
 
@@ -421,8 +422,8 @@ def translate_trace(
         See `smmufast.trace`.
     out : path, structured array or dict of 1-D arrays, optional
         Where results go.  A path is an .npy file to make, of rows of `columns`; it takes its name
-        when it is complete, and may not be that of the trace.  The columns of an array are those of `Smmu.translate_batch`; it may
-        be a numpy.memmap.
+        when it is complete, and may not be that of the trace.  The columns of an array are those
+        of `Smmu.translate_batch`; it may be a numpy.memmap.
     sid, ssid, write, priv, instr : int, int, bool, bool, bool, optional
         Of every request, where the trace does not say.
     columns : sequence of str, optional
