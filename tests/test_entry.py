@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from smmufast import Features, Memory, Smmu, layout
-from smmufast._driver import CommandQueue, EntryWriter, cd_used, ste_used
-from smmufast.iommu import entry
+from smmufast.iommu.smmu import entry
+from smmufast.iommu.smmu.queue import CommandQueue
+from smmufast.iommu.smmu.writer import EntryWriter, cd_used, ste_used
 
 BASE = 0x8000_0000
 ENTRY = 0x9000_0000

@@ -6,18 +6,18 @@ import random
 import pytest
 
 from smmufast import Features, Memory, Smmu, layout
-from smmufast._driver import (
+from smmufast.errors import InputOutput, InvalidArgument
+from smmufast.iommu.smmu.invalidations import (
     ATS,
     ATS_FULL,
     S1_ASID,
     S2_VMID,
     S2_VMID_S1_CLEAR,
-    CommandQueue,
     Invalidations,
     atc_span,
     tlb_ranges,
 )
-from smmufast.errors import InputOutput, InvalidArgument
+from smmufast.iommu.smmu.queue import CommandQueue
 
 
 def queue_of(features=None, base=0x8000_0000, size_lg2=8):

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from smmufast import layout
-from smmufast._driver import ste_config
 from smmufast.errors import InvalidArgument
+from smmufast.iommu.smmu.writer import ste_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
