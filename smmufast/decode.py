@@ -44,6 +44,10 @@ _U64 = (1 << 64) - 1
 class DecodeError(ValueError):
     """What cannot be decoded: the message says what was given and what is wanted."""
 
+    def __init__(self, problem: str) -> None:
+        """Take the message."""
+        super().__init__(problem)
+
 
 @dataclass(frozen=True)
 class Decoded:
