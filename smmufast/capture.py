@@ -450,11 +450,12 @@ def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> N
     if not 0 <= shape[0] <= MAX_PAGES:
         raise CaptureError(path, None, f"{name}: {shape[0]} pages found; {MAX_PAGES} allowed")
     data = bytearray()
-    size = shape[0] * row
-    while len(data) < size and (piece := file.read(min(_PIECE, size - len(data)))):
+    wanted = shape[0] * row
+    while len(data) < wanted and (piece := file.read(min(_PIECE, wanted - len(data)))):
         data += piece
-    if len(data) != size:
-        raise CaptureError(path, None, f"{name}: {len(data)} bytes found; shape {shape} has {size}")
+    if len(data) != wanted:
+        problem = f"{name}: {len(data)} bytes found; shape {shape} has {wanted}"
+        raise CaptureError(path, None, problem)
     array = np.frombuffer(data, dtype).reshape(shape)
     array.flags.writeable = False
     return array

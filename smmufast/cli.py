@@ -677,7 +677,7 @@ def _streams_of(
     present = sorted(configuration.page_addresses.tolist())
     table = streams.stream_table(smmu)
     budget = streams.Budget()
-    runs = []
+    runs: list[dict[str, Any]] = []
     more = False
     for run in streams.streams(smmu, present, budget):
         progress(len(runs))

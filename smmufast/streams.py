@@ -626,8 +626,8 @@ def _contexts(
                 yield ContextRun(*left, None, None, budget.problem, path)
                 return
             for one in runs:
-                first, last = (one.first or 0) + more, (one.last or 0) + more
-                yield one._replace(first=first, last=last)
+                start = (one.first or 0) + more
+                yield one._replace(first=start, last=(one.last or 0) + more)
 
 
 def _table(
