@@ -502,12 +502,21 @@ def _exported(line: str) -> list[str] | None:
     return None
 
 
+def _split(text: str) -> Iterator[str]:
+    """Yield the lines of a text one by one: a list of them all may be larger than the text."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
+
+
 def _unwrapped(text: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text without what was put around them: number and line.
 
     Numbers count lines of the text, from 1.
     """
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_split(text), 1):
         line = line.rstrip("\r")
         if "{" in line or "[" in line or '"' in line:
             exported = _exported(line)

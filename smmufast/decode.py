@@ -37,6 +37,8 @@ _RECORDS = {
 }  # fmt: skip
 MOST = 100_000
 """Findings that `decode` returns, unless told otherwise."""
+MOST_WORDS = 1 << 22
+"""Numbers of a text."""
 GRANULES = {"4K": 12, "16K": 14, "64K": 16}
 _U64 = (1 << 64) - 1
 
@@ -747,6 +749,7 @@ def _pte(record: bytes, stage: int, granule: str, level: int | None, ds: bool) -
 
 # --- words ----------------------------------------------------------------------------------------
 
+_WORD = re.compile(r"[^\s,]+")
 _TOKEN = re.compile(r"(?:0[xX])?[0-9a-fA-F]+", re.A)
 
 
@@ -756,8 +759,14 @@ def _bytes_of_kind(kind: str) -> int:
 
 def _tokens(text: str) -> list[str] | None:
     """Return the numbers of a text that holds nothing else, None for another text."""
-    words = text.replace(",", " ").split()
-    return words if words and all(map(_TOKEN.fullmatch, words)) else None
+    words: list[str] = []
+    for found in _WORD.finditer(text):
+        if not _TOKEN.fullmatch(found[0]):
+            return None
+        if len(words) == MOST_WORDS:
+            raise DecodeError(f"words: more than {MOST_WORDS} numbers given")
+        words.append(found[0])
+    return words or None
 
 
 _DUMPED = (2, 8, 16)
@@ -938,6 +947,11 @@ def decode(
         except ValueError as error:
             raise DecodeError(str(error)) from None
     limit = integer("limit", limit, first=1)
+    if features is not None:
+        from smmufast.features import Features
+
+        if not isinstance(features, Features):
+            raise TypeError(must_be("features", "Features or None", features))
     if isinstance(data, str):
         tokens = _tokens(data)
         if tokens is None:
@@ -955,7 +969,7 @@ def decode(
 
 
 def _bad_token(text: str) -> str:
-    for word in text.replace(",", " ").split():
-        if not _TOKEN.fullmatch(word):
-            return f"{word[:40]!r} given"
+    for found in _WORD.finditer(text):
+        if not _TOKEN.fullmatch(found[0]):
+            return f"{found[0][:40]!r} given"
     return "nothing given"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smmufast import layout
+from smmufast._arguments import integer
 from smmufast._memory import Memory
 from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast.capture import (
@@ -240,8 +241,15 @@ def replay(
     Returns
     -------
     Replay
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number is none, or negative; `repeat` is below 1.
     """
-    run = _Run(Replay(capture), repeat, keep, progress, seed)
+    repeat = integer("repeat", repeat, first=1)
+    random, keep = integer("random", random), integer("keep", keep)
+    run = _Run(Replay(capture), repeat, keep, progress, integer("seed", seed))
     count = sum(len(configuration.requests) for configuration in capture)
     run.work = count * (1 + repeat) + random
     left = random

@@ -518,6 +518,13 @@ def test_a_batch_that_differs_from_the_calls_is_found(tmp_path, column):
     assert found.total.agreeing == 7
 
 
+def test_numbers_of_a_replay_are_checked(tmp_path):
+    capture = captures.small_capture(tmp_path / "c")
+    for name, value in (("repeat", 0), ("random", -1), ("keep", -1), ("seed", "x"), ("seed", -1)):
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be "):
+            replay(capture, **{name: value})
+
+
 def test_random_requests_are_compared_and_all_are_made(tmp_path):
     path = captures.cases(
         tmp_path / "cases",

@@ -372,6 +372,18 @@ def test_bad_words_are_one_clear_error(data, arguments, problem):
     assert "\n" not in str(caught.value)
 
 
+def test_more_numbers_than_the_limit_are_refused(monkeypatch):
+    monkeypatch.setattr("smmufast.decode.MOST_WORDS", 8)
+    assert len(decode("0 0 0 0 0 0 0 0", "event")) == 2
+    with pytest.raises(DecodeError, match="words: more than 8 numbers given"):
+        decode("0 " * 9, "event")
+
+
+def test_features_are_features():
+    with pytest.raises(TypeError, match="features must be Features or None, not 'x'"):
+        decode("0x46 0", features="x")
+
+
 def test_what_is_neither_text_nor_bytes_is_a_type_error():
     with pytest.raises(TypeError, match="data must be str or bytes, not 5"):
         decode(5)
