@@ -456,7 +456,7 @@ _MEMBER = re.compile(r'\s{0,64}"(?:MESSAGE|message|msg|log)"\s{0,8}:\s{0,8}(["\[
 _MESSAGES = ("MESSAGE", "message", "msg", "log")
 _BEGINS = re.compile(
     r"\s{0,8}(?:\[\s{0,8}[0-9]|<[0-9]|[A-Z][a-z]{2} [ 0-9][0-9] [0-9]|[0-9]{4}-[0-9]{2}-"
-    r"|[0-9]{1,9}@|\[[a-z]{1,12}\]|$)", re.A,
+    r"|[0-9]{1,9}@|\[[a-z]{1,12}\]|\s*$)", re.A,
 )  # fmt: skip
 _WRAPPED_FROM, _WRAPPED_TO = 60, 100
 """A line that was wrapped is so long at most, and would be longer than that with the next word."""
@@ -493,9 +493,9 @@ def _exported(line: str) -> list[str] | None:
     """Return the messages of a line of JSON, None for another line."""
     text = line.lstrip(" \t\x1e").removeprefix("data:").lstrip()
     try:
-        if text[:1] in ("{", "[") and '"' in text:
+        if text[:1] == "{" or text[:1] == "[" and text[1:].lstrip()[:1] in ("{", '"'):
             return list(_texts(json.loads(text)))
-        if found := _MEMBER.match(line):
+        if text[:1] == '"' and (found := _MEMBER.match(line)):
             return list(_message(json.loads(found[1])))
     except (ValueError, RecursionError):
         pass
@@ -518,7 +518,7 @@ def _unwrapped(text: str) -> Iterator[tuple[int, str]]:
     """
     for number, line in enumerate(_split(text), 1):
         line = line.rstrip("\r")
-        if "{" in line or "[" in line or '"' in line:
+        if '"' in line:
             exported = _exported(line)
             if exported is not None:
                 for message in exported:
@@ -529,8 +529,9 @@ def _unwrapped(text: str) -> Iterator[tuple[int, str]]:
         if "smmuid:" in line:
             line = _NUMBERED.sub(r"\1: ", line)
         # a time stamp that stands on both sides of a break
-        line = _STAMP_BEGINS.sub("", line)
-        if found := _STAMP_ENDS.match(line):
+        if line[-1:] in "[ \t":
+            line = _STAMP_BEGINS.sub("", line)
+        if line[:16].lstrip()[:1].isdigit() and (found := _STAMP_ENDS.match(line)):
             line = line[found.end() :]
         yield number, line
 
@@ -539,15 +540,13 @@ def _joined(text: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text as they were before a mailer wrapped them."""
     start, whole, last, parts = 0, "", "", 0
     for number, line in _unwrapped(text):
-        word = line.split(maxsplit=1)[0] if line.strip() else ""
         if (
-            word
-            and 0 < parts < _PARTS
+            0 < parts < _PARTS
             and "smmu" in whole
             and "smmu" not in line
             and len(last) <= _WRAPPED_TO
-            and len(last) + 1 + len(word) > _WRAPPED_FROM
-            and not _BEGINS.match(line)
+            and not _BEGINS.match(line)  # an empty line begins something too
+            and len(last) + 1 + len(line.split(maxsplit=1)[0]) > _WRAPPED_FROM
             and not _DWORD.search(whole)
             and not (_BARE_DWORD.fullmatch(line) and whole.endswith(("received:", "state:")))
         ):
