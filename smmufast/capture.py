@@ -73,14 +73,15 @@ transaction that stalls is terminated, and the STAG of its record is not compare
 
 Limits
 ------
-A capture has at most MAX_REQUESTS requests and MAX_PAGES pages, a list unpacks to MAX_TEXT bytes
-and one line of it to MAX_LINE: what is larger is refused before it is unpacked any further,
-whatever the size of the file.
+A capture has at most MAX_REQUESTS requests, MAX_CONFIGURATIONS configurations and MAX_PAGES pages;
+a list unpacks to MAX_TEXT bytes and one line of it to MAX_LINE.  What is larger is refused before
+it is unpacked any further, whatever the size of the file.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import zipfile
@@ -129,6 +130,10 @@ MAX_PAGES = 1 << 18
 """Pages that one file may hold (1 GiB)."""
 MAX_REQUESTS = 1 << 20
 """Requests and events of one capture; longer traffic is a trace (`smmufast.trace`)."""
+MAX_CONFIGURATIONS = 1 << 16
+"""Configurations of one capture."""
+MAX_HEADER = 10_000
+"""Bytes of the header of one array."""
 MAX_TEXT = 1 << 28
 """Bytes that one list may unpack to."""
 MAX_LINE = 1 << 24
@@ -428,9 +433,14 @@ def npy_header(
     the file itself raises goes through.
     """
     try:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        return read(file)
+        first = npy.read_magic(file) == (1, 0)
+        # the text of a header is read as a whole: its length must not be believed
+        length = file.read(2 if first else 4)
+        size = int.from_bytes(length, "little")
+        if size > MAX_HEADER:
+            raise ValueError(f"a header of {size} bytes found; {MAX_HEADER} allowed")
+        text = io.BytesIO(length + file.read(size))
+        return npy.read_array_header_1_0(text) if first else npy.read_array_header_2_0(text)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
         raise
     except Exception as error:  # numpy does not say what a damaged header may raise
@@ -1092,6 +1102,8 @@ class Capture:
             id = line.text("id")
             if id in ids:
                 line.bad(f"id: {id!r} is that of an earlier configuration")
+            if len(ids) == MAX_CONFIGURATIONS:
+                line.bad(f"more than {MAX_CONFIGURATIONS} configurations")
             ids.add(id)
             mine = {"CR0": line.integer("cr0", _U32), "CR2": _RECINVSID}
             mine = _registers(line, identification | line.inner("regs").values | mine, _NEEDED)
@@ -1423,6 +1435,8 @@ def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
     for line in lines:
         if line.text("kind") != "cmds":
             continue
+        if len(found) == MAX_REQUESTS:
+            line.bad(f"more than {MAX_REQUESTS} batches")
         commands = []
         for text in line.list("cmds"):
             try:

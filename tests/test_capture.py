@@ -984,6 +984,26 @@ def test_a_bomb_of_pages_costs_what_its_limit_says(tmp_path):
         Capture.load(tmp_path)
 
 
+def test_a_long_header_is_not_read(tmp_path):
+    for version, count in ((b"\x02\x00", 4), (b"\x03\x00", 4), (b"\x01\x00", 2)):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            size = (1 << 8 * count) - 1
+            data = b"\x93NUMPY" + version + size.to_bytes(count, "little")
+            archive.writestr("pages.npy", data + bytes(1 << 17))
+        (tmp_path / "pages.npz").write_bytes(file.getvalue())
+        captures.write_lines(tmp_path / "cases.jsonl.gz", [])
+        with pytest.raises(CaptureError, match=f"pages: a header of {size} bytes found; 10000"):
+            Capture.load(tmp_path)
+
+
+def test_more_configurations_than_the_limit_are_refused(tmp_path, monkeypatch):
+    path = captures.cases(tmp_path / "c", *[(captures.small_system(), [request(OK)], {})] * 3)
+    monkeypatch.setattr("smmufast.capture.MAX_CONFIGURATIONS", 2)
+    with pytest.raises(CaptureError, match=r"cases.jsonl.gz:4: more than 2 configurations"):
+        Capture.load(path)
+
+
 def test_loading_reports_its_progress(tmp_path):
     steps = []
     capture = Capture.load(captures.SHIPPED, lambda done, work: steps.append((done, work)))
