@@ -117,6 +117,7 @@ __all__ = [
     "Expected",
     "Filling",
     "Queue",
+    "held_queues",
     "load_batches",
     "load_events",
     "load_fillings",
@@ -433,7 +434,10 @@ def npy_header(
     the file itself raises goes through.
     """
     try:
-        first = npy.read_magic(file) == (1, 0)
+        mark = file.read(npy.MAGIC_LEN)
+        if not mark.startswith(npy.MAGIC_PREFIX):
+            raise ValueError(f"no .npy file: it starts with {mark[:6]!r}")
+        first = npy.read_magic(io.BytesIO(mark)) == (1, 0)
         # the text of a header is read as a whole: its length must not be believed
         length = file.read(2 if first else 4)
         size = int.from_bytes(length, "little")
@@ -516,8 +520,11 @@ def _fair(line: _Line, raw: bytes, write: bool, differs: Sequence[Any]) -> tuple
         name, _, value = item.partition(":") if isinstance(item, str) else ("", "", "")
         try:
             field = rec.field(name)
-            changed[field.name] = number = int(value, 0)
-            new = layout.pack(rec, **{field.name: number}) & field.mask << 64 * field.dword
+            code = as_number(value)
+            if code is None:
+                raise ValueError
+            changed[field.name] = code
+            new = layout.pack(rec, **{field.name: code}) & field.mask << 64 * field.dword
         except ValueError:
             line.bad(f"rec_differs: {item!r} is not a field of {rec.name} and its value")
         word = word & ~(field.mask << 64 * field.dword) | new
@@ -1324,6 +1331,25 @@ def _queue_pages(registers: Mapping[str, int]) -> list[int]:
             base, log2size, size = _ring(registers, features, which)
             found.update(range(base & -PAGE, base + (size << log2size), PAGE))
     return sorted(found)
+
+
+def held_queues(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return which queues a capture of kind "linux" holds, by the names that `load_queue` takes.
+
+    Raises
+    ------
+    CaptureError
+        The capture cannot be read.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(os.path.join(path, "queues.npz")):
+        return ()
+    registers = _meta(os.path.join(path, "meta.json")).inner("regs").values
+    return tuple(
+        which
+        for which, (name, _, _) in _QUEUES.items()
+        if any(f"{name}_{part}" in registers for part in _QUEUE_PARTS)
+    )
 
 
 def load_queue(path: str | os.PathLike[str], which: str) -> Queue:

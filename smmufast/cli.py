@@ -812,21 +812,22 @@ def _check_directory(path: str) -> None:
 
 
 def _events(arguments: argparse.Namespace) -> int:
-    from smmufast.capture import load_events, load_queue
+    from smmufast.capture import held_queues, load_events, load_queue
     from smmufast.faults import Event
 
     path = arguments.capture
     if os.path.isfile(path):
         raise UsageError(f"{path}: a file; event records are in the directory of a capture")
     head = queue = None
-    if os.path.exists(os.path.join(path, "queues.npz")):
+    records: list[tuple[str, bytes]] = []
+    if "events" in held_queues(path):
         queue = load_queue(path, "events")
         slots = 1 << queue.log2size
         records = [
             (f"{(queue.first + i) % slots:#x}", record) for i, record in enumerate(queue.records)
         ]
         head = _queue_head(os.path.basename(os.path.abspath(path)), "event", queue)
-    else:
+    if not records:  # those that the requests ended in are listed beside them
         if not os.path.exists(os.path.join(path, "cases.jsonl.gz")):
             _check_directory(path)
         records = load_events(path)

@@ -384,6 +384,17 @@ def without_queues(path):
     return path
 
 
+def test_events_are_those_of_the_requests_where_the_queue_holds_none(tmp_path):
+    path = with_queues(tmp_path / "q", {0: SYNC}, {}, cmdq_prod=1)
+    assert run("events", path).splitlines()[0].startswith("q: event queue of 128 slots at 0x4002")
+    assert len(run_json("events", path)["events"]) == 4
+    meta = json.loads((path / "meta.json").read_text())
+    meta["regs"] = {k: v for k, v in meta["regs"].items() if not k.startswith("EVENTQ_")}
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert run("events", path).splitlines()[0].startswith("line 1   F_PERMISSION")
+    assert len(run("commands", path).splitlines()) == 3
+
+
 def test_events_of_captures_without_queues(tmp_path):
     bare = without_queues(tmp_path / "bare")
     lines = run("events", bare, "--limit", "3").splitlines()

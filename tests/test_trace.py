@@ -241,8 +241,8 @@ def saved(array):
 ROWS = np.zeros(10, NARROW)
 PLAIN = "{'descr': '<u8', 'fortran_order': False, 'shape': (%s), }"
 BAD = {
-    "text": (b"sid,iova\n1,2\n", "magic string is not correct"),
-    "nothing": (b"", "EOF: reading magic string"),
+    "text": (b"sid,iova\n1,2\n", "no .npy file: it starts with b'sid,io'"),
+    "nothing": (b"", "no .npy file: it starts with b''"),
     "version": (b"\x93NUMPY\x09\x00" + bytes(100), ""),
     "header cut off": (saved(ROWS)[:40], "EOF: reading array header"),
     "header no dict": (npy("[]"), "Header is not a dictionary"),
