@@ -12,6 +12,7 @@ import pickle
 import threading
 from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 from zlib import crc32
 
 from smmufast import _smmu
@@ -35,13 +36,13 @@ _MEMORY: Final = "memory"
 _RLOCK: Final = type(threading.RLock())
 #: Attributes that hold a function of the host.
 _CALLBACKS: Final = (
-    "handler", "iopf", "mm_exit", "on_fault", "observer", "on_page_request", "call",
+    "handler", "iopf", "mm_exit", "on_fault", "on_page_request",
 )  # fmt: skip
 #: What refuses copies of its own, or holds a callback.
-_PARTS: Final = (AddressSpace, AtsDevice, Device, EntryWriter, NestedDomain, SvaDomain)
+_PARTS: Final = (AddressSpace, AtsDevice, Device, NestedDomain, SvaDomain)
 _MODULES: Final = (
     "smmufast.iommu.", "smmufast.ats", "smmufast.features", "smmufast.faults",
-    "smmufast._pasid",
+    "smmufast._pasid", "smmufast._ring",
 )  # fmt: skip
 _OTHERS: Final = {
     ("builtins", "set"): set,
@@ -54,7 +55,10 @@ _OTHERS: Final = {
 
 
 def _no_callbacks(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if name in _CALLBACKS else value for name, value in state.items()}
+    kept: dict[str, Any] = {name: None if name in _CALLBACKS else value for name, value in state.items()}
+    if "spaces" in kept:
+        kept["spaces"] = [*kept["spaces"]]  # weak, until the system is whole again
+    return kept
 
 
 class _Pickler(pickle.Pickler):
@@ -78,6 +82,8 @@ class _Pickler(pickle.Pickler):
             return _lock, ()
         if isinstance(value, Pages):
             return _pages, (value.memory, value.base, value.size, value._handed_out())
+        if isinstance(value, EntryWriter):
+            return EntryWriter, (value.queue, value.memory)
         if isinstance(value, PageTable):
             state = (value.pages, *value._contents(), _no_callbacks(vars(value)))
             return _thing, (type(value),), state, None, None, _set_table
@@ -130,9 +136,12 @@ def restore(data: object, memory: Memory, classes: Iterable[type] | None) -> Sys
         raise InvalidArgument("state", raw[:32], text="state is no saved system, or damaged")
     try:
         system: System = _Unpickler(io.BytesIO(raw[len(MARK) : -4]), memory, classes).load()
+        system.spaces = WeakSet(system.spaces)
         for iommu in system.iommus:
             iommu.smmu.on_interrupt = iommu.interrupts.add
-            iommu.writer.call = system.lock.call
+            iommu.writer = EntryWriter(
+                iommu.queue, memory, call=system.lock.call
+            )
             for device in dict.fromkeys(iommu.devices.values()):
                 device._rejoin()
     except InvalidArgument:
