@@ -5,7 +5,7 @@ Traceback (most recent call last):
 ValueError: sid must be 0 to 0xffffffff, not -1
 >>> integer("sid", "1", 0xFFFFFFFF)
 Traceback (most recent call last):
-TypeError: sid must be an integer, not '1'
+TypeError: sid must be an integer, not str
 >>> one_of("granule", "8K", ("4K", "16K", "64K"))
 Traceback (most recent call last):
 ValueError: granule must be '4K', '16K' or '64K', not '8K'
@@ -55,7 +55,7 @@ def integer(name: str, value: object, last: int | None = None, first: int = 0) -
             raise TypeError
         found = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(must_be(name, "an integer", value)) from None
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
     if found < first or (last is not None and found > last):
         allowed = f"{first} or more" if last is None else f"{shown(first)} to {shown(last)}"
         raise ValueError(must_be(name, allowed, found))
@@ -68,17 +68,18 @@ def flag(name: str, value: object) -> bool:
     Raises
     ------
     TypeError
-        It is neither.
+        It is neither, and no integer.
+    ValueError
+        It is another integer.
     """
     try:
         found = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        found = -1
+        if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+            return bool(value)  # which is no integer
+        raise TypeError(must_be(name, "True or False", value)) from None
     if found not in (0, 1):
-        # numpy's bool is no integer
-        if type(value).__name__ == "bool" and hasattr(value, "dtype"):
-            return bool(value)
-        raise TypeError(must_be(name, "True or False", value))
+        raise ValueError(must_be(name, "True or False", value))
     return bool(found)
 
 

@@ -493,7 +493,7 @@ def _exported(line: str) -> list[str] | None:
     """Return the messages of a line of JSON, None for another line."""
     text = line.lstrip(" \t\x1e").removeprefix("data:").lstrip()
     try:
-        if text[:1] == "{" or text[:1] == "[" and text[1:].lstrip()[:1] in ("{", '"'):
+        if text[:1] == "{" or (text[:1] == "[" and text[1:].lstrip()[:1] in ("{", '"')):
             return list(_texts(json.loads(text)))
         if text[:1] == '"' and (found := _MEMBER.match(line)):
             return list(_message(json.loads(found[1])))

@@ -906,7 +906,7 @@ def test_numbers_of_numpy_can_be_saved(tmp_path):
     assert saved.meta["n"] == 3
     for bad, problem in (
         ({"sid": -1}, "sid must be 0 to 0xffffffff, not -1"),
-        ({"iova": 1.5}, "iova must be an integer, not 1.5"),
+        ({"iova": 1.5}, "iova must be an integer, not float"),
         ({"ssid": 1 << 20}, "ssid must be 0 to 0xfffff, not 0x100000"),
         ({"priv": "no"}, "priv must be True or False, not 'no'"),
     ):

@@ -506,7 +506,7 @@ def test_one_bit_features_take_a_bool_and_all_become_plain_ints():
     f = Features(s2p=True, oas=np.int8(5))
     assert f == Features(s2p=1, oas=5)
     assert all(type(value) is int for value in dataclasses.asdict(f).values())
-    with pytest.raises(TypeError, match=r"s2p must be an integer, not 1\.0"):
+    with pytest.raises(TypeError, match="s2p must be an integer, not float"):
         Features(s2p=1.0)
 
 
