@@ -104,7 +104,9 @@ _HOMES = {
 }  # fmt: skip
 
 
-_MODULES = (*_HOMES, "decode", "explain", "layout", "replay", "streams", "trace")
+_MODULES = (
+    *_HOMES, "cli", "decode", "errors", "explain", "iommu", "layout", "replay", "streams", "trace",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> _Any:
@@ -127,7 +129,7 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *(name for name in _MODULES if name[0] != "_")})
 
 
 def get_include() -> str:

@@ -14,6 +14,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from smmufast import layout
+from smmufast._arguments import must_be
 from smmufast.faults import Event, Fetch, Perm
 
 if TYPE_CHECKING:
@@ -1103,6 +1104,17 @@ def explain(result: Result, smmu: Smmu | None = None) -> str:
     Returns
     -------
     str
-        Several lines.  Whatever the tables hold, nothing is raised.
+        Several lines.  Whatever the tables hold, nothing is raised, and no walk is without end.
+
+    Raises
+    ------
+    TypeError
+        `result` is no Result, or `smmu` no Smmu.
     """
+    from smmufast._smmu import Result, Smmu
+
+    if not isinstance(result, Result):
+        raise TypeError(must_be("result", "a Result", result))
+    if smmu is not None and not isinstance(smmu, Smmu):
+        raise TypeError(must_be("smmu", "a Smmu or None", smmu))
     return _Story(result, smmu).tell()

@@ -267,6 +267,30 @@ def test_a_descriptor_that_changes_meanwhile_is_walked_to_again():
     assert FETCHED.findall(text) == [hex(fetch.address) for fetch in walk.result.fetches]
 
 
+def test_no_host_makes_a_walk_start_again_without_end():
+    smmu = small_nested({"httu": 2}, s2ha=1, s2hd=1, cd={"ha": 1}, stage1={"af": 0})
+    walk = smmu.start_walk(NESTED, nested.RW)
+    changes = 0
+    while (fetch := walk.request) is not None:
+        data = smmu.memory.read(fetch.address, fetch.size)
+        if fetch.swap is not None and changes < 300:
+            changes += 1
+            data = (fetch.swap[0] ^ changes << 55).to_bytes(8, "little")
+        walk.supply(data)
+    assert changes < 300  # the SMMU gives up before
+    text = explain(walk.result, smmu)
+    assert text.count("is there by now: the walk starts again.") == changes
+    assert len(text.splitlines()) < 20 * len(walk.result.fetches) < 10_000
+
+
+def test_explain_takes_results_and_smmus_alone():
+    smmu = small_nested()
+    with pytest.raises(TypeError, match="result must be a Result, not 5"):
+        explain(5)
+    with pytest.raises(TypeError, match="smmu must be a Smmu or None, not 'x'"):
+        explain(smmu.translate(NESTED, 0), "x")
+
+
 def test_stage_2_alone_reads_like_this():
     smmu = small_nested()
     assert explain(smmu.translate(SECOND, nested.DATA + 0x5010, trace=True), smmu) == STAGE2.strip()
