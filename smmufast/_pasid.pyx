@@ -189,7 +189,7 @@ cdef cnp.ndarray ids_of(cnp.ndarray array, uint32_t size):
     if cnp.PyArray_TYPE(array) == cnp.NPY_UINT32 and cnp.PyArray_ISCARRAY_RO(array):
         return array
     if cnp.PyArray_TYPE(array) != cnp.NPY_UINT32 and cnp.PyArray_SIZE(array):
-        array = np.where((array < 0) | (array >= size), PASID_NONE, array)
+        array = np.where((array < 0) | (array >= size), np.uint32(PASID_NONE), array)
     return np.ascontiguousarray(array, np.uint32)
 
 
