@@ -6,17 +6,19 @@ ASIDs, PASIDs and the pages for tables are the system's; the rest is each driver
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from weakref import WeakSet
 
 from smmufast._memory import Memory
 from smmufast._smmu import Smmu
 from smmufast._tables import Pages
 from smmufast.errors import (
     Busy,
+    Exists,
     InvalidArgument,
     NoDevice,
     NoEntry,
@@ -26,14 +28,15 @@ from smmufast.errors import (
     integer,
 )
 from smmufast.features import Features
-from smmufast.iommu import fault
+from smmufast.iommu import fault, save
 from smmufast.iommu.device import Device
-from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
+from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, paging_domain
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
+from smmufast.iommu.profile import NOW, Profile
 from smmufast.iommu.smmu.iommu import Iommu
 from smmufast.iommu.undo import Undo
 
@@ -41,30 +44,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast._tlb import Caches, StaleEntry
-    from smmufast.iommu.sva import AddressSpace, Bond
+    from smmufast.iommu.sva import AddressSpace
 
 MOST_SMMUS: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Which era of the kernel's interface a system follows: a value, not a subclass.
-
-    Attributes
-    ----------
-    name : str
-    aux : bool
-        Auxiliary domains that own their PASID, and a CD table for each main domain.
-    """
-
-    name: str
-    aux: bool
-
-
-#: Linux 5.2 to 5.17, and the 2018 proposal: auxiliary domains.
-AUX: Final = Profile("AUX", True)
-#: Linux today: any stage-1 domain on any PASID that the caller chooses.
-NOW: Final = Profile("NOW", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +89,7 @@ class System:
     profile : Profile
         AUX or NOW.
     pasid_policy : PasidPolicy
-        PER_DEVICE, SYSTEM_WIDE or SYSTEM_WIDE_STRICT.
+        PER_DEVICE, SYSTEM_WIDE, SYSTEM_WIDE_STRICT, EVERY_SMMU, or one of yours.
     default_domain : str
         "blocked", "identity" or "paging": what a group has before and after other domains.
     disable_bypass : bool
@@ -129,7 +111,8 @@ class System:
     Raises
     ------
     InvalidArgument, NotSupported, OutOfMemory
-        Arguments that contradict each other; an SMMU without VMSAv8-64 tables; no room for tables.
+        Arguments that contradict each other; an SMMU that the driver cannot serve, with the reason;
+        no room for tables.
 
     >>> from smmufast.iommu import System
     >>> system = System()
@@ -159,7 +142,8 @@ class System:
         iopf: bool = True,
     ) -> None:
         if not isinstance(profile, Profile):
-            raise InvalidArgument("profile", profile, "AUX or NOW")
+            text = f"profile must be a Profile (AUX or NOW), not {profile!r}"
+            raise InvalidArgument("profile", profile, text=text)
         instance("pasid_policy", pasid_policy, PasidPolicy)
         for name, value, kind in (("memory", memory, Memory), ("cpu", cpu, Cpu)):
             if value is not None:
@@ -180,21 +164,101 @@ class System:
         if pages is None:
             if memory is not None or smmu is not None:
                 raise InvalidArgument(
-                    "pages", None, text="pages is missing: where in your memory tables may go"
+                    "pages", None,
+                    text="pages=(base, size) is required with memory=: where the driver may put "
+                    "its tables",
                 )
             pages = self._room
         self.pages = Pages(self.memory, *pages)
-        bits = min(16 if one.features.asid16 else 8 for one in mine)
-        self.asids = IdSpace(bits, "asid")
+        self.asids = IdSpace(16, "asid")
+        self.pasids = PasidSpace(pasid_policy)
         self.iommus: list[Iommu] = []
-        for number, one in enumerate(mine):
-            self.iommus.append(Iommu(self, one, number))
-        self.pasids = PasidSpace(
-            pasid_policy, smmu_limits=[1 << iommu.ssid_bits for iommu in self.iommus]
-        )
-        self.bonds: dict[Device, dict[AddressSpace, Bond]] = {}
+        for one in mine:
+            self._bring_up(one)
+        self.spaces: WeakSet[AddressSpace] = WeakSet()
         self.reports: deque[fault.Report] = deque(maxlen=1024)
         self.on_fault: Callable[[fault.Report], object] | None = None
+
+    def _bring_up(self, smmu: Smmu) -> Iommu:
+        """Count an SMMU in for the ASIDs and PASIDs of the system, and boot it."""
+        iommu = Iommu(self, smmu, len(self.iommus))
+        with Undo() as undo:
+            undo.add(self.asids.widen, self.asids.bits)
+            self.asids.narrow(16 if smmu.features.asid16 else 8)
+            limit = 1 << iommu.ssid_bits
+            if not self.pasids.add_smmu(limit):
+                iommu.ssid_bits = 0
+            undo.add(self.pasids._drop_smmu, limit)
+            iommu.boot()
+        self.iommus.append(iommu)
+        return iommu
+
+    def add_iommu(
+        self,
+        features: Features | None = None,
+        *,
+        smmu: Smmu | None = None,
+        caches: Callable[[], Caches] | None = None,
+    ) -> Iommu:
+        """Add an SMMU to the running system, behind which devices can be probed.
+
+        Its PASIDs are a matter of the policy: one that is narrower than the system's limit, which
+        the first device fixes, has none for its devices, with a warning, or is refused.  VT-d's
+        init_dmars takes the minimum once, at boot, and intel_iommu_add does not look again.
+
+        Parameters
+        ----------
+        features : Features, optional
+            Of an SMMU to make; all that is modelled.
+        smmu : Smmu, optional
+            One of yours instead, which shares the system's memory.
+        caches : callable, optional
+            As for `System`, of the SMMU to make.
+
+        Returns
+        -------
+        Iommu
+            Its driver; `number` is for `device(..., iommu=)`.
+
+        Raises
+        ------
+        NotSupported
+            The driver cannot serve it, or the policy refuses it.
+        Exists
+            The system has it already.
+        Busy
+            It has 8-bit ASIDs, and wider ones are in use.
+        OutOfMemory
+            No pages are left for its stream table and queues.
+        InvalidArgument
+            Both an SMMU and what to make one of; another memory; too many SMMUs.
+        """
+        if features is not None:
+            instance("features", features, Features)
+        if caches is not None and not callable(caches):
+            raise WrongType("caches", caches, text=f"caches is {caches!r}, not callable")
+        if smmu is not None:
+            instance("smmu", smmu, Smmu)
+            if features is not None or caches is not None:
+                name = "caches" if features is None else "features"
+                raise InvalidArgument(name, features or caches, "None with smmu")
+        with self.lock:
+            if smmu is not None and smmu.memory is not self.memory:
+                raise InvalidArgument("smmu", smmu, text="smmu does not share the system's memory")
+            if any(one.smmu is smmu for one in self.iommus):
+                raise Exists("smmu", smmu, text="smmu is one of the system's")
+            if len(self.iommus) >= MOST_SMMUS:
+                text = f"the system has {MOST_SMMUS} SMMUs, and may have no more"
+                raise InvalidArgument("system", self, text=text)
+            if smmu is None:
+                made = caches() if caches is not None else None
+                smmu = Smmu(self.memory, features or Features.full(), cr0=0, caches=made)
+            iommu = self._bring_up(smmu)
+            if smmu.features.ssidsize and not iommu.ssid_bits:
+                why = iommu.why_no_pasids(1 << 20)
+                text = f"{iommu!r}: the PASIDs of its devices are off: {why}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return iommu
 
     def _smmus(
         self,
@@ -212,6 +276,8 @@ class System:
                 instance("smmu", one, Smmu)
             if not mine or any(one.memory is not mine[0].memory for one in mine):
                 raise InvalidArgument("smmu", smmu, text="smmu: one or more that share a memory")
+            if len(set(map(id, mine))) < len(mine):
+                raise Exists("smmu", smmu, text="smmu: one of them is there twice")
             return mine
         if features is None or isinstance(features, Features):
             count = integer("smmus", count)
@@ -285,7 +351,7 @@ class System:
         """
         with self.lock:
             instance("device", device, Device)
-            if device._iommu is not None:
+            if device._master is not None:
                 raise Busy("device", device, text="device was probed")
             iommu = integer("iommu", iommu)
             group = device._wanted_group
@@ -301,13 +367,15 @@ class System:
                     raise OutOfRange("sid", sid, f"0 to {one.last_sid:#x}")
                 if sid in one.devices:
                     raise NoDevice("sid", sid, text=f"sid {sid:#x} belongs to {one.devices[sid]!r}")
+            if group is not None:
+                group.check_reset()
             with Undo() as undo:
                 for sid in device.sids:
                     if one.reserve_ste(sid):
-                        undo.add(partial(one.unreserve_ste, sid))
-                undo.add(device.unprobed)
-                device.probed(one)
-                undo.add(partial(self._unlink, device, one))
+                        undo.add(one.unreserve_ste, sid)
+                undo.add(device._unprobed)
+                device._probed(one)
+                undo.add(self._unlink, device, one)
                 for sid in device.sids:
                     one.devices[sid] = device
                 self._join(device, undo)
@@ -319,24 +387,27 @@ class System:
 
     def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
-        group = device.group
+        group, master = device.group, device.master
+        undo.add(setattr, group, "default", group.default)
+        if not group.devices:
+            group.default = self._default(device, undo)
+        domain = group.domain
+        master.prepare(domain, undo)
+        pasids = group.pasids if device.max_pasids else {}
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.prepare_pasid(one.domain, pasid, undo)
+        undo.add(master.drop_table)
+        if domain is not master.domain:
+            undo.add(master.attach, BLOCKED)
+        master.attach(domain)
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.set_pasid(one.domain, pasid, one.handle)
+            undo.add(master.detach_pasid, pasid)
         group.devices.append(device)
-        undo.add(partial(group.devices.remove, device))
-        if len(group.devices) == 1:
-            undo.add(partial(setattr, group, "default", group.default))
-            undo.add(partial(setattr, group, "domain", group.domain))
-            default = self._default(device, undo)
-            device.reserve(default, undo)
-            group.default = group.domain = default
-        else:
-            device.reserve(group.domain, undo)
-            for pasid in group.pasids if device.max_pasids else ():
-                domain = group.at(pasid)
-                assert isinstance(domain, PagingDomain | SvaDomain)
-                device.reserve_pasid(domain, pasid, undo)
-        device.install(group.domain)
-        for pasid in group.pasids if device.max_pasids else ():
-            device.install_pasid(group.at(pasid), pasid, None)
 
     def _default(self, device: Device, undo: Undo) -> Domain:
         if self.default_domain == "identity" or (
@@ -345,7 +416,7 @@ class System:
             return IDENTITY
         if self.default_domain == "blocked":
             return BLOCKED
-        domain = device.iommu.paging_domain()
+        domain = paging_domain(device.iommu)
         undo.add(domain.free)
         for base, size in device.direct:
             domain.map(base, base, size)
@@ -369,7 +440,7 @@ class System:
             As `Device.paging_domain`.
         """
         with self.lock:
-            return self.iommus[0].paging_domain(ready=False, **more)
+            return paging_domain(self.iommus[0], ready=False, **more)
 
     # --- PASIDs ---
 
@@ -393,15 +464,85 @@ class System:
         int
             How many there were.
         """
-        return sum(iommu.service() for iommu in self.iommus)
+        return sum(fault.service(iommu) for iommu in self.iommus)
 
     def stale(self) -> list[StaleEntry]:
         """Look for cache entries of any SMMU that the tables no longer give."""
         return [found for iommu in self.iommus for found in iommu.smmu.stale()]
 
-    def bonds_of(self, device: Device) -> list[Bond]:
-        """The bonds of a device with address spaces."""
-        return list(self.bonds.get(device, {}).values())
+    # --- copies ---
+
+    def save(self) -> bytes:
+        """Return everything of the system but its memory, as bytes for `restore`.
+
+        That is the SMMUs with their caches (`Smmu.save`), devices with their ATCs, domains,
+        PASIDs, what is attached and what waits.  Callbacks (handlers, `on_fault`, `mm_exit`,
+        observers) are the host's and are left out.  What lies in the memory stays there, and
+        equals the state until something changes either.
+
+        Raises
+        ------
+        TypeError
+            An object of the host (a handle, the data of a PASID) cannot be pickled, or PASIDs
+            come from a backend.
+        RuntimeError, Busy
+            A translation or a command is under way; a flush that failed is due.
+
+        >>> from smmufast.iommu import System
+        >>> system = System()
+        >>> nic = system.device(8)
+        >>> domain = nic.paging_domain()
+        >>> nic.attach(domain)
+        >>> domain.map(0x1000, 0x8000_0000, 0x1000)
+        >>> later = System.restore(system.save(), system.memory.copy())
+        >>> domain.unmap(0x1000, 0x1000)
+        4096
+        >>> hex(later.iommus[0].devices[8].translate(0x1000).pa)
+        '0x80000000'
+        """
+        return save.save(self)
+
+    @classmethod
+    def restore(
+        cls, state: object, memory: Memory, *, classes: Iterable[type] = ()
+    ) -> System:
+        """Make a system that goes on as the saved one would have.
+
+        Parameters
+        ----------
+        state : bytes-like
+            What `save` returned.
+        memory : Memory
+            That of the saved one, which must not be used any more then, or a copy as of then.
+        classes : iterable of type
+            Classes of yours that the state may name: of attach handles, of PASIDs' data.
+
+        Returns
+        -------
+        System
+
+        Raises
+        ------
+        InvalidArgument
+            The bytes are damaged, or name a class that is neither this library's nor in
+            `classes`.
+        """
+        instance("memory", memory, Memory)
+        return save.restore(state, memory, classes)
+
+    def __copy__(self) -> System:
+        """Refuse: two systems cannot have the same tables."""
+        raise WrongType("system", self, text="a System is copied by copy.deepcopy, with its memory")
+
+    def __deepcopy__(self, memo: object) -> System:
+        """Copy it with its memory."""
+        with self.lock:
+            return save.restore(self.save(), self.memory.copy(), None)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle it with its memory, which can go out of band (protocol 5)."""
+        with self.lock:
+            return _restored, (self.save(), self.memory)
 
     def draw(self, *, limit: SupportsIndex = 16) -> str:
         """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
@@ -418,3 +559,7 @@ class System:
         """Its SMMUs, devices and profile."""
         devices = sum(len(set(iommu.devices.values())) for iommu in self.iommus)
         return f"<System {self.profile.name}: {len(self.iommus)} SMMUs, {devices} devices>"
+
+
+def _restored(state: bytes, memory: Memory) -> System:
+    return save.restore(state, memory, None)

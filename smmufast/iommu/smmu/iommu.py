@@ -7,24 +7,28 @@ its event and page request queues.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast import layout
 from smmufast.errors import Busy, InputOutput, InvalidArgument, NotSupported, OutOfRange
-from smmufast.iommu import fault
-from smmufast.iommu.domain import PagingDomain, SvaDomain
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.smmu import entry
 from smmufast.iommu.smmu.invalidations import S1_ASID
 from smmufast.iommu.smmu.queue import CommandQueue
 from smmufast.iommu.smmu.writer import EntryWriter
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from smmufast._smmu import Result, Smmu
+    from smmufast.features import Features
     from smmufast.iommu.device import Device
+    from smmufast.iommu.domain import Domain
+    from smmufast.iommu.nested import Viommu
     from smmufast.iommu.system import System
 
 SPLIT: Final = 8  # a leaf of a two-level stream table holds 256 STEs
@@ -34,6 +38,75 @@ _CR1 = layout.pack(
     "CR1", TABLE_SH=3, TABLE_OC=1, TABLE_IC=1, QUEUE_SH=3, QUEUE_OC=1, QUEUE_IC=1
 )  # inner shareable, write-back
 _OVFLG = layout.mask("EVENTQ_PROD", "OVFLG")  # as OVACKFLG in CONS, of both queues
+
+
+#: How a page fault may be answered, and what CMD_PRI_RESP says then (4.6.1).
+RESPONSES: Final = {"failure": 0, "invalid": 1, "success": 2}
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """A record of the event or the page request queue, and whose it was when it was taken.
+
+    Attributes
+    ----------
+    data : bytes
+    fields : dict of str to int
+        By the names of the layout EVENT or PRI.
+    device : Device or None
+        Whose stream it is.
+    domain : Domain or None
+        What its address is in.
+    answered : bool
+        The SMMU was told what becomes of it.
+    """
+
+    data: bytes
+    fields: dict[str, int]
+    device: Device | None
+    domain: Domain | None
+    answered: bool = False
+
+    @property
+    def sid(self) -> int:
+        """Its StreamID."""
+        return self.fields["StreamID"]
+
+    @property
+    def pasid(self) -> int | None:
+        """Its PASID, if it has one."""
+        return self.fields["SubstreamID"] if self.fields["SSV"] else None
+
+
+def answer(iommu: Iommu, record: Record, response: str) -> None:
+    """Tell the SMMU what becomes of a stalled access, or of a group of page requests.
+
+    No CMD_SYNC follows (F62).  An event that did not stall has no answer, nor has a request that
+    is not the last of its group, nor a stop marker.
+    """
+    fields = record.fields
+    if "PRGIndex" in fields:
+        if not fields["Last"] or is_stop_marker(record):
+            return
+        more = {} if record.pasid is None else {"SSV": 1, "SubstreamID": record.pasid}
+        iommu.queue.issue(
+            "PRI_RESP", StreamID=record.sid, PRGIndex=fields["PRGIndex"],
+            Resp=RESPONSES[response], **more,
+        )  # fmt: skip
+    elif fields["Stall"]:
+        # retry, or terminate with an abort
+        action = {"AC": 1} if response == "success" else {"AB": 1}
+        iommu.queue.issue("RESUME", StreamID=record.sid, STAG=fields["STAG"], **action)
+    else:
+        return
+    iommu.queue.submit()
+
+
+def is_stop_marker(record: Record) -> bool:
+    """Whether a page request says that no more come under its PASID: nobody waits for it."""
+    fields = record.fields
+    asks = fields["R"] or fields["W"] or fields["X"]
+    return bool(fields["Last"] and not asks and record.pasid is not None)
 
 
 class Iommu:
@@ -49,6 +122,14 @@ class Iommu:
         `asids` is the system's, `vmids` this SMMU's.
     devices : dict
         StreamID to Device.
+    ssid_bits : int
+        Width of the PASIDs that devices behind it may have; 0: none, or the policy switched them
+        off.
+
+    Raises
+    ------
+    NotSupported
+        The SMMU is one that this driver cannot serve.
     """
 
     def __init__(self, system: System, smmu: Smmu, number: int) -> None:
@@ -58,26 +139,87 @@ class Iommu:
         self.number = number
         self.memory = smmu.memory
         features = smmu.features
-        if not features.ttf & 2:
-            raise NotSupported("smmu", smmu, text="smmu has no VMSAv8-64 tables (TTF)")
+        self._refuse_unserved()
         self.sid_bits = features.sidsize
-        # without two-level CD tables, a linear one of 64 KiB is the limit (F2)
-        self.ssid_bits = features.ssidsize if features.cd2l else min(features.ssidsize, 10)
+        self.ssid_bits = self._ssid_bits
         self.coherent = bool(features.cohacc)
-        self.can_stall = features.stall_model != 1
+        self.can_stall = features.stall_model in (0, 2)
         self.stall_force = features.stall_model == 2
         self.e2h = system.e2h and bool(features.hyp)
         self.asids: IdSpace = system.asids
         self.vmids: IdSpace = IdSpace(16 if features.vmid16 else 8, "vmid")
         self.devices: dict[int, Device] = {}
+        self.viommus: list[Viommu] = []
         self._leaves: dict[int, int] = {}
         self._spare: dict[int, int] = {}  # leaves that `reserve_ste` has, and nothing points to
-        self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
+        self.page_requests: dict[tuple[int, int | None, int], list[Record]] = {}
         self.overflows: dict[str, int] = {}  # of the event and page request queues
-        self._interrupts: set[str] = set()
-        self._servicing = threading.RLock()
-        self.boot()
-        self.writer = EntryWriter(self.queue, self.memory, call=system.lock.call)
+        self.interrupts: set[str] = set()
+        self.servicing = threading.RLock()
+        self._taken: dict[str, deque[Record]] = {"EVENTQ": deque(), "PRIQ": deque()}
+
+    def _refuse_unserved(self) -> None:
+        """Refuse what this driver cannot serve, as arm_smmu_device_hw_probe does."""
+        smmu, features, pages = self.smmu, self.smmu.features, self.system.pages
+        end = pages.base + pages.size
+        why = (
+            (not features.ttf & 2, "it has no VMSAv8-64 tables (TTF)"),
+            (
+                features.ttendian not in (0, 2),
+                f"IDR0.TTENDIAN is {features.ttendian}: it reads no little-endian tables, and the "
+                "driver writes no others",
+            ),
+            (
+                features.tables_preset,
+                "IDR1.TABLES_PRESET is 1: its stream table lies where the hardware wants it, and "
+                "the driver makes one of its own",
+            ),
+            (
+                features.queues_preset,
+                "IDR1.QUEUES_PRESET is 1: its queues lie where the hardware wants them, and the "
+                "driver makes its own",
+            ),
+            (
+                features.rel,
+                "IDR1.REL is 1: it has preset bases, relative to its registers, and the driver "
+                "sets them",
+            ),
+            (
+                end > 1 << features.oas_bits,
+                f"its addresses have {features.oas_bits} bits (OAS), and the driver's tables reach "
+                f"to {end - 1:#x}",
+            ),
+        )
+        for refused, reason in why:
+            if refused:
+                raise NotSupported("smmu", smmu, text=f"smmu is not supported: {reason}")
+
+    # --- PASIDs of devices behind it (F2, F3) ---
+
+    @property
+    def _ssid_bits(self) -> int:
+        """Width of SubstreamIDs; without two-level CD tables, a linear one of 64 KiB is the limit.
+
+        So arm_smmu_probe_device has it: CTXDESC_LINEAR_CDMAX.
+        """
+        features = self.smmu.features
+        return features.ssidsize if features.cd2l else min(features.ssidsize, 10)
+
+    def pasids_of(self, pasids: int) -> tuple[int, int]:
+        """Return SubstreamID bits and max_pasids of a device that has so many PASIDs itself.
+
+        The bits are those of arm_smmu_enable_pasid, rounded down.  Where Linux has
+        dev_iommu_get_max_pasids, which need not be a power of two, max_pasids is at most
+        ``2**bits`` here, which is what its CD table holds; the policy may make it less.
+        """
+        bits = min(max(pasids.bit_length() - 1, 0), self.ssid_bits)
+        most = self.system.pasids.max_pasids(1 << bits if bits else 0)
+        return (bits, most) if most else (0, 0)
+
+    def why_no_pasids(self, pasids: int) -> str:
+        """Say why `pasids_of` gives none: the policy and the widths, where it was the policy."""
+        own = 1 << max(pasids.bit_length() - 1, 0)
+        return self.system.pasids.why_none(own, 1 << self._ssid_bits)
 
     # --- what the SMMU has (F1) ---
 
@@ -131,11 +273,30 @@ class Iommu:
     # --- boot ---
 
     def boot(self) -> None:
-        """Bring the SMMU up as an operating system does: all streams abort, nothing is cached."""
-        smmu, pages = self.smmu, self.system.pages
+        """Bring the SMMU up as an operating system does: all streams abort, nothing is cached.
+
+        Raises
+        ------
+        OutOfMemory
+            No pages are left for its stream table and queues; the SMMU is as it was.
+        """
+        smmu = self.smmu
         features = smmu.features
-        smmu.on_interrupt = self._interrupts.add
-        self._update("CR0", 0)
+        with Undo() as undo:
+            config = self._place(undo)
+            undo.add(setattr, smmu, "on_interrupt", smmu.on_interrupt)
+            smmu.on_interrupt = self.interrupts.add
+            undo.add(smmu.write, "CR0", 0)
+            self._update("CR0", 0)
+            smmu.write("CR1", _CR1)
+            smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
+            smmu.write("STRTAB_BASE", self.strtab | layout.mask("STRTAB_BASE", "RA"), 8)
+            smmu.write("STRTAB_BASE_CFG", config)
+            self._start(features)
+
+    def _place(self, undo: Undo) -> int:
+        """Find room for the stream table and the queues; returns STRTAB_BASE_CFG."""
+        features = self.smmu.features
         two_level = features.st_level and self.sid_bits > SPLIT
         if two_level:
             self._l1_lg2 = min(self.sid_bits - SPLIT, MAX_L1_LG2)
@@ -149,15 +310,26 @@ class Iommu:
             self.last_sid = (1 << self.sid_bits) - 1
             self._strtab_size = 64 << self.sid_bits
             config = layout.pack("STRTAB_BASE_CFG", LOG2SIZE=self.sid_bits)
-        self.strtab = pages.alloc(self._strtab_size)
+        self.strtab = self._alloc(self._strtab_size, undo)
         if not two_level:
             self._fill(self.strtab, 1 << self.sid_bits)
-        smmu.write("CR1", _CR1)
-        smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
-        smmu.write("STRTAB_BASE", self.strtab | layout.mask("STRTAB_BASE", "RA"), 8)
-        smmu.write("STRTAB_BASE_CFG", config)
         lg2 = min(features.cmdqs, 8)
-        self.queue = CommandQueue(smmu, pages.alloc(16 << lg2), lg2)
+        self.queue = CommandQueue(self.smmu, self._alloc(16 << lg2, undo), lg2)
+        self.writer = EntryWriter(self.queue, self.memory, call=self.system.lock.call)
+        self._rings: dict[str, tuple[int, int]] = {}
+        self._place_ring("EVENTQ", min(features.eventqs, 10), 32, undo)
+        if features.pri:
+            self._place_ring("PRIQ", min(features.priqs, 9), 16, undo)
+        return config
+
+    def _alloc(self, size: int, undo: Undo) -> int:
+        pages = self.system.pages
+        base = pages.alloc(size)
+        undo.add(pages.free, base, size)
+        return base
+
+    def _start(self, features: Features) -> None:
+        """Enable one thing after the other, the SMMU last."""
         self.queue.start()
         enables = layout.pack("CR0", CMDQEN=1)
         self._update("CR0", enables)
@@ -166,12 +338,11 @@ class Iommu:
             self.queue.issue("TLBI_EL2_ALL")
         self.queue.issue("TLBI_NSNH_ALL")
         self.queue.sync()
-        self._rings: dict[str, tuple[int, int]] = {}
-        self._ring("EVENTQ", min(features.eventqs, 10), 32)
+        self._start_ring("EVENTQ")
         enables |= layout.pack("CR0", EVENTQEN=1)
         self._update("CR0", enables)
         if features.pri:
-            self._ring("PRIQ", min(features.priqs, 9), 16)
+            self._start_ring("PRIQ")
             enables |= layout.pack("CR0", PRIQEN=1)
             self._update("CR0", enables)
         if features.ats:
@@ -187,43 +358,83 @@ class Iommu:
         if seen != value:
             raise InputOutput(register, seen, text=f"{register}ACK is {seen:#x}, not {value:#x}")
 
-    def _ring(self, name: str, lg2: int, size: int) -> None:
-        base = self.system.pages.alloc(size << lg2)
-        self._rings[name] = base, lg2
+    def _place_ring(self, name: str, lg2: int, size: int, undo: Undo) -> None:
+        self._rings[name] = self._alloc(size << lg2, undo), lg2
+
+    def _start_ring(self, name: str) -> None:
+        base, lg2 = self._rings[name]
         self.smmu.write(f"{name}_BASE", base | layout.mask(f"{name}_BASE", "WA") | lg2, 8)
         self.smmu.write(f"{name}_PROD", 0)
         self.smmu.write(f"{name}_CONS", 0)
 
-    def take(self, name: str) -> Iterable[bytes]:
-        """Take the records out of the event or the page request queue, in order.
+    def _take(self, name: str) -> bytes | None:
+        """Take one record out of the event or the page request queue; CONS moves past it."""
+        if name not in self._rings:
+            return None
+        base, lg2 = self._rings[name]
+        size = 32 if name == "EVENTQ" else 16
+        mask = (2 << lg2) - 1
+        prod = self.smmu.read(f"{name}_PROD")
+        cons = self.smmu.read(f"{name}_CONS")
+        if (prod ^ cons) & mask == 0:
+            if (prod ^ cons) & _OVFLG:
+                self.overflows[name] = self.overflows.get(name, 0) + 1
+                self.smmu.write(f"{name}_CONS", prod & _OVFLG | cons & mask)
+            return None
+        record = self.memory.read(base + size * (cons & mask >> 1), size)
+        self.smmu.write(f"{name}_CONS", cons & _OVFLG | (cons + 1 & mask))
+        return record
+
+    def next_record(self, name: str) -> Record | None:
+        """Take the next record of the event or the page request queue, in order.
 
         Parameters
         ----------
         name : str
             "EVENTQ" or "PRIQ".
 
-        Yields
-        ------
-        bytes
-            One record; CONS has moved past it.
+        Returns
+        -------
+        Record or None
+            None when there is no more.
         """
-        if name not in self._rings:
-            return
-        base, lg2 = self._rings[name]
-        size = 32 if name == "EVENTQ" else 16
-        mask = (2 << lg2) - 1
-        while True:
-            prod = self.smmu.read(f"{name}_PROD")
-            cons = self.smmu.read(f"{name}_CONS")
-            overflowed = (prod ^ cons) & _OVFLG
-            if (prod ^ cons) & mask == 0:
-                if overflowed:
-                    self.overflows[name] = self.overflows.get(name, 0) + 1
-                    self.smmu.write(f"{name}_CONS", prod & _OVFLG | cons & mask)
-                return
-            record = self.memory.read(base + size * (cons & mask >> 1), size)
-            self.smmu.write(f"{name}_CONS", cons & _OVFLG | (cons + 1 & mask))
-            yield record
+        with self.system.lock.between_changes():
+            taken = self._taken[name]
+            if taken:
+                return taken.popleft()
+            word = self._take(name)
+            return None if word is None else self._record(name, word)
+
+    def _record(self, name: str, data: bytes) -> Record:
+        fields = layout.unpack("EVENT" if name == "EVENTQ" else "PRI", data)
+        device = self.devices.get(fields["StreamID"])
+        ssid = fields["SubstreamID"] if fields["SSV"] else 0
+        domain = None if device is None else device.domain_at(ssid)
+        return Record(data, fields, device, domain)
+
+    def drain(self, sids: tuple[int, ...], ssid: int | None) -> None:
+        """Answer what waits under an SSID of some streams, or under any: nobody will resolve it.
+
+        It is called when STEs and CDs lead elsewhere, before their domain is forgotten.  Records
+        stay to be reported, with the device that they were of.
+
+        Parameters
+        ----------
+        sids : tuple of int
+        ssid : int or None
+            0 for what has no PASID; None for everything.
+        """
+        for name, taken in self._taken.items():
+            while (data := self._take(name)) is not None:
+                taken.append(self._record(name, data))
+            for record in taken:
+                sid, pasid = record.sid, record.pasid
+                if sid in sids and ssid in (None, pasid or 0) and not record.answered:
+                    record.answered = True
+                    self.system.lock.defer(answer, self, record, "invalid")
+        for key in [key for key in self.page_requests if key[0] in sids]:
+            if ssid in (None, key[1] or 0):
+                del self.page_requests[key]  # of a group whose last request has not come
 
     # --- the stream table ---
 
@@ -311,70 +522,13 @@ class Iommu:
         else:
             self.queue.issue("ATC_INV", StreamID=sid, Size=52)
 
-    def flush_tag(self, domain: PagingDomain | SvaDomain) -> None:
-        """Drop all TLB entries under a domain's ASID or VMID."""
-        queue = self.queue
-        for kind, number in domain.tags:
-            if kind == S1_ASID:
-                self.flush_asid(number)
-            else:
-                queue.issue("TLBI_S12_VMALL", VMID=number)
-                queue.sync()
+    def flush_tag(self, kind: int, number: int) -> None:
+        """Drop all TLB entries under an ASID or a VMID, once nobody uses it."""
+        self.queue.drop(kind, number)
 
     def flush_asid(self, asid: int) -> None:
         """Drop all TLB entries under an ASID."""
-        name = "TLBI_EL2_ASID" if self.e2h else "TLBI_NH_ASID"
-        self.queue.run([layout.pack(name, ASID=asid)])
-
-    # --- domains ---
-
-    def paging_domain(
-        self,
-        *,
-        stage: int | None = None,
-        granule: int | None = None,
-        nest_parent: bool = False,
-        dirty: bool = False,
-        pasid: bool = False,
-        contiguous: bool = False,
-        user_data: object = None,
-        ready: bool = True,
-    ) -> PagingDomain:
-        """Make a paging domain; `Device.paging_domain` says what the arguments are."""
-        features = self.smmu.features
-        if user_data is not None:
-            raise NotSupported("user_data", user_data, text="no domain takes user data")
-        if nest_parent and (dirty or pasid):
-            raise NotSupported(
-                "nest_parent", True, text="a nesting parent has no dirty tracking and no PASIDs"
-            )
-        if nest_parent and not (features.s1p and features.s2p):
-            raise NotSupported("nest_parent", True, text="the SMMU cannot nest")
-        if (dirty or pasid) and (not features.s1p or stage == 2):
-            raise NotSupported(
-                "dirty" if dirty else "pasid", True, text="dirty tracking and PASIDs are stage 1"
-            )
-        if dirty and features.httu < 2:
-            raise NotSupported("dirty", True, text="the SMMU has no hardware dirty state (HTTU)")
-        if nest_parent and stage == 1:
-            raise NotSupported("stage", 1, text="a nesting parent is stage 2")
-        if stage is None:
-            stage = 2 if nest_parent or not features.s1p else 1
-        return PagingDomain(
-            self, stage=stage, granule=granule, dirty=dirty, nest_parent=nest_parent,
-            contiguous=contiguous, ready=ready,
-        )  # fmt: skip
-
-    # --- interrupts ---
-
-    def service(self) -> int:
-        """Do what the interrupts asked for; return how many records were handled.
-
-        One thread at a time: the others wait until what it found is answered.
-        """
-        with self._servicing:
-            self._interrupts.clear()
-            return fault.service(self)
+        self.queue.drop(S1_ASID, asid)
 
     # --- what the SMMU sees meanwhile ---
 
