@@ -26,6 +26,7 @@ DIRECTIVES = {
     "initializedcheck": DEBUG,
     "autotestdict": False,
 }
+PYTHON_DIRECTIVES = {"language_level": 3, "binding": True, "annotation_typing": False}
 FLAGS = ["-fno-strict-aliasing", "-Wall", "-Wno-unused-function"]
 # gcc alone: it takes what a failing rule does not set for something that its caller reads.
 QUIET = ["-Wno-maybe-uninitialized"]
@@ -37,14 +38,21 @@ INLINE = [
     "--param=inline-unit-growth=300",
     "--param=large-stack-frame-growth=10000",
 ]
+# Python that an installed package has compiled as it stands: no handler of a signal runs in the
+# middle of a change there, and calls cost less.  A build in place leaves it out, so that whoever
+# works on it runs what they edit.
+DRIVER = [
+    "attachment", "aux", "device", "domain", "fault", "group", "ids", "lock", "mediated", "nested",
+    "profile", "sva", "system", "undo", "pasid/backends", "pasid/notifiers", "pasid/picked",
+    "pasid/sets", "pasid/space", "smmu/cdtable", "smmu/invalidations", "smmu/iommu",
+    "smmu/master",
+]  # fmt: skip
 
 
-
-
-def flags(kind):
-    """The flags for a compiler of this kind, "gcc" or "clang"."""
+def flags(kind, python):
+    """The flags for a compiler of this kind, "gcc" or "clang"; for `python` it need not inline."""
     given = os.environ.get("CFLAGS", "").split()
-    optimise = ["-O3", *(INLINE if kind == "gcc" else [])]
+    optimise = ["-O1"] if python else ["-O3", *(INLINE if kind == "gcc" else [])]
     debug = ["-g"] if DEBUG else ["-g0"]  # Python's own flags may have a -g
     return [
         *(optimise if not any(flag.startswith("-O") for flag in given) else []),
@@ -121,37 +129,53 @@ class Build(build_ext):
 
     translation: ClassVar[dict] = {}  # further arguments of cythonize
 
+    def finalize_options(self):
+        if not (self.inplace or self.editable_mode):
+            paths = [Path(f"smmufast/iommu/{name}.py") for name in DRIVER]
+            self.distribution.ext_modules += [extension(path) for path in paths]
+        super().finalize_options()
+
     def build_extensions(self):
         kind = compiler_kind(self.compiler, self.include_dirs)
 
         import numpy
         from Cython.Build import cythonize
 
-        given = [*self.extensions]
-        translated = cythonize(given, compiler_directives=DIRECTIVES, **self.translation)
-        sources = {extension.name: extension.sources for extension in translated}
-        for extension in self.extensions:
-            extension.sources = sources[extension.name]
-            extension.include_dirs.append(numpy.get_include())
-            extension.extra_compile_args = flags(kind)
+        sources = {}
+        for python in (False, True):
+            # Python's own annotations are not C types
+            directives = PYTHON_DIRECTIVES if python else DIRECTIVES
+            given = [each for each in self.extensions if is_python(each) is python]
+            translated = cythonize(given, compiler_directives=directives, **self.translation)
+            sources |= {each.name: (each.sources, flags(kind, python)) for each in translated}
+        for each in self.extensions:
+            each.sources, each.extra_compile_args = sources[each.name]
+            each.include_dirs.append(numpy.get_include())
         self.parallel = self.parallel or processors()
         super().build_extensions()
+
+
+def extension(path):
+    """The extension module of a source."""
+    return Extension(
+        ".".join(path.with_suffix("").parts),
+        [str(path)],
+        include_dirs=["smmufast"],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        undef_macros=["NDEBUG"] if DEBUG else [],
+        depends=sorted(map(str, Path("smmufast").rglob("*.h"))),
+    )
+
+
+def is_python(extension):
+    """Whether an extension module is made of Python."""
+    return extension.sources[0].endswith(".py")
 
 
 def main():
     setup(
         cmdclass={"build_ext": Build},
-        ext_modules=[
-            Extension(
-                ".".join(path.with_suffix("").parts),
-                [str(path)],
-                include_dirs=["smmufast"],
-                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-                undef_macros=["NDEBUG"] if DEBUG else [],
-                depends=sorted(map(str, Path("smmufast").rglob("*.h"))),
-            )
-            for path in sorted(Path("smmufast").rglob("*.pyx"))
-        ],
+        ext_modules=[extension(path) for path in sorted(Path("smmufast").rglob("*.pyx"))],
     )
 
 

@@ -175,6 +175,9 @@ class Viommu:
         InputOutput
             A command that a guest may not send, or a StreamID that it does not have (EIO); none
             of them was done.
+        CommandError
+            The SMMU refused some: `index` says which was the first, `refused` all, and why
+            (EIO); the others were done.
         InvalidArgument
             Something else than pairs of dwords, or the parent was freed.
         """
@@ -186,12 +189,9 @@ class Viommu:
             if not isinstance(command, tuple | list) or len(command) != 2:
                 raise InvalidArgument("commands", command, "pairs of dwords")
             done.append(self._real(index, *command))
-        queue = self.iommu.queue
-        with self.parent.system.lock:
-            for first, second in done:
-                queue.put(first, second)
-            if done:
-                queue.sync()
+        if done:
+            with self.parent.system.lock:
+                self.iommu.queue.run([first | second << 64 for first, second in done])
         return len(done)
 
     def _real(self, index: int, first: int, second: int) -> tuple[int, int]:
