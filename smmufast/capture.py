@@ -1103,7 +1103,7 @@ class Capture:
         low, high = (header.number_of("ram", v, _U64) for v in header.list("ram", 2))
         regions = _regions(header, [(low, high - low)])
         configurations = []
-        ids = set()
+        ids: set[str] = set()
         count = 0
         for line in lines:
             line.only("id", "cr0", "regs", "meta", "pages", "reqs")
@@ -1434,7 +1434,7 @@ def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
     header.get("header")
     needed = ("IDR0", "IDR1", "IDR3", "IDR5")
     features = _features(header, _registers(header, header.inner("idr").values, needed))
-    found = []
+    found: list[Batch] = []
     for line in lines:
         if line.text("kind") != "cmds":
             continue
