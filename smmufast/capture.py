@@ -937,6 +937,7 @@ _COUNTS = {
     "pages": "pages of pages.npz",
     "queue_pages": "pages of queues.npz",
 }
+_RAM = ("ram_base", "ram_size", "regions")
 _COUNTED = {"truth": "requests", "requests": "requests", "events": "events", "pages": "pages"}
 """Members of meta.json that are counts too, where they are numbers."""
 
@@ -1102,7 +1103,7 @@ class Capture:
         low, high = (header.number_of("ram", v, _U64) for v in header.list("ram", 2))
         regions = _regions(header, [(low, high - low)])
         configurations = []
-        ids = set()
+        ids: set[str] = set()
         count = 0
         for line in lines:
             line.only("id", "cr0", "regs", "meta", "pages", "reqs")
@@ -1201,19 +1202,8 @@ class Capture:
         if smmu is None:
             if memory is None or registers is None:
                 raise TypeError("save() needs smmu, or memory and registers")
-            line = _Line("registers", None, {})
-            given = _registers(line, registers, _NEEDED)
-            features = _features(line, given)
-            kept, masked = modelled(features)
-            smmu = Smmu(
-                memory,
-                kept,
-                strtab_base=given["STRTAB_BASE"],
-                strtab_base_cfg=given["STRTAB_BASE_CFG"],
-                cr0=given["CR0"],
-                cr2=given["CR2"],
-                gbpa=given["GBPA"],
-            )
+            given = _registers(_Line("registers", None, {}), registers, _NEEDED)
+            smmu, masked = _smmu_of(memory, given)
         else:
             if memory is not None or registers is not None:
                 raise TypeError("memory and registers must not be given beside smmu")
@@ -1227,35 +1217,22 @@ class Capture:
         for address in addresses:
             if address % PAGE:
                 raise ValueError(must_be("pages", f"multiples of {PAGE}", address))
-        kept_addresses, contents = _contents(memory, addresses)
-        queues = [name for name, _, _ in _QUEUES.values() if f"{name}_BASE" in given]
-        queue_addresses, queue_contents = _contents(memory, _queue_pages(given))
+        tables = _contents(memory, addresses)
+        queues = _contents(memory, _queue_pages(given))
         terminated = [*events, *terminated]
-        values: dict[str, Any] = dict(meta or {})
-        for name in _COUNTED:  # those of another capture
-            if type(values.get(name)) is int:
-                del values[name]
-        values["counts"] = {
+        counts = {
             "requests": len(translated),
             "events": len(terminated),
-            "pages": len(kept_addresses),
-            "queue_pages": len(queue_addresses),
+            "pages": len(tables[0]),
+            "queue_pages": len(queues[0]),
         }
-        values["regs"] = {name: hex(value) for name, value in given.items()}
-        regions = [(region.base, region.size) for region in memory.regions]
-        if len(regions) == 1:
-            values |= {"ram_base": hex(regions[0][0]), "ram_size": regions[0][1]}
-        else:
-            values["regions"] = [[hex(base), hex(size)] for base, size in regions]
         with replacing_directory(path) as partial:
             with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as file:
+                values = _description(meta or {}, counts, given, memory)
                 json.dump(values, file, indent=1, default=_plain)
-            _write_pages(os.path.join(partial, "pages.npz"), kept_addresses, contents)
-            # without its pages a ring that was used would be taken for one of zeros
-            used = any(given.get(f"{name}_PROD") for name in queues)
-            if queues and (queue_addresses or not used):
-                where = os.path.join(partial, "queues.npz")
-                _write_pages(where, queue_addresses, queue_contents)
+            _write_pages(os.path.join(partial, "pages.npz"), *tables)
+            if queues[0] or _unused(given):
+                _write_pages(os.path.join(partial, "queues.npz"), *queues)
             _write_lines(os.path.join(partial, "requests.jsonl.gz"), translated)
             _write_lines(os.path.join(partial, "events.jsonl.gz"), terminated)
             try:
@@ -1457,7 +1434,7 @@ def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
     header.get("header")
     needed = ("IDR0", "IDR1", "IDR3", "IDR5")
     features = _features(header, _registers(header, header.inner("idr").values, needed))
-    found = []
+    found: list[Batch] = []
     for line in lines:
         if line.text("kind") != "cmds":
             continue
@@ -1542,6 +1519,46 @@ def _registers_of(smmu: Smmu) -> dict[str, int]:
         "IDR5": features.idr5,
         "AIDR": features.aidr,
     }
+
+
+def _smmu_of(memory: Memory, given: Mapping[str, int]) -> tuple[Smmu, dict[str, int]]:
+    """Return an SMMU with these registers, and the features that it leaves out."""
+    kept, masked = modelled(_features(_Line("registers", None, {}), given))
+    smmu = Smmu(
+        memory,
+        kept,
+        strtab_base=given["STRTAB_BASE"],
+        strtab_base_cfg=given["STRTAB_BASE_CFG"],
+        cr0=given["CR0"],
+        cr2=given["CR2"],
+        gbpa=given["GBPA"],
+    )
+    return smmu, masked
+
+
+def _description(
+    meta: Mapping[str, Any], counts: Mapping[str, int], given: Mapping[str, int], memory: Memory
+) -> dict[str, Any]:
+    """Return ``meta.json``: what the files hold, registers and RAM, and more members."""
+    values = {name: value for name, value in meta.items() if name not in _RAM}
+    for name in _COUNTED:  # those of another capture
+        if type(values.get(name)) is int:
+            del values[name]
+    values["counts"] = dict(counts)
+    values["regs"] = {name: hex(value) for name, value in given.items()}
+    regions = [(region.base, region.size) for region in memory.regions]
+    if len(regions) == 1:
+        return values | {"ram_base": hex(regions[0][0]), "ram_size": regions[0][1]}
+    return values | {"regions": [[hex(base), hex(size)] for base, size in regions]}
+
+
+def _unused(given: Mapping[str, int]) -> bool:
+    """Whether there are queues, and nothing was ever put into one.
+
+    A ring that was used and has no pages would be taken for one of zeros.
+    """
+    queues = [name for name, _, _ in _QUEUES.values() if f"{name}_BASE" in given]
+    return bool(queues) and not any(given.get(f"{name}_PROD") for name in queues)
 
 
 def _page(memory: Memory, address: int) -> bytes:

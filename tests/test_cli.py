@@ -921,3 +921,33 @@ def test_examples_run(name):
     }
     assert wanted[name] in process.stdout
     assert process.stderr == ""
+
+
+def commands_of(page):
+    """The commands of the shell blocks of a page."""
+    text = (captures.ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        yield from block.splitlines()
+
+
+@pytest.mark.parametrize("command", list(commands_of("docs/tools.md")))
+def test_the_commands_of_the_tools_page_work(command, monkeypatch):
+    monkeypatch.chdir(captures.ROOT)
+    words, _, file = command.partition(" < ")
+    given = Path(file).read_bytes() if file else None
+    assert run(*words.split()[1:], given=given)
+
+
+def test_the_tools_page_has_the_limits():
+    from smmufast import capture, cli, decode, streams
+
+    text = (captures.ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    for limit in (capture.MAX_REQUESTS, capture.MAX_CONFIGURATIONS, capture.MAX_PAGES,
+                  streams.MOST_PAGES, streams.MOST, decode.MOST_WORDS):  # fmt: skip
+        assert f"2^{limit.bit_length() - 1}" in text
+        assert limit & limit - 1 == 0
+    for limit in (capture.MAX_TEXT, capture.MAX_LINE, cli.MAX_INPUT):
+        assert f"{limit >> 20} MiB" in text
+    assert f"{capture.MAX_HEADER:,} bytes" in text
+    assert f"{decode.MOST:,}" in text
+    assert streams.LARGEST == 1 << 30
