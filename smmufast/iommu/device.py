@@ -281,7 +281,7 @@ class Device:
                 if alone and handle is not None:
                     handle.domain = None
             lock.defer(master.attach, BLOCKED)
-            lock.defer(master.drain, None)
+            master.drain(None)
             for viommu in master.iommu.viommus:
                 viommu.forget(self)
             lock.defer(master.iommu.forget, self)

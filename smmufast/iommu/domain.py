@@ -19,6 +19,7 @@ from smmufast.iommu.smmu.invalidations import (
     S2_VMID_S1_CLEAR,
     Invalidations,
 )
+from smmufast.iommu.smmu.writer import ste_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -456,7 +457,8 @@ class NestedDomain(Domain):
         self.parent = parent
         self.viommu = viommu
         self.ste = words[:2]
-        self.ats = entry.eats(words) == 1
+        # where the guest bypasses stage 1, or aborts, EATS says nothing
+        self.ats = ste_config(words[0]) == 5 and entry.eats(words) == 1
         self.attachments: dict[Attachment, None] = {}
         self.system = parent.system
         self.iommu = parent.iommu

@@ -144,6 +144,7 @@ class CdTable:
         for master in self.masters:
             master.enter_atcs(domain, ssid)
             undo.add(partial(master.leave_atcs, domain, ssid))
+        undo.add(partial(self.flush_atcs, ssid))
         self.write(ssid, domain.cd(self.stall), undo)
         self.cds[ssid] = domain
         undo.add(partial(self._restore, ssid, old))

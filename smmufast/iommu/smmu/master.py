@@ -99,8 +99,8 @@ class Master:
 
     def domain_at(self, ssid: int) -> Domain | None:
         """What an access under an SSID reaches: in the AUX profile also what others attached."""
-        if not ssid:
-            return self.domain
+        if not ssid or isinstance(self.domain, NestedDomain):
+            return self.domain  # a guest chooses its PASIDs itself
         table = self.table
         return None if table is None else table.cds.get(ssid)
 
@@ -171,6 +171,8 @@ class Master:
             # 1. the new domain is told from now on what it must invalidate here
             new.link()
             undo.add(new.unlink)
+            if self.ats_enabled:
+                undo.add(self._flush_atcs)
             # 2. ATS goes off before an STE that refuses it
             undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
             if self.ats_enabled and not ats:
@@ -179,9 +181,9 @@ class Master:
             self._write(domain, table, ats, undo)
             # 4. ATS comes on with empty ATCs, or they are emptied
             self._ats_on(ats)
-        self.attachments[0] = new
         # 5. what waits for the old domain is answered, so that nobody else sees it
-        self.drain(0)
+        self.drain(None if isinstance(old.domain, NestedDomain) else 0)
+        self.attachments[0] = new
         # 6. the old domain forgets
         self._left(old)
         old.unlink()
@@ -391,9 +393,12 @@ class Master:
             atc.clear()
 
     def _flush_atcs(self) -> None:
-        """Empty the ATCs."""
+        """Empty the ATCs, also of the PASIDs that a guest chose."""
+        guest = isinstance(self.domain, NestedDomain)
         for sid in self.sids:
             self.iommu.invalidate_atc(sid)
+            if guest:
+                self.iommu.queue.issue("ATC_INV", StreamID=sid, SSV=1, G=1, Size=52)
         self.iommu.queue.sync()
 
     def flush_atc(self, ssid: int) -> None:
@@ -426,8 +431,11 @@ class Master:
     # --- faults in flight ---
 
     def drain(self, ssid: int | None) -> None:
-        """Answer every fault that waits under an SSID, or under any, as nobody's."""
-        self.iommu.drain(self.sids, ssid)
+        """Answer every fault that waits under an SSID, or under any, as nobody's.
+
+        What the host's memory refuses meanwhile is raised when the call is done.
+        """
+        self.iommu.system.lock.defer(self.iommu.drain, self.sids, ssid)
 
     # --- reset (F24) ---
 

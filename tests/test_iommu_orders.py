@@ -1,0 +1,932 @@
+"""Calls of the driver half in unusual orders, in which nothing may be half done or left behind.
+
+Devices that stall, with ATS and page requests, groups, shares, guests and processes; both profiles,
+with and without caches.  Every system that the fixture made must end without a stale entry.
+"""
+
+import copy
+import errno
+import gc
+import itertools
+import pickle
+
+import pytest
+from test_iommu_domains import refused
+from test_iommu_failures import Medium
+
+from smmufast import AtsFault, Caches, Features, Memory, Smmu, layout
+from smmufast.iommu import (
+    AUX,
+    BLOCKED,
+    IDENTITY,
+    NOW,
+    AddressSpace,
+    AttachHandle,
+    Busy,
+    InvalidArgument,
+    IommuError,
+    System,
+    Viommu,
+)
+
+RAM = 0x8000_0000
+PAGE = 0x1000
+PROFILES = pytest.mark.parametrize("profile", [AUX, NOW], ids=["aux", "now"])
+FULL = Features.full()
+
+
+@pytest.fixture(params=[None, Caches.server], ids=["none", "server"])
+def make(request, systems):
+    """Systems without caches, and with."""
+    return lambda *arguments, **more: systems(*arguments, caches=request.param, **more)
+
+
+def paging(system, device, pa=RAM, iova=PAGE, **more):
+    """A paging domain with one page."""
+    aux = system.profile is AUX and not more
+    domain = system.paging_domain() if aux else device.paging_domain(**more)
+    if not aux:
+        domain.map(iova, pa, PAGE)
+    return domain
+
+
+def with_main(system, device, pa=RAM):
+    """Attach a main domain of stage 1 with one page."""
+    domain = paging(system, device)
+    device.attach(domain)
+    if system.profile is AUX:
+        domain.map(PAGE, pa, PAGE)
+    return domain
+
+
+def able(system, device):
+    """Let a device have PASIDs in either profile."""
+    if system.profile is AUX:
+        if device.domain.stage != 1:
+            with_main(system, device)
+        if device.has_feature("IOPF"):
+            device.enable_feature("IOPF")
+        device.enable_feature("SVA")
+        device.enable_feature("AUX")
+    return device
+
+
+def attach(system, device, domain, pasid=3):
+    """Attach a domain to a PASID in either profile; return the PASID."""
+    if system.profile is AUX:
+        device.attach_aux(domain)
+        return domain.pasid(device)
+    device.attach_pasid(domain, pasid)
+    return pasid
+
+
+def detach(system, device, domain, pasid):
+    """The opposite."""
+    if system.profile is AUX:
+        device.detach_aux(domain)
+    else:
+        device.detach_pasid(domain, pasid)
+
+
+def process(system, pa=RAM, iova=PAGE, **more):
+    """A process with one page."""
+    space = AddressSpace.of(system, **more)
+    space.table.map(iova, pa, PAGE)
+    return space
+
+
+def reached(device, iova=PAGE, pasid=None):
+    """The physical address that a device gets at, through its ATC where it has one, or None."""
+    try:
+        return device.access(iova, pasid=pasid).pa
+    except AtsFault:
+        return None
+
+
+def recorder(log, answer=False):
+    """A handler that notes the faults that it is asked about."""
+    return lambda fault: log.append((fault.pasid, fault.iova)) or answer
+
+
+def stall(device, iova, pasid=None):
+    """Let an access of a device stall, without an interrupt."""
+    result = device.smmu.translate(device.sid, iova, ssid=pasid)
+    assert result.action == "stall"
+
+
+def ask(device, iova, pasid=None, *, last=True, group=3):
+    """Let a device request a page, without an interrupt."""
+    device.smmu.page_request(
+        device.sid, iova, ssid=pasid, read=True, last=last, prg_index=group
+    )
+
+
+# --- devices whose faults stall, and others ---
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["plain_first", "stalling_first"])
+def test_a_device_that_stalls_and_one_that_does_not_never_share_a_table(make, first):
+    system = make(profile=AUX)
+    one = system.device(8, pasid_bits=4, stall=first, ats=True)
+    other = system.device(9, pasid_bits=4, stall=not first, ats=True)
+    main = with_main(system, one)
+    refused(errno.EINVAL, other.attach, main)
+    assert (main.users, other.domain, reached(other)) == (1, BLOCKED, None)
+    able(system, one)
+    aux = system.paging_domain()
+    one.attach_aux(aux)
+    aux.map(PAGE, RAM + PAGE, PAGE)
+    refused(errno.EINVAL, other.attach, main)
+    bond = one.bind(process(system, RAM + 2 * PAGE))
+    refused(errno.EINVAL, other.attach, main)
+    assert reached(one) == RAM
+    assert reached(one, pasid=aux.pasid(one)) == RAM + PAGE
+    assert reached(one, pasid=bond.pasid) == RAM + 2 * PAGE
+    like = system.device(10, pasid_bits=4, stall=first, ats=True)
+    like.attach(main)
+    assert reached(like) == RAM and reached(like, pasid=bond.pasid) == RAM + 2 * PAGE
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["plain_first", "stalling_first"])
+def test_devices_of_one_group_have_tables_of_their_own_today(make, first):
+    """NOW: whether faults stall is a matter of each device, in a group too."""
+    system = make()
+    group = system.group()
+    devices = [
+        system.device(8 + n, pasid_bits=4, stall=one, group=group)
+        for n, one in enumerate((first, not first))
+    ]
+    main, other = (paging(system, devices[0], pa) for pa in (RAM, RAM + PAGE))
+    group.attach(main)
+    devices[0].attach_pasid(other, 3)
+    for device in devices:
+        assert (reached(device), reached(device, pasid=3)) == (RAM, RAM + PAGE)
+        result = device.smmu.translate(device.sid, 0x5000, ssid=3)
+        assert result.action == ("stall" if device.stall else "abort")
+    system.service()
+
+
+@pytest.mark.parametrize("model", [0, 1, 2])
+@pytest.mark.parametrize("can", [False, True], ids=["plain", "stalls"])
+@pytest.mark.parametrize("ats", [False, True], ids=["", "ats"])
+def test_every_stall_model_works_at_every_stage(make, model, can, ats):
+    system = make(features=FULL.replace(stall_model=model))
+    device = system.device(8, pasid_bits=4, stall=can, ats=ats)
+    host = device.paging_domain(nest_parent=True)
+    two, one = paging(system, device, stage=2), paging(system, device)
+    host.map(PAGE, RAM, PAGE)
+    for guest in (None, (0b1001, 0), (0b1001, layout.pack("STE", EATS=1) >> 64)):
+        for domain in (one, two, host) if guest is None else (Viommu(host).domain(guest),):
+            device.replace(domain)
+            assert reached(device) == RAM, (domain, guest)
+            words = device.iommu.writer.read(device.iommu.ste_address(8))
+            fields = layout.unpack("STE", sum(word << 64 * n for n, word in enumerate(words)))
+            assert not (fields["S2S"] and fields["EATS"])  # IHI 0070 5.2
+            assert bool(fields["EATS"]) == device.ats_enabled
+            if model == 2 and domain.stage > 1:
+                assert fields["S2S"] == 1 and not device.ats_enabled
+            device.replace(IDENTITY)
+    device.replace(one)
+    space = process(system, RAM + PAGE)
+    bond = device.bind(space)
+    assert reached(device, pasid=bond.pasid) == RAM + PAGE
+    space.exit()
+    assert reached(device, pasid=space.pasid) is None
+    assert device.translate(PAGE, pasid=space.pasid).pa is None
+    assert (device.smmu.stalls, system.service()) == ([], 0)  # quiet: nothing is reported
+
+
+# --- faults in flight ---
+
+
+def leave_by_detach(system, device, domain, pasid):
+    detach(system, device, domain, pasid)
+
+
+def leave_by_release(system, device, domain, pasid):
+    device.release()
+    system.probe(device)
+    able(system, device)
+
+
+def leave_by_shutdown(system, device, domain, pasid):
+    device.shutdown()
+    for feature in ("IOPF", "SVA", "AUX"):
+        if device.has_feature(feature):
+            device.enable_feature(feature)
+
+
+def leave_by_reset(system, device, domain, pasid):
+    device.reset_prepare()
+    device.reset_done()
+    device.detach_pasid(domain, pasid)
+
+
+LEAVE = [
+    (AUX, leave_by_detach), (AUX, leave_by_release), (AUX, leave_by_shutdown),
+    (NOW, leave_by_detach), (NOW, leave_by_release), (NOW, leave_by_reset),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["", "full_queue"])
+@pytest.mark.parametrize(
+    ("profile", "leave"), LEAVE, ids=[f"{p.name}-{f.__name__[9:]}" for p, f in LEAVE]
+)
+def test_stalls_of_a_pasid_are_never_put_to_its_next_domain(make, profile, leave, full):
+    """Also those whose record waits, because the event queue is full (3.12.2)."""
+    system = make(profile=profile, features=FULL.replace(eventqs=2))
+    device = system.device(8, pasid_bits=4, stall=True)
+    able(system, device)
+    old, new = paging(system, device), paging(system, device)
+    asked = []
+    pasid = attach(system, device, old)
+    old.iopf = recorder(asked)
+    count = 9 if full else 2
+    for n in range(count):
+        stall(device, 0x10000 + n * PAGE, pasid)
+    stalls = device.smmu.stalls
+    leave(system, device, old, pasid)
+    assert device.smmu.stalls == [] and all(one.done for one in stalls)
+    assert old.users == 0
+    if profile is AUX:
+        old.free()
+    new.iopf = recorder(asked, True)
+    assert attach(system, device, new) == pasid
+    system.service()
+    assert asked == []
+    known = [report for report in system.reports if report.stalled]
+    # none of them is lost; those whose record waits are translated anew, and stall no more
+    assert len(known) == min(count, 4)
+    assert {report.errno for report in known} == {errno.EFAULT}
+    stall(device, 0x10000, pasid)
+    new.map(0x10000, RAM, PAGE)
+    system.service()
+    assert asked == [(pasid, 0x10000)] and device.smmu.stalls == []
+
+
+def swap_by_replace(device, old, new):
+    device.replace(new)
+
+
+def swap_by_group(device, old, new):
+    device.group.set(new)
+
+
+def swap_by_detach(device, old, new):
+    device.detach(old)
+    device.attach(new)
+
+
+def swap_by_claim(device, old, new):
+    device.detach(old)
+    device.group.claim("vfio")
+    device.group.attach(new)
+
+
+SWAPS = [swap_by_replace, swap_by_group, swap_by_detach, swap_by_claim]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("swap", SWAPS, ids=lambda one: one.__name__[8:])
+def test_stalls_without_a_pasid_are_never_put_to_the_next_main_domain(make, swap, stage):
+    system = make()
+    device = system.device(8, stall=True)
+    old, new = paging(system, device, stage=stage), paging(system, device, stage=stage)
+    asked = []
+    old.iopf, new.iopf = recorder(asked), recorder(asked, True)
+    device.attach(old)
+    stall(device, 0x10000)
+    swap(device, old, new)
+    assert device.smmu.stalls == []
+    system.service()
+    assert asked == [] and system.reports[-1].device is device
+
+
+def test_a_replaced_pasid_never_sees_the_faults_of_the_domain_before(make):
+    system = make()
+    device = system.device(8, pasid_bits=4, stall=True, ats=True, pri=True)
+    device.attach(IDENTITY)
+    one, two, beside = (paging(system, device) for _ in range(3))
+    asked = []
+    for domain in (one, two):
+        domain.iopf = recorder(asked, "success")
+    beside.iopf = recorder([], "success")
+    device.attach_pasid(one, 3)
+    device.attach_pasid(beside, 4)
+    for pasid in (3, 4):
+        stall(device, 0x10000, pasid)
+        ask(device, 0x10000, pasid, last=False)
+    device.replace_pasid(two, 3, AttachHandle())
+    assert [one.ssid for one in device.smmu.stalls] == [4]  # the neighbour's goes on waiting
+    beside.map(0x10000, RAM, PAGE)
+    ask(device, 0x20000, 3)
+    system.service()
+    assert asked == [(3, 0x20000)] and device.smmu.stalls == []
+    assert list(device.iommu.page_requests) == [(8, 4, 3)]
+
+
+@PROFILES
+@pytest.mark.parametrize("served", [False, True], ids=["queued", "taken"])
+@pytest.mark.parametrize("last", [False, True], ids=["half", "whole"])
+def test_page_requests_of_a_process_are_never_put_to_the_next_one(make, profile, served, last):
+    system = make(profile=profile)
+    device = able(system, system.device(8, pasid_bits=4, ats=True, pri=True))
+    asked = []
+    old = process(system, handler=recorder(asked))
+    bond = device.bind(old)
+    pasid = old.pasid
+    ask(device, 0x7000, pasid, last=last)
+    if served and not last:
+        system.service()
+    bond.unbind()
+    old.exit()
+    new = process(system, handler=recorder(asked))
+    device.bind(new)
+    assert new.pasid == pasid
+    ask(device, 0x9000, pasid)
+    system.service()
+    assert asked == [(pasid, 0x9000)]
+    assert device.iommu.page_requests == {}
+
+
+@PROFILES
+def test_an_exit_lets_nobody_answer_for_the_process(make, profile):
+    system = make(profile=profile)
+    device = able(system, system.device(8, pasid_bits=4, stall=True, ats=True, pri=True))
+    asked = []
+    space = process(system, handler=recorder(asked, True))
+    device.bind(space)
+    stall(device, 0x7000, space.pasid)
+    ask(device, 0x7000, space.pasid)
+    asking = device.atcs[0].request_page(0x8000, ssid=space.pasid)
+    space.exit()
+    system.service()
+    assert (asked, device.smmu.stalls, asking.answer) == ([], [], "invalid")
+
+
+def test_a_released_device_leaves_nothing_in_flight(make):
+    system = make(features=FULL.replace(eventqs=2))
+    device = system.device(8, pasid_bits=4, stall=True, ats=True, pri=True)
+    asked = []
+    main = paging(system, device)
+    main.iopf = recorder(asked)
+    device.attach(main)
+    space = process(system, handler=recorder(asked))
+    device.bind(space)
+    for n in range(6):
+        stall(device, 0x10000 + n * PAGE)
+        stall(device, 0x10000 + n * PAGE, space.pasid)
+    ask(device, 0x7000)
+    ask(device, 0x7000, space.pasid, last=False)
+    device.release()
+    assert system.smmu.stalls == [] and system.iommus[0].page_requests == {}
+    again = system.device(8, pasid_bits=4, stall=True)
+    again.attach(main)
+    again.bind(space)
+    system.service()
+    assert asked == [] and any(one.stalled for one in system.reports)
+
+
+def test_page_requests_of_unknown_streams_do_not_pile_up(make):
+    system = make()
+    device = system.device(8, ats=True, pri=True)
+    with_main(system, device)
+    iommu = device.iommu
+    base, _ = iommu._rings["PRIQ"]
+    for n in range(40):
+        ask(device, 0x7000, last=False, group=n & 511)
+        fields = layout.unpack("PRI", system.memory.read(base + 16 * n, 16))
+        word = layout.pack("PRI", **fields | {"StreamID": 77})
+        system.memory.write(base + 16 * n, layout.to_bytes("PRI", word))
+        system.service()
+    assert iommu.page_requests == {}
+    for n in range(600):
+        ask(device, 0x7000, last=False, group=n & 511)
+        system.service()
+    assert sum(map(len, iommu.page_requests.values())) == 512
+    asked = device.atcs[0].request_page(0x7000)
+    system.service()
+    assert asked.answer == "failure"  # nobody resolves it, but it is answered
+
+
+# --- guests ---
+
+
+class Guest:
+    """A guest's memory, with CDs and tables that it writes itself; IPA 0x4000_0000 is RAM."""
+
+    IPA = 0x4000_0000
+
+    def __init__(self, system, host, base=0, *, stall=False):
+        self.memory, self.base = system.memory, base
+        if not host.iova_to_phys(self.IPA):
+            host.map(self.IPA, RAM, 1 << 21)
+        self.put("CD", 0, V=1, AA64=1, A=1, R=1, S=int(stall), T0SZ=25, IPS=5, EPD1=1, ASID=1, ASET=1,
+                 TTB0=self.IPA + base + 0x1000, MAIR0=0xFF)  # fmt: skip
+        cd = self.memory.read(RAM + base, 64)
+        for ssid in (1, 2, 3):  # the same address space under each PASID, with ASIDs of their own
+            fields = layout.unpack("CD", cd) | {"ASID": 1 + ssid}
+            self.put("CD", 64 * ssid, **fields)
+        self.put("PTE_S1_TABLE", 0x1000, Valid=1, Type=1, Addr_4K=self.IPA + base + 0x2000)
+        self.put("PTE_S1_TABLE", 0x2000, Valid=1, Type=1, Addr_4K=self.IPA + base + 0x3000)
+        self.map(PAGE, 0x8000)
+
+    def put(self, record, at, **fields):
+        word = layout.to_bytes(record, layout.pack(record, **fields))
+        self.memory.write(RAM + self.base + at, word)
+
+    def map(self, va, offset):
+        """Map a page to the guest's memory at an offset; the guest says nothing to its SMMU."""
+        self.put("PTE_S1", 0x3000 + (va >> 12) * 8, Valid=offset > 0, Type=1, AF=1, AP=1, SH=3,
+                 nG=1, Addr_4K=self.IPA + offset)  # fmt: skip
+
+    def ste(self, **more):
+        word = layout.pack(
+            "STE", V=1, Config=5, S1ContextPtr=self.IPA + self.base, S1CDMax=2, S1DSS=2, **more
+        )
+        return word & (1 << 64) - 1, word >> 64
+
+
+def words_of(name, **fields):
+    """A command as a guest sends it."""
+    word = layout.pack(name, **fields)
+    return word & (1 << 64) - 1, word >> 64
+
+
+def nested(make, **more):
+    system = make()
+    device = system.device(8, pasid_bits=4, **more)
+    host = device.paging_domain(nest_parent=True)
+    viommu = Viommu(host)
+    viommu.add(0x20, device)
+    return system, device, host, viommu
+
+
+def test_two_guests_over_one_parent_may_use_the_same_asids(make):
+    system = make()
+    one, other = system.device(8), system.device(9)
+    host = one.paging_domain(nest_parent=True)
+    guests = [Viommu(host), Viommu(host)]
+    assert len({host.vmid, *(guest.vmid for guest in guests)}) == 3
+    inside = [Guest(system, host), Guest(system, host, 0x10000)]
+    inside[1].map(PAGE, 0x1A000)
+    for device, guest, its in zip((one, other), guests, inside, strict=True):
+        guest.add(0x20, device)
+        device.attach(guest.domain(its.ste()))
+    for _ in range(2):
+        assert (reached(one), reached(other)) == (RAM + 0x8000, RAM + 0x1A000)
+    # an invalidation of one leaves the other's entries alone, and reaches its own
+    inside[0].map(PAGE, 0x9000)
+    inside[1].map(PAGE, 0x1B000)
+    guests[0].invalidate([words_of("TLBI_NH_ASID", ASID=1)])
+    assert reached(one) == RAM + 0x9000
+    guests[1].invalidate([words_of("TLBI_NSNH_ALL")])
+    assert reached(other) == RAM + 0x1B000
+    # what the host takes away goes from both
+    assert host.unmap(0x4000_0000, 1 << 21) == 1 << 21
+    assert (reached(one), reached(other)) == (None, None)
+    system.service()
+    for guest in guests:
+        refused(errno.EBUSY, guest.close)
+    refused(errno.EBUSY, host.free)
+    for device in (one, other):
+        device.release()
+    vmids = host.iommu.vmids
+    assert len(vmids) == 3
+    guests[0].close()
+    guests[0].close()
+    assert len(vmids) == 2
+    host.free()  # ends the guests too
+    assert (len(vmids), guests[1].vmid) == (0, 0)
+    refused(errno.EINVAL, guests[1].domain, (0b1001, 0))
+    refused(errno.EINVAL, guests[1].invalidate, [words_of("TLBI_NSNH_ALL")])
+
+
+def test_what_a_guest_has_cached_ends_with_its_attachment(make):
+    system, device, host, viommu = nested(make)
+    guest = Guest(system, host)
+    domain = viommu.domain(guest.ste())
+    device.attach(domain)
+    assert reached(device) == reached(device, pasid=2) == RAM + 0x8000
+    device.replace(IDENTITY)
+    guest.map(PAGE, 0x9000)  # in between, when it need not tell anybody
+    device.replace(domain)
+    assert reached(device) == reached(device, pasid=2) == RAM + 0x9000
+
+
+@pytest.mark.parametrize("pasid", [None, 1, 3])
+def test_a_guests_atc_entries_go_when_the_host_unmaps_or_the_guest_leaves(make, pasid):
+    system, device, host, viommu = nested(make, ats=True)
+    guest = Guest(system, host)
+    domain = viommu.domain(guest.ste(EATS=1))
+    device.attach(domain)
+    assert device.ats_enabled and reached(device, pasid=pasid) == RAM + 0x8000
+    host.unmap(Guest.IPA, 1 << 21)
+    assert reached(device, pasid=pasid) is None
+    host.map(Guest.IPA, RAM, 1 << 21)
+    assert reached(device, pasid=pasid) == RAM + 0x8000
+    own = paging(system, device, RAM + 0x5000)
+    device.replace(own)  # ATS stays on
+    assert device.ats_enabled
+    assert reached(device, pasid=pasid) == (RAM + 0x5000 if pasid is None else None)
+    device.replace(domain)
+    assert reached(device, pasid=pasid) == RAM + 0x8000
+    device.replace(BLOCKED)
+    assert reached(device, pasid=pasid) is None
+
+
+def test_a_nested_ste_merges_events_and_a_plain_one_does_not(make):
+    """Linux sets MEV in arm_smmu_make_nested_cd_table_ste: a guest cannot flood the host."""
+    system, device, host, viommu = nested(make)
+    guest = Guest(system, host)
+    address = device.iommu.ste_address(8)
+
+    def mev():
+        return layout.unpack("STE", system.memory.read(address, 64))["MEV"]
+
+    device.attach(viommu.domain(guest.ste()))
+    assert mev() == 1
+    device.replace(viommu.domain((0b1001, 0)))
+    assert mev() == 0
+    for domain in (host, IDENTITY, paging(system, device)):
+        device.replace(domain)
+        assert mev() == 0
+
+
+@pytest.mark.parametrize("pasid", [None, 2])
+def test_a_guest_gets_its_own_events_under_its_own_stream_and_no_others(make, pasid):
+    system, device, host, viommu = nested(make)
+    guest = Guest(system, host)
+    own = paging(system, device)
+    device.attach(own)
+    device.smmu.translate(8, 0x5000)  # the host's, still in the queue
+    device.replace(viommu.domain(guest.ste()))
+    system.service()
+    assert list(viommu.events) == []
+    assert device.translate(0x5000, pasid=pasid).pa is None
+    (record,) = viommu.events
+    fields = layout.unpack("EVENT", record)
+    assert (fields["ID"], fields["StreamID"], fields["InputAddr"]) == (0x10, 0x20, 0x5000)
+    assert (fields["SSV"], fields["SubstreamID"]) == ((0, 0) if pasid is None else (1, 2))
+    host.unmap(Guest.IPA, 1 << 21)  # what stage 2 refuses is the host's own
+    assert device.translate(PAGE, pasid=pasid).pa is None
+    assert len(viommu.events) == 1
+    host.map(Guest.IPA, RAM, 1 << 21)
+    device.smmu.translate(8, 0x6000, ssid=pasid)  # the guest's, still in the queue
+    device.replace(IDENTITY)
+    system.service()
+    assert len(viommu.events) == 2
+    device.smmu.translate(8, 1 << 60)
+    system.service()
+    assert len(viommu.events) == 2 and system.reports[-1].errno
+
+
+def test_a_guests_stalls_under_a_pasid_are_never_put_to_the_hosts_domain(make):
+    system, device, host, viommu = nested(make, stall=True, ats=True, pri=True)
+    guest = Guest(system, host, stall=True)
+    domain = viommu.domain(guest.ste())
+    asked = []
+    own = paging(system, device)
+    own.iopf = recorder(asked, "success")
+    device.attach(domain)
+    stall(device, 0x5000, 2)
+    ask(device, 0x5000, 2, last=False)
+    system.service()
+    assert device.smmu.stalls == []
+    stall(device, 0x5000, 2)
+    ask(device, 0x5000, 2, last=False)
+    device.replace(IDENTITY)
+    assert device.smmu.stalls == [] and device.iommu.page_requests == {}
+    device.attach_pasid(own, 2)
+    ask(device, 0x7000, 2)
+    system.service()
+    assert asked == [(2, 0x7000)]
+
+
+def test_a_device_is_not_taken_from_a_guest_while_it_is_attached(make):
+    system, device, host, viommu = nested(make)
+    guest = Guest(system, host)
+    device.attach(viommu.domain(guest.ste()))
+    refused(errno.EBUSY, viommu.remove, 0x20)
+    assert viommu.devices == {0x20: device}
+    viommu.invalidate([words_of("CFGI_CD", StreamID=0x20, Leaf=1)])
+    device.replace(BLOCKED)
+    viommu.remove(0x20)
+    refused(errno.ENOENT, viommu.remove, 0x20)
+    refused(errno.EIO, viommu.invalidate, [words_of("CFGI_CD", StreamID=0x20)])
+    viommu.add(0x21, device)
+    device.attach(viommu.domain(guest.ste()))
+    device.release()
+    assert viommu.devices == {} and reached_sid(system, 8) is None
+
+
+def reached_sid(system, sid, iova=PAGE):
+    return system.smmu.translate(sid, iova).pa
+
+
+def test_a_guests_commands_are_done_with_the_real_numbers_before_the_call_returns(make):
+    system, device, host, viommu = nested(make)
+    guest = Guest(system, host)
+    device.attach(viommu.domain(guest.ste()))
+    assert reached(device, pasid=2) == RAM + 0x8000
+    queue = device.iommu.queue
+    queue.log = []
+    assert viommu.invalidate([]) == 0
+    sent = [
+        words_of("TLBI_NH_VA", ASID=3, VMID=77, Address=PAGE, Leaf=1),
+        words_of("CFGI_CD", StreamID=0x20, SubstreamID=2, Leaf=1),
+        words_of("CFGI_CD_ALL", StreamID=0x20),
+    ]
+    guest.map(PAGE, 0x9000)
+    assert viommu.invalidate(sent) == 3
+    queue.log = None
+    assert reached(device, pasid=2) == RAM + 0x9000
+
+
+def test_the_failing_command_of_a_guest_is_named(make):
+    system, device, host, viommu = nested(make)
+    good = words_of("TLBI_NSNH_ALL")
+    syncs = device.iommu.queue.syncs
+    with pytest.raises(IommuError, match=r"command 2, CFGI_CD: the guest has no sid 0x21") as error:
+        viommu.invalidate([good, good, words_of("CFGI_CD", StreamID=0x21)])
+    assert error.value.errno == errno.EIO and error.value.value == 2
+    with pytest.raises(IommuError, match=r"command 1 is CFGI_STE: not for a guest"):
+        viommu.invalidate([good, words_of("CFGI_STE", StreamID=0x20)])
+    assert device.iommu.queue.syncs == syncs
+    # what only the SMMU finds is named too: an address size that no ATC_INV may have
+    with pytest.raises(IommuError, match=r"command 1, ATC_INV.*illegal command") as error:
+        viommu.invalidate([good, words_of("ATC_INV", StreamID=0x20, Size=60), good])
+    assert error.value.errno == errno.EIO and error.value.value == 1
+    assert viommu.invalidate([good]) == 1  # and the queue goes on
+    refused(errno.EINVAL, viommu.invalidate, [1])
+    refused(errno.EINVAL, viommu.invalidate, [(1 << 64, 0)])
+
+
+# --- tables that are in use, and ends of things ---
+
+
+@PROFILES
+def test_the_tables_of_a_bound_process_are_neither_closed_nor_copied(make, profile):
+    system = make(profile=profile)
+    device = able(system, system.device(8, pasid_bits=4, ats=True))
+    space = process(system)
+    bond = device.bind(space)
+    table = space.table
+
+    def close():
+        table.ready = False
+
+    for call in (table.close, close):
+        refused(errno.EBUSY, call)
+    for thing, how in itertools.product(
+        (space, table, device, device.domain), (copy.copy, copy.deepcopy, pickle.dumps)
+    ):
+        if thing not in (IDENTITY, BLOCKED):
+            with pytest.raises(TypeError, match=r"it has no copies"):
+                how(thing)
+    assert reached(device, pasid=space.pasid) == RAM
+    space.exit()
+    refused(errno.EBUSY, table.close)  # the quiet CD is there until the last bond ends
+    table.unmap(PAGE, PAGE)
+    refused(errno.EBUSY, close)
+    bond.unbind()
+    used = system.pages.in_use
+    close()
+    table.close()
+    assert system.pages.in_use < used
+
+
+def test_copies_of_the_constant_domains_are_what_they_were(make):
+    system = make()
+    device = system.device(8, ats=True)
+    for domain, pa in ((IDENTITY, PAGE), (BLOCKED, None)):
+        for one in (copy.copy(domain), copy.deepcopy([domain])[0], pickle.loads(pickle.dumps(domain))):
+            assert one is domain
+            device.replace(one)
+            assert reached(device) == pa
+    for profile in (AUX, NOW):
+        assert copy.deepcopy(profile) is pickle.loads(pickle.dumps(profile)) is profile
+
+
+def test_copies_of_domains_are_refused(make):
+    system = make()
+    device = system.device(8, pasid_bits=4)
+    host = device.paging_domain(nest_parent=True)
+    device.attach(IDENTITY)
+    space = process(system)
+    device.bind(space)
+    (sva,) = space.domains.values()
+    for domain in (paging(system, device), host, Viommu(host).domain((0b1001, 0)), sva):
+        for how in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"it has no copies"):
+                how(domain)
+
+
+def test_a_freed_domain_is_refused_everywhere_today(make):
+    system = make()
+    device = system.device(8, pasid_bits=4)
+    freed, kept = paging(system, device), paging(system, device)
+    parent = device.paging_domain(nest_parent=True)
+    viommu = Viommu(parent)
+    guest, bypass = viommu.domain((0b1001, 0)), Viommu(parent).domain((0b1001, 0))
+    device.attach_pasid(kept, 3)
+    viommu.close()
+    freed.free()
+    freed.free()
+    share = device.mediated()
+    for domain in (freed, guest):
+        for call in (
+            lambda d: device.attach(d), lambda d: device.replace(d), lambda d: device.group.set(d),
+            lambda d: device.group.attach(d), lambda d: device.attach_pasid(d, 4),
+            lambda d: device.replace_pasid(d, 3, AttachHandle()), lambda d: share.attach(d),
+        ):  # fmt: skip
+            refused(errno.EINVAL, call, domain)
+    parent.free()
+    for call in (
+        lambda: Viommu(freed), lambda: Viommu(parent), lambda: device.group.set(bypass),
+        freed.change_asid, lambda: viommu.domain((0b1001, 0)),
+    ):  # fmt: skip
+        refused(errno.EINVAL, call)
+    assert (device.domain, device.group.pasids, share.domain) == (BLOCKED, {3: kept}, None)
+
+
+def test_a_freed_domain_is_refused_everywhere_in_the_old_profile(make):
+    system = make(profile=AUX)
+    device = able(system, system.device(8, pasid_bits=4))
+    other = system.device(9, pasid_bits=4)
+    main, freed = device.domain, paging(system, device)
+    device.attach_aux(freed)
+    device.detach_aux(freed)
+    assert list(system.pasids) == [1]
+    freed.free()
+    assert list(system.pasids) == []
+    unused = system.paging_domain()
+    unused.free()
+    share = device.mediated()
+    for domain in (freed, unused):
+        for call in (device.attach_aux, share.attach, other.attach, other.replace, other.group.set):
+            refused(errno.EINVAL, call, domain)
+    assert (device.aux, other.domain, share.domain, main.children) == ({}, BLOCKED, None, {})
+
+
+def test_an_exited_process_is_not_bound_again(make):
+    system = make()
+    device, other = system.device(8, pasid_bits=4), system.device(9, pasid_bits=4)
+    for one in (device, other):
+        one.attach(IDENTITY)
+    space = process(system)
+    bond = device.bind(space)
+    space.exit()
+    for one in (device, other):
+        refused(errno.EINVAL, one.bind, space)
+    assert (bond.references, other.group.pasids) == (1, {})
+    bond.unbind()
+    refused(errno.EINVAL, device.bind, space)
+    assert (len(system.pasids), len(system.asids), space.domains) == (0, 0, {})
+
+
+# --- mediated devices ---
+
+
+@PROFILES
+def test_a_share_is_taken_away_by_nobody_else(make, profile):
+    system = make(profile=profile)
+    device = able(system, system.device(8, pasid_bits=4, ats=True))
+    domain, other = paging(system, device), paging(system, device)
+    share = device.mediated()
+    share.attach(domain)
+    if profile is AUX:
+        domain.map(PAGE, RAM, PAGE)
+        refused(errno.EBUSY, device.detach_aux, domain)
+        refused(errno.EBUSY, device.attach_aux, domain)
+        refused(errno.EBUSY, device.disable_feature, "AUX")
+    else:
+        refused(errno.EBUSY, device.detach_pasid, domain, share.pasid)
+        refused(errno.EBUSY, device.replace_pasid, other, share.pasid, AttachHandle())
+        refused(errno.EBUSY, device.attach_pasid, other, share.pasid)
+    refused(errno.EBUSY, domain.free)
+    refused(errno.EBUSY, share.attach, other)
+    refused(errno.EINVAL, share.detach, other)
+    assert share.access(PAGE).pa == share.translate(PAGE).pa == RAM
+    assert device.shares == [share]
+    pasid = share.pasid
+    share.detach(domain)
+    assert reached(device, pasid=pasid) is None
+    refused(errno.EINVAL, share.detach)
+    refused(errno.EINVAL, share.translate, PAGE)
+    domain.free()
+    assert (device.shares, len(system.pasids), share.domain, share.pasid) == ([], 0, None, None)
+
+
+def test_two_shares_with_one_auxiliary_domain_are_counted(make):
+    system = make(profile=AUX)
+    device = able(system, system.device(8, pasid_bits=4, ats=True))
+    domain = system.paging_domain()
+    one, two = device.mediated(), device.mediated()
+    one.attach(domain)
+    two.attach(domain)
+    domain.map(PAGE, RAM, PAGE)
+    assert one.pasid == two.pasid == domain.pasid(device) and domain.users == 1
+    one.detach(domain)
+    assert two.access(PAGE).pa == RAM and one.domain is None and two.domain is domain
+    refused(errno.EBUSY, domain.free)
+    two.detach(domain)
+    assert reached(device, pasid=1) is None
+    domain.free()
+
+
+@pytest.mark.parametrize(
+    ("profile", "end"), [(AUX, "release"), (AUX, "shutdown"), (NOW, "release")]
+)
+def test_a_share_ends_with_its_parent(make, profile, end):
+    system = make(profile=profile)
+    device = able(system, system.device(8, pasid_bits=4, ats=True))
+    shares = [device.mediated() for _ in range(3)]
+    domains = [paging(system, device) for _ in range(2)]
+    for share, domain in zip(shares, (domains[0], domains[1], domains[1]), strict=True):
+        share.attach(domain)
+    pasids = [share.pasid for share in shares]
+    getattr(device, end)()
+    assert [share.domain for share in shares] == [None] * 3
+    assert [domain.users for domain in domains] == [0, 0]
+    for pasid in pasids:
+        assert system.smmu.translate(8, PAGE, ssid=pasid).pa is None
+    for domain in domains:
+        domain.free()
+    assert len(system.pasids) == 0
+    if end == "release":
+        refused(errno.ENODEV, shares[0].attach, domains[0])
+
+
+# --- release and shutdown, whatever callbacks do ---
+
+
+def boom(*_):
+    raise RuntimeError("boom")
+
+
+CALLBACKS = ["mm_exit", "on_interrupt", "on_fault", "observer", "handler", "on_resume"]
+
+
+def arm(system, device, space, callback):
+    """Let a callback of the host raise from now on."""
+    if callback == "mm_exit":
+        device.mm_exit = boom
+    elif callback == "on_interrupt":
+        system.smmu.on_interrupt = boom
+    elif callback == "on_fault":
+        system.on_fault = boom
+    elif callback == "observer":
+        device.iommu.writer.observer = boom
+    elif callback == "handler":
+        space.handler = boom
+    else:
+        system.smmu.on_resume = boom
+
+
+ENDS = [
+    *((AUX, end) for end in ("release", "shutdown", "exit", "unbind")),
+    *((NOW, end) for end in ("release", "exit", "unbind")),
+]
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize(("profile", "end"), ENDS)
+def test_whatever_a_callback_raises_what_began_comes_to_its_end(make, profile, callback, end):
+    system = make(profile=profile)
+    smmu = system.smmu
+    device = able(system, system.device(8, pasid_bits=4, stall=True, ats=True))
+    main = device.domain if profile is AUX else with_main(system, device)
+    extra, space = paging(system, device, RAM + PAGE), process(system, RAM + 2 * PAGE)
+    pasid = attach(system, device, extra)
+    bond = device.bind(space)
+    for one in (None, pasid, space.pasid):
+        stall(device, 0x10000, one)
+    arm(system, device, space, callback)
+    thing = {"release": device, "shutdown": device, "exit": space, "unbind": bond}[end]
+    try:
+        getattr(thing, end)()
+    except RuntimeError as error:
+        assert str(error) == "boom"
+    smmu.on_interrupt = smmu.on_resume = system.on_fault = system.iommus[0].writer.observer = None
+    space.handler = None
+    assert smmu.translate(8, PAGE, ssid=1).pa != RAM + 2 * PAGE
+    assert smmu.translate(8, PAGE, ssid=2).pa != RAM + 2 * PAGE
+    system.service()
+    if end == "release":
+        assert (main.users, extra.users, bond.pasid, smmu.stalls) == (0, 0, 0, [])
+        for one in (None, 1, 2, 3):
+            assert smmu.translate(8, PAGE, ssid=one).pa is None
+    elif end == "shutdown":
+        assert (main.users, extra.users, bond.pasid, device.enabled_features) == (1, 0, 0, {})
+    elif end == "exit":
+        assert space.exited and bond.references == 1
+        bond.unbind()
+    if end != "release":
+        device.release()
+    assert (main.users, extra.users, space.bonds) == (0, 0, [])
+    extra.free()
+    main.free()
+    space.exit()
+    space.table.close()
+    assert (len(system.asids), len(system.pasids)) == (0, 0)
