@@ -930,3 +930,210 @@ def test_whatever_a_callback_raises_what_began_comes_to_its_end(make, profile, c
     space.exit()
     space.table.close()
     assert (len(system.asids), len(system.pasids)) == (0, 0)
+
+
+# --- stores that the host's memory refuses ---
+
+
+class Refusing(Medium):
+    """Memory that refuses one write, or with `dead` all from then on until `revive`."""
+
+    dead = False
+
+    def write(self, address, data):
+        if self.dead and self.left is not None and self.left <= 0:
+            raise OSError("the medium refuses")
+        return super().write(address, data)
+
+    def revive(self):
+        self.left = None
+
+
+class Stage:
+    """A system in the middle of its life, on memory that may refuse."""
+
+    def __init__(self, profile, ats):
+        self.medium = Refusing(profile=profile)
+        self.system = system = self.medium.system
+        self.group = system.group()
+        more = {"pasid_bits": 4, "ats": ats, "group": self.group}
+        self.devices = [system.device(8 + n, **more) for n in range(2)]
+        self.device = able_group(system, self.group)
+        self.main = self.group.domain
+        self.masters = [device.master for device in self.devices]
+        self.extra, self.other = paging(system, self.device), paging(system, self.device)
+        self.space = process(system)
+        self.pasid = self.bond = self.share = None
+
+    @property
+    def domains(self):
+        return [self.main, self.extra, self.other]
+
+    def joined(self):
+        self.devices.append(
+            self.system.device(10, pasid_bits=4, ats=True, group=self.group)
+        )
+        self.masters.append(self.devices[-1].master)
+
+    def sound(self):
+        """Nothing that was freed is reached from an STE."""
+        tables = [master.own_table for master in self.masters]
+        tables += [domain.cd_table for domain in self.domains]
+        known = {table.base: table for table in tables if table is not None}
+        roots = {d.root: d for d in (*self.domains, self.space.table) if d.root}
+        read = self.system.memory.read
+        for sid in (8, 9, 10):
+            iommu = self.system.iommus[0]
+            if (sid >> 8) not in iommu._leaves and iommu._l1_lg2 >= 0:
+                continue
+            ste = layout.unpack("STE", read(iommu.ste_address(sid), 64))
+            if not ste["V"] or ste["Config"] in (0, 4):
+                continue
+            assert ste["Config"] == 5
+            assert ste["S1ContextPtr"] in known, (sid, "a freed CD table is reached")
+            for ssid in range(1 << ste["S1CDMax"]):
+                cd = layout.unpack("CD", read(ste["S1ContextPtr"] + 64 * ssid, 64))
+                if cd["V"] and not cd["EPD0"]:
+                    assert cd["TTB0"] in roots, (sid, ssid, "a freed page table is reached")
+                    owner = roots[cd["TTB0"]]
+                    if owner is not self.space.table:
+                        assert cd["ASID"] == owner.asid and owner.asid in self.system.asids
+
+    def ends(self):
+        """Everything can be taken away, and nothing is left."""
+        system = self.system
+        if self.share is not None and self.share.domain is not None:
+            self.share.detach()
+        for device in self.devices:
+            if device._master is not None:
+                device.release()
+        self.sound()
+        for domain in self.domains:
+            assert domain.users == 0 and len(domain.invalidations) == 0
+        assert self.space.bonds == [] and self.space.domains == {}
+        for domain in (self.extra, self.other, self.main):
+            domain.free()
+        self.space.exit()
+        self.space.table.close()
+        assert (len(system.asids), len(system.pasids)) == (0, 0)
+        for sid in (8, 9, 10):
+            for ssid in (None, 1, 2, 3):
+                assert system.smmu.translate(sid, PAGE, ssid=ssid).pa is None
+        assert [m.own_table for m in self.masters] == [None] * len(self.masters)
+        assert system.iommus[0].devices == {}
+
+
+def able_group(system, group):
+    """As `able`, of all devices of a group."""
+    device = group.devices[0]
+    main = paging(system, device)
+    group.attach(main)
+    if system.profile is AUX:
+        main.map(PAGE, RAM, PAGE)
+        for one in group.devices:
+            one.enable_feature("AUX")
+            one.enable_feature("SVA")
+    return device
+
+
+def give(stage):
+    stage.pasid = attach(stage.system, stage.device, stage.extra)
+
+
+def bind(stage):
+    stage.bond = stage.device.bind(stage.space)
+
+
+def lend(stage):
+    stage.share = stage.device.mediated()
+    stage.share.attach(stage.extra)
+
+
+def both(stage):
+    give(stage)
+    bind(stage)
+
+
+def reset(stage):
+    device = stage.system.device(10, pasid_bits=4, ats=True)
+    stage.devices.append(device)
+    stage.masters.append(device.master)
+    stage.device = device
+    able_alone(stage, device)
+    device.bind(stage.space)
+
+
+def able_alone(stage, device):
+    if stage.system.profile is AUX:
+        device.attach(stage.main)
+        device.enable_feature("SVA")
+
+
+def prepared(stage):
+    reset(stage)
+    stage.device.reset_prepare()
+
+
+def nothing(stage):
+    pass
+
+
+def disable(stage):
+    """AUX: only devices without features change their main domain."""
+    for device in stage.devices:
+        for feature in list(device.enabled_features):
+            device.disable_feature(feature)
+
+
+REFUSED = {
+    "set": (disable, lambda s: s.group.set(s.other), {NOW, AUX}),
+    "set_blocked": (disable, lambda s: s.group.set(BLOCKED), {NOW, AUX}),
+    "set_beside": (both, lambda s: s.group.set(IDENTITY), {NOW}),
+    "give": (nothing, give, {NOW, AUX}),
+    "take": (give, lambda s: detach(s.system, s.device, s.extra, s.pasid), {NOW, AUX}),
+    "replace_pasid": (
+        give, lambda s: s.device.replace_pasid(s.other, s.pasid, AttachHandle()), {NOW}
+    ),
+    "bind": (nothing, bind, {NOW, AUX}),
+    "unbind": (bind, lambda s: s.bond.unbind(), {NOW, AUX}),
+    "exit": (bind, lambda s: s.space.exit(), {NOW, AUX}),
+    "lend": (nothing, lend, {NOW, AUX}),
+    "back": (lend, lambda s: s.share.detach(), {NOW, AUX}),
+    "join": (both, Stage.joined, {NOW, AUX}),
+    "release": (both, lambda s: s.device.release(), {NOW, AUX}),
+    "release_lent": (lend, lambda s: s.device.release(), {NOW, AUX}),
+    "shutdown": (both, lambda s: s.device.shutdown(), {AUX}),
+    "change_asid": (both, lambda s: s.extra.change_asid(), {NOW, AUX}),
+    "reset_prepare": (reset, lambda s: s.device.reset_prepare(), {NOW, AUX}),
+    "reset_done": (prepared, lambda s: s.device.reset_done(), {NOW, AUX}),
+}  # fmt: skip
+REFUSED_CASES = [
+    (profile, what) for what, (_, _, profiles) in REFUSED.items() for profile in (AUX, NOW)
+    if profile in profiles
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["once", "from_then_on"])
+@pytest.mark.parametrize("ats", [False, True], ids=["", "ats"])
+@pytest.mark.parametrize(
+    ("profile", "what"), REFUSED_CASES, ids=[f"{p.name}-{w}" for p, w in REFUSED_CASES]
+)
+def test_whichever_store_is_refused_nothing_freed_is_reached(profile, what, ats, dead):
+    before, change, _ = REFUSED[what]
+    for nth in itertools.count():
+        stage = Stage(profile, ats)
+        before(stage)
+        stage.medium.dead = dead
+        stage.medium.left = nth
+        try:
+            change(stage)
+        except OSError:
+            stage.sound()
+        else:
+            assert stage.medium.left is not None
+            break
+        stage.medium.revive()
+        stage.medium.dead = False
+        if not dead:
+            stage.ends()
+    assert nth > 2

@@ -8,6 +8,7 @@ domain is a page table that something else owns: `smmufast.iommu.sva`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, SupportsIndex
 
 from smmufast._tables import PageTable
@@ -20,6 +21,7 @@ from smmufast.iommu.smmu.invalidations import (
     Invalidations,
 )
 from smmufast.iommu.smmu.writer import ste_config
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -319,16 +321,27 @@ class PagingDomain(PageTable, Cached):
                 raise InvalidArgument("domain", self, text="domain has no ASID")
             old, new = self.asid, iommu.asids.alloc(self)
             users = self.invalidations.users(iommu.queue, S1_ASID, old)
-            for _ in range(users):
-                self.invalidations.insert(iommu.queue, S1_ASID, new)
-            self.asid = new
-            self._words.clear()
-            for table, ssid in self.tables():
-                table.rewrite(ssid)
+            tables = self.tables()
+            with Undo() as undo:
+                undo.add(partial(iommu.asids.free, new))
+                undo.add(partial(iommu.flush_asid, new))
+                for _ in range(users):
+                    self.invalidations.insert(iommu.queue, S1_ASID, new)
+                    undo.add(partial(self.invalidations.remove, iommu.queue, S1_ASID, new))
+                for table, ssid in tables:
+                    undo.add(partial(table.rewrite, ssid))
+                undo.add(partial(self._retag, old))
+                self._retag(new)
+                for table, ssid in tables:
+                    table.rewrite(ssid)
             for _ in range(users):
                 self.invalidations.remove(iommu.queue, S1_ASID, old)
-            iommu.flush_asid(old)
+            self.system.lock.defer(iommu.flush_asid, old)
             iommu.asids.free(old)
+
+    def _retag(self, asid: int) -> None:
+        self.asid = asid
+        self._words.clear()
 
     def flush_all(self) -> None:
         """Invalidate everything that may be cached of this domain."""

@@ -135,12 +135,14 @@ class Group:
 
     def set(self, domain: Domain) -> None:
         """Make a domain the current one, on all devices or on none (F11)."""
-        old = self.domain
-        domain = domain_of(domain)
-        if domain is old:
-            return
-        self.check_reset()
-        masters, done = self.masters, []
+        with self.system.lock:
+            domain = domain_of(domain)
+            if domain is not self.domain:
+                self.check_reset()
+                self._set(domain)
+
+    def _set(self, domain: Domain) -> None:
+        old, masters, done = self.domain, self.masters, []
         with Undo() as undo:
             for master in masters:
                 master.prepare(domain, undo)

@@ -365,9 +365,13 @@ class Bond(AttachHandle):
         """Refuse: `unbind` ends a bond."""
         raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is bound to {self.space!r}")
 
+    def belongs_to(self, device: Device) -> bool:
+        """Whether it is the device that was bound."""
+        return self.device is device
+
     def release(self, device: Device) -> None:
         """End with the device that was bound."""
-        if self.device is device:
+        if self.belongs_to(device):
             self._unbind(leaving=True)
 
     def __repr__(self) -> str:

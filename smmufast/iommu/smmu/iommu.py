@@ -399,6 +399,7 @@ class Iommu:
         """Let the streams of a device go: they abort, and others may have them."""
         for sid in device.sids:
             self.writer.write_ste(self.ste_address(sid), entry.ste_abort(), sid)
+        for sid in device.sids:
             self.devices.pop(sid, None)
 
     def store(self, address: int, word: int) -> None:

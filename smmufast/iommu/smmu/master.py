@@ -270,8 +270,14 @@ class Master:
 
     # --- PASIDs ---
 
-    def prepare_pasid(self, domain: Domain, ssid: int, undo: Undo) -> None:
-        """Check a domain of a PASID, and have the page for its CD; as `prepare`."""
+    def prepare_pasid(
+        self, domain: Domain, ssid: int, undo: Undo, main: Domain | None = None
+    ) -> None:
+        """Check a domain of a PASID, and have the page for its CD; as `prepare`.
+
+        `main` is what the main domain will be by then, if it changes in the same call.
+        """
+        main = main or self.domain
         if not isinstance(domain, PagingDomain | SvaDomain):
             raise no_pasid_op(domain)
         device = self.device
@@ -279,12 +285,12 @@ class Master:
             raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
         if domain.stage != 1:
             raise InvalidArgument("domain", domain, text="domain is stage 2: PASIDs are stage 1")
-        if self.domain.stage > 1:
+        if main.stage > 1:
             raise InvalidArgument(
-                "device", device, text=f"device has {self.domain!r}: there is no CD table of ours"
+                "device", device, text=f"device has {main!r}: there is no CD table of ours"
             )
         self._check_coherent(domain)
-        table = self.profile.pasid_table(self, undo)
+        table = self.profile.pasid_table(self, main, undo)
         if table.reserve(ssid):
             undo.add(partial(table.unreserve, ssid))
 
