@@ -84,7 +84,8 @@ def everything(system, domains=(), spaces=(), others=()):
     for domain in domains:
         seen[domain] = (
             tables(memory, domain), dict(domain.attachments), domain.active, domain.asid,
-            domain.vmid, domain.iommu, domain.mode, domain.parent, domain.aux_pasid, dict(domain.children),
+            domain.vmid, domain.iommu, domain.mode, domain.parent, domain.aux_pasid,
+            dict(domain.children),
             contexts(memory, domain.cd_table), domain.invalidations.entries, domain.freed,
         )  # fmt: skip
     for space in spaces:

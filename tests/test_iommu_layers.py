@@ -11,7 +11,7 @@ ORDER = [
     "undo", "lock", "ids", "iova", "pasid",
     "smmu.queue", "smmu.writer", "smmu.entry", "smmu.invalidations",
     "attachment", "domain", "smmu.cdtable", "profile", "smmu.iommu", "smmu.master",
-    "group", "aux", "sva", "mediated", "draw", "device", "nested", "fault", "system",
+    "group", "aux", "sva", "mediated", "draw", "device", "nested", "fault", "save", "system",
 ]  # fmt: skip
 
 

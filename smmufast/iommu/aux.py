@@ -6,7 +6,6 @@ methods of `Device` with these names call these functions.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
 from smmufast.errors import (
@@ -181,7 +180,7 @@ def attach(device: Device, domain: Domain, handle: AttachHandle | None = None) -
             pasid = domain.aux_pasid
             if not pasid:
                 pasid = _take(device, domain, first, last)
-                undo.add(partial(device.system.give_pasid, pasid))
+                undo.add(device.system.give_pasid, pasid)
                 domain.finalise(device.iommu)
                 undo.add(domain.unfinalise)
             device.master.prepare_pasid(domain, pasid, undo)

@@ -259,6 +259,12 @@ class Device:
         self.max_pasids = 0
         self._group = self._master = None
 
+    def _rejoin(self) -> None:
+        """Be known to an SMMU that was made again."""
+        for atc in self.atcs:
+            atc.on_page_request = self._ask if self.pri_supported else None
+            self.smmu.devices[atc.sid] = atc
+
     def _ask(self, request: object) -> None:
         """A page request was made: the operating system is interrupted."""
         self.system.service()

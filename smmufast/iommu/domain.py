@@ -8,7 +8,6 @@ domain is a page table that something else owns: `smmufast.iommu.sva`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, SupportsIndex
 
 from smmufast._tables import PageTable
@@ -323,14 +322,14 @@ class PagingDomain(PageTable, Cached):
             users = self.invalidations.users(iommu.queue, S1_ASID, old)
             tables = self.tables()
             with Undo() as undo:
-                undo.add(partial(iommu.asids.free, new))
-                undo.add(partial(iommu.flush_asid, new))
+                undo.add(iommu.asids.free, new)
+                undo.add(iommu.flush_asid, new)
                 for _ in range(users):
                     self.invalidations.insert(iommu.queue, S1_ASID, new)
-                    undo.add(partial(self.invalidations.remove, iommu.queue, S1_ASID, new))
+                    undo.add(self.invalidations.remove, iommu.queue, S1_ASID, new)
                 for table, ssid in tables:
-                    undo.add(partial(table.rewrite, ssid))
-                undo.add(partial(self._retag, old))
+                    undo.add(table.rewrite, ssid)
+                undo.add(self._retag, old)
                 self._retag(new)
                 for table, ssid in tables:
                     table.rewrite(ssid)

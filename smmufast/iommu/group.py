@@ -57,7 +57,7 @@ class Group:
     @property
     def resetting(self) -> bool:
         """Whether a device of the group is being reset."""
-        return any(master.blocked for master in self.masters)
+        return any([device.master.blocked for device in self.devices])
 
     @property
     def pasids(self) -> dict[int, Domain | AttachHandle]:
@@ -214,22 +214,20 @@ class Group:
     def _set_pasid(
         masters: list[Master], domain: Domain | None, pasid: int, handle: AttachHandle | None
     ) -> None:
-        before = [master.attachments.get(pasid) for master in masters]
-        leaf = [master.has_leaf(pasid) for master in masters]
-        done = 0
+        done: list[tuple[Master, Attachment | None, bool]] = []
         try:
             for master in masters:
+                before = master, master.attachments.get(pasid), master.has_leaf(pasid)
                 master.set_pasid(domain, pasid, handle)
-                done += 1
+                done.append(before)
         except BaseException:
-            for n in reversed(range(done)):
-                master, old = masters[n], before[n]
+            for master, old, leaf in reversed(done):
                 with contextlib.suppress(Exception):
                     if old is None:
                         master.detach_pasid(pasid)
                     else:
                         master.set_pasid(old.domain, pasid, old.handle)
-                if not leaf[n]:
+                if not leaf:
                     master.drop_leaf(pasid)
             raise
 

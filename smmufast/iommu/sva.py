@@ -7,7 +7,6 @@ the tables at a TTB.  The driver half reads none of it; it puts TTB0 into a CD.
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from smmufast import layout
@@ -443,14 +442,14 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             pasid = space.pasid
             if not pasid:
                 pasid = take_pasid(device, first, last, space)
-                undo.add(partial(system.give_pasid, pasid))
+                undo.add(system.give_pasid, pasid)
             elif not first <= pasid <= last:
                 raise PasidOverflow("pasid", pasid, f"{first} to {last}")
             if held is not None or group.attachment(pasid) is not None:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} holds {group.at(pasid)!r}")
             domain = space.domains.get(iommu) or SvaDomain(iommu, space)
             group.check_pasid(domain, pasid)
-            undo.add(partial(_drop_domains, space))
+            undo.add(_drop_domains, space)
             # before an ASID is taken, for which another domain may have to move
             for member in group.devices:
                 if member.max_pasids:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast._memory import Memory
@@ -26,7 +25,7 @@ from smmufast.errors import (
     integer,
 )
 from smmufast.features import Features
-from smmufast.iommu import fault
+from smmufast.iommu import fault, save
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, paging_domain
 from smmufast.iommu.draw import draw
@@ -287,10 +286,10 @@ class System:
             with Undo() as undo:
                 for sid in device.sids:
                     if one.reserve_ste(sid):
-                        undo.add(partial(one.unreserve_ste, sid))
+                        undo.add(one.unreserve_ste, sid)
                 undo.add(device._unprobed)
                 device._probed(one)
-                undo.add(partial(self._unlink, device, one))
+                undo.add(self._unlink, device, one)
                 for sid in device.sids:
                     one.devices[sid] = device
                 self._join(device, undo)
@@ -303,7 +302,7 @@ class System:
     def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
         group, master = device.group, device.master
-        undo.add(partial(setattr, group, "default", group.default))
+        undo.add(setattr, group, "default", group.default)
         if not group.devices:
             group.default = self._default(device, undo)
         domain = group.domain
@@ -315,13 +314,13 @@ class System:
             master.prepare_pasid(one.domain, pasid, undo, domain)
         undo.add(master.drop_table)
         if domain is not master.domain:
-            undo.add(partial(master.attach, BLOCKED))
+            undo.add(master.attach, BLOCKED)
         master.attach(domain)
         for pasid in pasids:
             one = group.attachment(pasid)
             assert one is not None
             master.set_pasid(one.domain, pasid, one.handle)
-            undo.add(partial(master.detach_pasid, pasid))
+            undo.add(master.detach_pasid, pasid)
         group.devices.append(device)
 
     def _default(self, device: Device, undo: Undo) -> Domain:
@@ -385,6 +384,80 @@ class System:
         """Look for cache entries of any SMMU that the tables no longer give."""
         return [found for iommu in self.iommus for found in iommu.smmu.stale()]
 
+    # --- copies ---
+
+    def save(self) -> bytes:
+        """Return everything of the system but its memory, as bytes for `restore`.
+
+        That is the SMMUs with their caches (`Smmu.save`), devices with their ATCs, domains,
+        PASIDs, what is attached and what waits.  Callbacks (handlers, `on_fault`, `mm_exit`,
+        observers) are the host's and are left out.  What lies in the memory stays there, and
+        equals the state until something changes either.
+
+        Raises
+        ------
+        TypeError
+            An object of the host (a handle, the data of a PASID) cannot be pickled, or PASIDs
+            come from a backend.
+        RuntimeError, Busy
+            A translation or a command is under way; a flush that failed is due.
+
+        >>> from smmufast.iommu import System
+        >>> system = System()
+        >>> nic = system.device(8)
+        >>> domain = nic.paging_domain()
+        >>> nic.attach(domain)
+        >>> domain.map(0x1000, 0x8000_0000, 0x1000)
+        >>> later = System.restore(system.save(), system.memory.copy())
+        >>> domain.unmap(0x1000, 0x1000)
+        4096
+        >>> hex(later.iommus[0].devices[8].translate(0x1000).pa)
+        '0x80000000'
+        """
+        return save.save(self)
+
+    @classmethod
+    def restore(
+        cls, state: object, memory: Memory, *, classes: Iterable[type] = ()
+    ) -> System:
+        """Make a system that goes on as the saved one would have.
+
+        Parameters
+        ----------
+        state : bytes-like
+            What `save` returned.
+        memory : Memory
+            That of the saved one, which must not be used any more then, or a copy as of then.
+        classes : iterable of type
+            Classes of yours that the state may name: of attach handles, of PASIDs' data.
+
+        Returns
+        -------
+        System
+
+        Raises
+        ------
+        InvalidArgument
+            The bytes are damaged, or name a class that is neither this library's nor in
+            `classes`.
+        """
+        instance("memory", memory, Memory)
+        return save.restore(state, memory, classes)
+
+    def __copy__(self) -> System:
+        """Refuse: two systems cannot have the same tables."""
+        raise WrongType("system", self, text="a System is copied by copy.deepcopy, with its memory")
+
+    def __deepcopy__(self, memo: object) -> System:
+        """Copy it with its memory."""
+        with self.lock:
+            return save.restore(self.save(), self.memory.copy(), None)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle it with its memory, which can go out of band (protocol 5)."""
+        with self.lock:
+            return _restored, (self.save(), self.memory)
+
     def draw(self, *, limit: SupportsIndex = 16) -> str:
         """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
 
@@ -400,3 +473,7 @@ class System:
         """Its SMMUs, devices and profile."""
         devices = sum(len(set(iommu.devices.values())) for iommu in self.iommus)
         return f"<System {self.profile.name}: {len(self.iommus)} SMMUs, {devices} devices>"
+
+
+def _restored(state: bytes, memory: Memory) -> System:
+    return save.restore(state, memory, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import TooBig
@@ -132,7 +131,7 @@ class CdTable:
         address = self.place(ssid)
         writer = self.iommu.writer
         if undo is not None:
-            undo.add(partial(self.write, ssid, writer.read(address)))
+            undo.add(self.write, ssid, writer.read(address))
         writer.write_cd(address, words, self.sids(), ssid)
 
     def install(self, ssid: int, domain: PagingDomain | SvaDomain, undo: Undo) -> None:
@@ -143,11 +142,11 @@ class CdTable:
         old = self.cds.get(ssid)
         for master in self.masters:
             master.enter_atcs(domain, ssid)
-            undo.add(partial(master.leave_atcs, domain, ssid))
-        undo.add(partial(self.flush_atcs, ssid))
+            undo.add(master.leave_atcs, domain, ssid)
+        undo.add(self.flush_atcs, ssid)
         self.write(ssid, domain.cd(self.stall), undo)
         self.cds[ssid] = domain
-        undo.add(partial(self._restore, ssid, old))
+        undo.add(self._restore, ssid, old)
 
     def clear(self, ssid: int, undo: Undo) -> None:
         """Make a CD invalid; the domain keeps its entries until `forget`."""
@@ -156,7 +155,7 @@ class CdTable:
             return
         self.write(ssid, INVALID_CD, undo)
         del self.cds[ssid]
-        undo.add(partial(self._restore, ssid, old))
+        undo.add(self._restore, ssid, old)
 
     def _restore(self, ssid: int, domain: PagingDomain | SvaDomain | None) -> None:
         if domain is None:
@@ -184,10 +183,10 @@ class CdTable:
     def join(self, master: Master, undo: Undo) -> None:
         """One more STE will point here."""
         self.masters.append(master)
-        undo.add(partial(self.masters.remove, master))
+        undo.add(self.masters.remove, master)
         for ssid, domain in self.cds.items():
             master.enter_atcs(domain, ssid)
-            undo.add(partial(master.leave_atcs, domain, ssid))
+            undo.add(master.leave_atcs, domain, ssid)
 
     def leave(self, master: Master) -> None:
         """One STE less points here."""

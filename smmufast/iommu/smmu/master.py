@@ -6,7 +6,6 @@ It writes the STEs and CDs that attachments mean, in the order of F67.  Checks a
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from smmufast.errors import Busy, InvalidArgument
@@ -124,7 +123,7 @@ class Master:
         if domain.stage == 1:
             table = self.profile.main_table(self, domain, undo)
             if table.reserve(0):
-                undo.add(partial(table.unreserve, 0))
+                undo.add(table.unreserve, 0)
 
     def _check(self, domain: Domain) -> None:
         """Refuse a main domain that this device cannot have; nothing is changed."""
@@ -174,7 +173,7 @@ class Master:
             if self.ats_enabled:
                 undo.add(self._flush_atcs)
             # 2. ATS goes off before an STE that refuses it
-            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
+            undo.add(setattr, self, "ats_enabled", self.ats_enabled)
             if self.ats_enabled and not ats:
                 self._ats_off()
             # 3. CD, then STE
@@ -214,7 +213,7 @@ class Master:
         """Let a domain without a CD know of the ATCs."""
         for cached, ssid, kind in self._main_in_atcs(domain):
             self.enter_atcs(cached, ssid, kind)
-            undo.add(partial(self.leave_atcs, cached, ssid, kind))
+            undo.add(self.leave_atcs, cached, ssid, kind)
 
     @staticmethod
     def _main_in_atcs(domain: Domain) -> list[tuple[Cached, int, int]]:
@@ -265,7 +264,7 @@ class Master:
         for sid in self.sids:
             address = iommu.ste_address(sid)
             before = iommu.writer.read(address)
-            undo.add(partial(iommu.writer.write_ste, address, before, sid))
+            undo.add(iommu.writer.write_ste, address, before, sid)
             iommu.writer.write_ste(address, words, sid)
 
     # --- PASIDs ---
@@ -292,7 +291,7 @@ class Master:
         self._check_coherent(domain)
         table = self.profile.pasid_table(self, main, undo)
         if table.reserve(ssid):
-            undo.add(partial(table.unreserve, ssid))
+            undo.add(table.unreserve, ssid)
 
     def attach_pasid(
         self, domain: PagingDomain | SvaDomain, ssid: int, handle: AttachHandle | None
@@ -306,10 +305,10 @@ class Master:
         with Undo() as undo:
             new.link()
             undo.add(new.unlink)
-            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
+            undo.add(setattr, self, "ats_enabled", self.ats_enabled)
             if before is not domain:
                 if table.address(ssid) is None:
-                    undo.add(partial(table.drop_leaf, ssid))
+                    undo.add(table.drop_leaf, ssid)
                     table.place(ssid)
                 first = not table.used
                 table.install(ssid, domain, undo)
@@ -448,7 +447,7 @@ class Master:
     def block(self) -> None:
         """Let every access abort until `unblock`; no command goes to the device meanwhile."""
         with Undo() as undo:
-            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
+            undo.add(setattr, self, "ats_enabled", self.ats_enabled)
             if self.ats_enabled:
                 self._ats_off()
             self._write_ste(entry.ste_abort(), undo)
@@ -463,10 +462,10 @@ class Master:
         ats = self._wants_ats(self.domain, table)
         with Undo() as undo:
             self.blocked = False
-            undo.add(partial(setattr, self, "blocked", True))
+            undo.add(setattr, self, "blocked", True)
             for domain, ssid, kind in self._in_atcs():
                 self.enter_atcs(domain, ssid, kind)
-                undo.add(partial(self.leave_atcs, domain, ssid, kind))
+                undo.add(self.leave_atcs, domain, ssid, kind)
             self._write_ste(self._ste(self.domain, table, ats), undo)
             self._ats_on(ats)
 
