@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from typing import TYPE_CHECKING, Final
 
@@ -142,19 +141,13 @@ class Group:
                 self._set(domain)
 
     def _set(self, domain: Domain) -> None:
-        old, masters, done = self.domain, self.masters, []
+        old, masters = self.domain, self.masters
         with Undo() as undo:
             for master in masters:
                 master.prepare(domain, undo)
-            try:
-                for master in masters:
-                    master.attach(domain)
-                    done.append(master)
-            except BaseException:
-                for master in reversed(done):
-                    with contextlib.suppress(Exception):
-                        master.attach(old)
-                raise
+            for master in masters:
+                master.attach(domain)
+                undo.add(master.attach, old)
         if isinstance(domain, PagingDomain):
             domain.mode = domain.mode or "main"
 
@@ -204,32 +197,19 @@ class Group:
             if domain is not None:
                 for master in masters:
                     master.prepare_pasid(domain, pasid, undo)
-            self._set_pasid(masters, domain, pasid, handle)
+            for master in masters:
+                before, leaf = master.attachments.get(pasid), master.has_leaf(pasid)
+                master.set_pasid(domain, pasid, handle)
+                if not leaf:
+                    undo.add(master.drop_leaf, pasid)
+                if before is None:
+                    undo.add(master.detach_pasid, pasid)
+                else:
+                    undo.add(master.set_pasid, before.domain, pasid, before.handle)
         if old is not None and old.handle is not None:
             old.handle.domain = None
         if handle is not None:
             handle.domain = domain
-
-    @staticmethod
-    def _set_pasid(
-        masters: list[Master], domain: Domain | None, pasid: int, handle: AttachHandle | None
-    ) -> None:
-        done: list[tuple[Master, Attachment | None, bool]] = []
-        try:
-            for master in masters:
-                before = master, master.attachments.get(pasid), master.has_leaf(pasid)
-                master.set_pasid(domain, pasid, handle)
-                done.append(before)
-        except BaseException:
-            for master, old, leaf in reversed(done):
-                with contextlib.suppress(Exception):
-                    if old is None:
-                        master.detach_pasid(pasid)
-                    else:
-                        master.set_pasid(old.domain, pasid, old.handle)
-                if not leaf:
-                    master.drop_leaf(pasid)
-            raise
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""

@@ -278,11 +278,7 @@ def _words(
 ) -> list[int]:  # fmt: skip
     """The commands that one entry needs."""
     if kind == ATS_FULL:
-        # without a PASID, and under every one: a device may take the first for no more than it says
-        return [
-            layout.pack("ATC_INV", StreamID=number, Size=52),
-            layout.pack("ATC_INV", StreamID=number, SSV=1, G=1, Size=52),
-        ]
+        return [layout.pack("ATC_INV", StreamID=number, Size=52)]
     if kind == ATS:
         address, size = atc_span(first, last)
         more = {"SSV": 1, "SubstreamID": ssid} if ssid else {}

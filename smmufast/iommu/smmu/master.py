@@ -171,7 +171,7 @@ class Master:
             new.link()
             undo.add(new.unlink)
             if self.ats_enabled:
-                undo.add(self._flush_atcs)
+                undo.add(self.iommu.system.lock.defer, self._flush_atcs)
             # 2. ATS goes off before an STE that refuses it
             undo.add(setattr, self, "ats_enabled", self.ats_enabled)
             if self.ats_enabled and not ats:
@@ -399,12 +399,17 @@ class Master:
 
     def _flush_atcs(self) -> None:
         """Empty the ATCs, also of the PASIDs that a guest chose."""
-        guest = isinstance(self.domain, NestedDomain)
         for sid in self.sids:
             self.iommu.invalidate_atc(sid)
-            if guest:
-                self.iommu.queue.issue("ATC_INV", StreamID=sid, SSV=1, G=1, Size=52)
+        if isinstance(self.domain, NestedDomain):
+            self.flush_guest_atcs()
         self.iommu.queue.sync()
+
+    def flush_guest_atcs(self) -> None:
+        """Empty the ATCs of every PASID, without a CMD_SYNC: a guest chooses them itself."""
+        if self.ats_enabled and self.ssid_bits:
+            for sid in self.sids:
+                self.iommu.queue.issue("ATC_INV", StreamID=sid, SSV=1, G=1, Size=52)
 
     def flush_atc(self, ssid: int) -> None:
         """Empty the ATCs of one PASID."""
