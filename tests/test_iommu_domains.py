@@ -981,8 +981,10 @@ def test_f07_a_guest_that_sends_nonsense_is_refused(systems):
         refused(errno.EINVAL, viommu.invalidate, commands)
     for commands in ([(0x12, 0), (0xEE, 0)], [(0x46, 0)], [(0x05 | 5 << 32, 0)]):
         refused(errno.EIO, viommu.invalidate, commands)
+    assert device.iommu.queue.issued == issued
     viommu.add(2, other)
     other.release()
+    issued = device.iommu.queue.issued
     refused(errno.EIO, viommu.invalidate, [(0x05 | 2 << 32, 0)])
     assert device.iommu.queue.issued == issued
     host.free()

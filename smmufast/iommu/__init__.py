@@ -38,6 +38,7 @@ from smmufast.iommu.iova import DmaMapper, IovaAllocator
 from smmufast.iommu.mediated import Mediated
 from smmufast.iommu.nested import Viommu
 from smmufast.iommu.pasid import (
+    EVERY_SMMU,
     PER_DEVICE,
     SYSTEM_WIDE,
     SYSTEM_WIDE_STRICT,
@@ -60,6 +61,7 @@ from smmufast.iommu.system import Cpu, System
 __all__ = [
     "AUX",
     "BLOCKED",
+    "EVERY_SMMU",
     "IDENTITY",
     "NOW",
     "PER_DEVICE",

@@ -79,7 +79,8 @@ def _enable(
     enabled = device.enabled_features
     for feature in features:
         if not has_feature(device, feature):
-            raise NoDevice("feature", feature, text=f"device has no {feature}")
+            why = "" if device.max_pasids or feature == "IOPF" else f": {device.why_no_pasids}"
+            raise NoDevice("feature", feature, text=f"device has no {feature}{why}")
         if feature in enabled:
             raise Busy("feature", feature, text=f"{feature} is enabled")
     if "SVA" in features and has_feature(device, "IOPF") and not {"IOPF"} & {*features, *enabled}:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from smmufast.ats import AtsDevice
@@ -16,6 +17,7 @@ from smmufast.errors import (
     InvalidArgument,
     NoDevice,
     NoEntry,
+    NoSpace,
     NotSupported,
     WrongType,
     instance,
@@ -23,11 +25,18 @@ from smmufast.errors import (
 )
 from smmufast.iommu import aux, sva
 from smmufast.iommu.attachment import AttachHandle
-from smmufast.iommu.domain import BLOCKED, Domain, PagingDomain, domain_of, paging_domain
+from smmufast.iommu.domain import (
+    BLOCKED,
+    Domain,
+    PagingDomain,
+    domain_of,
+    is_auxiliary,
+    paging_domain,
+)
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group
 from smmufast.iommu.mediated import Mediated, shares
-from smmufast.iommu.profile import NOW, need
+from smmufast.iommu.profile import NOW, need, take_pasid
 from smmufast.iommu.smmu.master import Master
 
 if TYPE_CHECKING:
@@ -235,11 +244,7 @@ class Device:
     def _probed(self, iommu: Iommu) -> None:
         """Take its place behind an SMMU; `System.probe` calls it after its checks."""
         features, system = iommu.smmu.features, iommu.system
-        ssid_bits = min(max(self.pasids.bit_length() - 1, 0), iommu.ssid_bits)
-        own = 1 << ssid_bits if ssid_bits else 0
-        self.max_pasids = system.pasids.max_pasids(own)
-        if not self.max_pasids:
-            ssid_bits = 0
+        ssid_bits, self.max_pasids = iommu.pasids_of(self.pasids)
         self._group = self._wanted_group or Group(system)
         ask = self._ask if self.pri and features.pri else None
         has_ats = self.ats and features.ats
@@ -265,6 +270,11 @@ class Device:
             atc.on_page_request = self._ask if self.pri_supported else None
             self.smmu.devices[atc.sid] = atc
 
+    @property
+    def why_no_pasids(self) -> str:
+        """Why it has no PASIDs: its own, its SMMU's or the policy's doing; "" if it has."""
+        return self.iommu.why_no_pasids(self.pasids)
+
     def _ask(self, request: object) -> None:
         """A page request was made: the operating system is interrupted."""
         self.system.service()
@@ -284,10 +294,12 @@ class Device:
                     lock.defer(handle.release, self)
             alone = not any(one.max_pasids for one in group.devices if one is not self)
             for ssid, one in list(master.attachments.items()):
-                if ssid and not (one.handle is not None and one.handle.belongs_to(self)):
+                if not ssid or (one.handle is not None and one.handle.belongs_to(self)):
+                    continue
+                if alone and not is_auxiliary(one.domain):
+                    lock.defer(partial(group.set_pasid, None, ssid, leaving=True))
+                else:
                     lock.defer(master.detach_pasid, ssid)
-                    if alone and one.handle is not None:
-                        one.handle.domain = None
             if any(master.attachments):
                 return
             master.attach(BLOCKED)
@@ -425,6 +437,48 @@ class Device:
             group.set(domain)
 
     # --- PASIDs, NOW profile ---
+
+    def alloc_pasid(self, data: object = None) -> int:
+        """Take a PASID that nobody has, for this device to attach (iommu_alloc_global_pasid).
+
+        `bind` and mediated devices take theirs from the same space, and leave out what callers
+        chose by hand; so a caller who asks here never meets them.
+
+        Parameters
+        ----------
+        data : object, optional
+            What `System.pasids.find` returns for it.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        NotSupported
+            The AUX profile, in which a domain owns its PASID.
+        NoSpace
+            The device has no PASIDs, or none is left (ENOSPC).
+        """
+        group = self.group
+        with group.system.lock:
+            need(group.system.profile, NOW, "alloc_pasid")
+            if not self.max_pasids:
+                raise NoSpace("device", self, text=self.why_no_pasids)
+            return take_pasid(self, 1, self.max_pasids - 1, data)
+
+    def free_pasid(self, pasid: SupportsIndex) -> None:
+        """Give back what `alloc_pasid` took (iommu_free_global_pasid).
+
+        Raises
+        ------
+        NoEntry
+            It is not allocated.
+        """
+        group = self.group
+        with group.system.lock:
+            need(group.system.profile, NOW, "free_pasid")
+            group.system.give_pasid(integer("pasid", pasid))
 
     def attach_pasid(
         self, domain: Domain, pasid: SupportsIndex, handle: AttachHandle | None = None

@@ -169,7 +169,7 @@ class Group:
             if device.max_pasids and pasid >= device.max_pasids:
                 raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
         if not any(device.max_pasids for device in self.devices):
-            raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
+            raise InvalidArgument("pasid", pasid, text=self.devices[0].why_no_pasids)
         self.check_reset()
 
     def check_reset(self) -> None:
@@ -206,10 +206,16 @@ class Group:
                     undo.add(master.detach_pasid, pasid)
                 else:
                     undo.add(master.set_pasid, before.domain, pasid, before.handle)
-        if old is not None and old.handle is not None:
-            old.handle.domain = None
-        if handle is not None:
-            handle.domain = domain
+        if old is not None:
+            if old.handle is not None:
+                old.handle.domain = None
+            if old.by_hand:
+                self.system.pasids.unpick(pasid)
+        if domain is not None:
+            if handle is not None:
+                handle.domain = domain
+            if handle is None or handle.by_hand:
+                self.system.pasids.pick(pasid)  # the allocator gives it to nobody meanwhile
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""

@@ -24,6 +24,8 @@ class Shares(AttachHandle):
     PASID; the last takes it away (Linux: auxiliary_link_device of VT-d, which counts them).
     """
 
+    by_hand = False
+
     def __init__(self) -> None:
         self.members: list[Mediated] = []
 
@@ -108,7 +110,7 @@ class Mediated:
         """NOW: attach a PASID that nobody uses."""
         parent = self.parent
         if not parent.max_pasids:
-            raise InvalidArgument("device", parent, text="the device has no PASIDs")
+            raise InvalidArgument("device", parent, text=parent.why_no_pasids)
         pasid = take_pasid(parent, 1, parent.max_pasids - 1, None)
         try:
             parent.attach_pasid(domain, pasid, handle)

@@ -35,13 +35,13 @@ _MEMORY: Final = "memory"
 _RLOCK: Final = type(threading.RLock())
 #: Attributes that hold a function of the host.
 _CALLBACKS: Final = (
-    "handler", "iopf", "mm_exit", "on_fault", "observer", "on_page_request", "call",
+    "handler", "iopf", "mm_exit", "on_fault", "on_page_request",
 )  # fmt: skip
 #: What refuses copies of its own, or holds a callback.
-_PARTS: Final = (AddressSpace, AtsDevice, Device, EntryWriter, NestedDomain, SvaDomain)
+_PARTS: Final = (AddressSpace, AtsDevice, Device, NestedDomain, SvaDomain)
 _MODULES: Final = (
     "smmufast.iommu.", "smmufast.ats", "smmufast.features", "smmufast.faults",
-    "smmufast._pasid",
+    "smmufast._pasid", "smmufast._ring",
 )  # fmt: skip
 _OTHERS: Final = {
     ("builtins", "set"): set,
@@ -78,6 +78,8 @@ class _Pickler(pickle.Pickler):
             return _lock, ()
         if isinstance(value, Pages):
             return _pages, (value.memory, value.base, value.size, value._handed_out())
+        if isinstance(value, EntryWriter):
+            return EntryWriter, (value.queue, value.memory)
         if isinstance(value, PageTable):
             state = (value.pages, *value._contents(), _no_callbacks(vars(value)))
             return _thing, (type(value),), state, None, None, _set_table
@@ -132,7 +134,9 @@ def restore(data: object, memory: Memory, classes: Iterable[type] | None) -> Sys
         system: System = _Unpickler(io.BytesIO(raw[len(MARK) : -4]), memory, classes).load()
         for iommu in system.iommus:
             iommu.smmu.on_interrupt = iommu.interrupts.add
-            iommu.writer.call = system.lock.call
+            iommu.writer = EntryWriter(
+                iommu.queue, memory, call=system.lock.call
+            )
             for device in dict.fromkeys(iommu.devices.values()):
                 device._rejoin()
     except InvalidArgument:

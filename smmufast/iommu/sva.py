@@ -324,6 +324,7 @@ class Bond(AttachHandle):
         How often it was bound; `unbind` that often ends it.
     """
 
+    by_hand = False
     _numbers = itertools.count()
 
     def __init__(self, device: Device, space: AddressSpace) -> None:
@@ -441,7 +442,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             raise Busy("space", space, text="space is another system's")
         first, last = system.profile.bind_range(device)
         if not device.max_pasids:
-            raise NoSpace("device", device, text="device has no PASIDs")
+            raise NoSpace("device", device, text=device.why_no_pasids)
         with Undo() as undo:
             pasid = space.pasid
             if not pasid:

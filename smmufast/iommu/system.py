@@ -6,6 +6,7 @@ ASIDs, PASIDs and the pages for tables are the system's; the rest is each driver
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from smmufast._smmu import Smmu
 from smmufast._tables import Pages
 from smmufast.errors import (
     Busy,
+    Exists,
     InvalidArgument,
     NoDevice,
     NoEntry,
@@ -85,7 +87,7 @@ class System:
     profile : Profile
         AUX or NOW.
     pasid_policy : PasidPolicy
-        PER_DEVICE, SYSTEM_WIDE or SYSTEM_WIDE_STRICT.
+        PER_DEVICE, SYSTEM_WIDE, SYSTEM_WIDE_STRICT, EVERY_SMMU, or one of yours.
     default_domain : str
         "blocked", "identity" or "paging": what a group has before and after other domains.
     disable_bypass : bool
@@ -107,7 +109,8 @@ class System:
     Raises
     ------
     InvalidArgument, NotSupported, OutOfMemory
-        Arguments that contradict each other; an SMMU without VMSAv8-64 tables; no room for tables.
+        Arguments that contradict each other; an SMMU that the driver cannot serve, with the reason;
+        no room for tables.
 
     >>> from smmufast.iommu import System
     >>> system = System()
@@ -165,16 +168,94 @@ class System:
                 )
             pages = self._room
         self.pages = Pages(self.memory, *pages)
-        bits = min(16 if one.features.asid16 else 8 for one in mine)
-        self.asids = IdSpace(bits, "asid")
+        self.asids = IdSpace(16, "asid")
+        self.pasids = PasidSpace(pasid_policy)
         self.iommus: list[Iommu] = []
-        for number, one in enumerate(mine):
-            self.iommus.append(Iommu(self, one, number))
-        self.pasids = PasidSpace(
-            pasid_policy, smmu_limits=[1 << iommu.ssid_bits for iommu in self.iommus]
-        )
+        for one in mine:
+            self._bring_up(one)
         self.reports: deque[fault.Report] = deque(maxlen=1024)
         self.on_fault: Callable[[fault.Report], object] | None = None
+
+    def _bring_up(self, smmu: Smmu) -> Iommu:
+        """Count an SMMU in for the ASIDs and PASIDs of the system, and boot it."""
+        iommu = Iommu(self, smmu, len(self.iommus))
+        with Undo() as undo:
+            undo.add(self.asids.widen, self.asids.bits)
+            self.asids.narrow(16 if smmu.features.asid16 else 8)
+            limit = 1 << iommu.ssid_bits
+            if not self.pasids.add_smmu(limit):
+                iommu.ssid_bits = 0
+            undo.add(self.pasids._drop_smmu, limit)
+            iommu.boot()
+        self.iommus.append(iommu)
+        return iommu
+
+    def add_iommu(
+        self,
+        features: Features | None = None,
+        *,
+        smmu: Smmu | None = None,
+        caches: Callable[[], Caches] | None = None,
+    ) -> Iommu:
+        """Add an SMMU to the running system, behind which devices can be probed.
+
+        Its PASIDs are a matter of the policy: one that is narrower than the system's limit, which
+        the first device fixes, has none for its devices, with a warning, or is refused.  VT-d's
+        init_dmars takes the minimum once, at boot, and intel_iommu_add does not look again.
+
+        Parameters
+        ----------
+        features : Features, optional
+            Of an SMMU to make; all that is modelled.
+        smmu : Smmu, optional
+            One of yours instead, which shares the system's memory.
+        caches : callable, optional
+            As for `System`, of the SMMU to make.
+
+        Returns
+        -------
+        Iommu
+            Its driver; `number` is for `device(..., iommu=)`.
+
+        Raises
+        ------
+        NotSupported
+            The driver cannot serve it, or the policy refuses it.
+        Exists
+            The system has it already.
+        Busy
+            It has 8-bit ASIDs, and wider ones are in use.
+        OutOfMemory
+            No pages are left for its stream table and queues.
+        InvalidArgument
+            Both an SMMU and what to make one of; another memory; too many SMMUs.
+        """
+        if features is not None:
+            instance("features", features, Features)
+        if caches is not None and not callable(caches):
+            raise WrongType("caches", caches, text=f"caches is {caches!r}, not callable")
+        if smmu is not None:
+            instance("smmu", smmu, Smmu)
+            if features is not None or caches is not None:
+                name = "caches" if features is None else "features"
+                raise InvalidArgument(name, features or caches, "None with smmu")
+        with self.lock:
+            if smmu is not None and smmu.memory is not self.memory:
+                raise InvalidArgument("smmu", smmu, text="smmu does not share the system's memory")
+            if any(one.smmu is smmu for one in self.iommus):
+                raise Exists("smmu", smmu, text="smmu is one of the system's")
+            if len(self.iommus) >= MOST_SMMUS:
+                text = f"the system has {MOST_SMMUS} SMMUs, and may have no more"
+                raise InvalidArgument("system", self, text=text)
+            if smmu is None:
+                made = caches() if caches is not None else None
+                smmu = Smmu(self.memory, features or Features.full(), cr0=0, caches=made)
+            iommu = self._bring_up(smmu)
+            if smmu.features.ssidsize and not iommu.ssid_bits:
+                why = iommu.why_no_pasids(1 << 20)
+                text = f"{iommu!r}: the PASIDs of its devices are off: {why}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return iommu
 
     def _smmus(
         self,
@@ -192,6 +273,8 @@ class System:
                 instance("smmu", one, Smmu)
             if not mine or any(one.memory is not mine[0].memory for one in mine):
                 raise InvalidArgument("smmu", smmu, text="smmu: one or more that share a memory")
+            if len(set(map(id, mine))) < len(mine):
+                raise Exists("smmu", smmu, text="smmu: one of them is there twice")
             return mine
         if features is None or isinstance(features, Features):
             count = integer("smmus", count)

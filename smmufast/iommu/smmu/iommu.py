@@ -16,14 +16,16 @@ from smmufast import layout
 from smmufast.errors import Busy, InputOutput, InvalidArgument, NotSupported, OutOfRange
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.smmu import entry
-from smmufast.iommu.smmu.invalidations import S1_ASID, S2_VMID
+from smmufast.iommu.smmu.invalidations import S1_ASID
 from smmufast.iommu.smmu.queue import CommandQueue
 from smmufast.iommu.smmu.writer import EntryWriter
+from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from smmufast._smmu import Result, Smmu
+    from smmufast.features import Features
     from smmufast.iommu.device import Device
     from smmufast.iommu.domain import Domain
     from smmufast.iommu.nested import Viommu
@@ -120,6 +122,14 @@ class Iommu:
         `asids` is the system's, `vmids` this SMMU's.
     devices : dict
         StreamID to Device.
+    ssid_bits : int
+        Width of the PASIDs that devices behind it may have; 0: none, or the policy switched them
+        off.
+
+    Raises
+    ------
+    NotSupported
+        The SMMU is one that this driver cannot serve.
     """
 
     def __init__(self, system: System, smmu: Smmu, number: int) -> None:
@@ -129,13 +139,11 @@ class Iommu:
         self.number = number
         self.memory = smmu.memory
         features = smmu.features
-        if not features.ttf & 2:
-            raise NotSupported("smmu", smmu, text="smmu has no VMSAv8-64 tables (TTF)")
+        self._refuse_unserved()
         self.sid_bits = features.sidsize
-        # without two-level CD tables, a linear one of 64 KiB is the limit (F2)
-        self.ssid_bits = features.ssidsize if features.cd2l else min(features.ssidsize, 10)
+        self.ssid_bits = self._ssid_bits
         self.coherent = bool(features.cohacc)
-        self.can_stall = features.stall_model != 1
+        self.can_stall = features.stall_model in (0, 2)
         self.stall_force = features.stall_model == 2
         self.e2h = system.e2h and bool(features.hyp)
         self.asids: IdSpace = system.asids
@@ -149,8 +157,69 @@ class Iommu:
         self.interrupts: set[str] = set()
         self.servicing = threading.RLock()
         self._taken: dict[str, deque[Record]] = {"EVENTQ": deque(), "PRIQ": deque()}
-        self.boot()
-        self.writer = EntryWriter(self.queue, self.memory, call=system.lock.call)
+
+    def _refuse_unserved(self) -> None:
+        """Refuse what this driver cannot serve, as arm_smmu_device_hw_probe does."""
+        smmu, features, pages = self.smmu, self.smmu.features, self.system.pages
+        end = pages.base + pages.size
+        why = (
+            (not features.ttf & 2, "it has no VMSAv8-64 tables (TTF)"),
+            (
+                features.ttendian not in (0, 2),
+                f"IDR0.TTENDIAN is {features.ttendian}: it reads no little-endian tables, and the "
+                "driver writes no others",
+            ),
+            (
+                features.tables_preset,
+                "IDR1.TABLES_PRESET is 1: its stream table lies where the hardware wants it, and "
+                "the driver makes one of its own",
+            ),
+            (
+                features.queues_preset,
+                "IDR1.QUEUES_PRESET is 1: its queues lie where the hardware wants them, and the "
+                "driver makes its own",
+            ),
+            (
+                features.rel,
+                "IDR1.REL is 1: it has preset bases, relative to its registers, and the driver "
+                "sets them",
+            ),
+            (
+                end > 1 << features.oas_bits,
+                f"its addresses have {features.oas_bits} bits (OAS), and the driver's tables reach "
+                f"to {end - 1:#x}",
+            ),
+        )
+        for refused, reason in why:
+            if refused:
+                raise NotSupported("smmu", smmu, text=f"smmu is not supported: {reason}")
+
+    # --- PASIDs of devices behind it (F2, F3) ---
+
+    @property
+    def _ssid_bits(self) -> int:
+        """Width of SubstreamIDs; without two-level CD tables, a linear one of 64 KiB is the limit.
+
+        So arm_smmu_probe_device has it: CTXDESC_LINEAR_CDMAX.
+        """
+        features = self.smmu.features
+        return features.ssidsize if features.cd2l else min(features.ssidsize, 10)
+
+    def pasids_of(self, pasids: int) -> tuple[int, int]:
+        """Return SubstreamID bits and max_pasids of a device that has so many PASIDs itself.
+
+        The bits are those of arm_smmu_enable_pasid, rounded down.  Where Linux has
+        dev_iommu_get_max_pasids, which need not be a power of two, max_pasids is at most
+        ``2**bits`` here, which is what its CD table holds; the policy may make it less.
+        """
+        bits = min(max(pasids.bit_length() - 1, 0), self.ssid_bits)
+        most = self.system.pasids.max_pasids(1 << bits if bits else 0)
+        return (bits, most) if most else (0, 0)
+
+    def why_no_pasids(self, pasids: int) -> str:
+        """Say why `pasids_of` gives none: the policy and the widths, where it was the policy."""
+        own = 1 << max(pasids.bit_length() - 1, 0)
+        return self.system.pasids.why_none(own, 1 << self._ssid_bits)
 
     # --- what the SMMU has (F1) ---
 
@@ -204,11 +273,30 @@ class Iommu:
     # --- boot ---
 
     def boot(self) -> None:
-        """Bring the SMMU up as an operating system does: all streams abort, nothing is cached."""
-        smmu, pages = self.smmu, self.system.pages
+        """Bring the SMMU up as an operating system does: all streams abort, nothing is cached.
+
+        Raises
+        ------
+        OutOfMemory
+            No pages are left for its stream table and queues; the SMMU is as it was.
+        """
+        smmu = self.smmu
         features = smmu.features
-        smmu.on_interrupt = self.interrupts.add
-        self._update("CR0", 0)
+        with Undo() as undo:
+            config = self._place(undo)
+            undo.add(setattr, smmu, "on_interrupt", smmu.on_interrupt)
+            smmu.on_interrupt = self.interrupts.add
+            undo.add(smmu.write, "CR0", 0)
+            self._update("CR0", 0)
+            smmu.write("CR1", _CR1)
+            smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
+            smmu.write("STRTAB_BASE", self.strtab | layout.mask("STRTAB_BASE", "RA"), 8)
+            smmu.write("STRTAB_BASE_CFG", config)
+            self._start(features)
+
+    def _place(self, undo: Undo) -> int:
+        """Find room for the stream table and the queues; returns STRTAB_BASE_CFG."""
+        features = self.smmu.features
         two_level = features.st_level and self.sid_bits > SPLIT
         if two_level:
             self._l1_lg2 = min(self.sid_bits - SPLIT, MAX_L1_LG2)
@@ -222,15 +310,26 @@ class Iommu:
             self.last_sid = (1 << self.sid_bits) - 1
             self._strtab_size = 64 << self.sid_bits
             config = layout.pack("STRTAB_BASE_CFG", LOG2SIZE=self.sid_bits)
-        self.strtab = pages.alloc(self._strtab_size)
+        self.strtab = self._alloc(self._strtab_size, undo)
         if not two_level:
             self._fill(self.strtab, 1 << self.sid_bits)
-        smmu.write("CR1", _CR1)
-        smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
-        smmu.write("STRTAB_BASE", self.strtab | layout.mask("STRTAB_BASE", "RA"), 8)
-        smmu.write("STRTAB_BASE_CFG", config)
         lg2 = min(features.cmdqs, 8)
-        self.queue = CommandQueue(smmu, pages.alloc(16 << lg2), lg2)
+        self.queue = CommandQueue(self.smmu, self._alloc(16 << lg2, undo), lg2)
+        self.writer = EntryWriter(self.queue, self.memory, call=self.system.lock.call)
+        self._rings: dict[str, tuple[int, int]] = {}
+        self._place_ring("EVENTQ", min(features.eventqs, 10), 32, undo)
+        if features.pri:
+            self._place_ring("PRIQ", min(features.priqs, 9), 16, undo)
+        return config
+
+    def _alloc(self, size: int, undo: Undo) -> int:
+        pages = self.system.pages
+        base = pages.alloc(size)
+        undo.add(pages.free, base, size)
+        return base
+
+    def _start(self, features: Features) -> None:
+        """Enable one thing after the other, the SMMU last."""
         self.queue.start()
         enables = layout.pack("CR0", CMDQEN=1)
         self._update("CR0", enables)
@@ -239,12 +338,11 @@ class Iommu:
             self.queue.issue("TLBI_EL2_ALL")
         self.queue.issue("TLBI_NSNH_ALL")
         self.queue.sync()
-        self._rings: dict[str, tuple[int, int]] = {}
-        self._ring("EVENTQ", min(features.eventqs, 10), 32)
+        self._start_ring("EVENTQ")
         enables |= layout.pack("CR0", EVENTQEN=1)
         self._update("CR0", enables)
         if features.pri:
-            self._ring("PRIQ", min(features.priqs, 9), 16)
+            self._start_ring("PRIQ")
             enables |= layout.pack("CR0", PRIQEN=1)
             self._update("CR0", enables)
         if features.ats:
@@ -260,9 +358,11 @@ class Iommu:
         if seen != value:
             raise InputOutput(register, seen, text=f"{register}ACK is {seen:#x}, not {value:#x}")
 
-    def _ring(self, name: str, lg2: int, size: int) -> None:
-        base = self.system.pages.alloc(size << lg2)
-        self._rings[name] = base, lg2
+    def _place_ring(self, name: str, lg2: int, size: int, undo: Undo) -> None:
+        self._rings[name] = self._alloc(size << lg2, undo), lg2
+
+    def _start_ring(self, name: str) -> None:
+        base, lg2 = self._rings[name]
         self.smmu.write(f"{name}_BASE", base | layout.mask(f"{name}_BASE", "WA") | lg2, 8)
         self.smmu.write(f"{name}_PROD", 0)
         self.smmu.write(f"{name}_CONS", 0)
@@ -424,16 +524,12 @@ class Iommu:
             self.queue.issue("ATC_INV", StreamID=sid, Size=52)
 
     def flush_tag(self, kind: int, number: int) -> None:
-        """Drop all TLB entries under an ASID or a VMID, before it is used for something else."""
-        if kind == S1_ASID:
-            self.flush_asid(number)
-        elif kind == S2_VMID:
-            self.queue.run([layout.pack("TLBI_S12_VMALL", VMID=number)])
+        """Drop all TLB entries under an ASID or a VMID, once nobody uses it."""
+        self.queue.drop(kind, number)
 
     def flush_asid(self, asid: int) -> None:
         """Drop all TLB entries under an ASID."""
-        name = "TLBI_EL2_ASID" if self.e2h else "TLBI_NH_ASID"
-        self.queue.run([layout.pack(name, ASID=asid)])
+        self.queue.drop(S1_ASID, asid)
 
     # --- what the SMMU sees meanwhile ---
 
