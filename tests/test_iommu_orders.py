@@ -28,6 +28,7 @@ from smmufast.iommu import (
     System,
     Viommu,
 )
+from smmufast.iommu.undo import Undo
 
 RAM = 0x8000_0000
 PAGE = 0x1000
@@ -1156,3 +1157,803 @@ def test_whichever_store_is_refused_nothing_freed_is_reached(profile, what, ats,
         if not dead:
             stage.ends()
     assert nth > 2
+
+
+# --- invalidations: what was cached must not be reached any more ---
+
+
+def test_a_new_domain_of_a_pasid_is_seen_through_a_warm_atc(make):
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True)
+    device.attach(IDENTITY)
+    one, two = paging(system, device), paging(system, device, RAM + PAGE)
+    device.attach_pasid(one, 3)
+    assert reached(device, pasid=3) == RAM
+    device.replace_pasid(two, 3, AttachHandle())
+    assert reached(device, pasid=3) == RAM + PAGE
+    assert reached(device) == PAGE
+    device.detach_pasid(two, 3)
+    assert reached(device, pasid=3) is None
+
+
+def test_a_new_main_domain_is_seen_through_a_warm_atc_at_every_stage(make):
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True)
+    domains = [
+        paging(system, device, RAM + n * PAGE, stage=1 + n % 2) for n in range(4)
+    ]
+    for n, domain in enumerate(domains):
+        device.replace(domain)
+        assert device.ats_enabled and reached(device) == RAM + n * PAGE
+    for n, domain in enumerate(domains):
+        device.replace(domain)
+        domain.unmap(PAGE, PAGE)
+        assert reached(device) is None
+    device.replace(BLOCKED)
+    assert not device.ats_enabled and len(device.atcs[0]) == 0
+
+
+def test_the_last_pasid_of_a_plain_main_domain_empties_the_atc_before_ats_goes_off(make):
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True)
+    device.attach(IDENTITY)
+    domains = [paging(system, device, RAM + n * PAGE) for n in range(2)]
+    for n, domain in enumerate(domains):
+        device.attach_pasid(domain, 3 + n)
+    assert device.ats_enabled and reached(device, pasid=4) == RAM + PAGE and reached(device) == PAGE
+    device.detach_pasid(domains[0], 3)
+    assert device.ats_enabled and reached(device, pasid=4) == RAM + PAGE
+    queue = device.iommu.queue
+    queue.log = log = []
+    device.detach_pasid(domains[1], 4)
+    queue.log = None
+    whole = [n for n, (name, fields) in enumerate(log) if name == "ATC_INV" and not fields["SSV"]]
+    ste = [n for n, (name, _) in enumerate(log) if name == "CFGI_STE"]
+    assert whole and ste and whole[0] < ste[0]
+    assert not device.ats_enabled and len(device.atcs[0]) == 0
+    assert reached(device) == PAGE and reached(device, pasid=4) is None
+
+
+def test_a_reset_empties_and_what_is_unmapped_meanwhile_is_not_reached(make):
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True, stall=True)
+    main, other = (paging(system, device, RAM + n * PAGE) for n in range(2))
+    device.attach(main)
+    device.attach_pasid(other, 3)
+    for domain in (main, other):
+        domain.map(2 * PAGE, RAM, PAGE)
+    assert reached(device) == RAM and reached(device, pasid=3) == RAM + PAGE
+    stall(device, 0x10000, 3)
+    stall(device, 0x10000)
+    device.reset_prepare()
+    assert device.smmu.stalls == [] and not device.ats_enabled
+    assert reached(device) is None and reached(device, pasid=3) is None
+    queue = device.iommu.queue
+    queue.log = log = []
+    main.unmap(PAGE, PAGE)
+    other.unmap(PAGE, PAGE)
+    assert "ATC_INV" not in [name for name, _ in log]  # a device in reset answers nothing
+    log.clear()
+    device.reset_done()
+    queue.log = None
+    names = [name for name, _ in log]
+    assert names.index("CFGI_STE") < names.index("ATC_INV")
+    assert reached(device) is None and reached(device, pasid=3) is None
+    assert reached(device, 2 * PAGE) == reached(device, 2 * PAGE, 3) == RAM
+    main.unmap(2 * PAGE, PAGE)
+    other.unmap(2 * PAGE, PAGE)
+    assert reached(device, 2 * PAGE) is None and reached(device, 2 * PAGE, 3) is None
+
+
+@PROFILES
+@pytest.mark.parametrize("e2h", [False, True], ids=["", "e2h"])
+def test_a_tag_is_forgotten_before_somebody_else_has_it(make, profile, e2h):
+    system = make(profile=profile, e2h=e2h)
+    device = able(system, system.device(8, pasid_bits=4))
+    for n in range(4):
+        domain = paging(system, device, RAM + n * PAGE)
+        pasid = attach(system, device, domain)
+        if profile is AUX:
+            domain.map(PAGE, RAM + n * PAGE, PAGE)
+        assert reached(device, pasid=pasid) == RAM + n * PAGE
+        asid = domain.asid
+        detach(system, device, domain, pasid)
+        domain.free()
+        space = process(system, RAM + (8 + n) * PAGE)
+        bond = device.bind(space)
+        assert reached(device, pasid=bond.pasid) == RAM + (8 + n) * PAGE
+        assert next(iter(space.domains.values())).asid == asid
+        space.exit()
+        assert reached(device, pasid=space.pasid) is None
+        bond.unbind()
+        assert reached(device, pasid=1) is None
+    two = [paging(system, device, RAM + n * PAGE, stage=2) for n in (0, 1)]
+    other = system.device(9)
+    other.attach(two[0])
+    assert reached(other) == RAM
+    vmid = two[0].vmid
+    other.replace(BLOCKED)
+    two[0].free()
+    again = paging(system, device, RAM + 2 * PAGE, stage=2)
+    assert again.vmid == vmid
+    other.attach(again)
+    assert reached(other) == RAM + 2 * PAGE
+
+
+def test_an_asid_that_a_domain_left_is_clean_for_the_next(make):
+    system = make()
+    device = system.device(8, pasid_bits=4)
+    device.attach(IDENTITY)
+    one, two = paging(system, device), paging(system, device, RAM + PAGE)
+    device.attach_pasid(one, 3)
+    old = one.asid
+    assert reached(device, pasid=3) == RAM
+    one.change_asid()
+    assert reached(device, pasid=3) == RAM
+    taken = paging(system, device, RAM + 2 * PAGE)
+    assert old in (taken.asid, two.asid)
+    device.attach_pasid(taken, 4)
+    assert reached(device, pasid=4) == RAM + 2 * PAGE
+    one.unmap(PAGE, PAGE)  # under the new one
+    assert reached(device, pasid=3) is None
+    device.detach_pasid(one, 3)
+    assert len(one.invalidations) == 0
+
+
+@PROFILES
+def test_every_device_of_a_table_is_told_when_a_cd_goes(make, profile):
+    """AUX: two devices of one main domain, only one of which is attached; with ATCs."""
+    system = make(profile=profile)
+    one, two = (system.device(8 + n, pasid_bits=4, ats=True) for n in range(2))
+    if profile is NOW:
+        shared = paging(system, one)
+        for device in (one, two):
+            device.attach(IDENTITY)
+            device.attach_pasid(shared, 3)
+            assert reached(device, pasid=3) == RAM
+        one.detach_pasid(shared, 3)
+        assert (reached(one, pasid=3), reached(two, pasid=3)) == (None, RAM)
+        return
+    main = with_main(system, one)
+    two.attach(main)
+    able(system, one)
+    for n in range(3):
+        space = process(system, RAM + n * PAGE)
+        bond = one.bind(space)
+        assert reached(two, pasid=space.pasid) == RAM + n * PAGE
+        (bond.unbind, space.exit)[n % 2]()
+        assert reached(two, pasid=1) is None and reached(one, pasid=1) is None
+        space.exit()
+        if bond.references:
+            bond.unbind()
+        aux = system.paging_domain()
+        one.attach_aux(aux)
+        aux.map(PAGE, RAM + (8 + n) * PAGE, PAGE)
+        assert reached(two, pasid=aux.pasid(one)) == RAM + (8 + n) * PAGE
+        aux.unmap(PAGE, PAGE)
+        assert reached(two, pasid=aux.pasid(one)) is None
+        aux.map(PAGE, RAM, PAGE)
+        assert reached(two, pasid=aux.pasid(one)) == RAM
+        one.detach_aux(aux)
+        assert reached(two, pasid=aux.pasid(one)) is None
+        aux.free()
+
+
+def test_what_one_device_leaves_is_not_in_its_atc_while_others_have_it(make):
+    system = make(profile=AUX)
+    one, two = (system.device(8 + n, pasid_bits=4, ats=True) for n in range(2))
+    main = with_main(system, one)
+    two.attach(main)
+    for device in (one, two):
+        able(system, device)
+    aux = system.paging_domain()
+    one.attach_aux(aux)
+    two.attach_aux(aux)
+    aux.map(PAGE, RAM + PAGE, PAGE)
+    pasid = aux.pasid(one)
+    assert reached(one, pasid=pasid) == reached(two, pasid=pasid) == RAM + PAGE
+    entries = len(one.atcs[0])
+    one.detach_aux(aux)
+    assert len(one.atcs[0]) < entries and reached(two, pasid=pasid) == RAM + PAGE
+    two.detach_aux(aux)
+    assert reached(one, pasid=pasid) is None and reached(two, pasid=pasid) is None
+
+
+def test_new_leaves_are_told_and_leaves_that_go_too(make):
+    """An invalid descriptor of level 1 may be cached, and so may one that goes (F6, F39)."""
+    system = make()
+    group = system.group()
+    device = system.device([8, 0x300], pasid_bits=12, group=group)
+    queue = device.iommu.queue
+    queue.log = log = []
+    late = system.device(0x700)
+    assert ("CFGI_STE", 0x700, 0) in [(n, f.get("StreamID"), f.get("Leaf")) for n, f in log]
+    late.release()
+    domain = paging(system, device)
+    log.clear()
+    device.attach_pasid(domain, 1500)
+    leaf = [(f["StreamID"], f["SubstreamID"]) for n, f in log if n == "CFGI_CD" and not f["Leaf"]]
+    assert leaf == [(8, 1500), (0x300, 1500)]
+    # a second member whose memory is full: the first one's new leaf goes again
+    second = system.device(9, pasid_bits=12, group=group)
+    before = system.pages.in_use
+    log.clear()
+    original = type(second.master).set_pasid
+
+    def fails(master, *arguments):
+        if master is second.master:
+            raise RuntimeError("not this one")
+        original(master, *arguments)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(type(second.master), "set_pasid", fails)
+    with pytest.raises(RuntimeError, match="not this one"):
+        device.attach_pasid(domain, 3000)
+    patch.undo()
+    queue.log = None
+    leaf = [f["StreamID"] for n, f in log if n == "CFGI_CD" and not f["Leaf"]]
+    assert leaf == [8, 0x300, 8, 0x300]
+    assert system.pages.in_use == before and domain.users == 2
+    assert reached(device, pasid=3000) is None
+    table = device.master.own_table
+    assert system.memory.read_u64(table.base + 8 * 2) == 0 and 2 not in table.leaves
+
+
+def test_a_rolled_back_replace_leaves_nothing_in_the_atc(make):
+    """The device looks while the CD is the new domain's; then the ATC cannot be told."""
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True)
+    device.attach(IDENTITY)
+    one, two = paging(system, device), paging(system, device, RAM + PAGE)
+    device.attach_pasid(one, 3)
+    assert reached(device, pasid=3) == RAM
+    seen = []
+    original = type(device.master).flush_atc
+    patch = pytest.MonkeyPatch()
+    calls = []
+
+    def fails(master, ssid):
+        calls.append(ssid)
+        if len(calls) == 1:
+            device.atcs[0].clear()
+            seen.append(reached(device, pasid=3))
+            raise OSError("the medium refuses")
+        original(master, ssid)
+
+    patch.setattr(type(device.master), "flush_atc", fails)
+    with pytest.raises(OSError, match="refuses"):
+        device.replace_pasid(two, 3, AttachHandle())
+    patch.undo()
+    assert RAM + PAGE in seen
+    assert reached(device, pasid=3) == RAM and two.users == 0
+    assert len(two.invalidations) == 0
+
+
+@pytest.mark.parametrize("e2h", [False, True], ids=["", "e2h"])
+def test_what_an_smmu_cached_before_the_boot_is_not_reached(e2h):
+    """A warm start: whoever ran before left entries under ASIDs and VMIDs that will be used."""
+    memory = Memory()
+    memory.add_private(0, 1 << 40)
+    smmu = Smmu(memory, FULL, cr0=0, caches=Caches.server())
+
+    def run(base, pa):
+        system = System(smmu=smmu, pages=(base, 1 << 26), e2h=e2h)
+        one, two = system.device(8, pasid_bits=4), system.device(9)
+        first = paging(system, one, pa)
+        second = paging(system, two, pa, stage=2)
+        one.attach(first)
+        two.attach(second)
+        found = [reached(one), reached(two)]
+        return found, (first.asid, second.vmid)
+
+    old, tags = run(0x1000_0000, RAM)
+    assert old == [RAM, RAM]
+    new, again = run(0x2000_0000, RAM + PAGE)
+    assert tags == again
+    assert new == [RAM + PAGE, RAM + PAGE]
+    third = System(smmu=smmu, pages=(0x3000_0000, 1 << 26), e2h=e2h)
+    assert third.smmu.translate(8, PAGE).pa is None and third.stale() == []
+
+
+# --- groups ---
+
+
+@PROFILES
+@pytest.mark.parametrize("ats", [False, True], ids=["", "ats"])
+def test_whoever_joins_a_group_has_what_it_has(make, profile, ats):
+    system = make(profile=profile)
+    group = system.group()
+    one = system.device(8, pasid_bits=4, group=group, ats=ats)
+    if profile is AUX:
+        main = system.paging_domain()
+        group.attach(main)
+        one.enable_feature("SVA")
+    else:
+        main = paging(system, one)
+        group.attach(main)
+        other = paging(system, one, RAM + PAGE)
+        one.attach_pasid(other, 5)
+    space = process(system, RAM + 2 * PAGE)
+    bond = one.bind(space)
+    two = system.device(9, pasid_bits=4, group=group, ats=ats)
+    assert reached(two, pasid=space.pasid) == RAM + 2 * PAGE and two.domain is main
+    if profile is NOW:
+        assert reached(two, pasid=5) == RAM + PAGE
+        plain = system.device(10, group=group)  # it has no PASIDs
+        assert plain.domain is main and main.users == 3
+        plain.release()
+    else:
+        refused(errno.EINVAL, system.device, 10, group=group)  # no CD table for two widths
+    one.release()  # the bond was its own
+    assert bond.pasid == 0 and reached(two, pasid=1) is None
+    two.release()
+    assert (main.users, group.devices, len(system.iommus[0].devices)) == (0, [], 0)
+    space.exit()
+    space.table.close()
+    assert len(system.pasids) == 0
+
+
+def test_a_group_whose_member_is_being_reset_changes_nothing(make):
+    system = make()
+    group = system.group()
+    one = system.device(8, pasid_bits=4, ats=True, group=group)
+    main, other = paging(system, one), paging(system, one, RAM + PAGE)
+    group.attach(main)
+    one.attach_pasid(other, 3)
+    bond = one.bind(process(system))
+    one.reset_prepare()
+    for call in (
+        lambda: system.device(9, pasid_bits=4, group=group), lambda: group.set(IDENTITY),
+        lambda: group.attach(IDENTITY), lambda: one.attach_pasid(other, 4), bond.unbind,
+        lambda: one.detach_pasid(other, 3), lambda: one.replace_pasid(main, 3, AttachHandle()),
+        lambda: one.mediated().attach(other), one.reset_prepare,
+    ):  # fmt: skip
+        refused(errno.EBUSY, call)
+    assert system.iommus[0].devices == {8: one}
+    one.reset_done()
+    two = system.device(9, pasid_bits=4, ats=True, group=group)
+    for device in (one, two):
+        assert (reached(device), reached(device, pasid=3)) == (RAM, RAM + PAGE)
+    for device in (one, two):
+        refused(errno.EBUSY, device.reset_prepare)  # the other would go on
+    one.release()
+    two.reset_prepare()
+    two.release()
+    assert (main.users, other.users) == (0, 0)
+
+
+def test_the_only_member_with_pasids_takes_them_along(make):
+    system = make()
+    group = system.group()
+    plain = system.device(8, group=group)
+    able_one = system.device(9, pasid_bits=4, group=group)
+    other = paging(system, plain)
+    handle = AttachHandle()
+    plain.attach_pasid(other, 2, handle)
+    assert reached(able_one, pasid=2) == RAM and handle.domain is other
+    able_one.release()
+    assert (group.pasids, other.users, handle.domain) == ({}, 0, None)
+    third = system.device(10, pasid_bits=4, group=group)
+    assert reached(third, pasid=2) is None
+    plain.attach_pasid(other, 2, handle)
+    assert reached(third, pasid=2) == RAM
+
+
+def test_coherence_that_is_demanded_late_is_refused_where_it_cannot_be(make):
+    system = make()
+    group = system.group()
+    noisy = system.device(8, pasid_bits=4, coherent=False)
+    quiet = system.device(9, pasid_bits=4, group=group)
+    one, two = paging(system, noisy), paging(system, noisy)
+    noisy.attach_pasid(one, 3)
+    refused(errno.EINVAL, one.enforce_cache_coherency)
+    noisy.reset_prepare()
+    noisy.reset_done()
+    assert reached(noisy, pasid=3) == RAM
+    quiet.attach_pasid(two, 3)
+    two.enforce_cache_coherency()
+    refused(errno.EINVAL, noisy.attach_pasid, two, 4)
+    refused(errno.EINVAL, noisy.attach, two)
+    refused(errno.EINVAL, noisy.replace_pasid, two, 3, AttachHandle())
+    with pytest.raises(InvalidArgument, match="snoop"):
+        system.device(10, pasid_bits=4, coherent=False, group=group)
+    assert 10 not in system.iommus[0].devices
+    noisy.release()
+    one.enforce_cache_coherency()
+
+
+def test_a_group_attaches_on_all_devices_or_on_none(make, monkeypatch):
+    system = make()
+    group = system.group()
+    devices = [system.device(8 + n, pasid_bits=4, ats=True, group=group) for n in range(3)]
+    one, two = paging(system, devices[0]), paging(system, devices[0], RAM + PAGE)
+    group.attach(one)
+    last = devices[2].master
+    for name, call in (
+        ("attach", lambda: group.set(two)), ("set_pasid", lambda: devices[0].attach_pasid(two, 3)),
+    ):  # fmt: skip
+        original = getattr(type(last), name)
+
+        def fails(master, *arguments, original=original):
+            if master is last and two in arguments:
+                raise OSError("refused")
+            original(master, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(last), name, fails)
+            with pytest.raises(OSError, match="refused"):
+                call()
+        assert two.users == 0 and one.users == 3 and group.pasids == {}
+        for device in devices:
+            assert reached(device) == RAM and reached(device, pasid=3) is None
+
+
+def test_a_share_of_one_member_stays_when_another_leaves(make):
+    system = make()
+    group = system.group()
+    one, two = (system.device(8 + n, pasid_bits=4, group=group) for n in range(2))
+    share, domain = one.mediated(), paging(system, one)
+    share.attach(domain)
+    assert reached(two, pasid=share.pasid) == RAM
+    two.release()
+    assert share.translate(PAGE).pa == RAM and share.domain is domain
+    one.release()
+    assert (share.domain, domain.users, len(system.pasids)) == (None, 0, 0)
+
+
+# --- plugging in and out ---
+
+
+def cycles(system, count, profile, prompt):
+    """Plug a device in and out, with all that it may have."""
+    for _ in range(count):
+        device = able(system, system.device(8, pasid_bits=4, ats=True))
+        main = device.domain if profile is AUX else with_main_over(system, device)
+        domain = paging(system, device)
+        attach(system, device, domain)
+        share = device.mediated()
+        extra = paging(system, device)
+        share.attach(extra)
+        space = prompt()
+        device.bind(space)
+        two = device.paging_domain(nest_parent=True)
+        Viommu(two)
+        device.release()
+        for one in (domain, extra, main, two):
+            if one not in (IDENTITY, BLOCKED):
+                one.free()
+        space.exit()
+        space.table.close()
+
+
+def with_main_over(system, device):
+    """A main domain instead of the group's default one."""
+    domain = paging(system, device)
+    device.replace(domain)
+    return domain
+
+
+def growth(profile, count):
+    """What is in use after some cycles and after more: numbers, pages, Python objects."""
+    system = System(profile=profile, default_domain="paging" if profile is NOW else "blocked")
+    seen = []
+    for _ in range(2):
+        cycles(system, count, profile, lambda: AddressSpace.of(system))
+        gc.collect()
+        iommu = system.iommus[0]
+        seen.append((
+            len(system.asids), len(iommu.vmids), len(system.pasids), system.pages.in_use,
+            len(iommu.viommus), len(iommu.page_requests), len(iommu.smmu.devices),
+            len(gc.get_objects()) // 100,
+        ))  # fmt: skip
+    return seen
+
+
+@PROFILES
+def test_plugging_devices_in_and_out_leaves_nothing(profile):
+    first, second = growth(profile, 20)
+    assert first[:-1] == second[:-1] and first[:3] == (0, 0, 0)
+    assert second[-1] - first[-1] <= 2
+
+
+@pytest.mark.slow
+@PROFILES
+def test_ten_thousand_devices_plugged_in_and_out_leave_nothing(profile):
+    first, second = growth(profile, 5000)
+    assert first[:-1] == second[:-1] and second[-1] - first[-1] <= 2
+
+
+def test_8_bits_of_asids_are_enough_for_any_number_of_devices():
+    system = System(default_domain="paging", features=FULL.replace(asid16=0))
+    for _ in range(300):
+        device = system.device(8)
+        assert len(system.asids) == 1
+        device.release()
+    assert len(system.asids) == 0
+
+
+# --- PASIDs, limits and words ---
+
+
+def test_pasids_that_are_no_power_of_two_are_what_the_table_has(make):
+    system = make()
+    for count, most in ((5, 4), (1, 0), (2, 2), (3, 2), (1023, 512)):
+        device = system.device(8, pasids=count)
+        device.attach(IDENTITY)
+        assert device.max_pasids == most
+        domain = paging(system, device)
+        for pasid in (most, count):
+            refused(errno.EINVAL, device.attach_pasid, domain, max(pasid, 1))
+        if most:
+            device.attach_pasid(domain, most - 1)
+            assert reached(device, pasid=most - 1) == RAM
+        device.release()
+
+
+@PROFILES
+def test_a_device_whose_pasids_are_off_sends_none(make, profile):
+    system = make(profile=profile)
+    device = system.device(8, pasid_bits=4)
+    device.disable_pasid()
+    with pytest.raises(InvalidArgument, match="PASIDs are off in the device"):
+        device.translate(PAGE, pasid=1)
+    if profile is AUX:
+        with_main(system, device)
+        device.enable_feature("AUX")
+        assert device.pasid_enabled
+        refused(errno.EBUSY, device.init, ["AUX"])
+        assert "SVA" not in device.enabled_features
+        device.init()
+        refused(errno.EEXIST, device.init)
+        device.shutdown()
+        device.shutdown()
+        assert device.enabled_features == {}
+    else:
+        device.enable_pasid()
+        device.attach_pasid(paging(system, device), 3)
+        refused(errno.EBUSY, device.disable_pasid)
+
+
+MESSAGES = [
+    (AUX, lambda s, d: d.enable_feature("AUX", min_pasid=9, max_pasid=3),
+     "max_pasid (3) is below min_pasid (9); this device has PASIDs 1 to 15"),
+    (NOW, lambda s, d: s.pasids.find(7), "pasid 7 is not allocated"),
+    (NOW, lambda s, d: d.attach_pasid(IDENTITY, 1),
+     "an identity domain cannot be attached to a PASID"),
+    (NOW, lambda s, d: d.attach_pasid(BLOCKED, 1),
+     "a blocked domain cannot be attached to a PASID"),
+    (NOW, lambda s, d: d.attach_aux(d.paging_domain()),
+     "attach_aux() needs System(profile=AUX); this system follows NOW"),
+    (AUX, lambda s, d: d.attach_pasid(d.paging_domain(), 1),
+     "attach_pasid() needs System(profile=NOW); this system follows AUX"),
+    (NOW, lambda s, d: System(memory=Memory()),
+     "pages=(base, size) is required with memory=: where the driver may put its tables"),
+    (NOW, lambda s, d: System(profile="AUX"), "profile must be a Profile (AUX or NOW), not 'AUX'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("profile", "call", "text"), MESSAGES, ids=[text for *_, text in MESSAGES])
+def test_an_error_says_what_was_given_and_what_is_allowed(systems, profile, call, text):
+    system = systems(profile=profile)
+    device = system.device(8, pasid_bits=4)
+    with pytest.raises(IommuError) as error:
+        call(system, device)
+    assert str(error.value) == text
+
+
+def test_an_observer_that_changes_the_system_is_told_so(systems):
+    system = systems()
+    device = system.device(8, pasid_bits=4)
+    told = []
+
+    def change(*_):
+        try:
+            device.replace(IDENTITY)
+        except Busy as error:
+            told.append(str(error))
+
+    device.iommu.writer.observer = change
+    device.attach(paging(system, device))
+    device.iommu.writer.observer = None
+    assert set(told) == {"a callback may not change the system while it is being changed"}
+
+
+# --- order by order: what each rule and each invalidation is there for ---
+
+
+def test_neither_a_guest_nor_stage_2_carries_pasids(make):
+    system, device, host, viommu = nested(make)
+    two, one = paging(system, device, stage=2), paging(system, device)
+    guest = viommu.domain((0b1001, 0))
+    device.attach_pasid(one, 3)
+    for domain in (two, host, guest):
+        refused(errno.EBUSY, device.replace, domain)
+    assert reached(device, pasid=3) == RAM
+    device.detach_pasid(one, 3)
+    for domain in (two, host, guest):
+        device.replace(domain)
+        refused(errno.EINVAL, device.attach_pasid, one, 3)
+        refused(errno.EINVAL, device.bind, process(system))
+    assert (one.users, len(system.pasids), device.group.pasids) == (0, 0, {})
+
+
+def test_wide_tables_give_all_their_leaves_back(make):
+    system = make()
+    start = system.device(8, pasid_bits=12)
+    start.release()
+    used = system.pages.in_use
+    device = system.device(8, pasid_bits=12)
+    domain = paging(system, device)
+    for pasid in (1, 1024, 3000):
+        device.attach_pasid(domain, pasid)
+    device.release()
+    domain.free()
+    assert system.pages.in_use == used
+
+
+def test_a_guests_cds_are_read_again_after_the_host_unmaps(make):
+    system, device, host, viommu = nested(make)
+    guest = Guest(system, host)
+    device.attach(viommu.domain(guest.ste()))
+    assert reached(device) == reached(device, pasid=2) == RAM + 0x8000
+    host.unmap(Guest.IPA, 1 << 21)
+    host.map(Guest.IPA, RAM + (1 << 21), 1 << 21)  # where nothing was written
+    assert reached(device) is None and reached(device, pasid=2) is None
+    host.unmap(Guest.IPA, 1 << 21)
+    host.map(Guest.IPA, RAM, 1 << 21)
+    host.flush_all()
+    assert reached(device) == RAM + 0x8000
+
+
+def test_a_boot_is_complete_when_it_returns(make):
+    system = make(2)
+    for iommu in system.iommus:
+        assert iommu.queue.syncs >= 1
+        assert iommu.smmu.read("CMDQ_CONS") == iommu.smmu.read("CMDQ_PROD") == iommu.queue.prod
+
+
+def test_faults_of_other_devices_wait_on(make):
+    system = make()
+    devices = [system.device(8 + n, pasid_bits=4, stall=True) for n in range(2)]
+    asked = []
+    domains = [paging(system, device) for device in devices]
+    for device, domain in zip(devices, domains, strict=True):
+        domain.iopf = recorder(asked)
+        device.attach(domain)
+        device.attach_pasid(domain, 3)
+        stall(device, 0x10000)
+        stall(device, 0x10000, 3)
+    devices[0].replace(BLOCKED)
+    devices[0].detach_pasid(domains[0], 3)
+    assert [(one.sid, one.ssid) for one in system.smmu.stalls] == [(9, None), (9, 3)]
+    system.service()
+    assert asked == [(None, 0x10000), (3, 0x10000)] and system.smmu.stalls == []
+
+
+@PROFILES
+def test_a_dead_process_is_reached_through_no_cache(make, profile):
+    system = make(profile=profile)
+    devices = [able(system, system.device(8 + n, pasid_bits=4, ats=n > 0)) for n in range(2)]
+    space = process(system)
+    bonds = [device.bind(space) for device in devices]
+    for device in devices:
+        assert reached(device, pasid=space.pasid) == RAM
+    space.exit()
+    for device in devices:
+        assert reached(device, pasid=space.pasid) is None
+    assert len(devices[1].atcs[0]) == 0 and system.stale() == []
+    for bond in bonds:
+        bond.unbind()
+    assert len(system.pasids) == 0
+
+
+def test_a_pasid_is_taken_from_a_process_by_nobody_else(make):
+    system = make()
+    device = system.device(8, pasid_bits=4)
+    device.attach(IDENTITY)
+    space = process(system)
+    bond = device.bind(space)
+    (domain,) = space.domains.values()
+    refused(errno.EBUSY, device.detach_pasid, domain, space.pasid)
+    refused(errno.EBUSY, device.replace_pasid, paging(system, device), space.pasid, AttachHandle())
+    assert reached(device, pasid=bond.pasid) == RAM
+    refused(errno.EBUSY, domain.free)
+
+
+def test_a_domain_that_goes_while_it_is_asked_is_asked_no_more(make):
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True, pri=True)
+    device.attach(IDENTITY)
+    old, new = paging(system, device), paging(system, device)
+    asked = []
+
+    def leaves(fault):
+        asked.append(("old", fault.iova))
+        device.replace_pasid(new, 3, AttachHandle())
+        return True
+
+    old.iopf = leaves
+    new.iopf = lambda fault: asked.append(("new", fault.iova)) or True
+    device.attach_pasid(old, 3)
+    ask(device, 0x7000, 3, last=False)
+    ask(device, 0x8000, 3)
+    system.service()
+    assert asked == [("old", 0x7000)]
+    ask(device, 0x9000, 3)
+    system.service()
+    assert asked[1:] == [("new", 0x9000)]
+
+
+def test_tlbs_are_told_before_atcs(make):
+    """Else an ATC is filled again from what a TLB still holds (4.5.1)."""
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True)
+    main = with_main(system, device)
+    device.attach_pasid(main, 3)
+    queue = device.iommu.queue
+    queue.log = log = []
+    main.unmap(PAGE, PAGE)
+    queue.log = None
+    names = [name for name, _ in log]
+    tlb = next(n for n, name in enumerate(names) if name.startswith("TLBI"))
+    assert tlb < names.index("SYNC") < names.index("ATC_INV") and names[-1] == "SYNC"
+
+
+def test_a_range_larger_than_a_page_leaves_every_atc(make):
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True)
+    main = device.paging_domain()
+    device.attach(main)
+    device.attach_pasid(main, 3)
+    main.map(0x10000, RAM, 16 * PAGE)
+    for page in range(16):
+        for pasid in (None, 3):
+            assert reached(device, 0x10000 + page * PAGE, pasid) == RAM + page * PAGE
+    main.unmap(0x12000, 9 * PAGE)
+    for page in range(16):
+        for pasid in (None, 3):
+            left = None if 2 <= page < 11 else RAM + page * PAGE
+            assert reached(device, 0x10000 + page * PAGE, pasid) == left
+
+
+def test_a_rolled_back_attach_leaves_nothing_in_the_atc(make, monkeypatch):
+    system = make()
+    device = system.device(8, pasid_bits=4, ats=True)
+    one, two = paging(system, device), paging(system, device, RAM + PAGE)
+    device.attach(one)
+    assert reached(device) == RAM
+    seen = []
+    original = type(device.master)._ats_on
+
+    def fails(master, on):
+        if not seen:
+            device.atcs[0].clear()
+            seen.append(reached(device))
+            raise OSError("the medium refuses")
+        original(master, on)
+
+    monkeypatch.setattr(type(device.master), "_ats_on", fails)
+    with pytest.raises(OSError, match="refuses"):
+        device.replace(two)
+    assert seen == [RAM + PAGE] and device.domain is one and device.ats_enabled
+    assert reached(device) == RAM and two.users == 0
+
+
+def test_what_cannot_be_taken_back_stays_as_it_is():
+    done = []
+
+    def fails():
+        raise KeyError("no")
+
+    with pytest.raises(ValueError, match="first"), Undo() as outer:  # noqa: PT012
+        outer.add(done.append, "outer")
+        with Undo() as inner:
+            inner.add(done.append, "before")
+            inner.add(fails)
+            inner.add(done.append, "after")
+            raise ValueError("first")
+    assert done == ["after"]
+    with pytest.raises(ValueError, match="first"), Undo() as outer:  # noqa: PT012
+        outer.add(done.append, "outer")
+        raise ValueError("first")
+    assert done == ["after", "outer"]

@@ -19,7 +19,6 @@ from smmufast.iommu.smmu.invalidations import (
     S2_VMID_S1_CLEAR,
     Invalidations,
 )
-from smmufast.iommu.smmu.writer import ste_config
 from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
@@ -480,7 +479,7 @@ class NestedDomain(Domain):
         self.viommu = viommu
         self.ste = words[:2]
         # where the guest bypasses stage 1, or aborts, EATS says nothing
-        self.ats = ste_config(words[0]) == 5 and entry.eats(words) == 1
+        self.ats = entry.ste_config(words[0]) == 5 and entry.eats(words) == 1
         self.attachments: dict[Attachment, None] = {}
         self.system = parent.system
         self.iommu = parent.iommu

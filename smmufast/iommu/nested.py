@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import SupportsIndex
 
 from smmufast import layout
-from smmufast.errors import Busy, Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
+from smmufast.errors import Busy, CommandError, Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import Domain, NestedDomain, PagingDomain, check_nesting_parent
 
@@ -192,12 +192,12 @@ class Viommu:
             try:
                 if done:
                     queue.run(done)
-            except InputOutput as error:
-                if error.value not in done:
-                    raise
-                index = done.index(error.value)
-                name = _OPCODES[done[index] & 0xFF]
-                text = f"command {index}, {name}: {error}"
+            except CommandError as error:
+                bad = error.refused[0]
+                if bad.command not in done:
+                    raise  # the CMD_SYNC: a device does not answer
+                index = done.index(bad.command)
+                text = f"command {index}, {_OPCODES[bad.command & 0xFF]}: {bad.reason}"
                 raise InputOutput("commands", index, text=text) from error
         return len(done)
 
