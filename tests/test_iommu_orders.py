@@ -422,8 +422,8 @@ class Guest:
         self.memory, self.base = system.memory, base
         if not host.iova_to_phys(self.IPA):
             host.map(self.IPA, RAM, 1 << 21)
-        self.put("CD", 0, V=1, AA64=1, A=1, R=1, S=int(stall), T0SZ=25, IPS=5, EPD1=1, ASID=1, ASET=1,
-                 TTB0=self.IPA + base + 0x1000, MAIR0=0xFF)  # fmt: skip
+        self.put("CD", 0, V=1, AA64=1, A=1, R=1, S=int(stall), T0SZ=25, IPS=5, EPD1=1,
+                 ASID=1, ASET=1, TTB0=self.IPA + base + 0x1000, MAIR0=0xFF)  # fmt: skip
         cd = self.memory.read(RAM + base, 64)
         for ssid in (1, 2, 3):  # the same address space under each PASID, with ASIDs of their own
             fields = layout.unpack("CD", cd) | {"ASID": 1 + ssid}
@@ -645,7 +645,7 @@ def test_a_guests_commands_are_done_with_the_real_numbers_before_the_call_return
 
 
 def test_the_failing_command_of_a_guest_is_named(make):
-    system, device, host, viommu = nested(make)
+    _, device, _, viommu = nested(make)
     good = words_of("TLBI_NSNH_ALL")
     syncs = device.iommu.queue.syncs
     with pytest.raises(IommuError, match=r"command 2, CFGI_CD: the guest has no sid 0x21") as error:
@@ -701,7 +701,8 @@ def test_copies_of_the_constant_domains_are_what_they_were(make):
     system = make()
     device = system.device(8, ats=True)
     for domain, pa in ((IDENTITY, PAGE), (BLOCKED, None)):
-        for one in (copy.copy(domain), copy.deepcopy([domain])[0], pickle.loads(pickle.dumps(domain))):
+        kept = pickle.loads(pickle.dumps(domain))
+        for one in (copy.copy(domain), copy.deepcopy([domain])[0], kept):
             assert one is domain
             device.replace(one)
             assert reached(device) == pa
@@ -1185,7 +1186,7 @@ def test_a_new_main_domain_is_seen_through_a_warm_atc_at_every_stage(make):
     for n, domain in enumerate(domains):
         device.replace(domain)
         assert device.ats_enabled and reached(device) == RAM + n * PAGE
-    for n, domain in enumerate(domains):
+    for domain in domains:
         device.replace(domain)
         domain.unmap(PAGE, PAGE)
         assert reached(device) is None
@@ -1945,7 +1946,7 @@ def test_what_cannot_be_taken_back_stays_as_it_is():
     def fails():
         raise KeyError("no")
 
-    with pytest.raises(ValueError, match="first"), Undo() as outer:  # noqa: PT012
+    with pytest.raises(ValueError, match="first"), Undo() as outer:
         outer.add(done.append, "outer")
         with Undo() as inner:
             inner.add(done.append, "before")
@@ -1953,7 +1954,7 @@ def test_what_cannot_be_taken_back_stays_as_it_is():
             inner.add(done.append, "after")
             raise ValueError("first")
     assert done == ["after"]
-    with pytest.raises(ValueError, match="first"), Undo() as outer:  # noqa: PT012
+    with pytest.raises(ValueError, match="first"), Undo() as outer:
         outer.add(done.append, "outer")
         raise ValueError("first")
     assert done == ["after", "outer"]

@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from typing import SupportsIndex
 
 from smmufast import layout
-from smmufast.errors import Busy, CommandError, Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
+from smmufast.errors import (
+    Busy,
+    CommandError,
+    Exists,
+    InputOutput,
+    InvalidArgument,
+    NoEntry,
+    instance,
+    integer,
+)
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import Domain, NestedDomain, PagingDomain, check_nesting_parent
 
