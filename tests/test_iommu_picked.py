@@ -1,4 +1,8 @@
-"""PASIDs that callers choose and those of the allocator know each other (NOW profile)."""
+"""PASIDs that callers choose and PASIDs from the allocator know each other."""
+
+import copy
+import errno
+from collections import Counter
 
 import pytest
 
@@ -6,6 +10,7 @@ from smmufast import Features
 from smmufast.iommu import (
     AUX,
     IDENTITY,
+    PER_DEVICE,
     SYSTEM_WIDE_STRICT,
     AddressSpace,
     Busy,
@@ -14,121 +19,181 @@ from smmufast.iommu import (
     NoEntry,
     NoSpace,
     NotSupported,
+    OutOfMemory,
     System,
 )
 
-PAGE = 0x1000
-RAM = 0x8000_0000
+FULL = Features.full()
 
 
-def device_of(system, sid=8, **more):
-    device = system.device(sid, pasid_bits=3, **more)
-    device.attach(IDENTITY)
-    return device
-
-
-def test_a_process_gets_a_pasid_that_nobody_picked():
-    system = System()
-    device = device_of(system)
-    domain = device.paging_domain()
-    device.attach_pasid(domain, 1)
-    device.attach_pasid(domain, 3)
-    process = AddressSpace.of(system)
-    device.bind(process)
-    share = device.mediated()
-    share.attach(domain)
-    assert (process.pasid, share.pasid) == (2, 4)
-    assert device.alloc_pasid("mine") == 5
-    assert system.pasids.find(5) == "mine"
-
-
-def test_a_pasid_that_a_process_has_and_somebody_picked_elsewhere_is_busy():
-    system = System()
-    one, other = device_of(system), device_of(system, 9)
-    process = AddressSpace.of(system)
-    one.bind(process)
-    other.attach_pasid(other.paging_domain(), process.pasid)
-    with pytest.raises(Busy):
-        other.bind(process)
-    assert process.bonds[0].references == 1
-
-
-@pytest.mark.parametrize("end", ["detach", "replace", "release", "failure"])
-def test_a_pasid_that_is_picked_no_more_is_handed_out_again(end):
-    system = System()
-    device = device_of(system)
-    domain = device.paging_domain()
-    device.attach_pasid(domain, 1)
-    assert device.alloc_pasid() == 2
-    device.free_pasid(2)
-    if end == "detach":
-        device.detach_pasid(domain, 1)
-    elif end == "replace":
-        from smmufast.iommu import AttachHandle
-
-        other = device.paging_domain()
-        device.replace_pasid(other, 1, AttachHandle())
-        assert system.pasids.picked(1) == 1
-        device.detach_pasid(other, 1)
-    elif end == "release":
-        device.release()
-        device = device_of(system)
-    else:
-        device.detach_pasid(domain, 1)
-        domain.free()
-        with pytest.raises(IommuError):
-            device.attach_pasid(domain, 1)
-    assert system.pasids.picked(1) == 0
-    assert device.alloc_pasid() == 1
-
-
-def test_what_alloc_pasid_gave_can_be_attached_and_freed_while_it_is():
-    system = System()
-    device = device_of(system)
-    pasid = device.alloc_pasid()
-    domain = device.paging_domain()
-    device.attach_pasid(domain, pasid)
-    device.free_pasid(pasid)
-    assert device.alloc_pasid() != pasid  # it is attached
-    device.detach_pasid(domain, pasid)
-    assert device.alloc_pasid() == pasid
-
-
-def test_alloc_pasid_refuses_with_the_reason():
-    system = System(features=Features.full().replace(ssidsize=4), pasid_policy=SYSTEM_WIDE_STRICT)
-    wide, narrow = system.device(8, pasid_bits=8), system.device(9, pasid_bits=2)
-    none = system.device(10)
-    assert wide.max_pasids == 16 and narrow.max_pasids == 0
-    process = AddressSpace.of(system)
-    for call in (
-        narrow.alloc_pasid, lambda: narrow.bind(process),
-        lambda: narrow.attach_pasid(narrow.paging_domain(), 1),
-        lambda: narrow.mediated().attach(narrow.paging_domain()),
-    ):  # fmt: skip
-        with pytest.raises(IommuError, match=r"policy 'system wide, strict'.*2 bits.*4 bits"):
-            call()
-    for call in (none.alloc_pasid, lambda: none.bind(process)):
-        with pytest.raises(NoSpace, match="the device has no PASIDs"):
-            call()
-    for _ in range(15):
-        wide.alloc_pasid()
-    with pytest.raises(NoSpace):
-        wide.alloc_pasid()
-    with pytest.raises(NoEntry):
-        none.free_pasid(99)
-    old = System(profile=AUX).device(8, pasid_bits=4)
-    for call in (old.alloc_pasid, lambda: old.free_pasid(1)):
-        with pytest.raises(NotSupported, match="needs System"):
-            call()
-    with pytest.raises(InvalidArgument, match="strict"):
-        narrow.attach_pasid(narrow.paging_domain(), 1)
-
-
-def test_aux_on_a_device_that_the_policy_switched_off_names_the_policy():
-    system = System(
-        profile=AUX, features=Features.full().replace(ssidsize=4), pasid_policy=SYSTEM_WIDE_STRICT
+def attached(system):
+    """How often each PASID is attached, from the devices."""
+    return Counter(
+        ssid
+        for iommu in system.iommus
+        for device in {*iommu.devices.values()}
+        for ssid in device.master.attachments
+        if ssid
     )
-    device = system.device(9, pasid_bits=2)
-    for call in (lambda: device.enable_feature("AUX"), lambda: device.init(["AUX"])):
-        with pytest.raises(IommuError, match="system wide, strict"):
+
+
+def consistent(system):
+    """The space counts what is attached, no more and no less."""
+    pasids, count = system.pasids, attached(system)
+    assert {p: pasids.picked(p) for p in range(2100) if pasids.picked(p)} == dict(count)
+    return True
+
+
+def test_a_process_gets_a_pasid_that_nobody_chose(systems):
+    system = systems()
+    one, other = (system.device(sid, pasid_bits=4) for sid in (8, 9))
+    domain = one.paging_domain()
+    for pasid in (1, 2, 4):
+        one.attach_pasid(domain, pasid)
+    domain.map(0x1000, 0x8000_0000, 0x1000)
+    spaces = [AddressSpace.of(system) for _ in range(2)]
+    one.bind(spaces[0])
+    other.bind(spaces[1])  # also where nobody chose: the process may be bound to both
+    one.bind(spaces[1])
+    assert [space.pasid for space in spaces] == [3, 5]
+    share = one.mediated()
+    share.attach(one.paging_domain())
+    assert share.pasid == 6
+    assert consistent(system)
+    assert one.translate(0x1000, pasid=4).pa == 0x8000_0000
+    one.detach_pasid(domain, 2)
+    third = AddressSpace.of(system)
+    one.bind(third)
+    assert third.pasid == 2
+    assert consistent(system)
+
+
+def test_f31_where_a_process_has_a_pasid_that_was_chosen_elsewhere_it_is_busy(systems):
+    system = systems()
+    one, other = (system.device(sid, pasid_bits=4) for sid in (8, 9))
+    space = AddressSpace.of(system)
+    one.bind(space)
+    other.attach_pasid(other.paging_domain(), space.pasid)
+    with pytest.raises(Busy) as caught:
+        other.bind(space)
+    assert caught.value.errno == errno.EBUSY
+    assert consistent(system)
+    for bond in list(space.bonds):
+        bond.unbind()
+    pasid = space.pasid
+    space.exit()
+    assert pasid not in system.pasids
+    late = AddressSpace.of(system)  # the other device still has it
+    one.bind(late)
+    assert late.pasid == pasid + 1
+    assert consistent(system)
+
+
+def test_a_device_takes_a_pasid_as_iommu_alloc_global_pasid_does(systems):
+    system = systems()
+    device, other = (system.device(sid, pasid_bits=3) for sid in (8, 9))
+    domain = device.paging_domain()
+    device.attach_pasid(domain, 1)
+    pasid = device.alloc_pasid()
+    assert pasid == 2
+    device.attach_pasid(domain, pasid)
+    space = AddressSpace.of(system)
+    device.bind(space)
+    for number, who in ((pasid, other), (space.pasid, device)):
+        with pytest.raises(InvalidArgument):
+            who.free_pasid(number)
+    with pytest.raises(NoEntry):
+        device.free_pasid(1)  # attached, and allocated by nobody
+    device.free_pasid(pasid)
+    assert consistent(system)
+    assert [other.alloc_pasid() for _ in range(4)] == [4, 5, 6, 7]
+    with pytest.raises(NoSpace) as caught:
+        other.alloc_pasid()
+    assert caught.value.errno == errno.ENOSPC
+    device.detach_pasid(domain, pasid)
+    assert other.alloc_pasid() == pasid
+    with pytest.raises(NotSupported):
+        System(profile=AUX).device(1, pasid_bits=4).alloc_pasid()
+
+
+def test_a_group_counts_each_of_its_devices_also_those_that_come_and_go(systems):
+    system = systems()
+    first = system.device(8, pasid_bits=4)
+    domain = first.paging_domain()
+    first.attach_pasid(domain, 1)
+    second = system.device(9, pasid_bits=4, group=first.group)
+    third = system.device(10, group=first.group)  # without PASIDs
+    assert consistent(system) and system.pasids.picked(1) == 2
+    first.release()
+    assert consistent(system) and system.pasids.picked(1) == 1
+    third.release()
+    second.release()
+    assert consistent(system) and system.pasids.picked(1) == 0
+    assert system.device(8, pasid_bits=4).alloc_pasid() == 1
+
+
+@pytest.mark.parametrize("fails", range(3))
+def test_an_attach_that_fails_chooses_nothing(systems, fails):
+    system = systems()
+    device = system.device(8, pasid_bits=16)
+    domain = device.paging_domain()
+    device.attach(IDENTITY)
+    system.pages.fail_after(fails)
+    try:
+        device.attach_pasid(domain, 2000)
+    except OutOfMemory:
+        assert system.pasids.picked(2000) == 0
+    else:
+        assert system.pasids.picked(2000) == 1
+    finally:
+        system.pages.fail_after(None)
+    for wrong in (0, 1 << 16, -1):
+        with pytest.raises(IommuError):
+            device.attach_pasid(domain, wrong)
+    assert consistent(system)
+
+
+def test_a_reset_and_a_replacement_change_nothing_of_what_is_chosen(systems):
+    from smmufast.iommu import AttachHandle
+
+    system = systems()
+    device = system.device(8, pasid_bits=4)
+    device.attach_pasid(device.paging_domain(), 3)
+    device.replace_pasid(device.paging_domain(), 3, AttachHandle())
+    assert consistent(system)
+    device.reset_prepare()
+    assert consistent(system)
+    device.reset_done()
+    assert consistent(system)
+
+
+def test_a_copy_of_a_system_counts_for_itself(systems):
+    system = systems()
+    device = system.device(8, pasid_bits=4)
+    domain = device.paging_domain()
+    device.attach_pasid(domain, 1)
+    other = copy.deepcopy(system)
+    device.detach_pasid(domain, 1)
+    assert consistent(system) and consistent(other)
+    assert (system.pasids.picked(1), other.pasids.picked(1)) == (0, 1)
+
+
+def test_f22_every_refusal_of_a_device_that_the_policy_switched_off_says_so():
+    system = System(features=[FULL, FULL.replace(ssidsize=8)], pasid_policy=SYSTEM_WIDE_STRICT)
+    narrow = system.device(1, pasid_bits=6)
+    calls = (
+        lambda: narrow.attach_pasid(narrow.paging_domain(), 1),
+        lambda: narrow.bind(AddressSpace.of(system)),
+        lambda: narrow.mediated().attach(narrow.paging_domain()),
+        narrow.alloc_pasid,
+    )
+    for call in calls:
+        with pytest.raises(IommuError) as caught:
             call()
+        for part in ("'system wide, strict'", "64 PASIDs (6 bits)", "256 PASIDs (8 bits)"):
+            assert part in str(caught.value)
+    assert narrow.why_no_pasids in str(caught.value)
+    assert consistent(system)
+    none = System(pasid_policy=PER_DEVICE).device(1)
+    with pytest.raises(NoSpace, match="the device has no PASIDs"):
+        none.alloc_pasid()

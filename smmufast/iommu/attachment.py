@@ -8,7 +8,7 @@ group all follow from them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from smmufast.iommu.device import Device
@@ -24,8 +24,6 @@ class AttachHandle:
     """
 
     domain: Domain | None = None
-    #: Whether the caller chose the PASID, and not the system's allocator.
-    by_hand: ClassVar[bool] = True
 
     def check_detach(self, pasid: int) -> None:
         """Refuse that the PASID is taken away by a call that is not the holder's (EBUSY)."""
@@ -60,15 +58,17 @@ class Attachment:
     table: CdTable | None = None
     handle: AttachHandle | None = None
 
-    @property
-    def by_hand(self) -> bool:
-        """Whether a caller chose its PASID."""
-        return self.handle is None or self.handle.by_hand
-
     def link(self) -> None:
-        """Let the domain know that the SMMU may cache it for this master from now on."""
+        """Let the domain know that the SMMU may cache it for this master from now on.
+
+        Nobody else gets its PASID meanwhile, whoever chose it.
+        """
         self.domain.linked(self)
+        if self.ssid:
+            self.master.iommu.system.pasids.pick(self.ssid)
 
     def unlink(self) -> None:
         """Let the domain forget it; nothing in memory leads to the domain from here any more."""
         self.domain.unlinked(self)
+        if self.ssid:
+            self.master.iommu.system.pasids.unpick(self.ssid)

@@ -270,11 +270,6 @@ class Device:
             atc.on_page_request = self._ask if self.pri_supported else None
             self.smmu.devices[atc.sid] = atc
 
-    @property
-    def why_no_pasids(self) -> str:
-        """Why it has no PASIDs: its own, its SMMU's or the policy's doing; "" if it has."""
-        return self.iommu.why_no_pasids(self.pasids)
-
     def _ask(self, request: object) -> None:
         """A page request was made: the operating system is interrupted."""
         self.system.service()
@@ -438,47 +433,47 @@ class Device:
 
     # --- PASIDs, NOW profile ---
 
-    def alloc_pasid(self, data: object = None) -> int:
-        """Take a PASID that nobody has, for this device to attach (iommu_alloc_global_pasid).
+    @property
+    def why_no_pasids(self) -> str:
+        """Why `max_pasids` is 0: the policy and the widths, if it is the policy's doing."""
+        return self.iommu.why_no_pasids(self.pasids)
 
-        `bind` and mediated devices take theirs from the same space, and leave out what callers
-        chose by hand; so a caller who asks here never meets them.
-
-        Parameters
-        ----------
-        data : object, optional
-            What `System.pasids.find` returns for it.
-
-        Returns
-        -------
-        int
+    def alloc_pasid(self) -> int:
+        """Take a PASID that is nobody else's, to attach it (iommu_alloc_global_pasid).
 
         Raises
         ------
-        NotSupported
-            The AUX profile, in which a domain owns its PASID.
         NoSpace
-            The device has no PASIDs, or none is left (ENOSPC).
+            None is left, or the device has none (ENOSPC).
+        NotSupported
+            The AUX profile: a domain owns its PASID there.
         """
-        group = self.group
-        with group.system.lock:
-            need(group.system.profile, NOW, "alloc_pasid")
+        system = self.group.system
+        with system.lock:
+            need(system.profile, NOW, "alloc_pasid")
             if not self.max_pasids:
-                raise NoSpace("device", self, text=self.why_no_pasids)
-            return take_pasid(self, 1, self.max_pasids - 1, data)
+                raise NoSpace("device", self, text=f"device: {self.why_no_pasids}")
+            return take_pasid(self, 1, self.max_pasids - 1, self)
 
     def free_pasid(self, pasid: SupportsIndex) -> None:
         """Give back what `alloc_pasid` took (iommu_free_global_pasid).
+
+        While it is attached, nobody gets it.
 
         Raises
         ------
         NoEntry
             It is not allocated.
+        InvalidArgument
+            It is a process's, or another device's.
         """
-        group = self.group
-        with group.system.lock:
-            need(group.system.profile, NOW, "free_pasid")
-            group.system.give_pasid(integer("pasid", pasid))
+        system = self.group.system
+        with system.lock:
+            pasid = integer("pasid", pasid)
+            if system.pasids.find(pasid) is not self:
+                text = f"pasid {pasid:#x} was not allocated by the device"
+                raise InvalidArgument("pasid", pasid, text=text)
+            system.give_pasid(pasid)
 
     def attach_pasid(
         self, domain: Domain, pasid: SupportsIndex, handle: AttachHandle | None = None

@@ -155,6 +155,9 @@ class Group:
         """The last device has left: the default domain that was made for it ends."""
         default, self.default, self.owner = self.default, BLOCKED, None
         if isinstance(default, PagingDomain) and not default.freed and not default.users:
+            for child in default.children.values():
+                child.parent = None  # it may get another
+            default.children.clear()
             default.free()
 
     # --- PASIDs ---
@@ -169,7 +172,8 @@ class Group:
             if device.max_pasids and pasid >= device.max_pasids:
                 raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
         if not any(device.max_pasids for device in self.devices):
-            raise InvalidArgument("pasid", pasid, text=self.devices[0].why_no_pasids)
+            text = f"pasid: {self.devices[0].why_no_pasids}"
+            raise InvalidArgument("pasid", pasid, text=text)
         self.check_reset()
 
     def check_reset(self) -> None:
@@ -206,16 +210,15 @@ class Group:
                     undo.add(master.detach_pasid, pasid)
                 else:
                     undo.add(master.set_pasid, before.domain, pasid, before.handle)
-        if old is not None:
-            if old.handle is not None:
-                old.handle.domain = None
-            if old.by_hand:
-                self.system.pasids.unpick(pasid)
-        if domain is not None:
-            if handle is not None:
-                handle.domain = domain
-            if handle is None or handle.by_hand:
-                self.system.pasids.pick(pasid)  # the allocator gives it to nobody meanwhile
+        if old is not None and old.handle is not None:
+            old.handle.domain = None
+        if handle is not None:
+            handle.domain = domain
+
+    @property
+    def max_pasids(self) -> int:
+        """How many PASIDs all of its devices have that have any."""
+        return min((one.max_pasids for one in self.devices if one.max_pasids), default=0)
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""

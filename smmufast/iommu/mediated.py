@@ -24,8 +24,6 @@ class Shares(AttachHandle):
     PASID; the last takes it away (Linux: auxiliary_link_device of VT-d, which counts them).
     """
 
-    by_hand = False
-
     def __init__(self) -> None:
         self.members: list[Mediated] = []
 
@@ -110,8 +108,8 @@ class Mediated:
         """NOW: attach a PASID that nobody uses."""
         parent = self.parent
         if not parent.max_pasids:
-            raise InvalidArgument("device", parent, text=parent.why_no_pasids)
-        pasid = take_pasid(parent, 1, parent.max_pasids - 1, None)
+            raise InvalidArgument("device", parent, text=f"device: {parent.why_no_pasids}")
+        pasid = take_pasid(parent, 1, parent.max_pasids - 1, self)
         try:
             parent.attach_pasid(domain, pasid, handle)
         except BaseException:

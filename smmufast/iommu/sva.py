@@ -199,6 +199,7 @@ class AddressSpace:
         )  # fmt: skip
         space.table = table
         space._system = system
+        system.spaces.add(space)
         for name in _GEOMETRY:
             setattr(space, name, getattr(table, name))
         return space
@@ -324,7 +325,6 @@ class Bond(AttachHandle):
         How often it was bound; `unbind` that often ends it.
     """
 
-    by_hand = False
     _numbers = itertools.count()
 
     def __init__(self, device: Device, space: AddressSpace) -> None:
@@ -442,7 +442,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             raise Busy("space", space, text="space is another system's")
         first, last = system.profile.bind_range(device)
         if not device.max_pasids:
-            raise NoSpace("device", device, text=device.why_no_pasids)
+            raise NoSpace("device", device, text=f"device: {device.why_no_pasids}")
         with Undo() as undo:
             pasid = space.pasid
             if not pasid:
@@ -467,6 +467,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             group.set_pasid(domain, pasid, bond)
         space.pasid = pasid
         space._system = system
+        system.spaces.add(space)
         if space.table is not None:
             space.table.active = True
         return bond

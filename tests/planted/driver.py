@@ -241,7 +241,7 @@ MUTANTS = [
          "        \"\"\"Both stages are cached under the guest's VMID.\"\"\"\n"
          "        return ((S2_VMID, self.vmid), (S2_VMID_S1_CLEAR, self.vmid))",
          "        return ((S2_VMID, self.vmid),)", some("two_guests or guests_atc")),
-        ("bypass-with-eats-has-ats", "entry.ste_config(words[0]) == 5 and entry.eats(words) == 1",
+        ("bypass-with-eats-has-ats", "entry.eats(words) == 1 and entry.ste_config(words[0]) == 5",
          "entry.eats(words) == 1", some("stall_model")),
         ("the-old-asid-is-not-dropped",
          "            self.system.lock.defer(iommu.flush_asid, old)", "",
