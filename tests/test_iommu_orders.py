@@ -503,6 +503,30 @@ def test_two_guests_over_one_parent_may_use_the_same_asids(make):
     refused(errno.EINVAL, guests[1].invalidate, [words_of("TLBI_NSNH_ALL")])
 
 
+@pytest.mark.parametrize("ats", [False, True], ids=["", "ats"])
+def test_a_page_that_the_host_takes_is_reached_by_no_guest(make, ats):
+    """The guests' CDs and tables stay: what is cached of the page alone must go."""
+    system = make()
+    devices = [system.device(8 + n, pasid_bits=4, ats=ats) for n in range(2)]
+    host = devices[0].paging_domain(nest_parent=True)
+    for page in range(64):
+        host.map(Guest.IPA + page * PAGE, RAM + page * PAGE, PAGE)
+    for n, device in enumerate(devices):
+        guest = Guest(system, host, n * 0x10000)
+        viommu = Viommu(host)
+        viommu.add(0x20, device)
+        device.attach(viommu.domain(guest.ste(EATS=int(ats))))
+    for pasid in (None, 2):
+        for device in devices:
+            assert reached(device, pasid=pasid) == RAM + 0x8000
+        host.unmap(Guest.IPA + 0x8000, PAGE)
+        for device in devices:
+            assert reached(device, pasid=pasid) is None
+        host.map(Guest.IPA + 0x8000, RAM + 0x8000, PAGE)
+    for device in devices:
+        assert reached(device) == RAM + 0x8000
+
+
 def test_what_a_guest_has_cached_ends_with_its_attachment(make):
     system, device, host, viommu = nested(make)
     guest = Guest(system, host)
@@ -1186,8 +1210,9 @@ def test_a_new_main_domain_is_seen_through_a_warm_atc_at_every_stage(make):
     for n, domain in enumerate(domains):
         device.replace(domain)
         assert device.ats_enabled and reached(device) == RAM + n * PAGE
-    for domain in domains:
+    for n, domain in enumerate(domains):
         device.replace(domain)
+        assert reached(device) == RAM + n * PAGE
         domain.unmap(PAGE, PAGE)
         assert reached(device) is None
     device.replace(BLOCKED)
@@ -1798,7 +1823,9 @@ def test_a_guests_cds_are_read_again_after_the_host_unmaps(make):
     device.attach(viommu.domain(guest.ste()))
     assert reached(device) == reached(device, pasid=2) == RAM + 0x8000
     host.unmap(Guest.IPA, 1 << 21)
-    host.map(Guest.IPA, RAM + (1 << 21), 1 << 21)  # where nothing was written
+    other = RAM + (1 << 21)
+    host.map(Guest.IPA, other, 1 << 21)  # where the tables are, and no CD
+    system.memory.write(other + 0x1000, system.memory.read(RAM + 0x1000, 0x3000))
     assert reached(device) is None and reached(device, pasid=2) is None
     host.unmap(Guest.IPA, 1 << 21)
     host.map(Guest.IPA, RAM, 1 << 21)
