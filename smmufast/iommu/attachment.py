@@ -27,6 +27,10 @@ class AttachHandle:
     def check_detach(self, pasid: int) -> None:
         """Refuse that the PASID is taken away by a call that is not the holder's (EBUSY)."""
 
+    def belongs_to(self, device: Device) -> bool:
+        """Whether `release` is to end it with the device."""
+        return False
+
     def release(self, device: Device) -> None:
         """The device goes: end what the handle stands for, if that is the device's."""
 

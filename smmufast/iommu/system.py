@@ -398,7 +398,7 @@ class System:
         for pasid in pasids:
             one = group.attachment(pasid)
             assert one is not None
-            master.prepare_pasid(one.domain, pasid, undo)
+            master.prepare_pasid(one.domain, pasid, undo, domain)
         undo.add(master.drop_table)
         if domain is not master.domain:
             undo.add(master.attach, BLOCKED)

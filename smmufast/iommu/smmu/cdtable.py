@@ -136,6 +136,7 @@ class CdTable:
         for master in self.masters:
             master.enter_atcs(domain, ssid)
             undo.add(master.leave_atcs, domain, ssid)
+        undo.add(self.flush_atcs, ssid)
         undo.add(self._restore, ssid, old)
         self.write(ssid, domain.cd(self.stall))
         self.cds[ssid] = domain

@@ -142,7 +142,7 @@ def ste_nested(
     if config == 4:
         return ste_stage2(table, vmid, stall=stall, ats=False, features=features)
     ats = ats and eats(guest) == 1
-    two = _words("STE", V=1, Config=7, **_stage2(table, vmid, stall and not ats, features))
+    two = _words("STE", V=1, Config=7, MEV=1, **_stage2(table, vmid, stall and not ats, features))
     first = guest[0] & ~layout.mask("STE", "V", "Config") | two[0]
     second = guest[1] & ~_EATS.mask | two[1] | (1 << _EATS.shift if ats else 0)
     return (first, second, *two[2:])

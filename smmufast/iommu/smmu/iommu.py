@@ -510,9 +510,8 @@ class Iommu:
         return leaf + 64 * (sid & (1 << SPLIT) - 1)
 
     def forget(self, device: Device) -> None:
-        """Let the streams of a device go: they abort, and others may have them."""
+        """Let the streams of a device go, which abort: others may have them."""
         for sid in device.sids:
-            self.writer.write_ste(self.ste_address(sid), entry.ste_abort(), sid)
             self.devices.pop(sid, None)
 
     def store(self, address: int, word: int) -> None:
