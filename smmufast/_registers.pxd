@@ -62,7 +62,7 @@ cdef class Registers:
     cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF
     cdef uint64_t _load_from(self, Queues* q, str name) except? 0xFFFFFFFFFFFFFFFF
     cdef int _store(self, str name, uint64_t value) except -1
-    cdef int _warn(self, str name, str text) except -1
+    cdef int _warn(self, str name, str text, str row) except -1
     cdef bint _guarded(self, str name, uint64_t value) except -1
     cdef int _digest_features(self) except -1
     cdef int _digest(self) except -1

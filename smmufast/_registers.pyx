@@ -508,7 +508,7 @@ cdef class Registers:
         for name, value in given.items():
             self._values[name] = value & self._masks[name]
             if value & ~self._masks[name]:
-                self._warn(name, f"bits {value & ~self._masks[name]:#x} are ignored")
+                self._warn(name, f"bits {value & ~self._masks[name]:#x} are ignored", "S6.2-7")
         for name in ("EVENTQ_BASE", "CMDQ_BASE", "PRIQ_BASE"):
             if name in given:
                 self._place(name)
@@ -725,8 +725,9 @@ cdef class Registers:
         """
         return self._warnings
 
-    cdef int _warn(self, str name, str text) except -1:
-        self._warnings.append(RegisterWarning(name, text))
+    cdef int _warn(self, str name, str text, str row) except -1:
+        """Tell of a register; `row`, of docs/rules.md, where the text does not have it."""
+        self._warnings.append(RegisterWarning(name, f"{text} ({row})" if row else text))
         return 0
 
     # --- MMIO ---
@@ -799,7 +800,12 @@ cdef class Registers:
         cdef uint64_t field = <uint64_t>0xFFFFFFFFFFFFFFFF if bits == 64 else low_mask(bits)
         cdef uint64_t whole = to_address("value", value, field)
         if name is None:
-            self._warn(f"{offset:#x}", f"write of {size} bytes ignored: no register")
+            row = "S6.2-2" if offset < 0x10000 else "S6.2-3"
+            if size < 4 or offset % size:
+                row = "S6.2-9"
+            elif size == 8 and offset in OFFSETS:
+                row = "S6.2-10"
+            self._warn(f"{offset:#x}", f"write of {size} bytes ignored: no register", row)
             return
         if bits == 32 and name in WIDE:
             whole = self._load(name) & ~(field << shift) | whole << shift
@@ -837,7 +843,7 @@ cdef class Registers:
     cdef bint _guarded(self, str name, uint64_t value) except -1:
         """Whether an enable keeps a register from being written."""
         if PRESET.get(name) is not None and getattr(self._features, PRESET[name]):
-            self._warn(name, "write ignored: the register is preset")
+            self._warn(name, "write ignored: the register is preset", "S3.16-1")
             return True
         if name not in GUARDS:
             return False
@@ -845,7 +851,8 @@ cdef class Registers:
         if not self._values[guard] & bits:
             return False
         if value != self._load(name):
-            self._warn(name, f"write of {value:#x} ignored: {guard} is {self._values[guard]:#x}")
+            self._warn(name, f"write of {value:#x} ignored: {guard} is {self._values[guard]:#x}",
+                       "S6.2-11")
         return True
 
     # S3.11-8, S6.2-6, S6.2-7, S6.2-13, S6.3.11-1, S6.3.11.1-1, S6.3.11.1-2, S6.3.11.2-1, S6.3.14-2,
@@ -855,15 +862,15 @@ cdef class Registers:
         """Write a register: the one place where writes have their effects."""
         cdef uint64_t ignored, kept = 0
         if name in READ_ONLY:
-            self._warn(name, f"write of {value:#x} ignored: read-only")
+            self._warn(name, f"write of {value:#x} ignored: read-only", "S6.2-13")
             return 0
         if not self._masks[name]:
             if value:  # drivers write 0 to what is not there
-                self._warn(name, f"write of {value:#x} ignored: not implemented")
+                self._warn(name, f"write of {value:#x} ignored: not implemented", "S6.2-7")
             return 0
         ignored = value & ~<uint64_t>(self._masks[name] | HARMLESS.get(name, 0))
         if ignored:
-            self._warn(name, f"bits {ignored:#x} are ignored")
+            self._warn(name, f"bits {ignored:#x} are ignored", "S6.2-7")
         value &= self._masks[name]
         if self._guarded(name, value):
             return 0
@@ -873,7 +880,7 @@ cdef class Registers:
             return self._acknowledge(value)
         if name == "GBPA":
             if not value & GBPA_UPDATE:
-                self._warn(name, f"write of {value:#x} ignored: Update is 0")
+                self._warn(name, f"write of {value:#x} ignored: Update is 0", "S6.3.14.1-1")
                 return 0
             value &= ~GBPA_UPDATE
         elif name == "CR1":
@@ -882,7 +889,8 @@ cdef class Registers:
             if self._values["CR0"] & QUEUES_ENABLED:
                 kept |= ~CR1_TABLES
             if (value ^ <uint64_t>self._values[name]) & kept:
-                self._warn(name, f"bits {kept & WHOLE[name]:#x} stay: CR0 is {self.cr0:#x}")
+                self._warn(name, f"bits {kept & WHOLE[name]:#x} stay: CR0 is {self.cr0:#x}",
+                           "S6.3.11.2-1" if kept & ~CR1_TABLES else "S6.3.11.1-1")
             value = value & ~kept | self._values[name] & kept
         elif name == "CMDQ_CONS":
             self._cerror = <uint32_t>cmdq_cons_err(value)
@@ -906,7 +914,7 @@ cdef class Registers:
         if name.endswith("IRQ_CFG0") and value & self.core.hw.oas_over:
             self._warn(name, f"ADDR is {value:#x}: beyond the output address size of "
                              f"{self.core.hw.oas} bits: {value & ~self.core.hw.oas_over:#x} is "
-                             "used")
+                             "used", "S6.3.21-2")
         self._digest()
         return 0
 
@@ -956,7 +964,8 @@ cdef class Registers:
         cdef uint32_t idle = (value ^ self.queues.gerrorn) & ~(
             self.queues.gerror ^ self.queues.gerrorn)
         if idle:
-            self._warn("GERRORN", f"bits {idle:#x}: their errors were not active, and are so now")
+            self._warn("GERRORN", f"bits {idle:#x}: their errors were not active, and are so now",
+                       "S6.3.20-1")
         if gerror_acknowledge(&self.queues, value):
             try:
                 self._settle()
@@ -1158,18 +1167,20 @@ cdef class Registers:
         address = layout.unpack("STRTAB_BASE", self._values["STRTAB_BASE"])["ADDR"]
         if config["LOG2SIZE"] > self._features.sidsize:
             self._warn("STRTAB_BASE_CFG", f"LOG2SIZE is {config['LOG2SIZE']}: IDR1.SIDSIZE, "
-                                          f"{self._features.sidsize}, is used")
+                                          f"{self._features.sidsize}, is used", "S6.3.25-7")
         if config["FMT"] > 1:
-            self._warn("STRTAB_BASE_CFG", f"FMT is {config['FMT']}, a reserved code: linear")
+            self._warn("STRTAB_BASE_CFG", f"FMT is {config['FMT']}, a reserved code: linear",
+                       "S6.3.25-3")
         if hw.two_level and config["SPLIT"] != hw.split:
             self._warn("STRTAB_BASE_CFG", f"SPLIT is {config['SPLIT']}, a reserved code: "
-                                          f"{hw.split} is used")
+                                          f"{hw.split} is used", "S6.3.25-4")
         if address != hw.strtab:
             self._warn("STRTAB_BASE", f"ADDR is {address:#x}, not a multiple of the table's size: "
-                                      f"{<uint64_t>hw.strtab:#x} is used")
+                                      f"{<uint64_t>hw.strtab:#x} is used",
+                       "S6.3.24-4" if hw.two_level else "S6.3.24-3")
         if hw.strtab & hw.oas_over:
             self._warn("STRTAB_BASE", f"ADDR is {address:#x}: beyond the output address size of "
-                                      f"{hw.oas} bits")
+                                      f"{hw.oas} bits", "S3.4.3-5")
         return 0
 
     cdef int _check_queue(self, str queue) except -1:
@@ -1179,13 +1190,14 @@ cdef class Registers:
         base = layout.unpack(name, self._values[name])
         if base["LOG2SIZE"] > ring.log2size:
             self._warn(name, f"LOG2SIZE is {base['LOG2SIZE']}: IDR1.{queue}S, {ring.log2size}, "
-                             "is used")
+                             "is used", "S6.3.26-5")
         if base["ADDR"] & self.core.hw.oas_over:
             self._warn(name, f"ADDR is {base['ADDR']:#x}: beyond the output address size of "
-                             f"{self.core.hw.oas} bits: {<uint64_t>ring.base:#x} is used")
+                             f"{self.core.hw.oas} bits: {<uint64_t>ring.base:#x} is used",
+                       "S6.3.26-2")
         elif base["ADDR"] != ring.base:
             self._warn(name, f"ADDR is {base['ADDR']:#x}, not a multiple of the queue's size: "
-                             f"{<uint64_t>ring.base:#x} is used")
+                             f"{<uint64_t>ring.base:#x} is used", "S6.3.26-3")
         return 0
 
     cdef int _end(self, Port* port, int status) except -1:
@@ -1565,7 +1577,7 @@ cdef class Registers:
         cdef Port port
         self._cerror = cerror
         self._command_why = why
-        self._warn("CMDQ_CONS", cerror_text(cerror, why))
+        self._warn("CMDQ_CONS", cerror_text(cerror, why), None)
         port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["describe_cd", "describe_ste", "explain"]
 
 _U64 = (1 << 64) - 1
+_REC_CFG_ATS = layout.mask("CR2", "REC_CFG_ATS")
 _RECINVSID = layout.mask("CR2", "RECINVSID")
 _GRANULE = {"4K": 12, "16K": 14, "64K": 16}
 _KINDS = {
@@ -1077,6 +1078,9 @@ class _Story:
             reasons.append("as many stalls as STALL_MAX are recorded, or the event queue is full")
         elif not reasons:
             reasons.append("the event queue is full")
+            known = self.smmu is not None and self.smmu.cr2 & _REC_CFG_ATS
+            if fault.number < layout.Event.F_TRANSLATION and not known:
+                reasons.append("of a Translated transaction: CR2.REC_CFG_ATS=0")
         return f" ({' or '.join(reasons)})"
 
 

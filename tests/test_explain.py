@@ -671,3 +671,13 @@ def test_pointers_of_v3_0_have_48_bits():
 def test_output_sizes_are_limited_by_oas(code, oas, minor, bits):
     features = raw(oas=oas, arch_minor=minor, gran64k=1, ttf=2, s1p=1)
     assert _ips(code, features) == bits
+
+
+def test_an_error_of_a_translated_transaction_is_recorded_if_asked():
+    smmu = small_nested({"ats": 1})
+    smmu.write("CR0", smmu.cr0 | layout.mask("CR0", "ATSCHK"))
+    smmu.memory.write_u64(captures.STREAM_TABLE + 64 * NESTED, 0)
+    result = smmu.ats_translated(NESTED, 0x1000)
+    assert (result.fault.name, result.event) == ("C_BAD_STE", None)
+    assert "CR2.REC_CFG_ATS=0" in explain(result, smmu)
+    assert "CR2.REC_CFG_ATS" not in explain(smmu.translate(NESTED, 0), smmu)

@@ -100,7 +100,7 @@ def test_64_bit_registers_are_two_halves_or_one_access():
 @pytest.mark.parametrize(
     ("offset", "size"),
     [(0x20, 1), (0x20, 2), (0x21, 4), (0x22, 4), (0x20, 8), (0x28, 8), (0x84, 8), (0x98, 8),
-     (0x82, 8), (0x3C, 4), (0x50, 8)],
+     (0x82, 8), (0x3C, 4), (0x50, 8), (0x1_0000, 4)],
 )  # fmt: skip
 def test_accesses_of_other_sizes_read_as_zero_and_are_ignored(offset, size):
     smmu = device(cr0=1)
@@ -108,7 +108,42 @@ def test_accesses_of_other_sizes_read_as_zero_and_are_ignored(offset, size):
     assert smmu.read(offset, size) == 0
     smmu.write(offset, (1 << 8 * size) - 1, size)
     assert {name: smmu.read(name) for name in layout.REGISTERS} == before
-    assert smmu.warnings[-1] == (f"{offset:#x}", f"write of {size} bytes ignored: no register")
+    row = "S6.2-9" if size < 4 or offset % size else "S6.2-10" if size == 8 else "S6.2-2"
+    row = "S6.2-3" if offset >= 0x10000 else row
+    assert smmu.warnings[-1] == (
+        f"{offset:#x}", f"write of {size} bytes ignored: no register ({row})"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("writes", "row"),
+    [
+        ([("CR0", 1 << 31)], "S6.2-7"),
+        ([("IDR0", 0)], "S6.2-13"),
+        ([("S2PII", 1)], "S6.2-7"),
+        ([("CR0", 1), ("STRTAB_BASE", 64)], "S6.2-11"),
+        ([("GBPA", 1)], "S6.3.14.1-1"),
+        ([("CR0", 1), ("CR1", 0xFFF)], "S6.3.11.1-1"),
+        ([("CR0", 8), ("CR1", 0xFFF)], "S6.3.11.2-1"),
+        ([("GERROR_IRQ_CFG0", 1 << 48)], "S6.3.21-2"),
+        ([("GERRORN", 1)], "S6.3.20-1"),
+        ([("STRTAB_BASE_CFG", 17), ("CR0", 1)], "S6.3.25-7"),
+        ([("STRTAB_BASE_CFG", 2 << 16), ("CR0", 1)], "S6.3.25-3"),
+        ([("STRTAB_BASE_CFG", 1 << 16 | 7 << 6 | 8), ("CR0", 1)], "S6.3.25-4"),
+        ([("STRTAB_BASE", 0x9000_0040), ("STRTAB_BASE_CFG", 4), ("CR0", 1)], "S6.3.24-3"),
+        ([("STRTAB_BASE", 0x9000_0040), ("STRTAB_BASE_CFG", 1 << 16 | 8 << 6 | 12), ("CR0", 1)],
+         "S6.3.24-4"),
+        ([("STRTAB_BASE", 1 << 50), ("CR0", 1)], "S3.4.3-5"),
+        ([("CMDQ_BASE", 31), ("CR0", 8)], "S6.3.26-5"),
+        ([("CMDQ_BASE", 1 << 50), ("CR0", 8)], "S6.3.26-2"),
+        ([("CMDQ_BASE", 0x9000_0020 | 4), ("CR0", 8)], "S6.3.26-3"),
+    ],
+)  # fmt: skip
+def test_every_warning_names_its_row(writes, row):
+    smmu = device(FULL.replace(oas=5, sidsize=16))
+    for name, value in writes:
+        smmu.write(name, value)
+    assert row in [re.search(r"\((S[\d.]+-\d+)\)$", each.text)[1] for each in smmu.warnings]
 
 
 @pytest.mark.rule("S6.1-1")
