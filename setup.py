@@ -39,8 +39,6 @@ INLINE = [
 ]
 
 
-
-
 def flags(kind):
     """The flags for a compiler of this kind, "gcc" or "clang"."""
     given = os.environ.get("CFLAGS", "").split()
