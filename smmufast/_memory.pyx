@@ -14,19 +14,16 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from smmufast._bits cimport le64
+from smmufast._host cimport (
+    MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE,
+    madvise, mmap, munmap,
+)
 from smmufast._types cimport FETCH_NONE, NO_LEVEL, CallbacksC
 
 from collections import namedtuple
 from pickle import PickleBuffer
 
 from smmufast.faults import ACCESS_KINDS, ExternalAbort
-
-cdef extern from "<sys/mman.h>" nogil:
-    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void* addr, size_t length)
-    int madvise(void* addr, size_t length, int advice)
-    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MADV_HUGEPAGE
-    void* MAP_FAILED
 
 cdef extern from *:
     """

@@ -18,6 +18,9 @@ from smmufast._layout cimport (
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
+from smmufast._host cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
+)
 from smmufast._leaves cimport (
     leaves_alike, leaves_each, leaves_fill, leaves_switch, leaves_union, leaves_wide,
 )
@@ -35,12 +38,6 @@ from smmufast.errors import (
     Busy, Exists, InputOutput, InvalidArgument, NoDevice, NotSupported, OutOfMemory, OutOfRange,
     WrongType, instance,
 )
-
-cdef extern from "<sys/mman.h>" nogil:
-    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void* addr, size_t length)
-    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    void* MAP_FAILED
 
 cdef extern from "Python.h":
     # cpython.long raises its OverflowError, which names no argument

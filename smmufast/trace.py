@@ -193,6 +193,8 @@ class _Mapping:
         # the pages of a private mapping ("c") may be the only copy of what was written to them
         if getattr(array, "mode", "c") == "c" or self.stride <= 0:
             self.file = None
+        if not hasattr(self.file, "madvise"):  # where the host cannot be told
+            self.file = None
         if self.file is not None:
             start = np.frombuffer(self.file, np.uint8).ctypes.data
             self.first = array.ctypes.data - start

@@ -398,7 +398,7 @@ def source_files():
     """Every file of the sources: as git knows them, or as an sdist lists them."""
     made = {"PKG-INFO", "setup.cfg"}
     if (ROOT / ".git").exists():
-        listed = run("git", "ls-files", "-z", "-co", "--exclude-standard").split("\0")
+        listed = run("git", "ls-files", "-z").split("\0")
         return {name for name in listed if name and (ROOT / name).exists()}
     listed = (ROOT / "smmufast.egg-info" / "SOURCES.txt").read_text().split("\n")
     return {name for name in listed if name and ".egg-info/" not in name} - made
