@@ -32,15 +32,19 @@ cdef extern from *:
     """
     #define smmufast_add_fetch(p, v) __atomic_add_fetch((p), (v), __ATOMIC_RELAXED)
     #define smmufast_load_ptr(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
-    #define smmufast_store_ptr(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define smmufast_install(p, e, v) __atomic_compare_exchange_n( \
+        (p), (e), (v), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
     #define smmufast_swap(p, e, d) __atomic_compare_exchange_n( \
         (uint64_t *)(p), (e), (d), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
     """
     int64_t add_fetch "smmufast_add_fetch"(int64_t* p, int64_t v) noexcept nogil
     uint8_t* load_chunk "smmufast_load_ptr"(uint8_t** p) noexcept nogil
     uint8_t** load_leaf "smmufast_load_ptr"(uint8_t*** p) noexcept nogil
-    void store_chunk "smmufast_store_ptr"(uint8_t** p, uint8_t* v) noexcept nogil
-    void store_leaf "smmufast_store_ptr"(uint8_t*** p, uint8_t** v) noexcept nogil
+    # put a pointer where there is none; false: `found` is the one that is there
+    bint install_chunk "smmufast_install"(
+        uint8_t** p, uint8_t** found, uint8_t* v) noexcept nogil
+    bint install_leaf "smmufast_install"(
+        uint8_t*** p, uint8_t*** found, uint8_t** v) noexcept nogil
     bint swap_atomic "smmufast_swap"(
         uint8_t* p, uint64_t* expected, uint64_t desired) noexcept nogil
 
@@ -82,25 +86,39 @@ cdef uint8_t* chunk_of(Region* region, uint64_t offset) noexcept nogil:
     return load_chunk(&leaf[offset >> CHUNK_LG2 & ((1 << CHUNK_TABLE_LG2) - 1)])
 
 
+cdef uint8_t** make_leaf(uint8_t*** top) noexcept nogil:
+    """The table of chunks at `top`; of several threads that make one, the first one's stays."""
+    cdef uint8_t** leaf = load_leaf(top)
+    cdef uint8_t** found = NULL
+    if leaf != NULL:
+        return leaf
+    leaf = <uint8_t**>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t*))
+    if leaf == NULL or install_leaf(top, &found, leaf):
+        return leaf
+    free(leaf)
+    return found
+
+
 cdef uint8_t* make_chunk(Region* region, uint64_t offset) noexcept nogil:
     """As chunk_of, but allocate it; NULL when the host has no memory left."""
-    cdef uint8_t*** top = &region.chunks[offset >> (CHUNK_LG2 + CHUNK_TABLE_LG2)]
-    cdef uint8_t** leaf = load_leaf(top)
+    cdef uint8_t** leaf = make_leaf(&region.chunks[offset >> (CHUNK_LG2 + CHUNK_TABLE_LG2)])
     cdef uint8_t** slot
+    cdef uint8_t* found
     cdef void* chunk
     if leaf == NULL:
-        leaf = <uint8_t**>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t*))
-        if leaf == NULL:
-            return NULL
-        store_leaf(top, leaf)
+        return NULL
     slot = &leaf[offset >> CHUNK_LG2 & ((1 << CHUNK_TABLE_LG2) - 1)]
-    if load_chunk(slot) == NULL:
-        chunk = mmap(NULL, 1 << CHUNK_LG2, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if chunk == MAP_FAILED:
-            return NULL
-        store_chunk(slot, <uint8_t*>chunk)
-    return load_chunk(slot)
+    found = load_chunk(slot)
+    if found != NULL:
+        return found
+    chunk = mmap(NULL, 1 << CHUNK_LG2, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if chunk == MAP_FAILED:
+        return NULL
+    if install_chunk(slot, &found, <uint8_t*>chunk):
+        return <uint8_t*>chunk
+    munmap(chunk, 1 << CHUNK_LG2)
+    return found
 
 
 cdef inline void touch(Region* region, uint64_t offset, uint64_t n) noexcept nogil:
