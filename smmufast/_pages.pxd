@@ -270,10 +270,10 @@ cdef inline bint holds(Access* access, uint64_t address, uint64_t d) noexcept no
 
 
 cdef inline bint put_back(Access* access, uint64_t address, uint64_t d) noexcept nogil:
-    """Write a descriptor behind a failure, at the second try if need be; whether memory has it."""
+    """Write a descriptor that must not be lost, at the third try if need be; whether it is there."""
     cdef Access own
     cdef int _try
-    for _try in range(2):
+    for _try in range(3):
         access_open(&own, access)
         store_slow(&own, address, d)
         if not own.status:

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: language_level=3
 """PASID allocation: the class that owns the bitmaps of _pasid.pxd, and its errors."""
 

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """Smmu: the hardware half, and its faces."""
 
 cimport cython
@@ -7,7 +8,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_CheckExact, PyDict_Next, PyDict_Size
-from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
@@ -22,7 +23,9 @@ from smmufast._command cimport Effect, command_decode
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, cr0_smmuen, ste_ppar
 from smmufast._ints cimport digits_of
-from smmufast._memory cimport Log, Logged, Port, Ram, port_open, raise_port, to_address
+from smmufast._memory cimport (
+    Log, Logged, Port, Ram, look_for_signals, port_open, raise_port, to_address,
+)
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
     recorded_if_asked, translated_input,
@@ -123,7 +126,7 @@ COLUMNS = MappingProxyType(DTYPES)
 
 cdef object row_dtype(tuple names):
     """The dtype of rows that have some of the columns."""
-    return np.dtype([(name, DTYPES[name]) for name in names], align=True)
+    return np.dtype(list(zip(names, map(DTYPES.get, names), strict=True)), align=True)
 
 
 # Arrays that a caller may keep get copies of these: the names in a dtype can be assigned to.
@@ -399,7 +402,10 @@ cdef class TracedResult(Result):
     def fetches(self):
         """Every fetch that was made, in order, as Fetch tuples."""
         cdef uint32_t i
-        return [fetch_of(self.log, i) for i in range(self.log.count)]
+        cdef list found = []
+        for i in range(self.log.count):
+            found.append(fetch_of(self.log, i))
+        return found
 
 
 cdef TracedResult traced():
@@ -476,7 +482,10 @@ cdef class Segments:
 
     def __repr__(self):
         end = "" if self.result is None else f", then {self.result!r}"
-        return f"<Segments {[tuple(map(hex, s)) for s in self]}{end}>"
+        shown = []
+        for segment in self:
+            shown.append(tuple(map(hex, segment)))
+        return f"<Segments {shown}{end}>"
 
 
 # Walk.status, beside STATUS_DONE and STATUS_PENDING.
@@ -987,7 +996,10 @@ cdef enum:
 
 
 cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
-    """Translate a batch: 0, or FETCH_RAISED with the exception in the port."""
+    """Translate a batch: 0, or FETCH_RAISED with the exception in the port.
+
+    The caller has the caches.
+    """
     cdef int status
     port_open(port, core.ram, NULL)
     if (core.caches == NULL and core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0
@@ -998,10 +1010,7 @@ cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
         return status
     if core.caches == NULL:
         return each(core, port, batch)
-    caches_take(core)
-    status = cached(core, port, batch)
-    caches_give(core)
-    return status
+    return cached(core, port, batch)
 
 
 cdef enum:
@@ -1394,7 +1403,7 @@ cdef int run_pieces(
                 raise MemoryError()
         while done < batch.n:
             if done:
-                PyErr_CheckSignals()
+                look_for_signals()
             piece = batch[0]
             shift_columns(&piece, done)
             size = FLAGS if flags.by_row and threads == 1 else PIECE
@@ -1409,10 +1418,12 @@ cdef int run_pieces(
                 caches_give(core)
             else:
                 with nogil:
+                    caches_take(core)
                     if threads > 1:
                         status = by_threads(core, &port, &piece, threads)
                     else:
                         status = batch_run(core, &port, &piece)
+                    caches_give(core)
             if status:
                 raise_port(&port)
             done += piece.n
@@ -1888,7 +1899,7 @@ cdef class Smmu:
                     raise MemoryError()
                 if status < 0:
                     raise_port(&port)
-                PyErr_CheckSignals()
+                look_for_signals()
             array = np.empty(burst.count, PyArray_DescrNew(SEGMENT))
             if burst.count:
                 memcpy(cnp.PyArray_DATA(array), burst.rows, burst.count * sizeof(Row))
@@ -2134,7 +2145,8 @@ cdef SmmuC* api_acquire(void* obj) noexcept:
     Py_INCREF(smmu)
     smmu.core.ram.users += 1
     smmu.core.shared += 1
-    smmu._memory.handles += 1
+    smmu.core.handles += 1
+    smmu.core.ram.handles += 1
     return <SmmuC*>&smmu.core
 
 
@@ -2151,7 +2163,8 @@ cdef void api_release(SmmuC* handle) noexcept:
     cdef Core* core = <Core*>handle
     core.ram.users -= 1
     core.shared -= 1
-    (<Smmu>core.owner)._memory.handles -= 1
+    core.handles -= 1
+    core.ram.handles -= 1
     Py_DECREF(<object>core.owner)
 
 
@@ -2222,13 +2235,17 @@ cdef int api_translate_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
     cdef Core* core = <Core*>handle
     cdef Port port
     cdef BatchC batch
+    cdef int status
     if not batch_known(given, &batch):
         return STATUS_EINVAL
     if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
             or batch.access.data == NULL or not ssids_legal(&batch)
             or not accesses_legal(&batch)):
         return STATUS_EINVAL
-    return api_end(&port, batch_run(core, &port, &batch))
+    caches_take(core)
+    status = batch_run(core, &port, &batch)
+    caches_give(core)
+    return api_end(&port, status)
 
 
 cdef int api_walk_told(Core* core, WalkC* walk, int status) noexcept nogil:

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """Page tables in memory: map, unmap, dirty state; and the blocks of memory that they lie in."""
 
 cimport cython
@@ -1335,7 +1336,7 @@ cdef class PageTable:
             raise InvalidArgument("ias", ias, f"25 to {most} with this granule")
         if number("oas", oas) not in SIZES or oas > most:
             raise InvalidArgument(
-                "oas", oas, f"{', '.join(str(n) for n in SIZES if n <= most)} with this granule")
+                "oas", oas, f"{'32, 36, 40, 42, 44, 48' + ', 52' * (most == 52)} with this granule")
         if dirty and stage == 2:
             raise NotSupported("dirty", dirty, text="dirty is tracked by stage 1 only")
         t.stride = t.granule - 3
