@@ -1305,7 +1305,7 @@ cdef object to_integer(str name, value):
     try:
         return PyNumber_Index(value)
     except TypeError:
-        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
 
 
 cdef int to_flag(str name, value) except -1:
@@ -1354,5 +1354,11 @@ cdef uint64_t to_address(
     """A number up to `last` from any integer, or an error that names the argument."""
     number = to_integer(name, value)
     if not 0 <= number <= last:
-        raise ValueError(f"{name}: {number:#x} given; 0 to {last:#x} allowed")
+        raise out_of_range(name, number, last)
     return number
+
+
+cdef object out_of_range(str name, number, last):
+    """The error of a number that is not one of 0 to `last`."""
+    given = number if -10 < number < 10 else f"{number:#x}"
+    return ValueError(f"{name} must be 0 to {last:#x}, not {given}")

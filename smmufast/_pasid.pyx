@@ -13,6 +13,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 cimport numpy as cnp
 
+from smmufast._memory cimport to_flag
+
 import errno as _errno
 
 import numpy as np
@@ -262,7 +264,7 @@ cdef class PasidAllocator:
         first = integer(first, "first")
         if not 0 <= first <= size:
             raise ValueError(f"first must be in 0..{size} (size), got {shown(first)}")
-        p.cyclic = bool(cyclic)
+        p.cyclic = to_flag("cyclic", cyclic)
         p.size = size
         words = (p.size + 63) // 64
         filled = (words + 63) // 64
@@ -595,6 +597,9 @@ cdef class PasidAllocator:
         """Return the number of allocated IDs."""
         return self.pasids.n_allocated
 
+    def __bool__(self):
+        return True
+
     def __iter__(self):
         """Iterate over the allocated IDs in ascending order; see Notes for changes meanwhile."""
         cdef uint32_t last = self.pasids.size - 1
@@ -682,7 +687,7 @@ cdef class PasidAllocator:
         cdef bytes free_bits, reserved_bits
         cdef dict owners
         cyclic, cursor, free_bits, reserved_bits, owners = state
-        cyclic = bool(cyclic)
+        cyclic = to_flag("cyclic", cyclic)
         cursor = integer(cursor, "cursor")
         owners = dict(owners)
         if not 0 <= cursor <= p.size:

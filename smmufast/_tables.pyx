@@ -25,7 +25,7 @@ from smmufast._layout cimport (
 from smmufast._leaves cimport (
     leaves_alike, leaves_each, leaves_fill, leaves_switch, leaves_union, leaves_wide,
 )
-from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open
+from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, to_flag
 from smmufast._pages cimport (
     ACCESS_NO_MEMORY, FRAME_LG2, SMALLEST_LG2, Access, Frame, PagesC, access_drop, access_open, clz, ctz, holds,
     load_slow, order_add, pages_alloc, pages_free, pages_zero, store_slow, store_twice,
@@ -110,7 +110,7 @@ def vectors(on=None):
         What holds from now on: False where the processor has none.
     """
     if on is not None:
-        leaves_switch(on)
+        leaves_switch(to_flag("on", on))
     return bool(leaves_wide)
 
 
@@ -138,7 +138,7 @@ cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
         given = PyNumber_Index(value)
     except TypeError:
         raise WrongType(
-            name, value, text=f"{name}: {type(value).__name__} given; an integer needed") from None
+            name, value, text=f"{name} must be an integer, not {type(value).__name__}") from None
     if not 0 <= given <= 0xFFFFFFFFFFFFFFFF:
         raise InvalidArgument(name, given, "0 to 2^64 - 1")
     return given
@@ -156,6 +156,14 @@ cdef inline uint64_t number(str name, value) except? 0xFFFFFFFFFFFFFFFF:
         if PyErr_Occurred():
             PyErr_Clear()
     return number_slow(name, value)
+
+
+cdef int flag(str name, value) except -1:
+    """An argument that is true or false, or an error that names it."""
+    try:
+        return to_flag(name, value)
+    except (TypeError, ValueError) as error:
+        raise WrongType(name, value, text=str(error)) from None
 
 
 # --- blocks of memory ---
@@ -1323,6 +1331,9 @@ cdef class PageTable:
         cdef Tree* t = &self.tree
         cdef int level, bits, most
         cdef uint64_t sizes = 0
+        cdef bint tracked = flag("dirty", dirty), forced = flag("fwb", fwb)
+        cdef bint hints = flag("contiguous", contiguous), shared = flag("coherent", coherent)
+        cdef bint begins = flag("ready", ready)
         if self.pages is not None:
             raise InvalidArgument("pages", text="the page table has its pages already")
         if stage not in (1, 2):
@@ -1337,7 +1348,7 @@ cdef class PageTable:
         if number("oas", oas) not in SIZES or oas > most:
             raise InvalidArgument(
                 "oas", oas, f"{'32, 36, 40, 42, 44, 48' + ', 52' * (most == 52)} with this granule")
-        if dirty and stage == 2:
+        if tracked and stage == 2:
             raise NotSupported("dirty", dirty, text="dirty is tracked by stage 1 only")
         t.stride = t.granule - 3
         for level in range(4):
@@ -1371,13 +1382,14 @@ cdef class PageTable:
         t.output_last = low_mask(oas)
         t.low_address = low_mask(48) & ~low_mask(t.granule)
         t.high_address = 0xF000 if t.granule == 16 else 0
-        t.hints = bool(contiguous)
+        t.hints = hints
         for level in range(64):
             t.attributes[level] = (
-                stage1_attributes(level, dirty) if stage == 1 else stage2_attributes(level, fwb))
+                stage1_attributes(level, tracked) if stage == 1
+                else stage2_attributes(level, forced))
         self.stage, self.ias, self.oas = stage, bits, oas
-        self.contiguous, self.dirty = bool(contiguous), bool(dirty)
-        self.coherent, self.fwb = bool(coherent), bool(fwb)
+        self.contiguous, self.dirty = hints, tracked
+        self.coherent, self.fwb = shared, forced
         t.pages = &pages.c
         t.access = &self.access
         access_open(t.access, &pages.c.access)
@@ -1387,7 +1399,7 @@ cdef class PageTable:
         t.tag = pages.c.tags << 3
         self.pages = pages
         self.state = NOT_READY | (0 if t.plain else SLOW)
-        if ready:
+        if begins:
             try:
                 self._make_root()
             except BaseException:
@@ -1522,7 +1534,7 @@ cdef class PageTable:
 
     @ready.setter
     def ready(self, value):
-        cdef bint ready = bool(value)
+        cdef bint ready = flag("ready", value)
         self._open()
         if ready == (not self.state & NOT_READY):
             return
@@ -2234,7 +2246,7 @@ cdef class PageTable:
         cdef cnp.npy_intp count
         cdef uint8_t* data
         cdef Dirty cleared
-        cdef bint clean = bool(clear)
+        cdef bint clean = flag("clear", clear)
         memset(&cleared, 0, sizeof(cleared))
         self._open()
         if self.stage != 1:
@@ -2289,7 +2301,7 @@ cdef class PageTable:
 
     @active.setter
     def active(self, value):
-        cdef bint active = bool(value)
+        cdef bint active = flag("active", value)
         self._wait()
         self.tree.active = active
 

@@ -28,6 +28,11 @@ KINDS = ("stage 1", "stage 2", "combined")
 LG2 = (12, 14, 16, 21, 25, 29, 30, 34, 36, 39, 42, 47, 48, 52)
 #: what a table translates, of every granule
 TABLES = (21, 25, 29, 30, 36, 39, 42, 47, 48)
+# granule and level of the table that translates so much (lg2)
+REACH = {
+    granule + (4 - level) * (granule - 3): (granule, level)
+    for granule in (12, 14, 16) for level in range(4)
+}  # fmt: skip
 BASES = (0, 0x1_0000_0000, 0xFFFF_0000_0000_0000, 0xFFFF_FFFF_FFFF_0000)
 VMIDS = (0, 1, 2, 3, 0x8001)
 ASIDS = (0, 1, 2, 0xFFFF)
@@ -83,20 +88,21 @@ def pick_entry(choose, lg2s=LG2):
 def pick_table(choose):
     kind, world, vmid, asid = pick_tags(choose)
     lg2 = choose.choice(TABLES)
+    granule, level = REACH[lg2]
     return WalkEntry(
         start=pick_address(choose) >> lg2 << lg2,
-        table=choose.getrandbits(52),
+        table=choose.getrandbits(52) >> granule << granule,
         lg2=lg2,
         kind=kind,
         world=world,
         vmid=vmid,
         asid=asid,
-        output=choose.getrandbits(52),
+        output=choose.getrandbits(52) >> granule << granule,
         bits=choose.getrandbits(64),
         sid=choose.getrandbits(32),
         ssid=choose.getrandbits(32),
-        level=choose.randrange(0, 4),
-        granule=choose.choice((12, 14, 16)),
+        level=level,
+        granule=granule,
         extra=choose.randbytes(7),
     )
 
@@ -489,7 +495,8 @@ def test_one_request_counts_once_whatever_sizes_there_are():
     for i, lg2 in enumerate(LG2):
         caches.fill(TlbEntry(1 << 60 | i << 55, 0, lg2=lg2))
     for i, lg2 in enumerate(TABLES):
-        caches.fill_walk(WalkEntry(1 << 60 | i << 55, 0, lg2=lg2))
+        granule, level = REACH[lg2]
+        caches.fill_walk(WalkEntry(1 << 60 | i << 55, 0, lg2, level=level, granule=granule))
     assert caches.lookup(0) is None
     assert caches.lookup(1 << 60 | 5 << 55)
     assert caches.lookup_walk(0) is None
