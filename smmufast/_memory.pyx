@@ -832,9 +832,8 @@ cdef class Memory:
                               "refer to this memory")
         old = region[0]
         self._remove(region)
-        # last, for finalizers may run
-        owned = self._callables.pop(key, None)
         region_close(&old)
+        self._callables.pop(key, None)  # last, for finalizers may run
 
     @property
     def regions(self):
@@ -1309,10 +1308,10 @@ cdef object to_integer(str name, value):
 
 
 cdef int to_flag(str name, value) except -1:
-    """A truth value: True, False, 0 or 1; what merely has one, such as a string, is none."""
+    """A truth value: True, False or None, 0 or 1; a string, which merely has one, is none."""
     if value is True:
         return 1
-    if value is False:
+    if value is False or value is None:
         return 0
     try:
         number = PyNumber_Index(value)

@@ -270,7 +270,7 @@ cdef inline bint holds(Access* access, uint64_t address, uint64_t d) noexcept no
 
 
 cdef inline bint put_back(Access* access, uint64_t address, uint64_t d) noexcept nogil:
-    """Write a descriptor that must not be lost, at the third try if need be; whether it is there."""
+    """Write a descriptor that must not be lost, at the third try if need be; whether it is so."""
     cdef Access own
     cdef int _try
     for _try in range(3):

@@ -89,7 +89,7 @@ cdef dict OFFSETS = {}  # of each 32-bit word: the register, and how far up in i
 cdef dict WHOLE = {}    # bits that are fields
 
 for _record in layout.REGISTERS.values():
-    WHOLE[_record.name] = sum(_field.mask for _field in _record.fields)
+    WHOLE[_record.name] = sum(map(attrgetter("mask"), _record.fields))
     for _word in range(0, _record.bytes, 4):
         OFFSETS[_record.offset + _word] = (_record.name, 8 * _word)
         if _record.offset >= 0x10000:

@@ -378,7 +378,7 @@ cdef class Result:
     def __eq__(self, other):
         if not isinstance(other, Result):
             return NotImplemented
-        return said_by(self) == said_by(other)
+        return said_by(self) == said_by(other) and self.fetches == other.fetches
 
     def __hash__(self):
         return hash(said_by(self))
@@ -426,14 +426,6 @@ cdef class TracedResult(Result):
 
     def __dealloc__(self):
         free(self.log)
-
-    def __eq__(self, other):
-        if not isinstance(other, TracedResult):
-            return NotImplemented if isinstance(other, Result) else False
-        return said_by(self) == said_by(other) and self.fetches == other.fetches
-
-    def __hash__(self):
-        return hash(said_by(self))
 
     def __reduce__(self):
         return _traced_restored, (
@@ -1989,8 +1981,9 @@ cdef class Smmu:
         sid, iova : int or 1-D array
             uint32 and uint64; other integer arrays are converted.  Scalars are repeated.
         ssid : int, 1-D array or None
-            uint32; 0xFFFFFFFF in an array is a transaction without one.
-        write, priv, instr : bool or 1-D bool array
+            uint32; NO_SUBSTREAM, 0xFFFFFFFF, is a transaction without one.
+        write, priv, instr : bool or 1-D array
+            An array of bool, or of 0 and 1 of any integer type.
         out : structured array or dict of 1-D arrays, optional
             Where results go: the columns it has are those that are computed.  With it, and with
             inputs of the dtypes above, nothing is allocated.  A structured array takes less time

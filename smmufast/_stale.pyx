@@ -71,8 +71,11 @@ cdef list fields_of(str name, entry):
 cdef str differences(str name, entry, now):
     """Field by field, what the tables give now and what is cached."""
     pairs = zip(fields_of(name, entry), fields_of(name, now), strict=True)
-    return ", ".join([f"{field}: {shown(b)} now, {shown(a)} cached"
-                      for (field, a), (_, b) in pairs if a != b])
+    found = []
+    for (field, a), (_, b) in pairs:
+        if a != b:
+            found.append(f"{field}: {shown(b)} now, {shown(a)} cached")
+    return ", ".join(found)
 
 
 cdef str pair_text(uint32_t sid, uint32_t ssid):

@@ -27,8 +27,8 @@ from smmufast._leaves cimport (
 )
 from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, to_flag
 from smmufast._pages cimport (
-    ACCESS_NO_MEMORY, FRAME_LG2, SMALLEST_LG2, Access, Frame, PagesC, access_drop, access_open, clz, ctz, holds,
-    load_slow, order_add, pages_alloc, pages_free, pages_zero, store_slow, store_twice,
+    ACCESS_NO_MEMORY, FRAME_LG2, SMALLEST_LG2, Access, Frame, PagesC, access_drop, access_open,
+    clz, ctz, holds, load_slow, order_add, pages_alloc, pages_free, pages_zero, store_slow, store_twice,
 )
 
 import os
@@ -1295,7 +1295,7 @@ cdef class PageTable:
     stage 1 leaves have nG and AF, and no unprivileged access only with PRIV.  Stage 2 starts one
     level lower, with up to 16 tables side by side, where the output size admits no other start.
 
-    A call that raises has changed nothing, but for unmap, and read_dirty when `flush` raises.  Where
+    A call that raises has changed nothing, but for unmap and read_dirty when `flush` raises.  Where
     the memory refuses that something be undone as well, what it holds stays, and counts as mapped.
 
     Several threads may share it.  A call for 16384 granules or more releases the GIL, and calls of

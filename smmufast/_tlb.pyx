@@ -14,7 +14,8 @@ from libc.string cimport memcpy, memset
 
 from smmufast._bits cimport le64, low_mask
 from smmufast._cache cimport (
-    PLRU_WAYS_MAX, POLICY_FIFO, POLICY_LRU, POLICY_PLRU, CacheC, Counters, c_assert, cache_bytes, cache_close, cache_drop,
+    PLRU_WAYS_MAX, POLICY_FIFO, POLICY_LRU, POLICY_PLRU, CacheC, Counters, c_assert, cache_bytes,
+    cache_close, cache_drop,
     cache_find, cache_hit, cache_hits, cache_open, cache_put, cache_reset_counters, cache_victim,
     ctz64, order_words, tag_at,
 )
@@ -1525,10 +1526,11 @@ cdef class Caches:
 
     def __repr__(self):
         views = (self.ste, self.cd, self.tlb, self.walk1, self.walk2)
-        shown = [
-            f"{view.name} {len(view)}/{view.geometry.sets * view.geometry.ways}"
-            for view in views if view is not None
-        ]
+        shown = []
+        for view in views:
+            if view is not None:
+                geometry = view.geometry
+                shown.append(f"{view.name} {len(view)}/{geometry.sets * geometry.ways}")
         return f"<Caches: {', '.join(shown) or 'none'}>"
 
     # --- TLB ---

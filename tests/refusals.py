@@ -169,7 +169,8 @@ def scenarios(granule):
     yield "map beside", near, some, lambda t: t.map(6 * g, RAM, 3 * g)
     yield "map far", [*near, (5 << 33, 4 * g)], some, lambda t: t.map(5 << 33, RAM, 3 * g)
     yield "map a run", near, some, lambda t: t.map(run * g, RAM, run * g)
-    yield "map_sg", near, some, lambda t: t.map_sg(4 * g, [(RAM, g), (RAM + 4 * g, 2 * g), (RAM, g)])
+    pieces = [(RAM, g), (RAM + 4 * g, 2 * g), (RAM, g)]
+    yield "map_sg", near, some, lambda t: t.map_sg(4 * g, pieces)
     yield "unmap pages", near, some, lambda t: t.unmap(0, 3 * g)
     yield "unmap all", near, some, lambda t: t.unmap(0, 4 * g)
     yield "unmap a table", near, some, lambda t: t.unmap(0, block)

@@ -1,4 +1,4 @@
-"""What is made when it is first needed, by several threads at once without the GIL, is made once."""
+"""What is made when it is first needed, by several threads without the GIL, is made once."""
 
 import sys
 import threading

@@ -79,7 +79,7 @@ def test_a_gather_takes_no_note_of_an_unmap_that_failed():
 
 def test_a_map_flushes_what_a_failed_flush_left():
     """Or hardware would go to the page that was there before."""
-    medium, t = table()
+    _, t = table()
     t.map(0, RAM, PAGE)
     t.fill()
     good, calls = t.flush, []
@@ -101,7 +101,7 @@ def test_a_map_flushes_what_a_failed_flush_left():
 
 
 def test_a_flush_that_fails_once_is_made_up_for_at_once():
-    medium, t = table()
+    _, t = table()
     t.map(0, RAM, PAGE)
     t.fill()
     good = t.flush

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mapfail import Medium  # noqa: E402
+from mapfail import Medium
 
 from smmufast.errors import InputOutput
 
