@@ -425,7 +425,8 @@ print("fine")
 def test_a_fork_beside_a_batch_gives_a_child_that_works(caches, count):
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-P", "-c", FORK, caches, str(count)],
-                          capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+                          capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": path})  # fmt: skip
     assert done.returncode == 0 and "fine" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
