@@ -12,7 +12,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = os.environ.get("SMMUFAST_DEBUG") == "1"
-MODULES = ["_memory", "_pasid", "_registers", "_smmu", "_stale", "_tables", "_tlb"]
+MODULES = ["_memory", "_pasid", "_registers", "_ring", "_smmu", "_stale", "_tables", "_tlb"]
 
 # The rules are small functions with constant arguments: a driver is fast when all of them are
 # inlined into it, which exceeds what the compiler allows itself by default.

@@ -186,6 +186,29 @@ cdef inline int pages_alloc(PagesC* p, unsigned int lg2, uint64_t* address) noex
     return -1
 
 
+cdef inline int pages_claim(PagesC* p, uint64_t address, unsigned int lg2) noexcept nogil:
+    """Hand out one certain block of 2^lg2 bytes, as pages_alloc; -1 if no free block holds it."""
+    cdef int want = <int>lg2 - SMALLEST_LG2, k
+    cdef uint64_t i
+    if (want < 0 or want >= p.n_orders or address < p.base or address - p.base >= p.size
+            or address & low_mask(lg2)):
+        return -1
+    for k in range(want, p.n_orders):
+        i = (address - p.origin) >> (SMALLEST_LG2 + k)
+        if not bit_of(p.orders[k].free[0], i):
+            continue
+        order_drop(&p.orders[k], i)
+        while k > want:
+            k -= 1
+            i = (address - p.origin) >> (SMALLEST_LG2 + k)
+            order_add(&p.orders[k], i ^ 1)  # the half that it is not in
+        p.orders[want].taken[i >> 6] |= <uint64_t>1 << (i & 63)
+        p.in_use += <uint64_t>1 << lg2
+        p.blocks += 1
+        return 0
+    return -1
+
+
 cdef inline int pages_free(PagesC* p, uint64_t address, unsigned int lg2) noexcept nogil:
     """Take back what pages_alloc handed out for this size; -1 if it did not."""
     cdef int k = <int>lg2 - SMALLEST_LG2

@@ -28,7 +28,8 @@ from smmufast._leaves cimport (
 from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, to_flag
 from smmufast._pages cimport (
     ACCESS_NO_MEMORY, FRAME_LG2, SMALLEST_LG2, Access, Frame, PagesC, access_drop, access_open,
-    clz, ctz, holds, load_slow, order_add, pages_alloc, pages_free, pages_zero, store_slow, store_twice,
+    bit_of, clz, ctz, holds, load_slow, order_add, pages_alloc, pages_claim, pages_free,
+    pages_zero, store_slow, store_twice,
 )
 
 import os
@@ -388,6 +389,34 @@ cdef class Pages:
         if count >> 62:
             raise InvalidArgument("n", n, "0 to 2^62 - 1, or None")
         self.c.fail_after = <int64_t>count
+
+    def _handed_out(self):
+        """List the blocks that are handed out, in order: address and log2 of the size."""
+        cdef PagesC* p = &self.c
+        cdef uint64_t at = p.base, end = p.base + p.size, i
+        cdef int k
+        cdef list blocks = []
+        while at < end:
+            for k in range(p.n_orders):
+                i = (at - p.origin) >> (SMALLEST_LG2 + k)
+                if (at - p.origin) & low_mask(SMALLEST_LG2 + k):
+                    continue
+                if bit_of(p.orders[k].taken, i):
+                    blocks.append((at, SMALLEST_LG2 + k))
+                    break
+                if bit_of(p.orders[k].free[0], i):
+                    break
+            at += <uint64_t>1 << (SMALLEST_LG2 + k)
+        return blocks
+
+    @classmethod
+    def _restored(cls, memory, base, size, blocks):
+        """Pages of a copied memory with the same blocks handed out, whose contents stay."""
+        cdef Pages self = cls(memory, base, size)
+        for address, lg2 in blocks:
+            if pages_claim(&self.c, address, lg2):
+                raise InvalidArgument("blocks", address, "free blocks of the range")
+        return self
 
     @property
     def base(self):
@@ -2291,6 +2320,89 @@ cdef class PageTable:
         if cleared.page_lg2 and t.active:
             self.flush(cleared.first, cleared.last, cleared.page_lg2, False)
         return out
+
+    # --- copies, which go with their memory and their pages ---
+
+    def _contents(self):
+        """What a copy needs beside the memory: arguments of the constructor, and tables.
+
+        Raises
+        ------
+        Busy
+            A flush failed and is still due.
+        """
+        cdef Tree* t = &self.tree
+        cdef Frame* frame
+        cdef uint32_t i = t.tables
+        cdef uint64_t sizes = 0
+        cdef int k
+        cdef list tables = []
+        self._wait()
+        if self.own.page_lg2 or self.own.tables:
+            raise Busy("table", text="an invalidation of the page table failed, and is still due")
+        for k in range(t.start, 4):
+            if t.used >> k & 1:
+                sizes |= <uint64_t>1 << t.shift[k]
+        while i:
+            frame = &t.frames[i - 1]
+            tables.append((i - 1, frame.owner - t.tag, frame.entries, frame.level, frame.noted))
+            i = frame.after
+        shape = {
+            "stage": self.stage, "granule": 1 << t.granule, "ias": self.ias, "oas": self.oas,
+            "contiguous": bool(self.contiguous), "dirty": bool(self.dirty),
+            "coherent": bool(self.coherent), "fwb": bool(self.fwb), "page_sizes": sizes,
+        }
+        notes = []
+        for k in range(t.n_notes):
+            notes.append((t.notes[k].iova, t.notes[k].level))
+        return shape, (bool(self.state & CLOSED), bool(self.state & NOT_READY), bool(t.active),
+                       t.root, t.mapped, t.table_bytes, tables, notes)
+
+    def _is_block(self, uint64_t address, uint64_t size):
+        """Whether the pages have handed out this block."""
+        cdef PagesC* p = self.tree.pages
+        cdef int lg2
+        if p == NULL or size < 64 or size > p.size:
+            return False
+        lg2 = 64 - clz(size - 1)
+        return (p.base <= address < p.base + p.size and not (address - p.origin) & low_mask(lg2)
+                and bit_of(p.orders[lg2 - SMALLEST_LG2].taken, (address - p.origin) >> lg2))
+
+    def _restore(self, contents):
+        """Take over the tables that `_contents` told of; the pages have their blocks already."""
+        cdef Tree* t = &self.tree
+        cdef Frame* frame
+        cdef uint32_t i
+        cdef int k
+        closed, not_ready, active, root, mapped, table_bytes, tables, notes = contents
+        if root and not self._is_block(root, t.root_bytes):
+            raise InvalidArgument("contents", root, "tables in blocks that are handed out")
+        if len(notes) > NOTES:
+            raise InvalidArgument("contents", notes, f"{NOTES} notes")
+        for _, level in notes:
+            if not 0 <= level < 4:
+                raise InvalidArgument("contents", level, "notes of levels 0 to 3")
+        for i, owner, entries, level, noted in tables:
+            if (not self._is_block(t.origin + (<uint64_t>i << FRAME_LG2), 1 << t.granule)
+                    or t.frames[i].owner or owner > UNLINKED or level > UNLINKED):
+                raise InvalidArgument("contents", i, "tables in blocks that are handed out")
+        if closed:
+            self.state |= CLOSED
+        if not not_ready:
+            self.state &= ~NOT_READY
+        t.active, t.root, t.mapped, t.table_bytes = active, root, mapped, table_bytes
+        for i, owner, entries, level, noted in reversed(tables):
+            frame = &t.frames[i]
+            frame.owner = t.tag + <uint32_t>owner
+            frame.entries, frame.level, frame.noted = entries, level, noted
+            frame.before = frame.next = 0
+            frame.after = t.tables
+            if t.tables:
+                t.frames[t.tables - 1].before = i + 1
+            t.tables = i + 1
+        for k in range(len(notes)):
+            t.notes[k].iova, t.notes[k].level = notes[k]
+        t.n_notes = <int>len(notes)
 
     # --- what an STE or CD says of it ---
 

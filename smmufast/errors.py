@@ -6,8 +6,17 @@ and what is allowed; these three are attributes too.
 
 # The causes are named for what they are; all are errors.
 # ruff: noqa: N818
+from __future__ import annotations
+
 import errno as _errno
 import operator as _operator
+from dataclasses import dataclass as _dataclass
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from smmufast.why import Why
 
 
 def _shown(value: object) -> str:
@@ -151,6 +160,74 @@ class InputOutput(IommuError, RuntimeError):
     """EIO: the SMMU did not do what it was told."""
 
     errno = _errno.EIO
+
+
+@_dataclass(frozen=True)
+class Refused:
+    """A command that an SMMU refused.
+
+    Attributes
+    ----------
+    index : int or None
+        Its place among the commands since the last CMD_SYNC, from 0; None if it was put before.
+    command : int
+        The command, 128 bits.
+    error : int
+        CMDQ_CONS.ERR: 1 illegal, 2 an aborted fetch, 3 an ATC that did not answer in time, which
+        the CMD_SYNC behind it tells.
+    why : Why or None
+        The rule that it does not meet, as the model of the SMMU says it.
+    """
+
+    index: int | None
+    command: int
+    error: int
+    why: Why | None
+
+    @property
+    def reason(self) -> str:
+        """The error in words."""
+        text = {1: "illegal command", 2: "abort of a command fetch", 3: "ATC timeout"}
+        reason = text.get(self.error, "unknown error")
+        return f"{reason}: {self.why.sentence()}" if self.why else reason
+
+    def __str__(self) -> str:
+        """Which one, and why."""
+        which = "" if self.index is None else f" {self.index},"
+        opcode = self.command & 0xFF
+        return f"command{which} {opcode:#x} ({self.command:#034x}) was refused: {self.reason}"
+
+
+class CommandError(InputOutput):
+    """EIO: an SMMU refused commands, and did the others.
+
+    Attributes
+    ----------
+    refused : tuple of Refused
+        In the order of the queue, one at least.
+    """
+
+    refused: tuple[Refused, ...] = ()
+
+    @classmethod
+    def of(cls, refused: Sequence[Refused]) -> CommandError:
+        """Make the error of some commands; `value` is the first of them."""
+        error = cls("command", refused[0].command, text="; ".join(map(str, refused)))
+        error.refused = tuple(refused)
+        return error
+
+    @property
+    def index(self) -> int | None:
+        """Which command was the first to be refused, counted from the last CMD_SYNC."""
+        return self.refused[0].index if self.refused else None
+
+    @property
+    def reason(self) -> str:
+        """Why that one was."""
+        return self.refused[0].reason if self.refused else ""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return *super().__reduce__(), self.__dict__
 
 
 class OutOfMemory(IommuError, MemoryError):

@@ -1,5 +1,7 @@
 """Slow twins of PasidSpace, IdSpace and IovaAllocator: one record for each ID, and searches."""
 
+from collections import Counter
+
 from smmufast.errors import (
     AccessDenied,
     Busy,
@@ -30,6 +32,7 @@ class SpaceTwin:
         self.capacity = 1 << 20
         self.installed = False
         self.reserved = 0
+        self.picks = Counter()
         self.notifiers = []  # (order, who, set or None, mm or None)
         self.told = []
         self.backends = []  # [(name, functions, backend), ...]
@@ -42,8 +45,15 @@ class SpaceTwin:
             self.fixed = 1 << 20
             if self.policy != "per device":
                 for smmu in self.smmus:
-                    self.fixed = min(self.fixed, smmu)
+                    if smmu > 1:
+                        self.fixed = min(self.fixed, smmu)
+                    elif self.policy == "system wide, every SMMU":
+                        self.fixed = 1
         return self.fixed
+
+    def off(self):
+        """Whether the policy may take all PASIDs from a device."""
+        return self.policy == "system wide, strict" or self.limit() == 1
 
     def max_pasids(self, device):
         if device < 0:
@@ -54,7 +64,7 @@ class SpaceTwin:
         return min(usable) if min(usable) > 1 else 0
 
     def check(self, pasid, device):
-        if self.policy == "system wide, strict" and self.max_pasids(device) == 0:
+        if self.off() and self.max_pasids(device) == 0:
             raise NoDevice("device_max_pasids")
         if pasid >= self.max_pasids(device):
             raise PasidOverflow("pasid")
@@ -62,7 +72,7 @@ class SpaceTwin:
     def device_range(self, device, low=0, high=0):
         most = self.max_pasids(device)
         if most == 0:
-            if self.policy == "system wide, strict":
+            if self.off():
                 raise NoDevice("device_max_pasids")
             raise NoSpace("device_max_pasids")
         if low < 0 or high < 0:
@@ -94,15 +104,13 @@ class SpaceTwin:
             raise NoSpace("count")
         last = self.limit() - 1
         if self.backends:
-            pasid = self.backends[0][2].alloc(low, last if high is None else high)
-            if pasid is None:
-                raise NoSpace("pasid")
-            if pasid in self.ids or not 1 <= pasid < 1 << 20:
-                self.backends[0][2].free(pasid)
-                raise NoSpace("pasid")
+            pasid = self.ask(low, last if high is None else high)
         else:
             last = last if high is None else min(last, high)
-            free = [pasid for pasid in range(low, last + 1) if pasid not in self.ids]
+            free = [
+                pasid for pasid in range(low, last + 1)
+                if pasid not in self.ids and not self.picks[pasid]
+            ]  # fmt: skip
             if not free:
                 raise NoSpace("pasid")
             pasid = free[0]
@@ -110,6 +118,33 @@ class SpaceTwin:
         self.ids[pasid] = record
         self.tell("ALLOC", pasid)
         return pasid
+
+    def ask(self, low, high):
+        """Ask the backend until it gives what nobody picked; give the others back then."""
+        backend, others = self.backends[0][2], []
+        while True:
+            pasid = backend.alloc(low, high)
+            if pasid is None or pasid in self.ids or not self.picks[pasid] or pasid in others:
+                break
+            others.append(pasid)
+        bad = pasid is not None and (
+            pasid in self.ids or not 1 <= pasid < 1 << 20 or self.picks[pasid] > 0
+        )
+        for each in [pasid] * bad + others:
+            backend.free(each)
+        if bad or pasid is None:
+            raise NoSpace("pasid")
+        return pasid
+
+    def pick(self, pasid):
+        if not 1 <= pasid < 1 << 20:
+            raise InvalidArgument("pasid")
+        self.picks[pasid] += 1
+
+    def unpick(self, pasid):
+        if not self.picks[pasid]:
+            raise NoEntry("pasid")
+        self.picks[pasid] -= 1
 
     def alloc_many(self, count, low=1, high=None, name=None, data=None):
         if count < 0 or low < 1 or (high is not None and high < low):
@@ -388,6 +423,14 @@ class IdTwin:
                 return number
         raise Busy("id")
 
+    def narrow(self, bits):
+        if any(number >= 2**bits for number in self.taken):
+            raise Busy("id")
+        self.last = min(self.last, 2**bits - 1)
+
+    def widen(self, bits):
+        self.last = max(self.last, 2**bits - 1)
+
     def claim(self, number, data=None):
         if not 1 <= number <= self.last:
             raise InvalidArgument("id")
@@ -412,6 +455,7 @@ class IovaTwin:
     def __init__(self, first, last, granule, align_limit=None):
         self.granule = granule
         self.free_granules = set(range(first // granule, (last + 1) // granule))
+        self.reserved_granules = set()
         self.last = last
         self.align_limit = align_limit
         self.taken = {}
@@ -451,6 +495,17 @@ class IovaTwin:
 
     def reserve(self, first, last):
         granules = set(range(first // self.granule, last // self.granule + 1))
-        if last < first or not granules <= self.free_granules:
+        if last < first or not granules <= self.free_granules | self.reserved_granules:
             raise InvalidArgument("first")
         self.free_granules -= granules
+        self.reserved_granules |= granules
+
+    @property
+    def reserved(self):
+        found = []
+        for granule in sorted(self.reserved_granules):
+            first = granule * self.granule
+            if found and found[-1][1] == first - 1:
+                first = found.pop()[0]
+            found.append((first, (granule + 1) * self.granule - 1))
+        return found

@@ -11,11 +11,11 @@ import textwrap
 import pytest
 
 import smmufast
-from smmufast import _memory, _pasid, _registers, _smmu, _tables, _tlb
+from smmufast import _memory, _pasid, _registers, _ring, _smmu, _tables, _tlb
 
 CLASSES = [
     cls
-    for module in (_memory, _pasid, _registers, _smmu, _tables, _tlb)
+    for module in (_memory, _pasid, _registers, _ring, _smmu, _tables, _tlb)
     for cls in vars(module).values()
     if inspect.isclass(cls) and cls.__module__ == module.__name__ and not issubclass(
         cls, BaseException) and not hasattr(cls, "_fields")

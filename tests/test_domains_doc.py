@@ -23,6 +23,20 @@ def test_every_behaviour_has_a_test_and_every_such_test_is_listed():
         assert numbered and set(tests) == numbered, number
 
 
+def test_what_the_proposal_asks_has_a_call_and_tests_that_exist():
+    names = {
+        name
+        for path in HERE.glob("test_*.py")
+        for name in re.findall(r"^def (test_[a-z0-9_]+)", path.read_text(), re.MULTILINE)
+    }
+    rows = re.findall(r"^\| S(\d+) \| .+ \| .+ \| (.+) \|$", DOC.read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 13))
+    for number, listed in rows:
+        tests = set(re.findall(r"`(\w+)`", listed))
+        assert tests and tests <= names, number
+        assert {name for name in names if f"_s{int(number):02}_" in name} <= tests, number
+
+
 def test_the_examples_of_the_page_print_what_it_shows():
     blocks = re.findall(
         r"^```python$\n(.+?)^```$(?:\n\n^```text$\n(.+?)^```$)?", DOC.read_text(),

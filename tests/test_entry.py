@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from smmufast import Features, Memory, Smmu, layout
-from smmufast._driver import CommandQueue, EntryWriter, cd_used, ste_used
-from smmufast.iommu import entry
+from smmufast.iommu.smmu import entry
+from smmufast.iommu.smmu.queue import CommandQueue
+from smmufast.iommu.smmu.writer import EntryWriter, cd_used, ste_used
 
 BASE = 0x8000_0000
 ENTRY = 0x9000_0000
@@ -27,6 +28,14 @@ def dwords(number):
     return tuple(number >> 64 * i & (1 << 64) - 1 for i in range(8))
 
 
+class Told(CommandQueue):
+    """A queue that calls `told` after each CMD_SYNC."""
+
+    def run(self, words):
+        super().run(words)
+        self.told()
+
+
 class Steps:
     """An entry in memory, and what it was at each store and at each CMD_SYNC."""
 
@@ -34,20 +43,14 @@ class Steps:
         self.memory = Memory()
         self.memory.add_private(0, 1 << 40)
         self.smmu = Smmu(self.memory, cr0=0)
-        self.queue = CommandQueue(self.smmu, BASE, 8)
+        self.queue = Told(self.smmu, BASE, 8)
+        self.queue.told = lambda: self.syncs.append(self.now())
         self.queue.start()
         self.smmu.write("CR0", 8)
         self.kind = kind
         self.writer = EntryWriter(self.queue, self.memory, safe_bits=safe_bits)
         self.stores, self.syncs = [], []
         self.writer.observer = lambda address, index, old: self.stores.append(self.now())
-        done = self.queue.run
-
-        def run(words):
-            done(words)
-            self.syncs.append(self.now())
-
-        self.queue.run = run
 
     def now(self):
         return tuple(self.memory.read_u64(ENTRY + 8 * i) for i in range(8))

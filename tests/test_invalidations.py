@@ -6,18 +6,18 @@ import random
 import pytest
 
 from smmufast import Features, Memory, Smmu, layout
-from smmufast._driver import (
+from smmufast.errors import InputOutput, InvalidArgument
+from smmufast.iommu.smmu.invalidations import (
     ATS,
     ATS_FULL,
     S1_ASID,
     S2_VMID,
     S2_VMID_S1_CLEAR,
-    CommandQueue,
     Invalidations,
     atc_span,
     tlb_ranges,
 )
-from smmufast.errors import InputOutput, InvalidArgument
+from smmufast.iommu.smmu.queue import CommandQueue
 
 
 def queue_of(features=None, base=0x8000_0000, size_lg2=8):
@@ -155,6 +155,19 @@ def test_f60_without_ranges_the_threshold_is_the_whole_asid(granule_lg2):
     assert tlb_ranges(0, (1 << 64) - 1, granule_lg2, granule_lg2, True, True) is None
 
 
+@pytest.mark.parametrize("granule_lg2", [12, 14, 16])
+def test_f60_blocks_are_told_one_by_one_up_to_as_many_as_a_table_has(granule_lg2):
+    block_lg2 = 2 * granule_lg2 - 3
+    (one,) = tlb_ranges(0, (1 << block_lg2) - 1, granule_lg2, block_lg2, True, False)
+    assert one == {"Address": 0, "Leaf": 1}
+    most = 1 << block_lg2 + granule_lg2 - 3
+    few = tlb_ranges(0, most - (1 << block_lg2) - 1, granule_lg2, block_lg2, True, False)
+    assert len(few) == (1 << granule_lg2 - 3) - 1
+    assert tlb_ranges(0, most - 1, granule_lg2, block_lg2, True, False) is None
+    # a table that was removed is no block
+    assert tlb_ranges(0, (1 << block_lg2) - 1, granule_lg2, block_lg2, False, False) is None
+
+
 def covered(fields, granule_lg2):
     """What the range commands cover, as (first, last) in granules."""
     spans = []
@@ -198,13 +211,13 @@ def test_f58_tlbs_come_before_atcs_and_each_ends_with_one_sync(ril):
     both = array(queue, (S1_ASID, 7, 0), (ATS, 3, 0), (S2_VMID, 5, 0), (S2_VMID_S1_CLEAR, 5, 0))
     log = commands(queue, both.invalidate, 0x1000, 0x1FFF, 12, 12, True)
     assert [name for name, _ in log] == [
-        "TLBI_NH_VA", "TLBI_S2_IPA", "TLBI_NH_ALL", "SYNC", "ATC_INV", "SYNC",
+        "TLBI_NH_VA", "TLBI_S2_IPA", "SYNC", "TLBI_NH_ALL", "SYNC", "ATC_INV", "SYNC",
     ]  # fmt: skip
     assert log[0][1]["ASID"] == 7 and log[1][1]["VMID"] == 5 and log[0][1]["Leaf"] == 1
     log = commands(queue, both.invalidate, 0x1000, 0x1FFF, 12, 12, False)
     assert log[0][1]["Leaf"] == 0
     names = [name for name, _ in commands(queue, both.invalidate_all)]
-    assert names[:3] == ["TLBI_NH_ASID", "TLBI_S12_VMALL", "TLBI_NH_ALL"]
+    assert names == ["TLBI_NH_ASID", "TLBI_S12_VMALL", "SYNC", "ATC_INV", "SYNC"]
 
 
 @pytest.mark.parametrize("ril", [0, 1])

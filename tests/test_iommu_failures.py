@@ -47,10 +47,10 @@ def contexts(memory, table):
     if table is None:
         return None
     if not table.fmt:
-        return memory.read(table.base, 64 << table.s1cdmax), table.used
+        return memory.read(table.base, 64 << table.s1cdmax), dict(table.cds)
     level1 = memory.read(table.base, 8 << (table.s1cdmax - 10))
     leaves = {n: memory.read(leaf, 64 << 10) for n, leaf in table.leaves.items()}
-    return level1, leaves, table.used, table.spare, len(table.devices), dict(table.holders)
+    return level1, leaves, dict(table.cds), table.spare, list(table.masters)
 
 
 def everything(system, domains=(), spaces=(), others=()):
@@ -59,7 +59,6 @@ def everything(system, domains=(), spaces=(), others=()):
     seen = {"pages": (system.pages.in_use, system.pages.blocks)}
     seen["pasids"] = list(system.pasids)
     seen["asids"] = list(system.asids)
-    seen["bonds"] = {device: dict(bonds) for device, bonds in system.bonds.items() if bonds}
     for number, iommu in enumerate(system.iommus):
         queue = iommu.queue
         seen["queue", number] = (
@@ -79,12 +78,14 @@ def everything(system, domains=(), spaces=(), others=()):
             seen[device] = (
                 device.domain, device.ats_enabled, device.pasid_enabled, device.iopf_users,
                 dict(device.enabled_features), dict(device.aux), contexts(memory, device.cd_table),
-                group.domain, group.default, dict(group.pasids), list(group.devices),
+                group.domain, group.default, group.pasids, list(group.devices),
+                dict(device.master.attachments),
             )  # fmt: skip
     for domain in domains:
         seen[domain] = (
-            tables(memory, domain), domain.users, domain.active, domain.asid, domain.vmid,
-            domain.iommu, domain.mode, domain.parent, domain.aux_pasid, dict(domain.children),
+            tables(memory, domain), dict(domain.attachments), domain.active, domain.asid,
+            domain.vmid, domain.iommu, domain.mode, domain.parent, domain.aux_pasid,
+            dict(domain.children),
             contexts(memory, domain.cd_table), domain.invalidations.entries, domain.freed,
         )  # fmt: skip
     for space in spaces:

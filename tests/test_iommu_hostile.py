@@ -102,7 +102,6 @@ def test_a_freed_domain_is_of_no_use(systems):
     domain.free()
     domain.free()  # twice is once
     domain.close()
-    domain.flush_tag()
     for call in (
         lambda: device.attach(domain), lambda: device.attach_pasid(domain, 1),
         lambda: domain.map(0, RAM, PAGE), lambda: domain.unmap(0, PAGE),

@@ -87,6 +87,7 @@ def test_a_random_program_does_what_the_twin_does(seed, granule):
             done += 1
         assert free_granules(iovas) == twin.free_granules
         assert list(iovas) == sorted(twin.taken.items())
+        assert iovas.reserved == twin.reserved
         assert iovas.available == len(twin.free_granules) * granule
         assert len(iovas) == len(twin.taken)
     assert errors == {InvalidArgument, NoSpace}
@@ -130,13 +131,40 @@ def test_reserved_addresses_are_never_handed_out():
     assert taken == {*range(16)} - {8, 9}
     for call in (
         lambda: iovas.free(8 * PAGE, PAGE),
-        lambda: iovas.reserve(8 * PAGE, 8 * PAGE),
         lambda: iovas.reserve(0, 0),
+        lambda: iovas.reserve(7 * PAGE, 9 * PAGE),
         lambda: iovas.reserve(16 * PAGE, 17 * PAGE),
         lambda: iovas.reserve(5, 4),
     ):
         assert outcome(call) is InvalidArgument
     assert outcome(lambda: iovas.alloc(1)) is NoSpace
+
+
+def test_regions_that_overlap_are_reserved_once_as_in_linuxs_reserve_iova():
+    iovas = IovaAllocator(0, 64 * PAGE - 1, PAGE)
+    for first, last in ((8, 9), (8, 9), (9, 12), (6, 8), (20, 21), (5, 30), (40, 40), (31, 31)):
+        iovas.reserve(first * PAGE, (last + 1) * PAGE - 1)
+    assert iovas.reserved == [(5 * PAGE, 32 * PAGE - 1), (40 * PAGE, 41 * PAGE - 1)]
+    assert holes(iovas) == [
+        (0, 5 * PAGE - 1), (32 * PAGE, 40 * PAGE - 1), (41 * PAGE, 64 * PAGE - 1)
+    ]  # fmt: skip
+    at = iovas.alloc(PAGE)
+    assert at == 63 * PAGE
+    allocated, outside = "is allocated", "is not within <IovaAllocator 0x0 to 0x3ffff"
+    for first, last, why in (
+        (40, 63, allocated), (30, 64, outside), (63, 63, allocated), (64, 70, outside),
+        (-1, 3, outside),
+    ):  # fmt: skip
+        before = holes(iovas), iovas.reserved
+        with pytest.raises(InvalidArgument, match=why) as caught:
+            iovas.reserve(first * PAGE, last * PAGE)
+        assert caught.value.argument == "first"
+        assert (holes(iovas), iovas.reserved) == before
+    iovas.free(at, PAGE)
+    iovas.reserve(40 * PAGE, 63 * PAGE)
+    assert [iovas.alloc(PAGE) // PAGE for _ in range(13)] == [*range(39, 31, -1), *range(4, -1, -1)]
+    with pytest.raises(NoSpace):
+        iovas.alloc(1)
 
 
 def test_a_range_is_given_back_whole_and_once():

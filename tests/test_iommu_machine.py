@@ -309,7 +309,8 @@ class Machine(RuleBasedStateMachine):
         ones = [domain for domain, _ in self.domains if domain.stage == 1]
         assert len(system.asids) == len(ones) + len(sva)
         twos = [domain for domain, _ in self.domains if domain.stage == 2]
-        assert sum(len(iommu.vmids) for iommu in system.iommus) == len(twos)
+        viommus = sum(len(domain.viommus) for domain in twos)
+        assert sum(len(iommu.vmids) for iommu in system.iommus) == len(twos) + viommus
         alive = {space.pasid for space, _ in self.spaces} | {
             space.pasid for space in getattr(self, "dead", ())
         }

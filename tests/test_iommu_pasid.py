@@ -30,12 +30,14 @@ from smmufast.errors import (
     NoDevice,
     NoEntry,
     NoSpace,
+    NotSupported,
     PasidOverflow,
     TryAgain,
 )
-from smmufast.iommu import ids, pasid
+from smmufast.iommu import ids
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.pasid import (
+    EVERY_SMMU,
     NO_SPID,
     PER_DEVICE,
     SIZE,
@@ -44,14 +46,18 @@ from smmufast.iommu.pasid import (
     NotifierOrder,
     PasidChange,
     PasidNotice,
+    PasidPolicy,
     PasidSpace,
     PasidState,
     SetKind,
     VirtualCommand,
+    space,
+    virtual_command,
 )
 
 ALLOC, FREE, BIND, UNBIND = PasidChange
-POLICIES = (PER_DEVICE, SYSTEM_WIDE, SYSTEM_WIDE_STRICT)
+POLICIES = (PER_DEVICE, SYSTEM_WIDE, SYSTEM_WIDE_STRICT, EVERY_SMMU)
+LATE_REFUSED = PasidPolicy("none late", system_wide=True, refuse_late=True)
 
 
 def small(last):
@@ -69,6 +75,7 @@ def picture(space, *sets):
         ],
         [(s, s.alive, s.quota, list(s)) for s in (*sets, *space.sets)],
         (space.capacity, space.available, len(space), space.backend),
+        (space._ids.reserved, dict(space._picks)),
     )  # fmt: skip
 
 
@@ -170,6 +177,7 @@ class Program:
             + ["find", "set_data", "new_set", "new_set", "attach", "attach", "detach", "find_spid"]
             + ["adjust", "set_free", "free_all", "reserve", "cancel", "register", "register"]
             + ["unregister", "notify", "find_set", "mm_set", "backend", "capacity", "policy"]
+            + ["pick", "pick", "unpick", "policy"]
         )  # fmt: skip
         low = rng.choice([1, 1, 1, 5, 0, 30, rng.randrange(1, 25)])
         high = rng.choice([None, None, self.LAST, 1 << 20, rng.randrange(1, 25)])
@@ -194,6 +202,11 @@ class Program:
                 lambda: getattr(real, kind)(pasid, **of),
                 lambda: getattr(twin, kind)(pasid, name),
             )
+        if kind in ("pick", "unpick"):
+            picked = [pasid for pasid, count in twin.picks.items() if count]
+            if kind == "unpick" and picked and rng.random() < 0.9:
+                pasid = rng.choice(picked)
+            return lambda: getattr(real, kind)(pasid), lambda: getattr(twin, kind)(pasid)
         if kind == "set_data":
             return lambda: real.set_data(pasid, data), lambda: twin.set_data(pasid, data)
         if kind == "find_set":
@@ -286,6 +299,9 @@ class Program:
             assert not one.alive or one.quota == twin.sets[name]["quota"]
         assert (real.available, real.capacity, len(real)) == (
             twin.available(), twin.capacity, len(twin.ids))  # fmt: skip
+        assert [real.picked(value) for value in range(-1, 45)] == [
+            twin.picks[value] for value in range(-1, 45)
+        ]
         assert self.told == twin.told
         assert self.logs[0] == self.logs[1]
 
@@ -324,7 +340,7 @@ def test_a_random_program_does_what_the_twin_does(seed):
 
 def test_random_programs_reach_backends_that_are_refused_and_ids_that_are_lost():
     refused, lost = 0, 0
-    for seed in range(100, 106):
+    for seed in range(100, 110):
         program = Program(seed, SYSTEM_WIDE_STRICT)
         program.run(400)
         refused += program.errors[TryAgain]
@@ -414,6 +430,67 @@ def test_f21_system_wide_is_the_minimum_over_all_smmus():
     assert PasidSpace(PER_DEVICE, smmu_limits=[1 << 10]).alloc(min=1024) == 1024
 
 
+def test_f21_an_smmu_without_pasids_does_not_count_as_vtds_init_dmars_has_it():
+    for smmus in ([1 << 12, 0], [1, 1 << 12], [0, 1 << 12, 1, 1 << 16]):
+        for policy, limit in ((SYSTEM_WIDE, 1 << 12), (EVERY_SMMU, 1), (PER_DEVICE, SIZE)):
+            assert PasidSpace(policy, smmu_limits=smmus).limit == limit
+    assert PasidSpace(SYSTEM_WIDE, smmu_limits=[0, 1]).limit == SIZE
+    space = PasidSpace(EVERY_SMMU, smmu_limits=[1 << 12, 1])
+    assert space.max_pasids(1 << 12) == 0
+    for call in (lambda: space.check(1, 1 << 12), lambda: space.device_range(1 << 12)):
+        error = refused(space, NoDevice, call)
+        assert "policy 'system wide, every SMMU': one of the system's SMMUs has no" in str(error)
+    refused(space, NoSpace, space.alloc)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, LATE_REFUSED], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("late", [0, 1, 1 << 8, 1 << 12, 1 << 16])
+def test_f21_a_narrower_smmu_that_comes_late_follows_the_policy(policy, late):
+    space = PasidSpace(policy, smmu_limits=[1 << 12])
+    assert space.limit == (1 << 12 if policy.system_wide else SIZE)
+    narrow = policy.system_wide and late < 1 << 12 and (late > 1 or policy.every_smmu)
+    if narrow and policy.refuse_late:
+        error = refused(space, NotSupported, space.add_smmu, late)
+        assert (error.argument, error.value) == ("max_pasids", late)
+        assert "policy 'none late'" in str(error)
+        assert "256 PASIDs (8 bits), fewer than the system's 4096 PASIDs (12 bits)" in str(error)
+    else:
+        assert space.add_smmu(late) == (late if late > 1 and not narrow else 0)
+    assert space.limit == (1 << 12 if policy.system_wide else SIZE)
+    early = PasidSpace(policy, smmu_limits=[1 << 12])  # nobody asked for the limit
+    assert early.add_smmu(late) == (late if late > 1 else 0)
+    assert early.limit == (max(min(late, 1 << 12), 1) if narrow else space.limit)
+
+
+def test_f21_while_no_smmu_has_pasids_only_an_allocation_fixes_the_limit():
+    for policy in (SYSTEM_WIDE, SYSTEM_WIDE_STRICT, LATE_REFUSED):
+        space = PasidSpace(policy, smmu_limits=[1])
+        assert (space.limit, space.max_pasids(0)) == (SIZE, 0)
+        assert (space.add_smmu(1 << 8), space.limit) == (1 << 8, 1 << 8)
+    space = PasidSpace(SYSTEM_WIDE, smmu_limits=[1])
+    assert space.alloc(min=5000) == 5000
+    assert (space.add_smmu(1 << 8), space.limit) == (0, SIZE)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, LATE_REFUSED], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("smmus", [[1 << 10], [1 << 10, 1]])
+def test_f22_why_a_device_has_no_pasids_is_said_when_it_has_none(policy, smmus):
+    for smmu in (0, 1, 2, 1 << 8, 1 << 10, SIZE):
+        for device in (0, 1, 2, 6, 1 << 8, 1 << 10, SIZE):
+            space = PasidSpace(policy, smmu_limits=smmus)
+            has = space.max_pasids(min(device, smmu))
+            late = policy.system_wide and 1 < smmu < space.limit
+            why = space.why_none(device, smmu)
+            assert bool(why) == (not has or late), (smmu, device, why)
+            if not why:
+                continue
+            # the policy is named where it is the reason, and then the widths are
+            assert (policy.name in why) == (smmu > 1 and device > 1), why
+            if space.limit > 1 and policy.name in why:
+                assert f"{min(device, smmu) if not late else smmu} PASIDs" in why
+                assert "1024 PASIDs (10 bits)" in why
+
+
 @pytest.mark.parametrize("use", ["limit", "max_pasids", "alloc", "alloc_many", "check"])
 def test_f21_the_system_limit_is_fixed_at_first_use(use):
     space = PasidSpace(SYSTEM_WIDE, smmu_limits=[1 << 16])
@@ -436,15 +513,18 @@ def test_f22_strict_switches_pasids_off_on_narrower_devices():
     for call in (lambda: space.check(1, 1023), lambda: space.device_range(1023)):
         error = refused(space, NoDevice, call)
         assert error.errno == errno.ENODEV
-        assert "1023" in str(error)
-        assert "1024" in str(error)
+        assert str(error) == (
+            "device_max_pasids: PASIDs are off: policy 'system wide, strict': the device has 1023 "
+            "PASIDs, fewer than the system's 1024 PASIDs (10 bits)"
+        )
     space.check(1023, 1024)
     assert space.device_range(SIZE) == (1, 1023)
 
 
 def test_f22_what_strict_prevents_happens_under_the_other_policies():
     # first a wide device, then a narrow one: the second bind of a process fails
-    for policy, error in zip(POLICIES, (PasidOverflow, PasidOverflow, NoDevice), strict=True):
+    errors = (PasidOverflow, PasidOverflow, NoDevice, PasidOverflow)
+    for policy, error in zip(POLICIES, errors, strict=True):
         space = PasidSpace(policy, smmu_limits=[1 << 16])
         value = space.alloc(min=500)
         with pytest.raises(error):
@@ -452,8 +532,7 @@ def test_f22_what_strict_prevents_happens_under_the_other_policies():
 
 
 def test_policies_are_values():
-    assert {PER_DEVICE, SYSTEM_WIDE, SYSTEM_WIDE_STRICT} == set(POLICIES)
-    assert len(set(POLICIES)) == 3
+    assert len(set(POLICIES)) == 4
     assert pickle.loads(pickle.dumps(SYSTEM_WIDE)) == copy.deepcopy(SYSTEM_WIDE) == SYSTEM_WIDE
     with pytest.raises(AttributeError):
         PER_DEVICE.strict = True
@@ -495,7 +574,8 @@ def test_4_1_zero_is_never_handed_out():
     assert len(space.alloc_many(SIZE - 1)) == SIZE - 1
     assert 0 not in space
     assert list(space) == list(range(1, SIZE))
-    refused(small(1), NoSpace, small(0).alloc)
+    none = PasidSpace(EVERY_SMMU, smmu_limits=[0])
+    refused(none, NoSpace, none.alloc)
     for call in (space.alloc, lambda: space.alloc(max=1), lambda: space.alloc_many(1)):
         with pytest.raises(NoSpace) as caught:
             call()
@@ -785,12 +865,65 @@ def test_4_3_a_guest_gets_its_ids_from_its_host():
     assert list(host) == [1, 2, 3, 4]
     assert guest.free(2) is True
     assert list(host) == [1, 3, 4]
-    # before any device is known: the range is the host's to choose
-    value = guest.alloc(min=0x100, max=0x200)
-    assert value == 2
+    # before any device is known: the range is a hint
+    assert guest.alloc(min=0x100, max=0x200) == 0x100
     big = [guest.alloc() for _ in range(20)][-1]
     with pytest.raises(PasidOverflow):
         guest.check(big, 16)
+
+
+@pytest.mark.parametrize("own_set", [False, True])
+@pytest.mark.parametrize("hint", [True, False])
+def test_4_3_a_guest_gets_no_id_outside_of_what_it_asked_for(hint, own_set):
+    host, guest = PasidSpace(), PasidSpace()
+    host.alloc_many(64)
+    its = host.new_set(quota=4) if own_set else None
+    command = VirtualCommand(host, hint=hint, host_set=its)
+    assert command.hint == hint
+    command.register(guest)
+    asked = []
+    for low, high in ((1, None), (100, 200), (1, 64), (66, 66), (70, 80), (1, 63)):
+        before = list(host), list(guest), its and list(its)
+        free = [p for p in range(low, 1 + (high or SIZE - 1)) if p not in host]
+        lowest = next(p for p in range(1, SIZE) if p not in host)
+        try:
+            asked.append(guest.alloc(low, high))
+        except (NoSpace, PasidOverflow) as error:
+            assert before == (list(host), list(guest), its and list(its))
+            if hint:
+                assert type(error) is NoSpace and not free
+                assert f"in {low:#x} to {high:#x}" in str(error)
+            else:
+                assert type(error) is PasidOverflow and not low <= lowest <= high
+                assert error.errno == errno.EOVERFLOW
+                assert f"pasid {lowest:#x} is what the host chose" in str(error)
+                assert f"asked for {low:#x} to {high:#x}" in str(error)
+            asked.append(None)
+        else:
+            assert asked[-1] == (min(free) if hint else lowest)
+    assert asked == ([65, 100, None, 66, 70, None] if hint else [65, None, None, 66, None, None])
+    assert its is None or its.alive
+
+
+def test_4_3_without_a_hint_several_ids_are_all_in_the_range_or_all_go_back():
+    host, guest = PasidSpace(), PasidSpace()
+    VirtualCommand(host, hint=False).register(guest)
+    assert guest.alloc_many(3, max=3).tolist() == [1, 2, 3]
+    guest.free(2)
+    refused(guest, PasidOverflow, guest.alloc_many, 2, 1, 3)
+    assert list(host) == [1, 3]
+
+
+def test_4_3_the_hosts_set_of_a_guest_does_not_end_while_the_guest_has_no_ids():
+    host, guest = PasidSpace(), PasidSpace()
+    its = host.new_set(quota=2)
+    VirtualCommand(host, host_set=its).register(guest)
+    for _ in range(2):
+        guest.free(guest.alloc())
+        assert its.alive
+    its.free()
+    assert (its.alive, host.available) == (False, SIZE)
+    refused(guest, NoSpace, guest.alloc)
 
 
 def test_4_3_a_guest_may_only_ask_for_ids_of_20_bits():
@@ -851,6 +984,120 @@ def test_4_3_a_failed_registration_ends_scalable_mode():
     guest.free(1)
     assert command.register(guest) is False
     assert guest.backend is None
+
+
+# --- PASIDs that somebody chose ---
+
+
+def test_a_pasid_that_somebody_chose_is_not_handed_out():
+    space = PasidSpace()
+    for pasid in (1, 2, 5):
+        space.pick(pasid)
+    assert [space.alloc() for _ in range(3)] == [3, 4, 6]
+    assert space.alloc_many(2, max=10).tolist() == [7, 8]
+    error = refused(space, NoSpace, space.alloc, 5, 5)
+    assert error.errno == errno.ENOSPC
+    assert (len(space), 5 in space, space.state(5), space.references(5)) == (
+        5, False, PasidState.FREE, 0)  # fmt: skip
+    for call in (space.find, space.free, space.find_set):
+        refused(space, NoEntry, call, 5)
+    space.unpick(5)
+    assert space.alloc() == 5
+
+
+def test_a_pasid_is_withheld_until_the_last_who_chose_it_leaves():
+    space = PasidSpace()
+    for count in (1, 2, 3):
+        space.pick(7)
+        assert space.picked(7) == count
+    for count in (2, 1, 0):
+        refused(space, NoSpace, space.alloc, 7, 7)
+        space.unpick(7)
+        assert space.picked(7) == count
+    assert space.alloc(7, 7) == 7
+    assert refused(space, NoEntry, space.unpick, 7).errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("picks", [1, 2, 3])
+def test_a_pasid_that_is_allocated_and_chosen_stays_withheld_when_it_is_freed(picks, many):
+    space = PasidSpace()
+    pasid = space.alloc(data="whose")  # as iommu_alloc_global_pasid, then attach
+    for _ in range(picks):
+        space.pick(pasid)
+    assert (space.picked(pasid), space.find(pasid), len(space)) == (picks, "whose", 1)
+    if many:
+        space.free_many([pasid])
+    else:
+        assert space.free(pasid) is True
+    assert (pasid in space, space.picked(pasid)) == (False, picks)
+    for left in range(picks - 1, -1, -1):
+        assert space.alloc() == 2
+        space.free(2)
+        space.unpick(pasid)
+        assert space.picked(pasid) == left
+    assert space.alloc() == pasid
+    # in the other order
+    space.pick(pasid)
+    space.unpick(pasid)
+    assert space.find(pasid) is None and space.picked(pasid) == 0
+    space.free(pasid)
+    assert space.alloc() == pasid
+
+
+def test_only_what_can_be_a_pasid_is_chosen():
+    space = PasidSpace()
+    for value in (0, -1, SIZE, 1 << 40):
+        assert refused(space, InvalidArgument, space.pick, value).errno == errno.EINVAL
+        refused(space, NoEntry, space.unpick, value)
+        assert space.picked(value) == 0
+    refused(space, NoEntry, space.unpick, 1)
+    for call in (space.pick, space.unpick, space.picked):
+        with pytest.raises(TypeError):
+            call("1")
+    space.pick(SIZE - 1)
+    assert copy.deepcopy(space).picked(SIZE - 1) == 1
+
+
+def test_a_backend_is_asked_again_when_it_gives_what_somebody_chose():
+    space = PasidSpace()
+    backend = Backend(3, 5, 4, 3, 5, 3)
+    space.register_backend(backend)
+    for pasid in (3, 5):
+        space.pick(pasid)
+    assert space.alloc() == 4
+    assert backend.freed == [3, 5]
+    refused(space, NoSpace, space.alloc)  # the same again: it is not to be asked for ever
+    assert backend.freed == [3, 5, 3, 3, 5]
+    backend.given = [5]
+    refused(space, NoSpace, space.alloc)  # it has no other
+    assert backend.freed == [3, 5, 3, 3, 5, 5]
+
+
+def test_what_is_lost_with_a_backend_stays_withheld_while_it_is_chosen():
+    space = PasidSpace()
+    backend = Backend(1, 2)
+    space.register_backend(backend)
+    for _ in range(2):
+        space.pick(space.alloc())
+    with pytest.warns(RuntimeWarning, match="2 IDs"):
+        space.unregister_backend(backend)
+    assert space.alloc() == 3
+    space.unpick(2)
+    assert space.alloc() == 2
+
+
+def test_choosing_costs_nothing_but_a_bit_for_each_pasid():
+    space = PasidSpace()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for pasid in range(1, 4001):
+            space.pick(pasid)
+        assert tracemalloc.get_traced_memory()[0] - before < 4000
+    finally:
+        tracemalloc.stop()
+    assert space.alloc() == 4001
 
 
 # --- 4.4: sets ---
@@ -1604,7 +1851,7 @@ def used_space():
 
 def shown(space):
     """What `picture` shows, without the identity of sets."""
-    ids_, _, counts = picture(space)
+    ids_, _, *counts = picture(space)
     return (
         [(*row[:4], row[4] and row[4].token, row[5]) for row in ids_],
         [(s.kind, s.token, s.quota, list(s), s.space is space) for s in space.sets],
@@ -1717,7 +1964,8 @@ def test_f46_a_random_program_does_what_the_twin_does():
             data = rng.choice([None, "x", "y"])
             name, *arguments = rng.choice(
                 [("alloc", data), ("alloc", data), ("claim", number, data), ("free", number),
-                 ("free", number), ("find", number)]
+                 ("free", number), ("find", number),
+                 rng.choice([("narrow", rng.randrange(1, bits + 1)), ("widen", bits)])]
             )  # fmt: skip
             outcomes = []
             for each in (space, twin):
@@ -1759,7 +2007,7 @@ def test_widths_that_are_none_are_refused():
     assert caught.value.errno == errno.ENOENT
 
 
-@pytest.mark.parametrize(("module", "least"), [(pasid, 15), (ids, 5)])
+@pytest.mark.parametrize(("module", "least"), [(space, 10), (virtual_command, 5), (ids, 5)])
 def test_the_examples_in_the_docstrings_are_true(module, least):
     tried = doctest.testmod(module)
     assert tried.failed == 0

@@ -183,7 +183,7 @@ def test_f34_after_an_exit_devices_are_refused_without_events(system):
     result = device.translate(VA, pasid=pasid)
     assert (result.action, result.fault.name, result.event) == ("abort", "F_TRANSLATION", None)
     assert set(seen) == {"F_TRANSLATION"}  # never C_BAD_CD: the CD stays valid
-    table = device._table()
+    table = device.master.table
     cd = layout.unpack("CD", system.memory.read(table.address(pasid), 64))
     assert (cd["V"], cd["EPD0"], cd["TTB0"], cd["S"], cd["R"], cd["T0SZ"]) == (1, 1, 0, 0, 0, 0)
     assert len(device.atcs[0]) == 0

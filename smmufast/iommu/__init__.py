@@ -29,14 +29,16 @@ from smmufast.errors import (
     WrongSmmu,
     WrongType,
 )
+from smmufast.iommu.attachment import AttachHandle
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, NestedDomain, PagingDomain
 from smmufast.iommu.fault import PageFault, Report
-from smmufast.iommu.group import AttachHandle, Group
+from smmufast.iommu.group import Group
 from smmufast.iommu.iova import DmaMapper, IovaAllocator
 from smmufast.iommu.mediated import Mediated
 from smmufast.iommu.nested import Viommu
 from smmufast.iommu.pasid import (
+    EVERY_SMMU,
     PER_DEVICE,
     SYSTEM_WIDE,
     SYSTEM_WIDE_STRICT,
@@ -51,12 +53,15 @@ from smmufast.iommu.pasid import (
     SetKind,
     VirtualCommand,
 )
+from smmufast.iommu.profile import AUX, NOW, Profile
+from smmufast.iommu.smmu.iommu import Iommu
 from smmufast.iommu.sva import AddressSpace, Bond
-from smmufast.iommu.system import AUX, NOW, Cpu, Iommu, Profile, System
+from smmufast.iommu.system import Cpu, System
 
 __all__ = [
     "AUX",
     "BLOCKED",
+    "EVERY_SMMU",
     "IDENTITY",
     "NOW",
     "PER_DEVICE",

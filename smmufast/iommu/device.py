@@ -1,8 +1,7 @@
-"""Devices: attach, detach, replace, PASIDs, auxiliary domains.
+"""Devices: what a user of the kernel's interface sees (iommu.h).
 
-The order of an attach is that of F67: the new domain learns where it will be cached, ATS goes off
-if it must, CD and STE are written, ATS comes on or is flushed, and the old domain forgets.
-Checks and allocations come before the first store, so that what is refused changes nothing.
+Arguments, errors, groups and traffic are here; what is written for an attachment, and in which
+order, is the master's (`smmufast.iommu.smmu.master`).
 """
 
 from __future__ import annotations
@@ -10,49 +9,44 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Final, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from smmufast._driver import ATS, ATS_FULL
 from smmufast.ats import AtsDevice
 from smmufast.errors import (
     Busy,
-    Exists,
     InvalidArgument,
     NoDevice,
     NoEntry,
     NoSpace,
     NotSupported,
-    PasidOverflow,
-    WrongSmmu,
+    WrongType,
     instance,
     integer,
 )
-from smmufast.iommu import entry
-from smmufast.iommu.cdtable import INVALID_CD, CdTable
+from smmufast.iommu import aux, sva
+from smmufast.iommu.attachment import AttachHandle
 from smmufast.iommu.domain import (
     BLOCKED,
-    IDENTITY,
     Domain,
-    NestedDomain,
     PagingDomain,
-    SvaDomain,
-    Words,
     domain_of,
-    no_pasid_op,
+    is_auxiliary,
+    paging_domain,
 )
 from smmufast.iommu.draw import draw
-from smmufast.iommu.group import NO_PASID, AttachHandle, Group
-from smmufast.iommu.mediated import Mediated
-from smmufast.iommu.undo import Undo
+from smmufast.iommu.group import Group
+from smmufast.iommu.mediated import Mediated, shares
+from smmufast.iommu.profile import NOW, need, take_pasid
+from smmufast.iommu.smmu.master import Master
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from smmufast._smmu import Result
+    from smmufast._smmu import Result, Segments, Smmu, Walk
+    from smmufast.iommu.smmu.cdtable import CdTable
+    from smmufast.iommu.smmu.iommu import Iommu
     from smmufast.iommu.sva import AddressSpace, Bond
-    from smmufast.iommu.system import Iommu, System
-
-FEATURES: Final = ("AUX", "SVA", "IOPF")
+    from smmufast.iommu.system import System
 
 
 def _pieces(direct: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -134,29 +128,30 @@ class Device:
         if group is not None:
             instance("group", group, Group)
         self._wanted_group = group
-        self._iommu: Iommu | None = None
         self._group: Group | None = None
-        self.domain: Domain = BLOCKED
-        self.ssid_bits = 0
+        self._master: Master | None = None
         self.max_pasids = 0
         self.pasid_enabled = False
-        self.ats_enabled = False
-        self.cd_table: CdTable | None = None
-        self.atcs: list[AtsDevice] = []
         self.enabled_features: dict[str, tuple[int, int]] = {}
-        self.aux: dict[int, PagingDomain] = {}
-        self.shares: list[Mediated] = []  # those with a domain
         self.iopf_users = 0
         self.mm_exit: Callable[[object], object] | None = None
 
-    # --- probe and release ---
+    @property
+    def master(self) -> Master:
+        """What the driver of its SMMU knows of it; NoDevice (ENODEV) before it is probed."""
+        if self._master is None:
+            raise NoDevice("device", self, text="device was not probed")
+        return self._master
 
     @property
     def iommu(self) -> Iommu:
         """The driver of its SMMU; NoDevice (ENODEV) before it is probed."""
-        if self._iommu is None:
-            raise NoDevice("device", self, text="device was not probed")
-        return self._iommu
+        return self.master.iommu
+
+    @property
+    def smmu(self) -> Smmu:
+        """The SMMU itself; NoDevice (ENODEV) before it is probed."""
+        return self.iommu.smmu
 
     @property
     def group(self) -> Group:
@@ -177,105 +172,167 @@ class Device:
         """Its first StreamID."""
         return self.sids[0]
 
-    def probed(self, iommu: Iommu) -> None:
-        """Take its place behind an SMMU; `System.probe` calls it after its checks."""
-        features = iommu.smmu.features
-        bits = max(self.pasids.bit_length() - 1, 0)
-        self.ssid_bits = min(bits, iommu.ssid_bits)
-        own = min(self.pasids, 1 << iommu.ssid_bits) if self.ssid_bits else 0
-        self.max_pasids = iommu.system.pasids.max_pasids(own)
-        if not self.max_pasids:
-            self.ssid_bits = 0
-        self._iommu = iommu
-        system = iommu.system
-        group = self._wanted_group
-        self._group = group if group is not None else Group(system)
-        self.ats_supported = bool(self.ats and features.ats)
-        self.pri_supported = bool(self.pri and self.ats_supported and features.pri)
-        self.stall_supported = bool(self.stall and iommu.can_stall)
-        if self.max_pasids:
-            self.enable_pasid()
-        if self.ats_supported:
-            ask = self._ask if self.pri_supported else None
-            self.atcs = [AtsDevice(iommu.smmu, sid, on_page_request=ask) for sid in self.sids]
+    # --- what it has, where it was probed ---
 
-    def unprobed(self) -> None:
+    @property
+    def domain(self) -> Domain:
+        """The main domain."""
+        return BLOCKED if self._master is None else self._master.domain
+
+    def domain_at(self, pasid: int) -> Domain | None:
+        """What an access reaches: under a PASID, or without one for 0."""
+        return None if self._master is None else self._master.domain_at(pasid)
+
+    @property
+    def cd_table(self) -> CdTable | None:
+        """The CD table of its own, which the NOW profile has."""
+        return None if self._master is None else self._master.own_table
+
+    @property
+    def ssid_bits(self) -> int:
+        """Width of the SSIDs that its CD tables can have."""
+        return 0 if self._master is None else self._master.ssid_bits
+
+    @property
+    def pasids_in_use(self) -> int:
+        """CDs that are valid beside that of no PASID."""
+        table = self.master.table
+        return 0 if table is None else table.used
+
+    @property
+    def ats_enabled(self) -> bool:
+        """Whether its ATCs are on."""
+        return self._master is not None and self._master.ats_enabled
+
+    @property
+    def atcs(self) -> list[AtsDevice]:
+        """Its ATCs, one for each StreamID, if it has ATS."""
+        return [] if self._master is None else self._master.atcs
+
+    @property
+    def ats_supported(self) -> bool:
+        """Whether it and its SMMU have ATS."""
+        return self._master is not None and self._master.has_ats
+
+    @property
+    def pri_supported(self) -> bool:
+        """Whether it and its SMMU have page requests."""
+        return self.pri and self.ats_supported and bool(self.smmu.features.pri)
+
+    @property
+    def stall_supported(self) -> bool:
+        """Whether its faults stall: it can wait, or the SMMU lets every device wait."""
+        return self._master is not None and self._master.stall
+
+    @property
+    def aux(self) -> dict[int, PagingDomain]:
+        """AUX profile: the auxiliary domains that are attached, by PASID."""
+        return {} if self._master is None else aux.attached(self._master)
+
+    @property
+    def shares(self) -> list[Mediated]:
+        """The mediated devices that have a domain."""
+        return [] if self._master is None else shares(self._master)
+
+    @property
+    def bonds(self) -> list[Bond]:
+        """The address spaces that are bound."""
+        return [] if self._master is None else sva.bonds(self)
+
+    # --- probe and release ---
+
+    def _probed(self, iommu: Iommu) -> None:
+        """Take its place behind an SMMU; `System.probe` calls it after its checks."""
+        features, system = iommu.smmu.features, iommu.system
+        ssid_bits, self.max_pasids = iommu.pasids_of(self.pasids)
+        self._group = self._wanted_group or Group(system)
+        ask = self._ask if self.pri and features.pri else None
+        has_ats = self.ats and features.ats
+        atcs = [
+            AtsDevice(iommu.smmu, sid, on_page_request=ask) for sid in self.sids if has_ats
+        ]
+        self._master = Master(self, iommu, ssid_bits, atcs)
+        self.pasid_enabled = self.max_pasids > 0
+
+    def _unprobed(self) -> None:
         """Leave its place behind an SMMU; nothing is attached."""
-        if self._iommu is not None:
-            for atc in self.atcs:
-                self._iommu.smmu.devices.pop(atc.sid, None)
-            waiting = self._iommu.page_requests
-            for key in [key for key in waiting if key[0] in self.sids]:
-                del waiting[key]  # of groups whose last request never came
-        self.atcs.clear()
+        master = self._master
+        if master is not None:
+            for atc in master.atcs:
+                master.iommu.smmu.devices.pop(atc.sid, None)
         self.pasid_enabled = False
-        self._group = self._iommu = None
+        self.max_pasids = 0
+        self._group = self._master = None
+
+    def _rejoin(self) -> None:
+        """Be known to an SMMU that was made again."""
+        for atc in self.atcs:
+            atc.on_page_request = self._ask if self.pri_supported else None
+            self.smmu.devices[atc.sid] = atc
 
     def _ask(self, request: object) -> None:
         """A page request was made: the operating system is interrupted."""
         self.system.service()
 
     def release(self) -> None:
-        """Take the device away: everything is detached, its streams abort, its tables are freed."""
-        with self.system.lock:
-            group, iommu = self.group, self.iommu
-            if group.resetting:
-                self.reset_done()
-            for bond in list(iommu.system.bonds_of(self)):
-                bond.unbind(force=True)
-            for share in list(self.shares):
-                share.detach()
-            for aux in list(self.aux.values()):
-                self.detach_aux(aux)
-            for pasid in list(group.pasids) if len(group.devices) == 1 else []:
-                group.set_pasid(None, pasid)
-                del group.pasids[pasid]
-            if len(group.devices) > 1 and self.max_pasids:
-                for pasid in group.pasids:
-                    self.install_pasid(None, pasid, group.at(pasid))
-            self.reinstall(BLOCKED)
-            if self.pasid_enabled:
-                self.disable_pasid()
-            self.drop_table()
-            iommu.forget(self)
+        """Take the device away: everything is detached, its streams abort, its tables are freed.
+
+        What a host's callback raises on the way is raised when the device is gone.
+        """
+        group = self.group
+        with group.system.lock as lock:
+            master = self.master
+            for handle in [one.handle for one in master.attachments.values()]:
+                if handle is not None:
+                    lock.defer(handle.release, self)
+            alone = not any(one.max_pasids for one in group.devices if one is not self)
+            for ssid in [ssid for ssid in master.attachments if ssid]:
+                if alone and not is_auxiliary(master.attachments[ssid].domain):
+                    lock.defer(partial(group.set_pasid, None, ssid, leaving=True))
+                else:
+                    lock.defer(master.detach_pasid, ssid)
+            lock.defer(master.attach, BLOCKED)
+            lock.defer(master.drain, None)
+            for viommu in master.iommu.viommus:
+                viommu.forget(self)
+            lock.defer(master.iommu.forget, self)
+            master.drop_table()
             group.devices.remove(self)
             if not group.devices:
-                group.domain = group.default
-            self.unprobed()
+                lock.defer(group.emptied)
+            self._unprobed()
             self.enabled_features.clear()
-
-    def drop_table(self) -> None:
-        """Free the device's own CD table, if nothing is in it."""
-        table = self.cd_table
-        if table is not None and not table.used:
-            table.free()
-            self.cd_table = None
+            self.mm_exit = None
 
     # --- PCI capabilities ---
 
     def enable_pasid(self) -> None:
-        """Switch PASIDs on; not while ATS is on (F5, EINVAL)."""
+        """Switch PASIDs on.
+
+        Raises
+        ------
+        InvalidArgument
+            ATS is on: PASIDs go on before it (F5).
+        """
         if self.ats_enabled:
             raise InvalidArgument("device", self, text="PASIDs go on before ATS, and ATS is on")
         self.pasid_enabled = True
 
     def disable_pasid(self) -> None:
-        """Switch PASIDs off; not while ATS is on (F5, EINVAL)."""
+        """Switch PASIDs off.
+
+        Raises
+        ------
+        InvalidArgument
+            ATS is on: PASIDs go off after it (F5).
+        Busy
+            PASIDs are attached.
+        """
         if self.ats_enabled:
             raise InvalidArgument("device", self, text="PASIDs go off after ATS, and ATS is on")
+        if any(self.master.attachments):
+            raise Busy("device", self, text="device has PASIDs attached")
         self.pasid_enabled = False
-
-    # S3.9.2-2
-    def _ats_on(self) -> None:
-        for sid in self.sids:
-            self.iommu.invalidate_atc(sid)
-        self.iommu.queue.sync()
-        self.ats_enabled = True
-
-    def _ats_off(self) -> None:
-        self.ats_enabled = False
-        for atc in self.atcs:
-            atc.clear()
 
     # --- domains made for this device ---
 
@@ -315,9 +372,9 @@ class Device:
             No table, no ASID or VMID is left.
         """
         with self.system.lock:
-            return self.iommu.paging_domain(
-                stage=stage, granule=granule, nest_parent=nest_parent, dirty=dirty, pasid=pasid,
-                contiguous=contiguous, user_data=user_data,
+            return paging_domain(
+                self.iommu, stage=stage, granule=granule, nest_parent=nest_parent, dirty=dirty,
+                pasid=pasid, contiguous=contiguous, user_data=user_data,
             )  # fmt: skip
 
     # --- the main domain ---
@@ -366,254 +423,51 @@ class Device:
         group = self.group
         with group.system.lock:
             group.check_reset()
-            group.set(domain_of(domain))
-
-    def _check_main(self, domain: Domain) -> None:
-        """Refuse a main domain that this device cannot have; nothing is changed."""
-        iommu = self.iommu
-        aux = iommu.system.profile.aux
-        if aux and self.aux:
-            raise Busy("device", self, text="device has auxiliary domains under its main domain")
-        if aux and "SVA" in self.enabled_features:
-            raise Busy("device", self, text="device has SVA enabled under its main domain")
-        if isinstance(domain, PagingDomain):
-            if aux and domain.mode == "aux":
-                raise InvalidArgument(
-                    "domain", domain, text="domain was attached as auxiliary, and stays so"
-                )
-            if domain.iommu is not None and domain.iommu is not iommu:
-                wrong = WrongSmmu if aux else InvalidArgument
-                raise wrong("domain", domain, text="domain lives on another SMMU")
-            if domain.coherent_only and not self.coherent:
-                raise InvalidArgument(
-                    "device", self, text="domain enforces coherence, and the device cannot snoop"
-                )
-            if domain.stage == 2 and self.pasids_in_use:
-                raise Busy("device", self, text="device has PASIDs attached: stage 2 carries none")
-            table = domain.cd_table
-            if table is not None and table.s1cdmax != self.ssid_bits:
-                raise InvalidArgument(
-                    "device", self,
-                    text=f"device has {self.ssid_bits}-bit PASIDs, the domain's CD table "
-                    f"{table.s1cdmax}-bit ones",
-                )  # fmt: skip
-        elif isinstance(domain, NestedDomain):
-            if domain.iommu is not iommu:
-                raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
-            if domain.parent.freed:
-                raise InvalidArgument("domain", domain, text="the domain's parent was freed")
-            if self.pasids_in_use:
-                raise Busy("device", self, text="device has PASIDs attached: its CD table is ours")
-        elif domain.kind not in ("identity", "blocked"):
-            raise InvalidArgument("domain", domain, text=f"domain is {domain.kind}")
-        elif domain is BLOCKED and self.direct:
-            raise InvalidArgument(
-                "domain", domain, text="firmware wants memory of this device mapped one to one"
-            )
-
-    @property
-    def pasids_in_use(self) -> int:
-        """CDs that are valid beside that of no PASID."""
-        table = self._table()
-        return table.used if table is not None else 0
-
-    def _table(self) -> CdTable | None:
-        """The CD table that its STE points to, or would."""
-        if self.iommu.system.profile.aux:
-            domain = self.domain
-            return domain.cd_table if isinstance(domain, PagingDomain) else None
-        return self.cd_table
-
-    def own_table(self) -> CdTable:
-        """Return the device's own CD table; it is allocated when first needed."""
-        if self.cd_table is None:
-            self.cd_table = CdTable(self.iommu, self.ssid_bits)
-            self.cd_table.devices.append(self)
-        return self.cd_table
-
-    def _ste(self, domain: Domain, table: CdTable | None, ats: bool) -> Words:
-        """The STE of a main domain, with the PASIDs that are in use."""
-        iommu = self.iommu
-        if isinstance(domain, PagingDomain) and domain.stage == 2:
-            return entry.ste_stage2(
-                domain, domain.vmid, stall=self.stall_supported, ats=ats,
-                features=iommu.smmu.features,
-            )  # fmt: skip
-        if isinstance(domain, NestedDomain):
-            return entry.ste_nested(
-                domain.parent, domain.parent.vmid, domain.ste, stall=self.stall_supported,
-                ats=self.ats_supported, features=iommu.smmu.features,
-            )  # fmt: skip
-        if domain.kind in ("identity", "blocked") and (table is None or not table.used):
-            return (
-                entry.ste_bypass(features=iommu.smmu.features)
-                if domain is IDENTITY
-                else entry.ste_abort()
-            )
-        assert table is not None
-        s1dss = {"identity": 1, "blocked": 0}.get(domain.kind, 2)
-        return entry.ste_cd_table(
-            table.base, fmt=table.fmt, s1cdmax=table.s1cdmax, s1dss=s1dss, ats=ats,
-            stall=self.stall_supported, e2h=iommu.e2h, features=iommu.smmu.features,
-        )  # fmt: skip
-
-    def write_ste(self, words: Words, undo: Undo | None = None) -> None:
-        """Make the STE of each of its streams what is given, through the entry writer.
-
-        `undo`, if given, gets what makes it what it was.
-        """
-        iommu = self.iommu
-        for sid in self.sids:
-            address = iommu.ste_address(sid)
-            if undo is not None:
-                before = iommu.writer.read(address)
-                undo.add(partial(iommu.writer.write_ste, address, before, sid))
-            iommu.writer.write_ste(address, words, sid)
-
-    def install(self, domain: Domain) -> None:
-        """Attach the main domain: the driver's part, for this device alone."""
-        with Undo() as undo:
-            self.reserve(domain, undo)
-            self.reinstall(domain)
-
-    def reserve(self, domain: Domain, undo: Undo) -> None:
-        """Check a main domain, and allocate what it needs here, before anything is written.
-
-        Parameters
-        ----------
-        domain : Domain
-        undo : Undo
-            Gets what takes the allocations back.
-        """
-        self._check_main(domain)
-        if not isinstance(domain, PagingDomain):
-            return
-        iommu = self.iommu
-        if domain.iommu is None:
-            domain.finalise(iommu)
-            undo.add(domain.unfinalise)
-        if domain.stage == 1:
-            if not iommu.system.profile.aux:
-                table = self._reserve_table(undo)
-            elif domain.cd_table is None:
-                table = domain.cd_table = CdTable(iommu, self.ssid_bits)
-                undo.add(domain.drop_table)
-            else:
-                table = domain.cd_table
-            if table.reserve(0):
-                undo.add(partial(table.unreserve, 0))
-
-    def _reserve_table(self, undo: Undo) -> CdTable:
-        if self.cd_table is None:
-            undo.add(self.drop_table)
-        return self.own_table()
-
-    def reinstall(self, domain: Domain) -> None:
-        """Attach a main domain that needs no check and no page any more."""
-        iommu = self.iommu
-        aux = iommu.system.profile.aux
-        old = self.domain
-        table = None if aux else self.cd_table
-        if aux and isinstance(domain, PagingDomain) and domain.stage == 1:
-            table = domain.cd_table
-            assert table is not None
-            if not table.devices:
-                table.write(0, domain.cd(self.stall_supported))
-        in_table = table is not None and table.used > 0 and domain.kind in ("identity", "blocked")
-        ats = self.ats_supported and (
-            in_table
-            or isinstance(domain, PagingDomain)
-            or (isinstance(domain, NestedDomain) and domain.ats)
-        )
-        with Undo() as undo:
-            self._enter(domain, NO_PASID, undo)
-            if aux and isinstance(domain, PagingDomain) and table is not None:
-                table.devices.append(self)
-                undo.add(partial(table.devices.remove, self))
-                for child in domain.children.values():
-                    if child.users:
-                        self._enter_atcs(child, child.aux_pasid)
-                        undo.add(partial(self._leave_atcs, child, child.aux_pasid))
-            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
-            if self.ats_enabled and not ats:
-                self._ats_off()
-            if domain.stage == 1 and not aux:
-                assert table is not None and isinstance(domain, PagingDomain)
-                table.write(0, domain.cd(self.stall_supported), undo)
-            self.write_ste(self._ste(domain, table, ats), undo)
-            if not aux and domain.stage != 1 and self.cd_table is not None:
-                self.cd_table.write(0, INVALID_CD, undo)
-            if ats and not self.ats_enabled:
-                self._ats_on()
-            elif ats:
-                for sid in self.sids:
-                    iommu.invalidate_atc(sid)
-                iommu.queue.sync()
-        if isinstance(domain, PagingDomain):
-            domain.mode = domain.mode or "main"
-        if aux and isinstance(old, PagingDomain) and old.cd_table is not None:
-            for child in old.children.values():
-                if child.users:
-                    self._leave_atcs(child, child.aux_pasid)
-            old.cd_table.devices.remove(self)
-        self.domain = domain
-        self._leave(old, NO_PASID)
-
-    # --- where a domain may be cached ---
-
-    def _enter(self, domain: Domain, pasid: int, undo: Undo) -> None:
-        """Let a domain know that this device, with this PASID, may cache it."""
-        undo.add(partial(self._leave, domain, pasid))
-        cached = domain
-        if isinstance(domain, NestedDomain):
-            domain.users += 1
-            cached = domain.parent
-            for sid in self.sids:
-                cached.guests[sid] = cached.guests.get(sid, 0) + 1
-        if not isinstance(cached, PagingDomain | SvaDomain):
-            return
-        for kind, number in cached.tags:
-            cached.invalidations.insert(self.iommu.queue, kind, number, 0)
-        self._enter_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
-        cached.users += 1
-        cached.active = cached.cached = True
-
-    def _leave(self, domain: Domain, pasid: int) -> None:
-        """Let a domain forget this device; what it filled under the domain's tag goes."""
-        cached = domain
-        if isinstance(domain, NestedDomain):
-            domain.users -= 1
-            cached = domain.parent
-            for sid in self.sids:
-                cached.guests[sid] -= 1
-                if not cached.guests[sid]:
-                    del cached.guests[sid]
-        if not isinstance(cached, PagingDomain | SvaDomain):
-            return
-        for kind, number in cached.tags:
-            cached.invalidations.remove(self.iommu.queue, kind, number, 0)
-        self._leave_atcs(cached, pasid, ATS if cached is domain else ATS_FULL)
-        cached.users -= 1
-        cached.active = cached.users > 0
-        # the change is done: what goes wrong now is raised when the call is
-        self.iommu.system.lock.defer(cached.flush_tag)
-
-    def _enter_atcs(self, domain: PagingDomain | SvaDomain, pasid: int, kind: int = ATS) -> None:
-        for sid in self.sids if self.ats_supported else ():
-            domain.invalidations.insert(self.iommu.queue, kind, sid, pasid)
-
-    def _leave_atcs(self, domain: PagingDomain | SvaDomain, pasid: int, kind: int = ATS) -> None:
-        for sid in self.sids if self.ats_supported else ():
-            domain.invalidations.remove(self.iommu.queue, kind, sid, pasid)
+            group.set(domain)
 
     # --- PASIDs, NOW profile ---
 
-    def _now(self) -> Group:
-        if self.iommu.system.profile.aux:
-            raise NotSupported(
-                "profile", "AUX", text="the AUX profile has no PASIDs that a caller chooses"
-            )
-        return self.group
+    @property
+    def why_no_pasids(self) -> str:
+        """Why `max_pasids` is 0: the policy and the widths, if it is the policy's doing."""
+        return self.iommu.why_no_pasids(self.pasids)
+
+    def alloc_pasid(self) -> int:
+        """Take a PASID that is nobody else's, to attach it (iommu_alloc_global_pasid).
+
+        Raises
+        ------
+        NoSpace
+            None is left, or the device has none (ENOSPC).
+        NotSupported
+            The AUX profile: a domain owns its PASID there.
+        """
+        system = self.group.system
+        with system.lock:
+            need(system.profile, NOW, "alloc_pasid")
+            if not self.max_pasids:
+                raise NoSpace("device", self, text=f"device: {self.why_no_pasids}")
+            return take_pasid(self, 1, self.max_pasids - 1, self)
+
+    def free_pasid(self, pasid: SupportsIndex) -> None:
+        """Give back what `alloc_pasid` took (iommu_free_global_pasid).
+
+        While it is attached, nobody gets it.
+
+        Raises
+        ------
+        NoEntry
+            It is not allocated.
+        InvalidArgument
+            It is a process's, or another device's.
+        """
+        system = self.group.system
+        with system.lock:
+            pasid = integer("pasid", pasid)
+            if system.pasids.find(pasid) is not self:
+                text = f"pasid {pasid:#x} was not allocated by the device"
+                raise InvalidArgument("pasid", pasid, text=text)
+            system.give_pasid(pasid)
 
     def attach_pasid(
         self, domain: Domain, pasid: SupportsIndex, handle: AttachHandle | None = None
@@ -644,21 +498,16 @@ class Device:
         """
         group = self.group
         with group.system.lock:
-            self._now()
+            need(group.system.profile, NOW, "attach_pasid")
             pasid = integer("pasid", pasid)
             group.check_pasid(domain_of(domain), pasid)
-            if pasid in group.pasids:
+            if group.attachment(pasid) is not None:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is in use")
             if handle is not None:
                 instance("handle", handle, AttachHandle)
             if handle is not None and handle.domain is not None:
                 raise InvalidArgument("handle", handle, text="handle is in use")
-            group.set_pasid(domain, pasid)
-            if handle is None:
-                group.pasids[pasid] = domain
-            else:
-                handle.domain = domain
-                group.pasids[pasid] = handle
+            group.set_pasid(domain, pasid, handle)
 
     def replace_pasid(
         self, domain: Domain, pasid: SupportsIndex, handle: AttachHandle | None
@@ -673,23 +522,19 @@ class Device:
         """
         group = self.group
         with group.system.lock:
-            self._now()
+            need(group.system.profile, NOW, "replace_pasid")
             pasid = integer("pasid", pasid)
             group.check_pasid(domain_of(domain), pasid)
             if handle is not None:
                 instance("handle", handle, AttachHandle)
             if handle is None or handle.domain is not None:
                 raise InvalidArgument("handle", handle, text="handle is missing or in use")
-            held = group.pasids.get(pasid)
+            held = group.attachment(pasid)
             if held is None:
                 raise InvalidArgument("pasid", pasid, text=f"pasid {pasid:#x} is not attached")
-            self._not_bound(pasid)
-            if group.at(pasid) is not domain:
-                group.set_pasid(domain, pasid)
-            if isinstance(held, AttachHandle):
-                held.domain = None
-            handle.domain = domain
-            group.pasids[pasid] = handle
+            if held.handle is not None:
+                held.handle.check_detach(pasid)
+            group.set_pasid(domain, pasid, handle)
 
     def detach_pasid(self, domain: Domain, pasid: SupportsIndex) -> None:
         """Block a PASID again (iommu_detach_device_pasid).
@@ -701,23 +546,16 @@ class Device:
         """
         group = self.group
         with group.system.lock:
-            self._now()
+            need(group.system.profile, NOW, "detach_pasid")
             pasid = integer("pasid", pasid)
-            held = group.pasids.get(pasid)
-            if held is None or group.at(pasid) is not domain:
+            held = group.attachment(pasid)
+            if held is None or held.domain is not domain:
                 raise InvalidArgument(
-                    "domain", domain, text=f"domain: pasid {pasid:#x} is not attached to {domain!r}"
+                    "domain", domain, text=f"domain is not attached to pasid {pasid:#x}: {domain!r}"
                 )
-            self._not_bound(pasid)
+            if held.handle is not None:
+                held.handle.check_detach(pasid)
             group.set_pasid(None, pasid)
-            if isinstance(held, AttachHandle):
-                held.domain = None
-            del group.pasids[pasid]
-
-    def _not_bound(self, pasid: int) -> None:
-        domain = self.group.at(pasid)
-        if isinstance(domain, SvaDomain):
-            raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is bound to {domain.space!r}")
 
     def handle(self, pasid: SupportsIndex, kind: str | None = None) -> AttachHandle | Domain:
         """Find what is attached to a PASID (iommu_attach_handle_get).
@@ -736,127 +574,21 @@ class Device:
         """
         group = self.group
         pasid = integer("pasid", pasid)
-        held = group.pasids.get(pasid)
+        held = group.attachment(pasid)
         if held is None:
             raise NoEntry("pasid", pasid, text=f"pasid {pasid:#x} is not attached")
-        domain = group.at(pasid)
-        assert domain is not None
-        if kind is not None and domain.kind != kind:
-            raise Busy("kind", kind, text=f"pasid {pasid:#x} has {domain!r}, not {kind}")
-        return held
-
-    def reserve_pasid(self, domain: Domain, pasid: int, undo: Undo) -> CdTable:
-        """Check a domain of a PASID, and have the pages for its CD; as `reserve`."""
-        iommu = self.iommu
-        if not isinstance(domain, PagingDomain | SvaDomain):
-            raise no_pasid_op(domain)
-        if domain.iommu is not iommu:
-            raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
-        if domain.stage != 1:
-            raise InvalidArgument("domain", domain, text="domain is stage 2: PASIDs are stage 1")
-        if self.domain.stage > 1:
-            raise InvalidArgument(
-                "device", self, text=f"device has {self.domain!r}: there is no CD table of ours"
-            )
-        if domain.coherent_only and not self.coherent:
-            raise InvalidArgument(
-                "device", self, text="domain enforces coherence, and the device cannot snoop"
-            )
-        if not iommu.system.profile.aux:
-            table = self._reserve_table(undo)
-        elif (main := self._table()) is None:
-            raise InvalidArgument("device", self, text="device has no main domain of stage 1")
-        else:
-            table = main
-        if table.reserve(pasid):
-            undo.add(partial(table.unreserve, pasid))
-        return table
-
-    def install_pasid(self, domain: Domain | None, pasid: int, old: Domain | None) -> None:
-        """Attach a PASID of this device alone, or detach it with None: the driver's part."""
-        iommu = self.iommu
-        if domain is None:
-            table = self._table()
-            assert table is not None
-            holders = table.holders.get(pasid, 0) if iommu.system.profile.aux else 0
-            if holders <= 1:
-                table.clear(pasid)
-            table.holders.pop(pasid, None)
-            if holders > 1:  # other devices of the main domain have it
-                table.holders[pasid] = holders - 1
-            iommu.system.lock.defer(self._flush_pasid, pasid)
-            if old is not None:
-                self._leave(old, pasid)
-            if not table.used and self.domain.kind in ("identity", "blocked"):
-                iommu.system.lock.defer(self._plain_ste)
-            return
-        assert isinstance(domain, PagingDomain | SvaDomain)
-        with Undo() as undo:
-            table = self.reserve_pasid(domain, pasid, undo)
-            table.place(pasid)
-            first = not table.used
-            self._enter(domain, pasid, undo)
-            undo.add(partial(setattr, self, "ats_enabled", self.ats_enabled))
-            table.write(pasid, domain.cd(self.stall_supported), undo)
-            if first and self.domain.kind in ("identity", "blocked"):
-                self.write_ste(self._ste(self.domain, table, self.ats_supported), undo)
-            if self.ats_supported:
-                if self.ats_enabled:
-                    self._flush_pasid(pasid)
-                else:
-                    self._ats_on()
-        if iommu.system.profile.aux:
-            table.holders[pasid] = table.holders.get(pasid, 0) + 1
-        if old is not None:
-            self._leave(old, pasid)
-
-    def write_cds(self, domain: PagingDomain) -> None:
-        """Write the CDs of a domain again, wherever it is attached to this device (NOW)."""
-        table = self.cd_table
-        if table is None or self.group.resetting:
-            return
-        words = domain.cd(self.stall_supported)
-        if self.domain is domain:
-            table.write(0, words)
-        for pasid in self.group.pasids if self.max_pasids else ():
-            if self.group.at(pasid) is domain:
-                table.write(pasid, words)
-
-    def _flush_pasid(self, pasid: int) -> None:
-        """Empty the ATCs of one PASID."""
-        if self.ats_enabled:
-            for sid in self.sids:
-                self.iommu.invalidate_atc(sid, pasid)
-            self.iommu.queue.sync()
-
-    def _plain_ste(self) -> None:
-        """Go back from a CD table with S1DSS to a plain bypass or abort (F26)."""
-        if self.ats_enabled:
-            for sid in self.sids:
-                self.iommu.invalidate_atc(sid)
-            self.iommu.queue.sync()
-            self._ats_off()
-        self.write_ste(self._ste(self.domain, self.cd_table, False))
+        if kind is not None and held.domain.kind != kind:
+            raise Busy("kind", kind, text=f"pasid {pasid:#x} has {held.domain!r}, not {kind}")
+        return held.handle or held.domain
 
     # --- features, AUX profile ---
-
-    def _aux_profile(self, what: str) -> Group:
-        if not self.iommu.system.profile.aux:
-            raise NotSupported("profile", "NOW", text=f"{what} is of the AUX profile")
-        return self.group
 
     def has_feature(self, feature: str) -> bool:
         """Whether the device and its SMMU have a feature: "AUX", "SVA" or "IOPF"; never an error.
 
         Without an SMMU the answer is False.
         """
-        if self._iommu is None or not self._iommu.system.profile.aux:
-            return False
-        if feature == "IOPF":
-            return self.stall_supported or self.pri_supported
-        if feature == "SVA":
-            return self.max_pasids > 0 and self._iommu.has_sva
-        return feature == "AUX" and self.max_pasids > 0
+        return aux.has_feature(self, feature)
 
     def feature_enabled(self, feature: str) -> bool:
         """Whether a feature was enabled."""
@@ -882,29 +614,7 @@ class Device:
         InvalidArgument
             There is no such feature, or max_pasid is below min_pasid.
         """
-        group = self.group
-        with group.system.lock:
-            self._aux_profile("enable_feature")
-            if feature not in FEATURES:
-                raise InvalidArgument("feature", feature, '"AUX", "SVA" or "IOPF"')
-            if not self.has_feature(feature):
-                raise NoDevice("feature", feature, text=f"device has no {feature}")
-            if feature in self.enabled_features:
-                raise Busy("feature", feature, text=f"{feature} is enabled")
-            if feature == "SVA" and self.has_feature("IOPF") and not self.feature_enabled("IOPF"):
-                raise InvalidArgument("feature", feature, text="SVA needs IOPF on this device")
-            self.enabled_features[feature] = self._limits(min_pasid, max_pasid)
-
-    def _limits(self, min_pasid: int, max_pasid: int) -> tuple[int, int]:
-        min_pasid, max_pasid = integer("min_pasid", min_pasid), integer("max_pasid", max_pasid)
-        first = max(min_pasid, 1)
-        last = min(max_pasid or self.max_pasids - 1, self.max_pasids - 1)
-        if min_pasid < 0 or max_pasid < 0 or (self.max_pasids and last < first):
-            raise InvalidArgument(
-                "max_pasid", max_pasid, text=f"PASIDs {first} to {last} are none: "
-                f"1 to {self.max_pasids - 1} allowed",
-            )  # fmt: skip
-        return first, last
+        aux.enable_feature(self, feature, min_pasid, max_pasid)
 
     def disable_feature(self, feature: str) -> None:
         """Disable a feature (iommu_dev_disable_feature).
@@ -916,18 +626,7 @@ class Device:
         Busy
             Auxiliary domains are attached, or address spaces are bound.
         """
-        group = self.group
-        with group.system.lock:
-            self._aux_profile("disable_feature")
-            if feature not in self.enabled_features:
-                raise InvalidArgument("feature", feature, text=f"{feature} is not enabled")
-            if feature == "AUX" and self.aux:
-                raise Busy("feature", feature, text=f"{len(self.aux)} auxiliary domains attached")
-            if feature == "IOPF" and "SVA" in self.enabled_features:
-                raise Busy("feature", feature, text="SVA is enabled, which needs it")
-            if feature == "SVA" and group.system.bonds_of(self):
-                raise Busy("feature", feature, text="address spaces are bound")
-            del self.enabled_features[feature]
+        aux.disable_feature(self, feature)
 
     def init(
         self,
@@ -957,34 +656,11 @@ class Device:
         NoDevice
             The device does not have it (ENODEV).
         """
-        group = self.group
-        with group.system.lock:
-            self._aux_profile("init")
-            names = tuple(features)
-            for name in names:
-                if name not in ("AUX", "IOPF"):
-                    raise InvalidArgument("features", name, '"AUX" or "IOPF"')
-            if "SVA" in self.enabled_features:
-                raise Exists("device", self, text="device was initialised")
-            wanted = dict.fromkeys((*names, "SVA"))
-            for name in wanted:
-                if not self.has_feature(name):
-                    raise NoDevice("feature", name, text=f"device has no {name}")
-            limits = self._limits(min_pasid, max_pasid)
-            self.enabled_features.update(dict.fromkeys(wanted, limits))
-            self.mm_exit = mm_exit
+        aux.init(self, features, min_pasid, max_pasid, mm_exit)
 
     def shutdown(self) -> None:
         """Undo `init`: what is bound or attached as auxiliary goes; twice is once."""
-        group = self.group
-        with group.system.lock:
-            self._aux_profile("shutdown")
-            for bond in list(group.system.bonds_of(self)):
-                bond.unbind(force=True)
-            for domain in list(self.aux.values()):
-                self.detach_aux(domain)
-            self.enabled_features.clear()
-            self.mm_exit = None
+        aux.shutdown(self)
 
     # --- auxiliary domains, AUX profile ---
 
@@ -1007,68 +683,7 @@ class Device:
         OutOfMemory
             No page is left.
         """
-        group = self.group
-        with group.system.lock:
-            self._aux_profile("attach_aux")
-            if "AUX" not in self.enabled_features:
-                raise InvalidArgument("device", self, text="AUX is not enabled on the device")
-            domain_of(domain)
-            main = self.domain
-            if not isinstance(main, PagingDomain) or main.stage != 1 or main.cd_table is None:
-                raise InvalidArgument(
-                    "device", self, text=f"device has {main!r}; a main domain of stage 1 is needed"
-                )
-            if not isinstance(domain, PagingDomain) or domain.stage != 1:
-                raise InvalidArgument(
-                    "domain", domain, text="an auxiliary domain is a paging domain of stage 1"
-                )
-            if domain.mode == "main":
-                raise InvalidArgument(
-                    "domain", domain, text="domain was attached as main domain, and stays so"
-                )
-            if domain.parent is not None and domain.parent is not main:
-                raise InvalidArgument("domain", domain, text="domain has another parent")
-            if domain.aux_pasid in self.aux:
-                raise Busy("domain", domain, text="domain is attached to this device")
-            first, last = self.enabled_features["AUX"]
-            if domain.aux_pasid and not first <= domain.aux_pasid <= last:
-                raise PasidOverflow("pasid", domain.aux_pasid, f"{first} to {last}")
-            self._attach_aux(domain, main, first, last)
-
-    def _attach_aux(self, domain: PagingDomain, main: PagingDomain, first: int, last: int) -> None:
-        system, table = self.system, main.cd_table
-        assert table is not None
-        with Undo() as undo:
-            pasid = domain.aux_pasid
-            if not pasid:
-                try:
-                    pasid = system.take_pasid(first, last, data=domain)
-                except NoSpace as error:
-                    text = f"no PASID is left: {error}"
-                    raise InvalidArgument("pasid", None, text=text) from error
-                undo.add(partial(system.give_pasid, pasid))
-                if not first <= pasid <= last:  # a backend takes the range for a hint
-                    raise PasidOverflow("pasid", pasid, f"{first} to {last}")
-                domain.finalise(self.iommu)
-                undo.add(domain.unfinalise)
-            if not domain.users:
-                if table.reserve(pasid):
-                    undo.add(partial(table.unreserve, pasid))
-                for device in table.devices:
-                    device._enter_atcs(domain, pasid)
-                    undo.add(partial(device._leave_atcs, domain, pasid))
-                table.write(pasid, domain.cd(self.stall_supported), undo)
-                for device in table.devices:
-                    device._flush_pasid(pasid)
-        for kind, number in domain.tags:
-            domain.invalidations.insert(self.iommu.queue, kind, number, 0)
-        domain.mode = "aux"
-        domain.parent = main
-        domain.aux_pasid = pasid
-        main.children[pasid] = domain
-        domain.users += 1
-        domain.active = domain.cached = True
-        self.aux[pasid] = domain
+        aux.attach(self, domain)
 
     def detach_aux(self, domain: Domain) -> None:
         """Detach an auxiliary domain; the last device clears the CD and invalidates.
@@ -1078,36 +693,12 @@ class Device:
         InvalidArgument
             It is not attached to this device.
         """
-        group = self.group
-        with group.system.lock:
-            self._aux_profile("detach_aux")
-            if not isinstance(domain, PagingDomain) or self.aux.get(domain.aux_pasid) is not domain:
-                raise InvalidArgument(
-                    "domain", domain, text=f"{domain!r} is not attached to the device"
-                )
-            pasid, parent = domain.aux_pasid, domain.parent
-            assert parent is not None and parent.cd_table is not None
-            table, lock = parent.cd_table, group.system.lock
-            if domain.users > 1:
-                lock.defer(self._flush_pasid, pasid)
-            else:
-                table.clear(pasid)
-                for device in table.devices:
-                    lock.defer(device._flush_pasid, pasid)
-                    device._leave_atcs(domain, pasid)
-            del self.aux[pasid]
-            for kind, number in domain.tags:
-                domain.invalidations.remove(self.iommu.queue, kind, number, 0)
-            domain.users -= 1
-            domain.active = domain.users > 0
-            lock.defer(domain.flush_tag)
+        aux.detach(self, domain)
 
     # --- SVA and mediated devices ---
 
     def bind(self, space: AddressSpace) -> Bond:
         """Bind a process's address space: `smmufast.iommu.sva.bind`."""
-        from smmufast.iommu import sva
-
         return sva.bind(self, space)
 
     def mediated(self) -> Mediated:
@@ -1156,27 +747,30 @@ class Device:
                 raise Busy("device", self, text="device is being reset, or shares its group")
             if self.aux:
                 raise Busy("device", self, text="device has auxiliary domains attached")
-            group.resetting = True
-            for domain in group.attached():
-                domain.users += 1  # not to be freed meanwhile
-            for pasid in group.pasids:
-                self.install_pasid(None, pasid, group.at(pasid))
-            self.reinstall(BLOCKED)
+            self.master.block()
 
     def reset_done(self) -> None:
-        """Give back what `reset_prepare` blocked."""
+        """Give back what `reset_prepare` blocked; InvalidArgument if that was not called."""
         group = self.group
         with group.system.lock:
-            if not group.resetting:
+            if not self.master.blocked:
                 raise InvalidArgument("device", self, text="device is not being reset")
-            self.reinstall(group.domain)
-            for pasid in group.pasids:
-                self.install_pasid(group.at(pasid), pasid, None)
-            for domain in group.attached():
-                domain.users -= 1
-            group.resetting = False
+            self.master.unblock()
 
     # --- what the device does ---
+
+    def _request(
+        self, pasid: SupportsIndex | None, sid: SupportsIndex | None
+    ) -> tuple[Smmu, int, int | None]:
+        """The SMMU, StreamID and SSID of an access."""
+        one = self.sids[0] if sid is None else integer("sid", sid)
+        if one not in self.sids:
+            raise InvalidArgument("sid", one, text=f"sid {one:#x} is not one of the device's")
+        if pasid is None:
+            return self.smmu, one, None
+        if self.pasids and not self.pasid_enabled:
+            raise InvalidArgument("pasid", pasid, text="PASIDs are off in the device")
+        return self.smmu, one, integer("pasid", pasid)
 
     def translate(
         self,
@@ -1203,20 +797,23 @@ class Device:
         -------
         Result
             Of `Smmu.translate`, or of the stalled access after it was resumed.
+
+        Raises
+        ------
+        InvalidArgument
+            A StreamID of another device, or a PASID while PASIDs are off.
         """
-        smmu = self.iommu.smmu
-        one = self.sids[0] if sid is None else integer("sid", sid)
-        result = smmu.translate(one, iova, ssid=pasid, write=write, priv=priv, instr=instr)
-        if result.action == "stall":
-            stall = next((s for s in smmu.stalls if s.stag == result.stag), None)
-            if stall is None:  # another thread has handled it
-                return self.translate(
-                    iova, pasid=pasid, write=write, priv=priv, instr=instr, sid=sid
-                )
+        smmu, one, ssid = self._request(pasid, sid)
+        while True:
+            result = smmu.translate(one, iova, ssid=ssid, write=write, priv=priv, instr=instr)
+            if result.action != "stall":
+                break
+            stall = next((s for s in smmu.stalls if (s.sid, s.stag) == (one, result.stag)), None)
+            if stall is None:
+                continue  # another thread has handled it
             self.system.service()
-            if stall.done and stall.result is not None:
-                return stall.result
-        elif result.event is not None:
+            return stall.result if stall.done and stall.result is not None else result
+        if result.event is not None:
             self.system.service()
         return result
 
@@ -1224,9 +821,9 @@ class Device:
         self,
         iova: SupportsIndex,
         *,
-        pasid: int | None = None,
+        pasid: SupportsIndex | None = None,
         write: bool = False,
-        execute: bool = False,
+        instr: bool = False,
         priv: bool = False,
     ) -> Result:
         """Make one access through the device's ATC, where ATS is on; else `translate`.
@@ -1235,10 +832,69 @@ class Device:
         ------
         AtsFault
             No translation permits it.
+        InvalidArgument
+            A PASID while PASIDs are off.
         """
         if not self.ats_enabled:
-            return self.translate(iova, pasid=pasid, write=write, priv=priv, instr=execute)
-        return self.atcs[0].access(iova, ssid=pasid, write=write, execute=execute, priv=priv)
+            return self.translate(iova, pasid=pasid, write=write, priv=priv, instr=instr)
+        _, _, ssid = self._request(pasid, None)
+        return self.atcs[0].access(iova, ssid=ssid, write=write, execute=instr, priv=priv)
+
+    def translate_batch(
+        self,
+        iova: Any,
+        *,
+        pasid: Any = None,
+        sid: SupportsIndex | None = None,
+        **more: Any,
+    ) -> Any:
+        """Make many accesses at once: `Smmu.translate_batch` with the device's StreamID.
+
+        Parameters
+        ----------
+        iova : array_like of int
+        pasid : int or array_like of int, optional
+        sid : int, optional
+            One of `sids`; the first.
+        **more
+            The other arguments of `Smmu.translate_batch`.
+
+        Returns
+        -------
+        ndarray
+            As `Smmu.translate_batch`.  Events wait in the queue for `System.service`.
+        """
+        plain = isinstance(pasid, SupportsIndex)
+        smmu, one, ssid = self._request(pasid if plain else None, sid)
+        if pasid is not None and not plain:
+            self._request(0, sid)
+            ssid = pasid
+        return smmu.translate_batch(one, iova, ssid=ssid, **more)
+
+    def translate_range(
+        self,
+        iova: SupportsIndex,
+        size: SupportsIndex,
+        *,
+        pasid: SupportsIndex | None = None,
+        sid: SupportsIndex | None = None,
+        **more: Any,
+    ) -> Segments:
+        """Translate a range of addresses: `Smmu.translate_range` with the device's StreamID."""
+        smmu, one, ssid = self._request(pasid, sid)
+        return smmu.translate_range(one, iova, size, ssid=ssid, **more)
+
+    def start_walk(
+        self,
+        iova: SupportsIndex,
+        *,
+        pasid: SupportsIndex | None = None,
+        sid: SupportsIndex | None = None,
+        **more: Any,
+    ) -> Walk:
+        """Begin an access whose fetches the caller answers: `Smmu.start_walk`."""
+        smmu, one, ssid = self._request(pasid, sid)
+        return smmu.start_walk(one, iova, ssid=ssid, **more)
 
     def draw(self, *, limit: SupportsIndex = 16) -> str:
         """Draw what its STEs lead to: CD tables, CDs, page tables, as they are in memory.
@@ -1269,6 +925,10 @@ class Device:
     def __repr__(self) -> str:
         """Its streams, PASIDs and main domain."""
         sids = ", ".join(f"{sid:#x}" for sid in self.sids)
-        if self._iommu is None:
+        if self._master is None:
             return f"<Device sid {sids}, not probed>"
         return f"<Device sid {sids}: {self.max_pasids} PASIDs, {self.domain!r}>"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse copies: a device is one thing, which a system knows."""
+        raise WrongType("device", self, text=f"{self!r} is part of a system: it has no copies")

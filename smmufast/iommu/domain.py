@@ -8,21 +8,29 @@ domain is a page table that something else owns: `smmufast.iommu.sva`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Final, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Final, SupportsIndex
 
-from smmufast._driver import S1_ASID, S2_VMID, S2_VMID_S1_CLEAR, Invalidations
 from smmufast._tables import PageTable
-from smmufast.errors import Busy, InvalidArgument, NotSupported, instance, integer
-from smmufast.iommu import entry
+from smmufast.errors import Busy, InvalidArgument, NotSupported, WrongType, instance, integer
+from smmufast.iommu.smmu import entry
+from smmufast.iommu.smmu.invalidations import (
+    S1_ASID,
+    S2_VMID,
+    S2_VMID_S1_CLEAR,
+    Invalidations,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from smmufast.iommu.cdtable import CdTable
+    from smmufast.iommu.attachment import Attachment
     from smmufast.iommu.device import Device
     from smmufast.iommu.fault import PageFault
+    from smmufast.iommu.nested import Viommu
+    from smmufast.iommu.smmu.cdtable import CdTable
+    from smmufast.iommu.smmu.iommu import Iommu
     from smmufast.iommu.sva import AddressSpace
-    from smmufast.iommu.system import Iommu
+    from smmufast.iommu.system import System
 
 Words = tuple[int, ...]  # the eight dwords of an STE or a CD
 
@@ -32,6 +40,27 @@ class Domain:
 
     kind: ClassVar[str] = ""
     users: int = 0
+
+    def linked(self, attachment: Attachment) -> None:
+        """Something is attached here; domains that hold nothing keep no list."""
+
+    def unlinked(self, attachment: Attachment) -> None:
+        """Something is attached here no more."""
+
+    def enter_tlbs(self, attachment: Attachment) -> None:
+        """TLBs may hold something of it from now on."""
+
+    def leave_tlbs(self, attachment: Attachment) -> None:
+        """Nothing fills TLBs with it from there any more, be it detached or being reset."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse copies: a domain is one thing, which tables in memory lead to."""
+        raise WrongType("domain", self, text=f"{self!r} is part of a system: it has no copies")
+
+    @property
+    def tags(self) -> tuple[tuple[int, int], ...]:
+        """The kinds and numbers by which TLBs are told."""
+        return ()
 
     @property
     def stage(self) -> int:
@@ -67,14 +96,21 @@ def _address(iova: SupportsIndex) -> int:
     return address
 
 
-class _Identity(Domain):
+class _Constant(Domain):
+    """One of the domains that hold nothing: each is one object, also after a copy."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str:
+        return self.kind.upper()
+
+
+class _Identity(_Constant):
     kind = "identity"
 
     def iova_to_phys(self, iova: SupportsIndex, /) -> int:
         return _address(iova)
 
 
-class _Blocked(Domain):
+class _Blocked(_Constant):
     kind = "blocked"
 
 
@@ -84,7 +120,65 @@ IDENTITY: Final = _Identity()
 BLOCKED: Final = _Blocked()
 
 
-class PagingDomain(PageTable, Domain):
+class Cached(Domain):
+    """A domain that an SMMU caches: who is attached, and what an invalidation must reach.
+
+    Attributes
+    ----------
+    attachments : dict
+        Every `Attachment`, in the order in which they came; its values mean nothing.
+    invalidations : Invalidations
+        Where the domain may be cached: TLB tags, counted by attachment, and ATCs.
+    """
+
+    attachments: dict[Attachment, None]
+    invalidations: Invalidations
+    system: System
+    active: bool
+
+    @property
+    def users(self) -> int:  # type: ignore[override]
+        """Attachments: a device counts once, each of its PASIDs once."""
+        return len(self.attachments)
+
+    def linked(self, attachment: Attachment) -> None:
+        """Keep an attachment: whoever unmaps invalidates for it from now on."""
+        self.attachments[attachment] = None
+        if not attachment.master.blocked:
+            self.enter_tlbs(attachment)
+
+    def unlinked(self, attachment: Attachment) -> None:
+        """Forget an attachment."""
+        del self.attachments[attachment]
+        if not attachment.master.blocked:
+            self.leave_tlbs(attachment)
+
+    def enter_tlbs(self, attachment: Attachment) -> None:
+        """Count a user of each tag: the domain's, or a guest's above it."""
+        queue = attachment.master.iommu.queue
+        for kind, number in attachment.domain.tags:
+            self.invalidations.insert(queue, kind, number)
+        self.active = True
+
+    def leave_tlbs(self, attachment: Attachment) -> None:
+        """Count a user less; the last of a tag drops the TLB entries under it (F48).
+
+        What fails meanwhile is raised when the call is done.
+        """
+        iommu = attachment.master.iommu
+        for kind, number in attachment.domain.tags:
+            if not self.invalidations.remove(iommu.queue, kind, number):
+                self.system.lock.defer(iommu.flush_tag, kind, number)
+        self.active = len(self.invalidations) > 0
+
+    def tables(self) -> dict[tuple[CdTable, int], None]:
+        """Each CD of the domain: its table and its SSID."""
+        return {
+            (one.table, one.ssid): None for one in self.attachments if one.table is not None
+        }
+
+
+class PagingDomain(PageTable, Cached):
     """A page table of one SMMU, with the ASID or the VMID under which the SMMU caches it.
 
     `Device.paging_domain` and `System.paging_domain` make one.  `map`, `unmap`, `map_sg`,
@@ -99,6 +193,8 @@ class PagingDomain(PageTable, Domain):
         The tag; 0 where the stage has none, or before an auxiliary profile's first attach.
     users : int
         Attachments: a device counts once, each of its PASIDs once.
+    parent : PagingDomain or None
+        AUX profile: the main domain in whose CD table an auxiliary domain has its CD.
     """
 
     kind = "paging"
@@ -126,12 +222,11 @@ class PagingDomain(PageTable, Domain):
         self.dirty_tracked = dirty
         self.coherent_only = False
         self.iopf: Callable[[PageFault], bool | str] | None = None
-        self.guests: dict[int, int] = {}  # StreamIDs with a guest's stage 1, how often
         self.asid = self.vmid = 0
-        self.users = 0
-        self.cached = False  # something was attached, so that the tag may be in a TLB
+        self.attachments = {}
+        self.viommus: list[Viommu] = []
         self.invalidations = Invalidations()
-        self._words: Words | None = None
+        self._words: dict[bool, Words] = {}
         # the auxiliary profile
         self.mode: str | None = None
         self.parent: PagingDomain | None = None
@@ -162,7 +257,7 @@ class PagingDomain(PageTable, Domain):
         else:
             self.vmid = tag
         self.iommu = iommu
-        self._words = None
+        self._words.clear()
 
     def unfinalise(self) -> None:
         """Give back what `finalise` took, if nothing is attached and nothing is mapped yet."""
@@ -181,13 +276,11 @@ class PagingDomain(PageTable, Domain):
 
     def cd(self, stall: bool) -> Words:
         """The context descriptor of this domain, as eight dwords."""
-        assert self.iommu is not None
-        if self._words is None or self._stall != stall:
-            self._stall = stall
-            self._words = entry.cd_paging(self, self.asid, stall=stall, dirty=self.dirty_tracked)
-        return self._words
-
-    _stall = False
+        words = self._words.get(stall)
+        if words is None:
+            words = entry.cd_paging(self, self.asid, stall=stall, dirty=self.dirty_tracked)
+            self._words[stall] = words
+        return words
 
     # --- invalidation ---
 
@@ -203,12 +296,22 @@ class PagingDomain(PageTable, Domain):
     def flush(self, first: int, last: int, page_lg2: int, tables: bool) -> None:
         """Invalidate what was unmapped; `PageTable.unmap` calls it while something is attached."""
         self.invalidations.invalidate(first, last, self.granule_lg2, page_lg2, not tables)
-        if self.guests:
+        guests = self.guests
+        if guests:
             # CDs that were fetched through what was unmapped
             assert self.iommu is not None
-            for sid in self.guests:
+            for sid in guests:
                 self.iommu.queue.issue("CFGI_CD_ALL", StreamID=sid)
             self.iommu.queue.sync()
+
+    @property
+    def guests(self) -> tuple[int, ...]:
+        """StreamIDs with a guest's stage 1 above this domain."""
+        if not self.nest_parent:
+            return ()
+        return tuple(
+            sid for one in self.attachments if one.domain is not self for sid in one.master.sids
+        )
 
     def change_asid(self) -> None:
         """Move to another ASID while it is in use; CDs change by one store (F43, F47).
@@ -229,15 +332,9 @@ class PagingDomain(PageTable, Domain):
             for _ in range(users):
                 self.invalidations.insert(iommu.queue, S1_ASID, new)
             self.asid = new
-            self._words = None
-            if self.cd_table is not None:
-                self.cd_table.write(0, self.cd(self._stall))
-            elif self.parent is not None and self.users:
-                assert self.parent.cd_table is not None
-                self.parent.cd_table.write(self.aux_pasid, self.cd(self._stall))
-            elif users:
-                for device in dict.fromkeys(iommu.devices.values()):
-                    device.write_cds(self)
+            self._words.clear()
+            for table, ssid in self.tables():
+                table.rewrite(ssid)
             for _ in range(users):
                 self.invalidations.remove(iommu.queue, S1_ASID, old)
             iommu.flush_asid(old)
@@ -250,8 +347,21 @@ class PagingDomain(PageTable, Domain):
     # --- properties that others ask for ---
 
     def enforce_cache_coherency(self) -> None:
-        """Refuse devices that cannot snoop from now on (EINVAL)."""
-        self.coherent_only = True
+        """Refuse devices that cannot snoop from now on (EINVAL).
+
+        Raises
+        ------
+        InvalidArgument
+            A device that cannot snoop is attached.
+        """
+        with self.system.lock:
+            for one in self.attachments:
+                if not one.master.coherent:
+                    device = one.master.device
+                    raise InvalidArgument(
+                        "domain", self, text=f"{device!r} is attached, and cannot snoop"
+                    )
+            self.coherent_only = True
 
     def pasid(self, device: Device) -> int:
         """Return the PASID that this auxiliary domain owns; the same until it is freed.
@@ -282,8 +392,8 @@ class PagingDomain(PageTable, Domain):
             if self.users or self.children:
                 what = f"{self.users} attachments" if self.users else "auxiliary domains"
                 raise Busy("domain", self, text=f"domain has {what}: detach first")
-            if self.cached:
-                self.flush_tag()
+            for viommu in tuple(self.viommus):
+                viommu.close()
             super().close()
             if self.iommu is not None:
                 ids = self.iommu.asids if self.stage == 1 else self.iommu.vmids
@@ -314,11 +424,6 @@ class PagingDomain(PageTable, Domain):
         if not value and (self.asid or self.vmid):
             raise Busy("ready", value, text="ready cannot be False while the domain has a tag")
         PageTable.ready.__set__(self, value)  # type: ignore[attr-defined]
-
-    def flush_tag(self) -> None:
-        """Drop every TLB entry under the tag, before it is used for something else (F48)."""
-        if self.iommu is not None and (self.asid or self.vmid):
-            self.iommu.flush_tag(self)
 
     def __repr__(self) -> str:
         """Stage, tag and how much is mapped."""
@@ -352,23 +457,70 @@ class NestedDomain(Domain):
         """3: both."""
         return 3
 
-    def __init__(self, parent: PagingDomain, ste: Iterable[int]) -> None:
+    def __init__(
+        self, parent: PagingDomain, ste: Iterable[int], *, viommu: Viommu | None = None
+    ) -> None:
         instance("ste", ste, Iterable)
         words = tuple(integer("ste", word) for word in ste)
-        if not isinstance(parent, PagingDomain) or not parent.nest_parent or parent.freed:
-            raise InvalidArgument(
-                "parent", parent, text="parent is not a stage-2 domain made with nest_parent=True"
-            )
+        check_nesting_parent(parent)
         entry.check_guest_ste(words)
         self.parent = parent
+        self.viommu = viommu
         self.ste = words[:2]
-        self.ats = entry.eats(words) == 1
-        self.users = 0
+        # the guest has ATS with a stage 1 of its own (Linux: arm_smmu_validate_vste)
+        self.ats = entry.eats(words) == 1 and entry.ste_config(words[0]) == 5
+        self.attachments: dict[Attachment, None] = {}
         self.system = parent.system
         self.iommu = parent.iommu
 
+    @property
+    def vmid(self) -> int:
+        """What tags everything of the guest: the VMID of its Viommu, or of the parent alone."""
+        return self.parent.vmid if self.viommu is None else self.viommu.vmid
 
-class SvaDomain(Domain):
+    @property
+    def freed(self) -> bool:
+        """Whether its parent or its Viommu has ended."""
+        return self.parent.freed or (self.viommu is not None and not self.viommu.vmid)
+
+    @property
+    def users(self) -> int:  # type: ignore[override]
+        """Devices that are attached."""
+        return len(self.attachments)
+
+    @property
+    def tags(self) -> tuple[tuple[int, int], ...]:
+        """Both stages are cached under the guest's VMID."""
+        return ((S2_VMID, self.vmid), (S2_VMID_S1_CLEAR, self.vmid))
+
+    def linked(self, attachment: Attachment) -> None:
+        """Keep an attachment; the parent is what is cached, and what is unmapped."""
+        self.attachments[attachment] = None
+        self.parent.linked(attachment)
+
+    def unlinked(self, attachment: Attachment) -> None:
+        """Forget an attachment, here and in the parent."""
+        del self.attachments[attachment]
+        self.parent.unlinked(attachment)
+
+    def enter_tlbs(self, attachment: Attachment) -> None:
+        """As its parent, under the guest's tags."""
+        self.parent.enter_tlbs(attachment)
+
+    def leave_tlbs(self, attachment: Attachment) -> None:
+        """As its parent."""
+        self.parent.leave_tlbs(attachment)
+
+
+def check_nesting_parent(parent: object) -> None:
+    """Refuse what no guest can be above (EINVAL)."""
+    if not isinstance(parent, PagingDomain) or not parent.nest_parent or parent.freed:
+        raise InvalidArgument(
+            "parent", parent, text="parent is not a stage-2 domain made with nest_parent=True"
+        )
+
+
+class SvaDomain(Cached):
     """The address space of a process, for the PASIDs of the devices of one SMMU.
 
     It has an ASID of its own; the page table belongs to the space (`smmufast.iommu.sva`), which
@@ -383,8 +535,8 @@ class SvaDomain(Domain):
         self.system = iommu.system
         self.space = space
         self.invalidations = Invalidations()
-        self.users = 0
-        self.active = self.cached = False
+        self.attachments = {}
+        self.active = False
         self.freed = False
         self.asid = 0
 
@@ -410,10 +562,6 @@ class SvaDomain(Domain):
             return entry.cd_quiet(words, stall_force=self.iommu.stall_force)
         return words
 
-    def flush_tag(self) -> None:
-        """Drop every TLB entry under the ASID."""
-        self.iommu.flush_tag(self)
-
     def free(self) -> None:
         """Free the ASID; Busy while something is attached."""
         with self.system.lock:
@@ -434,6 +582,51 @@ def domain_of(value: object) -> Domain:
     return value
 
 
+def is_auxiliary(domain: Domain) -> bool:
+    """Whether a domain was attached as auxiliary, and so has the PASID that it owns."""
+    return isinstance(domain, PagingDomain) and domain.mode == "aux"
+
+
 def no_pasid_op(domain: Domain) -> NotSupported:
     """The error for a domain that no PASID can have (EOPNOTSUPP)."""
-    return NotSupported("domain", domain, text=f"domain is {domain.kind}: no PASID can have it")
+    article = "an" if domain.kind[0] in "aeiou" else "a"
+    text = f"{article} {domain.kind} domain cannot be attached to a PASID"
+    return NotSupported("domain", domain, text=text)
+
+
+def paging_domain(
+    iommu: Iommu,
+    *,
+    stage: int | None = None,
+    granule: int | None = None,
+    nest_parent: bool = False,
+    dirty: bool = False,
+    pasid: bool = False,
+    contiguous: bool = False,
+    user_data: object = None,
+    ready: bool = True,
+) -> PagingDomain:
+    """Make a paging domain; `Device.paging_domain` says what the arguments are."""
+    features = iommu.smmu.features
+    if user_data is not None:
+        raise NotSupported("user_data", user_data, text="no domain takes user data")
+    if nest_parent and (dirty or pasid):
+        raise NotSupported(
+            "nest_parent", True, text="a nesting parent has no dirty tracking and no PASIDs"
+        )
+    if nest_parent and not (features.s1p and features.s2p):
+        raise NotSupported("nest_parent", True, text="the SMMU cannot nest")
+    if (dirty or pasid) and (not features.s1p or stage == 2):
+        raise NotSupported(
+            "dirty" if dirty else "pasid", True, text="dirty tracking and PASIDs are stage 1"
+        )
+    if dirty and features.httu < 2:
+        raise NotSupported("dirty", True, text="the SMMU has no hardware dirty state (HTTU)")
+    if nest_parent and stage == 1:
+        raise NotSupported("stage", 1, text="a nesting parent is stage 2")
+    if stage is None:
+        stage = 2 if nest_parent or not features.s1p else 1
+    return PagingDomain(
+        iommu, stage=stage, granule=granule, dirty=dirty, nest_parent=nest_parent,
+        contiguous=contiguous, ready=ready,
+    )  # fmt: skip

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from smmufast._memory import Memory
     from smmufast._smmu import Walk
     from smmufast.features import Features
-    from smmufast.iommu.system import Iommu
+    from smmufast.iommu.smmu.iommu import Iommu
 
 _LEAF_LG2: Final = {1: 6, 2: 10}  # S1Fmt: lg2 of the CDs in a leaf of 4 KiB and of 64 KiB
 _S1DSS: Final = {0: "without PASID terminated", 1: "without PASID bypass"}

@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from smmufast import layout
-from smmufast.iommu.domain import PagingDomain, SvaDomain
+from smmufast.iommu.domain import NestedDomain, PagingDomain, SvaDomain
+from smmufast.iommu.smmu.iommu import RESPONSES, answer, is_stop_marker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast.iommu.device import Device
-    from smmufast.iommu.system import Iommu
+    from smmufast.iommu.domain import Domain
+    from smmufast.iommu.smmu.iommu import Iommu, Record
 
-#: How a page fault may be answered.
-RESPONSES: Final = ("success", "invalid", "failure")
 #: How often one access may stall in a call of `service` although each time the answer is success.
 RETRIES: Final = 16
+#: Page requests of one device that wait for the last of their group (Linux: 512 a group).
+MOST_WAITING: Final = 512
 _EVENTS: Final = {event.value: event.name for event in layout.Event}
 _PAGE_FAULTS: Final = ("F_TRANSLATION", "F_ADDR_SIZE", "F_ACCESS", "F_PERMISSION")
-_PRI_CODES: Final = {"failure": 0, "invalid": 1, "success": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,33 +99,34 @@ class Report:
 def service(iommu: Iommu) -> int:
     """Handle what is in the queues of one SMMU; return how many records there were.
 
-    Every record is taken and every stalled transaction answered, also when a handler raises: its
-    fault is answered as invalid, and the first exception is raised when the queues are empty.  An
-    access that stalls once more after RETRIES answers of success is answered as invalid, so that
-    a handler that maps nothing does not keep it for ever.
+    One thread at a time: the others wait until what it found is answered.  Every record is taken
+    and every stalled transaction answered, also when a handler raises: its fault is answered as
+    invalid, and the first exception is raised when the queues are empty.  An access that stalls
+    once more after RETRIES answers of success is answered as invalid, so that a handler that maps
+    nothing does not keep it for ever.
     """
     raised: list[BaseException] = []
     tried: dict[PageFault, int] = {}
     count = 0
-    for record in iommu.take("EVENTQ"):
-        count += 1
-        _event(iommu, record, raised, tried)
-    for record in iommu.take("PRIQ"):
-        count += 1
-        _page_request(iommu, record, raised)
+    with iommu.servicing:
+        iommu.interrupts.clear()
+        while (record := iommu.next_record("EVENTQ")) is not None:
+            count += 1
+            _event(iommu, record, raised, tried)
+        while (record := iommu.next_record("PRIQ")) is not None:
+            count += 1
+            _page_request(iommu, record, raised)
     if raised:
         raise raised[0]
     return count
 
 
 def _event(
-    iommu: Iommu, record: bytes, raised: list[BaseException], tried: dict[PageFault, int]
+    iommu: Iommu, record: Record, raised: list[BaseException], tried: dict[PageFault, int]
 ) -> None:
-    fields = layout.unpack("EVENT", record)
-    number, sid = fields["ID"], fields["StreamID"]
+    fields, device = record.fields, record.device
+    number = fields["ID"]
     name = _EVENTS.get(number, f"{number:#04x}")
-    device = iommu.devices.get(sid)
-    pasid = fields["SubstreamID"] if fields["SSV"] else None
     stalled = bool(fields["Stall"]) and name in _PAGE_FAULTS
     if number not in _EVENTS:
         status = errno.EOPNOTSUPP
@@ -132,30 +134,30 @@ def _event(
         status = errno.EINVAL
     elif not stalled:
         status = errno.EOPNOTSUPP
+    elif record.answered:
+        status = errno.EFAULT
     else:
         fault = PageFault(
-            device, pasid, fields["InputAddr"], bool(fields["RnW"]) and not fields["InD"],
+            device, record.pasid, fields["InputAddr"], bool(fields["RnW"]) and not fields["InD"],
             not fields["RnW"], bool(fields["InD"]), bool(fields["PnU"]), fields["STAG"], True,
         )  # fmt: skip
         same = replace(fault, group=0)  # the stall tag is another one each time
         tried[same] = tried.get(same, 0) + 1
         if (fields["S2"] and name != "F_TRANSLATION") or tried[same] > RETRIES:
-            answer = "invalid"
+            response = "invalid"
         else:
-            answer = _answer(fault, raised)
-        status = 0 if answer == "success" else errno.EFAULT
-    if stalled:
-        # retry, or terminate with an abort; no CMD_SYNC follows (F62)
-        word = {"AC": 1} if status == 0 else {"AB": 1}
-        iommu.queue.issue("RESUME", StreamID=sid, STAG=fields["STAG"], **word)
-        try:
-            iommu.queue.submit()
-        except Exception as error:  # a host's callback; the rest of the queue is still to be read
-            raised.append(error)
+            response = _ask(fault, record.domain, raised)
+        status = 0 if response == "success" else errno.EFAULT
+    if stalled and not record.answered:
+        _answer(iommu, record, "success" if status == 0 else "invalid", raised)
+    if not stalled and not fields["S2"] and isinstance(record.domain, NestedDomain):
+        viommu = record.domain.viommu
+        if viommu is not None and device is not None and viommu.report(device, record.data):
+            status = 0
     report = Report(
-        name, sid, pasid, fields["InputAddr"], device, stalled, fields["STAG"],
+        name, record.sid, record.pasid, fields["InputAddr"], device, stalled, fields["STAG"],
         not fields["RnW"], bool(fields["PnU"]), bool(fields["InD"]),
-        fields["IPA"] if fields["S2"] else None, status, record,
+        fields["IPA"] if fields["S2"] else None, status, record.data,
     )  # fmt: skip
     system = iommu.system
     system.reports.append(report)
@@ -166,14 +168,22 @@ def _event(
             raised.append(error)
 
 
-def _answer(fault: PageFault, raised: list[BaseException]) -> str:
+def _answer(
+    iommu: Iommu, record: Record, response: str, raised: list[BaseException]
+) -> None:
+    """Answer a record, once; the rest of the queue is still to be read if a host raises."""
+    record.answered = True
+    try:
+        answer(iommu, record, response)
+    except Exception as error:
+        raised.append(error)
+
+
+def _ask(fault: PageFault, domain: Domain | None, raised: list[BaseException]) -> str:
     """Ask the owner of the address space that a fault is in (F65)."""
-    device = fault.device
-    if fault.pasid:
-        domain = device.aux.get(fault.pasid) or device.group.at(fault.pasid)
-    else:
-        domain = device.domain
     handler: Callable[[PageFault], bool | str] | None = None
+    if fault.device.domain_at(fault.pasid or 0) is not domain:
+        return "invalid"  # it changed hands since the record was taken
     if isinstance(domain, SvaDomain):
         if fault.pasid is None or domain.space.exited:
             return "invalid"
@@ -192,40 +202,32 @@ def _answer(fault: PageFault, raised: list[BaseException]) -> str:
     return "success" if said else "invalid"
 
 
-def _page_request(iommu: Iommu, record: bytes, raised: list[BaseException]) -> None:
-    fields = layout.unpack("PRI", record)
-    sid, group = fields["StreamID"], fields["PRGIndex"]
-    pasid = fields["SubstreamID"] if fields["SSV"] else None
-    asks = fields["R"] or fields["W"] or fields["X"]
-    if fields["Last"] and not asks and pasid is not None:
-        return  # a stop marker: nobody waits
-    waiting = iommu.page_requests.setdefault((sid, pasid, group), [])
-    device = iommu.devices.get(sid)
-    if device is not None and len(waiting) < 512:
-        waiting.append(
-            PageFault(
-                device,
-                pasid,
-                fields["Address"],
-                bool(fields["R"]),
-                bool(fields["W"]),
-                bool(fields["X"]),
-                bool(fields["Priv"]),
-                group,
-                bool(fields["Last"]),
-            )
-        )
-    if not fields["Last"]:
+def _page_request(iommu: Iommu, record: Record, raised: list[BaseException]) -> None:
+    fields = record.fields
+    if record.answered or is_stop_marker(record):
         return
-    del iommu.page_requests[sid, pasid, group]
-    answer = "success" if waiting else "failure"
-    for fault in waiting:
-        answer = _answer(fault, raised)
-        if answer != "success":
+    groups, key = iommu.page_requests, (record.sid, record.pasid, fields["PRGIndex"])
+    if not fields["Last"]:
+        waiting = sum(len(group) for (sid, *_), group in groups.items() if sid == record.sid)
+        if record.device is not None and waiting < MOST_WAITING:
+            groups.setdefault(key, []).append(record)
+        return
+    group = groups.pop(key, [])
+    if record.device is not None:
+        group.append(record)
+    response = "success" if group else "failure"
+    for one in group:
+        response = _ask(_requested(one), one.domain, raised)
+        if response != "success":
             break  # the first error stops the rest
-    more = {} if pasid is None else {"SSV": 1, "SubstreamID": pasid}
-    iommu.queue.issue("PRI_RESP", StreamID=sid, PRGIndex=group, Resp=_PRI_CODES[answer], **more)
-    try:
-        iommu.queue.submit()
-    except Exception as error:  # a host's callback
-        raised.append(error)
+    _answer(iommu, record, response, raised)
+
+
+def _requested(record: Record) -> PageFault:
+    """The page fault that a page request stands for."""
+    fields = record.fields
+    assert record.device is not None
+    return PageFault(
+        record.device, record.pasid, fields["Address"], bool(fields["R"]), bool(fields["W"]),
+        bool(fields["X"]), bool(fields["Priv"]), fields["PRGIndex"], bool(fields["Last"]),
+    )  # fmt: skip

@@ -7,23 +7,23 @@ import warnings
 from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import Busy, InvalidArgument
-from smmufast.iommu.domain import BLOCKED, Domain, domain_of, no_pasid_op
+from smmufast.iommu.domain import (
+    BLOCKED,
+    Domain,
+    PagingDomain,
+    domain_of,
+    is_auxiliary,
+    no_pasid_op,
+)
 from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
+    from smmufast.iommu.attachment import AttachHandle, Attachment
     from smmufast.iommu.device import Device
+    from smmufast.iommu.smmu.master import Master
     from smmufast.iommu.system import System
 
 NO_PASID: Final = 0
-
-
-class AttachHandle:
-    """What a caller gives with a PASID, to find it again when a fault names the PASID.
-
-    Subclass it to keep data of your own.  `domain` is set while it is in use.
-    """
-
-    domain: Domain | None = None
 
 
 class Group:
@@ -32,20 +32,45 @@ class Group:
     Attributes
     ----------
     devices : list of Device
-    domain, default : Domain
-        The current main domain, and the one that is behind it.
-    pasids : dict
-        PASID to what is attached there: a Domain, or the AttachHandle that came with it.
+    default : Domain
+        What is behind the current main domain.
+    owner : object
+        Whoever called `claim`.
     """
 
     def __init__(self, system: System) -> None:
         self.system = system
         self.devices: list[Device] = []
         self.default: Domain = BLOCKED
-        self.domain: Domain = BLOCKED
-        self.pasids: dict[int, Domain | AttachHandle] = {}
         self.owner: object = None
-        self.resetting = False
+
+    @property
+    def masters(self) -> list[Master]:
+        """The driver's part of each device."""
+        return [device.master for device in self.devices]
+
+    @property
+    def domain(self) -> Domain:
+        """The current main domain."""
+        return self.devices[0].domain if self.devices else self.default
+
+    @property
+    def resetting(self) -> bool:
+        """Whether a device of the group is being reset."""
+        return any([device.master.blocked for device in self.devices])
+
+    @property
+    def pasids(self) -> dict[int, Domain | AttachHandle]:
+        """PASID to what is attached there: a Domain, or the AttachHandle that came with it."""
+        return {
+            ssid: one.handle or one.domain
+            for master in self._with_pasids()[:1]
+            for ssid, one in master.attachments.items()
+            if ssid and not is_auxiliary(one.domain)
+        }
+
+    def _with_pasids(self) -> list[Master]:
+        return [device.master for device in self.devices if device.max_pasids]
 
     def __repr__(self) -> str:
         """Its devices and its domain."""
@@ -110,31 +135,35 @@ class Group:
 
     def set(self, domain: Domain) -> None:
         """Make a domain the current one, on all devices or on none (F11)."""
-        if domain is self.domain:
+        old = self.domain
+        domain = domain_of(domain)
+        if domain is old:
             return
         self.check_reset()
+        masters, done = self.masters, []
         with Undo() as undo:
-            for device in self.devices:
-                device.reserve(domain, undo)
-            self._set(domain)
+            for master in masters:
+                master.prepare(domain, undo)
+            try:
+                for master in masters:
+                    master.attach(domain)
+                    done.append(master)
+            except BaseException:
+                for master in reversed(done):
+                    with contextlib.suppress(Exception):
+                        master.attach(old)
+                raise
+        if isinstance(domain, PagingDomain):
+            domain.mode = domain.mode or "main"
 
-    def _set(self, domain: Domain) -> None:
-        old = self.domain
-        done: list[Device] = []
-        tables = [device.cd_table for device in self.devices]
-        try:
-            for device in self.devices:
-                device.install(domain)
-                done.append(device)
-        except BaseException:
-            for device in reversed(done):
-                with contextlib.suppress(Exception):
-                    device.reinstall(old)
-            for device, table in zip(self.devices, tables, strict=True):
-                if table is None:
-                    device.drop_table()
-            raise
-        self.domain = domain
+    def emptied(self) -> None:
+        """The last device has left: the default domain that was made for it ends."""
+        default, self.default, self.owner = self.default, BLOCKED, None
+        if isinstance(default, PagingDomain) and not default.freed and not default.users:
+            for child in default.children.values():
+                child.parent = None  # it may get another
+            default.children.clear()
+            default.free()
 
     # --- PASIDs ---
 
@@ -148,7 +177,8 @@ class Group:
             if device.max_pasids and pasid >= device.max_pasids:
                 raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
         if not any(device.max_pasids for device in self.devices):
-            raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
+            text = f"pasid: {self.devices[0].why_no_pasids}"
+            raise InvalidArgument("pasid", pasid, text=text)
         self.check_reset()
 
     def check_reset(self) -> None:
@@ -156,47 +186,66 @@ class Group:
         if self.resetting:
             raise Busy("group", self, text="group has a device that is being reset")
 
-    def set_pasid(self, domain: Domain | None, pasid: int) -> None:
-        """Attach a PASID on all devices or on none; None detaches."""
-        self.check_reset()
-        old = self.at(pasid)
-        members = [device for device in self.devices if device.max_pasids]
+    def set_pasid(
+        self,
+        domain: Domain | None,
+        pasid: int,
+        handle: AttachHandle | None = None,
+        *,
+        leaving: bool = False,
+    ) -> None:
+        """Attach a PASID on all devices or on none; None detaches.
+
+        `leaving` is for a device that is released, also while it is being reset.
+        """
+        if not leaving:
+            self.check_reset()
+        masters = self._with_pasids()
+        old = masters[0].attachments.get(pasid) if masters else None
         with Undo() as undo:
             if domain is not None:
-                for device in members:
-                    device.reserve_pasid(domain, pasid, undo)
-            self._set_pasid(domain, pasid, old, members)
+                for master in masters:
+                    master.prepare_pasid(domain, pasid, undo)
+            self._set_pasid(masters, domain, pasid, handle)
+        if old is not None and old.handle is not None:
+            old.handle.domain = None
+        if handle is not None:
+            handle.domain = domain
 
+    @staticmethod
     def _set_pasid(
-        self, domain: Domain | None, pasid: int, old: Domain | None, members: list[Device]
+        masters: list[Master], domain: Domain | None, pasid: int, handle: AttachHandle | None
     ) -> None:
-        done: list[Device] = []
-        tables = [device.cd_table for device in members]
-        leaves = [table is not None and table.address(pasid) is not None for table in tables]
+        done: list[tuple[Master, Attachment | None, bool]] = []
         try:
-            for device in members:
-                device.install_pasid(domain, pasid, old)
-                done.append(device)
+            for master in masters:
+                before = master, master.attachments.get(pasid), master.has_leaf(pasid)
+                master.set_pasid(domain, pasid, handle)
+                done.append(before)
         except BaseException:
-            for device in reversed(done):
+            for master, old, leaf in reversed(done):
                 with contextlib.suppress(Exception):
-                    device.install_pasid(old, pasid, domain)
-            for device, table, leaf in zip(members, tables, leaves, strict=True):
-                if table is None:
-                    device.drop_table()
-                elif not leaf:
-                    table.drop_leaf(pasid)
+                    if old is None:
+                        master.detach_pasid(pasid)
+                    else:
+                        master.set_pasid(old.domain, pasid, old.handle)
+                if not leaf:
+                    master.drop_leaf(pasid)
             raise
 
-    def attached(self) -> list[Domain]:
-        """The domains of the group and of its PASIDs, as often as they are attached.
-
-        Identity and blocked domains are everybody's, and not counted.
-        """
-        at = [self.domain, *(self.at(pasid) for pasid in self.pasids)]
-        return [domain for domain in at if domain is not None and domain.stage]
+    @property
+    def max_pasids(self) -> int:
+        """How many PASIDs all of its devices have that have any."""
+        return min((one.max_pasids for one in self.devices if one.max_pasids), default=0)
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""
-        held = self.pasids.get(pasid)
-        return held.domain if isinstance(held, AttachHandle) else held
+        one = self.attachment(pasid)
+        return None if one is None else one.domain
+
+    def attachment(self, pasid: int) -> Attachment | None:
+        """What is attached to a PASID, on the first device that has PASIDs."""
+        for device in self.devices:
+            if device.max_pasids:
+                return device.master.attachments.get(pasid) if pasid else None
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from smmufast._pasid import PasidAllocator, PasidError, PasidExhausted
+from smmufast._pasid import PasidAllocated, PasidAllocator, PasidError, PasidExhausted
 from smmufast.errors import Busy, InvalidArgument, NoEntry
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class IdSpace:
     Parameters
     ----------
     bits : int
-        Width of the number: 8 or 16 for an ASID or VMID, 1 to 20 are possible.
+        Width of the number: 8 or 16 for an ASID or VMID, 1 to 20 are possible.  `narrow` takes
+        numbers away again.
     name : str
         What the numbers are called in messages.
 
@@ -71,7 +72,7 @@ class IdSpace:
         try:
             return self._ids.alloc(owner=data)
         except PasidExhausted:
-            text = f"{self.name}: all of 1 to {self._ids.size - 1} are taken"
+            text = f"{self.name}: all of 1 to {self._last} are taken"
             raise Busy(self.name, None, text=text) from None
 
     def claim(self, number: SupportsIndex, data: object = None) -> None:
@@ -85,12 +86,39 @@ class IdSpace:
             It is not 1 to ``2**bits - 1``.
         """
         number = index(number)
-        if not 0 < number < self._ids.size:
-            raise InvalidArgument(self.name, number, f"1 to {self._ids.size - 1}")
+        if not 0 < number <= self._last:
+            raise InvalidArgument(self.name, number, f"1 to {self._last}")
         try:
             self._ids.alloc(number, number, data)
         except PasidExhausted:
             raise Busy(self.name, number, text=f"{self.name} {number} is taken") from None
+
+    @property
+    def _last(self) -> int:
+        return (1 << self.bits) - 1
+
+    def narrow(self, bits: int) -> None:
+        """Hand out narrower numbers from now on; wider `bits` change nothing.
+
+        Raises
+        ------
+        Busy
+            A number that is wider is taken.
+        """
+        if bits >= self.bits:
+            return
+        try:
+            self._ids.reserve(1 << bits, self._last)
+        except PasidAllocated as error:
+            text = f"{self.name} {error.value:#x} is taken: not all numbers have {bits} bits"
+            raise Busy(self.name, error.value, text=text) from None
+        self.bits = bits
+
+    def widen(self, bits: int) -> None:
+        """Take `narrow` back, up to the width that the space was made with."""
+        if bits > self.bits:
+            self._ids.unreserve(1 << self.bits, (1 << bits) - 1)
+            self.bits = bits
 
     def free(self, number: SupportsIndex) -> None:
         """Give a number back.
@@ -141,4 +169,4 @@ class IdSpace:
 
     def __repr__(self) -> str:
         """The name, and how many are taken."""
-        return f"<IdSpace of {self.name}: {len(self)} of {self._ids.size - 1} taken>"
+        return f"<IdSpace of {self.name}: {len(self)} of {self._last} taken>"

@@ -68,6 +68,7 @@ class IovaAllocator:
         self.align_limit = align_limit
         self._lock = threading.Lock()
         self._taken: dict[int, int] = {}  # iova: size
+        self._reserved: list[tuple[int, int]] = []  # first, last: ascending, with gaps between
         # The holes: first address to last, the first addresses sorted, and these again by size.
         self._holes: dict[int, int] = {}
         self._starts: list[int] = []
@@ -141,7 +142,10 @@ class IovaAllocator:
             self._open(first, last)
 
     def reserve(self, first: int, last: int) -> None:
-        """Withhold free addresses for ever, such as those of a doorbell.
+        """Withhold addresses for ever, such as those of a doorbell.
+
+        What is reserved already may be part of it, as in Linux's reserve_iova: firmware's regions
+        overlap, and two devices have one doorbell.
 
         Parameters
         ----------
@@ -151,18 +155,39 @@ class IovaAllocator:
         Raises
         ------
         InvalidArgument
-            The range is empty, or part of it is outside, allocated or reserved.
+            The range is empty, or part of it is outside or allocated.
         """
-        if last < first:
+        if integer("last", last) < integer("first", first):
             raise InvalidArgument("last", last, f"{first:#x} or more")
         begin = first & -self.granule
         end = last | (self.granule - 1)
         with self._lock:
-            place = bisect_right(self._starts, begin) - 1
-            if place < 0 or self._holes[self._starts[place]] < end:
-                text = f"first: {first:#x} to {last:#x} is not free"
+            if begin < self.first or end > self.last:
+                text = f"first: {first:#x} to {last:#x} is not within {self!r}"
                 raise InvalidArgument("first", first, text=text)
-            self._cut(begin, end)
+            free = self._free_within(begin, end)
+            withheld = [
+                (max(low, begin), min(high, end))
+                for low, high in self._reserved
+                if low <= end and high >= begin
+            ]
+            if sum(high + 1 - low for low, high in free + withheld) != end + 1 - begin:
+                text = f"first: part of {first:#x} to {last:#x} is allocated"
+                raise InvalidArgument("first", first, text=text)
+            for low, high in free:
+                self._cut(low, high)
+            merged: list[tuple[int, int]] = []
+            for low, high in sorted([*self._reserved, (begin, end)]):
+                if merged and low <= merged[-1][1] + 1:
+                    merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+                else:
+                    merged.append((low, high))
+            self._reserved = merged
+
+    @property
+    def reserved(self) -> list[tuple[int, int]]:
+        """What is reserved, as a new list of ranges (first, last), both included, ascending."""
+        return list(self._reserved)
 
     def find(self, iova: int) -> int:
         """Return the size of the range that was allocated at an address, 0 for none."""
@@ -217,6 +242,17 @@ class IovaAllocator:
                     best = iova
                     break
         return best
+
+    def _free_within(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts of a range that are free, ascending."""
+        found = []
+        place = max(bisect_right(self._starts, first) - 1, 0)
+        while place < len(self._starts) and self._starts[place] <= last:
+            low, high = self._starts[place], self._holes[self._starts[place]]
+            if high >= first:
+                found.append((max(low, first), min(high, last)))
+            place += 1
+        return found
 
     def _cut(self, first: int, last: int) -> None:
         """Take addresses out of the hole that holds them."""

@@ -31,7 +31,8 @@ class SystemLock:
         self._lock.acquire()
         if self._closed:
             self._lock.release()
-            raise Busy("system", self, text="system is in the middle of a change: not from here")
+            text = "a callback may not change the system while it is being changed"
+            raise Busy("system", self, text=text)
         self._depth += 1
         self._owner = threading.get_ident()
         return self
@@ -46,6 +47,12 @@ class SystemLock:
         self._lock.release()
         if raised and kind is None:
             raise raised[0]
+
+    @contextmanager
+    def between_changes(self) -> Iterator[None]:
+        """Wait for the end of a change that another thread makes."""
+        with self._lock:
+            yield
 
     @contextmanager
     def closed(self) -> Iterator[None]:

@@ -6,13 +6,14 @@ host, which puts in the VMID and the StreamIDs that are real (IHI 0070 4.2 to 4.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import SupportsIndex
 
 from smmufast import layout
-from smmufast.errors import Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
+from smmufast.errors import Busy, Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
 from smmufast.iommu.device import Device
-from smmufast.iommu.domain import NestedDomain, PagingDomain
+from smmufast.iommu.domain import Domain, NestedDomain, PagingDomain, check_nesting_parent
 
 _BY_VMID = ("TLBI_NH_ALL", "TLBI_NH_ASID", "TLBI_NH_VA", "TLBI_NH_VAA")
 _BY_STREAM = ("CFGI_CD", "CFGI_CD_ALL", "ATC_INV")
@@ -25,7 +26,23 @@ class Viommu:
     Parameters
     ----------
     parent : PagingDomain
-        Made with ``nest_parent=True``; its VMID tags everything of the guest.
+        Made with ``nest_parent=True``.
+
+    Attributes
+    ----------
+    vmid : int
+        What tags everything of the guest: two guests over one parent may use the same ASIDs.
+        0 after `close`.
+    events : deque of bytes
+        The last 1024 events that the guest's own stage 1 gave, with the StreamIDs that the guest
+        knows; ``layout.format("EVENT", record)`` puts one into words.
+
+    Raises
+    ------
+    InvalidArgument
+        The parent is not a nesting parent.
+    Busy
+        No VMID is left.
 
     >>> from smmufast.iommu import System, Viommu
     >>> system = System()
@@ -40,12 +57,39 @@ class Viommu:
     """
 
     def __init__(self, parent: PagingDomain) -> None:
-        if not isinstance(parent, PagingDomain) or not parent.nest_parent or parent.freed:
-            raise InvalidArgument(
-                "parent", parent, text="parent is not a stage-2 domain made with nest_parent=True"
-            )
+        check_nesting_parent(parent)
+        assert parent.iommu is not None
         self.parent = parent
+        self.iommu = parent.iommu
         self.devices: dict[int, Device] = {}
+        self.events: deque[bytes] = deque(maxlen=1024)
+        with parent.system.lock:
+            self.vmid = self.iommu.vmids.alloc(self)
+            parent.viommus.append(self)
+            self.iommu.viommus.append(self)
+
+    def close(self) -> None:
+        """End the guest: its VMID is free for others.
+
+        Raises
+        ------
+        Busy
+            A device is attached to a domain of the guest.
+        """
+        with self.parent.system.lock:
+            if not self.vmid:
+                return
+            for one in self.parent.attachments:
+                if self._owns(one.domain):
+                    raise Busy("viommu", self, text=f"{one.master.device!r} is attached")
+            self.iommu.vmids.free(self.vmid)
+            self.parent.viommus.remove(self)
+            self.iommu.viommus.remove(self)
+            self.devices.clear()
+            self.vmid = 0
+
+    def _owns(self, domain: Domain) -> bool:
+        return isinstance(domain, NestedDomain) and domain.viommu is self
 
     def add(self, vsid: SupportsIndex, device: Device) -> None:
         """Let the guest know a device by a StreamID of its own.
@@ -70,13 +114,48 @@ class Viommu:
         self.devices[number] = device
 
     def remove(self, vsid: SupportsIndex) -> None:
-        """Take a device away from the guest; NoEntry if there is none (ENOENT)."""
-        if self.devices.pop(integer("vsid", vsid), None) is None:
-            raise NoEntry("vsid", vsid, text=f"vsid {vsid!r} is no device of the guest")
+        """Take a device away from the guest.
+
+        Raises
+        ------
+        NoEntry
+            There is none (ENOENT).
+        Busy
+            The device is attached to a domain of the guest.
+        """
+        with self.parent.system.lock:
+            device = self.devices.get(integer("vsid", vsid))
+            if device is None:
+                raise NoEntry("vsid", vsid, text=f"vsid {vsid!r} is no device of the guest")
+            if self._owns(device.domain):
+                raise Busy("vsid", vsid, text=f"{device!r} is attached to the guest's domain")
+            del self.devices[integer("vsid", vsid)]
+
+    def forget(self, device: Device) -> None:
+        """A device was released: the guest has it no more."""
+        for vsid in [vsid for vsid, one in self.devices.items() if one is device]:
+            del self.devices[vsid]
+
+    def report(self, device: Device, record: bytes) -> bool:
+        """Put an event into `events`, as the guest knows it; whether the guest has the device."""
+        for vsid, one in self.devices.items():
+            if one is device:
+                fields = layout.unpack("EVENT", record) | {"StreamID": vsid}
+                self.events.append(layout.to_bytes("EVENT", layout.pack("EVENT", **fields)))
+                return True
+        return False
 
     def domain(self, ste: Iterable[int]) -> NestedDomain:
-        """Make the domain of a guest's STE, of which the first two dwords are given."""
-        return NestedDomain(self.parent, ste)
+        """Make the domain of a guest's STE, of which the first two dwords are given.
+
+        Raises
+        ------
+        InvalidArgument
+            The guest has ended, or the STE asks for what a guest may not have.
+        """
+        if not self.vmid:
+            raise InvalidArgument("viommu", self, text="viommu was closed")
+        return NestedDomain(self.parent, ste, viommu=self)
 
     def invalidate(self, commands: Iterable[tuple[int, int]]) -> int:
         """Do what a guest's commands ask for, with the real VMID and StreamIDs, and one CMD_SYNC.
@@ -100,20 +179,19 @@ class Viommu:
             Something else than pairs of dwords, or the parent was freed.
         """
         done: list[tuple[int, int]] = []
-        if self.parent.freed:
-            raise InvalidArgument("parent", self.parent, text="parent was freed")
+        if not self.vmid:
+            raise InvalidArgument("viommu", self, text="viommu was closed, or its parent freed")
         instance("commands", commands, Iterable)
         for index, command in enumerate(commands):
             if not isinstance(command, tuple | list) or len(command) != 2:
                 raise InvalidArgument("commands", command, "pairs of dwords")
             done.append(self._real(index, *command))
-        iommu = self.parent.iommu
-        assert iommu is not None
+        queue = self.iommu.queue
         with self.parent.system.lock:
             for first, second in done:
-                iommu.queue.put(first, second)
+                queue.put(first, second)
             if done:
-                iommu.queue.sync()
+                queue.sync()
         return len(done)
 
     def _real(self, index: int, first: int, second: int) -> tuple[int, int]:
@@ -121,7 +199,7 @@ class Viommu:
             if not 0 <= word < 1 << 64:
                 raise InvalidArgument("commands", word, "dwords of 64 bits")
         name = _OPCODES.get(first & 0xFF, "unknown")
-        vmid = self.parent.vmid
+        vmid = self.vmid
         if name == "TLBI_NSNH_ALL":
             word = layout.pack("TLBI_NH_ALL", VMID=vmid)
         elif name in _BY_VMID:
@@ -132,7 +210,7 @@ class Viommu:
             word = first | second << 64
             fields = layout.unpack(name, word)
             device = self.devices.get(fields["StreamID"])
-            if device is None or device._iommu is not self.parent.iommu:
+            if device is None:
                 raise InputOutput(
                     "commands", index,
                     text=f"command {index}, {name}: the guest has no sid {fields['StreamID']:#x}",

@@ -6,7 +6,8 @@ the tables at a TTB.  The driver half reads none of it; it puts TTB0 into a CD.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+import itertools
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from smmufast import layout
 from smmufast._tables import Pages, PageTable
@@ -21,8 +22,9 @@ from smmufast.errors import (
     instance,
     integer,
 )
+from smmufast.iommu.attachment import AttachHandle
 from smmufast.iommu.domain import PagingDomain, SvaDomain
-from smmufast.iommu.group import AttachHandle
+from smmufast.iommu.profile import take_pasid
 from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
     from smmufast.iommu.device import Device
     from smmufast.iommu.fault import PageFault
-    from smmufast.iommu.system import Iommu, System
+    from smmufast.iommu.smmu.iommu import Iommu
+    from smmufast.iommu.system import System
 
 _ARGUMENTS = {
     "TTB0": "ttb", "T0SZ": "t0sz", "TG0": "tg", "IPS": "ps", "IR0": "irgn", "OR0": "orgn",
@@ -60,6 +63,36 @@ class ProcessTable(PageTable):
     def flush(self, first: int, last: int, page_lg2: int, tables: bool) -> None:
         """Tell the devices that share the table (F35)."""
         self.space._invalidate(first, last, page_lg2, not tables)
+
+    def close(self) -> None:
+        """Free the tables.
+
+        Raises
+        ------
+        Busy
+            The process is bound to a device: a CD points to them.
+        """
+        self._check_unbound()
+        super().close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are tables; Busy to make it False while the process is bound."""
+        return bool(PageTable.ready.__get__(self))  # type: ignore[attr-defined]
+
+    @ready.setter
+    def ready(self, value: object) -> None:
+        if not value:
+            self._check_unbound()
+        PageTable.ready.__set__(self, value)  # type: ignore[attr-defined]
+
+    def _check_unbound(self) -> None:
+        if self.space.bonds:
+            raise Busy("table", self, text=f"{self.space!r}: its tables are in use")
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse copies: CDs in memory point to the table."""
+        raise WrongType("table", self, text="a process's table is one thing: it has no copies")
 
 
 class AddressSpace:
@@ -136,7 +169,6 @@ class AddressSpace:
         self.handler = handler
         self.pasid = 0
         self.exited = self._exiting = False
-        self.bonds: list[Bond] = []
         self.domains: dict[Iommu, SvaDomain] = {}
         self._asid_users = 0
         self._system: System | None = None
@@ -167,9 +199,18 @@ class AddressSpace:
         )  # fmt: skip
         space.table = table
         space._system = system
+        system.spaces.add(space)
         for name in _GEOMETRY:
             setattr(space, name, getattr(table, name))
         return space
+
+    @property
+    def bonds(self) -> list[Bond]:
+        """Its bonds with devices, in the order in which they came about."""
+        found = {
+            one.handle: None for domain in self.domains.values() for one in domain.attachments
+        }
+        return sorted((one for one in found if isinstance(one, Bond)), key=lambda one: one.number)
 
     @property
     def granule_lg2(self) -> int:
@@ -205,21 +246,17 @@ class AddressSpace:
         if self._exiting or system is None:
             self._exiting = self.exited = True
             return
-        with system.lock:
+        with system.lock as lock:
             self._exiting = True
-            for bond in list(self.bonds):  # a callback may unbind
+            for bond in self.bonds:  # a callback may unbind
                 if bond.device.mm_exit is not None and bond.references:
-                    system.lock.defer(bond.device.mm_exit, self)
+                    lock.defer(bond.device.mm_exit, self)
             self.exited = True
-            for bond in self.bonds:
-                for device in bond.device.group.devices:
-                    table = device._table()
-                    if device.max_pasids and table is not None and not device.group.resetting:
-                        domain = self.domains[device.iommu]
-                        words = domain.cd(device.stall_supported)
-                        system.lock.defer(table.write, self.pasid, words)
             for domain in self.domains.values():
-                system.lock.defer(domain.invalidations.invalidate_all)
+                for table, ssid in domain.tables():
+                    lock.defer(table.rewrite, ssid)
+            for domain in self.domains.values():
+                lock.defer(domain.invalidations.invalidate_all)
             self._end()
 
     def _end(self) -> None:
@@ -228,6 +265,10 @@ class AddressSpace:
             assert self._system is not None
             self._system.give_pasid(self.pasid)
             self.pasid = 0
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse copies: a process is one thing."""
+        raise WrongType("space", self, text=f"{self!r} is one thing: it has no copies")
 
     def __repr__(self) -> str:
         """Its PASID and what is bound."""
@@ -274,15 +315,19 @@ class Bond(AttachHandle):
     Attributes
     ----------
     device : Device
+        Which was bound first, of a group.
     space : AddressSpace
     references : int
         How often it was bound; `unbind` that often ends it.
     """
 
+    _numbers = itertools.count()
+
     def __init__(self, device: Device, space: AddressSpace) -> None:
         self.device = device
         self.space = space
         self.references = 1
+        self.number = next(self._numbers)
 
     @property
     def pasid(self) -> int:
@@ -299,7 +344,7 @@ class Bond(AttachHandle):
         InvalidArgument
             The bond ended before.
         """
-        space, system = self.space, self.space._system
+        system = self.space._system
         assert system is not None
         with system.lock:
             if not self.references:
@@ -307,17 +352,23 @@ class Bond(AttachHandle):
             if self.references > 1 and not force:
                 self.references -= 1
                 return
-            device = self.device
-            group = device.group
-            group.set_pasid(None, space.pasid)
-            del group.pasids[space.pasid]
-            self.references = 0
-            self.domain = None
-            space.bonds.remove(self)
-            del system.bonds[device][space]
-            device.disable_iopf()
-            _drop_domains(space)
-            space._end()
+            self._unbind()
+
+    def _unbind(self, *, leaving: bool = False) -> None:
+        self.device.group.set_pasid(None, self.space.pasid, leaving=leaving)
+        self.references = 0
+        self.device.disable_iopf()
+        _drop_domains(self.space)
+        self.space._end()
+
+    def check_detach(self, pasid: int) -> None:
+        """Refuse: `unbind` ends a bond."""
+        raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is bound to {self.space!r}")
+
+    def release(self, device: Device) -> None:
+        """End with the device that was bound."""
+        if self.device is device:
+            self._unbind(leaving=True)
 
     def __repr__(self) -> str:
         """What is bound to what."""
@@ -332,13 +383,19 @@ def _drop_domains(space: AddressSpace) -> None:
             del space.domains[iommu]
 
 
+def bonds(device: Device) -> list[Bond]:
+    """The bonds of a device with address spaces."""
+    handles = [one.handle for one in device.master.attachments.values()]
+    return [one for one in handles if isinstance(one, Bond) and one.device is device]
+
+
 def bind(device: Device, space: AddressSpace) -> Bond:
     """Bind a process's address space to a device (iommu_sva_bind_device).
 
     Returns
     -------
     Bond
-        The same one, counted, if it is bound already.
+        The same one, counted, if the device or another of its group has it already.
 
     Raises
     ------
@@ -362,56 +419,47 @@ def bind(device: Device, space: AddressSpace) -> Bond:
     system = group.system
     instance("space", space, AddressSpace)
     with system.lock:
-        bond = system.bonds.get(device, {}).get(space)
-        if bond is not None:
+        held = group.attachment(space.pasid) if space._system is system else None
+        if held is not None and isinstance(held.handle, Bond) and held.handle.space is space:
             if space.exited:
                 raise InvalidArgument("space", space, text="space has ended")
-            bond.references += 1
-            return bond
+            held.handle.references += 1
+            return held.handle
         iommu = device.iommu
-        aux = system.profile.aux
         if not iommu.has_sva:
             raise NotSupported("device", device, text="the SMMU cannot walk the processors' tables")
         if space.exited:
             raise InvalidArgument("space", space, text="space has ended")
         if space._system not in (None, system):
             raise Busy("space", space, text="space is another system's")
-        if aux and "SVA" not in device.enabled_features:
-            raise InvalidArgument("device", device, text="SVA is not enabled on the device")
+        first, last = system.profile.bind_range(device)
         if not device.max_pasids:
-            raise NoSpace("device", device, text="device has no PASIDs")
-        first, last = device.enabled_features["SVA"] if aux else (1, device.max_pasids - 1)
-        new = not space.pasid
-        pasid = space.pasid or system.take_pasid(first, last, data=space)
-        try:
-            if not first <= pasid <= last:
+            raise NoSpace("device", device, text=f"device: {device.why_no_pasids}")
+        with Undo() as undo:
+            pasid = space.pasid
+            if not pasid:
+                pasid = take_pasid(device, first, last, space)
+                undo.add(system.give_pasid, pasid)
+            elif not first <= pasid <= last:
                 raise PasidOverflow("pasid", pasid, f"{first} to {last}")
-            if pasid in group.pasids:
+            if held is not None or group.attachment(pasid) is not None:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} holds {group.at(pasid)!r}")
             domain = space.domains.get(iommu) or SvaDomain(iommu, space)
             group.check_pasid(domain, pasid)
-            with Undo() as undo:
-                # before an ASID is taken, for which another domain may have to move
-                for member in group.devices:
-                    if member.max_pasids:
-                        member.reserve_pasid(domain, pasid, undo)
-                device.enable_iopf()
-                undo.add(device.disable_iopf)
-                domain.take_asid()
-                space.domains[iommu] = domain
-                group.set_pasid(domain, pasid)
-        except BaseException:
-            _drop_domains(space)
-            if new:
-                system.give_pasid(pasid)
-            raise
+            undo.add(_drop_domains, space)
+            # before an ASID is taken, for which another domain may have to move
+            for member in group.devices:
+                if member.max_pasids:
+                    member.master.prepare_pasid(domain, pasid, undo)
+            device.enable_iopf()
+            undo.add(device.disable_iopf)
+            domain.take_asid()
+            space.domains[iommu] = domain
+            bond = Bond(device, space)
+            group.set_pasid(domain, pasid, bond)
         space.pasid = pasid
         space._system = system
+        system.spaces.add(space)
         if space.table is not None:
             space.table.active = True
-        bond = Bond(device, space)
-        bond.domain = domain
-        group.pasids[pasid] = bond
-        space.bonds.append(bond)
-        system.bonds.setdefault(device, {})[space] = bond
         return bond

@@ -1,478 +1,52 @@
 """A system: memory, its SMMUs, the driver of each, and what they share.
 
-The driver of one SMMU boots it through its registers, owns its stream table, command queue and
-VMIDs, and reads its event and page request queues.  ASIDs, PASIDs and the pages for tables are
-the system's.
+ASIDs, PASIDs and the pages for tables are the system's; the rest is each driver's
+(`smmufast.iommu.smmu`).
 """
 
 from __future__ import annotations
 
-import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from weakref import WeakSet
 
-from smmufast import layout
-from smmufast._driver import S1_ASID, CommandQueue, EntryWriter
 from smmufast._memory import Memory
 from smmufast._smmu import Smmu
 from smmufast._tables import Pages
 from smmufast.errors import (
     Busy,
-    InputOutput,
+    Exists,
     InvalidArgument,
     NoDevice,
     NoEntry,
-    NotSupported,
     OutOfRange,
     WrongType,
     instance,
     integer,
 )
 from smmufast.features import Features
-from smmufast.iommu import entry, fault
+from smmufast.iommu import fault, save
 from smmufast.iommu.device import Device
-from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, SvaDomain
+from smmufast.iommu.domain import BLOCKED, IDENTITY, Domain, PagingDomain, paging_domain
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.lock import SystemLock
 from smmufast.iommu.pasid import PER_DEVICE, PasidPolicy, PasidSpace
+from smmufast.iommu.profile import NOW, Profile
+from smmufast.iommu.smmu.iommu import Iommu
 from smmufast.iommu.undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from smmufast._smmu import Result
     from smmufast._tlb import Caches, StaleEntry
-    from smmufast.iommu.sva import AddressSpace, Bond
+    from smmufast.iommu.sva import AddressSpace
 
-SPLIT: Final = 8  # a leaf of a two-level stream table holds 256 STEs
-MAX_L1_LG2: Final = 17
 MOST_SMMUS: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Which era of the kernel's interface a system follows: a value, not a subclass.
-
-    Attributes
-    ----------
-    name : str
-    aux : bool
-        Auxiliary domains that own their PASID, and a CD table for each main domain.
-    """
-
-    name: str
-    aux: bool
-
-
-#: Linux 5.2 to 5.17, and the 2018 proposal: auxiliary domains.
-AUX: Final = Profile("AUX", True)
-#: Linux today: any stage-1 domain on any PASID that the caller chooses.
-NOW: Final = Profile("NOW", False)
-
-_CR1 = layout.pack(
-    "CR1", TABLE_SH=3, TABLE_OC=1, TABLE_IC=1, QUEUE_SH=3, QUEUE_OC=1, QUEUE_IC=1
-)  # inner shareable, write-back
-_OVFLG = layout.mask("EVENTQ_PROD", "OVFLG")  # as OVACKFLG in CONS, of both queues
-
-
-class Iommu:
-    """The driver of one SMMU.
-
-    Attributes
-    ----------
-    smmu : Smmu
-    queue : CommandQueue
-    writer : EntryWriter
-        Updates STEs and CDs; set its `observer` to look between two stores, or use `watch`.
-    asids, vmids : IdSpace
-        `asids` is the system's, `vmids` this SMMU's.
-    devices : dict
-        StreamID to Device.
-    """
-
-    def __init__(self, system: System, smmu: Smmu, number: int) -> None:
-        self.system = system
-        self.smmu = smmu
-        self.queue: CommandQueue
-        self.number = number
-        self.memory = smmu.memory
-        features = smmu.features
-        if not features.ttf & 2:
-            raise NotSupported("smmu", smmu, text="smmu has no VMSAv8-64 tables (TTF)")
-        self.sid_bits = features.sidsize
-        # without two-level CD tables, a linear one of 64 KiB is the limit (F2)
-        self.ssid_bits = features.ssidsize if features.cd2l else min(features.ssidsize, 10)
-        self.coherent = bool(features.cohacc)
-        self.can_stall = features.stall_model != 1
-        self.stall_force = features.stall_model == 2
-        self.e2h = system.e2h and bool(features.hyp)
-        self.asids: IdSpace = system.asids
-        self.vmids: IdSpace = IdSpace(16 if features.vmid16 else 8, "vmid")
-        self.devices: dict[int, Device] = {}
-        self._leaves: dict[int, int] = {}
-        self._spare: dict[int, int] = {}  # leaves that `reserve_ste` has, and nothing points to
-        self.page_requests: dict[tuple[int, int | None, int], list[fault.PageFault]] = {}
-        self.overflows: dict[str, int] = {}  # of the event and page request queues
-        self._interrupts: set[str] = set()
-        self._servicing = threading.RLock()
-        self.boot()
-        self.writer = EntryWriter(self.queue, self.memory, call=system.lock.call)
-
-    # --- what the SMMU has (F1) ---
-
-    @property
-    def has_sva(self) -> bool:
-        """Whether address spaces of processes can be bound (F36)."""
-        features, cpu = self.smmu.features, self.system.cpu
-        granule = {4096: features.gran4k, 16384: features.gran16k, 65536: features.gran64k}
-        return bool(
-            features.s1p
-            and features.cohacc
-            and granule[cpu.granule]
-            and features.oas_bits >= cpu.pa_bits
-            and (features.asid16 or cpu.asid_bits <= 8)
-            and (cpu.va_bits <= 48 or (features.vax and cpu.granule == 65536))
-            and (not cpu.bbml2 or features.bbml >= 2)
-        )
-
-    def geometry(self, stage: int, granule: int | None = None) -> dict[str, Any]:
-        """Give the sizes of a page table of this SMMU, as arguments of `PageTable`.
-
-        Raises
-        ------
-        NotSupported
-            The SMMU does not have the stage, or the granule.
-        """
-        features = self.smmu.features
-        if stage not in (1, 2):
-            raise InvalidArgument("stage", stage, "1 or 2")
-        if not (features.s1p if stage == 1 else features.s2p):
-            raise NotSupported("stage", stage, text=f"the SMMU has no stage {stage}")
-        has = {4096: features.gran4k, 16384: features.gran16k, 65536: features.gran64k}
-        if granule is None:
-            granule = next(size for size, there in has.items() if there)
-        elif granule not in tuple(has):
-            raise InvalidArgument("granule", granule, "4096, 16384 or 65536")
-        if not has[granule]:
-            raise NotSupported(
-                "granule", granule, text=f"the SMMU has no {granule // 1024}K granule"
-            )
-        wide = granule == 65536
-        oas = min(features.oas_bits, 52 if wide else 48)
-        ias = oas if stage == 2 else 52 if wide and features.vax else 48
-        return {"granule": granule, "ias": ias, "oas": oas, "fwb": stage == 2 and self.fwb}
-
-    @property
-    def fwb(self) -> bool:
-        """Whether stage 2 forces write-back, as it does where the SMMU can."""
-        return bool(self.smmu.features.fwb)
-
-    # --- boot ---
-
-    def boot(self) -> None:
-        """Bring the SMMU up as an operating system does: all streams abort, nothing is cached."""
-        smmu, pages = self.smmu, self.system.pages
-        features = smmu.features
-        smmu.on_interrupt = self._interrupts.add
-        self._update("CR0", 0)
-        two_level = features.st_level and self.sid_bits > SPLIT
-        if two_level:
-            self._l1_lg2 = min(self.sid_bits - SPLIT, MAX_L1_LG2)
-            self.last_sid = (1 << (self._l1_lg2 + SPLIT)) - 1
-            self._strtab_size = 8 << self._l1_lg2
-            config = layout.pack(
-                "STRTAB_BASE_CFG", FMT=1, SPLIT=SPLIT, LOG2SIZE=self._l1_lg2 + SPLIT
-            )
-        else:
-            self._l1_lg2 = -1
-            self.last_sid = (1 << self.sid_bits) - 1
-            self._strtab_size = 64 << self.sid_bits
-            config = layout.pack("STRTAB_BASE_CFG", LOG2SIZE=self.sid_bits)
-        self.strtab = pages.alloc(self._strtab_size)
-        if not two_level:
-            self._fill(self.strtab, 1 << self.sid_bits)
-        smmu.write("CR1", _CR1)
-        smmu.write("CR2", layout.pack("CR2", E2H=self.e2h, RECINVSID=1, PTM=1))
-        smmu.write("STRTAB_BASE", self.strtab | layout.mask("STRTAB_BASE", "RA"), 8)
-        smmu.write("STRTAB_BASE_CFG", config)
-        lg2 = min(features.cmdqs, 8)
-        self.queue = CommandQueue(smmu, pages.alloc(16 << lg2), lg2)
-        self.queue.start()
-        enables = layout.pack("CR0", CMDQEN=1)
-        self._update("CR0", enables)
-        self.queue.issue("CFGI_ALL", StreamID=0)
-        if features.hyp and features.s1p:
-            self.queue.issue("TLBI_EL2_ALL")
-        self.queue.issue("TLBI_NSNH_ALL")
-        self.queue.sync()
-        self._rings: dict[str, tuple[int, int]] = {}
-        self._ring("EVENTQ", min(features.eventqs, 10), 32)
-        enables |= layout.pack("CR0", EVENTQEN=1)
-        self._update("CR0", enables)
-        if features.pri:
-            self._ring("PRIQ", min(features.priqs, 9), 16)
-            enables |= layout.pack("CR0", PRIQEN=1)
-            self._update("CR0", enables)
-        if features.ats:
-            enables |= layout.pack("CR0", ATSCHK=1)
-            self._update("CR0", enables)
-        sources = ["GERROR_IRQEN", "EVENTQ_IRQEN", *["PRIQ_IRQEN"] * features.pri]
-        self._update("IRQ_CTRL", layout.mask("IRQ_CTRL", *sources))
-        self._update("CR0", enables | layout.pack("CR0", SMMUEN=1))
-
-    def _update(self, register: str, value: int) -> None:
-        self.smmu.write(register, value)
-        seen = self.smmu.read(register + "ACK")
-        if seen != value:
-            raise InputOutput(register, seen, text=f"{register}ACK is {seen:#x}, not {value:#x}")
-
-    def _ring(self, name: str, lg2: int, size: int) -> None:
-        base = self.system.pages.alloc(size << lg2)
-        self._rings[name] = base, lg2
-        self.smmu.write(f"{name}_BASE", base | layout.mask(f"{name}_BASE", "WA") | lg2, 8)
-        self.smmu.write(f"{name}_PROD", 0)
-        self.smmu.write(f"{name}_CONS", 0)
-
-    def take(self, name: str) -> Iterable[bytes]:
-        """Take the records out of the event or the page request queue, in order.
-
-        Parameters
-        ----------
-        name : str
-            "EVENTQ" or "PRIQ".
-
-        Yields
-        ------
-        bytes
-            One record; CONS has moved past it.
-        """
-        if name not in self._rings:
-            return
-        base, lg2 = self._rings[name]
-        size = 32 if name == "EVENTQ" else 16
-        mask = (2 << lg2) - 1
-        while True:
-            prod = self.smmu.read(f"{name}_PROD")
-            cons = self.smmu.read(f"{name}_CONS")
-            overflowed = (prod ^ cons) & _OVFLG
-            if (prod ^ cons) & mask == 0:
-                if overflowed:
-                    self.overflows[name] = self.overflows.get(name, 0) + 1
-                    self.smmu.write(f"{name}_CONS", prod & _OVFLG | cons & mask)
-                return
-            record = self.memory.read(base + size * (cons & mask >> 1), size)
-            self.smmu.write(f"{name}_CONS", cons & _OVFLG | (cons + 1 & mask))
-            yield record
-
-    # --- the stream table ---
-
-    def _fill(self, base: int, count: int) -> None:
-        """Let new STEs abort, or bypass if the system was told so (F6)."""
-        words = (
-            entry.ste_abort()
-            if self.system.disable_bypass
-            else entry.ste_bypass(features=self.smmu.features)
-        )
-        one = b"".join(word.to_bytes(8, "little") for word in words)
-        self.memory.write(base, one * count)
-
-    def reserve_ste(self, sid: int) -> bool:
-        """Have the page for the leaf of a stream, which `ste_address` uses; whether it was missing.
-
-        Raises
-        ------
-        OutOfMemory
-            No page is left for it.
-        """
-        index = sid >> SPLIT
-        if self._l1_lg2 < 0 or index in self._leaves or index in self._spare:
-            return False
-        self._spare[index] = self.system.pages.alloc(64 << SPLIT)
-        return True
-
-    def unreserve_ste(self, sid: int) -> None:
-        """Give back the page that `reserve_ste` had, if it was not used."""
-        leaf = self._spare.pop(sid >> SPLIT, None)
-        if leaf is not None:
-            self.system.pages.free(leaf, 64 << SPLIT)
-
-    def ste_address(self, sid: int) -> int:
-        """Where the STE of a stream is; its leaf is allocated when it is first asked for.
-
-        Raises
-        ------
-        OutOfRange
-            The stream table ends before (ERANGE).
-        OutOfMemory
-            No page is left for the leaf.
-        """
-        if not 0 <= sid <= self.last_sid:
-            raise OutOfRange("sid", sid, f"0 to {self.last_sid:#x}")
-        if self._l1_lg2 < 0:
-            return self.strtab + 64 * sid
-        index = sid >> SPLIT
-        leaf = self._leaves.get(index)
-        if leaf is None:
-            self.reserve_ste(sid)
-            leaf = self._spare[index]
-            self._fill(leaf, 1 << SPLIT)
-            self.store(self.strtab + 8 * index, leaf | SPLIT + 1)
-            self._leaves[index] = self._spare.pop(index)
-            # an invalid level-1 descriptor may be cached
-            self.queue.issue("CFGI_STE", StreamID=sid, Leaf=0)
-            self.queue.sync()
-        return leaf + 64 * (sid & (1 << SPLIT) - 1)
-
-    def forget(self, device: Device) -> None:
-        """Let the streams of a device go: they abort, and others may have them."""
-        for sid in device.sids:
-            self.writer.write_ste(self.ste_address(sid), entry.ste_abort(), sid)
-            self.devices.pop(sid, None)
-
-    def store(self, address: int, word: int) -> None:
-        """Store one 64-bit word of a table."""
-        self.memory.write_u64(address, word)
-
-    # --- invalidation ---
-
-    def invalidate_cd(self, sids: Iterable[int], ssid: int, *, leaf: bool = True) -> None:
-        """CFGI_CD for each stream, and one CMD_SYNC."""
-        words = [
-            layout.pack("CFGI_CD", StreamID=sid, SubstreamID=ssid, Leaf=int(leaf)) for sid in sids
-        ]
-        if words:
-            self.queue.run(words)
-
-    def invalidate_atc(self, sid: int, pasid: int = 0) -> None:
-        """CMD_ATC_INV of all addresses: of one PASID, or with 0 of all and none; no CMD_SYNC."""
-        if pasid:
-            self.queue.issue("ATC_INV", StreamID=sid, SubstreamID=pasid, SSV=1, Size=52)
-        else:
-            self.queue.issue("ATC_INV", StreamID=sid, Size=52)
-
-    def flush_tag(self, domain: PagingDomain | SvaDomain) -> None:
-        """Drop all TLB entries under a domain's ASID or VMID."""
-        queue = self.queue
-        for kind, number in domain.tags:
-            if kind == S1_ASID:
-                self.flush_asid(number)
-            else:
-                queue.issue("TLBI_S12_VMALL", VMID=number)
-                queue.sync()
-
-    def flush_asid(self, asid: int) -> None:
-        """Drop all TLB entries under an ASID."""
-        name = "TLBI_EL2_ASID" if self.e2h else "TLBI_NH_ASID"
-        self.queue.run([layout.pack(name, ASID=asid)])
-
-    # --- domains ---
-
-    def paging_domain(
-        self,
-        *,
-        stage: int | None = None,
-        granule: int | None = None,
-        nest_parent: bool = False,
-        dirty: bool = False,
-        pasid: bool = False,
-        contiguous: bool = False,
-        user_data: object = None,
-        ready: bool = True,
-    ) -> PagingDomain:
-        """Make a paging domain; `Device.paging_domain` says what the arguments are."""
-        features = self.smmu.features
-        if user_data is not None:
-            raise NotSupported("user_data", user_data, text="no domain takes user data")
-        if nest_parent and (dirty or pasid):
-            raise NotSupported(
-                "nest_parent", True, text="a nesting parent has no dirty tracking and no PASIDs"
-            )
-        if nest_parent and not (features.s1p and features.s2p):
-            raise NotSupported("nest_parent", True, text="the SMMU cannot nest")
-        if (dirty or pasid) and (not features.s1p or stage == 2):
-            raise NotSupported(
-                "dirty" if dirty else "pasid", True, text="dirty tracking and PASIDs are stage 1"
-            )
-        if dirty and features.httu < 2:
-            raise NotSupported("dirty", True, text="the SMMU has no hardware dirty state (HTTU)")
-        if nest_parent and stage == 1:
-            raise NotSupported("stage", 1, text="a nesting parent is stage 2")
-        if stage is None:
-            stage = 2 if nest_parent or not features.s1p else 1
-        return PagingDomain(
-            self, stage=stage, granule=granule, dirty=dirty, nest_parent=nest_parent,
-            contiguous=contiguous, ready=ready,
-        )  # fmt: skip
-
-    # --- interrupts ---
-
-    def service(self) -> int:
-        """Do what the interrupts asked for; return how many records were handled.
-
-        One thread at a time: the others wait until what it found is answered.
-        """
-        with self._servicing:
-            self._interrupts.clear()
-            return fault.service(self)
-
-    # --- what the SMMU sees meanwhile ---
-
-    @contextmanager
-    def watch(
-        self, *accesses: tuple[SupportsIndex, SupportsIndex, SupportsIndex | None]
-    ) -> Iterator[list[tuple[Result, ...]]]:
-        """Ask the SMMU, after each store into an STE or a CD, what becomes of some accesses.
-
-        Parameters
-        ----------
-        *accesses : (int, int, int or None)
-            StreamID, address and SubstreamID of each.
-
-        Yields
-        ------
-        list of tuple of Result
-            Grows by one tuple at each store of a dword: the results of the accesses at that moment.
-
-        Raises
-        ------
-        Busy
-            The writer has an observer.
-
-        >>> from smmufast.iommu import IDENTITY, System
-        >>> system = System()
-        >>> nic = system.device(8, pasid_bits=4)
-        >>> domain = nic.paging_domain()
-        >>> domain.map(0x1000, 0x8000_0000, 0x1000)
-        >>> nic.attach(IDENTITY)
-        >>> with nic.iommu.watch((8, 0x1000, None)) as seen:
-        ...     nic.replace(domain)
-        >>> [hex(result.pa) for (result,) in seen][-3:]
-        ['0x1000', '0x80000000', '0x80000000']
-        """
-        seen: list[tuple[Result, ...]] = []
-
-        def look(address: int, index: int, old: tuple[int, ...]) -> None:
-            seen.append(
-                tuple(self.smmu.translate(sid, iova, ssid=ssid) for sid, iova, ssid in accesses)
-            )
-
-        if self.writer.observer is not None:
-            raise Busy("observer", self.writer.observer, text="the writer has an observer")
-        self.writer.observer = look
-        try:
-            yield seen
-        finally:
-            self.writer.observer = None
-
-    def __repr__(self) -> str:
-        """Its number and its devices."""
-        return f"<Iommu {self.number}: {len(set(self.devices.values()))} devices>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,7 +89,7 @@ class System:
     profile : Profile
         AUX or NOW.
     pasid_policy : PasidPolicy
-        PER_DEVICE, SYSTEM_WIDE or SYSTEM_WIDE_STRICT.
+        PER_DEVICE, SYSTEM_WIDE, SYSTEM_WIDE_STRICT, EVERY_SMMU, or one of yours.
     default_domain : str
         "blocked", "identity" or "paging": what a group has before and after other domains.
     disable_bypass : bool
@@ -537,7 +111,8 @@ class System:
     Raises
     ------
     InvalidArgument, NotSupported, OutOfMemory
-        Arguments that contradict each other; an SMMU without VMSAv8-64 tables; no room for tables.
+        Arguments that contradict each other; an SMMU that the driver cannot serve, with the reason;
+        no room for tables.
 
     >>> from smmufast.iommu import System
     >>> system = System()
@@ -567,7 +142,8 @@ class System:
         iopf: bool = True,
     ) -> None:
         if not isinstance(profile, Profile):
-            raise InvalidArgument("profile", profile, "AUX or NOW")
+            text = f"profile must be a Profile (AUX or NOW), not {profile!r}"
+            raise InvalidArgument("profile", profile, text=text)
         instance("pasid_policy", pasid_policy, PasidPolicy)
         for name, value, kind in (("memory", memory, Memory), ("cpu", cpu, Cpu)):
             if value is not None:
@@ -588,21 +164,101 @@ class System:
         if pages is None:
             if memory is not None or smmu is not None:
                 raise InvalidArgument(
-                    "pages", None, text="pages is missing: where in your memory tables may go"
+                    "pages", None,
+                    text="pages=(base, size) is required with memory=: where the driver may put "
+                    "its tables",
                 )
             pages = self._room
         self.pages = Pages(self.memory, *pages)
-        bits = min(16 if one.features.asid16 else 8 for one in mine)
-        self.asids = IdSpace(bits, "asid")
+        self.asids = IdSpace(16, "asid")
+        self.pasids = PasidSpace(pasid_policy)
         self.iommus: list[Iommu] = []
-        for number, one in enumerate(mine):
-            self.iommus.append(Iommu(self, one, number))
-        self.pasids = PasidSpace(
-            pasid_policy, smmu_limits=[1 << iommu.ssid_bits for iommu in self.iommus]
-        )
-        self.bonds: dict[Device, dict[AddressSpace, Bond]] = {}
+        for one in mine:
+            self._bring_up(one)
+        self.spaces: WeakSet[AddressSpace] = WeakSet()
         self.reports: deque[fault.Report] = deque(maxlen=1024)
         self.on_fault: Callable[[fault.Report], object] | None = None
+
+    def _bring_up(self, smmu: Smmu) -> Iommu:
+        """Count an SMMU in for the ASIDs and PASIDs of the system, and boot it."""
+        iommu = Iommu(self, smmu, len(self.iommus))
+        with Undo() as undo:
+            undo.add(self.asids.widen, self.asids.bits)
+            self.asids.narrow(16 if smmu.features.asid16 else 8)
+            limit = 1 << iommu.ssid_bits
+            if not self.pasids.add_smmu(limit):
+                iommu.ssid_bits = 0
+            undo.add(self.pasids._drop_smmu, limit)
+            iommu.boot()
+        self.iommus.append(iommu)
+        return iommu
+
+    def add_iommu(
+        self,
+        features: Features | None = None,
+        *,
+        smmu: Smmu | None = None,
+        caches: Callable[[], Caches] | None = None,
+    ) -> Iommu:
+        """Add an SMMU to the running system, behind which devices can be probed.
+
+        Its PASIDs are a matter of the policy: one that is narrower than the system's limit, which
+        the first device fixes, has none for its devices, with a warning, or is refused.  VT-d's
+        init_dmars takes the minimum once, at boot, and intel_iommu_add does not look again.
+
+        Parameters
+        ----------
+        features : Features, optional
+            Of an SMMU to make; all that is modelled.
+        smmu : Smmu, optional
+            One of yours instead, which shares the system's memory.
+        caches : callable, optional
+            As for `System`, of the SMMU to make.
+
+        Returns
+        -------
+        Iommu
+            Its driver; `number` is for `device(..., iommu=)`.
+
+        Raises
+        ------
+        NotSupported
+            The driver cannot serve it, or the policy refuses it.
+        Exists
+            The system has it already.
+        Busy
+            It has 8-bit ASIDs, and wider ones are in use.
+        OutOfMemory
+            No pages are left for its stream table and queues.
+        InvalidArgument
+            Both an SMMU and what to make one of; another memory; too many SMMUs.
+        """
+        if features is not None:
+            instance("features", features, Features)
+        if caches is not None and not callable(caches):
+            raise WrongType("caches", caches, text=f"caches is {caches!r}, not callable")
+        if smmu is not None:
+            instance("smmu", smmu, Smmu)
+            if features is not None or caches is not None:
+                name = "caches" if features is None else "features"
+                raise InvalidArgument(name, features or caches, "None with smmu")
+        with self.lock:
+            if smmu is not None and smmu.memory is not self.memory:
+                raise InvalidArgument("smmu", smmu, text="smmu does not share the system's memory")
+            if any(one.smmu is smmu for one in self.iommus):
+                raise Exists("smmu", smmu, text="smmu is one of the system's")
+            if len(self.iommus) >= MOST_SMMUS:
+                text = f"the system has {MOST_SMMUS} SMMUs, and may have no more"
+                raise InvalidArgument("system", self, text=text)
+            if smmu is None:
+                made = caches() if caches is not None else None
+                smmu = Smmu(self.memory, features or Features.full(), cr0=0, caches=made)
+            iommu = self._bring_up(smmu)
+            if smmu.features.ssidsize and not iommu.ssid_bits:
+                why = iommu.why_no_pasids(1 << 20)
+                text = f"{iommu!r}: the PASIDs of its devices are off: {why}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return iommu
 
     def _smmus(
         self,
@@ -620,6 +276,8 @@ class System:
                 instance("smmu", one, Smmu)
             if not mine or any(one.memory is not mine[0].memory for one in mine):
                 raise InvalidArgument("smmu", smmu, text="smmu: one or more that share a memory")
+            if len(set(map(id, mine))) < len(mine):
+                raise Exists("smmu", smmu, text="smmu: one of them is there twice")
             return mine
         if features is None or isinstance(features, Features):
             count = integer("smmus", count)
@@ -693,7 +351,7 @@ class System:
         """
         with self.lock:
             instance("device", device, Device)
-            if device._iommu is not None:
+            if device._master is not None:
                 raise Busy("device", device, text="device was probed")
             iommu = integer("iommu", iommu)
             group = device._wanted_group
@@ -709,13 +367,15 @@ class System:
                     raise OutOfRange("sid", sid, f"0 to {one.last_sid:#x}")
                 if sid in one.devices:
                     raise NoDevice("sid", sid, text=f"sid {sid:#x} belongs to {one.devices[sid]!r}")
+            if group is not None:
+                group.check_reset()
             with Undo() as undo:
                 for sid in device.sids:
                     if one.reserve_ste(sid):
-                        undo.add(partial(one.unreserve_ste, sid))
-                undo.add(device.unprobed)
-                device.probed(one)
-                undo.add(partial(self._unlink, device, one))
+                        undo.add(one.unreserve_ste, sid)
+                undo.add(device._unprobed)
+                device._probed(one)
+                undo.add(self._unlink, device, one)
                 for sid in device.sids:
                     one.devices[sid] = device
                 self._join(device, undo)
@@ -727,24 +387,27 @@ class System:
 
     def _join(self, device: Device, undo: Undo) -> None:
         """Let a device enter its group, with the group's domains."""
-        group = device.group
+        group, master = device.group, device.master
+        undo.add(setattr, group, "default", group.default)
+        if not group.devices:
+            group.default = self._default(device, undo)
+        domain = group.domain
+        master.prepare(domain, undo)
+        pasids = group.pasids if device.max_pasids else {}
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.prepare_pasid(one.domain, pasid, undo)
+        undo.add(master.drop_table)
+        if domain is not master.domain:
+            undo.add(master.attach, BLOCKED)
+        master.attach(domain)
+        for pasid in pasids:
+            one = group.attachment(pasid)
+            assert one is not None
+            master.set_pasid(one.domain, pasid, one.handle)
+            undo.add(master.detach_pasid, pasid)
         group.devices.append(device)
-        undo.add(partial(group.devices.remove, device))
-        if len(group.devices) == 1:
-            undo.add(partial(setattr, group, "default", group.default))
-            undo.add(partial(setattr, group, "domain", group.domain))
-            default = self._default(device, undo)
-            device.reserve(default, undo)
-            group.default = group.domain = default
-        else:
-            device.reserve(group.domain, undo)
-            for pasid in group.pasids if device.max_pasids else ():
-                domain = group.at(pasid)
-                assert isinstance(domain, PagingDomain | SvaDomain)
-                device.reserve_pasid(domain, pasid, undo)
-        device.install(group.domain)
-        for pasid in group.pasids if device.max_pasids else ():
-            device.install_pasid(group.at(pasid), pasid, None)
 
     def _default(self, device: Device, undo: Undo) -> Domain:
         if self.default_domain == "identity" or (
@@ -753,7 +416,7 @@ class System:
             return IDENTITY
         if self.default_domain == "blocked":
             return BLOCKED
-        domain = device.iommu.paging_domain()
+        domain = paging_domain(device.iommu)
         undo.add(domain.free)
         for base, size in device.direct:
             domain.map(base, base, size)
@@ -777,7 +440,7 @@ class System:
             As `Device.paging_domain`.
         """
         with self.lock:
-            return self.iommus[0].paging_domain(ready=False, **more)
+            return paging_domain(self.iommus[0], ready=False, **more)
 
     # --- PASIDs ---
 
@@ -801,15 +464,85 @@ class System:
         int
             How many there were.
         """
-        return sum(iommu.service() for iommu in self.iommus)
+        return sum(fault.service(iommu) for iommu in self.iommus)
 
     def stale(self) -> list[StaleEntry]:
         """Look for cache entries of any SMMU that the tables no longer give."""
         return [found for iommu in self.iommus for found in iommu.smmu.stale()]
 
-    def bonds_of(self, device: Device) -> list[Bond]:
-        """The bonds of a device with address spaces."""
-        return list(self.bonds.get(device, {}).values())
+    # --- copies ---
+
+    def save(self) -> bytes:
+        """Return everything of the system but its memory, as bytes for `restore`.
+
+        That is the SMMUs with their caches (`Smmu.save`), devices with their ATCs, domains,
+        PASIDs, what is attached and what waits.  Callbacks (handlers, `on_fault`, `mm_exit`,
+        observers) are the host's and are left out.  What lies in the memory stays there, and
+        equals the state until something changes either.
+
+        Raises
+        ------
+        TypeError
+            An object of the host (a handle, the data of a PASID) cannot be pickled, or PASIDs
+            come from a backend.
+        RuntimeError, Busy
+            A translation or a command is under way; a flush that failed is due.
+
+        >>> from smmufast.iommu import System
+        >>> system = System()
+        >>> nic = system.device(8)
+        >>> domain = nic.paging_domain()
+        >>> nic.attach(domain)
+        >>> domain.map(0x1000, 0x8000_0000, 0x1000)
+        >>> later = System.restore(system.save(), system.memory.copy())
+        >>> domain.unmap(0x1000, 0x1000)
+        4096
+        >>> hex(later.iommus[0].devices[8].translate(0x1000).pa)
+        '0x80000000'
+        """
+        return save.save(self)
+
+    @classmethod
+    def restore(
+        cls, state: object, memory: Memory, *, classes: Iterable[type] = ()
+    ) -> System:
+        """Make a system that goes on as the saved one would have.
+
+        Parameters
+        ----------
+        state : bytes-like
+            What `save` returned.
+        memory : Memory
+            That of the saved one, which must not be used any more then, or a copy as of then.
+        classes : iterable of type
+            Classes of yours that the state may name: of attach handles, of PASIDs' data.
+
+        Returns
+        -------
+        System
+
+        Raises
+        ------
+        InvalidArgument
+            The bytes are damaged, or name a class that is neither this library's nor in
+            `classes`.
+        """
+        instance("memory", memory, Memory)
+        return save.restore(state, memory, classes)
+
+    def __copy__(self) -> System:
+        """Refuse: two systems cannot have the same tables."""
+        raise WrongType("system", self, text="a System is copied by copy.deepcopy, with its memory")
+
+    def __deepcopy__(self, memo: object) -> System:
+        """Copy it with its memory."""
+        with self.lock:
+            return save.restore(self.save(), self.memory.copy(), None)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle it with its memory, which can go out of band (protocol 5)."""
+        with self.lock:
+            return _restored, (self.save(), self.memory)
 
     def draw(self, *, limit: SupportsIndex = 16) -> str:
         """Draw what the STEs of all devices lead to, as `Device.draw` does for one.
@@ -826,3 +559,7 @@ class System:
         """Its SMMUs, devices and profile."""
         devices = sum(len(set(iommu.devices.values())) for iommu in self.iommus)
         return f"<System {self.profile.name}: {len(self.iommus)} SMMUs, {devices} devices>"
+
+
+def _restored(state: bytes, memory: Memory) -> System:
+    return save.restore(state, memory, None)

@@ -13,16 +13,16 @@ class Undo:
     """What takes back the preparations of a call, should it fail: a context manager."""
 
     def __init__(self) -> None:
-        self._calls: list[Callable[[], object]] = []
+        self._calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
 
-    def add(self, call: Callable[[], object]) -> None:
+    def add(self, call: Callable[..., object], *arguments: object) -> None:
         """Remember a call; the last one is made first."""
-        self._calls.append(call)
+        self._calls.append((call, arguments))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
-        for call in reversed(self._calls) if kind is not None else ():
+        for call, arguments in reversed(self._calls) if kind is not None else ():
             with contextlib.suppress(Exception):  # what failed first is what is raised
-                call()
+                call(*arguments)

@@ -5,10 +5,10 @@ The values are those of Linux: what it leaves at 0 is 0 here.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 from smmufast import layout
-from smmufast._driver import ste_config
 from smmufast.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -24,9 +24,26 @@ INCOMING: Final = 1  # SHCFG
 _MASK: Final = (1 << 64) - 1
 
 
-def _words(record: str, **fields: int) -> Words:
-    word = layout.pack(record, **fields)
+@functools.lru_cache(maxsize=256)
+def _packed(record: str, fields: tuple[tuple[str, int], ...]) -> Words:
+    word = layout.pack(record, **dict(fields))
     return tuple(word >> 64 * i & _MASK for i in range(8))
+
+
+def _words(record: str, **fields: int) -> Words:
+    """A structure of these fields; few combinations occur, but for addresses and tags."""
+    return _packed(record, tuple(fields.items()))
+
+
+_CONFIG: Final = layout.STE.field("Config")
+_S1CONTEXTPTR: Final = layout.STE.field("S1ContextPtr").mask  # dword 0
+_ASID: Final = layout.CD.field("ASID")  # dword 0
+_TTB0: Final = layout.CD.field("TTB0").mask  # dword 1, in place
+
+
+def ste_config(word: int) -> int:
+    """Config of an STE, from its first dword."""
+    return (word & _CONFIG.mask) >> _CONFIG.shift
 
 
 def ste_abort() -> Words:
@@ -59,12 +76,15 @@ def ste_cd_table(
         The StreamWorld is EL2-E2H.
     features : Features
     """
-    return _words(
-        "STE", V=1, Config=5, S1Fmt=fmt, S1ContextPtr=base, S1CDMax=s1cdmax, S1DSS=s1dss,
+    words = _words(
+        "STE", V=1, Config=5, S1Fmt=fmt, S1CDMax=s1cdmax, S1DSS=s1dss,
         S1CIR=WRITE_BACK, S1COR=WRITE_BACK, S1CSH=INNER_SHAREABLE,
         S1STALLD=int(features.stall_model == 0 and not stall), EATS=int(ats), STRW=2 if e2h else 0,
         SHCFG=INCOMING if s1dss == 1 else 0,
     )  # fmt: skip
+    if base & ~_S1CONTEXTPTR:
+        raise InvalidArgument("base", base, f"0 to {_S1CONTEXTPTR:#x}")
+    return (words[0] | base, *words[1:])
 
 
 def ste_stage2(table: Any, vmid: int, *, stall: bool, ats: bool, features: Features) -> Words:
@@ -132,25 +152,20 @@ def ste_nested(
 
 def cd_paging(table: Any, asid: int, *, stall: bool, dirty: bool) -> Words:
     """The CD of a paging domain: TTB0 alone, faults recorded, terminated accesses abort."""
-    return _words(
-        "CD", V=1, AA64=1, EPD1=1, R=1, A=1, ASET=1, ASID=asid, S=int(stall), HA=int(dirty),
-        HD=int(dirty), **_ttb0(table),
+    words = _words(
+        "CD", V=1, AA64=1, EPD1=1, R=1, A=1, ASET=1, S=int(stall), HA=int(dirty), HD=int(dirty),
+        T0SZ=table.t0sz, TG0=table.tg, IR0=table.irgn, OR0=table.orgn, SH0=table.sh, IPS=table.ps,
+        MAIR0=table.mair & 0xFFFF_FFFF, MAIR1=table.mair >> 32,
     )  # fmt: skip
+    root = table.root
+    if not 0 <= asid <= _ASID.mask >> _ASID.shift or root & ~_TTB0:
+        raise InvalidArgument("asid", asid, text=f"asid is {asid:#x}, the table at {root:#x}")
+    return (words[0] | asid << _ASID.shift, words[1] | root, *words[2:])
 
 
 def cd_sva(space: Any, asid: int, *, stall: bool) -> Words:
     """The CD of a process's address space."""
-    return _words(
-        "CD", V=1, AA64=1, EPD1=1, R=1, A=1, ASET=1, ASID=asid, S=int(stall), **_ttb0(space)
-    )
-
-
-def _ttb0(table: Any) -> dict[str, int]:
-    return {
-        "T0SZ": table.t0sz, "TG0": table.tg, "IR0": table.irgn, "OR0": table.orgn,
-        "SH0": table.sh, "IPS": table.ps, "TTB0": table.root, "MAIR0": table.mair & 0xFFFF_FFFF,
-        "MAIR1": table.mair >> 32,
-    }  # fmt: skip
+    return cd_paging(space, asid, stall=stall, dirty=False)
 
 
 _QUIET_CLEAR: Final = (

@@ -1,0 +1,1 @@
+"""The driver of one SMMUv3: its queues, tables and entries, as Linux's arm-smmu-v3 has them."""
