@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: language_level=3, freethreading_compatible=True
 """PASID allocation: the class that owns the bitmaps of _pasid.pxd, and its errors."""
 
@@ -11,6 +12,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 cimport numpy as cnp
+
+from smmufast._memory cimport to_flag
 
 import errno as _errno
 
@@ -264,7 +267,7 @@ cdef class PasidAllocator:
         first = integer(first, "first")
         if not 0 <= first <= size:
             raise ValueError(f"first must be in 0..{size} (size), got {shown(first)}")
-        p.cyclic = bool(cyclic)
+        p.cyclic = to_flag("cyclic", cyclic)
         p.size = size
         words = (p.size + 63) // 64
         filled = (words + 63) // 64
@@ -607,6 +610,9 @@ cdef class PasidAllocator:
         """Return the number of allocated IDs."""
         return self.pasids.n_allocated
 
+    def __bool__(self):
+        return True
+
     def __iter__(self):
         """Iterate over the allocated IDs in ascending order; see Notes for changes meanwhile."""
         cdef uint32_t pasid = self._allocated_from(0)
@@ -704,7 +710,7 @@ cdef class PasidAllocator:
         cdef bytes free_bits, reserved_bits
         cdef dict owners
         cyclic, cursor, free_bits, reserved_bits, owners = state
-        cyclic = bool(cyclic)
+        cyclic = to_flag("cyclic", cyclic)
         cursor = integer(cursor, "cursor")
         owners = dict(owners)
         if not 0 <= cursor <= p.size:

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: language_level=3
 """What the driver half does with the memory of an SMMU in almost every call, compiled.
 
@@ -161,6 +162,15 @@ cdef int batch_add(Batch* b, const Command* c) except -1:
 cdef object batch_word(const Batch* b, Py_ssize_t i):
     """A command as one number."""
     return <object>le64(b.commands[i].words[0]) | <object>le64(b.commands[i].words[1]) << 64
+
+
+cdef list batch_words(const Batch* b):
+    """All commands as numbers."""
+    cdef list words = []
+    cdef Py_ssize_t i
+    for i in range(b.count):
+        words.append(batch_word(b, i))
+    return words
 
 
 # --- what invalidates a range ---
@@ -678,11 +688,16 @@ cdef Entry entry_of(word):
 
 cdef object entry_word(const Entry* e):
     """An entry as one number."""
-    return sum([<object>e.words[i] << 64 * i for i in range(8)])
+    cdef int i
+    word = 0
+    for i in range(8):
+        word |= <object>e.words[i] << 64 * i
+    return word
 
 
 cdef tuple entry_dwords(const Entry* e):
-    return tuple([e.words[i] for i in range(8)])
+    return (e.words[0], e.words[1], e.words[2], e.words[3], e.words[4], e.words[5], e.words[6],
+            e.words[7])
 
 
 cdef Entry mask_of(record, names):
@@ -930,7 +945,7 @@ cdef class EntryWriter:
                 self._look(address, i, entry_dwords(&old))
         if changed:
             if self._overridden:
-                self.queue.run([batch_word(commands, i) for i in range(commands.count)])
+                self.queue.run(batch_words(commands))
             else:
                 self.queue.tell(commands)
             syncs[0] += 1
@@ -956,7 +971,7 @@ cdef Entry dwords_of(words):
     """An entry from its eight dwords."""
     cdef Entry e
     cdef int i
-    if len(words) != 8 or not all([0 <= word <= MASK for word in words]):
+    if len(words) != 8 or min(words) < 0 or max(words) > MASK:
         raise InvalidArgument("words", words, "eight dwords of 64 bits")
     for i in range(8):
         e.words[i] = words[i]
@@ -1000,7 +1015,7 @@ def invalidate(parts, first, last, granule_lg2, page_lg2, leaf):
             if b.count and type(queue) is CommandQueue:
                 queue.tell(&b)
             elif b.count:
-                queue.run([batch_word(&b, i) for i in range(b.count)])
+                queue.run(batch_words(&b))
         finally:
             batch_close(&b)
 
@@ -1015,6 +1030,7 @@ def tlb_ranges(first, last, granule_lg2, page_lg2, leaf, ranges):
     """The address fields of the TLBI commands that cover a range; None: the whole tag (F60)."""
     cdef Batch b
     cdef Span s = span_of(first, last, granule_lg2, page_lg2, leaf)
+    cdef list made = []
     names = {"Address": "Address", "Leaf": "Leaf"}
     if ranges:
         names |= {"Scale": "SCALE", "Num": "NUM", "TG": "TG", "TTL": "TTL"}
@@ -1023,7 +1039,12 @@ def tlb_ranges(first, last, granule_lg2, page_lg2, leaf, ranges):
     batch_open(&b)
     try:
         tlbi_range(&b, &TLBI_NH, TLBI_NH.some, &s, ranges)
-        made = [layout.unpack("TLBI_NH_VA", batch_word(&b, i)) for i in range(b.count)]
-        return [{name: fields[field] for name, field in names.items()} for fields in made]
+        for word in batch_words(&b):
+            fields = layout.unpack("TLBI_NH_VA", word)
+            one = {}
+            for name, field in names.items():
+                one[name] = fields[field]
+            made.append(one)
+        return made
     finally:
         batch_close(&b)

@@ -478,7 +478,7 @@ def test_a_wrong_count_of_attachments_is_found():
     system, nic, main, _ = attached()
     main.attachments.clear()
     assert "attachment" in kinds(system)
-    system, nic, main, other = attached()
+    system, nic, main, _ = attached()
     nic.master.attachments[3].domain = main
     assert "attachment" in kinds(system)
     system, nic, main, _ = attached()
