@@ -53,12 +53,12 @@ def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
         for iommu, sid in streams:
             picture = Picture(iommu.memory, iommu.smmu.features, most, lines)
             picture.stream(sid, iommu.ste_address(sid))
-    except _Full:
+    except _FullError:
         lines.append(f"… more is left out: a picture has {MOST_LINES} lines at most")
     return "\n".join(lines)
 
 
-class _Full(Exception):
+class _FullError(Exception):
     """A picture has all the lines that it may have."""
 
 
@@ -165,7 +165,7 @@ class Picture:
     def _branch(self, prefix: str, last: bool, text: str) -> str:
         """Add a line; return the prefix of what is below it."""
         if len(self.lines) >= MOST_LINES:
-            raise _Full
+            raise _FullError
         self.lines.append(f"{prefix}{'└─' if last else '├─'} {text}")
         return prefix + ("   " if last else "│  ")
 
