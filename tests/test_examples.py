@@ -28,7 +28,8 @@ system wide: the devices have [16, 16, 4] PASIDs
 system wide, strict: the devices have [16, 16, 0] PASIDs
   refused early: pasid: fewer than 1 are free in 0x1 to 0xf
   narrow: pasid 1 reaches 0x80000000
-  tiny: NoSpace: device has no PASIDs
+  tiny: NoSpace: device: policy 'system wide, strict': the device has 4 PASIDs (2 bits), \
+fewer than the system's 16 PASIDs (4 bits)
 """,
     "sva_faults.py": """\
 pasid 1 on both

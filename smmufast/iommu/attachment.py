@@ -55,9 +55,16 @@ class Attachment:
     handle: AttachHandle | None = None
 
     def link(self) -> None:
-        """Let the domain know that the SMMU may cache it for this master from now on."""
+        """Let the domain know that the SMMU may cache it for this master from now on.
+
+        Nobody else gets its PASID meanwhile, whoever chose it.
+        """
         self.domain.linked(self)
+        if self.ssid:
+            self.master.iommu.system.pasids.pick(self.ssid)
 
     def unlink(self) -> None:
         """Let the domain forget it; nothing in memory leads to the domain from here any more."""
         self.domain.unlinked(self)
+        if self.ssid:
+            self.master.iommu.system.pasids.unpick(self.ssid)

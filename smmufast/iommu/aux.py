@@ -79,7 +79,8 @@ def _enable(
     enabled = device.enabled_features
     for feature in features:
         if not has_feature(device, feature):
-            raise NoDevice("feature", feature, text=f"device has no {feature}")
+            why = "" if device.max_pasids or feature == "IOPF" else f": {device.why_no_pasids}"
+            raise NoDevice("feature", feature, text=f"device has no {feature}{why}")
         if feature in enabled:
             raise Busy("feature", feature, text=f"{feature} is enabled")
     if "SVA" in features and has_feature(device, "IOPF") and not {"IOPF"} & {*features, *enabled}:
@@ -153,6 +154,7 @@ def attach(device: Device, domain: Domain, handle: AttachHandle | None = None) -
     """Attach an auxiliary domain; `handle` says who may detach it, if not everybody."""
     with device.group.system.lock:
         need(device.system.profile, AUX, "attach_aux")
+        device.group.check_reset()
         if "AUX" not in device.enabled_features:
             raise InvalidArgument("device", device, text="AUX is not enabled on the device")
         domain_of(domain)
@@ -181,6 +183,7 @@ def attach(device: Device, domain: Domain, handle: AttachHandle | None = None) -
             if not pasid:
                 pasid = _take(device, domain, first, last)
                 undo.add(device.system.give_pasid, pasid)
+            if domain.iommu is None:
                 domain.finalise(device.iommu)
                 undo.add(domain.unfinalise)
             device.master.prepare_pasid(domain, pasid, undo)

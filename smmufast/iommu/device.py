@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from smmufast.ats import AtsDevice
@@ -16,6 +17,7 @@ from smmufast.errors import (
     InvalidArgument,
     NoDevice,
     NoEntry,
+    NoSpace,
     NotSupported,
     WrongType,
     instance,
@@ -23,11 +25,18 @@ from smmufast.errors import (
 )
 from smmufast.iommu import aux, sva
 from smmufast.iommu.attachment import AttachHandle
-from smmufast.iommu.domain import BLOCKED, Domain, PagingDomain, domain_of, paging_domain
+from smmufast.iommu.domain import (
+    BLOCKED,
+    Domain,
+    PagingDomain,
+    domain_of,
+    is_auxiliary,
+    paging_domain,
+)
 from smmufast.iommu.draw import draw
 from smmufast.iommu.group import Group
 from smmufast.iommu.mediated import Mediated, shares
-from smmufast.iommu.profile import NOW, need
+from smmufast.iommu.profile import NOW, need, take_pasid
 from smmufast.iommu.smmu.master import Master
 
 if TYPE_CHECKING:
@@ -235,11 +244,7 @@ class Device:
     def _probed(self, iommu: Iommu) -> None:
         """Take its place behind an SMMU; `System.probe` calls it after its checks."""
         features, system = iommu.smmu.features, iommu.system
-        ssid_bits = min(max(self.pasids.bit_length() - 1, 0), iommu.ssid_bits)
-        own = 1 << ssid_bits if ssid_bits else 0
-        self.max_pasids = system.pasids.max_pasids(own)
-        if not self.max_pasids:
-            ssid_bits = 0
+        ssid_bits, self.max_pasids = iommu.pasids_of(self.pasids)
         self._group = self._wanted_group or Group(system)
         ask = self._ask if self.pri and features.pri else None
         has_ats = self.ats and features.ats
@@ -282,10 +287,10 @@ class Device:
                     lock.defer(handle.release, self)
             alone = not any(one.max_pasids for one in group.devices if one is not self)
             for ssid in [ssid for ssid in master.attachments if ssid]:
-                handle = master.attachments[ssid].handle
-                lock.defer(master.detach_pasid, ssid)
-                if alone and handle is not None:
-                    handle.domain = None
+                if alone and not is_auxiliary(master.attachments[ssid].domain):
+                    lock.defer(partial(group.set_pasid, None, ssid, leaving=True))
+                else:
+                    lock.defer(master.detach_pasid, ssid)
             lock.defer(master.attach, BLOCKED)
             lock.defer(master.drain, None)
             for viommu in master.iommu.viommus:
@@ -421,6 +426,48 @@ class Device:
             group.set(domain)
 
     # --- PASIDs, NOW profile ---
+
+    @property
+    def why_no_pasids(self) -> str:
+        """Why `max_pasids` is 0: the policy and the widths, if it is the policy's doing."""
+        return self.iommu.why_no_pasids(self.pasids)
+
+    def alloc_pasid(self) -> int:
+        """Take a PASID that is nobody else's, to attach it (iommu_alloc_global_pasid).
+
+        Raises
+        ------
+        NoSpace
+            None is left, or the device has none (ENOSPC).
+        NotSupported
+            The AUX profile: a domain owns its PASID there.
+        """
+        system = self.group.system
+        with system.lock:
+            need(system.profile, NOW, "alloc_pasid")
+            if not self.max_pasids:
+                raise NoSpace("device", self, text=f"device: {self.why_no_pasids}")
+            return take_pasid(self, 1, self.max_pasids - 1, self)
+
+    def free_pasid(self, pasid: SupportsIndex) -> None:
+        """Give back what `alloc_pasid` took (iommu_free_global_pasid).
+
+        While it is attached, nobody gets it.
+
+        Raises
+        ------
+        NoEntry
+            It is not allocated.
+        InvalidArgument
+            It is a process's, or another device's.
+        """
+        system = self.group.system
+        with system.lock:
+            pasid = integer("pasid", pasid)
+            if system.pasids.find(pasid) is not self:
+                text = f"pasid {pasid:#x} was not allocated by the device"
+                raise InvalidArgument("pasid", pasid, text=text)
+            system.give_pasid(pasid)
 
     def attach_pasid(
         self, domain: Domain, pasid: SupportsIndex, handle: AttachHandle | None = None

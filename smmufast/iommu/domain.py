@@ -47,9 +47,20 @@ class Domain:
     def unlinked(self, attachment: Attachment) -> None:
         """Something is attached here no more."""
 
+    def enter_tlbs(self, attachment: Attachment) -> None:
+        """TLBs may hold something of it from now on."""
+
+    def leave_tlbs(self, attachment: Attachment) -> None:
+        """Nothing fills TLBs with it from there any more, be it detached or being reset."""
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Refuse copies: a domain is one thing, which tables in memory lead to."""
         raise WrongType("domain", self, text=f"{self!r} is part of a system: it has no copies")
+
+    @property
+    def tags(self) -> tuple[tuple[int, int], ...]:
+        """The kinds and numbers by which TLBs are told."""
+        return ()
 
     @property
     def stage(self) -> int:
@@ -126,39 +137,39 @@ class Cached(Domain):
     active: bool
 
     @property
-    def tags(self) -> tuple[tuple[int, int], ...]:
-        """The kinds and numbers by which TLBs are told."""
-        raise NotImplementedError
-
-    @property
     def users(self) -> int:  # type: ignore[override]
         """Attachments: a device counts once, each of its PASIDs once."""
         return len(self.attachments)
 
     def linked(self, attachment: Attachment) -> None:
-        """Count an attachment: whoever unmaps invalidates for it from now on."""
-        self.count(attachment, self.tags)
+        """Keep an attachment: whoever unmaps invalidates for it from now on."""
+        self.attachments[attachment] = None
+        if not attachment.master.blocked:
+            self.enter_tlbs(attachment)
 
     def unlinked(self, attachment: Attachment) -> None:
-        """Forget an attachment; the last of a tag drops the TLB entries under it (F48)."""
-        self.uncount(attachment, self.tags)
+        """Forget an attachment."""
+        del self.attachments[attachment]
+        if not attachment.master.blocked:
+            self.leave_tlbs(attachment)
 
-    def count(self, attachment: Attachment, tags: tuple[tuple[int, int], ...]) -> None:
-        """Count an attachment under tags, which are a Viommu's where a guest is above."""
-        self.attachments[attachment] = None
+    def enter_tlbs(self, attachment: Attachment) -> None:
+        """Count a user of each tag: the domain's, or a guest's above it."""
         queue = attachment.master.iommu.queue
-        for kind, number in tags:
+        for kind, number in attachment.domain.tags:
             self.invalidations.insert(queue, kind, number)
         self.active = True
 
-    def uncount(self, attachment: Attachment, tags: tuple[tuple[int, int], ...]) -> None:
-        """Undo `count`; what fails meanwhile is raised when the call is done."""
+    def leave_tlbs(self, attachment: Attachment) -> None:
+        """Count a user less; the last of a tag drops the TLB entries under it (F48).
+
+        What fails meanwhile is raised when the call is done.
+        """
         iommu = attachment.master.iommu
-        del self.attachments[attachment]
-        for kind, number in tags:
+        for kind, number in attachment.domain.tags:
             if not self.invalidations.remove(iommu.queue, kind, number):
                 self.system.lock.defer(iommu.flush_tag, kind, number)
-        self.active = bool(self.attachments)
+        self.active = len(self.invalidations) > 0
 
     def tables(self) -> dict[tuple[CdTable, int], None]:
         """Each CD of the domain: its table and its SSID."""
@@ -456,7 +467,8 @@ class NestedDomain(Domain):
         self.parent = parent
         self.viommu = viommu
         self.ste = words[:2]
-        self.ats = entry.eats(words) == 1
+        # the guest has ATS with a stage 1 of its own (Linux: arm_smmu_validate_vste)
+        self.ats = entry.eats(words) == 1 and entry.ste_config(words[0]) == 5
         self.attachments: dict[Attachment, None] = {}
         self.system = parent.system
         self.iommu = parent.iommu
@@ -482,14 +494,22 @@ class NestedDomain(Domain):
         return ((S2_VMID, self.vmid), (S2_VMID_S1_CLEAR, self.vmid))
 
     def linked(self, attachment: Attachment) -> None:
-        """The parent is what is cached, and what is unmapped."""
+        """Keep an attachment; the parent is what is cached, and what is unmapped."""
         self.attachments[attachment] = None
-        self.parent.count(attachment, self.tags)
+        self.parent.linked(attachment)
 
     def unlinked(self, attachment: Attachment) -> None:
         """Forget an attachment, here and in the parent."""
         del self.attachments[attachment]
-        self.parent.uncount(attachment, self.tags)
+        self.parent.unlinked(attachment)
+
+    def enter_tlbs(self, attachment: Attachment) -> None:
+        """As its parent, under the guest's tags."""
+        self.parent.enter_tlbs(attachment)
+
+    def leave_tlbs(self, attachment: Attachment) -> None:
+        """As its parent."""
+        self.parent.leave_tlbs(attachment)
 
 
 def check_nesting_parent(parent: object) -> None:

@@ -160,6 +160,9 @@ class Group:
         """The last device has left: the default domain that was made for it ends."""
         default, self.default, self.owner = self.default, BLOCKED, None
         if isinstance(default, PagingDomain) and not default.freed and not default.users:
+            for child in default.children.values():
+                child.parent = None  # it may get another
+            default.children.clear()
             default.free()
 
     # --- PASIDs ---
@@ -174,7 +177,8 @@ class Group:
             if device.max_pasids and pasid >= device.max_pasids:
                 raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
         if not any(device.max_pasids for device in self.devices):
-            raise InvalidArgument("pasid", pasid, text="the device has no PASIDs")
+            text = f"pasid: {self.devices[0].why_no_pasids}"
+            raise InvalidArgument("pasid", pasid, text=text)
         self.check_reset()
 
     def check_reset(self) -> None:
@@ -228,6 +232,11 @@ class Group:
                 if not leaf:
                     master.drop_leaf(pasid)
             raise
+
+    @property
+    def max_pasids(self) -> int:
+        """How many PASIDs all of its devices have that have any."""
+        return min((one.max_pasids for one in self.devices if one.max_pasids), default=0)
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""

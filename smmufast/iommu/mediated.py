@@ -36,7 +36,8 @@ class Shares(AttachHandle):
     def release(self, device: Device) -> None:
         """End with the parent."""
         for share in list(self.members):
-            share._detach(leaving=True)
+            if share.parent is device:
+                share._detach(leaving=True)
 
 
 def shares(master: Master) -> list[Mediated]:
@@ -103,8 +104,8 @@ class Mediated:
         """NOW: attach a PASID that nobody uses."""
         parent = self.parent
         if not parent.max_pasids:
-            raise InvalidArgument("device", parent, text="the device has no PASIDs")
-        pasid = take_pasid(parent, 1, parent.max_pasids - 1, None)
+            raise InvalidArgument("device", parent, text=f"device: {parent.why_no_pasids}")
+        pasid = take_pasid(parent, 1, parent.max_pasids - 1, self)
         try:
             parent.attach_pasid(domain, pasid, handle)
         except BaseException:

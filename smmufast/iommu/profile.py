@@ -187,6 +187,7 @@ def take_pasid(device: Device, first: int, last: int, data: object) -> int:
         A backend, for which the range is a hint, gave another.
     """
     system = device.system
+    last = min(last, device.group.max_pasids - 1)
     pasid = system.take_pasid(first, last, data=data)
     if not first <= pasid <= last:
         system.give_pasid(pasid)

@@ -12,6 +12,7 @@ import pickle
 import threading
 from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 from zlib import crc32
 
 from smmufast import _smmu
@@ -54,7 +55,10 @@ _OTHERS: Final = {
 
 
 def _no_callbacks(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if name in _CALLBACKS else value for name, value in state.items()}
+    kept: dict[str, Any] = {name: None if name in _CALLBACKS else value for name, value in state.items()}
+    if "spaces" in kept:
+        kept["spaces"] = [*kept["spaces"]]  # weak, until the system is whole again
+    return kept
 
 
 class _Pickler(pickle.Pickler):
@@ -132,6 +136,7 @@ def restore(data: object, memory: Memory, classes: Iterable[type] | None) -> Sys
         raise InvalidArgument("state", raw[:32], text="state is no saved system, or damaged")
     try:
         system: System = _Unpickler(io.BytesIO(raw[len(MARK) : -4]), memory, classes).load()
+        system.spaces = WeakSet(system.spaces)
         for iommu in system.iommus:
             iommu.smmu.on_interrupt = iommu.interrupts.add
             iommu.writer = EntryWriter(

@@ -199,6 +199,7 @@ class AddressSpace:
         )  # fmt: skip
         space.table = table
         space._system = system
+        system.spaces.add(space)
         for name in _GEOMETRY:
             setattr(space, name, getattr(table, name))
         return space
@@ -433,7 +434,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             raise Busy("space", space, text="space is another system's")
         first, last = system.profile.bind_range(device)
         if not device.max_pasids:
-            raise NoSpace("device", device, text="device has no PASIDs")
+            raise NoSpace("device", device, text=f"device: {device.why_no_pasids}")
         with Undo() as undo:
             pasid = space.pasid
             if not pasid:
@@ -458,6 +459,7 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             group.set_pasid(domain, pasid, bond)
         space.pasid = pasid
         space._system = system
+        system.spaces.add(space)
         if space.table is not None:
             space.table.active = True
         return bond

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from weakref import WeakSet
 
 from smmufast._memory import Memory
 from smmufast._smmu import Smmu
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smmufast._tlb import Caches, StaleEntry
+    from smmufast.iommu.sva import AddressSpace
 
 MOST_SMMUS: Final = 4096
 
@@ -173,6 +175,7 @@ class System:
         self.iommus: list[Iommu] = []
         for one in mine:
             self._bring_up(one)
+        self.spaces: WeakSet[AddressSpace] = WeakSet()
         self.reports: deque[fault.Report] = deque(maxlen=1024)
         self.on_fault: Callable[[fault.Report], object] | None = None
 

@@ -156,6 +156,14 @@ class CdTable:
         del self.cds[ssid]
         undo.add(self._restore, ssid, old)
 
+    def empty(self, ssid: int) -> None:
+        """Make a CD invalid that no STE leads to any more."""
+        domain = self.cds.get(ssid)
+        if domain is not None:
+            with Undo() as undo:
+                self.clear(ssid, undo)
+            self.forget(ssid, domain)
+
     def _restore(self, ssid: int, domain: PagingDomain | SvaDomain | None) -> None:
         if domain is None:
             del self.cds[ssid]

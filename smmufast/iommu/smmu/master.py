@@ -138,6 +138,7 @@ class Master:
                     "device", device, text="device has PASIDs attached: stage 2 carries none"
                 )
         elif isinstance(domain, NestedDomain):
+            self._check_coherent(domain.parent)
             if domain.iommu is not self.iommu:
                 raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
             if domain.freed:
@@ -229,8 +230,10 @@ class Master:
         table, domain = old.table, old.domain
         if table is None:
             return
-        if table is not self.table:
-            table.leave(self)  # the AUX profile's, which is the old domain's
+        if table is not self.table:  # the AUX profile's, which is the old domain's
+            if table.masters == [self]:
+                self.iommu.system.lock.defer(table.empty, 0)
+            table.leave(self)
         elif table.cds.get(0) is not domain:
             assert isinstance(domain, PagingDomain)
             table.forget(0, domain)
@@ -440,6 +443,8 @@ class Master:
         self.drain(None)
         for domain, ssid, kind in self._in_atcs():
             self.leave_atcs(domain, ssid, kind)
+        for one in self.attachments.values():
+            one.domain.leave_tlbs(one)
         self.blocked = True
 
     def unblock(self) -> None:
@@ -449,6 +454,9 @@ class Master:
         with Undo() as undo:
             self.blocked = False
             undo.add(setattr, self, "blocked", True)
+            for one in self.attachments.values():
+                one.domain.enter_tlbs(one)
+                undo.add(one.domain.leave_tlbs, one)
             for domain, ssid, kind in self._in_atcs():
                 self.enter_atcs(domain, ssid, kind)
                 undo.add(self.leave_atcs, domain, ssid, kind)

@@ -1,0 +1,46 @@
+"""Random lives of systems, short ones: `lives.py` is the machine, and the longer check."""
+
+import lives
+import pytest
+
+from smmufast import layout
+from smmufast.iommu.smmu.queue import CommandQueue
+
+QUICK = 12
+
+
+@pytest.mark.parametrize("seed", range(QUICK))
+def test_a_life_goes_as_the_model_says(seed):
+    lives.live(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(QUICK, 300))
+def test_many_lives_go_as_the_model_says(seed):
+    lives.live(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    "TLBI_NH_ASID", "TLBI_NH_VA", "TLBI_S12_VMALL", "TLBI_S2_IPA", "TLBI_NH_ALL", "CFGI_CD",
+    "CFGI_STE", "CFGI_CD_ALL", "ATC_INV",
+])  # fmt: skip
+def test_a_command_that_is_lost_is_noticed(name, monkeypatch):
+    number = layout.pack(name) & 0xFF
+    put = CommandQueue._put
+
+    def lose(queue, words):
+        put(queue, [word for word in words if word & 0xFF != number])
+
+    monkeypatch.setattr(CommandQueue, "_put", lose)
+    with pytest.raises(lives.Wrong):
+        for seed in range(1000, 1100):
+            lives.live(seed)
+
+
+def test_a_life_without_some_of_its_steps_is_the_same_life():
+    """Each step draws from a generator of its own, so that failures can be made smaller."""
+    steps = [*range(0, 40, 3)]
+    logs = [lives.live(5, steps).log for _ in range(2)]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) > len(lives.live(5, steps[:5]).log)
