@@ -472,8 +472,7 @@ def test_what_is_installed_from_an_sdist_in_a_new_environment_replays_a_capture(
     said = run(venv / "bin" / "smmufast", "replay", "examples/linux-7.3-4k-s1", "--json",
                cwd=unpacked, PYTHONPATH="")  # fmt: skip
     found = json.loads(said)
-    assert found["requests"] > 0, found
-    assert found["different"] == 0
+    assert found["agreeing"] == found["requests"] > 7000
 
 
 @pytest.mark.slow
