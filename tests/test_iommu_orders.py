@@ -395,6 +395,32 @@ def test_a_released_device_leaves_nothing_in_flight(make):
     assert asked == [] and any(one.stalled for one in system.reports)
 
 
+def test_a_released_device_leaves_nothing_in_flight_under_the_pasids_of_others(make):
+    """AUX: every device of a main domain can use what one of them attached."""
+    system = make(profile=AUX)
+    one, two = (system.device(8 + n, pasid_bits=4, stall=True, ats=True, pri=True) for n in (0, 1))
+    main = with_main(system, one)
+    two.attach(main)
+    able(system, one)
+    aux = system.paging_domain()
+    one.attach_aux(aux)
+    asked = []
+    aux.iopf = recorder(asked, True)
+    for device in (one, two):
+        stall(device, 0x10000, 1)
+        ask(device, 0x10000, 1, last=False)
+    system.service()
+    asked.clear()
+    for device in (one, two):
+        stall(device, 0x10000, 1)
+    two.release()
+    assert [(each.sid, each.ssid) for each in system.smmu.stalls] == [(8, 1)]
+    assert list(system.iommus[0].page_requests) == [(8, 1, 3)]
+    aux.map(0x10000, RAM, PAGE)
+    system.service()
+    assert asked == [(1, 0x10000)] and system.smmu.stalls == []
+
+
 def test_page_requests_of_unknown_streams_do_not_pile_up(make):
     system = make()
     device = system.device(8, ats=True, pri=True)
@@ -672,7 +698,12 @@ def test_a_guests_commands_are_done_with_the_real_numbers_before_the_call_return
     guest.map(PAGE, 0x9000)
     assert viommu.invalidate(sent) == 3
     queue.log = None
-    assert reached(device, pasid=2) == RAM + 0x9000
+    assert reached(device, pasid=2) == reached(device, pasid=3) == RAM + 0x9000
+    guest.put("CD", 64 * 2, V=0)
+    viommu.invalidate([
+        words_of("CFGI_CD", StreamID=0x20, SubstreamID=2, Leaf=1), words_of("TLBI_NH_ASID", ASID=3),
+    ])  # fmt: skip
+    assert reached(device, pasid=2) is None and reached(device, pasid=3) == RAM + 0x9000
 
 
 def test_the_failing_command_of_a_guest_is_named(make):
@@ -1830,6 +1861,7 @@ def test_a_guests_cds_are_read_again_after_the_host_unmaps(make):
     device.attach(viommu.domain(guest.ste()))
     assert reached(device) == reached(device, pasid=2) == RAM + 0x8000
     host.unmap(Guest.IPA, 1 << 21)
+    assert device.smmu.read("CMDQ_CONS") == device.iommu.queue.prod  # it was told all
     other = RAM + (1 << 21)
     host.map(Guest.IPA, other, 1 << 21)  # where the tables are, and no CD
     system.memory.write(other + 0x1000, system.memory.read(RAM + 0x1000, 0x3000))
@@ -1951,10 +1983,11 @@ def test_a_range_larger_than_a_page_leaves_every_atc(make):
             assert reached(device, 0x10000 + page * PAGE, pasid) == left
 
 
-def test_a_rolled_back_attach_leaves_nothing_in_the_atc(make, monkeypatch):
+@pytest.mark.parametrize("stages", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_rolled_back_attach_leaves_nothing_in_the_atc(make, monkeypatch, stages):
     system = make()
     device = system.device(8, pasid_bits=4, ats=True)
-    one, two = paging(system, device), paging(system, device, RAM + PAGE)
+    one, two = (paging(system, device, RAM + n * PAGE, stage=stages[n]) for n in range(2))
     device.attach(one)
     assert reached(device) == RAM
     seen = []

@@ -490,7 +490,6 @@ MUTANTS = [
          "    two = _words(\"STE\", V=1, Config=7, MEV=1, **_stage2(table, vmid, stall and not ats, features))",
          "    two = _words(\"STE\", V=1, Config=7, **_stage2(table, vmid, stall and not ats, features))",
          some("merges_events")),
-        ("a-guests-eats-is-not-asked", "ats and eats(guest) == 1", "ats", some("stall_model")),
     ),
     *of(
         "iommu/smmu/invalidations.py",
