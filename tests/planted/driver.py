@@ -190,7 +190,8 @@ MUTANTS = [
         ("a-rolled-back-cd-stays-in-atcs", "        undo.add(self.flush_atcs, ssid)", "",
          some("rolled_back")),
         ("an-old-cd-is-not-put-back",
-         "            undo.add(self.write, ssid, writer.read(address))", "            pass",
+         "            self.cds[ssid] = domain\n            self.write(ssid, domain.cd(self.stall))",
+         "            self.cds[ssid] = domain",
          some("rolled_back or refused")),
         ("an-atc-is-not-known-to-the-domain",
          "        for master in self.masters:\n"
@@ -347,13 +348,13 @@ MUTANTS = [
         ("the-first-of-a-group-keep-the-new-domain", "                undo.add(master.attach, old)",
          "", some("all_devices_or_on_none or refused")),
         ("the-first-of-a-group-keep-the-pasid",
-         "                if before is None:\n"
-         "                    undo.add(master.detach_pasid, pasid)\n"
-         "                else:\n"
-         "                    undo.add(master.set_pasid, before.domain, pasid, before.handle)", "",
+         "            if before is None:\n"
+         "                undo.add(master.detach_pasid, pasid)\n"
+         "            else:\n"
+         "                undo.add(master.set_pasid, before.domain, pasid, before.handle)", "",
          some("all_devices_or_on_none or refused")),
-        ("the-first-of-a-group-keep-the-leaf", "                    undo.add(master.drop_leaf, pasid)",
-         "                    pass", some("new_leaves")),
+        ("the-first-of-a-group-keep-the-leaf", "                undo.add(master.drop_leaf, pasid)",
+         "                pass", some("new_leaves")),
         ("the-default-domain-stays", "            default.free()", "            pass",
          some("8_bits_of_asids or plugging")),
         ("a-group-in-reset-changes", "                self.check_reset()\n                self._set(domain)",
