@@ -473,7 +473,7 @@ def test_f50_messages_name_what_was_given_and_what_is_allowed():
         table.map(0, 0, K4, CACHE)
     with pytest.raises(TypeError, match="size must be an integer, not float"):
         table.map(0, 0, 4096.0)
-    with pytest.raises(TypeError, match="prot: NoneType given"):
+    with pytest.raises(TypeError, match="prot must be an integer, not NoneType"):
         table.map(0, 0, K4, None)
     table.map(0, 0, K4)
     with pytest.raises(Exists, match="iova 0x0 is mapped already") as raised:
