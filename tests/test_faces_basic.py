@@ -602,7 +602,7 @@ BAD_BATCHES = [
     ({"sid": -1}, ValueError, "^sid must be 0 to 0xffffffff, not -1"),
     ({"sid": 1 << 32}, ValueError, "^sid must be 0 to 0xffffffff, not 0x100000000"),
     ({"iova": [-1]}, ValueError, "^iova: values from -0x1"),
-    ({"iova": [1 << 64]}, ValueError, "^iova must be 0 to 0xf{16}, not 0x10{16}$"),
+    ({"iova": [1 << 64]}, ValueError, "^iova must be .*, not 0x10000000000000000"),
     ({"sid": [1], "iova": 1 << 64}, ValueError, "^iova must be .*, not 0x10000000000000000"),
     ({"sid": [1], "iova": -1}, ValueError, "^iova must be 0 to 0xffffffffffffffff, not -1"),
     ({"ssid": [1 << 20]}, ValueError, "^ssid: .*0xfffff"),

@@ -31,20 +31,25 @@ class Medium:
         return True
 
 
-for left in range(12):
-    medium = Medium()
+def play(medium):
     x = medium.domain
-    x.map(2 * M, 0x8000_0000, 4096)
-    x.unmap(2 * M, 4096)
-    medium.left = left
-    failed = False
-    try:
-        x.map(2 * M, 0x8000_0000, 8 * M)
-    except Exception:
-        failed = True
-    medium.left = None
-    there = [at for at in range(2 * M, 10 * M, 2 * M) if x.iova_to_phys(at)]
-    assert x.mapped == 2 * M * len(there) == (0 if failed else 8 * M), (left, x.mapped, there)
-    for at in range(2 * M, 10 * M, 2 * M):
-        assert bool(medium.device.translate(at)) == (at in there)
-    assert not medium.system.stale()
+    for left in range(12):
+        x.map(2 * M, 0x8000_0000, 4096)
+        x.unmap(2 * M, 4096)
+        medium.left = left
+        failed = False
+        try:
+            x.map(2 * M, 0x8000_0000, 8 * M)
+        except Exception:
+            failed = True
+        medium.left = None
+        there = [at for at in range(2 * M, 10 * M, 2 * M) if x.iova_to_phys(at)]
+        assert x.mapped == 2 * M * len(there) == (0 if failed else 8 * M), (left, x.mapped, there)
+        for at in range(2 * M, 10 * M, 2 * M):
+            assert bool(medium.device.translate(at)) == (at in there)
+        assert not medium.system.stale()
+        x.unmap(2 * M, 8 * M)
+
+
+if __name__ == "__main__":
+    play(Medium())

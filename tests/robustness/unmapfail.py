@@ -9,9 +9,9 @@ from mapfail import Medium
 from smmufast.errors import InputOutput
 
 PAGE = 4096
+medium = Medium()
+x, device = medium.domain, medium.device
 for left in range(4):
-    medium = Medium()
-    x, device = medium.domain, medium.device
     x.map(0, 0x8000_0000, 4 * PAGE)
     for i in range(4):
         device.translate(i * PAGE)
