@@ -279,7 +279,7 @@ cdef int tlbi_range(Batch* b, const Tlbi* t, Command tagged, const Span* s,
     while pages:
         scale = min(bits_of(pages & -pages) - 1, SCALE_MOST)
         number = pages >> scale
-        number = number & NUM_MOST - 1 if scale < SCALE_MOST else min(number, NUM_MOST)
+        number = number & NUM_MOST - 1 if scale < SCALE_MOST else min(number, <uint64_t>NUM_MOST)
         c = tagged
         address_in(&c, t, address)
         fill_in(&c, &SCALE, scale)
