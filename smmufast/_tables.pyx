@@ -2379,7 +2379,7 @@ cdef class PageTable:
         for _, level in notes:
             if not 0 <= level < 4:
                 raise InvalidArgument("contents", level, "notes of levels 0 to 3")
-        for i, owner, entries, level, noted in tables:
+        for i, owner, _entries, level, _noted in tables:
             if (not self._is_block(t.origin + (<uint64_t>i << FRAME_LG2), 1 << t.granule)
                     or t.frames[i].owner or owner > UNLINKED or level > UNLINKED):
                 raise InvalidArgument("contents", i, "tables in blocks that are handed out")

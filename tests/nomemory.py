@@ -122,7 +122,8 @@ def use(kept):
             one.translate(small.STAGE1, small.RW)
             one.translate_batch(small.STAGE1, [small.RW] * 100)
         elif isinstance(one, PageTable):
-            one.unmap(0, 1 << 40)
+            if one.ready:
+                one.unmap(0, 1 << 40)
             one.close()
         elif isinstance(one, Memory):
             for region in one.regions:
