@@ -1259,7 +1259,7 @@ def test_devices_are_checked():
         with pytest.raises(ValueError, match=f"^{name} "):
             call()
     assert list(smmu.devices) == [small.STAGE1]
-    with pytest.raises(ValueError, match="^iova must be "):
+    with pytest.raises(ValueError, match=r"^iova must be "):
         device.access(1 << 64)
     assert repr(device) == "<AtsDevice sid=0x1 0 of 64 entries, 0 page requests outstanding>"
     device.access(small.RW)

@@ -120,5 +120,7 @@ def test_a_flush_that_fails_once_is_made_up_for_at_once():
 @pytest.mark.parametrize("name", ["mapfail", "unmapfail"])
 def test_a_domain_of_a_system_survives_a_refused_store(name):
     script = Path(__file__).parent / "robustness" / f"{name}.py"
-    done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-P", script], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
