@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def systems():
-    """Make systems; when the test ends, no cache of theirs may hold a stale entry."""
+    """Make systems; when the test ends, nothing may be inconsistent in them."""
     from smmufast.iommu import System
 
     made = []
@@ -16,4 +16,4 @@ def systems():
 
     yield make
     for system in made:
-        assert system.stale() == []
+        assert system.check() == []

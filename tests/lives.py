@@ -15,13 +15,13 @@ steps: `shrink` leaves out what a failure does not need.
 
 import argparse
 import copy
+import pickle
 import random
 import re
 import sys
 import warnings
-import weakref
 
-from smmufast import Caches, Features, layout
+from smmufast import Caches, Features, Memory, layout
 from smmufast.faults import AtsFault
 from smmufast.iommu import (
     AUX,
@@ -37,11 +37,12 @@ from smmufast.iommu import (
     System,
     Viommu,
 )
-from smmufast.iommu.check import check
 
 RAM = 0x1_0000_0000
 PAGE = 0x1000
-IOVAS = (0, 0x1000, 0x2000, 0x1F_F000, 0x20_0000, 0x40_0000_0000)
+TOP = 0x7FFF_FFFF_F000
+IOVAS = (0, 0x1000, 0x2000, 0x1F_F000, 0x20_0000, 0x40_0000_0000, TOP)
+BLOCK_PAGES = 512
 STEPS = 120
 # of a guest: what it has for itself, and where its stage 1 leads to
 GUEST_OWN = 0x6000_0000
@@ -49,8 +50,76 @@ GUEST_OUT = 0x6800_0000
 FLYING = 0x50_0000_0000  # faults in flight have pages of their own
 
 
+NOTHING = layout.to_bytes("SYNC", layout.pack("SYNC"))
+
+
+class Deaf:
+    """An SMMU that does not hear commands of one name: a CMD_SYNC takes the place of each."""
+
+    def __init__(self, queue, name):
+        self.smmu, self.queue = queue.smmu, queue
+        self.number = layout.pack(name) & 0xFF
+        self.lost = 0
+
+    def __getattr__(self, name):
+        return getattr(self.smmu, name)
+
+    def write(self, register, value, *more):
+        if register == "CMDQ_PROD":
+            queue, mask = self.queue, (2 << self.queue.size_lg2) - 1
+            at = self.smmu.read("CMDQ_CONS") & mask
+            while at != value & mask:
+                address = queue.base + 16 * (at & mask >> 1)
+                if queue.memory.read(address, 1)[0] == self.number:
+                    queue.memory.write(address, NOTHING)
+                    self.lost += 1
+                at = at + 1 & mask
+        self.smmu.write(register, value, *more)
+
+
+def lose(queue, name):
+    """Lose every command of a name that a queue is given from now on; what counts them."""
+    queue.smmu = Deaf(queue, name)
+    return queue.smmu
+
+
 class Wrong(AssertionError):  # noqa: N818
     """A life went wrong."""
+
+
+class Thrown(Exception):  # noqa: N818
+    """What a callback of the host raises."""
+
+
+class Refused(Exception):  # noqa: N818
+    """What the memory raises."""
+
+
+class Medium:
+    """Memory of tables that refuses one store."""
+
+    BASE, SIZE = 1 << 38, 1 << 24
+
+    def __init__(self):
+        self.bytes = bytearray(self.SIZE)
+        self.left = None  # stores before the one that is refused
+        self.memory = Memory()
+        self.memory.add_private(0, self.BASE)
+        self.memory.add_callback(self.BASE, self.SIZE, self.read, self.write)
+
+    def read(self, address, size):
+        at = address - self.BASE
+        return bytes(self.bytes[at : at + size])
+
+    def write(self, address, data):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                self.left = None
+                raise Refused
+        at = address - self.BASE
+        self.bytes[at : at + len(data)] = data
+        return True
 
 
 class Space:
@@ -101,12 +170,19 @@ class Nested:
 
 
 class Whole:
-    """IDENTITY or BLOCKED."""
+    """IDENTITY or BLOCKED: each is one object, also after a copy."""
 
     lazy = False
+    known = {}  # noqa: RUF012
+
+    def __new__(cls, name, thing):
+        return cls.known.setdefault(name, super().__new__(cls))
 
     def __init__(self, name, thing):
         self.name, self.thing = name, thing
+
+    def __reduce__(self):
+        return Whole, (self.name, self.thing)
 
     def pa(self, iova):
         return iova if self.thing is IDENTITY else None
@@ -121,8 +197,9 @@ BLOCK, SAME = Whole("BLOCKED", BLOCKED), Whole("IDENTITY", IDENTITY)
 class Life:
     """One system, driven at random."""
 
-    def __init__(self, seed, without=()):
+    def __init__(self, seed, without=(), lost=None):
         self.seed = seed
+        self.lost = lost  # a command that no SMMU hears
         self.without = without
         self.log = []
         self.step = -1
@@ -132,28 +209,36 @@ class Life:
         self.wide = bool(rng.randrange(2))
         features = Features.full().replace(
             stall_model=self.model, sidsize=10 if self.wide else 6, asid16=rng.randrange(2),
-            ril=rng.randrange(2),
+            ril=rng.randrange(2), cmdqs=rng.choice([1, 2, 19]), eventqs=rng.choice([1, 19, 19]),
+            priqs=rng.choice([1, 19, 19]),
         )  # fmt: skip
+        self.features = features
         kind = rng.choice(["blocked", "blocked", "identity", "paging"])
         if kind == "paging" and "default domains" in without:
             kind = "blocked"
         caches = rng.choice([None, Caches.small, Caches.server, Caches.server])
         count = rng.choice([1, 1, 2])
+        self.medium = None if rng.randrange(4) or "refusals" in without else Medium()
+        where = {} if self.medium is None else {
+            "memory": self.medium.memory, "pages": (Medium.BASE, Medium.SIZE)}  # fmt: skip
         self.system = System(
-            count, features=features, profile=AUX if self.aux else NOW, caches=caches,
+            count, **where, features=features, profile=AUX if self.aux else NOW, caches=caches,
             default_domain=kind, e2h=not rng.randrange(4),
             cpu=Cpu(asid_bits=16 if features.asid16 else 8),
         )  # fmt: skip
         self.say(
             f"System({count}, profile={self.system.profile.name}, default_domain={kind!r}, "
             f"caches={getattr(caches, '__name__', None)}, stall_model={self.model}, "
-            f"sidsize={features.sidsize}, ril={features.ril}, e2h={self.system.e2h})"
+            f"sidsize={features.sidsize}, ril={features.ril}, e2h={self.system.e2h}, "
+            f"cmdqs={features.cmdqs}, eventqs={features.eventqs}, priqs={features.priqs}, "
+            f"refusals={self.medium is not None})"
         )
-        if not hasattr(self.system, "spaces"):
-            self.system.spaces = weakref.WeakSet()
+        for iommu in self.system.iommus if lost else ():
+            lose(iommu.queue, lost)
         self.start_pages = self.system.pages.in_use
         self.devices, self.away = [], []
-        self.main, self.at, self.reset, self.defaults = {}, {}, set(), {}
+        self.main, self.at, self.reset, self.defaults = {}, {}, {}, {}
+        self.picked = {}  # PASIDs that were chosen by hand: whose they are
         self.spaces, self.guests, self.nested, self.shares = [], [], [], []
         self.dead = []  # processes that ended, and are bound or have a table
         self.names, self.numbers = {}, {}
@@ -162,6 +247,10 @@ class Life:
         self.accessing = None
         self.callback = None
         self.busy = 0  # handlers that are running
+        self.refuse = None  # stores of the next call before the one that is refused
+        self.throws = 0  # one in so many callbacks raises; 0: none
+        self.called = 0  # callbacks
+        self.result = None
         bits = 3
         self.kinds = [
             dict(pasid_bits=bits), dict(pasid_bits=bits, ats=True),
@@ -205,10 +294,21 @@ class Life:
         self.say(text)
         place = len(self.log) - 1
         before, flying = self.picture(), bool(self.flying or self.partial)
+        self.result = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                if self.medium is not None:
+                    self.medium.left, self.refuse = self.refuse, None
                 self.result = call(*args, **more)
+        except Thrown:
+            self.log[place] += "    # a callback raises: it is done"
+        except Refused:
+            done = before != self.picture()
+            self.log[place] += f"    # a store is refused: {'done' if done else 'not done'}"
+            if must is False:
+                self.wrong(f"begun, and must not be: {text}")
+            return done
         except IommuError as error:
             self.log[place] += f"    # {type(error).__name__}: {error}"
             if must is True:
@@ -223,6 +323,9 @@ class Life:
             raise
         except Exception as error:
             self.wrong(f"broke: {text}: {type(error).__name__}: {error}")
+        finally:
+            if self.medium is not None:
+                self.medium.left = None
         if must is False:
             self.wrong(f"accepted, and must not be: {text}")
         return True
@@ -241,6 +344,8 @@ class Life:
                 (sid, self.name(device)) for sid, device in iommu.devices.items()
             )
         for device in self.devices:
+            if device._group is None:
+                continue  # it was released, and then something raised
             name, group = self.name(device), device.group
             table = device.master.table
             cds = {}
@@ -258,10 +363,89 @@ class Life:
                 list(group.devices),
             )  # fmt: skip
         for space in self.spaces:
+            thing, table = space.thing, space.table
             if space.process:
-                thing = space.thing
                 seen["process", space.name] = thing.pasid, thing.exited, list(thing.bonds)
+            if table.ready:
+                seen["table", space.name] = (table.mapped, *map(table.iova_to_phys, IOVAS))
+            if not space.process:
+                seen["domain", space.name] = thing.asid, thing.vmid, thing.freed
         return seen
+
+    # --- callbacks ---
+
+    def throw(self, *_):
+        """Raise now and then, in whatever the system calls."""
+        self.called += 1
+        if self.throws and self.called % self.throws == 0:
+            raise Thrown
+
+    def disturb(self):
+        """Let callbacks raise from now on, or no more."""
+        self.throws = self.pick([0, 0, 1, 2, 3, 7])
+        self.say(f"callbacks raise: one in {self.throws}" if self.throws else "no callback raises")
+        self.hear()
+
+    def hear(self):
+        """Be called by the system, wherever it calls."""
+        throw = self.throw if self.throws else None
+        self.system.on_fault = throw
+        for iommu in self.system.iommus:
+            iommu.writer.observer = throw
+        for device in self.devices:
+            device.mm_exit = throw
+
+    def refused(self):
+        """A store is refused in the middle of a call."""
+        if self.medium is None:
+            return
+        self.refuse = self.rng.choice([0, 1, 2, 3, 4, 5, 7, 9, 12, 16, 24])
+        self.say(f"store {self.refuse} of a call will be refused")
+        more = ["aux_feature", "aux_domain", "aux_domain"] if self.aux else ["pasid"] * 3
+        getattr(self, self.pick([*self.REFUSED, *more]))()
+        self.refuse = None
+
+    # --- copies ---
+
+    def go_on(self):
+        """Save the system, and go on with what was made of that."""
+        if self.busy or self.lost is not None:
+            return
+        self.result = None
+        kept = {name: value for name, value in vars(self).items() if name not in self.OUTSIDE}
+        system, more = self.system, {}
+        how = self.pick(["in place"] if self.medium is not None else [
+            "deepcopy", "pickle", "in place", "out of band"])  # fmt: skip
+        self.say(f"system goes on, {how}")
+        system.life = kept
+        try:
+            if how == "deepcopy":
+                made = copy.deepcopy(system)
+            elif how == "pickle":
+                made = pickle.loads(pickle.dumps(system))
+            else:
+                memory = system.memory
+                more["classes"] = [Space, Guest, Nested, Whole]
+                state = system.save()
+                made = System.restore(state, memory if how == "in place" else memory.copy(), **more)
+        except Exception as error:
+            self.wrong(f"cannot be saved: {type(error).__name__}: {error}")
+        finally:
+            del system.life
+        found = made.check()
+        if found:
+            self.wrong("check: of what was saved: " + "; ".join(map(str, found)))
+        vars(self).update(made.life)
+        del made.life
+        self.system = made
+        for space in [*self.spaces, *self.dead]:
+            if space.lazy and space.process:
+                space.thing.handler = self.handler(space)
+            elif space.lazy:
+                space.thing.iopf = self.handler(space)
+        self.hear()
+
+    OUTSIDE = ("log", "rng", "system", "medium", "callback", "without", "result")
 
     # --- the model ---
 
@@ -341,6 +525,7 @@ class Life:
             finally:
                 self.busy -= 1
                 self.rng = kept
+        self.throw()
         if space.gone or space.lazy != "maps" or page in space.pages:
             return page in space.pages
         try:
@@ -386,9 +571,11 @@ class Life:
             pa = result.pa
         except AtsFault:
             pa = None
+        except Thrown:
+            return
         except IommuError as error:
             if pasid and not device.pasid_enabled:
-                pa = None
+                return
             else:
                 self.wrong(f"access broke: {text}: {type(error).__name__}: {error}")
         finally:
@@ -433,7 +620,7 @@ class Life:
 
     def verify(self, everything=False):
         """What must hold after a step."""
-        found = check(self.system)
+        found = self.system.check()
         if found:
             self.wrong("check: " + "\n".join(f"{f.kind}: {f}" for f in found))
         pairs = self.all_pairs()
@@ -449,6 +636,8 @@ class Life:
         self.accessing = None
         try:
             self.system.service()
+        except Thrown:
+            pass
         except Wrong:
             raise
         except Exception as error:
@@ -505,6 +694,7 @@ class Life:
         if old is not None:
             self.away.remove(old)
         self.devices.append(device)
+        self.hear()
         group = device.group
         if len(group.devices) == 1:
             self.defaults.pop(group, None)
@@ -530,14 +720,17 @@ class Life:
         if device is None or (len(self.devices) < 2 and not self.ending):
             return
         number, group = device.iommu.number, device.group
-        self.do(f"{self.name(device)}.release()", device.release, must=True)
+        for pasid in [pasid for pasid, one in self.picked.items() if one is device]:
+            self.unpick(pasid)
+        if not self.do(f"{self.name(device)}.release()", device.release, must=True):
+            return
         self.devices.remove(device)
         self.away.append((device, number, group if device._wanted_group is not None else None))
         self.shares = [s for s in self.shares if s[0].parent is not device]
         for space in [*self.spaces, *self.dead]:
             kept = [(one, bond) for one, bond in space.bonds.items() if bond.references]
             space.bonds = {one: bond for one, bond in kept if one is not device}
-        self.reset.discard(group)
+        self.reset.pop(group, None)
         if group.devices:
             # bonds of the device are gone, and what PASIDs nobody can use
             for pasid in list(self.at[group]):
@@ -554,13 +747,13 @@ class Life:
             group = self.pick(self.reset)
             device = self.pick(group.devices)
             if self.do(f"{self.name(device)}.reset_done()", device.reset_done, must=True):
-                self.reset.discard(group)
+                self.reset.pop(group, None)
             return
         device = self.pick(self.devices)
         group = device.group
         must = None if self.aux else len(group.devices) == 1 and group not in self.reset
         if self.do(f"{self.name(device)}.reset_prepare()", device.reset_prepare, must=must):
-            self.reset.add(group)
+            self.reset[group] = None
 
     # --- address spaces ---
 
@@ -596,8 +789,12 @@ class Life:
         if space is None or space.gone:
             return
         iova = self.pick([*IOVAS, GUEST_OUT, GUEST_OUT + PAGE])
+        count = self.pick([1, 1, 1, 3, 16, BLOCK_PAGES])
+        if iova >= GUEST_OWN:
+            count = min(count, 16)  # a guest's tables are near
         pa = RAM + PAGE * self.rng.randrange(256)
-        count = self.pick([1, 1, 1, 3, 16])
+        if count == BLOCK_PAGES and self.rng.randrange(2):
+            pa &= -PAGE * BLOCK_PAGES
         wanted = {iova + n * PAGE: pa + n * PAGE for n in range(count)}
         unready = not space.process and space.thing.iommu is None
         must = not unready and not wanted.keys() & space.pages.keys()
@@ -610,7 +807,7 @@ class Life:
         if space is None or space.gone:
             return
         iova = self.pick([*IOVAS, *list(space.pages)[:3], GUEST_OUT])
-        count = self.pick([1, 1, 1, 3, 16])
+        count = self.pick([1, 1, 1, 3, 16, BLOCK_PAGES])
         if GUEST_OWN <= iova < GUEST_OUT:
             return
         if self.do(f"{space}.unmap({iova:#x}, {count} pages)", space.table.unmap, iova,
@@ -664,7 +861,7 @@ class Life:
         direct = any(device.direct for device in group.devices)
         free = group.domain is group.default and not self.at[group] and group not in self.reset
         must = None if self.aux or direct or group.default is BLOCKED else free
-        if self.do(f"{name}.group.claim()", group.claim, self, must=must):
+        if self.do(f"{name}.group.claim()", group.claim, SAME, must=must):
             self.main[group] = BLOCK
 
     def drop_space(self, space):
@@ -821,8 +1018,48 @@ class Life:
             return False
         return not domain.coherent_only or all(d.coherent for d in members)
 
-    def domain_at(self, group, pasid):
-        return group.at(pasid)
+    def pick_pasid(self):
+        """A driver takes a PASID for itself, or gives it back."""
+        if self.picked and self.rng.randrange(2):
+            self.unpick(self.pick(self.picked))
+            return
+        device = self.pick(self.devices)
+        most = min((one.max_pasids for one in device.group.devices if one.max_pasids), default=0)
+        must = bool(device.max_pasids and self.free_pasid(most)) and not self.aux
+        if self.do(f"{self.name(device)}.alloc_pasid()", device.alloc_pasid, must=must):
+            self.say(f"  (it is {self.result})")
+            self.picked[self.result] = device
+
+    def unpick(self, pasid):
+        device = self.picked[pasid]
+        if self.do(f"{self.name(device)}.free_pasid({pasid})", device.free_pasid, pasid, must=True):
+            del self.picked[pasid]
+
+    def switch_pasids(self):
+        """The driver of a device switches its PASIDs off and on."""
+        device = self.pick(self.devices)
+        name = self.name(device)
+        if device.pasid_enabled:
+            must = not device.ats_enabled and not any(device.master.attachments)
+            self.do(f"{name}.disable_pasid()", device.disable_pasid, must=must)
+        else:
+            must = not device.ats_enabled
+            self.do(f"{name}.enable_pasid()", device.enable_pasid, must=must)
+
+    def add_smmu(self):
+        """One more SMMU."""
+        if len(self.system.iommus) >= 3:
+            return
+        before = self.system.pages.in_use
+        features = self.features.replace(ssidsize=self.pick([20, 20, 2, 0]))
+        caches = self.pick([None, Caches.small, Caches.server])
+        text = (f"system.add_iommu(ssidsize={features.ssidsize}, "
+                f"caches={getattr(caches, '__name__', None)})")  # fmt: skip
+        if self.do(text, self.system.add_iommu, features, caches=caches, must=True):
+            self.start_pages += self.system.pages.in_use - before
+            if self.lost is not None:
+                lose(self.system.iommus[-1].queue, self.lost)
+            self.hear()
 
     def shared(self, group, pasid):
         return any(share.parent.group is group and share.pasid == pasid for share, _ in self.shares)
@@ -852,11 +1089,13 @@ class Life:
         """Whether a share finds a PASID; the AUX profile needs no other one."""
         if "hand-picked PASIDs" in self.without:
             return False
-        at = self.at[device.group]
         most = min(one.max_pasids for one in device.group.devices if one.max_pasids)
-        return self.aux or any(
-            pasid not in self.system.pasids and pasid not in at for pasid in range(1, most)
-        )
+        return self.aux or self.free_pasid(most)
+
+    def free_pasid(self, most):
+        """Whether nobody has, or attached, some PASID below."""
+        held = {pasid for at in self.at.values() for pasid in at}
+        return any(p not in self.system.pasids and p not in held for p in range(1, most))
 
     def end_share(self, pair):
         share, _ = pair
@@ -882,7 +1121,6 @@ class Life:
         space.thing = AddressSpace.of(
             self.system, asid=asid, handler=self.handler(space) if lazy else None
         )
-        self.system.spaces.add(space.thing)
         space.name = self.call_it("p", space)
         self.names[space.thing] = space.name
         self.spaces.append(space)
@@ -912,13 +1150,12 @@ class Life:
             )  # fmt: skip
             if not pasid and "hand-picked PASIDs" not in self.without:
                 most = min(d.max_pasids for d in group.devices if d.max_pasids)
-                free = any(p not in self.system.pasids and p not in self.at[group]
-                           for p in range(1, most))  # fmt: skip
+                free = self.free_pasid(most)
             must = True if device in space.bonds or (paged and free) else None
             if self.stalls(device) and len(device.sids) > 1:
                 must = None
         if self.do(f"{self.name(device)}.bind({space})", device.bind, space.thing, must=must):
-            space.bonds[device] = self.result
+            space.bonds[device] = self.result or group.attachment(space.thing.pasid).handle
             self.at[group][space.thing.pasid] = space
 
     def unbind(self):
@@ -1274,7 +1511,12 @@ class Life:
         "share", "new_process", "bind", "bind", "bind", "unbind", "exit", "close_table", "fly",
         "overtake", "overtake", "overtake", "overtake", "end_group", "service", "ask_again",
         "call_back", "nest", "guest_changes", "guest_changes", "claim", "use_freed",
-        "copy_process",
+        "copy_process", "go_on", "disturb", "refused", "refused", "refused", "pick_pasid",
+        "switch_pasids", "add_smmu",
+    )  # fmt: skip
+    REFUSED = (
+        "plug", "unplug", "reset_device", "free_domain", "change_asid", "attach", "attach",
+        "detach", "share", "bind", "unbind", "exit", "nest", "claim",
     )  # fmt: skip
     CHANGES = (
         "attach", "detach", "unbind", "exit", "share", "bind", "end_group", "unplug", "plug",
@@ -1306,11 +1548,13 @@ class Life:
 
     def end(self):
         """Everything is released; nothing is left."""
+        self.throws = 0
+        self.hear()
         self.ending = True
         self.partial.clear()
         for device in list(self.devices):
             if device.group in self.reset and self.rng.randrange(2):
-                self.reset.discard(device.group)
+                self.reset.pop(device.group, None)
                 self.do(f"{self.name(device)}.reset_done()", device.reset_done, must=True)
         while self.devices:
             self.unplug()
@@ -1333,7 +1577,7 @@ class Life:
         for what, things in left.items():
             if things:
                 self.wrong(f"left at the end: {what}: {things}")
-        found = check(system)
+        found = system.check()
         if found:
             self.wrong("check at the end: " + "\n".join(f"{f.kind}: {f}" for f in found))
         leaves = sum(64 << 8 for iommu in system.iommus for _ in iommu._leaves)
@@ -1353,11 +1597,11 @@ def shown(address):
     return "nothing" if address is None else f"{address:#x}"
 
 
-def live(seed, steps=range(STEPS), without=()):
+def live(seed, steps=range(STEPS), without=(), lost=None):
     """One life; raises Wrong with its calls."""
     life = None
     try:
-        life = Life(seed, without)
+        life = Life(seed, without, lost)
         life.run(steps)
     except Exception as error:
         what = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from smmufast import layout
-from smmufast.iommu import IDENTITY, AddressSpace, InvalidArgument, NoDevice, Prot, Viommu
+from smmufast.iommu import IDENTITY, AddressSpace, InvalidArgument, NoDevice, Prot, System, Viommu
 from smmufast.iommu.device import Device
 from smmufast.iommu.draw import MOST_LINES
 
@@ -50,8 +50,8 @@ def agree(device, found):
 
 
 @pytest.mark.parametrize("granule", [4096, 65536])  # whose first tables are whole pages
-def test_tables_that_lead_to_themselves_end_a_picture(systems, granule):
-    system = systems()
+def test_tables_that_lead_to_themselves_end_a_picture(granule):
+    system = System()
     device = system.device(8)
     domain = device.paging_domain(granule=granule)
     device.attach(domain)

@@ -437,3 +437,69 @@ def test_whichever_write_raises_the_old_profile_works_again(what):
         assert (domain.users, device.pasids_in_use, main.users) == (0, 0, 1)
         assert not device.translate(PAGE, pasid=domain.aux_pasid)
     assert nth > 3
+
+
+def unbind(device, one, two, space):
+    space.bonds[0].unbind()
+
+
+def share(device, one, two, space):
+    device.mediated().attach(one)
+
+
+def end_share(device, one, two, space):
+    device.shares[0].detach()
+
+
+ONE_REFUSED = {
+    **CHANGES,
+    "unbind": (lambda d, one, two, space: d.bind(space), unbind),
+    "exit": (lambda d, one, two, space: d.bind(space), lambda d, one, two, space: space.exit()),
+    "share": (lambda *_: None, share),
+    "end share": (share, end_share),
+    "change_asid": (
+        lambda d, one, two, space: (d.attach(one), d.attach_pasid(one, 2)),
+        lambda d, one, two, space: one.change_asid(),
+    ),
+    "free": (lambda *_: None, lambda d, one, two, space: one.free()),
+    "reset_prepare": (
+        lambda d, one, two, space: (d.attach(one), d.attach_pasid(two, 2)),
+        lambda d, one, two, space: d.reset_prepare(),
+    ),
+    "reset_done": (
+        lambda d, one, two, space: (d.attach(one), d.attach_pasid(two, 2), d.reset_prepare()),
+        lambda d, one, two, space: d.reset_done(),
+    ),
+    "release": (
+        lambda d, one, two, space: (d.attach(one), d.attach_pasid(two, 2), share(d, one, 0, 0),
+                                    d.bind(space)),
+        lambda d, one, two, space: d.release(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ats", [False, True])
+@pytest.mark.parametrize("what", ONE_REFUSED)
+def test_whichever_store_is_refused_nothing_is_inconsistent(what, ats):
+    before, change = ONE_REFUSED[what]
+    nth = 0
+    while True:
+        medium = Medium(caches=Caches.small)
+        device = medium.system.device(8, pasid_bits=4, ats=ats)
+        one, two = device.paging_domain(), device.paging_domain()
+        one.map(PAGE, RAM, PAGE)
+        two.map(PAGE, RAM, PAGE)
+        space = AddressSpace.of(medium.system)
+        before(device, one, two, space)
+        device.translate(PAGE)
+        device.translate(PAGE, pasid=2)
+        medium.left = nth
+        try:
+            change(device, one, two, space)
+        except OSError:
+            nth += 1
+        else:
+            break
+        assert medium.system.check() == []
+    assert nth >= (what != "free")
+    assert medium.system.check() == []

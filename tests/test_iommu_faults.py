@@ -157,6 +157,23 @@ def test_f63_page_requests_without_a_handler_are_denied(systems):
     assert asked.answer == "failure"
 
 
+@pytest.mark.parametrize("pasid", [None, 1])
+def test_f63_nobody_is_asked_for_a_page_of_a_device_that_is_being_reset(systems, pasid):
+    system = systems()
+    device = system.device(9, pasid_bits=4, ats=True, pri=True)
+    domain = device.paging_domain()
+    asked = []
+    domain.iopf = lambda fault: asked.append(fault) or True
+    device.attach(domain)
+    device.attach_pasid(domain, 1)
+    device.reset_prepare()
+    system.smmu.page_request(9, 0x5000, ssid=pasid, read=True, last=True, prg_index=5)
+    assert system.service() == 1
+    device.reset_done()
+    system.smmu.page_request(9, 0x6000, ssid=pasid, read=True, last=True, prg_index=6)
+    assert system.service() == 1 and [fault.iova for fault in asked] == [0x6000]
+
+
 def test_f63_page_requests_reach_the_process(system):
     device = system.device(1, ats=True, pri=True, pasid_bits=8)
     space, log = paged(system)

@@ -133,7 +133,7 @@ def shutdown(device: Device) -> None:
             if one.handle is not None:
                 lock.defer(one.handle.release, device)
         for pasid in device.aux:
-            lock.defer(device.master.detach_pasid, pasid)
+            lock.insist(device.master.detach_pasid, pasid)
         device.enabled_features.clear()
         device.mm_exit = None
 

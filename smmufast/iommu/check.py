@@ -8,7 +8,6 @@ is attached where, and who owns a number or a table.  How an entry is laid out i
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -352,11 +351,6 @@ class _Check:
             if space.table is not None:
                 self.walk(space.table)
         blocks = _blocks(self.system)
-        if blocks.keys() - self.extents.keys():
-            # page tables of others, and of processes that were never bound
-            for owner in gc.get_referrers(self.system.pages):
-                if isinstance(owner, PageTable):
-                    self.walk(owner)
         for address in blocks.keys() - self.extents.keys():
             self.add("pages", f"nothing leads to {blocks[address]:#x} bytes at {address:#x}, which "
                      "are handed out", address=address)  # fmt: skip
@@ -605,15 +599,16 @@ class _Smmu:
                 self.add("attachment", f"{domain!r} is attached, and the CD table has "
                          f"{table.cds.get(ssid)!r}", sid=sid, pasid=ssid or None)  # fmt: skip
         for ssid, address, words in self.valid_cds(table):
-            domain, sid = wanted.pop(ssid, (None, None))
-            if domain is None and ssid == 0 and home is not None:
-                domain = home
-            if domain is None:
+            owner: Domain | None = None if ssid else home
+            reader: int | None = None
+            if ssid in wanted:
+                owner, reader = wanted.pop(ssid)
+            if owner is None:
                 self.add("cd", "a CD is valid, and nothing is attached there",
                          pasid=ssid or None, sid=self.reader(table), address=address)  # fmt: skip
             else:
-                assert isinstance(domain, PagingDomain | SvaDomain)
-                self.context(_entry(words, "CD"), domain, sid, ssid, address)
+                assert isinstance(owner, PagingDomain | SvaDomain)
+                self.context(_entry(words, "CD"), owner, reader, ssid, address)
         for ssid, (domain, sid) in wanted.items():
             self.add("cd", f"{domain!r} is attached, and its CD is not valid", sid=sid,
                      pasid=ssid or None)  # fmt: skip
@@ -709,10 +704,9 @@ class _Smmu:
                         needs.add((queue, one, sid, ssid))
         for domain, needs in needed.items():
             for _, kind, number, ssid in sorted(needs - _told(domain), key=lambda one: one[1:]):
-                sid = number if kind >= ATS else None
-                self.add("told", f"{domain!r} does not invalidate {'the ATC of' * (kind >= ATS)} "
-                         f"{'sid' if kind >= ATS else 'tag'} {number:#x}", sid=sid,
-                         pasid=ssid or None)  # fmt: skip
+                what = "the ATC of sid" if kind >= ATS else "tag"
+                self.add("told", f"{domain!r} does not invalidate {what} {number:#x}",
+                         sid=number if kind >= ATS else None, pasid=ssid or None)  # fmt: skip
 
 
 def _is_ready(table: PageTable) -> bool:

@@ -292,20 +292,22 @@ class Device:
                 if not ssid or (one.handle is not None and one.handle.belongs_to(self)):
                     continue
                 if alone and not is_auxiliary(one.domain):
-                    lock.defer(partial(group.set_pasid, None, ssid, leaving=True))
+                    lock.insist(partial(group.set_pasid, None, ssid, leaving=True))
                 else:
-                    lock.defer(master.detach_pasid, ssid)
+                    lock.insist(master.detach_pasid, ssid)
             if any(master.attachments):
                 return
-            master.attach(BLOCKED)
-            master.drain(None)
+            lock.insist(master.attach, BLOCKED)
+            if master.domain is not BLOCKED:
+                return
+            lock.insist(master.drain, None)
             master.iommu.forget(self)
             for viommu in master.iommu.viommus:
                 viommu.forget(self)
             master.drop_table()
             group.devices.remove(self)
             if not group.devices:
-                lock.defer(group.emptied)
+                lock.insist(group.emptied)
             self._unprobed()
             self.enabled_features.clear()
             self.mm_exit = None

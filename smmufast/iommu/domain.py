@@ -170,7 +170,7 @@ class Cached(Domain):
         iommu = attachment.master.iommu
         for kind, number in attachment.domain.tags:
             if not self.invalidations.remove(iommu.queue, kind, number):
-                self.system.lock.defer(iommu.flush_tag, kind, number)
+                self.system.lock.insist(iommu.flush_tag, kind, number)
         self.active = len(self.invalidations) > 0
 
     def tables(self) -> dict[tuple[CdTable, int], None]:
@@ -354,7 +354,7 @@ class PagingDomain(PageTable, Cached):
                     table.rewrite(ssid)
             for _ in range(users):
                 self.invalidations.remove(iommu.queue, S1_ASID, old)
-            self.system.lock.defer(iommu.flush_asid, old)
+            self.system.lock.insist(iommu.flush_asid, old)
             iommu.asids.free(old)
 
     def _retag(self, asid: int) -> None:

@@ -72,6 +72,20 @@ class SystemLock:
         except BaseException as error:
             self._raised.append(error)
 
+    def insist(self, step: Callable[..., object], *arguments: object) -> None:
+        """Take a step without which a change stays half made; one that fails is taken once more.
+
+        As with `defer`, what it raises is raised when the lock is let go of.
+        """
+        try:
+            step(*arguments)
+        except BaseException as error:
+            self._raised.append(error)
+            try:
+                step(*arguments)
+            except BaseException:  # the first is raised
+                return
+
     def __repr__(self) -> str:
         """Whether it is held."""
         return f"<SystemLock: {'held' if self._depth else 'free'}>"

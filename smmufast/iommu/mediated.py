@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from smmufast.errors import Busy, InvalidArgument
@@ -41,7 +42,7 @@ class Shares(AttachHandle):
         """End with the parent."""
         for share in list(self.members):
             if share.parent is device:
-                share._detach(leaving=True)
+                device.system.lock.insist(partial(share._detach, leaving=True))
 
 
 def shares(master: Master) -> list[Mediated]:

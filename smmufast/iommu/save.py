@@ -57,7 +57,8 @@ _OTHERS: Final = {
 
 def _no_callbacks(state: dict[str, Any]) -> dict[str, Any]:
     kept = dict[str, Any](state)
-    kept.update((name, None) for name in _CALLBACKS if name in state)
+    # `iopf` of a system is whether it has page faults at all
+    kept.update((name, None) for name in _CALLBACKS if callable(state.get(name)))
     if "spaces" in kept:
         kept["spaces"] = [*kept["spaces"]]  # weak, until the system is whole again
     return kept

@@ -7,6 +7,7 @@ the tables at a TTB.  The driver half reads none of it; it puts TTB0 into a CD.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from smmufast import layout
@@ -258,9 +259,9 @@ class AddressSpace:
             self.exited = True
             for domain in self.domains.values():
                 for table, ssid in domain.tables():
-                    lock.defer(table.rewrite, ssid)
+                    lock.insist(table.rewrite, ssid)
             for domain in self.domains.values():
-                lock.defer(domain.invalidations.invalidate_all)
+                lock.insist(domain.invalidations.invalidate_all)
             self._end()
 
     def _end(self) -> None:
@@ -376,7 +377,7 @@ class Bond(AttachHandle):
     def release(self, device: Device) -> None:
         """End with the device that was bound."""
         if self.belongs_to(device):
-            self._unbind(leaving=True)
+            self.device.system.lock.insist(partial(self._unbind, leaving=True))
 
     def __repr__(self) -> str:
         """What is bound to what."""

@@ -73,7 +73,7 @@ MUTANTS = [
          "not self.invalidations.remove(iommu.queue, kind, number)",
          "self.invalidations.remove(iommu.queue, kind, number) is not None", KERNEL),
         ("a-tag-is-never-flushed",
-         "                self.system.lock.defer(iommu.flush_tag, kind, number)",
+         "                self.system.lock.insist(iommu.flush_tag, kind, number)",
          "                pass", KERNEL),
     ),
 ]

@@ -182,7 +182,7 @@ class CdTable:
         """Empty every ATC of one PASID; what one of them raises does not spare the others."""
         lock = self.iommu.system.lock
         for master in self.masters:
-            lock.defer(master.flush_atc, ssid)
+            lock.insist(master.flush_atc, ssid)
 
     def join(self, master: Master, undo: Undo) -> None:
         """One more STE will point here."""

@@ -445,7 +445,7 @@ class Iommu:
                 sid, pasid = record.sid, record.pasid
                 if sid in sids and ssid in (None, pasid or 0) and not record.answered:
                     record.answered = True
-                    self.system.lock.defer(answer, self, record, "invalid")
+                    self.system.lock.insist(answer, self, record, "invalid")
         for key in [key for key in self.page_requests if key[0] in sids]:
             if ssid in (None, key[1] or 0):
                 del self.page_requests[key]  # of a group whose last request has not come

@@ -98,6 +98,8 @@ class Master:
 
     def domain_at(self, ssid: int) -> Domain | None:
         """What an access under an SSID reaches: in the AUX profile also what others attached."""
+        if self.blocked:
+            return BLOCKED
         if not ssid or isinstance(self.domain, NestedDomain):
             return self.domain  # a guest chooses its PASIDs itself
         table = self.table
@@ -234,7 +236,7 @@ class Master:
             return
         if table is not self.table:  # the AUX profile's, which is the old domain's
             if table.masters == [self]:
-                self.iommu.system.lock.defer(table.empty, 0)
+                self.iommu.system.lock.insist(table.empty, 0)
             table.leave(self)
         elif table.cds.get(0) is not domain:
             assert isinstance(domain, PagingDomain)
@@ -364,7 +366,7 @@ class Master:
             one.table is table and one.ssid == ssid and one is not old
             for one in (domain.attachments if len(table.masters) > 1 else ())
         ):
-            lock.defer(self.flush_atc, ssid)  # other devices of the main domain have it
+            lock.insist(self.flush_atc, ssid)  # other devices of the main domain have it
         else:
             with Undo() as undo:
                 table.clear(ssid, undo)
@@ -375,7 +377,7 @@ class Master:
         del self.attachments[ssid]
         old.unlink()
         if not table.used and self.domain.kind in _PLAIN:
-            lock.defer(self._plain_ste)
+            lock.insist(self._plain_ste)
 
     def _plain_ste(self) -> None:
         """Go back from a CD table with S1DSS to a plain bypass or abort (F26)."""
