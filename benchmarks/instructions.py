@@ -126,6 +126,8 @@ def count(valgrind, only=""):
 
 def judge(key, counts, file, write):
     """Print counts beside those of a file, and write what it lacks; return the exit status."""
+    from smmufast._files import write_text
+
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     before = kept.get(key, {})
     beyond = {
@@ -141,7 +143,7 @@ def judge(key, counts, file, write):
     if write or not counts.keys() <= before.keys():
         kept[key] = before | counts if write else counts | before
         text = json.dumps(kept, indent=1, sort_keys=True, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
+        write_text(file, text + "\n")
         print(f"\nWritten to {file.name}.")
     return 1 if beyond and not write else 0
 

@@ -30,6 +30,8 @@ import numpy as np
 import workload
 from timing import idlest_cpu, machine
 
+from smmufast._files import write_text
+
 ROUNDS = 7
 BATCH = 1 << 18
 IOVA = 1 << 40
@@ -497,9 +499,9 @@ def main():
     text = "\n".join(lines).rstrip() + "\n"
     print(text, end="")
     if arguments.markdown:
-        arguments.markdown.write_text(text)
+        write_text(arguments.markdown, text)
     if arguments.svg:
-        arguments.svg.write_text(drawing(found))
+        write_text(arguments.svg, drawing(found))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ import bench_translate
 from questions import LIBRARY, Workbench
 from timing import MIN_ROUNDS, elapsed, idlest_cpu, interleaved, machine, repeats
 
+from smmufast._files import write_text
+
 MODULES = (
     bench_translate,
     bench_nested,
@@ -132,7 +134,7 @@ def main():
         for line in measure(question, bench, rounds, not options.baselines):
             emit(line)
     if options.markdown:
-        options.markdown.write_text("".join(lines), encoding="utf-8")
+        write_text(options.markdown, "".join(lines))
     return 0
 
 

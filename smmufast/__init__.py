@@ -5,6 +5,9 @@ devices through the tables that lie in it, through `Caches` or without; `AtsDevi
 with an ATC.  `PasidAllocator` hands out PASIDs.  `Capture` reads and writes recorded systems.
 """
 
+import os as _os
+import sys as _sys
+from importlib.machinery import EXTENSION_SUFFIXES as _SUFFIXES
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -104,7 +107,9 @@ _HOMES = {
 }  # fmt: skip
 
 
-_MODULES = (*_HOMES, "decode", "explain", "layout", "replay", "streams", "trace")
+_MODULES = (
+    *_HOMES, "cli", "decode", "errors", "explain", "iommu", "layout", "replay", "streams", "trace",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> _Any:
@@ -113,25 +118,37 @@ def __getattr__(name: str) -> _Any:
         raise AttributeError(f"module 'smmufast' has no attribute {name!r}")
     import importlib
 
-    try:
-        module = importlib.import_module(f"smmufast.{home or name}")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("smmufast._"):
-            raise
-        raise ImportError(
-            f"{__path__[0]} is not compiled: install it, and run it outside of the source "
-            "directory or with python -P"
-        ) from None
+    module = importlib.import_module(f"smmufast.{home or name}")
     value = globals()[name] = module if home is None else getattr(module, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *(name for name in _MODULES if name[0] != "_")})
 
 
 def get_include() -> str:
     """Return the directory that holds smmufast.h and the .pxd files' package."""
-    import os
+    return _os.path.dirname(_os.path.abspath(__file__))
 
-    return os.path.dirname(os.path.abspath(__file__))
+
+class _Uncompiled:
+    """Tells why a compiled module is missing; asked for modules that nothing else finds."""
+
+    @staticmethod
+    def find_spec(name: str, path: _Any = None, target: _Any = None) -> None:
+        if not name.startswith("smmufast._"):
+            return
+        here = _os.path.dirname(_os.path.abspath(__file__))
+        python = f"{_sys.implementation.name} {_sys.version_info[0]}.{_sys.version_info[1]}"
+        advice = "Install it with this Python."
+        if _os.path.exists(_os.path.join(here, "_memory.pyx")):
+            advice = (
+                "These are the sources, which Python finds first when it is started beside them: "
+                "start it elsewhere or with -P to use the package that `pip install .` installs."
+            )
+        raise ModuleNotFoundError(f"{here} is not compiled for {python}. {advice}", name=name)
+
+
+if not any(_os.path.exists(_os.path.join(__path__[0], f"_memory{s}")) for s in _SUFFIXES):
+    _sys.meta_path.append(_Uncompiled)

@@ -2,6 +2,9 @@
 
 import sys
 
-from smmufast.cli import main
+try:
+    from smmufast.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 sys.exit(main())

@@ -908,8 +908,8 @@ cdef inline int nested_table(
             at = entry_address(half, at, ia, shift[0])
         status = stage2(NULL, context, port, at, PERM_PR, False, CLASS_TT, &outer, &address,
                         &syndrome)
-        if status or outer.desired != outer.d:
-            return 1
+        if status:
+            return 1  # a fault, or an access flag to be set
         if shift[0] == half.granule:
             if outer.shift < half.granule:
                 return 1  # the table has several pages
@@ -1026,7 +1026,7 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
     cdef Out ipas
     cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
     cdef size_t start = 0, count, i
-    cdef bint takes = False, stage1 = True, again = False
+    cdef bint takes = False, stage1 = True, again = False, pure = run.port.pure
     cdef const Lanes* lanes
     cdef int status
     ipas.pa = <char*>rows[1].va
@@ -1068,7 +1068,7 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
         for i in range(count):
             rows[0].va[i] = load_u64(&batch.iova, start + i)
             rows[0].access[i] = rows[1].access[i] = load_u8(&batch.access, start + i) & 7
-        run.port.dry = True  # tables are walked ahead of their turn
+        run.port.pure = True  # tables are walked ahead of their turn: nothing is updated
         memset(left, 0, count)
         if stage1:
             lanes = &first[half_of(rows[0].va[0], run.memo.context.two_ttbs)]
@@ -1089,7 +1089,7 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
         else:
             memcpy(rows[1].va, rows[0].va, 8 * count)
         nested_ask(run, reuse, &second, &rows[1], False)
-        run.port.dry = False
+        run.port.pure = pure
         for i in range(count):
             if unlikely(left[i]):
                 rows[1].entry[i] = NULL

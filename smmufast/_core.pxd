@@ -6,29 +6,9 @@ on queues are in _queue.pxd.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from smmufast._memory cimport Port, Ram
+from smmufast._memory cimport Port, Ram, mutex_drop, mutex_have, mutex_have_gil
 from smmufast._tlb cimport CachesC
 from smmufast._types cimport Hw, Outcome, Request
-
-cdef extern from "<pthread.h>" nogil:
-    """
-    static inline void smmufast_mutex_open(pthread_mutex_t *mutex)
-    {
-        pthread_mutexattr_t attr;
-        pthread_mutexattr_init(&attr);
-        pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_RECURSIVE);
-        pthread_mutex_init(mutex, &attr);
-        pthread_mutexattr_destroy(&attr);
-    }
-    """
-    ctypedef struct Mutex "pthread_mutex_t":
-        pass
-    void mutex_open "smmufast_mutex_open"(Mutex* mutex) noexcept
-    void mutex_close "pthread_mutex_destroy"(Mutex* mutex) noexcept
-    void mutex_take "pthread_mutex_lock"(Mutex* mutex) noexcept
-    bint mutex_busy "pthread_mutex_trylock"(Mutex* mutex) noexcept
-    void mutex_give "pthread_mutex_unlock"(Mutex* mutex) noexcept
-
 
 cdef enum:
     IRQ_EVENTQ
@@ -108,23 +88,24 @@ cdef struct Core:
     CachesC* caches   # NULL: nothing is cached
     void* pairs       # of the last batch of many streams; NULL: none, or in use
     void* reuse       # tables of the last batch through stage 2; likewise
-    Mutex mutex       # of the caches; the same thread may take it again
     int64_t shared    # uses of the caches without the GIL, under way or announced
+    int64_t handles   # of these, C handles
+    Core* before      # all that there are
+    Core* after
 
 
 cdef inline void caches_take(Core* core) noexcept nogil:
     """Have the caches for oneself; without the GIL, for whoever has them may wait for it."""
     if core.caches != NULL:
-        mutex_take(&core.mutex)
+        mutex_have(core.caches.mutex)
 
 
 cdef inline void caches_give(Core* core) noexcept nogil:
     if core.caches != NULL:
-        mutex_give(&core.mutex)
+        mutex_drop(core.caches.mutex)
 
 
 cdef inline void caches_take_gil(Core* core) noexcept:
     """As caches_take, with the GIL, which is given up while somebody else has them."""
-    if core.caches != NULL and mutex_busy(&core.mutex):
-        with nogil:
-            mutex_take(&core.mutex)
+    if core.caches != NULL:
+        mutex_have_gil(core.caches.mutex)

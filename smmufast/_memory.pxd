@@ -13,6 +13,13 @@ from smmufast._bits cimport le64, likely, load64
 from smmufast._types cimport NO_LEVEL, CallbacksC
 
 
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct Mutex "pthread_mutex_t":
+        pass
+    void mutex_open "pthread_mutex_init"(Mutex* mutex, void* attributes) noexcept
+    void mutex_close "pthread_mutex_destroy"(Mutex* mutex) noexcept
+
+
 cdef enum:
     REGION_BUFFER = 0    # a host object's bytes
     REGION_PRIVATE = 1   # one anonymous map
@@ -77,6 +84,7 @@ cdef struct Ram:
     Py_ssize_t n_injections
     bint plain             # no callbacks, no injected errors
     int64_t users          # walks that need it unchanged
+    int64_t handles        # of these, uses that C handles announce
     Window window          # the one that the last scalar call left open
 
 
@@ -126,6 +134,24 @@ cdef void log_fetch(Log* log, int kind, int level, uint64_t address, unsigned in
 
 cdef object raise_port(Port* port)  # the exception that a callback left there
 
+# --- no callback while a lock is held ---
+# A thread has one mutex at most, that of the caches of an Smmu.  Whoever calls the host (a memory
+# callback, on_interrupt, on_resume, a device, a signal handler) does so between aside() and
+# resume().  What is cached may be other than before, as after a callback that translates.
+
+# Have a mutex: without the GIL, for whoever has it may wait for that; with it, the second.
+cdef void mutex_have(Mutex* mutex) noexcept nogil
+cdef void mutex_have_gil(Mutex* mutex) noexcept
+cdef void mutex_drop(Mutex* mutex) noexcept nogil
+
+cdef Mutex* aside() noexcept nogil           # let go of what this thread has, NULL for nothing
+cdef void resume(Mutex* had) noexcept nogil  # have it again; with or without the GIL
+cdef int callbacks_inside() noexcept nogil   # how many calls of the host this thread is in
+cdef int look_for_signals() except -1        # let their handlers run
+
+cdef object to_integer(str name, value)
+cdef object out_of_range(str name, number, last)
+cdef int to_flag(str name, value) except -1  # 0 or 1, from what is a truth value
 cdef uint64_t to_address(str name, value, uint64_t last=*) except? 0xFFFFFFFFFFFFFFFF
 
 
@@ -239,7 +265,6 @@ cdef inline bint unchanged64(
 cdef class Memory:
     cdef Ram ram
     cdef dict _callables
-    cdef int64_t handles    # uses that C handles announce, among ram.users
     cdef int64_t exports    # views of its bytes that pickles hold
     cdef int64_t _injected  # errors, ever: the number of the last one
     cdef object _span(self, uint8_t* data, uint64_t size, bint readonly)
@@ -249,4 +274,5 @@ cdef class Memory:
     cdef int _inject(self, const Injection* injection) except -1
     cdef int _check_idle(self) except -1
     cdef Region* _insert(self, uint64_t base, uint64_t size) except NULL
+    cdef void _remove(self, Region* region) noexcept
     cdef void _refresh(self) noexcept

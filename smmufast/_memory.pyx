@@ -1,6 +1,8 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """Memory: the host's physical memory, as regions that the SMMU reads in place."""
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer,
     PyObject_GetBuffer,
@@ -14,6 +16,10 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from smmufast._bits cimport le64
+from smmufast._host cimport (
+    MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE,
+    madvise, mmap, munmap,
+)
 from smmufast._types cimport FETCH_NONE, NO_LEVEL, CallbacksC
 
 from collections import namedtuple
@@ -21,26 +27,23 @@ from pickle import PickleBuffer
 
 from smmufast.faults import ACCESS_KINDS, ExternalAbort
 
-cdef extern from "<sys/mman.h>" nogil:
-    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void* addr, size_t length)
-    int madvise(void* addr, size_t length, int advice)
-    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MADV_HUGEPAGE
-    void* MAP_FAILED
-
 cdef extern from *:
     """
     #define smmufast_add_fetch(p, v) __atomic_add_fetch((p), (v), __ATOMIC_RELAXED)
     #define smmufast_load_ptr(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
-    #define smmufast_store_ptr(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define smmufast_install(p, e, v) __atomic_compare_exchange_n( \
+        (p), (e), (v), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
     #define smmufast_swap(p, e, d) __atomic_compare_exchange_n( \
         (uint64_t *)(p), (e), (d), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
     """
     int64_t add_fetch "smmufast_add_fetch"(int64_t* p, int64_t v) noexcept nogil
     uint8_t* load_chunk "smmufast_load_ptr"(uint8_t** p) noexcept nogil
     uint8_t** load_leaf "smmufast_load_ptr"(uint8_t*** p) noexcept nogil
-    void store_chunk "smmufast_store_ptr"(uint8_t** p, uint8_t* v) noexcept nogil
-    void store_leaf "smmufast_store_ptr"(uint8_t*** p, uint8_t** v) noexcept nogil
+    # put a pointer where there is none; false: `found` is the one that is there
+    bint install_chunk "smmufast_install"(
+        uint8_t** p, uint8_t** found, uint8_t* v) noexcept nogil
+    bint install_leaf "smmufast_install"(
+        uint8_t*** p, uint8_t*** found, uint8_t** v) noexcept nogil
     bint swap_atomic "smmufast_swap"(
         uint8_t* p, uint64_t* expected, uint64_t desired) noexcept nogil
 
@@ -56,6 +59,85 @@ MemoryRegion = namedtuple("MemoryRegion", "base size kind readonly", module="smm
 MemoryRegion.__doc__ = """One region: base and size in bytes, kind (a word), readonly."""
 
 cdef tuple REGION_KINDS = ("buffer", "private", "private", "callback", "callback")
+
+
+# --- no callback while a lock is held ---
+
+cdef extern from *:
+    """
+    /* What this thread has for itself, and how many calls of the host it is in. */
+    static __thread pthread_mutex_t *smmufast_had;
+    static __thread int smmufast_inside;
+    #define smmufast_had_set(mutex) (smmufast_had = (mutex))
+    #define smmufast_inside_add(n) (smmufast_inside += (n))
+
+    /* Wait for a mutex, without the GIL if this thread has that. */
+    static void smmufast_mutex_wait(pthread_mutex_t *mutex)
+    {
+        PyThreadState *state = PyGILState_Check() ? PyEval_SaveThread() : NULL;
+        pthread_mutex_lock(mutex);
+        if (state)
+            PyEval_RestoreThread(state);
+    }
+    """
+    Mutex* mutex_had "smmufast_had"
+    int inside "smmufast_inside"
+    void had_set "smmufast_had_set"(Mutex* mutex) noexcept nogil
+    void inside_add "smmufast_inside_add"(int n) noexcept nogil
+    void mutex_wait "smmufast_mutex_wait"(Mutex* mutex) noexcept nogil
+    bint mutex_busy "pthread_mutex_trylock"(Mutex* mutex) noexcept nogil
+    void mutex_take "pthread_mutex_lock"(Mutex* mutex) noexcept nogil
+    void mutex_give "pthread_mutex_unlock"(Mutex* mutex) noexcept nogil
+
+
+cdef void mutex_have(Mutex* mutex) noexcept nogil:
+    """Have a mutex for this thread, which has none and has not the GIL."""
+    mutex_take(mutex)
+    had_set(mutex)
+
+
+cdef void mutex_have_gil(Mutex* mutex) noexcept:
+    """The same with the GIL, which is given up while somebody else has the mutex."""
+    if mutex_busy(mutex):
+        mutex_wait(mutex)
+    had_set(mutex)
+
+
+cdef void mutex_drop(Mutex* mutex) noexcept nogil:
+    had_set(NULL)
+    mutex_give(mutex)
+
+
+cdef Mutex* aside() noexcept nogil:
+    """The host is to be called: let go of the mutex of this thread, and return it, or NULL."""
+    cdef Mutex* had = mutex_had
+    inside_add(1)
+    if had != NULL:
+        mutex_drop(had)
+    return had
+
+
+cdef void resume(Mutex* had) noexcept nogil:
+    """The host has returned: have the mutex again that aside() let go of."""
+    inside_add(-1)
+    if had != NULL:
+        if mutex_busy(had):
+            mutex_wait(had)
+        had_set(had)
+
+
+cdef int callbacks_inside() noexcept nogil:
+    return inside
+
+
+cdef int look_for_signals() except -1:
+    """Let signal handlers run; what they raise is raised."""
+    cdef Mutex* had = aside()
+    try:
+        PyErr_CheckSignals()
+    finally:
+        resume(had)
+    return 0
 
 
 # --- reading without Python ---
@@ -82,25 +164,39 @@ cdef uint8_t* chunk_of(Region* region, uint64_t offset) noexcept nogil:
     return load_chunk(&leaf[offset >> CHUNK_LG2 & ((1 << CHUNK_TABLE_LG2) - 1)])
 
 
+cdef uint8_t** make_leaf(uint8_t*** top) noexcept nogil:
+    """The table of chunks at `top`; of several threads that make one, the first one's stays."""
+    cdef uint8_t** leaf = load_leaf(top)
+    cdef uint8_t** found = NULL
+    if leaf != NULL:
+        return leaf
+    leaf = <uint8_t**>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t*))
+    if leaf == NULL or install_leaf(top, &found, leaf):
+        return leaf
+    free(leaf)
+    return found
+
+
 cdef uint8_t* make_chunk(Region* region, uint64_t offset) noexcept nogil:
     """As chunk_of, but allocate it; NULL when the host has no memory left."""
-    cdef uint8_t*** top = &region.chunks[offset >> (CHUNK_LG2 + CHUNK_TABLE_LG2)]
-    cdef uint8_t** leaf = load_leaf(top)
+    cdef uint8_t** leaf = make_leaf(&region.chunks[offset >> (CHUNK_LG2 + CHUNK_TABLE_LG2)])
     cdef uint8_t** slot
+    cdef uint8_t* found
     cdef void* chunk
     if leaf == NULL:
-        leaf = <uint8_t**>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t*))
-        if leaf == NULL:
-            return NULL
-        store_leaf(top, leaf)
+        return NULL
     slot = &leaf[offset >> CHUNK_LG2 & ((1 << CHUNK_TABLE_LG2) - 1)]
-    if load_chunk(slot) == NULL:
-        chunk = mmap(NULL, 1 << CHUNK_LG2, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if chunk == MAP_FAILED:
-            return NULL
-        store_chunk(slot, <uint8_t*>chunk)
-    return load_chunk(slot)
+    found = load_chunk(slot)
+    if found != NULL:
+        return found
+    chunk = mmap(NULL, 1 << CHUNK_LG2, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if chunk == MAP_FAILED:
+        return NULL
+    if install_chunk(slot, &found, <uint8_t*>chunk):
+        return <uint8_t*>chunk
+    munmap(chunk, 1 << CHUNK_LG2)
+    return found
 
 
 cdef inline void touch(Region* region, uint64_t offset, uint64_t n) noexcept nogil:
@@ -152,6 +248,8 @@ cdef int read_piece(Port* port, Region* region, uint64_t address, uint8_t* buf,
     """Read n bytes of one region, at most one chunk."""
     cdef uint64_t offset = address - region.base
     cdef uint8_t* chunk
+    cdef Mutex* had
+    cdef int status = FETCH_OK
     if region.data != NULL:
         memcpy(buf, region.data + offset, n)
     elif region.kind == REGION_CHUNKED:
@@ -160,12 +258,14 @@ cdef int read_piece(Port* port, Region* region, uint64_t address, uint8_t* buf,
             memset(buf, 0, n)
         else:
             memcpy(buf, chunk + (offset & ((1 << CHUNK_LG2) - 1)), n)
-    elif region.kind == REGION_C:
-        if region.callbacks.read(region.callbacks.ctx, address, buf, n):
-            return FETCH_ABORT
     else:
-        return read_python(port, region, address, buf, n)
-    return FETCH_OK
+        had = aside()
+        if region.kind == REGION_PYTHON:
+            status = read_python(port, region, address, buf, n)
+        elif region.callbacks.read(region.callbacks.ctx, address, buf, n):
+            status = FETCH_ABORT
+        resume(had)
+    return status
 
 
 cdef int read_across(Port* port, uint64_t address, void* into, size_t n) noexcept nogil:
@@ -281,22 +381,18 @@ cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned 
 
 # --- writing without Python ---
 
-cdef int write_python(Region* region, uint64_t address, const uint8_t* buf, uint64_t n) except -1:
-    """FETCH_OK or FETCH_ABORT."""
-    done = (<object>region.writer)(address, PyBytes_FromStringAndSize(<const char*>buf, n))
-    if done is True:
-        return FETCH_OK
-    if done is None:
-        return FETCH_ABORT
-    raise TypeError(
-        f"write callback at {address:#x}: returned {done!r}; True (done) or None (abort) needed")
-
-
-cdef int write_raising(Port* port, Region* region, uint64_t address, const uint8_t* buf,
-                       uint64_t n) noexcept with gil:
-    """write_python, its exception left in the port."""
+cdef int write_python(Port* port, Region* region, uint64_t address, const uint8_t* buf,
+                      uint64_t n) noexcept with gil:
+    """FETCH_OK, FETCH_ABORT, or FETCH_RAISED with the exception in the port."""
     try:
-        return write_python(region, address, buf, n)
+        done = (<object>region.writer)(
+            address, PyBytes_FromStringAndSize(<const char*>buf, n))
+        if done is True:
+            return FETCH_OK
+        if done is None:
+            return FETCH_ABORT
+        raise TypeError(f"write callback at {address:#x}: returned {done!r}; "
+                        "True (done) or None (abort) needed")
     except BaseException as error:
         return port_raised(port, error)
 
@@ -306,6 +402,8 @@ cdef int write_piece(Port* port, Region* region, uint64_t address, const uint8_t
     """Write n bytes of one writable region, at most one chunk."""
     cdef uint64_t offset = address - region.base
     cdef uint8_t* target
+    cdef Mutex* had
+    cdef int status = FETCH_OK
     if region.data != NULL:
         touch(region, offset, n)
         memmove(region.data + offset, buf, n)
@@ -314,12 +412,14 @@ cdef int write_piece(Port* port, Region* region, uint64_t address, const uint8_t
         if target == NULL:
             return FETCH_ABORT
         memmove(target + (offset & ((1 << CHUNK_LG2) - 1)), buf, n)
-    elif region.kind == REGION_C:
-        if region.callbacks.write(region.callbacks.ctx, address, buf, n):
-            return FETCH_ABORT
     else:
-        return write_raising(port, region, address, buf, n)
-    return FETCH_OK
+        had = aside()
+        if region.kind == REGION_PYTHON:
+            status = write_python(port, region, address, buf, n)
+        elif region.callbacks.write(region.callbacks.ctx, address, buf, n):
+            status = FETCH_ABORT
+        resume(had)
+    return status
 
 
 cdef int port_write(
@@ -382,6 +482,7 @@ cdef int swap_region(Port* port, Region* region, uint64_t address, uint64_t expe
     """
     cdef uint64_t offset = address - region.base
     cdef uint8_t* target = NULL
+    cdef Mutex* had
     cdef int status
     if region.data != NULL:
         touch(region, offset, 8)
@@ -391,11 +492,15 @@ cdef int swap_region(Port* port, Region* region, uint64_t address, uint64_t expe
         if target == NULL:
             return FETCH_ABORT
         target += offset & ((1 << CHUNK_LG2) - 1)
-    elif region.kind == REGION_C and region.callbacks.swap != NULL:
-        return FETCH_ABORT if region.callbacks.swap(
-            region.callbacks.ctx, address, expected, desired, found) else FETCH_OK
-    elif region.kind == REGION_PYTHON and region.swapper != NULL:
-        return swap_python(port, region, address, expected, desired, found)
+    elif region.swapper != NULL or region.kind == REGION_C and region.callbacks.swap != NULL:
+        had = aside()
+        status = FETCH_OK
+        if region.kind == REGION_PYTHON:
+            status = swap_python(port, region, address, expected, desired, found)
+        elif region.callbacks.swap(region.callbacks.ctx, address, expected, desired, found):
+            status = FETCH_ABORT
+        resume(had)
+        return status
     if target != NULL and not <size_t>target & 7:
         found[0] = expected
         swap_atomic(target, found, desired)
@@ -537,6 +642,14 @@ cdef class Memory:
         regions[i].last = last
         return &regions[i]
 
+    cdef void _remove(self, Region* region) noexcept:
+        """Take a region out of the list."""
+        cdef Ram* ram = &self.ram
+        ram.n_regions -= 1
+        memmove(region, region + 1,
+                (ram.n_regions - (region - ram.regions)) * sizeof(Region))
+        self._refresh()
+
     def add(self, buffer, base, *, readonly=None):
         """Add a region over any object with the buffer protocol, without copying.
 
@@ -559,16 +672,17 @@ cdef class Memory:
         cdef Py_buffer view
         cdef Region* region
         cdef uint64_t address = to_address("base", base)
+        cdef bint sealed = readonly is not None and to_flag("readonly", readonly)
         if not PyObject_CheckBuffer(buffer):
             raise TypeError(
                 f"buffer: {type(buffer).__name__} given; an object with the buffer protocol needed")
         if readonly is None:
-            readonly = memoryview(buffer).readonly
+            sealed = memoryview(buffer).readonly
         try:
-            PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if readonly else PyBUF_WRITABLE)
+            PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if sealed else PyBUF_WRITABLE)
         except (BufferError, ValueError) as error:
             raise BufferError(f"buffer: {error}; C-contiguous bytes needed"
-                              f"{'' if readonly else ', writable'}") from None
+                              f"{'' if sealed else ', writable'}") from None
         try:
             if view.len == 0:
                 raise ValueError("buffer: 0 bytes given; at least 1 needed")
@@ -580,7 +694,7 @@ cdef class Memory:
             PyBuffer_Release(&view)
             raise
         region.kind = REGION_BUFFER
-        region.writable = not readonly
+        region.writable = not sealed
         region.data = <uint8_t*>view.buf
         region.view = view
 
@@ -597,6 +711,7 @@ cdef class Memory:
         """
         cdef uint64_t address = to_address("base", base)
         cdef uint64_t length = to_address("size", size)
+        cdef bint huge = to_flag("huge_pages", huge_pages)
         cdef Region* region
         cdef void* data = MAP_FAILED
         cdef uint8_t*** chunks = NULL
@@ -615,7 +730,7 @@ cdef class Memory:
             if touched == NULL:
                 munmap(data, length)
                 raise MemoryError()
-            if huge_pages:
+            if huge:
                 madvise(data, length, MADV_HUGEPAGE)
         try:
             region = self._insert(address, length)
@@ -628,7 +743,7 @@ cdef class Memory:
         region.writable = True
         region.chunks = chunks
         region.touched = touched
-        region.huge_pages = huge_pages
+        region.huge_pages = huge
         region.kind = REGION_CHUNKED if chunks != NULL else REGION_PRIVATE
         region.data = NULL if chunks != NULL else <uint8_t*>data
 
@@ -677,7 +792,14 @@ cdef class Memory:
             if swap is not None and (write is None or not callable(swap)):
                 raise TypeError(f"swap: {type(swap).__name__} given"
                                 f"{' without write' if write is None else ''}; a callable needed")
+        # before the region is there: what is allocated may run finalizers, which may add regions
+        key, owned = address, (read, write, swap)
         region = self._insert(address, length)
+        try:
+            self._callables[key] = owned
+        except MemoryError:
+            self._remove(region)
+            raise
         if capsule:
             region.kind = REGION_C
             region.callbacks = callbacks
@@ -689,8 +811,6 @@ cdef class Memory:
             region.writable = write is not None
             region.swapper = NULL if swap is None else <void*>swap
         self._refresh()
-        # last, for it may collect garbage, whose finalizers may add regions
-        self._callables[address] = (read, write, swap)
 
     def remove(self, base):
         """Remove the region that starts at `base`; KeyError if there is none.
@@ -698,23 +818,19 @@ cdef class Memory:
         BufferError while buffers of a pickle, out of band, refer to the bytes of this memory.
         """
         cdef uint64_t address = to_address("base", base)
-        cdef Ram* ram = &self.ram
-        cdef Region* region = find_region(ram, address)
+        cdef Region* region = find_region(&self.ram, address)
         cdef Region old
-        cdef Py_ssize_t i
+        key = address
         self._check_idle()
         if region == NULL or region.base != address:
             raise KeyError(f"base: {address:#x} given; no region starts there")
         if self.exports:
             raise BufferError(f"base: {address:#x} given; {self.exports} buffers of a pickle "
                               "refer to this memory")
-        i = region - ram.regions
         old = region[0]
-        ram.n_regions -= 1
-        memmove(region, region + 1, (ram.n_regions - i) * sizeof(Region))
-        self._callables.pop(address, None)
-        self._refresh()
+        self._remove(region)
         region_close(&old)
+        self._callables.pop(key, None)  # last, for finalizers may run
 
     @property
     def regions(self):
@@ -804,7 +920,8 @@ cdef class Memory:
         cdef const uint8_t* source
         cdef uint8_t* target
         cdef Region* region
-        cdef int dry
+        cdef Port port
+        cdef int dry, status
         if not PyObject_CheckBuffer(data):
             raise TypeError(f"data: {type(data).__name__} given; bytes needed")
         try:
@@ -836,11 +953,12 @@ cdef class Memory:
                         target = region.data + (at - region.base)
                     if dry:
                         pass
-                    elif region.kind == REGION_C:
-                        if region.callbacks.write(region.callbacks.ctx, at, source, part):
-                            raise ExternalAbort(f"address {at:#x}: the callback refused a write")
-                    elif region.kind == REGION_PYTHON:
-                        if write_python(region, at, source, part):
+                    elif region.kind >= REGION_C:
+                        port_open(&port, &self.ram, NULL)
+                        status = write_piece(&port, region, at, source, part)
+                        if status == FETCH_RAISED:
+                            raise_port(&port)
+                        if status:
                             raise ExternalAbort(
                                 f"address {at:#x}: the write callback refused {part} bytes")
                     else:
@@ -1183,7 +1301,32 @@ cdef object to_integer(str name, value):
     try:
         return PyNumber_Index(value)
     except TypeError:
-        raise TypeError(f"{name}: {type(value).__name__} given; an integer needed") from None
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+
+
+cdef int to_flag(str name, value) except -1:
+    """A truth value: True, False or None, 0 or 1; a string, which merely has one, is none."""
+    if value is True:
+        return 1
+    if value is False or value is None:
+        return 0
+    try:
+        number = PyNumber_Index(value)
+    except TypeError:
+        number = None
+        if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+            return value.item()
+    if number is None:
+        raise TypeError(f"{name} must be True or False, not {shown(value)}")
+    if number != 0 and number != 1:
+        raise ValueError(f"{name} must be True or False, not {shown(value)}")
+    return number == 1
+
+
+cdef str shown(value):
+    """A value in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 cdef int kind_number(kind) except -1:
@@ -1207,5 +1350,11 @@ cdef uint64_t to_address(
     """A number up to `last` from any integer, or an error that names the argument."""
     number = to_integer(name, value)
     if not 0 <= number <= last:
-        raise ValueError(f"{name}: {number:#x} given; 0 to {last:#x} allowed")
+        raise out_of_range(name, number, last)
     return number
+
+
+cdef object out_of_range(str name, number, last):
+    """The error of a number that is not one of 0 to `last`."""
+    given = number if -10 < number < 10 else f"{number:#x}"
+    return ValueError(f"{name} must be 0 to {last:#x}, not {given}")

@@ -6,11 +6,14 @@ caller holds.  Blocks are joined only when there is none that is large enough: w
 and taken again, as tables are, costs a few instructions.
 """
 
+from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from smmufast._bits cimport le64, low_mask
-from smmufast._memory cimport ACCESS_HOST, TOUCHED_LG2, Port, port_read, port_write
+from smmufast._memory cimport (
+    ACCESS_HOST, FETCH_ABORT, TOUCHED_LG2, Port, port_open, port_read, port_write,
+)
 
 cdef extern from *:
     """
@@ -48,9 +51,18 @@ cdef struct Frame:
     uint8_t noted          # among the notes of the tree
 
 
+cdef enum:
+    ACCESS_NO_MEMORY = -100  # Access.status: the host has none to go on with
+
+
+# How one owner reads and writes memory that is not plain.
+cdef struct Access:
+    Port port
+    int status             # how an access failed first; none is made after it
+
+
 cdef struct PagesC:
-    Port port              # for memory that is not plain
-    int status             # how an access through it failed first
+    Access access
     bint plain             # the host's address of a byte is `host` + its address
     uint64_t host
     uint8_t* touched       # as Region.touched, or NULL
@@ -211,31 +223,85 @@ cdef inline int pages_free(PagesC* p, uint64_t address, unsigned int lg2) noexce
     return 0
 
 
-cdef inline void pages_zero(PagesC* p, uint64_t address, uint64_t size) noexcept nogil:
-    """Write zeros; where that fails, the status of p says how."""
+cdef inline void pages_zero(
+        PagesC* p, Access* access, uint64_t address, uint64_t size) noexcept nogil:
+    """Write zeros; where that fails, at the second try too, the access says how."""
     cdef uint64_t[64] zeros
     cdef uint64_t n
+    cdef int _try
     if p.plain:
         memset(<void*>host_pointer(p.host + address), 0, size)
         return
     memset(zeros, 0, sizeof(zeros))
-    while size and not p.status:
+    while size and not access.status:
         n = min(size, <uint64_t>sizeof(zeros))
-        p.status = port_write(&p.port, ACCESS_HOST, address, zeros, n)
+        for _try in range(2):
+            access.status = port_write(&access.port, ACCESS_HOST, address, zeros, n)
+            if access.status != FETCH_ABORT:
+                break
         address += n
         size -= n
 
 
-cdef inline uint64_t load_slow(PagesC* p, uint64_t address) noexcept nogil:
+cdef inline uint64_t load_slow(Access* access, uint64_t address) noexcept nogil:
     """Read a descriptor through the port; 0 once an access failed."""
     cdef uint64_t d = 0
-    if not p.status:
-        p.status = port_read(&p.port, ACCESS_HOST, address, &d, 8)
-    return 0 if p.status else le64(d)
+    if not access.status:
+        access.status = port_read(&access.port, ACCESS_HOST, address, &d, 8)
+    return 0 if access.status else le64(d)
 
 
-cdef inline void store_slow(PagesC* p, uint64_t address, uint64_t d) noexcept nogil:
+cdef inline void store_slow(Access* access, uint64_t address, uint64_t d) noexcept nogil:
     """Write a descriptor through the port, unless an access failed."""
     d = le64(d)
-    if not p.status:
-        p.status = port_write(&p.port, ACCESS_HOST, address, &d, 8)
+    if not access.status:
+        access.status = port_write(&access.port, ACCESS_HOST, address, &d, 8)
+
+
+cdef inline void store_twice(Access* access, uint64_t address, uint64_t d) noexcept nogil:
+    """The same, and once more when it is refused."""
+    if not access.status:
+        store_slow(access, address, d)
+        if access.status == FETCH_ABORT:
+            access.status = 0
+            store_slow(access, address, d)
+
+
+cdef inline void access_open(Access* access, Access* like) noexcept nogil:
+    """Another access to the same memory, which has not failed."""
+    port_open(&access.port, like.port.ram, NULL)
+    access.status = 0
+
+
+cdef inline void access_drop(Access* access) noexcept nogil:
+    """Forget how an access failed."""
+    access.status = 0
+    if access.port.exception != NULL:
+        with gil:
+            Py_DECREF(<object>access.port.exception)
+        access.port.exception = NULL
+
+
+cdef inline bint holds(Access* access, uint64_t address, uint64_t d) noexcept nogil:
+    """Whether memory has a descriptor whose store failed: a callback may store, and then raise."""
+    cdef Access own
+    cdef bint found
+    access_open(&own, access)
+    found = load_slow(&own, address) == d and not own.status
+    access_drop(&own)
+    return found
+
+
+cdef inline bint put_back(Access* access, uint64_t address, uint64_t d) noexcept nogil:
+    """Write a descriptor that must not be lost, at the third try if need be; whether it is so."""
+    cdef Access own
+    cdef int _try
+    for _try in range(3):
+        access_open(&own, access)
+        store_slow(&own, address, d)
+        if not own.status:
+            return True
+        access_drop(&own)
+        if holds(access, address, d):
+            return True
+    return False

@@ -18,9 +18,10 @@ last word. Above `free[]` stand two summary levels: a bit of `filled[]` is set w
 IDs these are 16384, 256 and 4 words.
 
 None of these functions takes a lock or needs the GIL. PasidAllocator calls all of them with the
-GIL held, which is what makes its methods atomic between Python threads. C callers that share one
-`Pasids` between threads hold the GIL too, or a lock of their own. The functions know nothing of
-owners: an ID that was given an owner is given back by `PasidAllocator.free()`.
+GIL held, or in a critical section of the allocator where Python has no GIL, which is what makes
+its methods atomic between Python threads. C callers that share one `Pasids` between threads hold
+the GIL or enter that critical section too, or have a lock of their own. The functions know nothing
+of owners: an ID that was given an owner is given back by `PasidAllocator.free()`.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -63,6 +64,8 @@ cdef struct Pasids:
 cdef class PasidAllocator:
     cdef Pasids pasids
     cdef dict owners
+
+    cdef uint32_t _allocated_from(self, uint32_t first) noexcept
 
 
 cdef inline uint64_t pasid_bit(uint32_t i) noexcept nogil:

@@ -1,4 +1,5 @@
-# cython: language_level=3
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
+# cython: language_level=3, freethreading_compatible=True
 """PASID allocation: the class that owns the bitmaps of _pasid.pxd, and its errors."""
 
 cimport cython
@@ -11,6 +12,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 cimport numpy as cnp
+
+from smmufast._memory cimport to_flag
 
 import errno as _errno
 
@@ -98,12 +101,16 @@ cdef str shown(value):
     return str(value) if bits <= 64 else f"an integer of {bits} bits"
 
 
+cdef object no_integer(str name, object value):
+    return TypeError(f"{name} must be an integer, not {type(value).__name__}")
+
+
 cdef object integer(object value, str name):
     """An int of exactly that type, from anything that is usable as an index."""
     if PyLong_CheckExact(value):
         return value
     if not PyIndex_Check(value):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        raise no_integer(name, value)
     return PyNumber_Index(value)
 
 
@@ -185,7 +192,7 @@ cdef cnp.ndarray ids_of(cnp.ndarray array, uint32_t size):
     if cnp.PyArray_TYPE(array) == cnp.NPY_UINT32 and cnp.PyArray_ISCARRAY_RO(array):
         return array
     if cnp.PyArray_TYPE(array) != cnp.NPY_UINT32 and cnp.PyArray_SIZE(array):
-        array = np.where((array < 0) | (array >= size), PASID_NONE, array)
+        array = np.where((array < 0) | (array >= size), np.uint32(PASID_NONE), array)
     return np.ascontiguousarray(array, np.uint32)
 
 
@@ -223,10 +230,9 @@ cdef class PasidAllocator:
     -----
     An operation that raises has changed nothing.
 
-    Several Python threads may share an allocator: whatever changes it is one atomic step, because
-    it happens with the GIL held (an interpreter without a GIL switches it on when it imports this
-    module). Iterating is a step per ID. From C, see ``_pasid.pxd``: its functions rely on their
-    caller to hold the GIL or a lock.
+    Several Python threads may share an allocator: whatever changes it is one atomic step, under
+    the GIL or, without one, under the allocator's own lock. Iterating is a step per ID. From C,
+    see ``_pasid.pxd``: its functions rely on their caller to hold the GIL or a lock.
 
     Iterating yields allocated IDs in ascending order and is not disturbed by changes: the iterator
     remembers only its place, and each time yields the lowest ID above it that is allocated
@@ -261,7 +267,7 @@ cdef class PasidAllocator:
         first = integer(first, "first")
         if not 0 <= first <= size:
             raise ValueError(f"first must be in 0..{size} (size), got {shown(first)}")
-        p.cyclic = bool(cyclic)
+        p.cyclic = to_flag("cyclic", cyclic)
         p.size = size
         words = (p.size + 63) // 64
         filled = (words + 63) // 64
@@ -287,6 +293,7 @@ cdef class PasidAllocator:
     def __dealloc__(self):
         free(self.pasids.free)
 
+    @cython.critical_section
     def alloc(self, min=None, max=None, owner=None):
         """Allocate one ID.
 
@@ -326,6 +333,7 @@ cdef class PasidAllocator:
         pasid_take(&self.pasids, pasid)
         return result
 
+    @cython.critical_section
     def alloc_many(self, count, min=None, max=None, owner=None, *, out=None):
         """Allocate several IDs: those that as many calls of `alloc()` would return, or none.
 
@@ -404,6 +412,7 @@ cdef class PasidAllocator:
                 raise
         return out
 
+    @cython.critical_section
     def free(self, pasid, /):
         """Give an allocated ID back, and let go of its owner.
 
@@ -428,6 +437,7 @@ cdef class PasidAllocator:
         if not pasid_free(&self.pasids, n):
             raise not_allocated(&self.pasids, f"pasid {n}", n)
 
+    @cython.critical_section
     def free_many(self, pasids, /):
         """Give several allocated IDs back, in any order: all of them or, with an error, none.
 
@@ -471,6 +481,7 @@ cdef class PasidAllocator:
         for key in keys:
             del self.owners[key]
 
+    @cython.critical_section
     def find(self, pasid, /):
         """Return the owner of an allocated ID, None if it was allocated without one.
 
@@ -491,6 +502,7 @@ cdef class PasidAllocator:
             raise not_allocated(&self.pasids, f"pasid {n}", n)
         return self.owners.get(pasid)
 
+    @cython.critical_section
     def set_owner(self, pasid, owner, /):
         """Replace the owner of an allocated ID.
 
@@ -516,6 +528,7 @@ cdef class PasidAllocator:
         else:
             self.owners[n] = owner
 
+    @cython.critical_section
     def reserve(self, first, last):
         """Withhold a range of free IDs: all of them or, with an error, none.
 
@@ -558,6 +571,7 @@ cdef class PasidAllocator:
             raise PasidReserved(f"cannot reserve {low}..{high}: {obstacle} is reserved", obstacle)
         raise PasidAllocated(f"cannot reserve {low}..{high}: {obstacle} is allocated", obstacle)
 
+    @cython.critical_section
     def unreserve(self, first, last):
         """Make a range of reserved IDs free: all of them or, with an error, none.
 
@@ -581,6 +595,7 @@ cdef class PasidAllocator:
             raise PasidNotReserved(
                 f"cannot unreserve {low}..{high}: {obstacle} is not reserved", obstacle)
 
+    @cython.critical_section
     def __contains__(self, pasid):
         """Whether an ID is allocated; False for any other integer."""
         cdef Py_ssize_t n = PyLong_AsSsize_t(integer(pasid, "pasid"))
@@ -590,17 +605,25 @@ cdef class PasidAllocator:
         return n < self.pasids.size and (
             pasid_state(&self.pasids, <uint32_t>n) == PASID_ALLOCATED)
 
+    @cython.critical_section
     def __len__(self):
         """Return the number of allocated IDs."""
         return self.pasids.n_allocated
 
+    def __bool__(self):
+        return True
+
     def __iter__(self):
         """Iterate over the allocated IDs in ascending order; see Notes for changes meanwhile."""
-        cdef uint32_t last = self.pasids.size - 1
-        cdef uint32_t pasid = pasid_next(&self.pasids, 0, last, PASID_ALLOCATED)
+        cdef uint32_t pasid = self._allocated_from(0)
         while pasid != PASID_NONE:
             yield pasid
-            pasid = pasid_next(&self.pasids, pasid + 1, last, PASID_ALLOCATED)
+            pasid = self._allocated_from(pasid + 1)
+
+    cdef uint32_t _allocated_from(self, uint32_t first) noexcept:
+        """The lowest allocated ID from `first` on."""
+        with cython.critical_section(self):
+            return pasid_next(&self.pasids, first, self.pasids.size - 1, PASID_ALLOCATED)
 
     @property
     def size(self):
@@ -608,6 +631,7 @@ cdef class PasidAllocator:
         return self.pasids.size
 
     @property
+    @cython.critical_section
     def available(self):
         """Number of free IDs."""
         return self.pasids.n_free
@@ -618,6 +642,7 @@ cdef class PasidAllocator:
         return self.pasids.cyclic != 0
 
     @property
+    @cython.critical_section
     def reserved(self):
         """The reserved IDs, as a new list of ranges (first, last), both included, ascending."""
         cdef Pasids* p = &self.pasids
@@ -633,11 +658,13 @@ cdef class PasidAllocator:
             first = pasid_next(p, end, last, PASID_RESERVED)
         return ranges
 
+    @cython.critical_section
     def __repr__(self):
         cdef Pasids* p = &self.pasids
         return (f"<PasidAllocator of {p.size} IDs: {p.n_allocated} allocated, "
                 f"{p.size - p.n_allocated - p.n_free} reserved, {p.n_free} free>")
 
+    @cython.critical_section
     def copy(self):
         """Return an independent allocator in the same state, with the same owner objects."""
         cdef PasidAllocator other = PasidAllocator(self.pasids.size, first=0)
@@ -651,6 +678,7 @@ cdef class PasidAllocator:
         q.cyclic = p.cyclic
         return other
 
+    @cython.critical_section
     def __reduce__(self):
         cdef Pasids* p = &self.pasids
         cdef Py_ssize_t length = (p.size + 63) // 64 * sizeof(uint64_t)
@@ -664,6 +692,7 @@ cdef class PasidAllocator:
         )
         return PasidAllocator, (p.size,), state
 
+    @cython.critical_section
     def __setstate__(self, state):
         """Take the state of a pickled allocator of the same size.
 
@@ -681,7 +710,7 @@ cdef class PasidAllocator:
         cdef bytes free_bits, reserved_bits
         cdef dict owners
         cyclic, cursor, free_bits, reserved_bits, owners = state
-        cyclic = bool(cyclic)
+        cyclic = to_flag("cyclic", cyclic)
         cursor = integer(cursor, "cursor")
         owners = dict(owners)
         if not 0 <= cursor <= p.size:
@@ -701,7 +730,7 @@ cdef class PasidAllocator:
             raise ValueError(f"an ID above {p.size - 1} is not reserved")
         for key in owners:
             if not PyLong_CheckExact(key):
-                raise TypeError(f"an owner's ID must be an integer, not {type(key).__name__}")
+                raise no_integer("an owner's ID", key)
             if pasid_state(&new, <uint32_t>id_of(key, "an owner's ID", p.size)) != PASID_ALLOCATED:
                 raise ValueError(f"{key} has an owner and is not allocated")
         # From here on nothing fails, and the old owners go last.

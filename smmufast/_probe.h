@@ -295,8 +295,8 @@ static inline int smmufast_hit_groups(
         if (!alike) {
             const __m512i access = _mm512_and_si512(
                 smmufast_access8(&b->access, i + 8 * g), _mm512_set1_epi64(h->access));
-            out |= !smmufast_same8(&b->sid, i + 8 * g, h->sid)
-                | !smmufast_same8(&b->ssid, i + 8 * g, h->ssid);
+            out |= !smmufast_same8(&b->sid, i + 8 * g, h->sid);
+            out |= !smmufast_same8(&b->ssid, i + 8 * g, h->ssid);
             _mm512_store_si512(ask + 16 * g, _mm512_permutexvar_epi64(access, need_all));
             _mm512_store_si512(
                 ask + 16 * g + 8,

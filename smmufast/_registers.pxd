@@ -47,6 +47,7 @@ cdef class Registers:
     cdef uint32_t _restarts   # how often CONS or BASE of the command queue was written
     cdef uint64_t _budget     # commands to consume before the caller gets an answer
     cdef bint _consuming
+    cdef unsigned long _consumer  # the thread that does
     cdef bint _atc_failed     # an ATC_INV since the last SYNC
     cdef int _calling         # devices or on_resume, which may call back
 
@@ -62,7 +63,7 @@ cdef class Registers:
     cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF
     cdef uint64_t _load_from(self, Queues* q, str name) except? 0xFFFFFFFFFFFFFFFF
     cdef int _store(self, str name, uint64_t value) except -1
-    cdef int _warn(self, str name, str text) except -1
+    cdef int _warn(self, str name, str text, str row) except -1
     cdef bint _guarded(self, str name, uint64_t value) except -1
     cdef int _digest_features(self) except -1
     cdef int _digest(self) except -1
@@ -101,7 +102,7 @@ cdef class Registers:
 
     # save and restore
     cdef int _check_still(self, const Queues* q) except -1
-    cdef dict _state(self)
+    cdef dict _state(self, Queues* q)
     cdef int _take_state(self, dict state) except -1
     cdef int _take_rings(self, dict values, placed) except -1
     cdef int _take_stall(self, saved) except -1

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """Registers: what software programs an SMMU by: registers, queues, interrupts, stalls, commands.
 
 Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (global errors), 3.18
@@ -5,8 +6,9 @@ Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (glob
 """
 
 cimport cython
-from cpython.ref cimport Py_INCREF
-from libc.stdint cimport int8_t, uint32_t, uint64_t
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.pythread cimport PyThread_get_thread_ident
+from libc.stdint cimport int8_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from smmufast._bits cimport le64, low_mask
@@ -20,8 +22,8 @@ from smmufast._config cimport (
     pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
 )
 from smmufast._core cimport (
-    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Msi, Queues, Ring, caches_give,
-    caches_take_gil, mutex_close, mutex_open,
+    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Queues, Ring,
+    caches_give, caches_take_gil,
 )
 from smmufast._layout cimport (
     CMD_CS_IRQ, CMD_CS_SEV, CMDQ_CONS_ERR_ABT, CMDQ_CONS_ERR_ATC_INV_SYNC, cmdq_cons_err,
@@ -29,19 +31,21 @@ from smmufast._layout cimport (
     cr0_priqen, cr0_smmuen, event_set_stag,
 )
 from smmufast._memory cimport (
-    ACCESS_CMD, FETCH_OK, FETCH_RAISED, Memory, Port, port_open, port_raised, port_read,
-    raise_port, to_address,
+    ACCESS_CMD, FETCH_OK, FETCH_RAISED, Memory, Mutex, Port, aside, callbacks_inside,
+    look_for_signals, mutex_drop, mutex_have_gil, port_open, port_raised, port_read, raise_port,
+    resume, to_address, to_flag,
 )
 from smmufast._queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
     GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_CLOSED, PUT_FIRST,
     PUT_FULL, PUT_LAST, PUT_STATUS, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge,
     gerror_active, gerror_raise, lock_give, lock_take, overtake, overtake_all, ring_after,
-    ring_bits, ring_entry, ring_full, ring_place, ring_put, ring_reset, ring_set_cons,
+    ring_bits, ring_entry, ring_forget, ring_full, ring_place, ring_put, ring_reset, ring_set_cons,
     ring_set_prod, ring_signal, ring_stop, ring_writable, signal, sync_done, sync_waits,
 )
 from smmufast._tlb cimport (
-    Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, tlbi,
+    Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, state_of,
+    tlbi,
 )
 from smmufast._types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL,
@@ -52,7 +56,10 @@ from smmufast._why cimport why_event
 
 import json
 import struct
+from _thread import get_ident
+import os
 from collections import OrderedDict, deque, namedtuple
+from operator import attrgetter
 from dataclasses import fields
 from zlib import crc32
 
@@ -82,7 +89,7 @@ cdef dict OFFSETS = {}  # of each 32-bit word: the register, and how far up in i
 cdef dict WHOLE = {}    # bits that are fields
 
 for _record in layout.REGISTERS.values():
-    WHOLE[_record.name] = sum(_field.mask for _field in _record.fields)
+    WHOLE[_record.name] = sum(map(attrgetter("mask"), _record.fields))
     for _word in range(0, _record.bytes, 4):
         OFFSETS[_record.offset + _word] = (_record.name, 8 * _word)
         if _record.offset >= 0x10000:
@@ -237,11 +244,15 @@ cdef tuple state_parts(state):
     return saved_dict("all", parsed, STATE), data[end:last]
 
 
+cdef object id_registers_of = attrgetter(*ID_REGISTERS)
+cdef object fields_of = attrgetter(*FEATURES)
+
+
 cdef object features_saved(features):
     """Features as a state has them: codes, or the ID registers of those that contradict."""
     if features.contradictions:
-        return [getattr(features, name) for name in ID_REGISTERS]
-    return {name: getattr(features, name) for name in FEATURES}
+        return list(id_registers_of(features))
+    return dict(zip(FEATURES, fields_of(features), strict=True))
 
 
 cdef object saved_features(saved):
@@ -264,10 +275,11 @@ cdef object saved_caches(saved, bytes contents):
             raise state_error("caches", f"{len(contents)} bytes without a geometry")
         return None
     saved_dict("caches", saved, ("geometries", "nested"))
-    given = [None if each is None else tuple(saved_list("caches", each, 4))
-             for each in saved_list("caches", saved["geometries"], len(_CACHES))]
+    given = []
+    for each in saved_list("caches", saved["geometries"], len(_CACHES)):
+        given.append(None if each is None else tuple(saved_list("caches", each, 4)))
     for each in given:
-        if each is not None and tuple([type(part) for part in each]) != (int, int, str, int):
+        if each is not None and tuple(map(type, each)) != (int, int, str, int):
             raise state_error("caches", "a geometry of sets, ways, policy and seed needed")
     if type(saved["nested"]) is not str:
         raise state_error("caches", f"nested: {type(saved['nested']).__name__} found")
@@ -281,9 +293,8 @@ cdef object saved_caches(saved, bytes contents):
 
 # --- what the queues ask of their owner ---
 
-cdef int wire(void* owner, Port* port, int irq) noexcept with gil:
+cdef int wire_gil(Registers self, Port* port, int irq) noexcept with gil:
     """Call on_interrupt: 0, or FETCH_RAISED with its exception in the port."""
-    cdef Registers self = <Registers>owner
     if self._on_interrupt is None:
         return 0
     self.core.ram.users += 1
@@ -296,9 +307,9 @@ cdef int wire(void* owner, Port* port, int irq) noexcept with gil:
         self.core.ram.users -= 1
 
 
-cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept with gil:
+cdef int hold_gil(
+        Registers self, Port* port, const Request* request, Outcome* outcome) noexcept with gil:
     """Hold a transaction that stalls: 0, or FETCH_RAISED."""
-    cdef Registers self = <Registers>owner
     self.core.ram.users += 1
     try:
         self._hold(request, outcome)
@@ -309,17 +320,50 @@ cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome)
         self.core.ram.users -= 1
 
 
-cdef int consume(void* owner, Port* port) noexcept with gil:
+cdef int consume_gil(Registers self, Port* port) noexcept with gil:
     """Go on with commands: 0, or FETCH_RAISED."""
-    cdef Registers self = <Registers>owner
     try:
         self._consume()
         return 0
     except BaseException as error:
-        if port.exception == NULL:
-            Py_INCREF(error)
-            port.exception = <void*>error
-        return FETCH_RAISED
+        return port_raised(port, error)
+
+
+# The same as Queues has them: they let go of the caches before they wait for the GIL.
+
+cdef int wire(void* owner, Port* port, int irq) noexcept nogil:
+    cdef Mutex* had = aside()
+    cdef int status = wire_gil(<Registers>owner, port, irq)
+    resume(had)
+    return status
+
+
+cdef int hold(void* owner, Port* port, const Request* request, Outcome* outcome) noexcept nogil:
+    cdef Mutex* had = aside()
+    cdef int status = hold_gil(<Registers>owner, port, request, outcome)
+    resume(had)
+    return status
+
+
+cdef int consume(void* owner, Port* port) noexcept nogil:
+    cdef Mutex* had = aside()
+    cdef int status = consume_gil(<Registers>owner, port)
+    resume(had)
+    return status
+
+
+cdef object call_host(function, tuple arguments):
+    """Call something of the host's."""
+    cdef Mutex* had = aside()
+    try:
+        return function(*arguments)
+    finally:
+        resume(had)
+
+
+cdef list strings(dict values):
+    """The items of a dict as pairs of strings."""
+    return list(zip(values, map(str, values.values()), strict=True))
 
 
 cdef str cerror_text(unsigned int cerror, int why, fields=None):
@@ -328,6 +372,134 @@ cdef str cerror_text(unsigned int cerror, int why, fields=None):
     if why:
         text = Why(why).sentence(fields)
     return f"CERROR_{name}: {text}"
+
+
+# --- processes ---
+# A fork finds the caches and queues of every Smmu at rest.  In the child, the threads that were in
+# a call are no more: what they announced is taken back.  But for a fork in a callback: there some
+# of that may be the callback's own, and memory stays in use, which whoever would change it is told.
+
+cdef Core* cores = NULL    # all that there are
+cdef dict forking = {}     # by thread: the Registers whose locks it has meanwhile
+
+
+cdef void core_enter(Core* core) noexcept:
+    global cores
+    core.before = NULL
+    core.after = cores
+    if cores != NULL:
+        cores.before = core
+    cores = core
+
+
+cdef void core_leave(Core* core) noexcept:
+    global cores
+    if core.before != NULL:
+        core.before.after = core.after
+    elif cores == core:
+        cores = core.after
+    if core.after != NULL:
+        core.after.before = core.before
+
+
+def _before_fork():
+    """Have every lock, so that nobody is inside of what they guard."""
+    cdef list all_ = []
+    cdef Registers each
+    cdef Core* core = cores
+    while core != NULL:
+        all_.append(<Registers>core.owner)
+        core = core.after
+    forking[get_ident()] = all_
+    for each in all_:  # first those that may be waited for
+        if each.core.caches != NULL:
+            mutex_have_gil(each.core.caches.mutex)
+    for each in all_:
+        lock_take(&each.queues.lock)
+
+
+def _after_fork():
+    """Give the locks back."""
+    cdef Registers each
+    for each in forking.pop(get_ident()):
+        lock_give(&each.queues.lock)
+        if each.core.caches != NULL:
+            mutex_drop(each.core.caches.mutex)
+
+
+def _after_fork_in_child():
+    """The same, and forget the calls of threads that are no more."""
+    cdef Registers each
+    cdef Ring* ring
+    cdef list all_ = forking[get_ident()]
+    _after_fork()
+    forking.clear()
+    if callbacks_inside():
+        return
+    for each in all_:
+        each.core.shared = each.core.handles
+        each.core.ram.users = each.core.ram.handles
+        each._consuming = each._recording = False
+        each._calling = 0
+        each._retried = []
+        lock_take(&each.queues.lock)
+        for name in QUEUES:
+            ring = ring_of(each, name)
+            if ring.writers:
+                ring_forget(ring)
+        lock_give(&each.queues.lock)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork,
+                    after_in_child=_after_fork_in_child)
+
+
+# --- pauses of a long run ---
+
+cdef extern from *:
+    """
+    #include <time.h>
+    static int64_t smmufast_nanoseconds(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    }
+    static void smmufast_nap(void)
+    {
+        struct timespec time = {0, 50000};
+        nanosleep(&time, NULL);
+    }
+    """
+    int64_t nanoseconds "smmufast_nanoseconds"() noexcept nogil
+    void nap "smmufast_nap"() noexcept nogil
+
+cdef enum:
+    PAUSE_NS = 1000000
+    PAUSE_COMMANDS = 4096  # at most
+
+
+# How many commands go to the next pause, and when the last one was.
+cdef struct Pace:
+    int64_t left
+    int64_t count
+    int64_t since
+
+
+cdef int pace_rest(Pace* pace) except -1:
+    """Let other threads and signal handlers run; as many commands follow as take so long."""
+    cdef int64_t now = nanoseconds()
+    cdef int64_t passed = now - pace.since
+    if passed > 2 * PAUSE_NS:
+        pace.count = max(<int64_t>1, pace.count * PAUSE_NS // passed)
+    elif 2 * passed < PAUSE_NS:
+        pace.count = min(<int64_t>PAUSE_COMMANDS, 2 * pace.count)
+    pace.left = pace.count
+    with nogil:
+        pass
+    look_for_signals()
+    pace.since = nanoseconds()
+    return 0
 
 
 # --- stalled transactions ---
@@ -439,9 +611,11 @@ cdef class Registers:
 
     def __cinit__(self, Memory memory not None, features=None, *, strtab_base=0, strtab_base_cfg=0,
                   cr0=0b101, cr2=0b10, gbpa=0x1000, eventq_base=None, cmdq_base=None,
-                  priq_base=None, Caches caches=None, bint ignore_s2ptw=False, bint wired=True,
+                  priq_base=None, Caches caches=None, ignore_s2ptw=False, wired=True,
                   on_interrupt=None):
         cdef Queues* q = &self.queues
+        cdef bint ignores_s2ptw = to_flag("ignore_s2ptw", ignore_s2ptw)
+        cdef bint has_wires = to_flag("wired", wired)
         if type(self) is Registers:
             raise TypeError("Registers are a part of Smmu")
         if features is None:
@@ -450,9 +624,9 @@ cdef class Registers:
             raise TypeError(f"features: {type(features).__name__} given; Features needed")
         taken = modelled(features)[1]
         if taken:
-            raise ValueError("features: " + ", ".join(f"{k}={v}" for k, v in taken.items())
-                             + " given; this version does not model that (see smmufast.modelled)")
-        if not wired and not features.msi:
+            raise ValueError(f"features: {', '.join(map('='.join, strings(taken)))} given; this "
+                             "version does not model that (see smmufast.modelled)")
+        if not has_wires and not features.msi:
             raise ValueError("wired: False given with msi=0: then there would be no interrupts")
         self._memory = memory
         self._features = features
@@ -467,7 +641,7 @@ cdef class Registers:
         self.core.ram = &memory.ram
         self.core.owner = <void*>self
         self.core.queues = q
-        mutex_open(&self.core.mutex)
+        core_enter(&self.core)
         if caches is not None:
             if caches.taken:
                 raise ValueError("caches: those of another Smmu given; copy.copy() makes others")
@@ -475,7 +649,7 @@ cdef class Registers:
             self._caches = caches
             self.core.caches = caches.c
         q.owner = <void*>self
-        q.wired = wired
+        q.wired = has_wires
         q.wire = wire
         q.stall = hold
         q.consume = consume
@@ -491,7 +665,7 @@ cdef class Registers:
         q.msi[IRQ_GERROR].error = GERROR_MSI_GERROR_ABT_ERR
         self.on_interrupt = on_interrupt
         self._digest_features()
-        self.core.hw.ignore_s2ptw = ignore_s2ptw
+        self.core.hw.ignore_s2ptw = ignores_s2ptw
         given = {
             "STRTAB_BASE": to_address("strtab_base", strtab_base),
             "STRTAB_BASE_CFG": to_address("strtab_base_cfg", strtab_base_cfg, 0xFFFFFFFF),
@@ -508,7 +682,7 @@ cdef class Registers:
         for name, value in given.items():
             self._values[name] = value & self._masks[name]
             if value & ~self._masks[name]:
-                self._warn(name, f"bits {value & ~self._masks[name]:#x} are ignored")
+                self._warn(name, f"bits {value & ~self._masks[name]:#x} are ignored", "S6.2-7")
         for name in ("EVENTQ_BASE", "CMDQ_BASE", "PRIQ_BASE"):
             if name in given:
                 self._place(name)
@@ -525,7 +699,7 @@ cdef class Registers:
     def __dealloc__(self):
         free(self.core.pairs)
         free(self.core.reuse)
-        mutex_close(&self.core.mutex)
+        core_leave(&self.core)
 
     # --- what Smmu overrides ---
 
@@ -725,8 +899,9 @@ cdef class Registers:
         """
         return self._warnings
 
-    cdef int _warn(self, str name, str text) except -1:
-        self._warnings.append(RegisterWarning(name, text))
+    cdef int _warn(self, str name, str text, str row) except -1:
+        """Tell of a register; `row`, of docs/rules.md, where the text does not have it."""
+        self._warnings.append(RegisterWarning(name, f"{text} ({row})" if row else text))
         return 0
 
     # --- MMIO ---
@@ -799,7 +974,12 @@ cdef class Registers:
         cdef uint64_t field = <uint64_t>0xFFFFFFFFFFFFFFFF if bits == 64 else low_mask(bits)
         cdef uint64_t whole = to_address("value", value, field)
         if name is None:
-            self._warn(f"{offset:#x}", f"write of {size} bytes ignored: no register")
+            row = "S6.2-2" if offset < 0x10000 else "S6.2-3"
+            if size < 4 or offset % size:
+                row = "S6.2-9"
+            elif size == 8 and offset in OFFSETS:
+                row = "S6.2-10"
+            self._warn(f"{offset:#x}", f"write of {size} bytes ignored: no register", row)
             return
         if bits == 32 and name in WIDE:
             whole = self._load(name) & ~(field << shift) | whole << shift
@@ -837,7 +1017,7 @@ cdef class Registers:
     cdef bint _guarded(self, str name, uint64_t value) except -1:
         """Whether an enable keeps a register from being written."""
         if PRESET.get(name) is not None and getattr(self._features, PRESET[name]):
-            self._warn(name, "write ignored: the register is preset")
+            self._warn(name, "write ignored: the register is preset", "S3.16-1")
             return True
         if name not in GUARDS:
             return False
@@ -845,7 +1025,8 @@ cdef class Registers:
         if not self._values[guard] & bits:
             return False
         if value != self._load(name):
-            self._warn(name, f"write of {value:#x} ignored: {guard} is {self._values[guard]:#x}")
+            self._warn(name, f"write of {value:#x} ignored: {guard} is {self._values[guard]:#x}",
+                       "S6.2-11")
         return True
 
     # S3.11-8, S6.2-6, S6.2-7, S6.2-13, S6.3.11-1, S6.3.11.1-1, S6.3.11.1-2, S6.3.11.2-1, S6.3.14-2,
@@ -855,15 +1036,15 @@ cdef class Registers:
         """Write a register: the one place where writes have their effects."""
         cdef uint64_t ignored, kept = 0
         if name in READ_ONLY:
-            self._warn(name, f"write of {value:#x} ignored: read-only")
+            self._warn(name, f"write of {value:#x} ignored: read-only", "S6.2-13")
             return 0
         if not self._masks[name]:
             if value:  # drivers write 0 to what is not there
-                self._warn(name, f"write of {value:#x} ignored: not implemented")
+                self._warn(name, f"write of {value:#x} ignored: not implemented", "S6.2-7")
             return 0
         ignored = value & ~<uint64_t>(self._masks[name] | HARMLESS.get(name, 0))
         if ignored:
-            self._warn(name, f"bits {ignored:#x} are ignored")
+            self._warn(name, f"bits {ignored:#x} are ignored", "S6.2-7")
         value &= self._masks[name]
         if self._guarded(name, value):
             return 0
@@ -873,7 +1054,7 @@ cdef class Registers:
             return self._acknowledge(value)
         if name == "GBPA":
             if not value & GBPA_UPDATE:
-                self._warn(name, f"write of {value:#x} ignored: Update is 0")
+                self._warn(name, f"write of {value:#x} ignored: Update is 0", "S6.3.14.1-1")
                 return 0
             value &= ~GBPA_UPDATE
         elif name == "CR1":
@@ -882,7 +1063,8 @@ cdef class Registers:
             if self._values["CR0"] & QUEUES_ENABLED:
                 kept |= ~CR1_TABLES
             if (value ^ <uint64_t>self._values[name]) & kept:
-                self._warn(name, f"bits {kept & WHOLE[name]:#x} stay: CR0 is {self.cr0:#x}")
+                self._warn(name, f"bits {kept & WHOLE[name]:#x} stay: CR0 is {self.cr0:#x}",
+                           "S6.3.11.2-1" if kept & ~CR1_TABLES else "S6.3.11.1-1")
             value = value & ~kept | self._values[name] & kept
         elif name == "CMDQ_CONS":
             self._cerror = <uint32_t>cmdq_cons_err(value)
@@ -906,7 +1088,7 @@ cdef class Registers:
         if name.endswith("IRQ_CFG0") and value & self.core.hw.oas_over:
             self._warn(name, f"ADDR is {value:#x}: beyond the output address size of "
                              f"{self.core.hw.oas} bits: {value & ~self.core.hw.oas_over:#x} is "
-                             "used")
+                             "used", "S6.3.21-2")
         self._digest()
         return 0
 
@@ -956,7 +1138,8 @@ cdef class Registers:
         cdef uint32_t idle = (value ^ self.queues.gerrorn) & ~(
             self.queues.gerror ^ self.queues.gerrorn)
         if idle:
-            self._warn("GERRORN", f"bits {idle:#x}: their errors were not active, and are so now")
+            self._warn("GERRORN", f"bits {idle:#x}: their errors were not active, and are so now",
+                       "S6.3.20-1")
         if gerror_acknowledge(&self.queues, value):
             try:
                 self._settle()
@@ -972,9 +1155,13 @@ cdef class Registers:
         Stalled transactions are terminated with an abort.
         """
         cdef str name
-        keep = {name: self._values[name] for name, feature in PRESET.items()
-                if getattr(self._features, feature)}
-        placed = [name for name in keep if name.endswith("Q_BASE") and ring_of(self, name).placed]
+        keep = {}
+        placed = []
+        for name, feature in PRESET.items():
+            if getattr(self._features, feature):
+                keep[name] = self._values[name]
+                if name.endswith("Q_BASE") and ring_of(self, name).placed:
+                    placed.append(name)
         try:
             self._set_cr0(0)
         finally:
@@ -1158,18 +1345,20 @@ cdef class Registers:
         address = layout.unpack("STRTAB_BASE", self._values["STRTAB_BASE"])["ADDR"]
         if config["LOG2SIZE"] > self._features.sidsize:
             self._warn("STRTAB_BASE_CFG", f"LOG2SIZE is {config['LOG2SIZE']}: IDR1.SIDSIZE, "
-                                          f"{self._features.sidsize}, is used")
+                                          f"{self._features.sidsize}, is used", "S6.3.25-7")
         if config["FMT"] > 1:
-            self._warn("STRTAB_BASE_CFG", f"FMT is {config['FMT']}, a reserved code: linear")
+            self._warn("STRTAB_BASE_CFG", f"FMT is {config['FMT']}, a reserved code: linear",
+                       "S6.3.25-3")
         if hw.two_level and config["SPLIT"] != hw.split:
             self._warn("STRTAB_BASE_CFG", f"SPLIT is {config['SPLIT']}, a reserved code: "
-                                          f"{hw.split} is used")
+                                          f"{hw.split} is used", "S6.3.25-4")
         if address != hw.strtab:
             self._warn("STRTAB_BASE", f"ADDR is {address:#x}, not a multiple of the table's size: "
-                                      f"{<uint64_t>hw.strtab:#x} is used")
+                                      f"{<uint64_t>hw.strtab:#x} is used",
+                       "S6.3.24-4" if hw.two_level else "S6.3.24-3")
         if hw.strtab & hw.oas_over:
             self._warn("STRTAB_BASE", f"ADDR is {address:#x}: beyond the output address size of "
-                                      f"{hw.oas} bits")
+                                      f"{hw.oas} bits", "S3.4.3-5")
         return 0
 
     cdef int _check_queue(self, str queue) except -1:
@@ -1179,13 +1368,14 @@ cdef class Registers:
         base = layout.unpack(name, self._values[name])
         if base["LOG2SIZE"] > ring.log2size:
             self._warn(name, f"LOG2SIZE is {base['LOG2SIZE']}: IDR1.{queue}S, {ring.log2size}, "
-                             "is used")
+                             "is used", "S6.3.26-5")
         if base["ADDR"] & self.core.hw.oas_over:
             self._warn(name, f"ADDR is {base['ADDR']:#x}: beyond the output address size of "
-                             f"{self.core.hw.oas} bits: {<uint64_t>ring.base:#x} is used")
+                             f"{self.core.hw.oas} bits: {<uint64_t>ring.base:#x} is used",
+                       "S6.3.26-2")
         elif base["ADDR"] != ring.base:
             self._warn(name, f"ADDR is {base['ADDR']:#x}, not a multiple of the queue's size: "
-                             f"{<uint64_t>ring.base:#x} is used")
+                             f"{<uint64_t>ring.base:#x} is used", "S6.3.26-3")
         return 0
 
     cdef int _end(self, Port* port, int status) except -1:
@@ -1424,7 +1614,7 @@ cdef class Registers:
             return 0
         self._calling += 1
         try:
-            self._on_resume(stall)
+            call_host(self._on_resume, (stall,))
         finally:
             self._calling -= 1
         return 0
@@ -1437,7 +1627,8 @@ cdef class Registers:
     cdef int _consume(self) except -1:
         """Consume commands until the queue is empty, an error stops it, or once around.
 
-        Called again by a callback, it returns at once, for the first call goes on.
+        Called again by a callback, it returns at once, for the first call goes on.  A long run
+        gives up the GIL about every millisecond, and looks for signals.
         """
         cdef Ring* ring = &self.queues.commands
         cdef uint64_t[2] words
@@ -1446,13 +1637,21 @@ cdef class Registers:
         cdef Port port
         cdef int status
         cdef bint room
+        cdef Pace pace
         if self._consuming:
             return 0
         self._budget = <uint64_t>1 << ring.log2size
         self._consuming = True
+        self._consumer = <unsigned long>PyThread_get_thread_ident()
+        pace.left = pace.count = 16
+        pace.since = nanoseconds()
         try:
             while (self._budget and ring.enabled and ring.prod != ring.cons
                    and not gerror_active(&self.queues, GERROR_CMDQ_ERR)):
+                pace.left -= 1
+                if pace.left < 0:
+                    pace_rest(&pace)
+                    continue
                 self._budget -= 1
                 restarts = self._restarts
                 port_open(&port, self.core.ram, NULL)
@@ -1500,8 +1699,8 @@ cdef class Registers:
         elif effect.kind == EFFECT_PRI_RESP:
             device = self._devices.get(effect.sid)
             if device is not None:
-                device.pri_response(effect.ssid if effect.ssv else None, effect.prg_index,
-                                    effect.resp)
+                call_host(device.pri_response, (
+                    effect.ssid if effect.ssv else None, effect.prg_index, effect.resp))
         elif effect.kind == EFFECT_RESUME:
             self._resume(effect.sid, effect.stag, effect.retry, effect.abort)
         elif effect.kind == EFFECT_STALL_TERM:
@@ -1526,7 +1725,8 @@ cdef class Registers:
         ssid = effect.ssid if effect.ssv else None  # with G too: the PASID prefix (4.5.1)
         size = (<object>effect.last) - effect.first + 1
         try:
-            if device.atc_invalidate(ssid, effect.first, size, effect.global_ != 0) is False:
+            if call_host(device.atc_invalidate, (
+                    ssid, effect.first, size, effect.global_ != 0)) is False:
                 self._atc_failed = True
         except TimeoutError:
             self._atc_failed = True
@@ -1565,7 +1765,7 @@ cdef class Registers:
         cdef Port port
         self._cerror = cerror
         self._command_why = why
-        self._warn("CMDQ_CONS", cerror_text(cerror, why))
+        self._warn("CMDQ_CONS", cerror_text(cerror, why), None)
         port_open(&port, self.core.ram, NULL)
         self.core.ram.users += 1
         status = gerror_raise(&self.queues, &port, GERROR_CMDQ_ERR)
@@ -1639,6 +1839,11 @@ cdef class Registers:
         """
         cdef const Ring* ring = &self.queues.commands
         self.command("SYNC")
+        while (ring.prod != ring.cons and self._consuming
+               and self._consumer != <unsigned long>PyThread_get_thread_ident()):
+            with nogil:
+                nap()  # another thread is at work on a long run
+            look_for_signals()
         if ring.prod == ring.cons:
             return
         reason = "CR0.CMDQEN is 0"
@@ -1694,8 +1899,8 @@ cdef class Registers:
 
     # S3.18.2-2, S6.3.4-14, S6.3.36-1, S6.3.36-2, S6.3.36-4, S6.3.36-5, S8-1, S8-2, S8-3, S8.1-3,
     # S8.1-4, S8.1-5, S8.1-9, S8.2-1, S8.2-2, S8.2-3, S8.2-4, S8.2-5, S8.2-6, S16.7.4-6
-    def page_request(self, sid, address, *, ssid=None, bint read=False, bint write=False,
-                     bint execute=False, bint priv=False, bint last=True, prg_index=0):
+    def page_request(self, sid, address, *, ssid=None, read=False, write=False, execute=False,
+                     priv=False, last=True, prg_index=0):
         """Take a PCIe page request message into the page request queue.
 
         Parameters
@@ -1728,6 +1933,9 @@ cdef class Registers:
         cdef bint marker
         if page & 0xFFF:
             raise ValueError(f"address: {page:#x} given; a multiple of 4096 needed")
+        read, write = to_flag("read", read), to_flag("write", write)
+        execute, priv = to_flag("execute", execute), to_flag("priv", priv)
+        last = to_flag("last", last)
         group = to_address("prg_index", prg_index, 0x1FF)
         if ssid is not None:
             ssid = to_address("ssid", ssid, 0xFFFFF)
@@ -1770,7 +1978,7 @@ cdef class Registers:
 
     cdef int _check_still(self, const Queues* q) except -1:
         """Refuse while anything is under way: it would be lost."""
-        if self.core.ram.users > self._memory.handles:
+        if self.core.ram.users > self.core.ram.handles:
             raise RuntimeError("save: a translation or a callback is under way in this memory; "
                                "save between calls")
         if self._consuming or self._recording or self._calling or self._retried or self._resumed:
@@ -1781,31 +1989,31 @@ cdef class Registers:
             raise RuntimeError(f"save: {HELD}; end those walks first")
         return 0
 
-    cdef dict _state(self):
-        """What save() writes, but for the contents of the caches."""
+    cdef dict _state(self, Queues* q):
+        """What save() writes, but for the contents of the caches; with the queues as they were."""
         cdef Stall stall
-        cdef Queues q
-        cdef list stalls = []
-        lock_take(&self.queues.lock)
-        q = self.queues
-        lock_give(&self.queues.lock)
-        self._check_still(&q)
+        cdef list stalls = [], placed = []
+        cdef dict registers = {}
         for stall in self._stalls:
             stalls.append({
                 "sid": stall.request.sid, "ssid": stall.request.ssid, "iova": stall.request.iova,
                 "access": stall.request.access,
                 "recorded": int(stall._recorded), "outcome": stall.outcome,
             })
+        for name in REGISTERS:
+            registers[name] = self._load_from(q, name)
+        for name in QUEUES:
+            placed.append(int(ring_in(q, name).placed))
         return {
             "features": features_saved(self._features),
             "ignore_s2ptw": int(self.core.hw.ignore_s2ptw != 0),
             "wired": int(self.queues.wired != 0),
-            "registers": {name: self._load_from(&q, name) for name in REGISTERS},
-            "placed": [int(ring_in(&q, name).placed) for name in QUEUES],
+            "registers": registers,
+            "placed": placed,
             "atc_failed": int(self._atc_failed),
             "last_stag": self._last_stag,
             "stalls": stalls,
-            "warnings": [list(warning) for warning in self._warnings],
+            "warnings": list(map(list, self._warnings)),
             "caches": None,
         }
 
@@ -1828,19 +2036,32 @@ cdef class Registers:
         '0x101000'
         """
         cdef dict state
+        cdef Queues q
         cdef bytes contents = b""
+        cdef uint64_t size = 0
+        cdef char* cached = NULL
+        # queues and caches of one instant
         caches_take_gil(&self.core)
         try:
-            state = self._state()
-            if self._caches is not None:
-                contents = self._caches.__getstate__()
+            lock_take(&self.queues.lock)
+            q = self.queues
+            lock_give(&self.queues.lock)
+            if self.core.caches != NULL:
+                cached = state_of(self.core.caches, &size)
         finally:
             caches_give(&self.core)
+        try:
+            self._check_still(&q)
+            if cached != NULL:
+                contents = PyBytes_FromStringAndSize(cached, <Py_ssize_t>size)
+        finally:
+            free(cached)
+        state = self._state(&q)
         if self._caches is not None:
-            state["caches"] = {
-                "geometries": [each and list(each) for each in (<Caches>self._caches).geometries],
-                "nested": self._caches.nested,
-            }
+            geometries = []
+            for each in (<Caches>self._caches).geometries:
+                geometries.append(each and list(each))
+            state["caches"] = {"geometries": geometries, "nested": self._caches.nested}
         text = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
         data = STATE_HEADER.pack(STATE_MARK, STATE_VERSION, len(text)) + text + contents
         return data + crc32(data).to_bytes(4, "little")
@@ -1909,7 +2130,7 @@ cdef class Registers:
             raise state_error("stalls", f"{recorded} are recorded; STALL_MAX is "
                                         f"{self._features.stall_max}")
         for saved in saved_list("warnings", state["warnings"]):
-            if [type(part) for part in saved_list("warnings", saved, 2)] != [str, str]:
+            if list(map(type, saved_list("warnings", saved, 2))) != [str, str]:
                 raise state_error("warnings", "two strings needed")
             self._warnings.append(RegisterWarning(*saved))
         return self._digest()

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: language_level=3
 """What the driver half does with the memory of an SMMU in almost every call, compiled.
 
@@ -163,6 +164,15 @@ cdef object batch_word(const Batch* b, Py_ssize_t i):
     return <object>le64(b.commands[i].words[0]) | <object>le64(b.commands[i].words[1]) << 64
 
 
+cdef list batch_words(const Batch* b):
+    """All commands as numbers."""
+    cdef list words = []
+    cdef Py_ssize_t i
+    for i in range(b.count):
+        words.append(batch_word(b, i))
+    return words
+
+
 # --- what invalidates a range ---
 
 #: Kinds of what may have cached a domain, in the order in which it is told (F58)
@@ -211,15 +221,22 @@ cdef struct Span:
     bint leaf         # no table was
 
 
-cdef Span span_of(first, last, granule_lg2, page_lg2, leaf):
+cdef Span span_of(first, last, int granule_lg2, int page_lg2, bint leaf):
     cdef Span s
-    if granule_lg2 not in (12, 14, 16):
+    if granule_lg2 != 12 and granule_lg2 != 14 and granule_lg2 != 16:
         raise InvalidArgument("granule_lg2", granule_lg2, "12, 14 or 16")
     if not granule_lg2 <= page_lg2 < 52:
         raise InvalidArgument("page_lg2", page_lg2, f"{granule_lg2} to 51")
-    if not 0 <= first <= last <= MASK:
+    try:
+        s.first = first
+        s.last = last
+    except OverflowError:
+        raise InvalidArgument("first, last", (first, last), "0 to 2^64 - 1") from None
+    if s.first > s.last:
         raise InvalidArgument("last", last, f"{first:#x} to 2^64 - 1")
-    s.first, s.last, s.granule_lg2, s.page_lg2, s.leaf = first, last, granule_lg2, page_lg2, leaf
+    s.granule_lg2 = granule_lg2
+    s.page_lg2 = page_lg2
+    s.leaf = leaf
     return s
 
 
@@ -279,7 +296,7 @@ cdef int tlbi_range(Batch* b, const Tlbi* t, Command tagged, const Span* s,
     while pages:
         scale = min(bits_of(pages & -pages) - 1, SCALE_MOST)
         number = pages >> scale
-        number = number & NUM_MOST - 1 if scale < SCALE_MOST else min(number, NUM_MOST)
+        number = number & NUM_MOST - 1 if scale < SCALE_MOST else min(number, <uint64_t>NUM_MOST)
         c = tagged
         address_in(&c, t, address)
         fill_in(&c, &SCALE, scale)
@@ -379,6 +396,8 @@ cdef class CommandQueue:
     cdef readonly uint64_t syncs
     cdef public list log
     cdef readonly object lock
+    cdef object _acquire     # its methods
+    cdef object _release
     cdef uint32_t _size
     cdef uint32_t _mask      # of an index and its wrap bit
     cdef uint32_t _free      # entries that the SMMU is known to have consumed
@@ -394,6 +413,8 @@ cdef class CommandQueue:
         self.base = base
         self.size_lg2 = size_lg2
         self.lock = threading.RLock()
+        self._acquire = self.lock.acquire
+        self._release = self.lock.release
         self._size = <uint32_t>1 << self.size_lg2
         self._mask = 2 * self._size - 1
         self._free = self._size
@@ -514,7 +535,7 @@ cdef class CommandQueue:
         check_cached(kind, number, ssid)
         s.first, s.last, s.granule_lg2, s.page_lg2, s.leaf = 0, ALL, 12, 12, False
         batch_open(&b)
-        invalidation(&b, kind, number, ssid, &s, self._ranges, self._smmu.cr2 & E2H != 0)
+        invalidation(&b, kind, number, ssid, &s, self._ranges, self._e2h())
         if b.count:
             self.tell(&b)
 
@@ -533,11 +554,14 @@ cdef class CommandQueue:
 
     cdef int push(self, const Batch* b, int syncs=0) except -1:
         """As `submit`; so many of the commands are CMD_SYNC."""
-        with self.lock:
+        self._acquire()
+        try:
             self._put(b)
             self._note(b)
             self.syncs += syncs
             self._finish()
+        finally:
+            self._release()
         return 0
 
     cdef int _note(self, const Batch* b) except -1:
@@ -594,6 +618,10 @@ cdef class CommandQueue:
             self._refused = []
             raise CommandError.of(refused)
         return 0
+
+    cdef bint _e2h(self) except -1:
+        """Whether TLB entries of stage 1 are those of EL2."""
+        return (self._real.core.hw.cr2 if self._real else self._smmu.cr2) & E2H != 0
 
     cdef uint64_t _tell_prod(self) except? 0xFFFFFFFFFFFFFFFF:
         """Write CMDQ_PROD, and return CMDQ_CONS."""
@@ -660,11 +688,16 @@ cdef Entry entry_of(word):
 
 cdef object entry_word(const Entry* e):
     """An entry as one number."""
-    return sum([<object>e.words[i] << 64 * i for i in range(8)])
+    cdef int i
+    word = 0
+    for i in range(8):
+        word |= <object>e.words[i] << 64 * i
+    return word
 
 
 cdef tuple entry_dwords(const Entry* e):
-    return tuple([e.words[i] for i in range(8)])
+    return (e.words[0], e.words[1], e.words[2], e.words[3], e.words[4], e.words[5], e.words[6],
+            e.words[7])
 
 
 cdef Entry mask_of(record, names):
@@ -861,7 +894,8 @@ cdef class EntryWriter:
         cdef int i, syncs = 0
         cdef bint hitless = True
         target = dwords_of(words)
-        with self.queue.lock:
+        self.queue._acquire()
+        try:
             load(self.memory, address, now.words, 8)
             if memcmp(&now, &target, sizeof(Entry)) == 0:
                 return UPDATES[0][1]
@@ -889,6 +923,8 @@ cdef class EntryWriter:
                 self._step(address, 0xFE, &now, &target, commands, &syncs, &hitless)
                 self._step(address, 1, &now, &target, commands, &syncs, &hitless)
             return UPDATES[syncs][hitless]
+        finally:
+            self.queue._release()
 
     cdef int _step(self, uint64_t address, unsigned int dwords, Entry* now, const Entry* wanted,
                    Batch* commands, int* syncs, bint* hitless) except -1:
@@ -909,7 +945,7 @@ cdef class EntryWriter:
                 self._look(address, i, entry_dwords(&old))
         if changed:
             if self._overridden:
-                self.queue.run([batch_word(commands, i) for i in range(commands.count)])
+                self.queue.run(batch_words(commands))
             else:
                 self.queue.tell(commands)
             syncs[0] += 1
@@ -935,7 +971,7 @@ cdef Entry dwords_of(words):
     """An entry from its eight dwords."""
     cdef Entry e
     cdef int i
-    if len(words) != 8 or not all([0 <= word <= MASK for word in words]):
+    if len(words) != 8 or min(words) < 0 or max(words) > MASK:
         raise InvalidArgument("words", words, "eight dwords of 64 bits")
     for i in range(8):
         e.words[i] = words[i]
@@ -971,7 +1007,7 @@ def invalidate(parts, first, last, granule_lg2, page_lg2, leaf):
     for queue, keys in parts:
         if queue is None:
             raise InvalidArgument("parts", parts, "pairs of a CommandQueue and a list")
-        e2h = queue._smmu.cr2 & E2H != 0
+        e2h = queue._e2h()
         batch_open(&b)
         try:
             for _, kind, number, ssid in keys:
@@ -979,7 +1015,7 @@ def invalidate(parts, first, last, granule_lg2, page_lg2, leaf):
             if b.count and type(queue) is CommandQueue:
                 queue.tell(&b)
             elif b.count:
-                queue.run([batch_word(&b, i) for i in range(b.count)])
+                queue.run(batch_words(&b))
         finally:
             batch_close(&b)
 
@@ -994,6 +1030,7 @@ def tlb_ranges(first, last, granule_lg2, page_lg2, leaf, ranges):
     """The address fields of the TLBI commands that cover a range; None: the whole tag (F60)."""
     cdef Batch b
     cdef Span s = span_of(first, last, granule_lg2, page_lg2, leaf)
+    cdef list made = []
     names = {"Address": "Address", "Leaf": "Leaf"}
     if ranges:
         names |= {"Scale": "SCALE", "Num": "NUM", "TG": "TG", "TTL": "TTL"}
@@ -1002,7 +1039,12 @@ def tlb_ranges(first, last, granule_lg2, page_lg2, leaf, ranges):
     batch_open(&b)
     try:
         tlbi_range(&b, &TLBI_NH, TLBI_NH.some, &s, ranges)
-        made = [layout.unpack("TLBI_NH_VA", batch_word(&b, i)) for i in range(b.count)]
-        return [{name: fields[field] for name, field in names.items()} for fields in made]
+        for word in batch_words(&b):
+            fields = layout.unpack("TLBI_NH_VA", word)
+            one = {}
+            for name, field in names.items():
+                one[name] = fields[field]
+            made.append(one)
+        return made
     finally:
         batch_close(&b)

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """Smmu: the hardware half, and its faces."""
 
 cimport cython
@@ -7,7 +8,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_CheckExact, PyDict_Next, PyDict_Size
-from cpython.exc cimport PyErr_Clear, PyErr_CheckSignals, PyErr_Occurred
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.long cimport PyLong_CheckExact
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
@@ -22,7 +23,10 @@ from smmufast._command cimport Effect, command_decode
 from smmufast._core cimport Core, caches_give, caches_take, caches_take_gil
 from smmufast._layout cimport CMD_PREFETCH_CONFIG, cr0_smmuen, ste_ppar
 from smmufast._ints cimport digits_of
-from smmufast._memory cimport Log, Logged, Port, Ram, port_open, raise_port, to_address
+from smmufast._memory cimport (
+    LOG_FETCHES, LOG_WORDS, Log, Logged, Port, Ram, look_for_signals, out_of_range, port_open,
+    raise_port, to_address, to_flag,
+)
 from smmufast._ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
     recorded_if_asked, translated_input,
@@ -56,7 +60,7 @@ from smmufast._walk cimport (
     walk_overtaken, walk_seal, walk_sealed, walk_tell, walking,
 )
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pickle import PickleBuffer
 
 from types import MappingProxyType
@@ -123,7 +127,7 @@ COLUMNS = MappingProxyType(DTYPES)
 
 cdef object row_dtype(tuple names):
     """The dtype of rows that have some of the columns."""
-    return np.dtype([(name, DTYPES[name]) for name in names], align=True)
+    return np.dtype(list(zip(names, map(DTYPES.get, names), strict=True)), align=True)
 
 
 # Arrays that a caller may keep get copies of these: the names in a dtype can be assigned to.
@@ -152,18 +156,29 @@ cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFF
     else:
         number = to_address(name, value, last)
     if number > last:
-        raise ValueError(f"{name}: {number:#x} given; 0 to {last:#x} allowed")
+        raise out_of_range(name, number, last)
     return number
 
 
 cdef inline uint32_t as_ssid(value) except? 0xFFFFFFFF:
+    cdef uint64_t number
     if value is None:
         return NO_SSID
-    return <uint32_t>as_u64("ssid", value, 0xFFFFF)
+    number = as_u64("ssid", value, NO_SSID)
+    if number > 0xFFFFF and number != NO_SSID:
+        raise out_of_range("ssid", number, 0xFFFFF)
+    return <uint32_t>number
 
 
-cdef inline uint32_t as_access(bint write, bint priv, bint instr) noexcept:
-    return write * ACCESS_WRITE | priv * ACCESS_PRIV | instr * ACCESS_INSTR
+cdef inline bint as_flag(str name, value) except -1:
+    if likely(value is False):
+        return False
+    return value is True or to_flag(name, value)
+
+
+cdef inline uint32_t as_access(write, priv, instr) except? 0xFFFFFFFF:
+    return (as_flag("write", write) * ACCESS_WRITE | as_flag("priv", priv) * ACCESS_PRIV
+            | as_flag("instr", instr) * ACCESS_INSTR)
 
 
 # --- results ---
@@ -360,6 +375,23 @@ cdef class Result:
         """Every fetch that was made, in order, as Fetch tuples; None unless trace=True."""
         return None
 
+    def __eq__(self, other):
+        if not isinstance(other, Result):
+            return NotImplemented
+        return said_by(self) == said_by(other) and self.fetches == other.fetches
+
+    def __hash__(self):
+        return hash(said_by(self))
+
+    def __copy__(self):
+        return self  # nothing of it changes
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return _result_restored, (self.request, self.outcome)
+
     def explain(self, Smmu smmu=None):
         """Return the translation in words: each fetch decoded (with trace=True), then the end.
 
@@ -395,11 +427,80 @@ cdef class TracedResult(Result):
     def __dealloc__(self):
         free(self.log)
 
+    def __reduce__(self):
+        return _traced_restored, (
+            self.request, self.outcome, PyBytes_FromStringAndSize(<char*>self.log, sizeof(Log)))
+
     @property
     def fetches(self):
         """Every fetch that was made, in order, as Fetch tuples."""
         cdef uint32_t i
-        return [fetch_of(self.log, i) for i in range(self.log.count)]
+        cdef list found = []
+        for i in range(self.log.count):
+            found.append(fetch_of(self.log, i))
+        return found
+
+
+cdef tuple said_by(Result result):
+    """All that a result says, but for fetches."""
+    cdef const Outcome* o = &result.outcome
+    return (
+        result.request.sid, result.request.ssid, result.request.iova, result.request.access,
+        o.action, result.pa, result.ipa, o.stage, o.fault,
+        (o.record[0], o.record[1], o.record[2], o.record[3]) if o.fault else None,
+        o.event, o.why, o.level, o.page_lg2, o.perm, o.perm_s1, o.attr, o.sh, result.asid,
+        result.vmid, result.stag, result.is_global, result.contiguous)
+
+
+cdef dict OUTCOME_MOST = {
+    "action": 5, "event": 0xFF, "fault": 0xFF, "perm": 0x3F, "perm_s1": 0x3F, "level": 4,
+    "page_lg2": 63, "sh": 3, "stage": 3, "ng": 1, "contiguous": 1}
+
+
+cdef int restore_result(Result result, dict request, dict outcome) except -1:
+    """Let a result be what a pickle says, once it can be."""
+    for name, most in OUTCOME_MOST.items():
+        if not -(name == "level") <= outcome[name] <= most:
+            raise out_of_range(name, outcome[name], most)
+    if outcome["why"] not in REASONS:
+        raise ValueError(f"why must be a reason, not {outcome['why']!r}")
+    result.request = request
+    result.outcome = outcome
+    if not request_legal(&result.request):
+        raise ValueError(f"request must be one of a device, not {request!r}")
+    return 0
+
+
+cdef frozenset REASONS = frozenset(Why) | {0}
+
+
+def _result_restored(dict request not None, dict outcome not None):
+    """Return the Result of what was pickled."""
+    cdef Result result = Result.__new__(Result)
+    restore_result(result, request, outcome)
+    return result
+
+
+def _traced_restored(dict request not None, dict outcome not None, bytes log not None):
+    """Return the Result of what was pickled, with its fetches."""
+    cdef TracedResult result = traced()
+    cdef const Logged* fetch
+    cdef uint32_t i
+    restore_result(result, request, outcome)
+    if len(log) != sizeof(Log):
+        raise ValueError(f"log must be {sizeof(Log)} bytes, not {len(log)}")
+    memcpy(result.log, <const char*>log, sizeof(Log))
+    if result.log.count > LOG_FETCHES or result.log.used > LOG_WORDS:
+        result.log.count = 0
+        raise ValueError("log must be that of a walk")
+    for i in range(result.log.count):
+        fetch = &result.log.fetch[i]
+        if (fetch.kind >= len(FETCH_KINDS) or fetch.size > 64 or not -1 <= fetch.level <= NO_LEVEL
+                or fetch.words + (3 if fetch.kind >= FETCH_TT_UPDATE else fetch.size // 8)
+                > <int>result.log.used):
+            result.log.count = 0
+            raise ValueError("log must be that of a walk")
+    return result
 
 
 cdef TracedResult traced():
@@ -469,6 +570,40 @@ cdef class Segments:
     def __iter__(self):
         return iter(self.array.tolist())
 
+    def __getitem__(self, index):
+        """Return a segment (iova, pa, length), or a list of them for a slice."""
+        return self.array[index].tolist()
+
+    def __contains__(self, segment):
+        return segment in self.array.tolist()
+
+    def __reversed__(self):
+        return iter(self.array[::-1].tolist())
+
+    def index(self, segment, *bounds):
+        """Return the index of a segment, as list.index does."""
+        return self.array.tolist().index(segment, *bounds)
+
+    def count(self, segment):
+        """Return how often a segment is there."""
+        return self.array.tolist().count(segment)
+
+    def __eq__(self, other):
+        if not isinstance(other, Segments):
+            return NotImplemented
+        return self.array.tolist() == other.array.tolist() and self.result == other.result
+
+    __hash__ = None
+
+    def __copy__(self):
+        return _segments_restored(self.array.copy(), self.result)
+
+    def __deepcopy__(self, memo):
+        return self.__copy__()
+
+    def __reduce__(self):
+        return _segments_restored, (self.array, self.result)
+
     @property
     def event(self):
         """The event that the burst records, None if there is none."""
@@ -476,7 +611,23 @@ cdef class Segments:
 
     def __repr__(self):
         end = "" if self.result is None else f", then {self.result!r}"
-        return f"<Segments {[tuple(map(hex, s)) for s in self]}{end}>"
+        shown = []
+        for segment in self:
+            shown.append(tuple(map(hex, segment)))
+        return f"<Segments {shown}{end}>"
+
+
+Sequence.register(Segments)
+
+
+def _segments_restored(array, Result result=None):
+    """Return the Segments of what was pickled."""
+    cdef Segments segments = Segments.__new__(Segments)
+    if not isinstance(array, np.ndarray) or array.dtype != SEGMENT or array.ndim != 1:
+        raise TypeError(f"array must be one of segments, not {type(array).__name__}")
+    segments.array = array
+    segments.result = result
+    return segments
 
 
 # Walk.status, beside STATUS_DONE and STATUS_PENDING.
@@ -510,7 +661,13 @@ cdef class Walk:
     table that is used for something else by now.  With ``start_walk(…, holds_sync=True)`` the walk
     goes on instead, and CMD_SYNC does not complete before the walk ends.  Clearing CR0.SMMUEN lets
     every walk start again, and then find the SMMU disabled.
+
+    A copy, or one from a pickle, which takes the Smmu with it, has the result if the walk is done;
+    else it starts again, as one that was overtaken.
     """
+
+    def __cinit__(self):
+        self.status = WALK_CLOSED
 
     def __init__(self):
         raise TypeError("a Walk is made by Smmu.start_walk")
@@ -607,6 +764,12 @@ cdef class Walk:
         if walk_leaves(&self.smmu.core, &own, &self.walk) < 0:
             raise_port(&own)
 
+    def __copy__(self):
+        return _walk_restored(self.smmu, *walk_kept(self))
+
+    def __reduce__(self):
+        return _walk_restored, (self.smmu, *walk_kept(self))
+
     cdef int _look(self) except -1:
         """Start again if the walk was overtaken."""
         if (self.status == STATUS_PENDING and not self.answering
@@ -647,6 +810,40 @@ cdef class Walk:
         return f"<Walk at {asked_for(&self.walk.fetch)!r}>"
 
 
+cdef tuple walk_kept(Walk walk):
+    """(status, result or what it is asked for, whether it holds CMD_SYNC)."""
+    walk._look()
+    if walk.status == STATUS_DONE:
+        return STATUS_DONE, walk.traced, False
+    return walk.status, walk.walk.request, walk_holds(&walk.walk)
+
+
+def _walk_restored(Smmu smmu not None, status, said, holds):
+    """Return a Walk from what was pickled or copied."""
+    cdef Walk walk = Walk.__new__(Walk)
+    cdef TracedResult result
+    walk.smmu = smmu
+    walk.status = WALK_CLOSED
+    if status == STATUS_DONE:
+        result = said
+        if result is None:
+            raise TypeError("result must be a TracedResult, not None")
+        walk.traced = result
+        walk.walk.request = result.request
+        walk.walk.result = result.outcome
+        walk.status = STATUS_DONE
+        return walk
+    walk.walk.request = said
+    if not request_legal(&walk.walk.request):
+        raise ValueError(f"request must be one of a device, not {said!r}")
+    walk.walk.flags = HOLDS_SYNC if to_flag("holds", holds) else 0
+    walk.traced = traced()
+    walk.traced.request = walk.walk.request
+    if status == STATUS_PENDING:
+        walk._step(True, NULL)
+    return walk
+
+
 # --- vectors ---
 
 def vectors(on=None):
@@ -665,11 +862,34 @@ def vectors(on=None):
         What holds from now on: False where the processor has none.
     """
     if on is not None:
-        vector_switch(on)
+        vector_switch(to_flag("on", on))
     return bool(vector_on)
 
 
 # --- columns ---
+
+cdef int refuse_mask(str name, value) except -1:
+    """What is masked has no value, and a translation needs one."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, not {type(value).__name__}")
+    return 0
+
+
+cdef object as_array(str name, value, dtype):
+    """A sequence as an array; of large integers too, which numpy would make floats or objects."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if array.dtype.kind in "fO" and array.ndim == 1 and array.size and not isinstance(
+            value, np.ndarray):
+        last = 1 if dtype.kind == "b" else np.iinfo(dtype).max
+        numbers = []
+        for item in value:
+            numbers.append(to_address(name, item, last))
+        array = np.array(numbers, dtype)
+    return array
+
 
 cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     """An input as a 1-D array of one dtype, or None for a scalar; `n` is the common length."""
@@ -681,10 +901,8 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     else:
         if isinstance(value, (int, np.integer)) and not isinstance(value, np.ndarray):
             return None
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        refuse_mask(name, value)
+        array = as_array(name, value, dtype)
     if cnp.PyArray_NDIM(array) == 0:
         return None
     if cnp.PyArray_NDIM(array) != 1:
@@ -692,13 +910,12 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     if <PyObject*>cnp.PyArray_DESCR(array) != <PyObject*>dtype and array.dtype != dtype:
         if array.size == 0 and not isinstance(value, np.ndarray):
             array = array.astype(dtype)  # an empty sequence says nothing of its kind
-        if array.dtype.kind not in "biu" or dtype.kind == "b" and array.dtype.kind != "b":
-            raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} "
-                            f"{'' if dtype.kind == 'b' else 'or another integer '}needed")
-        if array.size and (array.dtype.kind == "i" and array.min() < 0
-                           or array.max() > np.iinfo(dtype).max):
+        if array.dtype.kind not in "biu":
+            raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} or another integer needed")
+        last = 1 if dtype.kind == "b" else np.iinfo(dtype).max
+        if array.size and (array.dtype.kind == "i" and array.min() < 0 or array.max() > last):
             raise ValueError(f"{name}: values from {array.min():#x} to {array.max():#x} given; "
-                             f"0 to {np.iinfo(dtype).max:#x} allowed")
+                             f"0 to {last:#x} allowed")
         array = array.astype(dtype)
     if n[0] >= 0 and cnp.PyArray_DIM(array, 0) != n[0]:
         raise ValueError(f"{name}: {array.shape[0]} values given beside arrays of {n[0]}")
@@ -747,7 +964,7 @@ cdef inline void let_go(Held* held) noexcept:
 cdef inline bint fits(PyObject* value, PyObject* dtype, Py_ssize_t n) noexcept:
     """It is a 1-D array of this very dtype and of n elements, or of any number if n is negative."""
     return (
-        cnp.PyArray_Check(<object>value)
+        cnp.PyArray_CheckExact(<object>value)
         and <PyObject*>cnp.PyArray_DESCR(<cnp.ndarray>value) == dtype
         and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
         and (n < 0 or cnp.PyArray_DIM(<cnp.ndarray>value, 0) == n)
@@ -785,7 +1002,7 @@ cdef inline int flag_in(Flags* flags, Held* held, int bit, str name, value,
         flags.always |= 1 << bit
     elif point_in(&flags.column[bit], held, 3 + bit, name, value, BOOL, n):
         flags.by_row = True
-    elif value:
+    elif to_flag(name, value):
         flags.always |= 1 << bit
     return 0
 
@@ -834,6 +1051,7 @@ cdef int point_out(BatchC* batch, Held* held, name, array, Py_ssize_t n) except 
         raise ValueError(f"out: column {name!r} given; {', '.join(COLUMNS)} known")
     if not isinstance(array, np.ndarray):
         raise TypeError(f"out[{name!r}]: {type(array).__name__} given; a numpy array needed")
+    refuse_mask(f"out[{name!r}]", array)
     found = array
     dtype = DTYPES[name]
     if found.dtype != dtype:
@@ -987,7 +1205,10 @@ cdef enum:
 
 
 cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
-    """Translate a batch: 0, or FETCH_RAISED with the exception in the port."""
+    """Translate a batch: 0, or FETCH_RAISED with the exception in the port.
+
+    The caller has the caches.
+    """
     cdef int status
     port_open(port, core.ram, NULL)
     if (core.caches == NULL and core.ram.plain and cr0_smmuen(core.hw.cr0) and batch.n != 0
@@ -998,10 +1219,7 @@ cdef int batch_run(Core* core, Port* port, const BatchC* batch) noexcept nogil:
         return status
     if core.caches == NULL:
         return each(core, port, batch)
-    caches_take(core)
-    status = cached(core, port, batch)
-    caches_give(core)
-    return status
+    return cached(core, port, batch)
 
 
 cdef enum:
@@ -1394,7 +1612,7 @@ cdef int run_pieces(
                 raise MemoryError()
         while done < batch.n:
             if done:
-                PyErr_CheckSignals()
+                look_for_signals()
             piece = batch[0]
             shift_columns(&piece, done)
             size = FLAGS if flags.by_row and threads == 1 else PIECE
@@ -1409,10 +1627,12 @@ cdef int run_pieces(
                 caches_give(core)
             else:
                 with nogil:
+                    caches_take(core)
                     if threads > 1:
                         status = by_threads(core, &port, &piece, threads)
                     else:
                         status = batch_run(core, &port, &piece)
+                    caches_give(core)
             if status:
                 raise_port(&port)
             done += piece.n
@@ -1647,8 +1867,8 @@ cdef class Smmu:
         return api_translate(<SmmuC*>&self.core, request, outcome)
 
     # S3.3-1, S3.4-1, S3.9-1
-    def translate(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
-                  bint instr=False, bint trace=False):
+    def translate(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False,
+                  trace=False):
         """Translate one access of a device.
 
         Parameters
@@ -1680,20 +1900,21 @@ cdef class Smmu:
         cdef uint64_t to_iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         cdef uint32_t to_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         cdef uint32_t to_ssid = as_ssid(ssid)
-        result = traced() if trace else Result.__new__(Result)
+        cdef uint32_t access = as_access(write, priv, instr)
+        cdef bint tracing = as_flag("trace", trace)
+        result = traced() if tracing else Result.__new__(Result)
         # read back at once: what was stored by halves would be waited for
         result.request.iova = to_iova
         result.request.sid = to_sid
         result.request.ssid = to_ssid
-        result.request.access = as_access(write, priv, instr)
-        if trace:
+        result.request.access = access
+        if tracing:
             self._run(&result.request, &result.outcome, (<TracedResult>result).log)
         else:
             run_request(self, &result.request, &result.outcome)
         return result
 
-    def pa(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
-           bint instr=False):
+    def pa(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False):
         """Translate one access and return its physical address alone.
 
         Arguments as in `translate`.  An access that is terminated raises the Fault of its event:
@@ -1760,8 +1981,9 @@ cdef class Smmu:
         sid, iova : int or 1-D array
             uint32 and uint64; other integer arrays are converted.  Scalars are repeated.
         ssid : int, 1-D array or None
-            uint32; 0xFFFFFFFF in an array is a transaction without one.
-        write, priv, instr : bool or 1-D bool array
+            uint32; NO_SUBSTREAM, 0xFFFFFFFF, is a transaction without one.
+        write, priv, instr : bool or 1-D array
+            An array of bool, or of 0 and 1 of any integer type.
         out : structured array or dict of 1-D arrays, optional
             Where results go: the columns it has are those that are computed.  With it, and with
             inputs of the dtypes above, nothing is allocated.  A structured array takes less time
@@ -1832,6 +2054,8 @@ cdef class Smmu:
             if isinstance(out, dict):
                 found = point_each(&batch, &held, out, n)
             elif cnp.PyArray_Check(out):
+                if not cnp.PyArray_CheckExact(out):
+                    refuse_mask("out", out)
                 found = point_rows(&batch, &held, <cnp.ndarray>out, n)
             else:
                 raise TypeError(
@@ -1844,8 +2068,8 @@ cdef class Smmu:
             let_go(&held)
         return out
 
-    def translate_range(self, sid, iova, size, *, ssid=None, bint write=False, bint priv=False,
-                        bint instr=False):
+    def translate_range(self, sid, iova, size, *, ssid=None, write=False, priv=False,
+                        instr=False):
         """Translate a DMA burst of `size` bytes into physical segments.
 
         Pages that follow each other in physical memory with the same type and permissions are
@@ -1888,7 +2112,7 @@ cdef class Smmu:
                     raise MemoryError()
                 if status < 0:
                     raise_port(&port)
-                PyErr_CheckSignals()
+                look_for_signals()
             array = np.empty(burst.count, PyArray_DescrNew(SEGMENT))
             if burst.count:
                 memcpy(cnp.PyArray_DATA(array), burst.rows, burst.count * sizeof(Row))
@@ -1904,8 +2128,8 @@ cdef class Smmu:
         segments.array = array
         return segments
 
-    def start_walk(self, sid, iova, *, ssid=None, bint write=False, bint priv=False,
-                   bint instr=False, bint holds_sync=False):
+    def start_walk(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False,
+                   holds_sync=False):
         """Start a translation whose fetches the host performs.
 
         The Memory is not read for the walk; an event is put into its event queue, if software
@@ -1932,7 +2156,7 @@ cdef class Smmu:
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
-        walk.walk.flags = HOLDS_SYNC if holds_sync else 0
+        walk.walk.flags = HOLDS_SYNC if as_flag("holds_sync", holds_sync) else 0
         walk.smmu = self
         walk.traced = traced()
         walk.traced.request = request[0]
@@ -1967,8 +2191,8 @@ cdef class Smmu:
     # --- ATS (3.9.1) ---
 
     # S3.9-3, S3.9.1-9, S3.9.1.2-6, S13.6.2-2, S13.6.3-1, S13.6.4-3, S13.7-7, S13.7-8
-    def ats_request(self, sid, iova, *, ssid=None, bint no_write=False, bint execute=False,
-                    bint priv=False, stu=4096):
+    def ats_request(self, sid, iova, *, ssid=None, no_write=False, execute=False, priv=False,
+                    stu=4096):
         """Answer a PCIe ATS translation request for one page.
 
         It reads the tables as an access would, and updates access flags, and the dirty state if
@@ -2011,7 +2235,8 @@ cdef class Smmu:
         request.iova = as_u64("iova", iova, 0xFFFFFFFFFFFFFFFF)
         request.sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
         request.ssid = as_ssid(ssid)
-        self._ats_open(&request, &ask, no_write, execute, priv, stu)
+        self._ats_open(&request, &ask, as_flag("no_write", no_write),
+                       as_flag("execute", execute), as_flag("priv", priv), stu)
         ats_ask(&self.core, &request, &ask, &answer)
         return self._ats_response(&request, &ask, &answer)
 
@@ -2022,7 +2247,7 @@ cdef class Smmu:
         cdef bint pasid = request.ssid != NO_SSID
         if unit < 4096 or unit & (unit - 1):
             raise ValueError(f"stu: {unit:#x} given; a power of two from 0x1000 on needed")
-        request.access = as_access(False, priv and pasid, False)
+        request.access = ACCESS_PRIV if priv and pasid else 0
         request.reserved = 0
         ask.no_write = no_write
         ask.execute = execute and pasid
@@ -2049,8 +2274,8 @@ cdef class Smmu:
             execute=answer.granted & ATS_EXECUTE != 0, priv=priv, ipa=answer.split,
             attr=answer.outcome.attr, shareability=answer.outcome.sh)
 
-    def ats_translated(self, sid, address, *, ssid=None, bint write=False, bint priv=False,
-                       bint instr=False):
+    def ats_translated(self, sid, address, *, ssid=None, write=False, priv=False,
+                       instr=False):
         """Take an ATS Translated transaction, whose address an `ats_request` gave.
 
         With CR0.ATSCHK=0 it passes.  Otherwise STE.EATS says: full ATS lets it pass, split-stage
@@ -2134,7 +2359,8 @@ cdef SmmuC* api_acquire(void* obj) noexcept:
     Py_INCREF(smmu)
     smmu.core.ram.users += 1
     smmu.core.shared += 1
-    smmu._memory.handles += 1
+    smmu.core.handles += 1
+    smmu.core.ram.handles += 1
     return <SmmuC*>&smmu.core
 
 
@@ -2151,7 +2377,8 @@ cdef void api_release(SmmuC* handle) noexcept:
     cdef Core* core = <Core*>handle
     core.ram.users -= 1
     core.shared -= 1
-    (<Smmu>core.owner)._memory.handles -= 1
+    core.handles -= 1
+    core.ram.handles -= 1
     Py_DECREF(<object>core.owner)
 
 
@@ -2222,13 +2449,17 @@ cdef int api_translate_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
     cdef Core* core = <Core*>handle
     cdef Port port
     cdef BatchC batch
+    cdef int status
     if not batch_known(given, &batch):
         return STATUS_EINVAL
     if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
             or batch.access.data == NULL or not ssids_legal(&batch)
             or not accesses_legal(&batch)):
         return STATUS_EINVAL
-    return api_end(&port, batch_run(core, &port, &batch))
+    caches_take(core)
+    status = batch_run(core, &port, &batch)
+    caches_give(core)
+    return api_end(&port, status)
 
 
 cdef int api_walk_told(Core* core, WalkC* walk, int status) noexcept nogil:

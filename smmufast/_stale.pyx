@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: language_level=3
 """What caches and ATCs hold and the tables in memory no longer give: what Smmu.stale() finds.
 
@@ -11,7 +12,6 @@ first the substreams of that stream, then every stream.  An entry that one of th
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -21,8 +21,8 @@ from smmufast._config cimport STAGE1_BYPASS
 from smmufast._contexts cimport (
     TAG_TABLE, ContextWalk, Tags, context_tags, contexts_next, contexts_open,
 )
-from smmufast._core cimport Core, caches_give, caches_take_gil
-from smmufast._memory cimport Port, Ram, port_open, raise_port
+from smmufast._core cimport Core
+from smmufast._memory cimport Port, Ram, look_for_signals, port_open, raise_port
 from smmufast._smmu cimport Smmu
 from smmufast._tlb cimport KEY_GLOBAL, Caches, global_key, tlb_key
 from smmufast._translate cimport (
@@ -30,6 +30,8 @@ from smmufast._translate cimport (
 )
 from smmufast._types cimport NO_SSID, Outcome, Request
 from smmufast._why cimport WHY_S2_INVALID
+
+from operator import itemgetter
 
 from smmufast import layout
 from smmufast._tlb import KINDS as _KINDS
@@ -39,8 +41,9 @@ from smmufast.why import Why
 
 open_drivers()
 
+cdef object tag_in = itemgetter(2)
+
 cdef enum:
-    LOOKUPS = 1 << 22       # of STEs and CDs, by one call
     CONTEXTS = 1024         # that differ and have the same tags: more are not asked
     HINTS = 4096
 
@@ -68,8 +71,11 @@ cdef list fields_of(str name, entry):
 cdef str differences(str name, entry, now):
     """Field by field, what the tables give now and what is cached."""
     pairs = zip(fields_of(name, entry), fields_of(name, now), strict=True)
-    return ", ".join([f"{field}: {shown(b)} now, {shown(a)} cached"
-                      for (field, a), (_, b) in pairs if a != b])
+    found = []
+    for (field, a), (_, b) in pairs:
+        if a != b:
+            found.append(f"{field}: {shown(b)} now, {shown(a)} cached")
+    return ", ".join(found)
 
 
 cdef str pair_text(uint32_t sid, uint32_t ssid):
@@ -199,8 +205,9 @@ cdef class _Look:
         if name not in ("ste", "cd") and not has_tag(&tags, tag):
             return False, False, None, why
         for other in getattr(fresh, name):
-            other = other._replace(**{k: getattr(entry, k) for k in ("sid", "ssid")
-                                      if k in other._fields})
+            other = other._replace(sid=entry.sid)
+            if name != "ste":
+                other = other._replace(ssid=entry.ssid)
             if name == "tlb":
                 # marked dirty on behalf of another entry: no invalidation is due
                 other = other._replace(
@@ -222,10 +229,11 @@ cdef class _Look:
         cdef uint64_t tag
         cdef uint64_t[5] each
         cdef int i, status
-        cdef dict pairs = {tag: [] for tag in tags}
+        cdef dict pairs = {}
         cdef set seen = set()
         memset(hints, 0, sizeof(hints))
         for one in tags:
+            pairs[one] = []
             tag = one
             hints[tag * <uint64_t>0x9E3779B97F4A7C15ULL >> 52] = 1
         self._open(&port)
@@ -236,7 +244,7 @@ cdef class _Look:
             self.left = walk.left
             if status < 0:
                 raise_port(&port)
-            PyErr_CheckSignals()
+            look_for_signals()
             if status == 0:
                 return pairs
             context_tags(self.caches.c, &walk.memo.context, walk.stage1, &found)
@@ -275,14 +283,13 @@ cdef class _Look:
         """The entries of the caches that nobody gives."""
         cdef list entries = [], waiting = [], found = []
         cdef uint64_t tag = 0
-        caches_take_gil(&self.smmu.core)
-        try:
-            for cache in (self.caches.ste, self.caches.cd, self.caches.tlb, self.caches.walk1,
-                          self.caches.walk2):
-                if cache is not None:
-                    entries += [(cache.name, entry) for entry in cache]
-        finally:
-            caches_give(&self.smmu.core)
+        cdef dict streams = {}, order = {}
+        for cache in (self.caches.ste, self.caches.cd, self.caches.tlb, self.caches.walk1,
+                      self.caches.walk2):
+            if cache is not None:
+                for entry in cache:
+                    order[id(entry)] = len(entries)
+                    entries.append((cache.name, entry))
         for name, entry in entries:
             own = name not in ("ste", "cd")
             ssid = entry.ssid if own or name == "cd" and entry.ssid else <uint32_t>NO_SSID
@@ -295,29 +302,30 @@ cdef class _Look:
                 waiting.append((name, entry, tag, shared, now, why))
             else:
                 found.append((name, entry, tag, shared, now, why))
-        for sid in dict.fromkeys([one[1].sid for one in waiting]):
-            mine = [one for one in waiting if one[1].sid == sid]
-            pairs = self.sharing({one[2] for one in mine}, sid, sid + 1)
-            kept = self.keep(mine, pairs)
-            waiting = [one for one in waiting if one[1].sid != sid] + kept
+        for one in waiting:
+            streams.setdefault(one[1].sid, []).append(one)
+        waiting = []
+        for sid, mine in streams.items():
+            waiting += self.keep(mine, self.sharing(set(map(tag_in, mine)), sid, sid + 1))
         if waiting:
-            pairs = self.sharing({one[2] for one in waiting}, 0,
+            pairs = self.sharing(set(map(tag_in, waiting)), 0,
                                  <uint64_t>1 << self.smmu.core.hw.log2size)
             waiting = self.keep(waiting, pairs)
-        order = {id(entry): number for number, (_, entry) in enumerate(entries)}
         found = sorted(found + waiting, key=lambda one: order[id(one[1])])
-        return [StaleEntry(name, entry, now, self.told(name, entry, shared, now, why))
-                for name, entry, _tag, shared, now, why in found]
+        entries = []
+        for name, entry, _tag, shared, now, why in found:
+            entries.append(StaleEntry(name, entry, now, self.told(name, entry, shared, now, why)))
+        return entries
 
     cdef str told(self, str name, entry, shared, now, int why):
         if now is not None:
             return differences(name, entry, now)
         if shared is not None:
             return f"{pair_text(shared[0], shared[1])} gives {reason_text(why)} now"
-        tags = [f"{tag} {getattr(entry, tag):#x}" for tag in ("vmid", "asid")
-                if tag != "asid" or entry.kind != "stage 2" and not getattr(
-                    entry, "is_global", False)]
-        return f"nobody has its tags now ({', '.join(tags)}, {entry.world.name})"
+        tags = f"vmid {entry.vmid:#x}"
+        if entry.kind != "stage 2" and not getattr(entry, "is_global", False):
+            tags += f", asid {entry.asid:#x}"
+        return f"nobody has its tags now ({tags}, {entry.world.name})"
 
     # --- ATCs ---
 
@@ -373,7 +381,7 @@ cdef bint contains(now, held):
             and now.execute >= held.execute)
 
 
-def look(Smmu smmu not None, *, lookups=LOOKUPS):
+def look(Smmu smmu not None, *, lookups=1 << 22):
     """Look for what is stale in the caches of an Smmu, and in the ATCs of its devices.
 
     `lookups` STEs and CDs at most are read to find contexts that share tags.

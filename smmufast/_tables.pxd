@@ -13,13 +13,15 @@ Numbers of levels are Arm's, 0 to 3.  `d` is a descriptor in host byte order, `a
 input addresses, `table` the physical address of a table, `entry` that of a descriptor.
 """
 
+from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from smmufast._bits cimport le64, likely, load64, low_mask, unlikely
 from smmufast._layout cimport PTE_S1_AP2, PTE_S1_CONTIGUOUS, PTE_S1_DBM, PTE_S1_VALID
 from smmufast._memory cimport Memory
 from smmufast._pages cimport (
-    FRAME_LG2, Frame, PagesC, host_pointer, load_slow, store_slow,
+    FRAME_LG2, Access, Frame, PagesC, host_pointer, load_slow, put_back, store_slow,
+    store_twice,
 )
 
 cdef extern from *:
@@ -64,8 +66,27 @@ cdef struct Note:
     int level
 
 
+# A descriptor that an unmap took away.
+cdef struct Taken:
+    uint64_t table
+    uint64_t entry
+    uint64_t d
+    uint64_t iova
+    uint64_t mapped        # bytes that it mapped, or that the table did
+    int level
+
+
+# What one unmap took away, to be put back if memory that is not plain refuses the rest.
+cdef struct Journal:
+    Taken* taken
+    size_t count
+    size_t capacity
+
+
 cdef struct Tree:
     PagesC* pages
+    Journal* journal       # of the unmap under way; NULL in plain memory
+    Access* access         # for memory that is not plain
     bint plain             # copies of what pages have
     uint64_t host
     Frame* frames
@@ -117,6 +138,8 @@ cdef struct Batch:
 
 # A contiguous run that cannot stay one.
 cdef struct Run:
+    uint64_t table
+    int level
     uint64_t entry         # the first
     uint64_t iova
     uint64_t n
@@ -137,6 +160,7 @@ cdef struct Conversion:
     uint64_t entry
     uint64_t d
     uint64_t iova
+    uint32_t tables        # once it is taken out: the list of tables that were, this one's first
 
 
 cdef struct Plan:
@@ -154,7 +178,7 @@ cdef inline uint64_t get(const Tree* t, uint64_t entry) noexcept nogil:
     """Read a descriptor."""
     if likely(t.plain):
         return le64(load64(host_pointer(t.host + entry)))
-    return load_slow(t.pages, entry)
+    return load_slow(t.access, entry)
 
 
 cdef inline void put(const Tree* t, uint64_t entry, uint64_t d) noexcept nogil:
@@ -162,7 +186,7 @@ cdef inline void put(const Tree* t, uint64_t entry, uint64_t d) noexcept nogil:
     if likely(t.plain):
         store64(t.host + entry, le64(d))
     else:
-        store_slow(t.pages, entry, d)
+        store_slow(t.access, entry, d)
 
 
 cdef inline void publish(const Tree* t, uint64_t entry, uint64_t d) noexcept nogil:
@@ -170,7 +194,15 @@ cdef inline void publish(const Tree* t, uint64_t entry, uint64_t d) noexcept nog
     if likely(t.plain):
         publish64(t.host + entry, le64(d))
     else:
-        store_slow(t.pages, entry, d)
+        store_twice(t.access, entry, d)
+
+
+cdef inline bint settle(const Tree* t, uint64_t entry, uint64_t d) noexcept nogil:
+    """Write a descriptor when an access failed before; whether memory has it."""
+    if t.plain:
+        put(t, entry, d)
+        return True
+    return put_back(t.access, entry, d)
 
 
 cdef inline uint64_t address_bits(const Tree* t, uint64_t pa) noexcept nogil:
@@ -318,8 +350,10 @@ cdef class Pages:
 cdef class PageTable:
     cdef Tree tree
     cdef Batch own         # flushes that failed, or that are under way
+    cdef Access access
     cdef readonly Pages pages
-    cdef object lock
+    cdef PyThread_type_lock lock
+    cdef uint64_t forks    # how often the process had been forked when the lock was taken
     cdef unsigned long holder  # the thread that has the table, while state has BUSY
     cdef unsigned int state
     cdef uint64_t epoch    # how often all tables were given back
@@ -330,6 +364,7 @@ cdef class PageTable:
     cdef readonly int stage
     cdef readonly int ias
     cdef readonly int oas
+    cdef int _acquire(self) except -1
     cdef int _wait(self) except -1
     cdef int _open(self) except -1
     cdef int _open_to_map(self) except -1
@@ -338,7 +373,11 @@ cdef class PageTable:
     cdef int _make_root(self) except -1
     cdef void _give_all(self) noexcept
     cdef int _end(self, unsigned int state) except -1
+    cdef object _failure(self)
+    cdef int _check(self) except -1
+    cdef void _owe(self) noexcept
     cdef int _sync(self, Batch* b) except -1
+    cdef int _sync_surely(self, Batch* b) except -1
     cdef void _merge(self, Batch* b, const Batch* other) noexcept
     cdef object _stray(self, uint64_t iova, const Path* p)
     cdef object _refused(self, uint64_t iova, uint64_t pa, uint64_t size, uint64_t prot)
@@ -346,11 +385,15 @@ cdef class PageTable:
                   uint64_t attributes) except -1
     cdef int _judge(self, int status, const Plan* plan) except -1
     cdef int _convert(self, Plan* plan) except -1
+    cdef void _convert_back(self, Plan* plan, size_t done, Batch* b) noexcept
     cdef int _undo(self, uint64_t iova, uint64_t end) except -1
     cdef int _check_tables(self, uint64_t at, uint64_t end, bint stop) except -1
     cdef int _remove(self, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
-                     Run* run) except -1
+                     Run* run, Journal* journal) except -1
+    cdef int _unmap_slow(self, uint64_t first, uint64_t end, uint64_t* at, Batch* b) except -1
     cdef int _break(self, const Run* run) except -1
+    cdef uint64_t _write_run(self, const Run* run, const uint64_t* kept, uint64_t keep,
+                             bint flushed) noexcept
     cdef int _reclaim(self) except -1
     cdef object _look_up(self, uint64_t at)
 

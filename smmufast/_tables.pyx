@@ -1,11 +1,15 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """Page tables in memory: map, unmap, dirty state; and the blocks of memory that they lie in."""
 
 cimport cython
-from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear, PyErr_Occurred
 from cpython.long cimport PyLong_Check
 from cpython.number cimport PyNumber_Index
 from cpython.ref cimport Py_DECREF
-from cpython.pythread cimport PyThread_get_thread_ident
+from cpython.pythread cimport (
+    NOWAIT_LOCK, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
+    PyThread_get_thread_ident, PyThread_release_lock, PyThread_type_lock,
+)
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memchr, memset
@@ -18,33 +22,34 @@ from smmufast._layout cimport (
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
+from smmufast._host cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
+)
 from smmufast._leaves cimport (
     leaves_alike, leaves_each, leaves_fill, leaves_switch, leaves_union, leaves_wide,
 )
-from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, raise_port
+from smmufast._memory cimport FETCH_RAISED, Memory, Region, port_open, to_flag
 from smmufast._pages cimport (
-    FRAME_LG2, SMALLEST_LG2, Frame, PagesC, bit_of, clz, ctz, load_slow, order_add, pages_alloc,
-    pages_claim, pages_free, pages_zero, store_slow,
+    ACCESS_NO_MEMORY, FRAME_LG2, SMALLEST_LG2, Access, Frame, PagesC, access_drop, access_open,
+    bit_of, clz, ctz, holds, load_slow, order_add, pages_alloc, pages_claim, pages_free,
+    pages_zero, store_slow, store_twice,
 )
 
 import os
 from collections.abc import Iterable
-from threading import Lock
 
 from smmufast.errors import (
     Busy, Exists, InputOutput, InvalidArgument, NoDevice, NotSupported, OutOfMemory, OutOfRange,
     WrongType, instance,
 )
 
-cdef extern from "<sys/mman.h>" nogil:
-    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void* addr, size_t length)
-    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    void* MAP_FAILED
-
 cdef extern from "Python.h":
     # cpython.long raises its OverflowError, which names no argument
     unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
+    int acquire_interruptibly "PyThread_acquire_lock_timed"(
+        PyThread_type_lock lock, long long microseconds, int interruptible) noexcept nogil
+    enum:
+        PY_LOCK_INTR
 
 cnp.import_array()
 
@@ -71,6 +76,7 @@ cdef enum:
     NOT_READY = 2
     CLOSED = 4
     SLOW = 8              # memory that is not plain
+    OWES = 16             # what was removed is not flushed yet, since that failed
 
     # how a piece of work ends
     DONE = 0
@@ -102,11 +108,25 @@ def vectors(on=None):
         What holds from now on: False where the processor has none.
     """
     if on is not None:
-        leaves_switch(on)
+        leaves_switch(to_flag("on", on))
     return bool(leaves_wide)
 
 
 vectors(os.environ.get("SMMUFAST_VECTOR") != "0")
+
+
+# --- processes ---
+
+cdef uint64_t forks = 0  # how often this process is the child of a fork
+
+
+def _forked():
+    """Count a fork, in the child."""
+    global forks
+    forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 # --- numbers ---
@@ -116,7 +136,7 @@ cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
         given = PyNumber_Index(value)
     except TypeError:
         raise WrongType(
-            name, value, text=f"{name}: {type(value).__name__} given; an integer needed") from None
+            name, value, text=f"{name} must be an integer, not {type(value).__name__}") from None
     if not 0 <= given <= 0xFFFFFFFFFFFFFFFF:
         raise InvalidArgument(name, given, "0 to 2^64 - 1")
     return given
@@ -136,7 +156,32 @@ cdef inline uint64_t number(str name, value) except? 0xFFFFFFFFFFFFFFFF:
     return number_slow(name, value)
 
 
+cdef int flag(str name, value) except -1:
+    """An argument that is true or false, or an error that names it."""
+    try:
+        return to_flag(name, value)
+    except (TypeError, ValueError) as error:
+        raise WrongType(name, value, text=str(error)) from None
+
+
 # --- blocks of memory ---
+
+cdef object failure_of(Access* access):
+    """How an access failed, as an exception, and no longer; None if none did."""
+    cdef int status = access.status
+    access.status = 0
+    if status == FETCH_RAISED:
+        error = <object>access.port.exception
+        Py_DECREF(error)  # the port's own reference
+        access.port.exception = NULL
+        return error
+    if status == ACCESS_NO_MEMORY:
+        return MemoryError()
+    return InputOutput("memory", text=REFUSED) if status else None
+
+
+cdef str REFUSED = "the memory refused an access to a table"
+
 
 cdef uint64_t size_lg2(object size, uint64_t most) except? 0xFF:
     """lg2 of the block that holds so many bytes."""
@@ -256,7 +301,7 @@ cdef class Pages:
         p.plain = region.data != NULL and not p.host & 7
         p.touched = region.touched
         p.region = region.base
-        port_open(&p.port, &memory.ram, NULL)
+        port_open(&p.access.port, &memory.ram, NULL)
         self.memory = memory
         memory.exports += 1
 
@@ -267,13 +312,10 @@ cdef class Pages:
             self.memory.exports -= 1
 
     cdef int _check(self) except -1:
-        """Raise what an access through the port left behind."""
-        cdef int status = self.c.status
-        self.c.status = 0
-        if status == FETCH_RAISED:
-            raise_port(&self.c.port)
-        if status:
-            raise InputOutput("memory", text="the memory refused an access to a table")
+        """Raise what kept the memory from being written."""
+        error = failure_of(&self.c.access)
+        if error is not None:
+            raise error
         return 0
 
     def alloc(self, size):
@@ -300,7 +342,7 @@ cdef class Pages:
                 f"no block of {<uint64_t>1 << lg2:#x} bytes is left; {self.c.in_use:#x} of "
                 f"{self.c.size:#x} are in use"))
         self.memory.ram.users += 1
-        pages_zero(&self.c, address, <uint64_t>1 << lg2)
+        pages_zero(&self.c, &self.c.access, address, <uint64_t>1 << lg2)
         self.memory.ram.users -= 1
         try:
             self._check()
@@ -442,6 +484,11 @@ cdef void tables_give(Tree* t, uint32_t list_) noexcept nogil:
         list_ = after
 
 
+cdef inline bint refused(const Tree* t) noexcept nogil:
+    """An access to memory failed, and none was made since."""
+    return not t.plain and t.access.status != 0
+
+
 cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t n) noexcept nogil:
     """No entry of some is valid; unknown is not so."""
     cdef uint64_t i, found = 0
@@ -449,20 +496,113 @@ cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t 
         # what is found is not used, so these need not be single loads
         return not leaves_union(t.host + table + 8 * first, n) & PTE_S1_VALID
     for i in range(first, first + n):
-        found |= load_slow(t.pages, table + 8 * i)
-    return not (found & PTE_S1_VALID or t.pages.status)
+        found |= load_slow(t.access, table + 8 * i)
+    return not (found & PTE_S1_VALID or t.access.status)
 
 
-cdef inline void fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
-                      uint64_t step) noexcept nogil:
-    """Write descriptors one after the other."""
+cdef inline uint64_t fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
+                          uint64_t step) noexcept nogil:
+    """Write descriptors one after the other; how many memory has, which are less if it fails."""
     cdef uint64_t k
     if likely(t.plain):
         leaves_fill(t.host + entry, n, d, step)
-        return
+        return n
+    if refused(t):
+        return 0
     for k in range(n):
-        store_slow(t.pages, entry + 8 * k, d)
+        store_twice(t.access, entry + 8 * k, d)
+        if refused(t):
+            return k + holds(t.access, entry + 8 * k, d)
         d += step
+    return n
+
+
+cdef inline bint put_refused(const Tree* t, uint64_t entry, uint64_t d) noexcept nogil:
+    """Write a descriptor; true when memory does not have it then."""
+    put(t, entry, d)
+    return unlikely(refused(t)) and not holds(t.access, entry, d)
+
+
+cdef bint journal_room(Journal* journal) noexcept nogil:
+    """There is room for one more; no without host memory."""
+    cdef Taken* grown
+    if journal.count == journal.capacity:
+        journal.capacity = 2 * journal.capacity + 64
+        grown = <Taken*>realloc(journal.taken, journal.capacity * sizeof(Taken))
+        if grown == NULL:
+            journal.capacity = journal.count
+            return False
+        journal.taken = grown
+    return True
+
+
+cdef bint take_away(Tree* t, uint64_t table, int level, uint64_t iova,
+                    uint64_t mapped) noexcept nogil:
+    """Write 0 over the descriptor of an address; no when memory has it still."""
+    cdef uint64_t entry = table + offset_of(t, iova, level), d
+    cdef Taken* taken
+    if t.journal == NULL:
+        return not put_refused(t, entry, 0)
+    d = get(t, entry)
+    if not refused(t) and not journal_room(t.journal):
+        t.access.status = ACCESS_NO_MEMORY
+    if refused(t) or put_refused(t, entry, 0):
+        return False
+    taken = &t.journal.taken[t.journal.count]
+    taken.table, taken.level, taken.entry, taken.d = table, level, entry, d
+    taken.iova, taken.mapped = iova, mapped
+    t.journal.count += 1
+    return True
+
+
+cdef inline uint64_t take_leaves(
+        Tree* t, uint64_t table, int level, uint64_t iova, uint64_t n) noexcept nogil:
+    """Write 0 over the leaves from an address on; how many memory has no longer."""
+    cdef uint64_t k
+    if likely(t.plain):
+        leaves_fill(t.host + table + offset_of(t, iova, level), n, 0, 0)
+        return n
+    for k in range(n):
+        if not take_away(t, table, level, iova + (k << t.shift[level]),
+                         <uint64_t>1 << t.shift[level]):
+            return k
+        if refused(t):
+            return k + 1
+    return n
+
+
+cdef void give_back(Tree* t, Journal* journal, Batch* gone) noexcept nogil:
+    """Put back what an unmap took away.  What is lost in spite of that goes into a batch."""
+    cdef Taken* taken
+    cdef bint leads
+    while journal.count:
+        journal.count -= 1
+        taken = &journal.taken[journal.count]
+        leads = kind_of(t, taken.d, taken.level) == KIND_TABLE
+        if (taken.level != t.start and foreign(t, taken.table, taken.level)
+                or get(t, taken.entry) or refused(t)
+                or not settle(t, taken.entry, taken.d)):
+            # memory refuses, or somebody has used it while the flush of a piece ran
+            access_drop(t.access)
+            batch_cover(t, gone, taken.iova, taken.iova | low_mask(t.shift[taken.level]))
+            if leads:
+                retire(t, address_of(t, taken.d), gone)
+            continue
+        count_in(t, taken.table, taken.level, 1)
+        t.mapped += taken.mapped
+        if leads:
+            frame_of(t, address_of(t, taken.d)).owner = t.tag + <uint32_t>(taken.level + 1)
+
+
+cdef uint32_t tables_join(Tree* t, uint32_t first, uint32_t second) noexcept nogil:
+    """One list of two."""
+    cdef uint32_t each = first
+    if first == 0:
+        return second
+    while t.frames[each - 1].next:
+        each = t.frames[each - 1].next
+    t.frames[each - 1].next = second
+    return first
 
 
 cdef inline uint64_t alike(const Tree* t, uint64_t entry, uint64_t n, uint64_t kind) noexcept nogil:
@@ -470,14 +610,9 @@ cdef inline uint64_t alike(const Tree* t, uint64_t entry, uint64_t n, uint64_t k
     cdef uint64_t k = 0
     if likely(t.plain):
         return leaves_alike(t.host + entry, n, TABLE, kind)
-    while k < n and load_slow(t.pages, entry + 8 * k) & TABLE == kind:
+    while k < n and load_slow(t.access, entry + 8 * k) & TABLE == kind:
         k += 1
     return k
-
-
-cdef inline bint refused(const Tree* t) noexcept nogil:
-    """An access to memory failed, and none was made since."""
-    return not t.plain and t.pages.status != 0
 
 
 cdef inline void count_in(Tree* t, uint64_t table, int level, uint64_t n) noexcept nogil:
@@ -552,16 +687,16 @@ cdef void drop_empty(Tree* t, const Path* p, int level, uint64_t at, uint64_t fi
         if frame_of(t, table).entries:
             return
         span = span_mask(t, level)
-        if at & ~span < first or at | span > last:
+        if at & ~span < first or at | span > last or refused(t):
             note(t, table, at & ~span, level)
             return
         if not vacant(t, table, 0, entries_of(t, level)):
             return
+        if not take_away(t, p.table[level - 1], level - 1, at & ~span, 0):
+            note(t, table, at & ~span, level)
+            return
         batch_cover(t, b, at & ~span, at | span)
         level -= 1
-        put(t, p.table[level] + offset_of(t, at, level), 0)
-        if refused(t):
-            return
         retire(t, table, b)
         count_out(t, p.table[level], level, 1)
 
@@ -574,13 +709,21 @@ cdef inline bint cut_at(const Tree* t, uint64_t table, int level, uint64_t i, ui
     return boundary & within and get(t, table + 8 * i) & PTE_S1_CONTIGUOUS
 
 
-cdef void run_break(Tree* t, const Run* run) noexcept nogil:
-    """Take the hint from the leaves of a run that are there."""
-    cdef uint64_t i, d
+cdef bint run_break(Tree* t, const Run* run) noexcept nogil:
+    """Take the hint from the leaves of a run that are there: from all of them, or from none."""
+    cdef uint64_t[LONGEST_RUN] kept
+    cdef uint64_t i, k
     for i in range(run.n):
-        d = get(t, run.entry + 8 * i)
-        if d & PTE_S1_VALID:
-            put(t, run.entry + 8 * i, d & ~PTE_S1_CONTIGUOUS)
+        kept[i] = get(t, run.entry + 8 * i)
+    for i in range(run.n):
+        if refused(t):
+            break
+        if kept[i] & PTE_S1_VALID and put_refused(
+                t, run.entry + 8 * i, kept[i] & ~PTE_S1_CONTIGUOUS):
+            for k in range(i):
+                settle(t, run.entry + 8 * k, kept[k])
+            break
+    return not refused(t)
 
 
 cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
@@ -618,6 +761,8 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         # twice at most, for a memory that does not keep what is written
         if t.run_lg2[level] and (run.at != at[0] or run.cuts < 2):
             if cut_at(t, table, level, i, i, &k) or cut_at(t, table, level, i + n - 1, i + n, &k):
+                run.table = table
+                run.level = level
                 run.entry = table + 8 * k
                 run.n = min(<uint64_t>1 << t.run_lg2[level], entries - k)  # the root may be shorter
                 run.shift = shift
@@ -626,7 +771,8 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
                 run.at = at[0]
                 if t.active:
                     return CUT
-                run_break(t, run)
+                if not run_break(t, run):
+                    return STOPPED
                 is_near = False
                 continue  # the other end may cut another one
         begin = at[0]
@@ -636,11 +782,13 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         whole = n == entries and level > t.start
         if whole:  # what the table holds does not matter
             level -= 1
-            put(t, p.table[level] + offset_of(t, begin, level), 0)
+            if not take_away(t, p.table[level], level, begin, last + 1 - begin):
+                return STOPPED
         else:
-            fill(t, p.entry, n, 0, 0)
-        if unlikely(refused(t)):
-            return STOPPED
+            n = take_leaves(t, table, level, begin, n)
+            if unlikely(n == 0):
+                return STOPPED
+            last = begin + (n << shift) - 1
         at[0] = last + 1
         t.mapped -= min(t.mapped, last + 1 - begin)
         if whole:
@@ -651,6 +799,8 @@ cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
         if count_out(t, table, level, n):
             drop_empty(t, &p, level, begin, first, max(end - 1, last), b)
             is_near = False  # that may have been the table
+        if unlikely(refused(t)):
+            return STOPPED
     return DONE
 
 
@@ -691,42 +841,54 @@ cdef void reclaim(Tree* t, Batch* b) noexcept nogil:
         each = t.notes[t.n_notes]
         level = each.level
         find(t, each.iova, level, &p)
+        if refused(t):
+            t.n_notes += 1
+            return
         if p.level != level:
             continue
         table = p.table[level]
         frame_of(t, table).noted = False
-        if frame_of(t, table).entries or not vacant(t, table, 0, entries_of(t, level)):
+        if frame_of(t, table).entries:
+            continue
+        if (not vacant(t, table, 0, entries_of(t, level))
+                or not take_away(t, p.table[level - 1], level - 1, each.iova, 0)):
+            if refused(t):
+                note(t, table, each.iova, level)
+                return
             continue
         batch_cover(t, b, each.iova, each.iova | span_mask(t, level))
         level -= 1
-        put(t, p.table[level] + offset_of(t, each.iova, level), 0)
-        if refused(t):
-            return
         retire(t, table, b)
         if count_out(t, p.table[level], level, 1):
             note(t, p.table[level], each.iova & ~span_mask(t, level), level)
+        if refused(t):
+            return
 
 
 # --- mapping ---
 
-cdef inline void write_leaves(const Tree* t, uint64_t table, int level, uint64_t i, uint64_t n,
-                              uint64_t pa, uint64_t d) noexcept nogil:
-    """Write n leaves from entry i on, with the hint where it may be."""
+cdef inline uint64_t write_leaves(
+        const Tree* t, uint64_t table, int level, uint64_t i, uint64_t n, uint64_t pa,
+        uint64_t d) noexcept nogil:
+    """Write n leaves from entry i on, with the hint where it may be; how many memory has."""
     cdef uint64_t entry = table + 8 * i, step = <uint64_t>1 << t.shift[level]
     cdef unsigned int run = t.run_lg2[level]
-    cdef uint64_t head, runs
+    cdef uint64_t head, runs, done
     d |= address_bits(t, pa) | (TABLE if level == 3 else PTE_S1_VALID)
     if t.hints and run:
         head = (0 - i) & low_mask(run)
         if head <= n and n - head >> run and not (
                 pa + (head << t.shift[level]) & low_mask(run + t.shift[level])):
             runs = (n - head) >> run << run
-            fill(t, entry, head, d, step)
-            fill(t, entry + 8 * head, runs, (d + head * step) | PTE_S1_CONTIGUOUS, step)
+            done = fill(t, entry, head, d, step)
+            if done == head:
+                done += fill(
+                    t, entry + 8 * head, runs, (d + head * step) | PTE_S1_CONTIGUOUS, step)
             head += runs
-            fill(t, entry + 8 * head, n - head, d + head * step, step)
-            return
-    fill(t, entry, n, d, step)
+            if done == head:
+                done += fill(t, entry + 8 * head, n - head, d + head * step, step)
+            return done
+    return fill(t, entry, n, d, step)
 
 
 cdef inline bint map_here(Tree* t, uint64_t iova, uint64_t pa, uint64_t size,
@@ -856,8 +1018,11 @@ cdef int allocate(Tree* t, Plan* plan) noexcept nogil:
 
 cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t count,
                         uint64_t attributes, Plan* plan) noexcept nogil:
-    """Write what was planned.  CHANGED if the tables are not as they were, or cannot be written."""
-    cdef uint64_t pa, rest, i, n, table
+    """Write what was planned.  CHANGED if the tables are not as they were, or cannot be written.
+
+    What is written then lies below plan.where.
+    """
+    cdef uint64_t pa, rest, i, n, table, d, written = 0
     cdef size_t k
     cdef int level, below, kind
     cdef bint is_near = False
@@ -883,13 +1048,15 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
                 below += 1
                 # contents before the entry that leads there
                 if below < level or n != entries_of(t, level):
-                    pages_zero(t.pages, table, <uint64_t>1 << t.granule)
+                    pages_zero(t.pages, t.access, table, <uint64_t>1 << t.granule)
                 if below == level:
-                    write_leaves(t, table, level, i, n, pa, attributes)
+                    written = write_leaves(t, table, level, i, n, pa, attributes)
                 frame.level = <uint8_t>below
                 frame.owner = t.tag + <uint32_t>below
-                publish(t, p.entry, address_bits(t, table) | TABLE)
-                if refused(t):
+                d = address_bits(t, table) | TABLE
+                publish(t, p.entry, d)
+                if refused(t) and not holds(t.access, p.entry, d):
+                    plan.where = at + (n << t.shift[level])
                     frame.owner = t.tag + UNLINKED
                     frame.next = plan.tables
                     plan.tables = <uint32_t>((table - t.origin) >> FRAME_LG2) + 1
@@ -899,10 +1066,10 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
                 p.entry = table + offset_of(t, at, below)
                 p.level = below - 1
             if p.level == level:
-                write_leaves(t, p.table[level], level, i, n, pa, attributes)
-            count_in(t, p.table[level], level, n)
+                written = write_leaves(t, p.table[level], level, i, n, pa, attributes)
+            count_in(t, p.table[level], level, written)
+            t.mapped += written << t.shift[level]
             n <<= t.shift[level]
-            t.mapped += n
             is_near = near(t, &p, at, at + n)
             at += n
             pa += n
@@ -911,6 +1078,35 @@ cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t co
                 plan.where = at
                 return CHANGED
     return DONE
+
+
+cdef void undo(Tree* t, uint64_t iova, uint64_t end, Batch* b) noexcept nogil:
+    """Take out what a map that failed wrote from one address to another, where nothing was.
+
+    What the memory does not let be taken out stays, and is counted.
+    """
+    cdef Path p
+    cdef uint64_t at = iova, unread = end
+    cdef int kind, level
+    cdef unsigned int shift
+    while at < end:
+        kind = find(t, at, 3, &p)
+        if refused(t):
+            if unread == at:
+                return
+            unread = at
+            access_drop(t.access)
+            continue
+        level = p.level
+        shift = t.shift[level]
+        if kind == KIND_LEAF and not at & low_mask(shift) and settle(t, p.entry, 0):
+            batch_cover(t, b, at, at | low_mask(shift))
+            t.mapped -= min(t.mapped, <uint64_t>1 << shift)
+            count_out(t, p.table[level], level, 1)
+        if kind != KIND_FOREIGN:
+            drop_empty(t, &p, level, at, 0, t.input_last, b)
+            access_drop(t.access)
+        at = (at | low_mask(shift)) + 1
 
 
 cdef void collect(Tree* t, uint64_t table, int level, Batch* b) noexcept nogil:
@@ -937,7 +1133,7 @@ cdef inline void clean(Tree* t, uint64_t entry, uint64_t d, Dirty* cleared, uint
     if t.plain:
         or64(t.host + entry, le64(PTE_S1_AP2))
     else:
-        store_slow(t.pages, entry, d | PTE_S1_AP2)
+        store_slow(t.access, entry, d | PTE_S1_AP2)
     if cleared.page_lg2 == 0:
         cleared.first, cleared.page_lg2 = at, shift
     cleared.page_lg2 = min(cleared.page_lg2, shift)
@@ -1002,6 +1198,19 @@ cdef void read_dirty_bits(Tree* t, uint64_t iova, uint64_t end, bint clear, uint
             p.d = get(t, p.entry)
             if kind_of(t, p.d, p.level) != KIND_LEAF:
                 break
+
+
+cdef void dirty_again(Tree* t, uint64_t iova, uint64_t end, const uint8_t* told) noexcept nogil:
+    """Let what was told to be dirty be so again, in memory that is not plain."""
+    cdef Path p
+    cdef uint64_t at = iova
+    while at < end:
+        p.level = 3
+        if (told[(at - iova) >> t.granule] and find(t, at, 3, &p) == KIND_LEAF
+                and p.d & (PTE_S1_DBM | PTE_S1_AP2) == PTE_S1_DBM | PTE_S1_AP2):
+            settle(t, p.entry, p.d & ~PTE_S1_AP2)
+        access_drop(t.access)
+        at = (at | low_mask(t.shift[p.level])) + 1
 
 
 # --- the owner ---
@@ -1112,7 +1321,8 @@ cdef class PageTable:
     stage 1 leaves have nG and AF, and no unprivileged access only with PRIV.  Stage 2 starts one
     level lower, with up to 16 tables side by side, where the output size admits no other start.
 
-    A call that raises has changed nothing, but for unmap and read_dirty when `flush` raises.
+    A call that raises has changed nothing, but for unmap and read_dirty when `flush` raises.  Where
+    the memory refuses that something be undone as well, what it holds stays, and counts as mapped.
 
     Several threads may share it.  A call for 16384 granules or more releases the GIL, and calls of
     other threads for the same table wait for it, as they do while `flush` runs in the middle of a
@@ -1137,7 +1347,9 @@ cdef class PageTable:
 
     def __cinit__(self):
         self.state = CLOSED
-        self.lock = Lock()
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError("no lock is left for a page table")
 
     def __init__(self, Pages pages not None, *, stage=1, granule=4096, ias=48, oas=48,
                  contiguous=False, dirty=False, coherent=True, fwb=False, page_sizes=None,
@@ -1145,6 +1357,9 @@ cdef class PageTable:
         cdef Tree* t = &self.tree
         cdef int level, bits, most
         cdef uint64_t sizes = 0
+        cdef bint tracked = flag("dirty", dirty), forced = flag("fwb", fwb)
+        cdef bint hints = flag("contiguous", contiguous), shared = flag("coherent", coherent)
+        cdef bint begins = flag("ready", ready)
         if self.pages is not None:
             raise InvalidArgument("pages", text="the page table has its pages already")
         if stage not in (1, 2):
@@ -1158,8 +1373,8 @@ cdef class PageTable:
             raise InvalidArgument("ias", ias, f"25 to {most} with this granule")
         if number("oas", oas) not in SIZES or oas > most:
             raise InvalidArgument(
-                "oas", oas, f"{', '.join(str(n) for n in SIZES if n <= most)} with this granule")
-        if dirty and stage == 2:
+                "oas", oas, f"{'32, 36, 40, 42, 44, 48' + ', 52' * (most == 52)} with this granule")
+        if tracked and stage == 2:
             raise NotSupported("dirty", dirty, text="dirty is tracked by stage 1 only")
         t.stride = t.granule - 3
         for level in range(4):
@@ -1193,21 +1408,24 @@ cdef class PageTable:
         t.output_last = low_mask(oas)
         t.low_address = low_mask(48) & ~low_mask(t.granule)
         t.high_address = 0xF000 if t.granule == 16 else 0
-        t.hints = bool(contiguous)
+        t.hints = hints
         for level in range(64):
             t.attributes[level] = (
-                stage1_attributes(level, dirty) if stage == 1 else stage2_attributes(level, fwb))
+                stage1_attributes(level, tracked) if stage == 1
+                else stage2_attributes(level, forced))
         self.stage, self.ias, self.oas = stage, bits, oas
-        self.contiguous, self.dirty = bool(contiguous), bool(dirty)
-        self.coherent, self.fwb = bool(coherent), bool(fwb)
+        self.contiguous, self.dirty = hints, tracked
+        self.coherent, self.fwb = shared, forced
         t.pages = &pages.c
+        t.access = &self.access
+        access_open(t.access, &pages.c.access)
         t.plain, t.host = pages.c.plain, pages.c.host
         t.frames, t.origin, t.n_frames = pages.c.frames, pages.c.origin, pages.c.n_frames
         pages.c.tags += 1
         t.tag = pages.c.tags << 3
         self.pages = pages
         self.state = NOT_READY | (0 if t.plain else SLOW)
-        if ready:
+        if begins:
             try:
                 self._make_root()
             except BaseException:
@@ -1217,16 +1435,33 @@ cdef class PageTable:
     def __dealloc__(self):
         if self.pages is not None:
             self._give_all()
+        if self.lock != NULL:
+            PyThread_free_lock(self.lock)
 
     # --- what is locked, and what is missing ---
+
+    cdef int _acquire(self) except -1:
+        """Take the lock; without the GIL while somebody else has it."""
+        cdef int got
+        if PyThread_acquire_lock(self.lock, NOWAIT_LOCK):
+            return 0
+        while True:
+            with nogil:
+                got = acquire_interruptibly(self.lock, -1, True)
+            if got != PY_LOCK_INTR:
+                return 0
+            PyErr_CheckSignals()
 
     cdef int _wait(self) except -1:
         """Wait until no call has the table for itself."""
         while self.state & BUSY:
-            if self.holder == PyThread_get_thread_ident():
+            if self.holder == <unsigned long>PyThread_get_thread_ident():
                 raise Busy("table", text="the page table is at work on a call of this thread")
-            with self.lock:
-                pass
+            if self.forks != forks:
+                raise Busy("table", text=(
+                    "the page table was at work in another thread when this process was forked"))
+            self._acquire()
+            PyThread_release_lock(self.lock)
         return 0
 
     cdef int _open(self) except -1:
@@ -1239,19 +1474,31 @@ cdef class PageTable:
     cdef int _take(self) except -1:
         """Have the table for this call, whoever has the GIL meanwhile."""
         self._wait()
-        self.lock.acquire()
+        self._acquire()
         if self.state & (CLOSED | NOT_READY):
-            self.lock.release()
+            PyThread_release_lock(self.lock)
             raise NoDevice("table", text="the page table was closed meanwhile")
         self.state |= BUSY
-        self.holder = PyThread_get_thread_ident()
+        self.holder = <unsigned long>PyThread_get_thread_ident()
+        self.forks = forks
         self.pages.memory.ram.users += not self.tree.plain
         return 0
 
     cdef int _give(self) except -1:
         self.pages.memory.ram.users -= not self.tree.plain
         self.state &= ~BUSY
-        self.lock.release()
+        PyThread_release_lock(self.lock)
+        return 0
+
+    cdef object _failure(self):
+        """How an access of this call failed, as an exception, and no longer; or None."""
+        return failure_of(&self.access)
+
+    cdef int _check(self) except -1:
+        """Raise how an access of this call failed."""
+        error = self._failure()
+        if error is not None:
+            raise error
         return 0
 
     # --- tables as a whole ---
@@ -1276,6 +1523,7 @@ cdef class PageTable:
         t.root = t.table_bytes = t.mapped = 0
         t.n_notes = 0
         memset(&self.own, 0, sizeof(Batch))
+        self._owe()
         self.epoch += 1
 
     cdef int _end(self, unsigned int state) except -1:
@@ -1312,7 +1560,7 @@ cdef class PageTable:
 
     @ready.setter
     def ready(self, value):
-        cdef bint ready = bool(value)
+        cdef bint ready = flag("ready", value)
         self._open()
         if ready == (not self.state & NOT_READY):
             return
@@ -1339,6 +1587,13 @@ cdef class PageTable:
             Table entries were removed too: what is cached of the tables goes as well.
         """
 
+    cdef void _owe(self) noexcept:
+        """Remember whether a flush is owed before anything is mapped."""
+        if self.own.page_lg2 or self.own.tables:
+            self.state |= OWES
+        else:
+            self.state &= ~OWES
+
     cdef int _sync(self, Batch* b) except -1:
         """Flush a batch and give its tables back; if that raises, the batch stays as it is."""
         cdef Batch mine = b[0]
@@ -1346,15 +1601,26 @@ cdef class PageTable:
         if mine.page_lg2 == 0 and mine.tables == 0:
             return 0
         memset(b, 0, sizeof(Batch))
+        self._owe()
         if mine.page_lg2 and self.tree.active:
             try:
                 self.flush(mine.first, mine.last, mine.page_lg2, bool(mine.unlinked))
             except BaseException:
                 if self.epoch == epoch:
                     self._merge(b, &mine)
+                    self._owe()
                 raise
         if self.epoch == epoch:
             tables_give(&self.tree, mine.tables)
+        return 0
+
+    cdef int _sync_surely(self, Batch* b) except -1:
+        """The same, at the second try if need be: what was unmapped is not to stay reachable."""
+        try:
+            self._sync(b)
+        except BaseException:
+            self._sync(b)
+            raise
         return 0
 
     cdef void _merge(self, Batch* b, const Batch* other) noexcept:
@@ -1406,6 +1672,9 @@ cdef class PageTable:
         self._open()
         if self.state & NOT_READY:
             raise NoDevice("table", text="the page table is not ready: it has no tables yet")
+        if self.state & OWES:
+            self._sync(&self.own)  # or hardware would go on to what was mapped there before
+            self._wait()
         return 0
 
     def map(self, iova, pa, size, prot=3):
@@ -1550,7 +1819,7 @@ cdef class PageTable:
                     memset(&plan, 0, sizeof(plan))
                     continue
                 break
-            self.pages._check()
+            self._check()
             if status == DONE:
                 status = allocate(t, &plan)
             self._judge(status, &plan)
@@ -1562,8 +1831,12 @@ cdef class PageTable:
             else:
                 status = write_segments(t, iova, segments, count, attributes, &plan)
             if status:
-                self._undo(iova, plan.where)
-                self.pages._check()
+                error = self._failure()
+                try:
+                    self._undo(iova, plan.where)
+                finally:
+                    if error is not None:
+                        raise error
                 self._judge(status, &plan)
         finally:
             tables_give(t, plan.tables)
@@ -1594,58 +1867,66 @@ cdef class PageTable:
         """Take empty tables out of the way of blocks; the table is held."""
         cdef Tree* t = &self.tree
         cdef Batch b
-        cdef size_t k
-        cdef uint32_t each
+        cdef size_t k, done = 0
         cdef Conversion* c
         memset(&b, 0, sizeof(b))
         for k in range(plan.n_conversions):
             c = &plan.conversions[k]
-            put(t, c.entry, 0)
+            if refused(t) or put_refused(t, c.entry, 0):
+                break
             count_out(t, c.table, c.level, 1)
             batch_cover(t, &b, c.iova, c.iova | low_mask(t.shift[c.level]))
             if not foreign(t, address_of(t, c.d), c.level + 1):
                 collect(t, address_of(t, c.d), c.level + 1, &b)
+            c.tables = b.tables
+            done = k + 1
         try:
-            self.pages._check()
+            self._check()
             if t.active:
                 self.flush(b.first, b.last, b.page_lg2, True)
         except BaseException:
-            each = b.tables
-            while each:
-                t.frames[each - 1].owner = t.tag + t.frames[each - 1].level
-                each = t.frames[each - 1].next
-            for k in range(plan.n_conversions):
-                c = &plan.conversions[k]
-                put(t, c.entry, c.d)
-                count_in(t, c.table, c.level, 1)
+            self._convert_back(plan, done, &b)
             raise
         tables_give(t, b.tables)
         return 0
 
-    cdef int _undo(self, uint64_t iova, uint64_t end) except -1:
-        """Take out again what was written below `end`, as far as memory lets."""
+    cdef void _convert_back(self, Plan* plan, size_t done, Batch* b) noexcept:
+        """Put tables back that were taken out; what memory does not take back goes for good."""
         cdef Tree* t = &self.tree
-        cdef PagesC* p = t.pages
-        cdef int status = p.status
-        cdef void* exception = p.port.exception
-        cdef bint active = t.active
+        cdef Batch gone
+        cdef Conversion* c
+        cdef uint32_t each, end
+        cdef bint back
+        memset(&gone, 0, sizeof(gone))
+        while done:
+            done -= 1
+            c = &plan.conversions[done]
+            back = settle(t, c.entry, c.d)
+            if back:
+                count_in(t, c.table, c.level, 1)
+            else:
+                batch_cover(t, &gone, c.iova, c.iova | low_mask(t.shift[c.level]))
+                gone.unlinked = True
+            end = plan.conversions[done - 1].tables if done else 0
+            while b.tables != end:
+                each = b.tables
+                b.tables = t.frames[each - 1].next
+                if back:
+                    t.frames[each - 1].owner = t.tag + t.frames[each - 1].level
+                else:
+                    t.frames[each - 1].next = gone.tables
+                    gone.tables = each
+        self._merge(&self.own, &gone)
+        self._owe()
+
+    cdef int _undo(self, uint64_t iova, uint64_t end) except -1:
+        """Take out again what a map wrote below `end`, and flush it: a walk may have met it."""
         cdef Batch b
-        cdef Run run
-        cdef uint64_t at = iova
         memset(&b, 0, sizeof(b))
-        memset(&run, 0, sizeof(run))
-        p.status = 0
-        p.port.exception = NULL
-        t.active = False
-        remove(t, iova, end, &at, &b, &run)
-        tables_give(t, b.tables)
-        t.active = active
-        if p.port.exception != NULL:
-            error = <object>p.port.exception
-            Py_DECREF(error)
-        p.status = status
-        p.port.exception = exception
-        return 0
+        undo(&self.tree, iova, end, &b)
+        self._merge(&self.own, &b)
+        self._owe()
+        return self._sync_surely(&self.own)
 
     # --- unmap ---
 
@@ -1675,9 +1956,12 @@ cdef class PageTable:
         InputOutput
             A descriptor within the range, before the first hole, names what is no table of this
             object; nothing is unmapped.
+        InputOutput, Exception
+            The memory refused, or what its callback raised: what was unmapped is mapped again.
         Exception
-            What `flush` raised.  What was unmapped stays so; tables that were removed are given
-            back after the next flush that succeeds.
+            What `flush` raised, which is called once more then.  What was unmapped stays so.  If
+            the second call raises, too, map() flushes first, and tables that were removed are
+            given back after a flush that succeeds.
         """
         cdef Tree* t = &self.tree
         cdef uint64_t first = number("iova", iova), n = number("size", size)
@@ -1705,17 +1989,23 @@ cdef class PageTable:
         run.at = 0
         if (first ^ (end - 1)) >> t.shift[2]:
             self._check_tables(first, end, True)
-        while True:
-            if large or not t.plain:
-                status = self._remove(first, end, &at, b, &run)
+        if unlikely(not t.plain):
+            self._unmap_slow(first, end, &at, b)
+        while likely(t.plain):
+            if large:
+                status = self._remove(first, end, &at, b, &run, NULL)
             else:
                 status = remove(t, first, end, &at, b, &run)
             if likely(status <= STOPPED):
                 break
             if status == FULL:
-                self._sync(b)
+                self._sync_surely(b)
             elif status == CUT:
-                self._break(&run)
+                try:
+                    self._break(&run)
+                except BaseException:
+                    self._sync_surely(&self.own)
+                    raise
             elif at == first:
                 find(t, at, 3, &p)
                 raise self._stray(at, &p)
@@ -1727,11 +2017,60 @@ cdef class PageTable:
                 return at - first
         if gather is None or not t.active:
             if self.own.page_lg2 or self.own.tables:
-                self._sync(&self.own)
+                self._sync_surely(&self.own)
         if unlikely(t.n_notes >= KEPT):
             self._wait()
             self._reclaim()
         return at - first
+
+    cdef int _unmap_slow(self, uint64_t first, uint64_t end, uint64_t* at, Batch* b) except -1:
+        """The loop of unmap in memory that is not plain: all of it, or nothing.
+
+        Tables are kept until the end, for they may have to be put back.
+        """
+        cdef Tree* t = &self.tree
+        cdef Journal journal
+        cdef Run run
+        cdef Path p
+        cdef uint32_t before = b.tables, kept = 0
+        cdef uint64_t epoch = self.epoch
+        cdef int status
+        memset(&journal, 0, sizeof(journal))
+        run.cuts = 0
+        run.at = 0
+        b.tables = 0
+        try:
+            while True:
+                status = self._remove(first, end, at, b, &run, &journal)
+                kept = tables_join(t, b.tables, kept)
+                b.tables = 0
+                if status == FULL:
+                    self._sync_surely(b)
+                elif status == CUT:
+                    self._break(&run)
+                elif status == STRAY and at[0] == first:
+                    find(t, first, 3, &p)
+                    raise self._stray(first, &p)
+                else:
+                    break
+                # others may have used it meanwhile
+                self._wait()
+                if self.state & (NOT_READY | CLOSED):
+                    break
+        except BaseException:
+            if self.epoch == epoch:
+                if journal.count == 0:
+                    kept = 0  # they are where they were
+                b.tables = tables_join(t, kept, tables_join(t, b.tables, before))
+                kept = before = 0
+                if b is &self.own or self.state & OWES:
+                    self._sync_surely(&self.own)
+            raise
+        finally:
+            free(journal.taken)
+            if self.epoch == epoch:
+                b.tables = tables_join(t, kept, tables_join(t, b.tables, before))
+        return 0
 
     cdef int _check_tables(self, uint64_t at, uint64_t end, bint stop) except -1:
         """Raise if a table on the way to a range is none."""
@@ -1748,7 +2087,7 @@ cdef class PageTable:
                         status = all_tables(t, &at, end, stop, &p)
                 else:
                     status = all_tables(t, &at, end, stop, &p)
-                self.pages._check()
+                self._check()
             finally:
                 self._give()
         if status:
@@ -1756,47 +2095,86 @@ cdef class PageTable:
         return 0
 
     cdef int _remove(self, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
-                     Run* run) except -1:
-        """Remove with the table held."""
+                     Run* run, Journal* journal) except -1:
+        """Remove with the table held; if that fails, put back all that the journal has."""
         cdef Tree* t = &self.tree
+        cdef Batch before = b[0]
+        cdef Batch gone
         cdef int status
+        error = None
         self._take()
+        t.journal = journal
         try:
             if t.plain:
                 with nogil:
                     status = remove(t, first, end, at, b, run)
             else:
                 status = remove(t, first, end, at, b, run)
-            self.pages._check()
+            error = self._failure()
+            if error is not None:
+                memset(&gone, 0, sizeof(gone))
+                give_back(t, journal, &gone)
+                b[0] = before
+                self._merge(&self.own, &gone)
+                self._owe()
         finally:
+            t.journal = NULL
             self._give()
+        if error is not None:
+            raise error
         return status
 
     cdef int _break(self, const Run* run) except -1:
-        """Break before make: a run has no leaves while it is flushed, then leaves without hint."""
+        """Break before make: a run has no leaves while it is flushed, then leaves without hint.
+
+        If that fails it is as it was.  What memory does not take back is unmapped.
+        """
         cdef Tree* t = &self.tree
         cdef uint64_t[LONGEST_RUN] kept
-        cdef uint64_t i, keep = ~PTE_S1_CONTIGUOUS
+        cdef uint64_t i, lost
         self._take()
         try:
             for i in range(run.n):
+                kept[i] = get(t, run.entry + 8 * i)
+            self._check()
+            for i in range(run.n):
                 if t.plain:
                     kept[i] = le64(exchange64(t.host + run.entry + 8 * i, 0))
-                else:
-                    kept[i] = get(t, run.entry + 8 * i)
+                elif not refused(t):
                     put(t, run.entry + 8 * i, 0)
             try:
-                self.pages._check()
+                self._check()
                 self.flush(run.iova, run.iova + (run.n << run.shift) - 1, run.shift, False)
             except BaseException:
-                keep = ~<uint64_t>0
+                self._write_run(run, kept, ~<uint64_t>0, False)
                 raise
-            finally:
-                for i in range(run.n):
-                    put(t, run.entry + 8 * i, kept[i] & keep)
+            lost = self._write_run(run, kept, ~PTE_S1_CONTIGUOUS, True)
         finally:
             self._give()
-        return self.pages._check()
+        if lost:
+            raise InputOutput("memory", text=(
+                f"{REFUSED}; {lost:#x} bytes of the run at {run.iova:#x} are unmapped"))
+        return 0
+
+    cdef uint64_t _write_run(self, const Run* run, const uint64_t* kept, uint64_t keep,
+                             bint flushed) noexcept:
+        """Give a run its leaves back; the bytes of those that memory does not take."""
+        cdef Tree* t = &self.tree
+        cdef Batch gone
+        cdef uint64_t i, lost = 0
+        memset(&gone, 0, sizeof(gone))
+        for i in range(run.n):
+            if settle(t, run.entry + 8 * i, kept[i] & keep) or not kept[i] & PTE_S1_VALID:
+                continue
+            lost += <uint64_t>1 << run.shift
+            count_out(t, run.table, run.level, 1)
+            if not flushed:
+                batch_cover(t, &gone, run.iova + (i << run.shift),
+                            run.iova + (i + 1 << run.shift) - 1)
+        t.mapped -= min(t.mapped, lost)
+        self._merge(&self.own, &gone)
+        self._owe()
+        return lost
 
     cdef int _reclaim(self) except -1:
         """Give the tables back that became empty in pieces."""
@@ -1805,8 +2183,11 @@ cdef class PageTable:
         reclaim(&self.tree, &self.own)
         if not self.tree.plain:
             self._give()
-            self.pages._check()
-        return self._sync(&self.own)
+        error = self._failure()
+        self._sync_surely(&self.own)
+        if error is not None and type(error) is not InputOutput:  # or they wait for the next time
+            raise error
+        return 0
 
     # --- look-up and dirty state ---
 
@@ -1845,7 +2226,7 @@ cdef class PageTable:
         kind = find(&self.tree, at, 3, &p)
         if not self.tree.plain:
             self._give()
-            self.pages._check()
+            self._check()
         if kind == KIND_FOREIGN:
             raise self._stray(at, &p)
         if kind == KIND_HOLE:
@@ -1881,7 +2262,8 @@ cdef class PageTable:
         NotSupported
             The table was made without dirty.
         InputOutput
-            A descriptor within the range names what is no table of this object.
+            A descriptor within the range names what is no table of this object, or the memory
+            refused: what was dirty is so still.
         Exception
             What `flush` raised; what was dirty is clean then, and `out` says what was.
         """
@@ -1890,7 +2272,7 @@ cdef class PageTable:
         cdef cnp.npy_intp count
         cdef uint8_t* data
         cdef Dirty cleared
-        cdef bint clean = bool(clear)
+        cdef bint clean = flag("clear", clear)
         memset(&cleared, 0, sizeof(cleared))
         self._open()
         if self.stage != 1:
@@ -1925,7 +2307,11 @@ cdef class PageTable:
                     read_dirty_bits(t, first, first + n, clean, data, &cleared)
             else:
                 read_dirty_bits(t, first, first + n, clean, data, &cleared)
-            self.pages._check()
+            error = self._failure()
+            if error is not None:
+                if clean:
+                    dirty_again(t, first, first + n, data)
+                raise error
         finally:
             self._give()
         if cleared.page_lg2 and t.active:
@@ -1949,7 +2335,7 @@ cdef class PageTable:
         cdef int k
         cdef list tables = []
         self._wait()
-        if self.own.page_lg2 or self.own.unlinked:
+        if self.own.page_lg2 or self.own.tables:
             raise Busy("table", text="an invalidation of the page table failed, and is still due")
         for k in range(t.start, 4):
             if t.used >> k & 1:
@@ -1963,14 +2349,19 @@ cdef class PageTable:
             "contiguous": bool(self.contiguous), "dirty": bool(self.dirty),
             "coherent": bool(self.coherent), "fwb": bool(self.fwb), "page_sizes": sizes,
         }
-        notes = [(t.notes[k].iova, t.notes[k].level) for k in range(t.n_notes)]
+        notes = []
+        for k in range(t.n_notes):
+            notes.append((t.notes[k].iova, t.notes[k].level))
         return shape, (bool(self.state & CLOSED), bool(self.state & NOT_READY), bool(t.active),
                        t.root, t.mapped, t.table_bytes, tables, notes)
 
     def _is_block(self, uint64_t address, uint64_t size):
         """Whether the pages have handed out this block."""
         cdef PagesC* p = self.tree.pages
-        cdef int lg2 = 64 - clz(size - 1)
+        cdef int lg2
+        if p == NULL or size < 64 or size > p.size:
+            return False
+        lg2 = 64 - clz(size - 1)
         return (p.base <= address < p.base + p.size and not (address - p.origin) & low_mask(lg2)
                 and bit_of(p.orders[lg2 - SMALLEST_LG2].taken, (address - p.origin) >> lg2))
 
@@ -1983,9 +2374,12 @@ cdef class PageTable:
         closed, not_ready, active, root, mapped, table_bytes, tables, notes = contents
         if root and not self._is_block(root, t.root_bytes):
             raise InvalidArgument("contents", root, "tables in blocks that are handed out")
-        if len(notes) > NOTES or not all(0 <= level < 4 for _, level in notes):
-            raise InvalidArgument("contents", notes, f"{NOTES} notes of levels 0 to 3")
-        for i, owner, entries, level, noted in tables:
+        if len(notes) > NOTES:
+            raise InvalidArgument("contents", notes, f"{NOTES} notes")
+        for _, level in notes:
+            if not 0 <= level < 4:
+                raise InvalidArgument("contents", level, "notes of levels 0 to 3")
+        for i, owner, _entries, level, _noted in tables:
             if (not self._is_block(t.origin + (<uint64_t>i << FRAME_LG2), 1 << t.granule)
                     or t.frames[i].owner or owner > UNLINKED or level > UNLINKED):
                 raise InvalidArgument("contents", i, "tables in blocks that are handed out")
@@ -2016,7 +2410,7 @@ cdef class PageTable:
 
     @active.setter
     def active(self, value):
-        cdef bint active = bool(value)
+        cdef bint active = flag("active", value)
         self._wait()
         self.tree.active = active
 
@@ -2138,6 +2532,7 @@ cdef class Gather:
         # what was not flushed is flushed with what the table removes next
         if self.table is not None and self.epoch == self.table.epoch:
             self.table._merge(&self.table.own, &self.batch)
+            self.table._owe()
 
     cdef void _renew(self) noexcept:
         """Forget what a page table has given back on its own."""

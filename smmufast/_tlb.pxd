@@ -13,14 +13,15 @@ The C names, for the translation and the command queue:
 
 A cache that is absent never hits, takes nothing, and counts nothing.
 
-None of these functions takes a lock, and none is safe beside another: one CachesC belongs to one
-SMMU, whose owner makes their calls one after the other.  Two Smmu never share one.
+None of these functions takes a lock, and none is safe beside another: whoever calls one has the
+mutex, or the GIL while nobody uses the caches without it.  Two Smmu never share one CachesC.
 """
 
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from smmufast._bits cimport likely, unlikely
+from smmufast._memory cimport Mutex
 from smmufast._cache cimport (
     CacheC, cache_find, cache_hit, cache_hit_times, ctz64, match4, print_of,
 )
@@ -133,6 +134,7 @@ cdef struct Sizes:
 
 
 cdef struct CachesC:
+    Mutex* mutex
     CacheC[5] cache         # by CACHE_...
     uint64_t config_generation      # changes with every fill, eviction, invalidation of STE or CD
     uint64_t tlb_generation         # likewise of the TLB
@@ -159,11 +161,16 @@ cdef struct Invalidation:
     int8_t level           # TTL: translations of leaves at other levels stay; 0: any
 
 
+# Everything but the geometry, as bytes that the caller frees; it has the caches meanwhile.
+cdef char* state_of(CachesC* c, uint64_t* size) except NULL
+
+
 # Owned by the class; other modules cimport it and use `caches.c`.
 cdef class Caches:
     cdef CachesC* c
     cdef bint taken        # by an Smmu
     cdef tuple geometries
+    cdef bytes _contents(self)
 
 
 # --- tags ---

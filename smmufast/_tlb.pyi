@@ -153,7 +153,7 @@ class Caches:
         address: SupportsIndex,
         *,
         kind: _Kind = "stage 1",
-        world: StreamWorld | int | str = ...,
+        world: StreamWorld | int | str = "NS_EL1",
         vmid: SupportsIndex = 0,
         asid: SupportsIndex = 0,
         aset: SupportsIndex = 0,
@@ -164,7 +164,7 @@ class Caches:
         address: SupportsIndex,
         *,
         kind: _Kind = "stage 1",
-        world: StreamWorld | int | str = ...,
+        world: StreamWorld | int | str = "NS_EL1",
         vmid: SupportsIndex = 0,
         asid: SupportsIndex = 0,
     ) -> WalkEntry | None: ...

@@ -1,3 +1,4 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: language_level=3
 """Caches: the class that owns what _tlb.pxd describes, with geometry, contents and counters.
 
@@ -8,12 +9,13 @@ cimport cython
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from smmufast._bits cimport low_mask
+from smmufast._bits cimport le64, low_mask
 from smmufast._cache cimport (
-    PLRU_WAYS_MAX, POLICY_PLRU, CacheC, Counters, c_assert, cache_bytes, cache_close, cache_drop,
+    PLRU_WAYS_MAX, POLICY_FIFO, POLICY_LRU, POLICY_PLRU, CacheC, Counters, c_assert, cache_bytes,
+    cache_close, cache_drop,
     cache_find, cache_hit, cache_hits, cache_open, cache_put, cache_reset_counters, cache_victim,
     ctz64, order_words, tag_at,
 )
@@ -23,7 +25,9 @@ from smmufast._layout cimport (
     CMD_TLBI_NH_VA, CMD_TLBI_NH_VAA, CMD_TLBI_NSNH_ALL, CMD_TLBI_S12_VMALL, CMD_TLBI_S2_IPA,
     WORLD_EL2, WORLD_EL2_E2H, WORLD_NS_EL1,
 )
-from smmufast._memory cimport to_address
+from smmufast._memory cimport (
+    Mutex, mutex_close, mutex_drop, mutex_have_gil, mutex_open, to_address, to_flag, to_integer,
+)
 
 from typing import NamedTuple
 
@@ -715,7 +719,7 @@ cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil:
 # --- arguments ---
 
 cdef object listed(object names):
-    return ", ".join(repr(name) for name in names if name)
+    return ", ".join(map(repr, filter(None, names)))
 
 
 cdef int number_of(str what, object value, tuple names) except -1:
@@ -729,7 +733,7 @@ cdef int world_of(object world) except -1:
         return StreamWorld[world] if isinstance(world, str) else StreamWorld(world)
     except (KeyError, ValueError):
         raise ValueError(f"world: {world!r} given; one of "
-                         f"{listed([w.name for w in StreamWorld])} needed") from None
+                         f"{listed(StreamWorld.__members__)} needed") from None
 
 
 cdef uint64_t field(str name, object value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
@@ -737,9 +741,10 @@ cdef uint64_t field(str name, object value, uint64_t last) except? 0xFFFFFFFFFFF
 
 
 cdef int8_t level_of(str name, object value) except? 99:
-    if not -1 <= value <= 3:
-        raise ValueError(f"{name}: {value} given; -1 to 3 allowed")
-    return value
+    number = to_integer(name, value)
+    if not -1 <= number <= 3:
+        raise ValueError(f"{name} must be -1 to 3, not {number}")
+    return number
 
 
 cdef int check_kind(int kind, int world) except -1:
@@ -761,7 +766,15 @@ cdef unsigned int lg2_of(object value) except? 99:
     return lg2
 
 
-cdef object geometry_of(str name, object given):
+cdef unsigned int page_lg2_of(str name, object value) except? 99:
+    """log2 of a stage's page, 0 without the stage."""
+    cdef uint64_t lg2 = field(name, value, LG2_MAX)
+    if 0 < lg2 < LG2_MIN:
+        raise ValueError(f"{name} must be 0 or {LG2_MIN} to {LG2_MAX}, not {lg2}")
+    return lg2
+
+
+def _geometry_of(name, given):
     """A Geometry of checked numbers, or None."""
     if given is None:
         return None
@@ -810,23 +823,24 @@ cdef int read_entry(object given, Entry* e) except -1:
     e.ssid = field("ssid", given.ssid, 0xFFFFFFFF)
     e.asid = field("asid", given.asid, 0xFFFF)
     e.vmid = field("vmid", given.vmid, 0xFFFF)
-    e.is_global = bool(given.is_global)
+    e.is_global = to_flag("is_global", given.is_global)
     e.level = level_of("level", given.level)
     e.perm1 = field("perm1", int(given.perm1), 0x3F)
     e.perm2 = field("perm2", int(given.perm2), 0x3F)
     e.attr = field("attr", given.attr, 0xFF)
     e.sh = field("sh", given.sh, 3)
     e.flags = (
-        (ENTRY_CLEAN1 if given.clean1 else 0) | (ENTRY_CLEAN2 if given.clean2 else 0)
-        | (ENTRY_CONTIGUOUS if given.contiguous else 0)
+        (ENTRY_CLEAN1 if to_flag("clean1", given.clean1) else 0)
+        | (ENTRY_CLEAN2 if to_flag("clean2", given.clean2) else 0)
+        | (ENTRY_CONTIGUOUS if to_flag("contiguous", given.contiguous) else 0)
     )
-    e.lg2_s1 = field("lg2_s1", given.lg2_s1, LG2_MAX)
-    e.lg2_s2 = field("lg2_s2", given.lg2_s2, LG2_MAX)
+    e.lg2_s1 = page_lg2_of("lg2_s1", given.lg2_s1)
+    e.lg2_s2 = page_lg2_of("lg2_s2", given.lg2_s2)
     e.level_s1 = level_of("level_s1", given.level_s1)
     e.level_s2 = level_of("level_s2", given.level_s2)
     e.granule_s1 = field("granule_s1", given.granule_s1, 16)
     e.granule_s2 = field("granule_s2", given.granule_s2, 16)
-    e.aset = bool(given.aset)
+    e.aset = to_flag("aset", given.aset)
     read_extra(given.extra, e.extra, sizeof(e.extra))
     return 0
 
@@ -841,6 +855,32 @@ cdef object entry_shown(const Entry* e):
         lg2_s1=e.lg2_s1, lg2_s2=e.lg2_s2, level_s1=e.level_s1, level_s2=e.level_s2,
         granule_s1=e.granule_s1, granule_s2=e.granule_s2, aset=e.aset,
         extra=(<const uint8_t*>e.extra)[:sizeof(e.extra)])
+
+
+cdef bint translation_possible(const Entry* e) noexcept nogil:
+    """Such an entry a walk may leave in the TLB."""
+    return (KIND_S1 <= e.kind <= KIND_COMBINED and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX
+            and (e.lg2_s1 == 0 or LG2_MIN <= e.lg2_s1 <= LG2_MAX)
+            and (e.lg2_s2 == 0 or LG2_MIN <= e.lg2_s2 <= LG2_MAX)
+            and -1 <= e.level <= 3 and -1 <= e.level_s1 <= 3 and -1 <= e.level_s2 <= 3
+            and e.perm1 < 64 and e.perm2 < 64 and e.sh < 4
+            and e.aset < 2 and not e.page >> (64 - e.lg2))
+
+
+cdef uint64_t table_lg2(unsigned int granule, int level) noexcept nogil:
+    """log2 of what a table of a level translates, 0 for no such table."""
+    if granule not in (12, 14, 16) or not 0 <= level <= 3:
+        return 0
+    return granule + (4 - level) * (granule - 3)
+
+
+# Where a walk goes on from: a table of another reach would let it index beyond levels or tables.
+cdef bint table_possible(const Table* e) noexcept nogil:
+    """Such a table a walk may leave in a walk cache."""
+    return (KIND_S1 <= e.kind <= KIND_COMBINED and e.world < 3
+            and e.lg2 == table_lg2(e.granule, e.level) and LG2_MIN <= e.lg2 <= LG2_MAX
+            and not (e.table | e.output) & low_mask(e.granule)
+            and not e.prefix >> (64 - e.lg2))
 
 
 cdef int read_walk_entry(object given, Table* e) except -1:
@@ -864,6 +904,13 @@ cdef int read_walk_entry(object given, Table* e) except -1:
     e.level = level_of("level", given.level)
     e.granule = field("granule", given.granule, 16)
     read_extra(given.extra, e.extra, sizeof(e.extra))
+    if e.lg2 != table_lg2(e.granule, e.level):
+        raise ValueError(
+            f"lg2 must be what a table of level {e.level} translates with granule {e.granule}, "
+            f"{table_lg2(e.granule, e.level) or 'of which there is none'}, not {e.lg2}")
+    if not table_possible(e):
+        raise ValueError(f"table, output must be multiples of 2**{e.granule} (granule), not "
+                         f"{e.table:#x}, {e.output:#x}")
     return 0
 
 
@@ -893,7 +940,11 @@ cdef int opcode_of(object op) except -1:
 
 
 cdef bytes record_shown(const uint64_t* words):
-    return b"".join([(<object>words[i]).to_bytes(8, "little") for i in range(8)])
+    cdef uint64_t[8] little
+    cdef int i
+    for i in range(8):
+        little[i] = le64(words[i])
+    return PyBytes_FromStringAndSize(<char*>little, 64)
 
 
 # --- one cache ---
@@ -913,7 +964,9 @@ cdef class Cache:
     def __init__(self):
         raise TypeError("a Cache is a part of Caches")
 
-    cdef CacheC* get(self) noexcept:
+    cdef CacheC* get(self) except NULL:
+        if self.caches is None:
+            raise TypeError("a Cache is a part of Caches")
         return &self.caches.c.cache[self.number]
 
     @property
@@ -924,6 +977,7 @@ cdef class Cache:
     @property
     def geometry(self):
         """Sets, ways, policy and seed."""
+        self.get()
         return self.caches.geometries[self.number]
 
     @property
@@ -966,22 +1020,37 @@ cdef class Cache:
 
     def __iter__(self):
         cdef CacheC* c = self.get()
-        cdef uint64_t slot
+        cdef Mutex* mutex = self.caches.c.mutex
+        cdef uint64_t slot, n = 0, i
+        cdef char* copies
         cdef list found = []
-        for slot in range(c.slots):
-            if c.prints[slot]:
-                found.append(self._entry(c, slot))
+        mutex_have_gil(mutex)
+        copies = <char*>malloc(c.live * c.stride + 1)
+        if copies != NULL:
+            for slot in range(c.slots):
+                if c.prints[slot]:
+                    memcpy(copies + n * c.stride, c.entries + slot * c.stride, c.stride)
+                    n += 1
+        mutex_drop(mutex)
+        if copies == NULL:
+            raise MemoryError()
+        try:
+            for i in range(n):
+                found.append(self._entry(copies + i * c.stride))
+        finally:
+            free(copies)
         return iter(found)
 
-    cdef object _entry(self, const CacheC* c, uint64_t slot):
+    cdef object _entry(self, const char* entry):
+        cdef const ConfigEntry* record = <const ConfigEntry*>entry
         if self.number == CACHE_TLB:
-            return entry_shown(&(<Entry*>c.entries)[slot])
+            return entry_shown(<const Entry*>entry)
         if self.number >= CACHE_WALK1:
-            return walk_entry_shown(&(<Table*>c.entries)[slot])
-        data = record_shown(config_words(c, slot))
+            return walk_entry_shown(<const Table*>entry)
+        data = record_shown(record.words)
         if self.number == CACHE_STE:
-            return SteEntry(tag_at(c, slot).first, data)
-        return CdEntry(tag_at(c, slot).first, tag_at(c, slot).second & ~KEY_VALID, data)
+            return SteEntry(record.sid, data)
+        return CdEntry(record.sid, record.key & ~KEY_VALID, data)
 
     def __repr__(self):
         cdef CacheC* c = self.get()
@@ -1029,18 +1098,36 @@ cdef int take(Reader* reader, void* out, size_t n) except -1:
     return 0
 
 
-cdef bytes piece(const void* data, Py_ssize_t n):
-    return PyBytes_FromStringAndSize(<const char*>data, n)
+cdef uint64_t state_size(const CachesC* c) noexcept nogil:
+    """How many bytes a state takes now."""
+    cdef uint64_t size = 3 * 8
+    cdef int number
+    cdef const CacheC* cache
+    for number in range(N_CACHES):
+        cache = &c.cache[number]
+        if cache.ways:
+            size += (sizeof(Kept) + order_words(cache) * 8
+                     + <uint64_t>cache.live * (8 + cache.stride))
+    return size
 
 
-cdef bytes state_of(CachesC* c):
-    cdef list pieces = [piece(&STATE_MARK, 8), piece(&c.config_generation, 8),
-                        piece(&c.tlb_generation, 8)]
-    cdef CacheC* cache
+cdef inline char* piece(char* to, const void* data, size_t n) noexcept nogil:
+    """Append n bytes; where the next ones go."""
+    memcpy(to, data, n)
+    return to + n
+
+
+cdef void state_write(const CachesC* c, char* to) noexcept nogil:
+    """Write a state, of state_size() bytes."""
+    cdef const CacheC* cache
     cdef Kept kept
     cdef uint64_t slot
+    cdef int number
+    to = piece(to, &STATE_MARK, 8)
+    to = piece(to, &c.config_generation, 8)
+    to = piece(to, &c.tlb_generation, 8)
     for number in range(N_CACHES):
-        cache = &c.cache[<int>number]
+        cache = &c.cache[number]
         if cache.ways == 0:
             continue
         kept.clock = cache.clock
@@ -1048,13 +1135,23 @@ cdef bytes state_of(CachesC* c):
         kept.random = cache.random
         kept.live = cache.live
         kept.counters = cache.counters
-        pieces.append(piece(&kept, sizeof(Kept)))
-        pieces.append(piece(cache.order, order_words(cache) * 8))
+        to = piece(to, &kept, sizeof(Kept))
+        to = piece(to, cache.order, order_words(cache) * 8)
         for slot in range(cache.slots):
             if cache.prints[slot]:
-                pieces.append(piece(&slot, 8))
-                pieces.append(piece(cache.entries + slot * cache.stride, cache.stride))
-    return b"".join(pieces)
+                to = piece(to, &slot, 8)
+                to = piece(to, cache.entries + slot * cache.stride, cache.stride)
+
+
+cdef char* state_of(CachesC* c, uint64_t* size) except NULL:
+    """A state, which the caller frees; the caller has the caches, so no Python runs here."""
+    cdef char* state
+    size[0] = state_size(c)
+    state = <char*>malloc(size[0])
+    if state == NULL:
+        raise MemoryError()
+    state_write(c, state)
+    return state
 
 
 cdef int refuse(str why, int number, uint64_t slot) except -1:
@@ -1086,9 +1183,7 @@ cdef int admit_translation(CachesC* c, uint64_t slot, Reader* reader) except -1:
     cdef Filter rivals
     cdef uint64_t key, sizes
     take(reader, &e, sizeof(Entry))
-    if not (KIND_S1 <= e.kind <= KIND_COMBINED and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX
-            and e.lg2_s1 <= LG2_MAX and e.lg2_s2 <= LG2_MAX and e.perm1 < 64 and e.perm2 < 64
-            and e.aset < 2 and not e.page >> (64 - e.lg2)):
+    if not translation_possible(&e):
         refuse("a translation that cannot be", CACHE_TLB, slot)
     if slot // cache.ways != e.page & cache.set_mask:
         refuse("an entry of another set", CACHE_TLB, slot)
@@ -1105,8 +1200,7 @@ cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader* reader) exce
     cdef Table e
     cdef uint64_t set
     take(reader, &e, sizeof(Table))
-    if not (KIND_S1 <= e.kind <= KIND_COMBINED and (e.kind == KIND_S2) == (number == CACHE_WALK2)
-            and e.world < 3 and LG2_MIN <= e.lg2 <= LG2_MAX and not e.prefix >> (64 - e.lg2)):
+    if not table_possible(&e) or (e.kind == KIND_S2) != (number == CACHE_WALK2):
         refuse("a table that cannot be", number, slot)
     set = e.prefix & cache.set_mask
     if slot // cache.ways != set:
@@ -1115,6 +1209,18 @@ cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader* reader) exce
         refuse("a second entry of one tag", number, slot)
     walk_admit(c, cache, slot, &e)
     return 0
+
+
+cdef bint order_possible(const CacheC* cache, const char* order, uint64_t clock) noexcept nogil:
+    """When each slot was used last: 0 for an empty one alone, and in the past."""
+    cdef uint64_t slot, at
+    if cache.policy != POLICY_LRU and cache.policy != POLICY_FIFO:
+        return True
+    for slot in range(cache.slots):
+        memcpy(&at, order + 8 * slot, 8)
+        if (at == 0) != (cache.prints[slot] == 0) or at > clock:
+            return False
+    return True
 
 
 cdef int take_state(CachesC* c, Reader* reader) except -1:
@@ -1149,6 +1255,8 @@ cdef int take_state(CachesC* c, Reader* reader) except -1:
                 admit_table(c, number, slot, reader)
             else:
                 admit_config(c, number, slot, reader)
+        if kept.passed > kept.clock or not order_possible(cache, order, kept.clock):
+            raise ValueError(f"state: a replacement state of {CACHES[number]} that cannot be")
         memcpy(cache.order, order, words * 8)
         cache.clock = kept.clock
         cache.passed = kept.passed
@@ -1168,6 +1276,9 @@ cdef void release(CachesC* c) noexcept nogil:
     if c != NULL:
         for number in range(N_CACHES):
             cache_close(&c.cache[number])
+        if c.mutex != NULL:
+            mutex_close(c.mutex)
+            free(c.mutex)
         free(c.regions)
         free(c)
 
@@ -1180,6 +1291,11 @@ cdef CachesC* made(list geometries, bint split) except NULL:
     cdef int number
     if c == NULL:
         raise MemoryError()
+    c.mutex = <Mutex*>malloc(sizeof(Mutex))
+    if c.mutex == NULL:
+        release(c)
+        raise MemoryError()
+    mutex_open(c.mutex, NULL)
     c.split = split
     caches_set_masks(c)
     for number in range(N_CACHES):
@@ -1240,8 +1356,8 @@ cdef class Caches:
     -----
     A geometry may be given as a tuple: ``tlb=(1024, 4)`` is ``tlb=Geometry(1024, 4, "lru", 0)``.
 
-    Caches belong to one Smmu, which makes all its calls one after the other. None of the methods
-    here may run while another thread uses that Smmu.
+    Caches belong to one Smmu. The methods here that look at entries or change them wait while a
+    batch of another thread uses them; the counters are read as they are.
 
     `lookup()`, `fill()`, `tlbi()` and their like do what the translation and the commands do, for
     hosts that use the caches by themselves.
@@ -1268,8 +1384,7 @@ cdef class Caches:
     def __cinit__(self, *, ste=None, cd=None, tlb=None, walk1=None, walk2=None,
                   nested="combined"):
         given = (ste, cd, tlb, walk1, walk2)
-        self.geometries = tuple(
-            [geometry_of(name, geometry) for name, geometry in zip(CACHES, given, strict=True)])
+        self.geometries = tuple(map(_geometry_of, CACHES, given))
         if nested not in NESTED:
             raise ValueError(f"nested: {nested!r} given; one of {listed(NESTED)} needed")
         self.c = made(list(self.geometries), nested == "split")
@@ -1350,10 +1465,10 @@ cdef class Caches:
     @property
     def counters(self):
         """The counters of every cache that there is, as a new dict of dicts: by cache, by name."""
-        return {
-            row["cache"].item(): {name: int(row[name]) for name in COUNTERS}
-            for row in self.counters_array()
-        }
+        found = {}
+        for name, *numbers in self.counters_array().tolist():
+            found[name] = dict(zip(COUNTERS, numbers, strict=True))
+        return found
 
     def counters_array(self):
         """Return the counters as a structured array with one row per cache that there is.
@@ -1379,8 +1494,10 @@ cdef class Caches:
     def reset_counters(self):
         """Set every counter to 0; entries and replacement state stay."""
         cdef int number
+        mutex_have_gil(self.c.mutex)
         for number in range(N_CACHES):
             cache_reset_counters(&self.c.cache[number])
+        mutex_drop(self.c.mutex)
 
     def invalidate_all(self):
         """Drop every entry of every cache, counted as invalidations.
@@ -1390,7 +1507,11 @@ cdef class Caches:
         int
             How many entries went.
         """
-        return caches_invalidate_all(self.c)
+        cdef uint64_t gone
+        mutex_have_gil(self.c.mutex)
+        gone = caches_invalidate_all(self.c)
+        mutex_drop(self.c.mutex)
+        return gone
 
     def __len__(self):
         """Return the number of entries in all caches."""
@@ -1405,16 +1526,16 @@ cdef class Caches:
 
     def __repr__(self):
         views = (self.ste, self.cd, self.tlb, self.walk1, self.walk2)
-        shown = [
-            f"{view.name} {len(view)}/{view.geometry.sets * view.geometry.ways}"
-            for view in views if view is not None
-        ]
+        shown = []
+        for view in views:
+            if view is not None:
+                geometry = view.geometry
+                shown.append(f"{view.name} {len(view)}/{geometry.sets * geometry.ways}")
         return f"<Caches: {', '.join(shown) or 'none'}>"
 
     # --- TLB ---
 
-    def lookup(self, address, *, kind="stage 1", world=StreamWorld.NS_EL1, vmid=0, asid=0,
-               aset=0):
+    def lookup(self, address, *, kind="stage 1", world="NS_EL1", vmid=0, asid=0, aset=0):
         """Look an address up in the TLB; counts one hit or one miss.
 
         Parameters
@@ -1438,9 +1559,15 @@ cdef class Caches:
         cdef uint16_t v = field("vmid", vmid, 0xFFFF)
         cdef uint16_t a = field("asid", asid, 0xFFFF)
         cdef uint64_t at = field("address", address, ~<uint64_t>0)
-        cdef Entry* found = tlb_probe(
-            self.c, number, regime, v, a, <unsigned int>field("aset", aset, 1), at)
-        return None if found == NULL else entry_shown(found)
+        cdef unsigned int set_ = <unsigned int>field("aset", aset, 1)
+        cdef Entry* found
+        cdef Entry copy
+        mutex_have_gil(self.c.mutex)
+        found = tlb_probe(self.c, number, regime, v, a, set_, at)
+        if found != NULL:
+            copy = found[0]
+        mutex_drop(self.c.mutex)
+        return None if found == NULL else entry_shown(&copy)
 
     def fill(self, entry, /):
         """Put a translation into the TLB; nothing happens without one.
@@ -1459,11 +1586,13 @@ cdef class Caches:
         """
         cdef Entry e
         read_entry(entry, &e)
+        mutex_have_gil(self.c.mutex)
         tlb_fill(self.c, &e)
+        mutex_drop(self.c.mutex)
 
     # --- walk caches ---
 
-    def lookup_walk(self, address, *, kind="stage 1", world=StreamWorld.NS_EL1, vmid=0, asid=0):
+    def lookup_walk(self, address, *, kind="stage 1", world="NS_EL1", vmid=0, asid=0):
         """Look the deepest table of an address up in a walk cache; counts one hit or one miss.
 
         Parameters
@@ -1481,8 +1610,14 @@ cdef class Caches:
         cdef uint16_t v = field("vmid", vmid, 0xFFFF)
         cdef uint16_t a = field("asid", asid, 0xFFFF)
         cdef uint64_t at = field("address", address, ~<uint64_t>0)
-        cdef Table* found = walk_probe(self.c, number, regime, v, a, at)
-        return None if found == NULL else walk_entry_shown(found)
+        cdef Table* found
+        cdef Table copy
+        mutex_have_gil(self.c.mutex)
+        found = walk_probe(self.c, number, regime, v, a, at)
+        if found != NULL:
+            copy = found[0]
+        mutex_drop(self.c.mutex)
+        return None if found == NULL else walk_entry_shown(&copy)
 
     def fill_walk(self, entry, /):
         """Put a table into the walk cache of its stage; nothing happens without one.
@@ -1498,7 +1633,9 @@ cdef class Caches:
         """
         cdef Table e
         read_walk_entry(entry, &e)
+        mutex_have_gil(self.c.mutex)
         walk_fill(self.c, &e)
+        mutex_drop(self.c.mutex)
 
     # --- configuration caches ---
 
@@ -1506,21 +1643,31 @@ cdef class Caches:
         """Look an STE up: its 64 bytes, or None; counts one hit or one miss."""
         cdef uint64_t[8] words
         cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
-        return record_shown(words) if ste_probe(self.c, stream, words) else None
+        cdef uint32_t found
+        mutex_have_gil(self.c.mutex)
+        found = ste_probe(self.c, stream, words)
+        mutex_drop(self.c.mutex)
+        return record_shown(words) if found else None
 
     def fill_ste(self, sid, data):
         """Put an STE of 64 bytes into its cache."""
         cdef uint64_t[8] words
         cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
         read_record("data", data, words)
+        mutex_have_gil(self.c.mutex)
         ste_fill(self.c, stream, words)
+        mutex_drop(self.c.mutex)
 
     def lookup_cd(self, sid, ssid=0):
         """Look a CD up: its 64 bytes, or None; counts one hit or one miss."""
         cdef uint64_t[8] words
         cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
         cdef uint32_t index = field("ssid", ssid, 0xFFFFF)
-        return record_shown(words) if cd_probe(self.c, stream, index, words) else None
+        cdef uint32_t found
+        mutex_have_gil(self.c.mutex)
+        found = cd_probe(self.c, stream, index, words)
+        mutex_drop(self.c.mutex)
+        return record_shown(words) if found else None
 
     def fill_cd(self, sid, ssid, data):
         """Put a CD of 64 bytes into its cache."""
@@ -1528,7 +1675,9 @@ cdef class Caches:
         cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
         cdef uint32_t index = field("ssid", ssid, 0xFFFFF)
         read_record("data", data, words)
+        mutex_have_gil(self.c.mutex)
         cd_fill(self.c, stream, index, words)
+        mutex_drop(self.c.mutex)
 
     # --- commands ---
 
@@ -1566,12 +1715,13 @@ cdef class Caches:
         """
         cdef Invalidation inv
         cdef Filter f
+        cdef uint64_t gone
         memset(&inv, 0, sizeof(Invalidation))
         inv.op = opcode_of(op)
         inv.vmid = field("vmid", vmid, 0xFFFF)
         inv.vmid_mask = field("vmid_mask", vmid_mask, 0xFFFF)
         inv.asid = field("asid", asid, 0xFFFF)
-        inv.leaf = bool(leaf)
+        inv.leaf = to_flag("leaf", leaf)
         inv.all_addresses = address is None
         if granule not in (0, 12, 14, 16):
             raise ValueError(f"granule: {granule} given; 12, 14, 16, or 0 for any needed")
@@ -1589,7 +1739,10 @@ cdef class Caches:
             raise ValueError("last: given without address")
         if not filter_of(&inv, &f):
             raise ValueError(f"op: {op!r} given; a TLBI command of the Non-secure queue needed")
-        return tlbi(self.c, &inv)
+        mutex_have_gil(self.c.mutex)
+        gone = tlbi(self.c, &inv)
+        mutex_drop(self.c.mutex)
+        return gone
 
     def cfgi(self, op, *, sid=0, ssid=0, leaf=False, range=31):
         """Invalidate as a CFGI command does (IHI 0070, 4.3).
@@ -1620,15 +1773,21 @@ cdef class Caches:
         cdef uint32_t stream = field("sid", sid, 0xFFFFFFFF)
         cdef uint32_t index = field("ssid", ssid, 0xFFFFF)
         cdef unsigned int lg2_count = <unsigned int>field("range", range, 31) + 1
+        cdef bint only_leaf = to_flag("leaf", leaf)
+        cdef uint64_t gone
+        if number not in (CMD_CFGI_STE, CMD_CFGI_STE_RANGE, CMD_CFGI_CD, CMD_CFGI_CD_ALL):
+            raise ValueError(f"op: {op!r} given; a CFGI command of STEs or CDs needed")
+        mutex_have_gil(self.c.mutex)
         if number == CMD_CFGI_STE:
-            return cfgi_ste(self.c, stream, bool(leaf))
-        if number == CMD_CFGI_STE_RANGE:
-            return cfgi_range(self.c, stream, lg2_count)
-        if number == CMD_CFGI_CD:
-            return cfgi_cd(self.c, stream, index, bool(leaf))
-        if number == CMD_CFGI_CD_ALL:
-            return cfgi_cd_all(self.c, stream)
-        raise ValueError(f"op: {op!r} given; a CFGI command of STEs or CDs needed")
+            gone = cfgi_ste(self.c, stream, only_leaf)
+        elif number == CMD_CFGI_STE_RANGE:
+            gone = cfgi_range(self.c, stream, lg2_count)
+        elif number == CMD_CFGI_CD:
+            gone = cfgi_cd(self.c, stream, index, only_leaf)
+        else:
+            gone = cfgi_cd_all(self.c, stream)
+        mutex_drop(self.c.mutex)
+        return gone
 
     # --- copies ---
 
@@ -1640,7 +1799,20 @@ cdef class Caches:
 
     def __getstate__(self):
         """Return everything but the geometry, as bytes; equal states behave alike."""
-        return state_of(self.c)
+        return self._contents()
+
+    cdef bytes _contents(self):
+        cdef uint64_t size = 0
+        cdef char* state
+        mutex_have_gil(self.c.mutex)
+        try:
+            state = state_of(self.c, &size)
+        finally:
+            mutex_drop(self.c.mutex)
+        try:
+            return PyBytes_FromStringAndSize(state, <Py_ssize_t>size)
+        finally:
+            free(state)
 
     def __setstate__(self, state):
         """Take the state of caches of the same geometry.
@@ -1668,6 +1840,7 @@ cdef class Caches:
             old = self.c[0]
             self.c[0] = c[0]
             c[0] = old
+            c.mutex, self.c.mutex = self.c.mutex, c.mutex  # which somebody may be waiting for
         finally:
             release(c)
 

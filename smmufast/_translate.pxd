@@ -164,8 +164,7 @@ cdef inline void end_fault(
             and not (cr2_recinvsid(hw.cr2) or terminate & TERMINATE_SID)):
         recorded = False
     if terminate & TERMINATE_S:
-        action = ACTION_STALL
-        recorded = True
+        action = ACTION_STALL  # whoever holds it records it
     if not cr0_eventqen(hw.cr0):
         recorded = False
     end_refused(outcome, why)

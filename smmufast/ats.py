@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
+from smmufast._arguments import integer, must_be
 from smmufast.faults import AtsFault, AtsResponse
 
 if TYPE_CHECKING:
@@ -135,17 +136,14 @@ class AtsDevice:
         on_page_request: Callable[[PageRequest], object] | None = None, credits: int = 32,
     ) -> None:  # fmt: skip
         """Attach the device to its SMMU; ValueError if the StreamID has a device."""
-        sid = sid.__index__()
-        if not 0 <= sid <= 0xFFFFFFFF:
-            raise ValueError(f"sid: {sid:#x} given; 0 to 0xffffffff allowed")
-        if entries < 0:
-            raise ValueError(f"entries: {entries} given; 0 or more allowed")
-        if not 4096 <= stu <= 1 << 43 or stu & (stu - 1):
-            raise ValueError(f"stu: {stu:#x} given; a power of two from 0x1000 on needed")
-        if not 0 <= credits <= 512:
-            raise ValueError(f"credits: {credits} given; 0 to 512 allowed")
+        sid = integer("sid", sid, 0xFFFFFFFF)
+        entries = integer("entries", entries)
+        stu = integer("stu", stu, 1 << 43, 4096)
+        if stu & (stu - 1):
+            raise ValueError(must_be("stu", "a power of two", stu))
+        credits = integer("credits", credits, 512)
         if sid in smmu.devices:
-            raise ValueError(f"sid: {sid:#x} given, which has a device")
+            raise ValueError(f"sid {sid:#x} has a device already")
         self.smmu = smmu
         self.sid = sid
         self.entries = entries

@@ -1,7 +1,10 @@
 """Captures: memory images and registers on disk, with what another implementation made of them.
 
 Not architectural, except for the notes on fair comparison below.  A capture is a directory of one
-of two kinds.  Numbers in JSON are integers or strings of hexadecimal digits after ``0x``.
+of two kinds.  Numbers in JSON are integers or strings: ``0x`` and hexadecimal digits, or decimal
+ones.  A member that is not described here is refused, so that nothing is left out unseen; those
+that only tell how a line came about are ``age``, ``type``, ``fam``, ``tag``, ``feats``, ``nrec``
+and ``landed``.
 
 Kind "linux": one configuration
 -------------------------------
@@ -9,7 +12,9 @@ Kind "linux": one configuration
     An object.  ``regs``: registers by name; STRTAB_BASE, STRTAB_BASE_CFG, CR0, IDR0, IDR1, IDR3
     and IDR5 are needed, AIDR (default 1), CR2 (default 0) and GBPA (default 0x1000) are read,
     others are kept.  The RAM: ``ram_base`` and ``ram_size`` in bytes, or ``regions``, a list of
-    [base, size].  Anything else is kept.
+    [base, size].  ``counts``, an object: how many ``requests``, ``events``, ``pages`` and
+    ``queue_pages`` the other files hold; so do the numbers ``truth`` or ``requests``, ``events``
+    and ``pages`` beside it.  A file that holds more or fewer is refused.  Anything else is kept.
 ``pages.npz``
     ``page_addr`` uint64[N], multiples of 4096; ``pages`` uint8[N, 4096].  RAM that no page covers
     reads as zero; outside RAM a read is an external abort.
@@ -23,8 +28,9 @@ Kind "linux": one configuration
     One event a line: ``sid``, ``iova``, ``rnw``, ``hex`` (the record in memory order);
     ``action`` is "abort" if absent, "raz_wi" or "stall".
 ``queues.npz``
-    As ``pages.npz``: pages of the command and event queues.  May be absent.  The queues are rings
-    in mid-history (`Queue`), at CMDQ_BASE and EVENTQ_BASE.
+    As ``pages.npz``: pages of the command, event and page request queues.  May be absent.  The
+    queues are rings in mid-history (`Queue`), at CMDQ_BASE, EVENTQ_BASE and PRIQ_BASE, and their
+    registers are among ``regs``.
 
 Lines of both lists may have ``ssid``, ``instr`` and ``priv``.  Where ``priv`` is given, records
 are compared to the last bit, and ``perm`` has three bits.  Where it is absent, the implementation
@@ -40,7 +46,8 @@ Kind "cases": many configurations
     ``id``, ``cr0``, ``regs``, ``pages`` ([address, index] pairs) and ``reqs``.  A request has
     ``sid``, ``iova``, ``rnw``, and ``out``: ``k`` is "ok" (pa, perm, stage), "event" (name, rec),
     "fault_silent", "abort", "bypass" or "disable".  ``arch_differs`` {cause, arch, why} replaces
-    ``out``; ``rec_differs`` lists fields of the record, "NAME:VALUE", to replace.
+    ``out``; ``rec_differs`` lists fields of the record, "NAME:VALUE", to replace.  ``ssid``,
+    ``instr`` and ``priv`` are as in the lists of kind "linux".
 
 Command batches
 ---------------
@@ -63,14 +70,20 @@ requests have the cause "bypass_oas (SMMUEN=0)".
 
 Each request is taken alone, whatever the others are: hardware updates of tables are not kept, a
 transaction that stalls is terminated, and the STAG of its record is not compared.
+
+Limits
+------
+A capture has at most MAX_REQUESTS requests, MAX_CONFIGURATIONS configurations and MAX_PAGES pages;
+a list unpacks to MAX_TEXT bytes and one line of it to MAX_LINE.  What is larger is refused before
+it is unpacked any further, whatever the size of the file.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
-import re
 import zipfile
 import zlib
 from bisect import bisect_left
@@ -81,6 +94,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from smmufast import layout
+from smmufast._arguments import flag, integer, must_be, one_of
+from smmufast._files import as_number, refuse_taken, replacing_directory
 from smmufast._memory import Memory
 from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast.faults import ExternalAbort
@@ -102,6 +117,7 @@ __all__ = [
     "Expected",
     "Filling",
     "Queue",
+    "held_queues",
     "load_batches",
     "load_events",
     "load_fillings",
@@ -113,9 +129,15 @@ __all__ = [
 PAGE = 4096
 MAX_PAGES = 1 << 18
 """Pages that one file may hold (1 GiB)."""
-MAX_TEXT = 1 << 30
+MAX_REQUESTS = 1 << 20
+"""Requests and events of one capture; longer traffic is a trace (`smmufast.trace`)."""
+MAX_CONFIGURATIONS = 1 << 16
+"""Configurations of one capture."""
+MAX_HEADER = 10_000
+"""Bytes of the header of one array."""
+MAX_TEXT = 1 << 28
 """Bytes that one list may unpack to."""
-MAX_LINE = 1 << 26
+MAX_LINE = 1 << 24
 """Bytes of one line of a list."""
 MAX_RAM = 1 << 52
 """Bytes of one region of RAM."""
@@ -142,7 +164,6 @@ REQUEST = np.dtype(
 
 _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
-_HEX = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 _NEEDED = ("STRTAB_BASE", "STRTAB_BASE_CFG", "CR0", "IDR0", "IDR1", "IDR3", "IDR5")
 _DEFAULTS = {"AIDR": 1, "CR2": 0, "GBPA": 0x1000}
 _CR0 = layout.REGISTERS["CR0"]
@@ -159,12 +180,14 @@ class CaptureError(ValueError):
     path : str
     line : int or None
         Counted from 1; None when the file has no lines or the whole of it is meant.
+    problem : str
     """
 
     def __init__(self, path: str, line: int | None, problem: str) -> None:
         """Name the file, the line and the problem."""
         self.path = path
         self.line = line
+        self.problem = problem
         super().__init__(f"{path}{'' if line is None else f':{line}'}: {problem}")
 
 
@@ -239,9 +262,16 @@ class _Line:
             self.bad(f"{name} is missing")
         return self.values[name]
 
+    def only(self, *names: str) -> None:
+        """Refuse an object that has other members than these."""
+        for name in self.values:
+            if name not in names:
+                self.bad(f"{name[:80]!r} found; {', '.join(names)} are known")
+
     def number_of(self, name: str, value: Any, last: int, first: int = 0) -> int:
-        if type(value) is str and _HEX.fullmatch(value):
-            value = int(value, 16)
+        if type(value) is str:
+            found = as_number(value)
+            value = value if found is None else found
         if type(value) is not int:
             self.bad(f"{name}: {_kind(value)} found; a number is wanted")
         if not first <= value <= last:
@@ -315,21 +345,50 @@ def _open_error(path: str, error: OSError) -> CaptureError:
     return CaptureError(path, None, error.strerror or str(error))
 
 
-def _lines(path: str) -> Iterator[_Line]:
+class _Watch:
+    """How far the reading of a directory's files has come, for a report of progress."""
+
+    def __init__(self, path: str, progress: Callable[[int, int], object] | None) -> None:
+        self.progress = progress
+        self.before = 0
+        self.work = 0
+        if progress is not None:
+            with os.scandir(path) as entries:
+                self.work = sum(entry.stat().st_size for entry in entries)
+
+    def at(self, file: Any) -> None:
+        """Report how far one file was read; `file` is the compressed one."""
+        if self.progress is not None:
+            self.progress(min(self.before + file.tell(), self.work), self.work)
+
+    def done(self, path: str) -> None:
+        """Count a file that was read to its end."""
+        if self.progress is not None:
+            self.before += os.path.getsize(path)
+
+
+_UNWATCHED = _Watch("", None)
+_PIECE = 1 << 20
+
+
+def _lines(path: str, watch: _Watch = _UNWATCHED) -> Iterator[_Line]:
     """Yield the objects of a compressed list."""
     number = 0
     total = 0
     try:
-        with gzip.open(path, "rb") as file:
+        with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
             while text := file.readline(MAX_LINE + 1):
                 number += 1
                 total += len(text)
+                if not number % 1024:
+                    watch.at(packed)
                 if len(text) > MAX_LINE:
                     raise CaptureError(path, number, f"longer than {MAX_LINE} bytes")
                 if total > MAX_TEXT:
                     raise CaptureError(path, number, f"the list unpacks to over {MAX_TEXT} bytes")
                 if text.strip():
                     yield _parse(path, number, text)
+        watch.done(path)
     except EOFError:
         raise CaptureError(path, number + 1, "the compressed data is cut off") from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -338,20 +397,24 @@ def _lines(path: str) -> Iterator[_Line]:
         raise _open_error(path, error) from None
 
 
-def _arrays(path: str, **wanted: tuple[str, int]) -> list[NDArray[Any]]:
+def _arrays(
+    path: str, watch: _Watch = _UNWATCHED, **wanted: tuple[str, int]
+) -> list[NDArray[Any]]:
     """Read arrays of an .npz file, given the dtype and the size of a row in bytes of each.
 
     Sizes are checked before anything is unpacked, and no objects are read.
     """
     found = []
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as packed, zipfile.ZipFile(packed) as archive:
             members = set(archive.namelist())
             for name, (dtype, row) in wanted.items():
                 if f"{name}.npy" not in members:
                     raise CaptureError(path, None, f"there is no array {name}")
                 with archive.open(f"{name}.npy") as file:
                     found.append(_array(path, name, file, np.dtype(dtype), row))
+                    watch.at(packed)
+        watch.done(path)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise CaptureError(path, None, f"the archive is damaged: {error}") from None
     except (NotImplementedError, RuntimeError) as error:
@@ -371,9 +434,17 @@ def npy_header(
     the file itself raises goes through.
     """
     try:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        return read(file)
+        mark = file.read(npy.MAGIC_LEN)
+        if not mark.startswith(npy.MAGIC_PREFIX):
+            raise ValueError(f"no .npy file: it starts with {mark[:6]!r}")
+        first = npy.read_magic(io.BytesIO(mark)) == (1, 0)
+        # the text of a header is read as a whole: its length must not be believed
+        length = file.read(2 if first else 4)
+        size = int.from_bytes(length, "little")
+        if size > MAX_HEADER:
+            raise ValueError(f"a header of {size} bytes found; {MAX_HEADER} allowed")
+        text = io.BytesIO(length + file.read(size))
+        return npy.read_array_header_1_0(text) if first else npy.read_array_header_2_0(text)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
         raise
     except Exception as error:  # numpy does not say what a damaged header may raise
@@ -392,12 +463,16 @@ def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> N
         raise CaptureError(path, None, f"{name}: shape {shape} found; {size} is wanted")
     if not 0 <= shape[0] <= MAX_PAGES:
         raise CaptureError(path, None, f"{name}: {shape[0]} pages found; {MAX_PAGES} allowed")
-    data = file.read(shape[0] * row)
-    if len(data) != shape[0] * row:
-        raise CaptureError(
-            path, None, f"{name}: {len(data)} bytes found; shape {shape} has {shape[0] * row}"
-        )
-    return np.frombuffer(data, dtype).reshape(shape)
+    data = bytearray()
+    wanted = shape[0] * row
+    while len(data) < wanted and (piece := file.read(min(_PIECE, wanted - len(data)))):
+        data += piece
+    if len(data) != wanted:
+        problem = f"{name}: {len(data)} bytes found; shape {shape} has {wanted}"
+        raise CaptureError(path, None, problem)
+    array = np.frombuffer(data, dtype).reshape(shape)
+    array.flags.writeable = False
+    return array
 
 
 # --- expected outcomes ----------------------------------------------------------------------------
@@ -445,8 +520,11 @@ def _fair(line: _Line, raw: bytes, write: bool, differs: Sequence[Any]) -> tuple
         name, _, value = item.partition(":") if isinstance(item, str) else ("", "", "")
         try:
             field = rec.field(name)
-            changed[field.name] = number = int(value, 0)
-            new = layout.pack(rec, **{field.name: number}) & field.mask << 64 * field.dword
+            code = as_number(value)
+            if code is None:
+                raise ValueError
+            changed[field.name] = code
+            new = layout.pack(rec, **{field.name: code}) & field.mask << 64 * field.dword
         except ValueError:
             line.bad(f"rec_differs: {item!r} is not a field of {rec.name} and its value")
         word = word & ~(field.mask << 64 * field.dword) | new
@@ -473,13 +551,16 @@ def _outcome(
     line: _Line, out: _Line, iova: int, write: bool, queue: bool, oas_bits: int, **more: Any
 ) -> Expected:
     """Return what an ``out`` or ``arch`` of kind "cases" says."""
+    out.only("k", "pa", "perm", "stage", "name", "rec", "nrec", "landed")
     kind = out.text("k")
     told = {"line": line.number, **more}
+    priv = "priv" in line.values
     if kind == "ok":
         stage = out.integer("stage", 3, 1) if "stage" in out.values else None
-        perm = out.integer("perm", 3) if "perm" in out.values else None
-        pa = out.integer("pa", _U64)
-        return Expected("ok", pa=pa, perm=perm, perm_s1=stage == 3, stage=stage, **told)
+        bits = 7 if priv else 3
+        perm = out.integer("perm", bits) if "perm" in out.values else None
+        told |= {"perm": perm, "perm_bits": bits, "perm_s1": stage == 3 and not priv}
+        return Expected("ok", pa=out.integer("pa", _U64), stage=stage, **told)
     if kind in ("bypass", "disable"):
         if kind == "disable" and iova >> oas_bits:
             told["cause"] = "bypass_oas (SMMUEN=0)"
@@ -502,14 +583,22 @@ def _outcome(
     if raw[0] != layout.Event[name]:
         out.bad(f"rec: that of event {raw[0]:#x} found; name says {name}")
     differs = line.list("rec_differs") if "rec_differs" in line.values else ()
+    if priv and not differs:
+        mask = _comparable(int.from_bytes(raw, "little")).to_bytes(32, "little")
+        return Expected("abort", record=raw, mask=mask, **told)
     record, mask = _fair(line, raw, write, differs)
     return Expected("abort", record=record, mask=mask, **told)
 
 
-class _Requests:
-    """Requests and what is expected of them, as they are read."""
+_ACCESS = ("sid", "ssid", "iova", "priv", "instr")
+"""Members of every line that tells of an access."""
 
-    def __init__(self) -> None:
+
+class _Requests:
+    """Requests and what is expected of them, as they are read; `before` were read before them."""
+
+    def __init__(self, before: int = 0) -> None:
+        self.before = before
         self.rows: list[tuple[int, int, int, bool, bool, bool]] = []
         self.expected: list[Expected] = []
 
@@ -518,23 +607,30 @@ class _Requests:
         array.flags.writeable = False
         return array
 
-    def add(self, row: tuple[int, int, int, bool, bool, bool], expected: Expected) -> None:
+    def add(
+        self, line: _Line, row: tuple[int, int, int, bool, bool, bool], expected: Expected
+    ) -> None:
+        if self.before + len(self.rows) == MAX_REQUESTS:
+            line.bad(f"more than {MAX_REQUESTS} requests; longer traffic is a trace")
         self.rows.append(row)
         self.expected.append(expected)
 
     def add_case(self, line: _Line, inner: Any, queue: bool, oas_bits: int) -> None:
         request = _Line(line.path, line.number, inner)
-        sid = request.integer("sid", _U32)
-        iova = request.integer("iova", _U64)
+        request.only(*_ACCESS, "rnw", "out", "arch_differs", "rec_differs", "fam", "tag", "feats")
+        sid, ssid, iova, priv, instr, _ = self._common(request)
         write = not request.integer("rnw", 1)
+        if instr and write:
+            request.bad("instr: 1 found beside rnw=0; a write is always data")
         if "arch_differs" in request.values:
             differs = request.inner("arch_differs")
+            differs.only("cause", "arch", "why")
             cause = differs.text("cause")
             out = differs.inner("arch")
             expected = _outcome(request, out, iova, write, queue, oas_bits, cause=cause)
         else:
             expected = _outcome(request, request.inner("out"), iova, write, queue, oas_bits)
-        self.add((sid, NO_SUBSTREAM, iova, write, True, False), expected)
+        self.add(line, (sid, ssid, iova, write, priv, instr), expected)
 
     def _common(self, line: _Line) -> tuple[int, int, int, bool, bool, bool]:
         """Return sid, ssid, iova, priv, instr and whether the access is told."""
@@ -550,6 +646,7 @@ class _Requests:
         )
 
     def add_translation(self, line: _Line, enabled: bool) -> None:
+        line.only(*_ACCESS, "pa", "perm", "stage", "level", "page_shift", "bypass", "age")
         sid, ssid, iova, priv, instr, told = self._common(line)
         bits = 7 if told else 3
         perm = line.integer("perm", 7)
@@ -573,9 +670,10 @@ class _Requests:
             )
             if not perm & (4 if instr else 3):
                 line.bad(f"perm: {perm} found; it permits no access that could be replayed")
-        self.add((sid, ssid, iova, not instr and not perm & 1, priv, instr), expected)
+        self.add(line, (sid, ssid, iova, not instr and not perm & 1, priv, instr), expected)
 
     def add_event(self, line: _Line) -> None:
+        line.only(*_ACCESS, "rnw", "hex", "action", "type")
         sid, ssid, iova, priv, instr, told = self._common(line)
         write = not line.flag("rnw") if "rnw" in line.values else line.bad("rnw is missing")
         action = line.text("action") if "action" in line.values else "abort"
@@ -593,7 +691,7 @@ class _Requests:
             mask=mask,
             line=line.number or 0,
         )
-        self.add((sid, ssid, iova, write, priv, instr), expected)
+        self.add(line, (sid, ssid, iova, write, priv, instr), expected)
 
 
 # --- translating ----------------------------------------------------------------------------------
@@ -702,6 +800,15 @@ class Configuration:
                 path = other
         return f"{os.path.basename(path)}:{self.expected[index].line}"
 
+    def _move(self, id: str, directory: str) -> None:
+        """Follow the directory that it was read from."""
+        self.id = id
+        self.source = os.path.join(directory, os.path.basename(self.source))
+        self._sources = [
+            (first, os.path.join(directory, os.path.basename(other)))
+            for first, other in self._sources
+        ]
+
     def page(self, index: int) -> NDArray[np.uint8]:
         """Return the contents of the page at ``page_addresses[index]``: uint8[4096]."""
         page: NDArray[np.uint8] = self._pages[index if self._rows is None else self._rows[index]]
@@ -715,6 +822,8 @@ class Configuration:
         starts = [base for base, _ in self.regions]
         for i, address in enumerate(self.page_addresses.tolist()):
             page = self.page(i)
+            if not page.any():
+                continue
             k = bisect_left(starts, address + PAGE)
             while k > 0 and sum(self.regions[k - 1]) > address:
                 k -= 1
@@ -814,6 +923,40 @@ def _check_pages(
         raise CaptureError(path, number, f"page at {int(values[counts > 1][0]):#x}: given twice")
 
 
+def _pages_of(path: str, watch: _Watch = _UNWATCHED) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Read the addresses and the contents of the pages of a file."""
+    addresses, pages = _arrays(path, watch, page_addr=("<u8", 8), pages=("u1", PAGE))
+    if len(addresses) != len(pages):
+        raise CaptureError(path, None, f"{len(addresses)} addresses for {len(pages)} pages")
+    return addresses, pages
+
+
+_COUNTS = {
+    "requests": "lines of requests.jsonl.gz",
+    "events": "lines of events.jsonl.gz",
+    "pages": "pages of pages.npz",
+    "queue_pages": "pages of queues.npz",
+}
+_RAM = ("ram_base", "ram_size", "regions")
+_COUNTED = {"truth": "requests", "requests": "requests", "events": "events", "pages": "pages"}
+"""Members of meta.json that are counts too, where they are numbers."""
+
+
+def _check_counts(meta: _Line, **found: int) -> None:
+    """Raise unless the files hold as much as meta.json says."""
+    told = []
+    if "counts" in meta.values:
+        counts = meta.inner("counts")
+        counts.only(*_COUNTS)
+        told = [(f"counts.{name}", name, counts.integer(name, _U32)) for name in counts.values]
+    for name, what in _COUNTED.items():
+        if type(count := meta.values.get(name)) is int:
+            told.append((name, what, count))
+    for name, what, count in told:
+        if count != found[what]:
+            meta.bad(f"{name} is {count}, but there are {found[what]} {_COUNTS[what]}")
+
+
 class Capture:
     """A capture: a sequence of configurations with what is expected of them.
 
@@ -870,8 +1013,18 @@ class Capture:
         return f"<Capture {self.name}: {len(self)} configurations, {requests} requests>"
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Capture:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Capture:
         """Read a capture of either kind.
+
+        Parameters
+        ----------
+        path : path
+        progress : callable, optional
+            Called now and then with the bytes read of its files, and all their bytes.
 
         Raises
         ------
@@ -880,15 +1033,17 @@ class Capture:
         """
         path = os.fspath(path)
         if os.path.exists(os.path.join(path, "cases.jsonl.gz")):
-            return cls._load_cases(path)
+            return cls._load_cases(path, _Watch(path, progress))
         if os.path.exists(os.path.join(path, "meta.json")):
-            return cls._load_linux(path)
+            return cls._load_linux(path, _Watch(path, progress))
+        if not os.path.exists(path):
+            raise CaptureError(path or "''", None, "there is no such directory")
         if not os.path.isdir(path):
-            raise CaptureError(path, None, "there is no such directory")
+            raise CaptureError(path, None, "a file found; a capture is a directory")
         raise CaptureError(path, None, "no capture: neither meta.json nor cases.jsonl.gz is there")
 
     @classmethod
-    def _load_linux(cls, path: str) -> Capture:
+    def _load_linux(cls, path: str, watch: _Watch) -> Capture:
         meta = _meta(os.path.join(path, "meta.json"))
         registers = _registers(meta, meta.inner("regs").values, _NEEDED)
         features = _features(meta, registers)
@@ -903,22 +1058,29 @@ class Capture:
             pairs = [(meta.integer("ram_base", _U64), meta.integer("ram_size", _U64))]
         regions = _regions(meta, pairs)
         where = os.path.join(path, "pages.npz")
-        addresses, pages = _arrays(where, page_addr=("<u8", 8), pages=("u1", PAGE))
-        if len(addresses) != len(pages):
-            raise CaptureError(where, None, f"{len(addresses)} addresses for {len(pages)} pages")
+        addresses, pages = _pages_of(where, watch)
         _check_pages(where, None, addresses, regions)
         where = os.path.join(path, "queues.npz")
+        queue_addresses = np.empty(0, np.uint64)
         if os.path.exists(where):
-            queue_addresses, _ = _arrays(where, page_addr=("<u8", 8), pages=("u1", PAGE))
+            queue_addresses, _ = _pages_of(where, watch)
             _check_pages(where, None, queue_addresses, regions)
         requests = _Requests()
         source = os.path.join(path, "requests.jsonl.gz")
-        for line in _lines(source):
+        for line in _lines(source, watch):
             requests.add_translation(line, bool(registers["CR0"] & _SMMUEN))
         events = os.path.join(path, "events.jsonl.gz")
-        sources = [(len(requests.rows), events)]
-        for line in _lines(events):
+        translations = len(requests.rows)
+        sources = [(translations, events)]
+        for line in _lines(events, watch):
             requests.add_event(line)
+        _check_counts(
+            meta,
+            requests=translations,
+            events=len(requests.rows) - translations,
+            pages=len(addresses),
+            queue_pages=len(queue_addresses),
+        )
         name = os.path.basename(os.path.abspath(path))
         configuration = Configuration(
             name, registers, features, regions, addresses, pages, None, requests, source, sources
@@ -926,11 +1088,11 @@ class Capture:
         return cls(path, "linux", meta.values, [configuration])
 
     @classmethod
-    def _load_cases(cls, path: str) -> Capture:
+    def _load_cases(cls, path: str, watch: _Watch) -> Capture:
         where = os.path.join(path, "pages.npz")
-        (pages,) = _arrays(where, pages=("u1", PAGE))
+        (pages,) = _arrays(where, watch, pages=("u1", PAGE))
         where = os.path.join(path, "cases.jsonl.gz")
-        lines = _lines(where)
+        lines = _lines(where, watch)
         first = next(lines, None)
         if first is None:
             raise CaptureError(where, None, "empty; a header is wanted")
@@ -941,11 +1103,15 @@ class Capture:
         low, high = (header.number_of("ram", v, _U64) for v in header.list("ram", 2))
         regions = _regions(header, [(low, high - low)])
         configurations = []
-        ids = set()
+        ids: set[str] = set()
+        count = 0
         for line in lines:
+            line.only("id", "cr0", "regs", "meta", "pages", "reqs")
             id = line.text("id")
             if id in ids:
                 line.bad(f"id: {id!r} is that of an earlier configuration")
+            if len(ids) == MAX_CONFIGURATIONS:
+                line.bad(f"more than {MAX_CONFIGURATIONS} configurations")
             ids.add(id)
             mine = {"CR0": line.integer("cr0", _U32), "CR2": _RECINVSID}
             mine = _registers(line, identification | line.inner("regs").values | mine, _NEEDED)
@@ -958,10 +1124,11 @@ class Capture:
                 addresses[i] = line.number_of("pages", pair[0], _U64)
                 rows[i] = line.number_of("pages", pair[1], len(pages) - 1)
             _check_pages(where, line.number, addresses, regions)
-            requests = _Requests()
+            requests = _Requests(count)
             queue = bool(mine["CR0"] & _EVENTQEN)
             for request in line.list("reqs"):
                 requests.add_case(line, request, queue, features.oas_bits)
+            count += len(requests.rows)
             configurations.append(
                 Configuration(
                     id,
@@ -1000,7 +1167,7 @@ class Capture:
         path : path
             A directory that does not exist or is empty.
         smmu : Smmu, optional
-            Whose memory, registers and features are written.
+            Whose memory, registers, features and queues are written.
         memory, registers : Memory, mapping, optional
             In place of `smmu`: registers by name, as the format needs them.
         requests, events : iterable of mapping
@@ -1013,73 +1180,74 @@ class Capture:
         meta : mapping, optional
             More members of ``meta.json``.
 
+        The directory takes its name when all of it is written and can be read: a save that is
+        interrupted, or has no space, leaves nothing of that name.
+
         Raises
         ------
         FileExistsError
-            The directory holds something.
+            The directory holds something, or there is a file of that name.
+        OSError
+            It cannot be written.
+        CaptureError
+            A line with ``pa``, an event or a register is none of the format.
         ValueError
             The pages cannot be found because the tables are of a kind that is not modelled or are
             larger than 1 GiB; or a request ends without an event, which the format cannot hold.
         """
         from smmufast import streams
 
+        path = os.fspath(path)
+        refuse_taken(path)
         if smmu is None:
             if memory is None or registers is None:
-                raise TypeError("smmu, or memory and registers, needed")
-            line = _Line("registers", None, {})
-            given = _registers(line, registers, _NEEDED)
-            features = _features(line, given)
-            kept, masked = modelled(features)
-            smmu = Smmu(
-                memory,
-                kept,
-                strtab_base=given["STRTAB_BASE"],
-                strtab_base_cfg=given["STRTAB_BASE_CFG"],
-                cr0=given["CR0"],
-                cr2=given["CR2"],
-                gbpa=given["GBPA"],
-            )
+                raise TypeError("save() needs smmu, or memory and registers")
+            given = _registers(_Line("registers", None, {}), registers, _NEEDED)
+            smmu, masked = _smmu_of(memory, given)
         else:
             if memory is not None or registers is not None:
-                raise TypeError("memory, registers: given beside smmu, which has its own")
+                raise TypeError("memory and registers must not be given beside smmu")
             memory = smmu.memory
             given = _registers_of(smmu)
             masked = {}
         translated, terminated = _answer(smmu, requests)
         if pages is None:
             pages = streams.pages(smmu, masked)
-        addresses = sorted({int(page) for page in pages})
+        addresses = sorted({integer("pages", page, _U64) for page in pages})
         for address in addresses:
             if address % PAGE:
-                raise ValueError(f"pages: {address:#x} given; multiples of {PAGE} needed")
-        contents = []
-        kept_addresses = []
-        for address in addresses:
-            data = _page(memory, address)
-            if data.strip(b"\0"):
-                kept_addresses.append(address)
-                contents.append(np.frombuffer(data, np.uint8))
-        regions = [(region.base, region.size) for region in memory.regions]
-        values: dict[str, Any] = dict(meta or {})
-        values["regs"] = {name: hex(value) for name, value in given.items()}
-        if len(regions) == 1:
-            values |= {"ram_base": hex(regions[0][0]), "ram_size": regions[0][1]}
-        else:
-            values["regions"] = [[hex(base), hex(size)] for base, size in regions]
-        path = os.fspath(path)
-        os.makedirs(path, exist_ok=True)
-        if os.listdir(path):
-            raise FileExistsError(f"{path}: the directory is not empty")
-        with open(os.path.join(path, "meta.json"), "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-        np.savez_compressed(
-            os.path.join(path, "pages.npz"),
-            page_addr=np.array(kept_addresses, np.uint64),
-            pages=np.array(contents, np.uint8).reshape(-1, PAGE),
-        )
-        _write_lines(os.path.join(path, "requests.jsonl.gz"), translated)
-        _write_lines(os.path.join(path, "events.jsonl.gz"), [*events, *terminated])
-        return cls.load(path)
+                raise ValueError(must_be("pages", f"multiples of {PAGE}", address))
+        tables = _contents(memory, addresses)
+        queues = _contents(memory, _queue_pages(given))
+        terminated = [*events, *terminated]
+        counts = {
+            "requests": len(translated),
+            "events": len(terminated),
+            "pages": len(tables[0]),
+            "queue_pages": len(queues[0]),
+        }
+        with replacing_directory(path) as partial:
+            with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as file:
+                values = _description(meta or {}, counts, given, memory)
+                json.dump(values, file, indent=1, default=_plain)
+            _write_pages(os.path.join(partial, "pages.npz"), *tables)
+            if queues[0] or _unused(given):
+                _write_pages(os.path.join(partial, "queues.npz"), *queues)
+            _write_lines(os.path.join(partial, "requests.jsonl.gz"), translated)
+            _write_lines(os.path.join(partial, "events.jsonl.gz"), terminated)
+            try:
+                saved = cls.load(partial)
+            except CaptureError as error:
+                where = os.path.join(path, os.path.basename(error.path))
+                raise CaptureError(where, error.line, error.problem) from None
+        saved._move(path)
+        return saved
+
+    def _move(self, path: str) -> None:
+        """Follow the directory, which has another name now."""
+        self.path = path
+        for configuration in self:
+            configuration._move(self.name, path)
 
 
 # --- queues ---------------------------------------------------------------------------------------
@@ -1114,11 +1282,55 @@ class Queue(NamedTuple):
     records: tuple[bytes, ...]
 
 
-_QUEUES = {"commands": ("CMDQ", "cmdqs", 16), "events": ("EVENTQ", "eventqs", 32)}
+_QUEUES = {
+    "commands": ("CMDQ", "cmdqs", 16),
+    "events": ("EVENTQ", "eventqs", 32),
+    "pages": ("PRIQ", "priqs", 16),
+}
+_QUEUE_PARTS = ("BASE", "PROD", "CONS")
+
+
+def _ring(registers: Mapping[str, int], features: Features, which: str) -> tuple[int, int, int]:
+    """Return where a queue lies: base, log2 of its slots, bytes of a slot."""
+    name, limit, size = _QUEUES[which]
+    fields = layout.unpack(f"{name}_BASE", registers[f"{name}_BASE"])
+    log2size = min(fields["LOG2SIZE"], getattr(features, limit))
+    return fields["ADDR"] & -(size << log2size), log2size, size
+
+
+def _queue_pages(registers: Mapping[str, int]) -> list[int]:
+    """Return the pages that the queues lie in, of which the registers are given."""
+    words = (registers[name] for name in ("IDR0", "IDR1", "IDR3", "IDR5", "AIDR"))
+    features = Features.from_idr(*words)
+    found: set[int] = set()
+    for which, (name, _, _) in _QUEUES.items():
+        if f"{name}_BASE" in registers:
+            base, log2size, size = _ring(registers, features, which)
+            found.update(range(base & -PAGE, base + (size << log2size), PAGE))
+    return sorted(found)
+
+
+def held_queues(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return which queues a capture of kind "linux" holds, by the names that `load_queue` takes.
+
+    Raises
+    ------
+    CaptureError
+        The capture cannot be read.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(os.path.join(path, "queues.npz")):
+        return ()
+    registers = _meta(os.path.join(path, "meta.json")).inner("regs").values
+    return tuple(
+        which
+        for which, (name, _, _) in _QUEUES.items()
+        if any(f"{name}_{part}" in registers for part in _QUEUE_PARTS)
+    )
 
 
 def load_queue(path: str | os.PathLike[str], which: str) -> Queue:
-    """Read one queue of a capture of kind "linux": `which` is "commands" or "events".
+    """Read one queue of a capture of kind "linux": `which` is "commands", "events" or "pages".
 
     Raises
     ------
@@ -1127,26 +1339,21 @@ def load_queue(path: str | os.PathLike[str], which: str) -> Queue:
     ValueError
         There is no such queue.
     """
-    if which not in _QUEUES:
-        raise ValueError(f"which: {which!r} given; {' or '.join(_QUEUES)} needed")
-    name, limit, size = _QUEUES[which]
+    one_of("which", which, _QUEUES)
+    name = _QUEUES[which][0]
     path = os.fspath(path)
     meta = _meta(os.path.join(path, "meta.json"))
-    needed = (*_NEEDED, *(f"{name}_{part}" for part in ("BASE", "PROD", "CONS")))
+    needed = (*_NEEDED, *(f"{name}_{part}" for part in _QUEUE_PARTS))
     registers = _registers(meta, meta.inner("regs").values, needed)
     features = _features(meta, registers)
-    base, prod, cons = (registers[f"{name}_{part}"] for part in ("BASE", "PROD", "CONS"))
-    fields = layout.unpack(f"{name}_BASE", base)
-    log2size = min(fields["LOG2SIZE"], getattr(features, limit))
+    base, prod, cons = (registers[f"{name}_{part}"] for part in _QUEUE_PARTS)
+    first, log2size, size = _ring(registers, features, which)
     slots = 1 << log2size
-    first = fields["ADDR"] & -(size << log2size)
     ring = bytearray(size << log2size)
     where = os.path.join(path, "queues.npz")
     if not os.path.exists(where):
         raise CaptureError(where, None, "there is none: the capture holds no queues")
-    addresses, pages = _arrays(where, page_addr=("<u8", 8), pages=("u1", PAGE))
-    if len(addresses) != len(pages):
-        raise CaptureError(where, None, f"{len(addresses)} addresses for {len(pages)} pages")
+    addresses, pages = _pages_of(where)
     for address, page in zip(addresses.tolist(), pages, strict=True):
         start, end = max(address, first), min(address + PAGE, first + len(ring))
         if start < end:
@@ -1227,10 +1434,12 @@ def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
     header.get("header")
     needed = ("IDR0", "IDR1", "IDR3", "IDR5")
     features = _features(header, _registers(header, header.inner("idr").values, needed))
-    found = []
+    found: list[Batch] = []
     for line in lines:
         if line.text("kind") != "cmds":
             continue
+        if len(found) == MAX_REQUESTS:
+            line.bad(f"more than {MAX_REQUESTS} batches")
         commands = []
         for text in line.list("cmds"):
             try:
@@ -1289,8 +1498,16 @@ def load_fillings(path: str | os.PathLike[str]) -> list[Filling]:
 
 
 def _registers_of(smmu: Smmu) -> dict[str, int]:
+    """Return the registers that the format needs, and those of the queues that there are."""
     features = smmu.features
-    return {
+    queues: dict[str, int] = {}
+    for name, _, _ in _QUEUES.values():
+        if name == "PRIQ" and not features.pri:
+            continue
+        mine = {f"{name}_{part}": smmu.read(f"{name}_{part}") for part in _QUEUE_PARTS}
+        if any(mine.values()):
+            queues |= mine
+    return queues | {
         "CR0": smmu.cr0,
         "CR2": smmu.cr2,
         "GBPA": smmu.gbpa,
@@ -1304,6 +1521,46 @@ def _registers_of(smmu: Smmu) -> dict[str, int]:
     }
 
 
+def _smmu_of(memory: Memory, given: Mapping[str, int]) -> tuple[Smmu, dict[str, int]]:
+    """Return an SMMU with these registers, and the features that it leaves out."""
+    kept, masked = modelled(_features(_Line("registers", None, {}), given))
+    smmu = Smmu(
+        memory,
+        kept,
+        strtab_base=given["STRTAB_BASE"],
+        strtab_base_cfg=given["STRTAB_BASE_CFG"],
+        cr0=given["CR0"],
+        cr2=given["CR2"],
+        gbpa=given["GBPA"],
+    )
+    return smmu, masked
+
+
+def _description(
+    meta: Mapping[str, Any], counts: Mapping[str, int], given: Mapping[str, int], memory: Memory
+) -> dict[str, Any]:
+    """Return ``meta.json``: what the files hold, registers and RAM, and more members."""
+    values = {name: value for name, value in meta.items() if name not in _RAM}
+    for name in _COUNTED:  # those of another capture
+        if type(values.get(name)) is int:
+            del values[name]
+    values["counts"] = dict(counts)
+    values["regs"] = {name: hex(value) for name, value in given.items()}
+    regions = [(region.base, region.size) for region in memory.regions]
+    if len(regions) == 1:
+        return values | {"ram_base": hex(regions[0][0]), "ram_size": regions[0][1]}
+    return values | {"regions": [[hex(base), hex(size)] for base, size in regions]}
+
+
+def _unused(given: Mapping[str, int]) -> bool:
+    """Whether there are queues, and nothing was ever put into one.
+
+    A ring that was used and has no pages would be taken for one of zeros.
+    """
+    queues = [name for name, _, _ in _QUEUES.values() if f"{name}_BASE" in given]
+    return bool(queues) and not any(given.get(f"{name}_PROD") for name in queues)
+
+
 def _page(memory: Memory, address: int) -> bytes:
     """Return a page of memory; what no region holds is zero."""
     data = bytearray(PAGE)
@@ -1315,10 +1572,39 @@ def _page(memory: Memory, address: int) -> bytes:
     return bytes(data)
 
 
+def _contents(
+    memory: Memory, addresses: Iterable[int]
+) -> tuple[list[int], list[NDArray[np.uint8]]]:
+    """Return the pages at some addresses, without those of zeros."""
+    kept = []
+    contents = []
+    for address in addresses:
+        data = _page(memory, address)
+        if data.strip(b"\0"):
+            kept.append(address)
+            contents.append(np.frombuffer(data, np.uint8))
+    return kept, contents
+
+
+def _write_pages(path: str, addresses: list[int], contents: list[NDArray[np.uint8]]) -> None:
+    np.savez_compressed(
+        path,
+        page_addr=np.array(addresses, np.uint64),
+        pages=np.array(contents, np.uint8).reshape(-1, PAGE),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's as one of Python's, for JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
 def _write_lines(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
         for line in lines:
-            file.write(json.dumps(dict(line)).encode() + b"\n")
+            file.write(json.dumps(dict(line), default=_plain).encode() + b"\n")
 
 
 def _answer(
@@ -1332,21 +1618,26 @@ def _answer(
     terminated: list[Mapping[str, Any]] = []
     for number, request in enumerate(requests):
         if not isinstance(request, Mapping):
-            raise TypeError(f"requests[{number}]: {type(request).__name__} given; a dict needed")
+            raise TypeError(must_be(f"requests[{number}]", "a dict", request))
         if "pa" in request:
             translated.append(request)
             continue
         for name in ("sid", "iova"):
             if name not in request:
-                raise ValueError(f"requests[{number}]: no {name}")
+                raise ValueError(f"requests[{number}] has no {name}")
         unknown = set(request) - {"sid", "iova", "ssid", "write", "priv", "instr"}
         if unknown:
             raise ValueError(
-                f"requests[{number}]: {min(unknown)!r} given; sid, iova, ssid, write, priv and "
+                f"requests[{number}] has {min(unknown)!r}; sid, iova, ssid, write, priv and "
                 "instr are known, or pa with what was recorded"
             )
-        sid, iova, ssid = request["sid"], request["iova"], request.get("ssid")
-        write, priv, instr = (bool(request.get(name)) for name in ("write", "priv", "instr"))
+        sid = integer("sid", request["sid"], _U32)
+        iova = integer("iova", request["iova"], _U64)
+        ssid = request.get("ssid")
+        ssid = None if ssid is None else integer("ssid", ssid, 0xFFFFF)
+        write, priv, instr = (
+            flag(name, request.get(name, False)) for name in ("write", "priv", "instr")
+        )
         instr &= not write  # a write is always data
         result = translate_alone(smmu, sid, iova, ssid=ssid, write=write, priv=priv, instr=instr)
         line = {"sid": sid, "iova": hex(iova), "priv": int(priv), "instr": int(instr)}

@@ -2,19 +2,22 @@
 
 `trace` translates a file of requests through the tables of a capture.
 
-Exit statuses: 0 done, and every outcome agrees; 1 some outcome differs; 2 bad input or usage;
-3 nothing differs, but requests were left out as unsupported; 130 interrupted; 141 the reader of
-the output went away.
+Exit statuses: 0 done, and every outcome agrees; 1 some outcome differs; 2 bad input or usage, or
+output that cannot be written; 3 nothing differs, but requests were left out as unsupported;
+130 interrupted; 141 the reader of the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from smmufast._files import as_number
 
 if TYPE_CHECKING:
     from smmufast.capture import Capture, Configuration
@@ -27,6 +30,7 @@ __all__ = ["main"]
 # Modules that need numpy or are compiled are imported where they are used: --help needs none.
 
 MOST_NAMES = 24  # of a summary in words
+MAX_INPUT = 1 << 28  # bytes of standard input
 
 AGREES, DIFFERS, BAD_INPUT, UNSUPPORTED, INTERRUPTED, NO_READER = 0, 1, 2, 3, 130, 141
 
@@ -34,7 +38,7 @@ _STATUSES = """\
 exit status:
   0  done, and every outcome agrees
   1  some outcome differs
-  2  bad input or usage
+  2  bad input or usage, or output that cannot be written
   3  nothing differs, but requests were left out as unsupported
 """
 
@@ -44,25 +48,49 @@ class UsageError(Exception):
 
 
 def _number(text: str) -> int:
-    try:
-        number = int(text, 0)
-    except ValueError:
+    number = as_number(text)
+    if number is None:
+        if text[:1] == "-" and as_number(text[1:]) is not None:
+            raise argparse.ArgumentTypeError(f"{_short(text)} is negative")
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number (0x... is hexadecimal)"
-        ) from None
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+            f"{_short(text)!r} is not a number (0x... is hexadecimal, else decimal)"
+        )
     return number
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 def _positive(text: str) -> int:
-    if number := _number(text):
+    if number := _count(text):
         return number
-    raise argparse.ArgumentTypeError("at least 1 is needed")
+    raise argparse.ArgumentTypeError("0 is too little: 1 or more is allowed")
+
+
+def _count(text: str) -> int:
+    """Return how often something is to be done."""
+    if _number(text) >> 63:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is too much: below 2^63 is allowed")
+    return _number(text)
 
 
 def _level(text: str) -> int:
     return -1 if text == "-1" else _number(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit."""
+        _note(f"error: {message} ({self.prog} --help says more)")
+        sys.exit(BAD_INPUT)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; argparse would not tell that it could not."""
+        if message:
+            print(message, end="", file=file)
 
 
 class _Version(argparse.Action):
@@ -79,7 +107,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="smmufast",
         description="An Arm SMMUv3 model: replay captures, walk them, list their streams and "
         "queues, decode records and logs.",
@@ -118,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--random",
-        type=_number,
+        type=_count,
         default=0,
         metavar="N",
         help="translate N more addresses at random places of the pages hit",
@@ -126,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=_number, default=1, metavar="N", help="of --random")
     made.add_argument(
         "--differences",
-        type=_number,
+        type=_count,
         default=3,
         metavar="N",
         help="explain the first N differences (default 3)",
@@ -150,10 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "requests",
         metavar="REQUESTS",
+        nargs="?",
         help="an .npy file: rows with iova, sid and, as needed, ssid, write, priv and instr; or "
-        "addresses alone",
+        "addresses alone (default: the requests of the capture)",
     )
-    made.add_argument("--out", metavar="FILE", help="write the results as an .npy file")
+    made.add_argument(
+        "--out", metavar="FILE", help="write the results as an .npy file, once they are complete"
+    )
     made.add_argument(
         "--columns",
         metavar="NAMES",
@@ -188,7 +219,8 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="WORD",
-        help="hexadecimal numbers, first word first, or a log line (default: standard input)",
+        help="numbers, first word first: 0x... or decimal, or those of a dump, in which each has "
+        "2, 8, 16 or more digits; or a log line (default: standard input)",
     )
     made.add_argument(
         "--kind",
@@ -212,16 +244,17 @@ def _parser() -> argparse.ArgumentParser:
         "--raw", action="store_true", help="standard input is records in memory order"
     )
     made.add_argument("--brief", action="store_true", help="one line each")
+    _add_limit(made, "findings")
     return parser
 
 
-def _add_limit(parser: argparse.ArgumentParser) -> None:
+def _add_limit(parser: argparse.ArgumentParser, what: str = "lines") -> None:
     parser.add_argument(
         "--limit",
         type=_positive,
         default=100_000,
         metavar="N",
-        help="stop after N lines (default 100000)",
+        help=f"stop after N {what} (default 100000)",
     )
 
 
@@ -263,29 +296,49 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 class _Progress:
-    """A bar on the terminal that appears when the work takes long."""
+    """A line on the terminal that appears when work takes long, and goes when it is done.
+
+    It is called with the work done, and with all work where that is known.
+    """
 
     WIDTH = 40
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.stream = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None
         self.due = time.monotonic() + 0.5
-        self.shown = False
+        self.shown = 0
 
-    def __call__(self, done: int, work: int) -> None:
-        now = time.monotonic()
-        if now < self.due or not work:
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            self.write("")
+
+    def __call__(self, done: int, work: int = 0) -> None:
+        if self.stream is None or (now := time.monotonic()) < self.due:
             return
         self.due = now + 0.1
-        filled = self.WIDTH * done // work
-        bar = "#" * filled + "." * (self.WIDTH - filled)
-        sys.stderr.write(f"\r[{bar}] {100 * done // work:3d} %")
-        sys.stderr.flush()
-        self.shown = True
+        if work:
+            filled = min(self.WIDTH * done // work, self.WIDTH)
+            bar = "#" * filled + "." * (self.WIDTH - filled)
+            self.write(f"{self.what} [{bar}] {100 * done // work:3d} %")
+        else:
+            self.write(f"{self.what}: {done}")
 
-    def clear(self) -> None:
-        if self.shown:
-            sys.stderr.write("\r" + " " * (self.WIDTH + 8) + "\r")
-            sys.stderr.flush()
+    def write(self, text: str) -> None:
+        if self.stream is not None:
+            self.stream.write(f"\r{text.ljust(self.shown)}" + "\r" * (not text))
+            self.stream.flush()
+        self.shown = len(text)
+
+
+def _load(path: str) -> Capture:
+    from smmufast.capture import Capture
+
+    with _Progress("reading") as progress:
+        return Capture.load(path, progress)
 
 
 def _plural(count: int, what: str) -> str:
@@ -301,16 +354,14 @@ def _masked_text(masked: dict[str, int]) -> str:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from smmufast.capture import Capture
     from smmufast.replay import replay
 
     if os.path.isfile(arguments.capture):
         return _replay_queues(arguments)
-    capture = Capture.load(arguments.capture)
+    capture = _load(arguments.capture)
     if not any(len(configuration.requests) for configuration in capture):
         raise UsageError(f"{arguments.capture}: no requests are recorded, nothing to replay")
-    progress = _Progress() if sys.stderr.isatty() else None
-    try:
+    with _Progress("replaying") as progress:
         found = replay(
             capture,
             repeat=arguments.repeat,
@@ -319,9 +370,6 @@ def _replay(arguments: argparse.Namespace) -> int:
             keep=arguments.differences,
             progress=progress,
         )
-    finally:
-        if progress is not None:
-            progress.clear()
     if found.total.differing or found.random_differing:
         status = DIFFERS
     else:
@@ -331,13 +379,16 @@ def _replay(arguments: argparse.Namespace) -> int:
         _print_json(found.as_dict() | {"status": status})
     else:
         _print_replay(found)
+        if arguments.random and not found.random:
+            print("No request hits a page: no random translations were made.")
     return status
 
 
 def _replay_queues(arguments: argparse.Namespace) -> int:
     from smmufast.replay import replay_queues
 
-    found = replay_queues(arguments.capture)
+    with _Progress("replaying") as progress:
+        found = replay_queues(arguments.capture, progress)
     if not found.total.requests:
         raise UsageError(f"{arguments.capture}: no batches are recorded, nothing to replay")
     status = DIFFERS if found.total.differing else AGREES
@@ -453,15 +504,15 @@ def _check_bits(**values: tuple[int | None, int]) -> None:
     """Raise for an option whose number is too large."""
     for name, (value, bits) in values.items():
         if value is not None and value >> bits:
-            raise UsageError(f"--{name}: {value:#x} does not fit {bits} bits")
+            shown = f"{value:#x}" if value.bit_length() <= 128 else "a number of many digits"
+            raise UsageError(f"--{name}: {shown} does not fit {bits} bits")
 
 
 def _walk(arguments: argparse.Namespace) -> int:
-    from smmufast.capture import Capture
     from smmufast.explain import explain
 
     _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), iova=(arguments.iova, 64))
-    configuration = _chosen(Capture.load(arguments.capture), arguments.config)
+    configuration = _chosen(_load(arguments.capture), arguments.config)
     smmu = configuration.smmu()
     result = smmu.translate(
         arguments.sid,
@@ -530,13 +581,21 @@ def _walk(arguments: argparse.Namespace) -> int:
 # --- trace ----------------------------------------------------------------------------------------
 
 
+def _check_out(out: str | None, capture: str) -> None:
+    """Raise for a file of results that would replace a part of the capture."""
+    if out is None:
+        return
+    place = os.path.realpath(out)
+    if os.path.dirname(place) == os.path.realpath(capture) and os.path.exists(place):
+        raise UsageError(f"--out: {out} is a part of the capture")
+
+
 def _trace(arguments: argparse.Namespace) -> int:
     from smmufast._smmu import COLUMNS
     from smmufast._tlb import Caches
-    from smmufast.capture import Capture
     from smmufast.trace import TraceError, translate_trace
 
-    _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), threads=(arguments.threads, 32))
+    _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), threads=(arguments.threads, 16))
     columns = None
     if arguments.columns is not None:
         if arguments.out is None:
@@ -546,28 +605,33 @@ def _trace(arguments: argparse.Namespace) -> int:
             raise UsageError(
                 f"--columns: {arguments.columns!r} given; names of {', '.join(COLUMNS)}, each once"
             )
-    configuration = _chosen(Capture.load(arguments.capture), arguments.config)
+    _check_out(arguments.out, arguments.capture)
+    configuration = _chosen(_load(arguments.capture), arguments.config)
+    requests = arguments.requests
+    if requests is None:
+        if arguments.sid is not None or arguments.ssid is not None or arguments.write:
+            raise UsageError("--sid, --ssid, --write: for a file of REQUESTS, which is missing")
+        if not len(configuration.requests):
+            raise UsageError(f"{arguments.capture}: no requests are recorded, name REQUESTS")
+        requests = configuration.requests
     caches: Caches | None = None
     if arguments.caches is not None:
         caches = Caches.small() if arguments.caches == "small" else Caches.server()
-    progress = _Progress() if sys.stderr.isatty() else None
     try:
-        found = translate_trace(
-            configuration.smmu(caches=caches),
-            arguments.requests,
-            arguments.out,
-            sid=arguments.sid,
-            ssid=arguments.ssid,
-            write=arguments.write,
-            columns=columns,
-            threads=arguments.threads,
-            progress=progress,
-        )
+        with _Progress("translating") as progress:
+            found = translate_trace(
+                configuration.smmu(caches=caches),
+                requests,
+                arguments.out,
+                sid=arguments.sid,
+                ssid=arguments.ssid,
+                write=arguments.write,
+                columns=columns,
+                threads=arguments.threads,
+                progress=progress,
+            )
     except TraceError as error:
         raise UsageError(error) from None
-    finally:
-        if progress is not None:
-            progress.clear()
     if arguments.json:
         files = {"trace": arguments.requests, "out": arguments.out}
         _print_json(
@@ -602,7 +666,9 @@ def _span(first: int, last: int) -> str:
     return f"{first:#x}" if first == last else f"{first:#x}-{last:#x}"
 
 
-def _streams_of(configuration: Configuration, left: int) -> tuple[dict[str, Any], int]:
+def _streams_of(
+    configuration: Configuration, left: int, progress: _Progress
+) -> tuple[dict[str, Any], int]:
     """Return the streams of a configuration as plain values, and how many lines are left."""
     from smmufast import layout, streams
     from smmufast.explain import describe_cd, describe_ste
@@ -610,14 +676,16 @@ def _streams_of(configuration: Configuration, left: int) -> tuple[dict[str, Any]
     smmu = configuration.smmu()
     present = sorted(configuration.page_addresses.tolist())
     table = streams.stream_table(smmu)
-    runs = []
+    budget = streams.Budget()
+    runs: list[dict[str, Any]] = []
     more = False
-    for run in streams.streams(smmu, present):
+    for run in streams.streams(smmu, present, budget):
+        progress(len(runs))
         if more := left <= 0:
             break
         left -= 1
         found = []
-        for context in streams.contexts(smmu, run, present):
+        for context in streams.contexts(smmu, run, present, budget):
             if more := left <= 0:
                 break
             left -= 1
@@ -678,14 +746,13 @@ def _print_streams(found: dict[str, Any]) -> None:
 
 
 def _streams(arguments: argparse.Namespace) -> int:
-    from smmufast.capture import Capture
-
-    capture = Capture.load(arguments.capture)
+    capture = _load(arguments.capture)
     chosen = capture if arguments.config is None else [_chosen(capture, arguments.config)]
     left = arguments.limit
     documents = []
     for i, configuration in enumerate(chosen):
-        found, left = _streams_of(configuration, left)
+        with _Progress("streams") as progress:
+            found, left = _streams_of(configuration, left, progress)
         if arguments.json:
             documents.append(found)
         else:
@@ -736,26 +803,40 @@ def _queue_json(queue: Any) -> dict[str, int]:
     }
 
 
+def _check_directory(path: str) -> None:
+    """Raise as loading does for a path that is no capture at all."""
+    from smmufast.capture import Capture
+
+    if not os.path.exists(os.path.join(path, "meta.json")):
+        Capture.load(path)
+
+
 def _events(arguments: argparse.Namespace) -> int:
-    from smmufast.capture import Capture, load_events, load_queue
+    from smmufast.capture import held_queues, load_events, load_queue
     from smmufast.faults import Event
 
     path = arguments.capture
     if os.path.isfile(path):
         raise UsageError(f"{path}: a file; event records are in the directory of a capture")
     head = queue = None
-    if os.path.exists(os.path.join(path, "queues.npz")):
+    records: list[tuple[str, bytes]] = []
+    if "events" in held_queues(path):
         queue = load_queue(path, "events")
         slots = 1 << queue.log2size
-        found = [
-            (f"{(queue.first + i) % slots:#x}", Event(record))
-            for i, record in enumerate(queue.records)
+        records = [
+            (f"{(queue.first + i) % slots:#x}", record) for i, record in enumerate(queue.records)
         ]
         head = _queue_head(os.path.basename(os.path.abspath(path)), "event", queue)
-    else:
-        if not os.path.isdir(path):
-            Capture.load(path)  # says what is wrong
-        found = [(where, Event(record)) for where, record in load_events(path)]
+    if not records:  # those that the requests ended in are listed beside them
+        if not os.path.exists(os.path.join(path, "cases.jsonl.gz")):
+            _check_directory(path)
+        records = load_events(path)
+    found = []
+    with _Progress("decoding") as progress:
+        for i, (where, record) in enumerate(records):
+            if not i % 1024:
+                progress(i, len(records))
+            found.append((where, Event(record)))
     counts = _counted(event.name for _, event in found)
     more = len(found) > arguments.limit
     shown = found[: arguments.limit]
@@ -789,15 +870,14 @@ def _events(arguments: argparse.Namespace) -> int:
 
 
 def _commands(arguments: argparse.Namespace) -> int:
-    from smmufast.capture import Capture, load_batches, load_queue
+    from smmufast.capture import load_batches, load_queue
 
     path = arguments.capture
     if os.path.isfile(path):
         return _command_batches(arguments, *load_batches(path))
     if os.path.exists(os.path.join(path, "cases.jsonl.gz")):
         raise UsageError(f"{path}: this kind of capture has no command queue")
-    if not os.path.exists(os.path.join(path, "meta.json")):
-        Capture.load(path)  # says what is wrong
+    _check_directory(path)
     queue = load_queue(path, "commands")
     commands, counts = _decoded_commands(queue.records, queue.features, arguments.limit)
     slots = 1 << queue.log2size
@@ -833,10 +913,13 @@ def _decoded_commands(
 
     known: dict[bytes, Decoded] = {}
     names = []
-    for record in records:
-        if record not in known:
-            (known[record],) = decode(record, "command", features=features)
-        names.append(known[record].name)
+    with _Progress("decoding") as progress:
+        for i, record in enumerate(records):
+            if not i % 256:
+                progress(i, len(records))
+            if record not in known:
+                (known[record],) = decode(record, "command", features=features)
+            names.append(known[record].name)
     return [known[record] for record in records[:limit]], _counted(names)
 
 
@@ -901,25 +984,31 @@ def _decode(arguments: argparse.Namespace) -> int:
     from smmufast.decode import DecodeError, decode
 
     data: str | bytes
+    more = False
     if arguments.words:
         if arguments.raw:
             raise UsageError("--raw: reads standard input, but words are given too")
         data = " ".join(arguments.words)
     else:
-        data = sys.stdin.buffer.read()
+        data, more = _standard_input()
         if not arguments.raw:
             data = data.decode("utf-8", "replace")
     try:
-        found = decode(
-            data,
-            arguments.kind,
-            unit=arguments.unit,
-            stage=arguments.stage,
-            granule=arguments.granule,
-            level=arguments.level,
-        )
+        with _Progress("decoding") as progress:
+            found = decode(
+                data,
+                arguments.kind,
+                unit=arguments.unit,
+                stage=arguments.stage,
+                granule=arguments.granule,
+                level=arguments.level,
+                limit=arguments.limit,
+                progress=progress,
+            )
     except DecodeError as error:
         raise UsageError(error) from None
+    if more:
+        _note(f"only the first {MAX_INPUT >> 20} MiB of standard input were read")
     if not found:
         raise UsageError(
             "nothing to decode: neither numbers, nor messages of arm-smmu-v3, nor a trace of QEMU's"
@@ -939,11 +1028,22 @@ def _decode(arguments: argparse.Namespace) -> int:
         if again:
             print(f"  {again.strip()}")
     if len(found) > 1:
+        found = [decoded for decoded in found if decoded.kind != "limit"]
         print(
             ("" if arguments.brief else "\n")
             + _counts_text(_counted(decoded.name for decoded in found), "finding")
         )
     return AGREES
+
+
+def _standard_input() -> tuple[bytes, bool]:
+    """Return what standard input holds, and whether there is more than is read of it."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed, and no words are given")
+    if sys.stdin.isatty():
+        _note("reading standard input, up to Ctrl-D; --help says what else can be given")
+    data = sys.stdin.buffer.read(MAX_INPUT + 1)
+    return data[:MAX_INPUT], len(data) > MAX_INPUT
 
 
 def _runs(found: Iterable[Decoded]) -> Iterable[tuple[Decoded, int]]:
@@ -967,23 +1067,52 @@ def _runs(found: Iterable[Decoded]) -> Iterable[tuple[Decoded, int]]:
 
 
 def _say(problem: object) -> None:
-    text = " ".join(str(problem).split())
-    print(f"smmufast: error: {text}", file=sys.stderr)
+    """Print one line that says what is wrong."""
+    _note("error: " + " ".join(str(problem).split()))
+
+
+def _note(text: str) -> None:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"smmufast: {text}", file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    """Write no more: what is left in the buffer must not fail again when Python exits."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Make standard output and error able to show every text, and there at all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before the command started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; `argv` are the words after its name."""
     try:
-        arguments = _parser().parse_args(argv)
-        status = _run(arguments)
+        _open_streams()
+        try:
+            status = _run(_parser().parse_args(argv))
+        except SystemExit as end:  # of argparse: bad usage, or help
+            status = BAD_INPUT if end.code else AGREES
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # what is left in the buffer must not fail again when Python exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return NO_READER
+    except OSError as error:  # of standard output: what is read and written else names its file
+        _discard_output()
+        _say(f"standard output: {error.strerror or error}")
+        return BAD_INPUT
 
 
 _COMMANDS = {
@@ -1018,4 +1147,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(error)
     except MemoryError:
         _say("not enough memory for this input")
+    except OSError as error:
+        if error.filename is None or isinstance(error, BrokenPipeError):
+            raise
+        _say(f"{os.fspath(error.filename)}: {error.strerror or error}")
     return BAD_INPUT

@@ -1,8 +1,7 @@
 """decode(): records and log lines in words: what happened, what it means, what to look at.
 
 Sections: IHI 0070 4 (commands), 5 (STE, CD), 6.3 (GERROR, CMDQ_CONS), 7.3 (events), 8.1 (page
-requests); DDI 0487 D8.3 (translation table descriptors).  Not architectural: the lines that
-Linux's arm-smmu-v3 driver prints, and those of QEMU's trace, which are found in mixed text.
+requests); DDI 0487 D8.3 (translation table descriptors).  Logs are read in `smmufast._log`.
 
 Positions are those of `smmufast.layout`.  Why a command or a structure is refused is asked of an
 SMMU with the features that are given (`Why`).
@@ -10,13 +9,16 @@ SMMU with the features that are given (`Why`).
 
 from __future__ import annotations
 
+import functools
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smmufast import layout
+from smmufast._arguments import integer, must_be, one_of
+from smmufast._files import as_number
 from smmufast.faults import Event
 
 if TYPE_CHECKING:
@@ -33,13 +35,20 @@ _RECORDS = {
     "event": "EVENT", "command": "CMD", "pri": "PRI", "ste": "STE", "cd": "CD", "l1std": "L1STD",
     "l1cd": "L1CD",
 }  # fmt: skip
+MOST = 100_000
+"""Findings that `decode` returns, unless told otherwise."""
+MOST_WORDS = 1 << 22
+"""Numbers of a text."""
 GRANULES = {"4K": 12, "16K": 14, "64K": 16}
 _U64 = (1 << 64) - 1
-_INDEX = (1 << 20) - 1
 
 
 class DecodeError(ValueError):
     """What cannot be decoded: the message says what was given and what is wanted."""
+
+    def __init__(self, problem: str) -> None:
+        """Take the message."""
+        super().__init__(problem)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ class Decoded:
     ----------
     kind : str
         One of KINDS; or "gerror", "cmdq_error", "sync_timeout", "overflow" (messages of a
-        driver), "trace" (a line of QEMU's trace that is none of these).
+        driver), "trace" (a line of QEMU's trace that is none of these), "limit" (the last one of
+        a log that holds more than was asked for: its line is the first that was not looked at).
     name : str
         Name of the event, command, structure or message.
     text : str
@@ -65,7 +75,8 @@ class Decoded:
     record : bytes or None
         The record in memory order; None where only a message tells of it.
     told : bool
-        Whether the record was put together from a message in words, which leaves some bits out.
+        Whether it was put together from a message in words, or from a record that is cut off:
+        some bits are not known.
     line : int or None
         Number of the line of text, from 1.
     source, client : str
@@ -158,7 +169,7 @@ _INVALIDATED = (
     "that the change of the tables was followed by the invalidation it needs (CFGI_*, TLBI_*) and "
     "a SYNC"
 )
-_EVENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+EVENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "F_UUT": (
         "The device made a kind of transaction that the SMMU or its interconnect does not support.",
         ("what the implementation's manual says of this Reason",),
@@ -317,10 +328,10 @@ def _stage(event: Event) -> list[str]:
     return [told]
 
 
-def _event(record: bytes, **more: Any) -> Decoded:
+def event_in_words(record: bytes, **more: Any) -> Decoded:
     event = Event(record)
     fields = event.fields
-    if event.name not in _EVENTS:
+    if event.name not in EVENTS:
         owner = "implementation defined" if 0xE0 <= event.number <= 0xEF else "reserved"
         return Decoded(
             "event",
@@ -330,7 +341,7 @@ def _event(record: bytes, **more: Any) -> Decoded:
             record=record,
             **more,
         )
-    meaning, check = _EVENTS[event.name]
+    meaning, check = EVENTS[event.name]
     who = f"stream {event.sid:#x}"
     if event.ssid is not None:
         who += f", substream {event.ssid:#x}"
@@ -384,6 +395,7 @@ def _is_range(fields: dict[str, int], features: Features | None) -> bool:
     return bool(fields.get("TG")) and (features is None or bool(features.ril))
 
 
+@functools.lru_cache(maxsize=4)
 def _smmu(features: Features | None) -> Smmu:
     """Return an SMMU to ask: with these features, or with all that are modelled."""
     from smmufast import Memory, Smmu
@@ -520,7 +532,7 @@ def _command_text(name: str, fields: dict[str, int], features: Features | None) 
     return "forget all device permissions"
 
 
-def _command(record: bytes, features: Features | None, **more: Any) -> Decoded:
+def command_in_words(record: bytes, features: Features | None, **more: Any) -> Decoded:
     word = int.from_bytes(record, "little")
     rec = _command_record(word)
     why = command_why(record, features)
@@ -541,7 +553,7 @@ def _command(record: bytes, features: Features | None, **more: Any) -> Decoded:
 # --- page requests --------------------------------------------------------------------------------
 
 
-def _pri(record: bytes, **more: Any) -> Decoded:
+def pri_in_words(record: bytes, **more: Any) -> Decoded:
     fields = layout.unpack("PRI", record)
     who = f"stream {fields['StreamID']:#x}"
     if fields["SSV"]:
@@ -656,13 +668,13 @@ def _l1cd(record: bytes) -> Decoded:
 
 # --- translation table descriptors ----------------------------------------------------------------
 
-_AP = (
+AP = (
     "privileged read and write, unprivileged none",
     "read and write for all",
     "privileged read, unprivileged none",
     "read for all",
 )
-_S2AP = ("no access", "read", "write", "read and write")
+S2AP = ("no access", "read", "write", "read and write")
 _S2XN = ("execution permitted", "unprivileged execution (with XNX)", "no execution",
          "privileged execution (with XNX), else none")  # fmt: skip
 
@@ -713,14 +725,14 @@ def _pte(record: bytes, stage: int, granule: str, level: int | None, ds: bool) -
         shift = lg2 + (3 - level) * (lg2 - 3)
         text = f"{what} of {_size(1 << shift)} at {address & -(1 << shift):#x} ({where})"
     if stage == 1:
-        meaning.append(f"Access: {_AP[fields['AP']]}.")
+        meaning.append(f"Access: {AP[fields['AP']]}.")
         never = [who for bit, who in (("PXN", "privileged"), ("UXN", "unprivileged"))
                  if fields[bit]]  # fmt: skip
         meaning.append(f"Never executed by {' and '.join(never)} code." if never
                        else "Execution is not forbidden here.")  # fmt: skip
         meaning.append(f"Its memory type is byte {fields['AttrIndx']} of MAIR.")
     else:
-        meaning.append(f"Access: {_S2AP[fields['S2AP']]}; {_S2XN[fields['XN']]}.")
+        meaning.append(f"Access: {S2AP[fields['S2AP']]}; {_S2XN[fields['XN']]}.")
         memory = layout.PTE_S2.field("MemAttr").name_of(fields["MemAttr"])
         meaning.append(f"Memory type: {memory}, unless STE.S2FWB is set.")
     if not fields["AF"]:
@@ -735,531 +747,9 @@ def _pte(record: bytes, stage: int, granule: str, level: int | None, ds: bool) -
     return Decoded("pte", name, text, tuple(meaning), (), fields, record)
 
 
-# --- messages of a driver -------------------------------------------------------------------------
-
-_GERROR = {
-    "CMDQ_ERR": (
-        "The command queue stopped at a command: CMDQ_CONS.ERR says why. No more commands are "
-        "read until the error is acknowledged in GERRORN."
-    ),
-    "EVENTQ_ABT_ERR": (
-        "A write into the event queue aborted; events are lost until it is acknowledged."
-    ),
-    "PRIQ_ABT_ERR": (
-        "A write into the page request queue aborted; requests are answered with failure."
-    ),
-    "MSI_CMDQ_ABT_ERR": "The MSI of a CMD_SYNC aborted; the SYNC itself is complete.",
-    "MSI_EVENTQ_ABT_ERR": "The MSI of the event queue aborted.",
-    "MSI_PRIQ_ABT_ERR": "The MSI of the page request queue aborted.",
-    "MSI_GERROR_ABT_ERR": "The MSI of global errors aborted.",
-    "SFM_ERR": "The SMMU is in service failure mode: it translates nothing any more.",
-    "CMDQP_ERR": "An enhanced command queue has an error.",
-    "DPT_ERR": "The device permission table has an error.",
-}
-_ABORTED = {
-    "CMDQ": ("MSI_CMDQ_ABT_ERR", ""),
-    "EVTQ": ("MSI_EVENTQ_ABT_ERR", "EVENTQ_ABT_ERR"),
-    "PRIQ": ("MSI_PRIQ_ABT_ERR", "PRIQ_ABT_ERR"),
-    "GERROR": ("MSI_GERROR_ABT_ERR", ""),
-}
-_GERROR_CHECK = {
-    "ABT": "the addresses of the queues and of the MSIs (EVENTQ_BASE, PRIQ_BASE, *_IRQ_CFG0)",
-    "CMDQ": "the command that CMDQ_CONS.RD points to: smmufast decode --kind command",
-}
-
-
-def _gerror(active: int, name: str = "GERROR", **more: Any) -> Decoded:
-    """Return the global errors whose bits are set."""
-    fields = layout.unpack("GERROR", active & 0xFFFF_FFFF)
-    names = [bit for bit, value in fields.items() if value]
-    check = []
-    if "CMDQ_ERR" in names:
-        check.append(_GERROR_CHECK["CMDQ"])
-    if any("ABT" in bit for bit in names):
-        check.append(_GERROR_CHECK["ABT"])
-    text = "global errors " + ", ".join(names) if names else "no error that has a name"
-    return Decoded(
-        "gerror",
-        name,
-        f"{text} ({active:#x})",
-        tuple(_GERROR[bit] for bit in names),
-        tuple(check),
-        fields,
-        **more,
-    )
-
-
-_CERROR = {
-    0: ("no error", ()),
-    1: (
-        "the command is illegal",
-        ("the command itself: its opcode, its reserved bits, and whether the SMMU has the feature",
-         "that whoever wrote it knows the identification registers (IDR0, IDR3)"),
-    ),
-    2: (
-        "the command could not be read (external abort)",
-        ("that CMDQ_BASE is memory that the SMMU may read",),
-    ),
-    3: (
-        "an ATC_INV before this SYNC was not answered in time",
-        ("the device that ATC_INV was sent to: it is gone, hangs, or does not have ATS",),
-    ),
-}  # fmt: skip
-
-
-def _cmdq_error(code: int, index: int | None, name: str = "", **more: Any) -> Decoded:
-    what, check = _CERROR.get(code, ("unknown code", ()))
-    at = "" if index is None else f" at index {index:#x} (CONS.RD)"
-    which = f" ({name})" if name else ""
-    fields = {"ERR": code} | ({} if index is None else {"RD": index})
-    spelt = layout.record("CMDQ_CONS").field("ERR").name_of(code).partition(":")[0]
-    return Decoded(
-        "cmdq_error",
-        f"CERROR_{spelt}" if spelt else "CMDQ error",
-        f"the command queue stopped{at}{which}: {what}",
-        ("CONS.RD stays at the command until software acknowledges GERROR.CMDQ_ERR.",)
-        if code
-        else (),
-        check,
-        fields,
-        **more,
-    )
-
-
-def _sync_timeout(at: int, prod: int, cons: int, **more: Any) -> Decoded:
-    code = cons >> 24 & 0x7F
-    reader = cons & _INDEX
-    meaning = []
-    check = []
-    if reader == at & _INDEX:
-        meaning.append(
-            "The SMMU has consumed every command before the SYNC, which is not complete: it waits "
-            "for an ATC_INV that a device does not answer, or for transactions in flight."
-        )
-        check.append("the devices whose ATC_INV came before, and whether power or clocks are on")
-    else:
-        meaning.append(
-            f"The SMMU stands at index {reader:#x}, not at the SYNC: it does not consume commands."
-        )
-        check.append("CR0.CMDQEN, and GERROR.CMDQ_ERR, which stops the queue")
-    if code:
-        what, more_check = _CERROR.get(code, ("unknown code", ()))
-        meaning.append(f"CONS.ERR is {code}: {what}, if GERROR.CMDQ_ERR is active.")
-        check += more_check
-    return Decoded(
-        "sync_timeout",
-        "CMD_SYNC timeout",
-        f"the SYNC at index {at & _INDEX:#x} did not complete in time "
-        f"(PROD.WR={prod & _INDEX:#x}, CONS.RD={reader:#x})",
-        tuple(meaning),
-        tuple(check),
-        {"at": at, "PROD": prod, "CONS": cons},
-        **more,
-    )
-
-
-def _overflow(queue: str, **more: Any) -> Decoded:
-    what = "Events" if queue == "EVTQ" else "Page requests"
-    return Decoded(
-        "overflow",
-        f"{queue} overflow",
-        f"the {'event' if queue == 'EVTQ' else 'page request'} queue was full",
-        (f"{what} were discarded: PROD.OVFLG differs from CONS.OVACKFLG.",),
-        ("for one fault that repeats, and whether the handler of the queue runs",),
-        **more,
-    )
-
-
-# --- lines of QEMU's trace ------------------------------------------------------------------------
-
-_TRACES = {
-    "smmu_config_cache_inv": "a cached configuration is forgotten",
-    "smmu_configs_inv_sid_range": "cached configurations of a range of streams are forgotten",
-    "smmu_get_pte": "a descriptor was read",
-    "smmu_inv_notifiers_mr": "a listener of a memory region is told to forget everything",
-    "smmu_iotlb_cache_hit": "the translation was in the TLB",
-    "smmu_iotlb_cache_miss": "the translation was not in the TLB",
-    "smmu_iotlb_insert": "a translation goes into the TLB",
-    "smmu_iotlb_inv_all": "the TLB is emptied",
-    "smmu_iotlb_inv_asid": "TLB entries of one ASID are dropped",
-    "smmu_iotlb_inv_asid_vmid": "TLB entries of one ASID and VMID are dropped",
-    "smmu_iotlb_inv_iova": "TLB entries of one address are dropped",
-    "smmu_iotlb_inv_ipa": "TLB entries of one intermediate address are dropped",
-    "smmu_iotlb_inv_vmid": "TLB entries of one VMID are dropped",
-    "smmu_iotlb_inv_vmid_s1": "stage-1 TLB entries of one VMID are dropped",
-    "smmu_iotlb_lookup_hit": "the translation was in the TLB",
-    "smmu_iotlb_lookup_miss": "the translation was not in the TLB",
-    "smmu_ptw_block_pte": "the walk ended at a block",
-    "smmu_ptw_invalid_pte": "the walk met an invalid descriptor",
-    "smmu_ptw_level": "the walk read a descriptor",
-    "smmu_ptw_page_pte": "the walk ended at a page",
-    "smmu_reset_exit": "the SMMU was reset",
-    "smmuv3_cmdq_cfgi_cd": "CFGI_CD: the cached CDs of a stream are forgotten",
-    "smmuv3_cmdq_cfgi_ste": "CFGI_STE: the cached STE of a stream is forgotten",
-    "smmuv3_cmdq_cfgi_ste_range": "CFGI_STE_RANGE: the cached STEs of a range are forgotten",
-    "smmuv3_cmdq_consume": "the command queue is read",
-    "smmuv3_cmdq_consume_out": "the command queue was read up to here",
-    "smmuv3_cmdq_tlbi_nh": "TLBI_NH_ALL (or TLBI_NSNH_ALL in older versions)",
-    "smmuv3_cmdq_tlbi_nh_asid": "TLBI_NH_ASID: entries of one ASID are dropped",
-    "smmuv3_cmdq_tlbi_nh_va": "TLBI_NH_VA: entries of one address are dropped",
-    "smmuv3_cmdq_tlbi_nh_vaa": "TLBI_NH_VAA: entries of one address are dropped",
-    "smmuv3_cmdq_tlbi_nsnh": "TLBI_NSNH_ALL: all entries are dropped",
-    "smmuv3_cmdq_tlbi_s12_vmid": "TLBI_S12_VMALL: entries of one VMID are dropped",
-    "smmuv3_config_cache_hit": "the configuration of a stream was cached",
-    "smmuv3_config_cache_inv": "a cached configuration is forgotten",
-    "smmuv3_config_cache_miss": "the configuration of a stream was not cached",
-    "smmuv3_decode_cd": "the context descriptor's output size (bits)",
-    "smmuv3_decode_cd_tt": "the context descriptor's table base, size and granule (log2)",
-    "smmuv3_find_ste": "the stream table is looked up",
-    "smmuv3_find_ste_2lvl": "the two-level stream table is looked up",
-    "smmuv3_get_cd": "the context descriptor is read",
-    "smmuv3_get_ste": "the stream table entry is read",
-    "smmuv3_inv_notifiers_iova": "a listener (such as VFIO or vhost) is told to drop addresses",
-    "smmuv3_invalidate_all_caches": "all caches are emptied",
-    "smmuv3_notify_flag_add": "a listener (such as VFIO or vhost) was added to a stream",
-    "smmuv3_notify_flag_del": "a listener was removed from a stream",
-    "smmuv3_range_inval": "TLB entries of a range of addresses are dropped",
-    "smmuv3_s1_range_inval": "stage-1 TLB entries of a range of addresses are dropped",
-    "smmuv3_s2_range_inval": "stage-2 TLB entries of a range of addresses are dropped",
-    "smmuv3_translate_abort": "the transaction was aborted, without an event (STE.Config=0b0xx)",
-    "smmuv3_translate_bypass": "the transaction passed untranslated (STE.Config=0b100)",
-    "smmuv3_translate_disable": "the transaction passed: the SMMU is disabled (CR0.SMMUEN=0)",
-    "smmuv3_translate_success": "the transaction was translated",
-    "smmuv3_trigger_irq": "an interrupt was raised",
-    "smmuv3_unhandled_cmd": "a command that QEMU does not know",
-    "smmuv3_write_gerror": "global errors changed",
-    "smmuv3_write_gerrorn": "global errors were acknowledged",
-    "smmuv3_write_mmio": "a register was written",
-    "smmuv3_write_mmio_idr": "a write to a register that cannot be written",
-    "smmuv3_read_mmio": "a register was read",
-}
-_TRACED_RECORDS = ("smmuv3_record_event", "smmuv3_cmdq_opcode", "smmuv3_cmdq_consume_error")
-_TRACE_LINE = re.compile(r"(?<![\w.])(smmu(?:v3)?_[a-z0-9_]{1,40})(?![\w.(])(.*)", re.A)
-_VALUE = re.compile(r"([A-Za-z_][\w.]{0,30}|TT\[[01]\])@?\s?[=:]>?\s{0,2}(0[xX][0-9a-fA-F]{1,16}"
-                    r"|-?[0-9]{1,20})(?![\w.])", re.A)  # fmt: skip
-_EVENT_NAME = re.compile(r"\b(?:SMMU_EVT_)?([FCE]_[A-Z_]{3,30})\b", re.A)
-_OPCODE_NAME = re.compile(r"\bSMMU_CMD_([A-Z0-9_]{2,30})\b", re.A)
-_EXECUTION_ERROR = re.compile(r"Error on ([!-~]{1,40}) command execution: ([0-9]{1,3})\b", re.A)
-_IRQS = ("event queue", "page request queue", "CMD_SYNC", "global errors")
-_OFFSETS = {rec.offset: name for name, rec in layout.REGISTERS.items() if rec.offset is not None}
-
-
-def _numbers(text: str) -> dict[str, int]:
-    """Return the values that a line of the trace prints by name."""
-    return {name: int(value, 0 if "x" in value.lower() else 10)
-            for name, value in _VALUE.findall(text)}  # fmt: skip
-
-
-#: Fields of events that no message tells.
-_UNTOLD = {"ID", "SSV", "SubstreamID", "Reason", "GPCF", "NSIPA"}
-
-
-def _told_event(name: str, values: dict[str, int], **more: Any) -> Decoded | None:
-    """Return an event that only words tell of, None where a value does not fit the record."""
-    number = layout.Event.__members__.get(name)
-    if number is None:
-        return None
-    rec = layout.event_record(number)
-    have = {f.name for f in rec.fields}
-    values = {key: int(value) for key, value in values.items() if key in have}
-    try:
-        word = layout.pack(rec, **values)
-    except ValueError:
-        return None
-    if have <= values.keys() | _UNTOLD:
-        return _event(layout.to_bytes(rec, word), told=True, **more)
-    who = [f"stream {values['StreamID']:#x}"] if "StreamID" in values else []
-    if "SubstreamID" in values:
-        who.append(f"substream {values['SubstreamID']:#x}")
-    if "InputAddr" in values:
-        who.append(f"address {values['InputAddr']:#x}")
-    meaning, check = _EVENTS[name]
-    return Decoded("event", name, ", ".join(who), (meaning,), check, values, told=True, **more)
-
-
-def _trace_register(values: dict[str, int]) -> tuple[str, dict[str, int]]:
-    """Return what an access of a register says, and its fields."""
-    offset, value = values.get("addr", -1), values.get("val", 0)
-    name = _OFFSETS.get(offset)
-    if name is None:
-        upper = _OFFSETS.get(offset - 4)
-        if upper is not None and layout.REGISTERS[upper].bytes == 8:
-            return f"{upper}, upper half, is {value:#x}", {}
-        return f"offset {offset:#x} is {value:#x}", {}
-    try:
-        fields = layout.unpack(name, value)
-    except ValueError:
-        return f"{name} is {value:#x}", {}
-    shown = ", ".join(f"{key}={v:#x}" if v > 9 else f"{key}={v}" for key, v in fields.items() if v)
-    return f"{name} is {value:#x}" + (f" ({shown})" if shown else ""), fields
-
-
-def _trace(name: str, rest: str, **more: Any) -> Decoded | None:
-    """Return a line of the trace in words, None for one that lacks what its name says."""
-    values = _numbers(rest)
-    if name == "smmuv3_record_event":
-        found = _EVENT_NAME.search(rest)
-        told = {"StreamID": values["sid"]} if "sid" in values else {}
-        return _told_event(found[1], told, **more) if found else None
-    if name == "smmuv3_cmdq_opcode":
-        opcode = _OPCODE_NAME.search(rest)
-        rec = layout.COMMANDS.get(opcode[1].removeprefix("CMD_")) if opcode else None
-        if rec is None:
-            return None
-        return Decoded("command", rec.name, f"consumed: {rec.doc}", **more)
-    if name == "smmuv3_cmdq_consume_error":
-        error = _EXECUTION_ERROR.search(rest)
-        return _cmdq_error(int(error[2]), None, error[1], **more) if error else None
-    text = _TRACES[name]
-    meaning: list[str] = []
-    if name in ("smmuv3_read_mmio", "smmuv3_write_mmio"):
-        said, values = _trace_register(values)
-        text = f"{text}: {said}"
-    elif name in ("smmuv3_write_gerror", "smmuv3_write_gerrorn"):
-        changed = values.get("toggled", values.get("acked", 0))
-        names = [key for key, v in layout.unpack("GERROR", changed & 0xFFFF_FFFF).items() if v]
-        text = f"{text}: {', '.join(names) or 'none'}"
-        meaning = [_GERROR[key] for key in names] if name == "smmuv3_write_gerror" else []
-    elif name == "smmuv3_trigger_irq" and 0 <= values.get("irq", -1) < len(_IRQS):
-        text = f"{text}: {_IRQS[values['irq']]}"
-    else:
-        shown = ", ".join(
-            f"{key}={value}" if -1 <= value <= 9 else f"{key}={value:#x}"
-            for key, value in values.items()
-        )
-        text = f"{text}: {shown}" if shown else text
-        if values.get("perm") in (0, 1, 2, 3) and name == "smmuv3_translate_success":
-            permitted = ("nothing", "reads", "writes", "reads and writes")[values["perm"]]
-            meaning = [f"The page permits {permitted}."]
-        if "stage" in values and "pte" in values and 0 <= values["pte"] <= _U64:
-            meaning = _trace_descriptor(values)
-    return Decoded("trace", name, text, tuple(meaning), fields=values, **more)
-
-
-def _trace_descriptor(values: dict[str, int]) -> list[str]:
-    """Return what the descriptor of a traced walk says of access."""
-    stage = 2 if values["stage"] == 2 else 1
-    d = values["pte"]
-    if not d & 1:
-        return ["The descriptor's bit 0 is 0: nothing is mapped here."]
-    fields = layout.unpack(f"PTE_S{stage}", d)
-    if values.get("level") != 3 and d & 2:
-        return ["The descriptor is a table."]
-    access = _AP[fields["AP"]] if stage == 1 else _S2AP[fields["S2AP"]]
-    return [f"Access: {access}; AF={fields['AF']}."]
-
-
-# --- lines of Linux's driver ----------------------------------------------------------------------
-
-# Every pattern is bounded, so that a long line of anything costs a time that grows with its length.
-_SOURCE = r"([!-~]{1,64}):\s{1,8}"
-_HEX = r"0?[xX]?([0-9a-fA-F]{1,16})"
-_RECEIVED = re.compile(_SOURCE + r"event 0x[0-9a-fA-F]{1,2} received:", re.A)
-_SKIPPING = re.compile(_SOURCE + r"skipping command in error state:", re.A)
-_DWORD = re.compile(r"(?:([!-~]{1,64}):)?\s{0,64}0x([0-9a-fA-F]{16})\s{0,64}$", re.A)
-_TOLD = re.compile(
-    _SOURCE + r"event: ([!-~]{1,40}) client: ([ -~]{1,80}?) sid: " + _HEX + " ssid: " + _HEX
-    + "(?: iova: " + _HEX + " ipa: " + _HEX + "| fetch_addr: " + _HEX + ")?", re.A,
-)  # fmt: skip
-_DETAIL = re.compile(
-    _SOURCE + r"(unpriv|priv) (inst|data) (read|write) s([12]) \"([ -~]{1,60}?)\""
-    r"( ttd_read| ttd_write)?( stall)? stag: " + _HEX, re.A,
-)  # fmt: skip
-_CMDQ = re.compile(_SOURCE + r"CMDQ error \(cons " + _HEX + r"\)", re.A)
-_UNEXPECTED = re.compile(_SOURCE + r"unexpected global error reported \(" + _HEX + r"\)", re.A)
-_TIMEOUT = re.compile(
-    _SOURCE + r"CMD_SYNC timeout(?: at " + _HEX + r" \[hwprod " + _HEX + ", hwcons " + _HEX + ")?",
-    re.A,
-)
-_LOST = re.compile(_SOURCE + r"(EVTQ|PRIQ) overflow detected", re.A)
-_WRITE_ABORTED = re.compile(_SOURCE + r"(CMDQ|EVTQ|PRIQ|GERROR)( MSI)? write aborted", re.A)
-_FAILURE = re.compile(_SOURCE + r"device has entered Service Failure Mode", re.A)
-_PRI_LINE = re.compile(
-    _SOURCE + r"sid " + _HEX + r"\." + _HEX + r": \[([0-9]{1,3})(L?)\] (un)?privileged "
-    r"(R?)(W?)(X?) access at iova " + _HEX, re.A,
-)  # fmt: skip
-_QEMU_FAILED = re.compile(
-    r"([!-~]{1,64}) translation failed for iova=" + _HEX
-    + r" ?\((?:SMMU_EVT_)?([FCE]_[A-Z_]{3,30})\)", re.A,
-)  # fmt: skip
-_CLASSES = {
-    "CD fetch": 0,
-    "Stage 1 translation table fetch": 1,
-    "Input address caused fault": 2,
-}
-
-
-class _Log:
-    """A log being read line by line: what was found, and the records that are not complete."""
-
-    def __init__(self, features: Features | None) -> None:
-        self.features = features
-        # what makes each finding, once the lines after it have told the rest
-        self.found: list[Callable[[], Decoded | None]] = []
-        self.pending: dict[str, tuple[str, int, list[int]]] = {}
-        self.latest: str | None = None
-        self.events: dict[str, dict[str, Any]] = {}
-        self.errors: dict[str, int] = {}
-
-    def read(self, text: str) -> list[Decoded]:
-        for number, line in enumerate(text.split("\n"), 1):
-            self.line(number, line.rstrip("\r"))
-        made = (make() for make in self.found)
-        return [decoded for decoded in made if decoded is not None]
-
-    def keep(self, make: Callable[..., Decoded | None], *arguments: Any, **more: Any) -> None:
-        self.found.append(lambda: make(*arguments, **more))
-
-    def line(self, number: int, line: str) -> None:
-        if "0x" in line and self.dword(number, line):
-            return
-        if "smmu" in line:
-            found = _TRACE_LINE.search(line)
-            if found is not None and (found[1] in _TRACES or found[1] in _TRACED_RECORDS):
-                self.keep(_trace, found[1], found[2], line=number)
-                return
-        if ":" in line and self.driver(number, line):
-            return
-        if "translation failed" in line and (found := _QEMU_FAILED.search(line)):
-            told = {"InputAddr": int(found[2], 16)}
-            self.keep(_told_event, found[3], told, line=number, source=found[1])
-
-    def dword(self, number: int, line: str) -> bool:
-        """Take one dword of a record that is printed over several lines."""
-        found = _DWORD.search(line)
-        if found is None:
-            return False
-        source = found[1]
-        if source is None and line.strip() == f"0x{found[2]}":
-            source = self.latest
-        if source is None or not (source in self.pending or "arm-smmu-v3" in line):
-            return False
-        # the line that announces an event may be missing
-        kind, start, dwords = self.pending.setdefault(source, ("", number, []))
-        dwords.append(int(found[2], 16))
-        if len(dwords) == (2 if kind == "command" else 4):
-            del self.pending[source]
-            self.latest = None
-            record = b"".join(dword.to_bytes(8, "little") for dword in dwords)
-            if kind == "command":
-                self.keep(_command, record, self.features, line=start, source=source)
-            elif kind == "event" or record[0] in layout.EVENTS:
-                event: dict[str, Any] = {
-                    "record": record,
-                    "line": start,
-                    "source": source,
-                    "client": "",
-                }
-                self.events[source] = event
-                self.found.append(lambda: _event(**event))
-        return True
-
-    def open(self, kind: str, number: int, source: str) -> None:
-        self.pending[source] = (kind, number, [])
-        self.latest = source
-        self.events.pop(source, None)
-
-    def driver(self, number: int, line: str) -> bool:
-        """Take one message of the driver."""
-        if " received:" in line and (found := _RECEIVED.search(line)):
-            self.open("event", number, found[1])
-        elif "skipping command" in line and (found := _SKIPPING.search(line)):
-            self.open("command", number, found[1])
-        elif " client: " in line and (found := _TOLD.search(line)):
-            self.told(number, found)
-        elif " stag: " in line and (found := _DETAIL.search(line)):
-            self.detail(found)
-        elif "CMDQ error" in line and (found := _CMDQ.search(line)):
-            cons = int(found[2], 16)
-            self.keep(_cmdq_error, cons >> 24 & 0x7F, cons & _INDEX, line=number, source=found[1])
-        elif "unexpected global" in line and (found := _UNEXPECTED.search(line)):
-            self.errors[found[1]] = active = int(found[2], 16)
-            self.keep(_gerror, active, line=number, source=found[1])
-        elif "CMD_SYNC timeout" in line and (found := _TIMEOUT.search(line)):
-            if found[2] is not None:
-                at, prod, cons = (int(found[i], 16) for i in (2, 3, 4))
-                self.keep(_sync_timeout, at, prod, cons, line=number, source=found[1])
-        elif "overflow detected" in line and (found := _LOST.search(line)):
-            self.keep(_overflow, found[2], line=number, source=found[1])
-        elif "write aborted" in line and (found := _WRITE_ABORTED.search(line)):
-            self.aborted(number, found[1], _ABORTED[found[2]][0 if found[3] else 1])
-        elif "Service Failure" in line and (found := _FAILURE.search(line)):
-            self.aborted(number, found[1], "SFM_ERR")
-        elif "privileged" in line and (found := _PRI_LINE.search(line)):
-            self.page_request(number, found)
-        else:
-            return False
-        return True
-
-    def aborted(self, number: int, source: str, bit: str) -> None:
-        """Take a message of one global error, unless the line of them all has told it."""
-        if not bit:
-            return
-        active = layout.pack("GERROR", **{bit: 1})
-        if not self.errors.get(source, 0) & active:
-            self.keep(_gerror, active, line=number, source=source)
-
-    def told(self, number: int, found: re.Match[str]) -> None:
-        """Take an event in words: it adds the client to the dwords before it, or stands alone."""
-        source, name, client = found[1], found[2], found[3]
-        sid, ssid = int(found[4], 16), int(found[5], 16)
-        self.pending.pop(source, None)
-        known = self.events.get(source)
-        if known is not None and known.get("record") is not None:
-            event = Event(known["record"])
-            if (event.name, event.sid) == (name, sid) and not known["client"]:
-                known["client"] = client
-                return
-        values = {"StreamID": sid}
-        if ssid:
-            values |= {"SSV": 1, "SubstreamID": ssid}
-        if found[6] is not None:
-            ipa = int(found[7], 16) & layout.EVENT.field("IPA").mask
-            values |= {"InputAddr": int(found[6], 16), "IPA": ipa}
-        if found[8] is not None:
-            values["FetchAddr"] = int(found[8], 16) & layout.EVENT.field("FetchAddr").mask
-        self.events[source] = {"values": values}
-        self.keep(_told_event, name, values, line=number, source=source, client=client)
-
-    def detail(self, found: re.Match[str]) -> None:
-        """Take the second line of an event in words."""
-        values = self.events.get(found[1], {}).get("values")
-        if values is None:
-            return
-        values |= {
-            "PnU": found[2] == "priv",
-            "InD": found[3] == "inst",
-            "RnW": found[4] == "read",
-            "S2": found[5] == "2",
-            "CLASS": _CLASSES.get(found[6], 3),
-            "Stall": found[8] is not None,
-            "STAG": int(found[9], 16),
-            "TTRnW": found[7] == " ttd_read",
-        }
-
-    def page_request(self, number: int, found: re.Match[str]) -> None:
-        ssid = int(found[3], 16)
-        try:
-            word = layout.pack(
-                "PRI",
-                StreamID=int(found[2], 16),
-                SubstreamID=ssid,
-                SSV=ssid != 0,
-                PRGIndex=int(found[4]),
-                Last=found[5] == "L",
-                Priv=found[6] is None,
-                R=found[7] == "R",
-                W=found[8] == "W",
-                X=found[9] == "X",
-                Address=int(found[10], 16) & layout.PRI.field("Address").mask,
-            )
-        except ValueError:  # no such request: a number that does not fit
-            return
-        self.keep(_pri, layout.to_bytes("PRI", word), told=True, line=number, source=found[1])
-
-
 # --- words ----------------------------------------------------------------------------------------
 
+_WORD = re.compile(r"[^\s,]+")
 _TOKEN = re.compile(r"(?:0[xX])?[0-9a-fA-F]+", re.A)
 
 
@@ -1269,8 +759,18 @@ def _bytes_of_kind(kind: str) -> int:
 
 def _tokens(text: str) -> list[str] | None:
     """Return the numbers of a text that holds nothing else, None for another text."""
-    words = text.replace(",", " ").split()
-    return words if words and all(map(_TOKEN.fullmatch, words)) else None
+    words: list[str] = []
+    for found in _WORD.finditer(text):
+        if not _TOKEN.fullmatch(found[0]):
+            return None
+        if len(words) == MOST_WORDS:
+            raise DecodeError(f"words: more than {MOST_WORDS} numbers given")
+        words.append(found[0])
+    return words or None
+
+
+_DUMPED = (2, 8, 16)
+"""Digits of a byte, a word and a dword in a dump, where all numbers have as many."""
 
 
 def _words(tokens: list[str], size: int | None, unit: int | None) -> bytes:
@@ -1282,10 +782,31 @@ def _words(tokens: list[str], size: int | None, unit: int | None) -> bytes:
         return b"".join(_whole(*pair, size) for pair in zip(tokens, digits, strict=True))
     if unit is None:
         unit = _unit(digits, size)
-    for token in tokens:
-        if int(token, 16) >> unit:
+    values = _values(tokens, digits, unit)
+    for token, value in zip(tokens, values, strict=True):
+        if value >> unit:
             raise DecodeError(f"words: {token} does not fit {unit} bits")
-    return b"".join(int(token, 16).to_bytes(unit // 8, "little") for token in tokens)
+    return b"".join(value.to_bytes(unit // 8, "little") for value in values)
+
+
+def _values(tokens: list[str], digits: list[int], unit: int) -> list[int]:
+    """Return the numbers of a text: those of a dump, or 0x and decimal ones as everywhere."""
+    plain = not any(token[:2] in ("0x", "0X") for token in tokens)
+    dumped = len(set(digits)) == 1 and (digits[0] in _DUMPED[1:] or digits[0] == unit // 4)
+    if plain and dumped:
+        return [int(token, 16) for token in tokens]
+    found = []
+    for token, count in zip(tokens, digits, strict=True):
+        value = as_number(token)
+        # as one of several numbers, what looks like a piece of a dump may be meant as either
+        unclear = count == len(token) and (count in _DUMPED[1:] or (count > 1 and token[0] == "0"))
+        if value is None or unclear:
+            raise DecodeError(
+                f"words: {token!r} given; 0x and hexadecimal digits, or decimal ones, are wanted, "
+                "or a dump: 2, 8 or 16 digits in every number"
+            )
+        found.append(value)
+    return found
 
 
 def _whole(token: str, digits: int, size: int | None) -> bytes:
@@ -1313,7 +834,7 @@ _SIZES = {32: "event", 16: "command"}
 
 def _records(
     data: bytes, kind: str | None, stage: int, granule: str, level: int | None,
-    features: Features | None,
+    features: Features | None, limit: int,
 ) -> list[Decoded]:  # fmt: skip
     if kind is None:
         kind = _SIZES.get(len(data))
@@ -1331,9 +852,9 @@ def _records(
             f"words: {_plural(len(data), 'byte')} given; a record of kind {kind} has {size}"
         )
     decoders: dict[str, Callable[[bytes], Decoded]] = {
-        "event": _event,
-        "command": lambda record: _command(record, features),
-        "pri": _pri,
+        "event": event_in_words,
+        "command": lambda record: command_in_words(record, features),
+        "pri": pri_in_words,
         "ste": lambda record: _ste(record, features),
         "cd": _cd,
         "l1std": _l1std,
@@ -1343,7 +864,17 @@ def _records(
         ),
     }
     decoder = decoders[kind]
-    return [decoder(data[at : at + size]) for at in range(0, len(data), size)]
+    shown = range(0, len(data), size)[:limit]
+    found = [decoder(data[at : at + size]) for at in shown]
+    if left := len(data) // size - len(shown):
+        found.append(left_out(limit, _plural(left, "record") + " more"))
+    return found
+
+
+def left_out(limit: int, what: str, line: int | None = None) -> Decoded:
+    """Return the last finding of a list that would have more than `limit`."""
+    text = f"{what}: after {limit} findings the rest is left out"
+    return Decoded("limit", "limit", text, line=line)
 
 
 # L-4
@@ -1356,16 +887,20 @@ def decode(
     granule: str = "4K",
     level: int | None = None,
     features: Features | None = None,
+    limit: int = MOST,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[Decoded]:
     """Return records, or what a log tells, in words.
 
     Parameters
     ----------
     data : str or bytes
-        Bytes: records in memory order.  Text that holds numbers only (hexadecimal, with or
-        without ``0x``): the words of records, first word first.  Any other text: a log, such as
-        that of a Linux kernel or a trace of QEMU; lines that tell nothing of an SMMUv3 are left
-        out.
+        Bytes: records in memory order.  Text that holds numbers only: the words of records, first
+        word first.  They are hexadecimal after ``0x``, else decimal; those of a dump, where every
+        number has 2, 8, 16 or more digits, are hexadecimal without it.  Any other text: a log,
+        such as that of a Linux kernel or a trace of QEMU, behind any prefix, quoted and wrapped
+        by mail or exported as JSON; lines that tell nothing of an SMMUv3 are left out, and a
+        record that is cut off is told as far as it goes.
     kind : str, optional
         One of KINDS.  Without it 32 bytes are an event, 16 a command, and a text may be a log.
     unit : int, optional
@@ -1376,18 +911,23 @@ def decode(
         For translation table descriptors: stage 1 or 2; "4K", "16K" or "64K"; level -1 to 3.
     features : Features, optional
         Of the SMMU: then commands and STEs that it refuses are told with the reason.
+    limit : int
+        Findings, or records, that are wanted at most.
+    progress : callable, optional
+        Called now and then with the lines of a log that were read, and all its lines.
 
     Returns
     -------
     list of Decoded
-        In the order of `data`; of a log, empty if nothing was found.
+        In the order of `data`; of a log, empty if nothing was found.  Where there is more than
+        `limit`, one of kind "limit" stands behind them.
 
     Raises
     ------
     DecodeError
         The words are no whole records, or an argument is not one of those above.
     TypeError
-        `data` is neither text nor bytes.
+        `data` is neither text nor bytes, or an argument is of another type.
 
     >>> (one,) = decode("0x0000000900000004 0x0 0x0 0x0", "event")
     >>> one.name, one.fields["StreamID"]
@@ -1395,33 +935,41 @@ def decode(
     >>> print(decode("0012000100300012 0000000012340701")[0].text)  # doctest: +ELLIPSIS
     invalidate stage-1 entries (EL1) of VMID 0x1, ASID 0x12 or global for 0x12340000 to 0x12347fff...
     """  # noqa: E501
-    _check("kind", kind, (None, *KINDS))
-    _check("unit", unit, (None, 64, 32, 8))
-    _check("stage", stage, (1, 2))
-    _check("granule", granule, tuple(GRANULES))
-    _check("level", level, (None, -1, 0, 1, 2, 3))
+    for name, value, allowed in (
+        ("kind", kind, (None, *KINDS)),
+        ("unit", unit, (None, 64, 32, 8)),
+        ("stage", stage, (1, 2)),
+        ("granule", granule, tuple(GRANULES)),
+        ("level", level, (None, -1, 0, 1, 2, 3)),
+    ):
+        try:
+            one_of(name, value, allowed)
+        except ValueError as error:
+            raise DecodeError(str(error)) from None
+    limit = integer("limit", limit, first=1)
+    if features is not None:
+        from smmufast.features import Features
+
+        if not isinstance(features, Features):
+            raise TypeError(must_be("features", "Features or None", features))
     if isinstance(data, str):
         tokens = _tokens(data)
         if tokens is None:
             if kind is not None or unit is not None:
-                raise DecodeError(f"words: {_bad_token(data)}; hexadecimal numbers are wanted")
-            return _Log(features).read(data)
+                raise DecodeError(f"words: {_bad_token(data)}; numbers are wanted")
+            from smmufast._log import read_log
+
+            return read_log(data, features, limit, progress)
         raw = _words(tokens, None if kind is None else _bytes_of_kind(kind), unit)
     elif isinstance(data, (bytes, bytearray, memoryview)):
         raw = bytes(data)
     else:
-        raise TypeError(f"data: {type(data).__name__} given; str or bytes needed")
-    return _records(raw, kind, stage, granule, level, features)
-
-
-def _check(name: str, value: object, allowed: Iterable[object]) -> None:
-    if value not in allowed or isinstance(value, bool):
-        shown = ", ".join(str(one) for one in allowed if one is not None)
-        raise DecodeError(f"{name}: {value!r} given; {shown} allowed")
+        raise TypeError(must_be("data", "str or bytes", data))
+    return _records(raw, kind, stage, granule, level, features, limit)
 
 
 def _bad_token(text: str) -> str:
-    for word in text.replace(",", " ").split():
-        if not _TOKEN.fullmatch(word):
-            return f"{word[:40]!r} given"
+    for found in _WORD.finditer(text):
+        if not _TOKEN.fullmatch(found[0]):
+            return f"{found[0][:40]!r} given"
     return "nothing given"

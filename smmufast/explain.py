@@ -14,6 +14,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from smmufast import layout
+from smmufast._arguments import must_be
 from smmufast.faults import Event, Fetch, Perm
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["describe_cd", "describe_ste", "explain"]
 
 _U64 = (1 << 64) - 1
+_REC_CFG_ATS = layout.mask("CR2", "REC_CFG_ATS")
 _RECINVSID = layout.mask("CR2", "RECINVSID")
 _GRANULE = {"4K": 12, "16K": 14, "64K": 16}
 _KINDS = {
@@ -1076,6 +1078,9 @@ class _Story:
             reasons.append("as many stalls as STALL_MAX are recorded, or the event queue is full")
         elif not reasons:
             reasons.append("the event queue is full")
+            known = self.smmu is not None and self.smmu.cr2 & _REC_CFG_ATS
+            if fault.number < layout.Event.F_TRANSLATION and not known:
+                reasons.append("of a Translated transaction: CR2.REC_CFG_ATS=0")
         return f" ({' or '.join(reasons)})"
 
 
@@ -1103,6 +1108,17 @@ def explain(result: Result, smmu: Smmu | None = None) -> str:
     Returns
     -------
     str
-        Several lines.  Whatever the tables hold, nothing is raised.
+        Several lines.  Whatever the tables hold, nothing is raised, and no walk is without end.
+
+    Raises
+    ------
+    TypeError
+        `result` is no Result, or `smmu` no Smmu.
     """
+    from smmufast._smmu import Result, Smmu
+
+    if not isinstance(result, Result):
+        raise TypeError(must_be("result", "a Result", result))
+    if smmu is not None and not isinstance(smmu, Smmu):
+        raise TypeError(must_be("smmu", "a Smmu or None", smmu))
     return _Story(result, smmu).tell()

@@ -5,12 +5,12 @@ the register records in `smmufast.layout`; the rules here are those on codes and
 combination.
 """
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
 from smmufast import layout
+from smmufast._arguments import integer, one_of
 
 __all__ = ["Contradiction", "Features", "modelled"]
 
@@ -586,7 +586,7 @@ class Features:
         """
         for name in changes:
             if name not in _FIELDS:
-                raise TypeError(f"{name} is not a feature: the names are those of the attributes")
+                raise TypeError(f"{name!r} is not a feature: the names are those of the attributes")
         others = {name: _Default(code) for name, code in self._codes().items()}
         return type(self)(**others | changes)
 
@@ -594,19 +594,13 @@ class Features:
 def _code(name: str, value: Any) -> int:
     """The code of a feature as a plain int, once it is one that there is."""
     field = _FIELDS[name][1]
-    if isinstance(value, bool) and field.width > 1:
-        raise TypeError(f"{name}: {field.doc}: an integer is wanted, not {value}")
-    try:
-        code = int(operator.index(value))
-    except TypeError:
-        raise TypeError(
-            f"{name}: {field.doc}: an integer is wanted, not {type(value).__name__}"
-        ) from None
+    if field.width == 1 and isinstance(value, bool):
+        return int(value)
     limit = _LIMITS.get(name, (1 << field.width) - 1)
-    if not 0 <= code <= limit:
-        raise ValueError(f"{name}: {field.doc}: {code} is not within 0 to {limit}")
+    code = integer(name, value, limit)
     if field.name_of(code).startswith("reserved"):
-        raise ValueError(f"{name}: {field.doc}: {code} is a reserved code")
+        codes = (other for other in range(limit + 1) if other != code)
+        one_of(name, code, [o for o in codes if not field.name_of(o).startswith("reserved")])
     return code
 
 

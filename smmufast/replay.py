@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smmufast import layout
+from smmufast._arguments import integer
 from smmufast._memory import Memory
 from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast.capture import (
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["Difference", "QueueReplay", "Replay", "Tally", "replay", "replay_queues"]
 
 CHUNK = 1 << 16
-"""Requests between reports of progress, and random requests that are made at a time."""
+"""Random requests that are made at a time."""
+STEP = 1 << 10
+"""Requests that are compared between reports of progress."""
 
 _COLUMNS = ("pa", "action", "fault", "record")
 _STALL = ACTIONS.index("stall")
@@ -238,8 +241,15 @@ def replay(
     Returns
     -------
     Replay
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number is none, or negative; `repeat` is below 1.
     """
-    run = _Run(Replay(capture), repeat, keep, progress, seed)
+    repeat = integer("repeat", repeat, first=1)
+    random, keep = integer("random", random), integer("keep", keep)
+    run = _Run(Replay(capture), repeat, keep, progress, integer("seed", seed))
     count = sum(len(configuration.requests) for configuration in capture)
     run.work = count * (1 + repeat) + random
     left = random
@@ -295,8 +305,8 @@ class _Run:
         for i, (request, expected) in enumerate(
             zip(requests.tolist(), configuration.expected, strict=True)
         ):
-            if i and i % CHUNK == 0:
-                self.step(CHUNK)
+            if i and i % STEP == 0:
+                self.step(STEP)
             sid, number, iova, write, priv, instr = request
             ssid = None if number == NO_SUBSTREAM else number
             result = translate_alone(
@@ -324,7 +334,7 @@ class _Run:
                 page_lg2[i] = result.page_lg2 or 12
                 if result.page_lg2:
                     self.tally(sid).page_lg2[result.page_lg2] += 1
-        self.step((count - 1) % CHUNK + 1 if count else 0)
+        self.step((count - 1) % STEP + 1 if count else 0)
         self.batches(configuration, smmu, scalar, verdicts, reasons)
         for i in reasons:
             verdicts[i] = "differing"
@@ -592,7 +602,9 @@ class QueueReplay:
         }
 
 
-def replay_queues(path: str | os.PathLike[str]) -> QueueReplay:
+def replay_queues(
+    path: str | os.PathLike[str], progress: Callable[[int, int], object] | None = None
+) -> QueueReplay:
     """Give recorded batches of commands to an SMMU, and fill its event queue, and compare.
 
     Of a batch CMDQ_CONS is compared; of a run that filled the event queue EVENTQ_PROD after each
@@ -603,6 +615,8 @@ def replay_queues(path: str | os.PathLike[str]) -> QueueReplay:
     ----------
     path : path
         A file as `smmufast.capture.load_batches` reads.
+    progress : callable, optional
+        Called with the batches and runs done, and all of them.
 
     Raises
     ------
@@ -612,10 +626,16 @@ def replay_queues(path: str | os.PathLike[str]) -> QueueReplay:
     features, batches = load_batches(path)
     features = modelled(features)[0]
     found = QueueReplay(str(path))
-    for batch in batches:
+    fillings = load_fillings(path)
+    work = len(batches) + len(fillings)
+    for done, batch in enumerate(batches):
         found.count(*_batch(features, batch))
-    for filling in load_fillings(path):
+        if progress is not None:
+            progress(done + 1, work)
+    for done, filling in enumerate(fillings, len(batches)):
         found.count(OVERFLOWS, _filling(features, filling))
+        if progress is not None:
+            progress(done + 1, work)
     return found
 
 

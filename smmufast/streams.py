@@ -8,6 +8,10 @@ sizes of records, and which descriptors may name a table.
 The tables of a nested stream lie at IPAs.  The core is asked for them with the stream's STE
 changed to stage 1 alone, so that it names IPAs, and for the tables of stage 2 with it changed to
 stage 2 alone; where stage 2 puts a page it is asked with the page as the context descriptor's.
+
+What tables hold decides how much there is to look at, and a few bytes can say that there is much:
+level-1 descriptors that all lead to one table, tables that lead to themselves.  Equal neighbours
+are looked at once, and a `Budget` bounds the rest.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from smmufast import layout
+from smmufast._arguments import integer
 from smmufast._memory import Memory
 from smmufast._smmu import Smmu, Walk
 from smmufast.faults import ExternalAbort
 
 __all__ = [
+    "Budget",
     "ContextRun",
     "Run",
     "StreamTable",
@@ -40,11 +46,39 @@ PIECE = 1 << 20
 LARGEST = 1 << 30
 """Bytes of one table that are looked through when no pages are named."""
 
+MOST = 1 << 18
+"""Tables that are looked into, unless told otherwise."""
+MOST_PAGES = 1 << 18
+"""Pages that `pages` finds at most, as many as a capture holds (1 GiB)."""
+
 _ENTRY = layout.RECORDS["STE"].bytes
 _POINTER = layout.RECORDS["L1STD"].bytes
 _TABLE = layout.pack("PTE_S1_TABLE", Valid=1, Type=1)
 _NESTED = 0b111
 _STAGE2 = ("S2TT", "S2TT update")
+
+
+class Budget:
+    """How many tables may still be looked into: by `streams`, and by `contexts` of its runs.
+
+    Parameters
+    ----------
+    tables : int
+    """
+
+    def __init__(self, tables: int = MOST) -> None:
+        """Begin with so many."""
+        self.tables = self.left = integer("tables", tables)
+
+    def spend(self) -> bool:
+        """Count a table, and return whether it may be looked into."""
+        self.left -= 1
+        return self.left >= 0
+
+    @property
+    def problem(self) -> str:
+        """What stands in the place of the tables that are left out."""
+        return f"left out: {self.tables} tables were looked into"
 
 
 class StreamTable(NamedTuple):
@@ -247,7 +281,7 @@ def _pieces(
     at, end = base, base + size
     backed = sum(max(min(last, end) - max(first, base), 0) for first, last in _spans(memory))
     if present is None and backed > LARGEST:
-        raise ValueError(f"the table at {base:#x} has {backed:#x} bytes; name the pages to look at")
+        raise ValueError(f"the table at {base:#x} has {backed:#x} bytes; {_NAME}")
     for first, last in _spans(memory):
         first = base + -(-(max(first, at) - base) // entry) * entry
         last = base + (min(last, end) - base) // entry * entry
@@ -355,7 +389,9 @@ def stream_table(smmu: Smmu) -> StreamTable | None:
     return StreamTable(split is not None, request.address, log2size, split)
 
 
-def streams(smmu: Smmu, present: Sequence[int] | None = None) -> Iterator[Run]:
+def streams(
+    smmu: Smmu, present: Sequence[int] | None = None, budget: Budget | None = None
+) -> Iterator[Run]:
     """Yield the entries of the stream table, runs of equal ones as one.
 
     Parameters
@@ -364,6 +400,9 @@ def streams(smmu: Smmu, present: Sequence[int] | None = None) -> Iterator[Run]:
     present : sequence of int, optional
         Addresses of the pages that may hold something, ascending; all other memory is taken to be
         zero.  Without it every byte of the table is read.
+    budget : Budget, optional
+        By default one of MOST tables.  When it is spent, the StreamIDs behind are one last run,
+        whose `problem` says that they are left out.
 
     Raises
     ------
@@ -371,7 +410,7 @@ def streams(smmu: Smmu, present: Sequence[int] | None = None) -> Iterator[Run]:
         The table is larger than 1 GiB and `present` is not given.
     """
     last: Run | None = None
-    for run in _streams(_enabled(smmu), present):
+    for run in _streams(_enabled(smmu), present, Budget() if budget is None else budget):
         if last is None:
             last = run
         elif (last.ste, last.problem) == (run.ste, run.problem) and last.last + 1 == run.first:
@@ -383,7 +422,14 @@ def streams(smmu: Smmu, present: Sequence[int] | None = None) -> Iterator[Run]:
         yield last
 
 
-def _streams(smmu: Smmu, present: Sequence[int] | None) -> Iterator[Run]:
+def _streams(
+    smmu: Smmu, present: Sequence[int] | None, budget: Budget, once: bool = False
+) -> Iterator[Run]:
+    """Yield the runs of `streams`, each of which lies together in memory.
+
+    With `once` a level-2 table to which neighbouring descriptors lead is yielded for the first
+    of them alone.
+    """
     table = stream_table(smmu)
     if table is None:
         return
@@ -402,15 +448,28 @@ def _streams(smmu: Smmu, present: Sequence[int] | None) -> Iterator[Run]:
             problem = _told(walk, **layout.unpack("L1STD", data))
             yield Run(sid, (end << table.split) - 1, None, None, problem, (data,))
             continue
+        if not budget.spend():
+            last = (1 << table.log2size) - 1
+            yield Run(sid, last, None, None, budget.problem, ())
+            return
         _, address = _asked(walk)
         used = _used(smmu, sid, data, table.split)
-        for sid in range(first << table.split, end << table.split, 1 << table.split):
-            yield from _array(smmu, address, sid, 1 << used, (data,), present)
-            if used < table.split:
-                problem = f"beyond the level-2 table of {1 << used} entries (C_BAD_STREAMID)"
-                yield Run(
-                    sid + (1 << used), sid + (1 << table.split) - 1, None, None, problem, (data,)
-                )
+        runs = list(_array(smmu, address, sid, 1 << used, (data,), present))
+        if used < table.split:
+            problem = f"beyond the level-2 table of {1 << used} entries (C_BAD_STREAMID)"
+            over = sid + (1 << table.split) - 1
+            runs.append(Run(sid + (1 << used), over, None, None, problem, (data,)))
+        last = (end << table.split) - 1
+        if len(runs) == 1:  # the table is the same throughout, and so are its neighbours
+            yield runs[0]._replace(last=last)
+            continue
+        for more in range(0, 1 if once else last - sid + 1, 1 << table.split):
+            if more and not budget.spend():
+                last = (1 << table.log2size) - 1
+                yield Run(sid + more, last, None, None, budget.problem, ())
+                return
+            for run in runs:
+                yield run._replace(first=run.first + more, last=run.last + more)
 
 
 def _used(smmu: Smmu, sid: int, l1std: bytes, split: int) -> int:
@@ -434,10 +493,15 @@ def _array(
 # --- context descriptors --------------------------------------------------------------------------
 
 
-def contexts(smmu: Smmu, run: Run, present: Sequence[int] | None = None) -> Iterator[ContextRun]:
-    """Yield the context descriptors that the STE of a run leads to; `present` as in `streams`."""
+def contexts(
+    smmu: Smmu, run: Run, present: Sequence[int] | None = None, budget: Budget | None = None
+) -> Iterator[ContextRun]:
+    """Yield the context descriptors that the STE of a run leads to.
+
+    `present` and `budget` are as in `streams`.
+    """
     last: ContextRun | None = None
-    for context in _contexts(smmu, run, present):
+    for context in _contexts(smmu, run, present, Budget() if budget is None else budget):
         if last is None:
             last = context
         elif (last.cd, last.problem) == (context.cd, context.problem) and (
@@ -494,8 +558,10 @@ def _context_table(smmu: Smmu, run: Run) -> tuple[int, int, int | None] | None:
     return request.address, log2, leaf
 
 
-def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[ContextRun]:
-    """Yield the runs of `contexts`, each of which lies together in memory."""
+def _contexts(
+    smmu: Smmu, run: Run, present: Sequence[int] | None, budget: Budget, once: bool = False
+) -> Iterator[ContextRun]:
+    """Yield the runs of `contexts`, each of which lies together in memory; `once` as there."""
     if run.ste is None:
         return
     smmu = _enabled(smmu)
@@ -546,9 +612,22 @@ def _contexts(smmu: Smmu, run: Run, present: Sequence[int] | None) -> Iterator[C
             problem = _told(walk, **layout.unpack("L1CD", data))
             yield ContextRun(*span, None, None, problem, (*path, data))
             continue
+        if not budget.spend():
+            yield ContextRun(span[0], (1 << log2) - 1, None, None, budget.problem, path)
+            return
         at = _asked(walk)[1] - _ENTRY
-        for ssid in range(i << leaf, j << leaf, 1 << leaf):
-            yield from _table(memory, at, ssid, 1 << leaf, (*path, data), present)
+        runs = list(_table(memory, at, span[0], 1 << leaf, (*path, data), present))
+        if len(runs) == 1:  # as with streams
+            yield runs[0]._replace(last=span[1])
+            continue
+        for more in range(0, 1 if once else span[1] - span[0] + 1, 1 << leaf):
+            if more and not budget.spend():
+                left = (span[0] + more, (1 << log2) - 1)
+                yield ContextRun(*left, None, None, budget.problem, path)
+                return
+            for one in runs:
+                start = (one.first or 0) + more
+                yield one._replace(first=start, last=(one.last or 0) + more)
 
 
 def _table(
@@ -600,15 +679,27 @@ def unmodelled(ste: bytes, cd: bytes | None, masked: Mapping[str, int]) -> str |
     return None
 
 
+_NAME = "name the pages to look at"
+
+
 class _Pages:
     """The pages that tables lie in, and the search for them."""
 
     def __init__(self, smmu: Smmu) -> None:
         self.smmu = smmu
         self.found: set[int] = set()
+        self.budget = Budget()
 
     def add(self, address: int, size: int) -> None:
-        self.found.update(range(address & -PAGE, address + size, PAGE))
+        wanted = range(address & -PAGE, address + size, PAGE)
+        if len(wanted) <= MOST_PAGES:  # else it is refused below, before it takes memory
+            self.found.update(wanted)
+        if max(len(wanted), len(self.found)) > MOST_PAGES:
+            raise ValueError(f"the tables lie in more than {MOST_PAGES} pages; {_NAME}")
+
+    def spend(self) -> None:
+        if not self.budget.spend():
+            raise ValueError(f"there are more than {self.budget.tables} tables; {_NAME}")
 
     def add_array(self, memory: Memory | _Guest, base: int, count: int, entry: int) -> None:
         """Add the pages of an array that are not zero throughout."""
@@ -685,6 +776,7 @@ class _Pages:
                 continue
             for entry in range(first, end):
                 inner = iova ^ (index ^ entry) << shift
+                self.spend()
                 answers = (*path, data)
                 if self.walk(sid, answers, ssid, inner).request is not None:
                     self.add_table(sid, answers, ssid, inner, shift)
@@ -705,7 +797,8 @@ def pages(smmu: Smmu, masked: Mapping[str, int] | None = None) -> list[int]:
     Raises
     ------
     ValueError
-        A table is larger than 1 GiB, or an STE or CD asks for a feature of `masked`.
+        A table is larger than 1 GiB, there are more than MOST tables or MOST_PAGES pages, or an
+        STE or CD asks for a feature of `masked`.
     """
     smmu = _enabled(smmu)
     masked = masked or {}
@@ -717,10 +810,12 @@ def pages(smmu: Smmu, masked: Mapping[str, int] | None = None) -> list[int]:
     count = 1 << whole.log2size - (whole.split or 0)
     found.add_array(smmu.memory, whole.base, count, entry)
     done: set[tuple[bytes, bytes]] = set()
-    for run in _streams(smmu, None):
+    for run in _streams(smmu, None, found.budget, once=True):
+        if run.problem == found.budget.problem:
+            found.spend()
         if run.ste is None or not run.ste.strip(b"\0"):
             continue
-        found.add(run.address or 0, (run.last - run.first + 1) * _ENTRY)
+        found.add(run.address or 0, _bytes_of(run, whole))
         _refuse(run, unmodelled(run.ste, None, masked))
         if layout.unpack("STE", run.ste)["Config"] & 6 == 6 and (run.ste, b"") not in done:
             done.add((run.ste, b""))
@@ -729,16 +824,25 @@ def pages(smmu: Smmu, masked: Mapping[str, int] | None = None) -> list[int]:
         table = _context_table(smmu, run) if _accepted(smmu, run) else None
         if table is not None and table[2] is not None:
             found.add_array(_memory_of(smmu, run), table[0], 1 << table[1] - table[2], _POINTER)
-        for context in _contexts(smmu, run, None):
+        for context in _contexts(smmu, run, None, found.budget, once=True):
+            if context.problem == found.budget.problem:
+                found.spend()
             if context.cd is None or not context.cd.strip(b"\0"):
                 continue
             _refuse(run, unmodelled(run.ste, context.cd, masked))
             number = (context.last or 0) - (context.first or 0) + 1
-            found.add(context.address or 0, number * _ENTRY)
+            leaf = 1 << 20 if table is None or table[2] is None else 1 << table[2]
+            found.add(context.address or 0, min(number, leaf) * _ENTRY)
             if (run.ste, context.cd) not in done:
                 done.add((run.ste, context.cd))
                 found.add_stage1(run, context)
     return sorted(found.found)
+
+
+def _bytes_of(run: Run, table: StreamTable) -> int:
+    """Return how many bytes the entries of a run lie in, which neighbouring tables may share."""
+    entries = run.last - run.first + 1
+    return (entries if table.split is None else min(entries, 1 << table.split)) * _ENTRY
 
 
 def _refuse(run: Run, feature: str | None) -> None:

@@ -1,10 +1,10 @@
 """Traces: requests in files and arrays of any length, translated piece by piece.
 
 Not architectural.  A trace has columns: ``sid``, ``ssid`` and ``iova``, of any integer dtype, and
-``write``, ``priv`` and ``instr``, which are bool.  It is a structured array with fields of these
-names, a dict of 1-D arrays, a 1-D array of input addresses, or a file of the first or the last
-kind.  Other fields are not looked at.  ``capture.REQUEST`` is such a dtype; without flags, and
-faster, is ``[("sid", "<u4"), ("ssid", "<u4"), ("iova", "<u8")]``.
+``write``, ``priv`` and ``instr``, which are bool or integers of 0 and 1.  It is a structured array
+with fields of these names, a dict of 1-D arrays, a 1-D array of input addresses, or a file of the
+first or the last kind.  Other fields are not looked at.  ``capture.REQUEST`` is such a dtype;
+without flags, and faster, is ``[("sid", "<u4"), ("ssid", "<u4"), ("iova", "<u8")]``.
 
 Nothing is copied whole.  Pages of a memory-mapped array are given back to the host once their
 requests are done, so that a process stays as small as a chunk whatever the length of its trace.
@@ -15,7 +15,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -23,6 +24,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from smmufast import layout
+from smmufast._arguments import integer, must_be
+from smmufast._files import replacing
 from smmufast._smmu import NO_SUBSTREAM
 from smmufast.capture import npy_header
 from smmufast.faults import ACTIONS
@@ -64,7 +67,8 @@ class TraceError(ValueError):
         """Name the file, the row and the problem."""
         self.path = path
         self.row = row
-        parts = [*([] if path is None else [path]), *([] if row is None else [f"row {row}"])]
+        name = [] if path is None else [path or "''"]
+        parts = [*name, *([] if row is None else [f"row {row}"])]
         super().__init__(": ".join((*parts, problem)))
 
 
@@ -161,8 +165,8 @@ def open_trace(path: _Path, dtype: DTypeLike | None = None) -> NDArray[Any]:
 def _check_column(path: str | None, name: str, dtype: np.dtype[Any]) -> None:
     """Raise unless a column of this name can have this dtype."""
     flag = name in _FLAGS
-    if dtype.shape or dtype.kind not in ("b" if flag else "iu"):
-        wanted = "bool" if flag else "an integer"
+    if dtype.shape or dtype.kind not in ("biu" if flag else "iu"):
+        wanted = "bool, or an integer of 0 and 1," if flag else "an integer"
         raise TraceError(path, None, f"{name} of dtype {dtype} found; {wanted} is wanted")
 
 
@@ -188,6 +192,8 @@ class _Mapping:
         self.stride = array.strides[0] if array.ndim else 0
         # the pages of a private mapping ("c") may be the only copy of what was written to them
         if getattr(array, "mode", "c") == "c" or self.stride <= 0:
+            self.file = None
+        if not hasattr(self.file, "madvise"):  # where the host cannot be told
             self.file = None
         if self.file is not None:
             start = np.frombuffer(self.file, np.uint8).ctypes.data
@@ -215,10 +221,8 @@ class _Trace:
         chunk: int,
         threads: int,
     ) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk: {chunk} given; at least 1 needed")
         self.smmu = smmu
-        self.chunk = chunk
+        self.chunk = integer("chunk", chunk, first=1)
         self.threads = threads
         self.path: str | None = None
         if isinstance(requests, (str, os.PathLike)):
@@ -246,16 +250,19 @@ class _Trace:
                     _check_column(None, name, value.dtype)
             self.mapped = [_Mapping(v) for v in given.values() if isinstance(v, np.ndarray)]
         else:
-            raise TypeError(
-                f"requests: {type(requests).__name__} given; a path, an array or a dict needed"
-            )
+            raise TypeError(must_be("requests", "a path, an array or a dict", requests))
         for name, value in constants.items():
             if value is None or value is False:
                 continue
             if name in given:
                 raise TraceError(self.path, None, f"{name} is in the trace, and given beside it")
             given[name] = value
+        for name, value in given.items():
+            if isinstance(value, np.ma.MaskedArray):
+                raise TraceError(None, None, f"{name}: a masked array found; every row counts")
         self.columns = {k: v for k, v in given.items() if isinstance(v, np.ndarray) and v.ndim}
+        names = [getattr(column, "filename", None) for column in self.columns.values()]
+        self.files = {os.fspath(name) for name in (self.path, *names) if name is not None}
         self.constants = {k: v for k, v in given.items() if k not in self.columns}
         for name in ("sid", "iova"):
             if name not in given:
@@ -277,6 +284,9 @@ class _Trace:
         columns = {"action": self.action[: stop - start], "event": self.event[: stop - start]}
         columns.update(out)
         rows = {name: column[start:stop] for name, column in self.columns.items()}
+        for name in _FLAGS:
+            if name in rows and rows[name].dtype.kind != "b":
+                rows[name] = self.flag(start, name, rows[name])
         access: dict[str, Any] = {**rows, **self.constants}
         try:
             self.smmu.translate_batch(**access, out=columns, threads=self.threads)
@@ -290,6 +300,16 @@ class _Trace:
         for mapped in self.mapped:
             mapped.release(stop)
         return stop
+
+    def flag(self, start: int, name: str, column: NDArray[Any]) -> NDArray[np.bool]:
+        """Return a column of integers that are 0 or 1 as one of bool."""
+        bad = (column != 0) & (column != 1)
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise TraceError(
+                self.path, start + row, f"{name} {int(column[row])} found; 0 or 1 is allowed"
+            )
+        return column.astype(bool)
 
     def say_which(self, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
         """Raise for the first value that no request can have, if there is one."""
@@ -404,8 +424,8 @@ def translate_trace(
         See `smmufast.trace`.
     out : path, structured array or dict of 1-D arrays, optional
         Where results go.  A path is an .npy file to make, of rows of `columns`; it takes its name
-        when it is complete.  The columns of an array are those of `Smmu.translate_batch`; it may
-        be a numpy.memmap.
+        when it is complete, and may not be that of the trace.  The columns of an array are those
+        of `Smmu.translate_batch`; it may be a numpy.memmap.
     sid, ssid, write, priv, instr : int, int, bool, bool, bool, optional
         Of every request, where the trace does not say.
     columns : sequence of str, optional
@@ -442,9 +462,10 @@ def translate_trace(
     constants = {"sid": sid, "ssid": ssid, "write": write, "priv": priv, "instr": instr}
     trace = _Trace(smmu, requests, constants, chunk, threads)
     began = time.perf_counter()
-    for done in _results(trace, out, columns):
-        if progress is not None:
-            progress(done, trace.total)
+    with closing(_results(trace, out, columns)) as results:
+        for done in results:
+            if progress is not None:
+                progress(done, trace.total)
     return trace.summary(time.perf_counter() - began)
 
 
@@ -452,28 +473,29 @@ def _results(
     trace: _Trace,
     out: _Path | NDArray[Any] | Mapping[str, NDArray[Any]] | None,
     columns: Iterable[str] | None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Translate chunk by chunk, and keep the results; yield how many requests are done."""
     if isinstance(out, (str, os.PathLike)):
         yield from _into_file(trace, os.fspath(out), columns)
         return
     if columns is not None:
-        raise TypeError("columns: given without a path, which alone they are for")
+        raise TypeError("columns are for out= as a path")
     into: dict[str, NDArray[Any]] = {}
     mapped: list[_Mapping] = []
     if isinstance(out, np.ndarray):
         if out.dtype.names is None:
-            raise TypeError(f"out: dtype {out.dtype} given; a structured one needed")
+            raise TypeError(f"out must have a structured dtype, not {out.dtype}")
         into = {name: out[name] for name in out.dtype.names}
         mapped = [_Mapping(out)]
     elif isinstance(out, Mapping):
         into = dict(out)
         mapped = [_Mapping(column) for column in into.values()]
     elif out is not None:
-        raise TypeError(f"out: {type(out).__name__} given; a path, an array or a dict needed")
+        raise TypeError(must_be("out", "a path, an array or a dict", out))
     for name, column in into.items():
-        if column.shape != (trace.total,):
-            raise ValueError(f"out[{name!r}]: shape {column.shape} given; ({trace.total},) needed")
+        if getattr(column, "shape", None) != (trace.total,):
+            shape = getattr(column, "shape", None)
+            raise ValueError(f"out[{name!r}] must have the shape ({trace.total},), not {shape}")
     start = 0
     while start < trace.total:
         end = start + trace.chunk
@@ -492,19 +514,14 @@ def _into_file(trace: _Trace, path: str, columns: Iterable[str] | None) -> Itera
         "fortran_order": False,
         "shape": (trace.total,),
     }
-    partial = f"{path}.part"
+    for source in trace.files:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise TraceError(path, None, "the results would replace the trace itself")
     try:
-        with open(partial, "xb") as file:
-            try:
-                npy.write_array_header_1_0(file, header)
-                for start, found in _chunks(trace, buffer):
-                    file.write(found.view(np.uint8).data)
-                    yield start + len(found)
-                file.flush()
-                os.replace(partial, path)
-            except BaseException:
-                os.unlink(partial)
-                raise
+        with replacing(path) as file:
+            npy.write_array_header_1_0(file, header)
+            for start, found in _chunks(trace, buffer):
+                file.write(found.view(np.uint8).data)
+                yield start + len(found)
     except OSError as error:
-        where = error.filename2 or error.filename or path
-        raise TraceError(where, None, error.strerror or str(error)) from None
+        raise TraceError(path, None, error.strerror or str(error)) from None

@@ -163,7 +163,8 @@ def scattered_nested(seed, first, second, *, has=None, cd=None, tables=None, **s
         address = captures.STREAM_TABLE + 64 * sid
         memory.write(address, ptwriter.encode_ste(**{"config": config} | both))
     real = smmufast.Memory()
-    real.add_private(*captures.RAM)
+    base, size = captures.RAM
+    real.add(bytearray(size), base)  # one window, unlike private memory
     for base, data in memory.regions():
         real.write(base, data)
     rng.shuffle(places)

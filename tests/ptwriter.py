@@ -251,6 +251,17 @@ class Memory:
             if page not in self._pages:
                 self.add(page << PAGE_LG2, PAGE)
 
+    def merge(self):
+        """Become one region, zeros between those that there were: all that is read in place."""
+        base = min(base for base, _ in self._regions)
+        end = max(base + len(data) for base, data in self._regions)
+        whole = bytearray(end - base)
+        for start, data in self._regions:
+            whole[start - base : start - base + len(data)] = data
+        self._regions = [(base, whole)]
+        pages = range(base >> PAGE_LG2, end >> PAGE_LG2)
+        self._pages = dict.fromkeys(pages, (base, whole))
+
     def copy(self):
         """The same bytes again."""
         copy = Memory()

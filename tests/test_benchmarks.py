@@ -1,7 +1,5 @@
 """The benchmarks run, agree with each other, and compile their baselines as the library is."""
 
-import ast
-import contextlib
 import inspect
 import json
 import os
@@ -339,18 +337,6 @@ def test_the_table_has_a_row_for_every_run(tmp_path):
         assert re.fullmatch(r"(\*\*)?\d+\.\d\d(\*\*)? \(\d+\.\d\d–\d+\.\d\d\)", row[4]), row
 
 
-def constants(path):
-    """Return the constants of a script, worked out without running the rest of it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = {"os": os}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id.isupper():
-            code = compile(ast.Expression(node.value), str(path), "eval")
-            with contextlib.suppress(NameError):
-                found[node.targets[0].id] = eval(code, found)
-    return tree, found
-
-
 def test_costs_at_scale_are_tabled_and_drawn(tmp_path):
     things = ("streams", "devices", "pasids", "pages", "domains")
     output = run(
@@ -385,23 +371,6 @@ print(json.dumps(found))
     found = json.loads(run_script(code))
     assert found["a request"] > 0
     assert 0 <= found["peak growth"] < 8 << 20
-
-
-@pytest.mark.parametrize(
-    ("keyword", "name"),
-    [("extra_compile_args", "FLAGS"), ("compiler_directives", "DIRECTIVES")],
-)
-def test_baselines_are_compiled_as_the_library_is(monkeypatch, keyword, name):
-    monkeypatch.delenv("CFLAGS", raising=False)
-    monkeypatch.delenv("SMMUFAST_DEBUG", raising=False)
-    tree, library = constants(ROOT / "setup.py")
-    _, baseline = constants(BENCHMARKS / "baseline.py")
-    (node,) = (
-        node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == keyword
-    )
-    wanted = eval(compile(ast.Expression(node.value), "setup.py", "eval"), library)
-    assert baseline[name] == wanted
-    assert len(wanted) >= 4
 
 
 def test_the_memory_of_domains_is_printed():

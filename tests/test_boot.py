@@ -279,7 +279,7 @@ def test_zero_is_the_one_value_that_an_absent_register_takes_silently(features):
         smmu.write(name, 0)
         assert list(smmu.warnings) == []
         smmu.write(name, 4)
-        assert smmu.warnings.pop().text == "write of 0x4 ignored: not implemented"
+        assert smmu.warnings.pop().text == "write of 0x4 ignored: not implemented (S6.2-7)"
         assert smmu.read(name) == 0
 
 

@@ -1,8 +1,13 @@
 """Captures: what others recorded is what the library gives, and bad files are refused."""
 
+import contextlib
+import errno
 import gzip
 import io
 import json
+import os
+import shutil
+import sys
 import zipfile
 
 import captures
@@ -15,7 +20,14 @@ from nested import NESTED, SECOND, small_nested
 
 import smmufast
 from smmufast import layout, streams
-from smmufast.capture import ANY, UNTOLD, Capture, CaptureError, translate_alone
+from smmufast.capture import (
+    ANY,
+    UNTOLD,
+    Capture,
+    CaptureError,
+    load_queue,
+    translate_alone,
+)
 from smmufast.replay import replay
 
 FOUND = captures.found()
@@ -506,6 +518,13 @@ def test_a_batch_that_differs_from_the_calls_is_found(tmp_path, column):
     assert found.total.agreeing == 7
 
 
+def test_numbers_of_a_replay_are_checked(tmp_path):
+    capture = captures.small_capture(tmp_path / "c")
+    for name, value in (("repeat", 0), ("random", -1), ("keep", -1), ("seed", "x"), ("seed", -1)):
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be "):
+            replay(capture, **{name: value})
+
+
 def test_random_requests_are_compared_and_all_are_made(tmp_path):
     path = captures.cases(
         tmp_path / "cases",
@@ -580,9 +599,10 @@ def test_a_capture_saved_again_is_the_same(tmp_path):
         registers=configuration.registers,
         requests=captures.read_lines(captures.SHIPPED / "requests.jsonl.gz"),
         events=captures.read_lines(captures.SHIPPED / "events.jsonl.gz"),
-        meta={"kver": capture.meta["kver"]},
+        meta=capture.meta | {"regions": [[0, 64]]},  # whose counts and RAM are not the new ones
     )
     assert saved.meta["kver"] == capture.meta["kver"]
+    assert "truth" not in saved.meta and "regions" not in saved.meta
     assert saved[0].features == configuration.features
     assert saved[0].expected == configuration.expected
     assert (saved[0].requests == configuration.requests).all()
@@ -752,7 +772,7 @@ def test_pages_may_be_named(tmp_path):
     saved = Capture.save(tmp_path / "named", smmu=smmu, pages=named)
     assert saved[0].page_addresses.tolist() == named[:2]  # the third is zero
     assert len(saved[0].requests) == 0
-    with pytest.raises(ValueError, match="pages: 0x40000800 given; multiples of 4096 needed"):
+    with pytest.raises(ValueError, match="pages must be multiples of 4096, not 0x40000800"):
         Capture.save(tmp_path / "odd", smmu=smmu, pages=[0x4000_0800])
 
 
@@ -760,9 +780,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     smmu = captures.small_system()
     with pytest.raises(ValueError, match="ends without an event"):
         Capture.save(tmp_path / "silent", smmu=smmu, requests=[{"sid": 5, "iova": 0}])
-    with pytest.raises(TypeError, match="smmu, or memory and registers, needed"):
+    with pytest.raises(TypeError, match=r"save\(\) needs smmu, or memory and registers"):
         Capture.save(tmp_path / "nothing")
-    with pytest.raises(TypeError, match="given beside smmu"):
+    with pytest.raises(TypeError, match="must not be given beside smmu"):
         Capture.save(tmp_path / "both", smmu=smmu, memory=smmu.memory)
     with pytest.raises(CaptureError, match="register CR0 is missing"):
         Capture.save(
@@ -780,6 +800,218 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     smmu = smmufast.Smmu(huge, strtab_base_cfg=32)
     with pytest.raises(ValueError, match="name the pages"):
         Capture.save(tmp_path / "huge", smmu=smmu)
+
+
+# --- files are whole or absent ----------------------------------------------------------------
+
+
+class Interrupted:
+    """Raises KeyboardInterrupt at one of the calls of Python functions that something makes."""
+
+    def __init__(self, at=None):
+        self.at, self.calls = at, 0
+
+    def __call__(self, frame, what, argument):
+        if what == "call":
+            self.calls += 1
+            if self.calls == self.at:
+                raise KeyboardInterrupt
+
+    def run(self, call):
+        sys.setprofile(self)
+        try:
+            return call()
+        finally:
+            sys.setprofile(None)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupted_save_leaves_nothing(tmp_path):
+    smmu = captures.small_system()
+
+    def save():
+        return Capture.save(tmp_path / "c", smmu=smmu, requests=captures.SMALL_REQUESTS)
+
+    counted = Interrupted()
+    counted.run(save)
+    shutil.rmtree(tmp_path / "c")
+    interrupted = whole = 0
+    for at in range(1, counted.calls, counted.calls // 150):
+        with contextlib.suppress(KeyboardInterrupt):
+            Interrupted(at).run(save)
+        left = {path.name for path in tmp_path.iterdir()}
+        if "c" in left:  # complete: only what is returned was lost
+            assert len(Capture.load(tmp_path / "c")[0].requests) == len(captures.SMALL_REQUESTS)
+            whole += 1
+        interrupted += "c" not in left
+        for name in left:
+            shutil.rmtree(tmp_path / name)
+    assert interrupted > 100
+    save()
+    assert whole < 40
+
+
+@pytest.mark.parametrize("name", ["fsync", "rename", "mkdir"])
+def test_a_save_that_the_disk_refuses_leaves_nothing(tmp_path, monkeypatch, name):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, refuse)
+        with pytest.raises(OSError, match="No space left"):
+            captures.small_capture(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+    captures.small_capture(tmp_path / "c")
+
+
+def test_a_save_is_checked_before_it_takes_its_name(tmp_path):
+    smmu = captures.small_system()
+    with pytest.raises(CaptureError, match=r"c/requests.jsonl.gz:1: 'pasid' found"):
+        Capture.save(tmp_path / "c", smmu=smmu, requests=[LINE | {"pasid": 3}])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_takes_the_place_of_an_empty_directory_and_of_nothing_else(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "link").symlink_to("c")
+    saved = captures.small_capture(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert saved[0].where(0) == "requests.jsonl.gz:1"
+    assert (saved.name, saved[0].id) == ("link", "link")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="a file of that name"):
+        captures.small_capture(tmp_path / "file")
+    with pytest.raises(FileExistsError, match="not empty"):
+        captures.small_capture(tmp_path / "c")
+    captures.small_capture(tmp_path / "new" / "deep" / "c")
+
+
+def test_a_capture_that_lost_lines_is_refused(tmp_path):
+    captures.small_capture(tmp_path / "c")
+    for name, lines in (("requests", 4), ("events", 4)):
+        path = tmp_path / "c" / f"{name}.jsonl.gz"
+        data = path.read_bytes()
+        captures.write_lines(path, captures.read_lines(path)[:-1])
+        with pytest.raises(CaptureError, match=f"counts.{name} is {lines}, but there are 3 lines"):
+            Capture.load(tmp_path / "c")
+        path.write_bytes(data)
+    Capture.load(tmp_path / "c")
+
+
+def test_numbers_of_numpy_can_be_saved(tmp_path):
+    (row,) = np.array([(captures.SID, 0x1000)], [("sid", "u4"), ("iova", "u8")])
+    smmu = captures.small_system()
+    request = {"sid": row["sid"], "iova": row["iova"], "priv": np.bool_(True)}
+    saved = Capture.save(tmp_path / "c", smmu=smmu, requests=[request], meta={"n": np.int64(3)})
+    assert saved[0].requests.tolist() == [(3, 0xFFFFFFFF, 0x1000, False, True, False)]
+    assert saved.meta["n"] == 3
+    for bad, problem in (
+        ({"sid": -1}, "sid must be 0 to 0xffffffff, not -1"),
+        ({"iova": 1.5}, "iova must be an integer, not float"),
+        ({"ssid": 1 << 20}, "ssid must be 0 to 0xfffff, not 0x100000"),
+        ({"priv": "no"}, "priv must be True or False, not 'no'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=problem):
+            Capture.save(tmp_path / "d", smmu=smmu, requests=[{"sid": 3, "iova": 0} | bad])
+
+
+def test_a_save_holds_the_queues(tmp_path):
+    whole = captures.small_system()
+    memory, ring = whole.memory, captures.STREAM_TABLE + 0x10_0000
+    smmu = smmufast.Smmu(
+        memory, whole.features.replace(pri=1, ats=1), strtab_base=whole.strtab_base,
+        strtab_base_cfg=4, cr0=0b1111, cmdq_base=ring | 4, eventq_base=ring | 0x1_0000 | 7,
+        priq_base=ring | 0x2_0000 | 3,
+    )  # fmt: skip
+    empty = Capture.save(tmp_path / "empty", smmu=smmu)
+    for which in ("commands", "events", "pages"):
+        assert load_queue(empty.path, which).records == ()
+    memory.write(ring, layout.to_bytes("SYNC", layout.pack("SYNC", CS=0)) * 3)
+    smmu.write("CMDQ_PROD", 3)
+    for sid in range(6, 6 + 130):  # of which two find the queue full
+        smmu.translate(sid & 7 | 8, 0x1000)
+    smmu.page_request(captures.SID, 0x5000, read=True, prg_index=5)
+    saved = Capture.save(tmp_path / "c", smmu=smmu)
+    commands, events, pages = (load_queue(saved.path, n) for n in ("commands", "events", "pages"))
+    assert [layout.unpack("SYNC", r)["Opcode"] for r in commands.records] == [0x46] * 3
+    assert (commands.prod, commands.cons, commands.base) == (3, 3, ring | 4)
+    assert len(events.records) == 128
+    assert events.records[0] == memory.read(ring | 0x1_0000, 32)
+    assert events.prod == smmu.read("EVENTQ_PROD")
+    assert [layout.unpack("PRI", r)["PRGIndex"] for r in pages.records] == [5]
+    with pytest.raises(ValueError, match="which must be 'commands', 'events' or 'pages', not 'x'"):
+        load_queue(saved.path, "x")
+
+
+def test_cases_keep_substreams_privilege_and_instructions(tmp_path):
+    silent = {"k": "fault_silent"}
+    allowed = OK | {"perm": 7}
+    capture = one(
+        tmp_path,
+        request(OK | {"perm": 1}, 0x0, priv=0, instr=1) | {"out": OK | {"pa": "0x50000000"}},
+        request(event("C_BAD_SUBSTREAMID", SubstreamID=7), ssid=7),
+        request(allowed, priv=1),
+        request(silent, ssid=3),
+    )
+    rows = capture[0].requests
+    assert rows["ssid"].tolist() == [smmufast.NO_SUBSTREAM, 7, smmufast.NO_SUBSTREAM, 3]
+    assert rows["priv"].tolist() == [False, True, True, True]
+    assert rows["instr"].tolist() == [True, False, False, False]
+    assert capture[0].expected[2].perm_bits == 7
+    assert capture[0].expected[0].perm_bits == 7
+
+
+# --- limits -----------------------------------------------------------------------------------
+
+
+def test_more_requests_than_the_limit_are_refused(tmp_path, monkeypatch):
+    captures.small_capture(tmp_path / "c")
+    monkeypatch.setattr("smmufast.capture.MAX_REQUESTS", 7)
+    with pytest.raises(CaptureError, match=r"events.jsonl.gz:4: more than 7 requests"):
+        Capture.load(tmp_path / "c")
+    monkeypatch.setattr("smmufast.capture.MAX_REQUESTS", 8)
+    Capture.load(tmp_path / "c")
+    configurations = [(captures.small_system(), [request(OK)] * 5, {})] * 2
+    path = captures.cases(tmp_path / "cases", *configurations)
+    with pytest.raises(CaptureError, match=r"cases.jsonl.gz:3: more than 8 requests"):
+        Capture.load(path)
+
+
+def test_a_bomb_of_pages_costs_what_its_limit_says(tmp_path):
+    header = "{'descr': '|u1', 'fortran_order': False, 'shape': (262145, 4096), }"
+    (tmp_path / "pages.npz").write_bytes(npz_raw("pages", header, 1 << 20))
+    captures.write_lines(tmp_path / "cases.jsonl.gz", [])
+    with pytest.raises(CaptureError, match="262145 pages found; 262144 allowed"):
+        Capture.load(tmp_path)
+
+
+def test_a_long_header_is_not_read(tmp_path):
+    for version, count in ((b"\x02\x00", 4), (b"\x03\x00", 4), (b"\x01\x00", 2)):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            size = (1 << 8 * count) - 1
+            data = b"\x93NUMPY" + version + size.to_bytes(count, "little")
+            archive.writestr("pages.npy", data + bytes(1 << 17))
+        (tmp_path / "pages.npz").write_bytes(file.getvalue())
+        captures.write_lines(tmp_path / "cases.jsonl.gz", [])
+        with pytest.raises(CaptureError, match=f"pages: a header of {size} bytes found; 10000"):
+            Capture.load(tmp_path)
+
+
+def test_more_configurations_than_the_limit_are_refused(tmp_path, monkeypatch):
+    path = captures.cases(tmp_path / "c", *[(captures.small_system(), [request(OK)], {})] * 3)
+    monkeypatch.setattr("smmufast.capture.MAX_CONFIGURATIONS", 2)
+    with pytest.raises(CaptureError, match=r"cases.jsonl.gz:4: more than 2 configurations"):
+        Capture.load(path)
+
+
+def test_loading_reports_its_progress(tmp_path):
+    steps = []
+    capture = Capture.load(captures.SHIPPED, lambda done, work: steps.append((done, work)))
+    assert len(capture[0].requests) == 7287
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    size = sum(path.stat().st_size for path in captures.SHIPPED.iterdir())
+    assert {work for _, work in steps} == {size}
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -809,6 +1041,7 @@ def packed(*lines):
 
 def meta(**changes):
     values = json.loads((captures.SHIPPED / "meta.json").read_text())
+    del values["truth"], values["events"]  # the counts of another capture
     values["regs"] |= changes.pop("regs", {})
     values |= changes
     return json.dumps({k: v for k, v in values.items() if v is not None}).encode()
@@ -916,6 +1149,22 @@ LINUX_BAD = {
         npz_raw("page_addr", "{'descr': '<u8', 'fortran_order': False, 'shape': (9,), }", 8),
         "8 bytes found; shape (9,) has 72",
     ),
+    "count of requests": (
+        "meta.json", meta(truth=2), "truth is 2, but there are 1 lines of requests.jsonl.gz",
+    ),
+    "count of events": (
+        "meta.json", meta(counts={"events": 5}),
+        "counts.events is 5, but there are 0 lines of events.jsonl.gz",
+    ),
+    "count of pages": ("meta.json", meta(pages=0), "pages is 0, but there are 1 pages of pages.np"),
+    "count of queues": ("meta.json", meta(counts={"queue_pages": 1}), "queue_pages is 1, but"),
+    "count of what": ("meta.json", meta(counts={"lines": 1}), "'lines' found; requests, events"),
+    "request with more": ("requests.jsonl.gz", packed(line(pasid=1)), "'pasid' found; sid, ssid"),
+    "event with more": (
+        "events.jsonl.gz",
+        packed('{"sid":1,"iova":1,"rnw":1,"hex":"00","write":1}'),
+        "'write' found; sid, ssid, iova, priv, instr, rnw, hex",
+    ),
     "queues broken": ("queues.npz", b"no archive", "queues.npz: the archive is damaged"),
     "requests missing": ("requests.jsonl.gz", None, "requests.jsonl.gz: No such file"),
     "requests plain": (
@@ -1013,6 +1262,9 @@ def header(**changes):
     return json.dumps({"header": HEADER["header"] | changes})
 
 
+OK_OUT = {"k": "ok", "pa": 0}
+
+
 def case_request(**changes):
     return case(reqs=[request(OK) | changes])
 
@@ -1040,6 +1292,11 @@ CASES_BAD = {
     "out": ([header(), case_request(out="ok")], "gz:2: out: a string found; an object is wanted"),
     "kind": ([header(), case_request(out={"k": "fine"})], "gz:2: k: 'fine' found"),
     "ok without pa": ([header(), case_request(out={"k": "ok"})], "gz:2: pa is missing"),
+    "request with more": ([header(), case_request(pasid=1)], "gz:2: 'pasid' found; sid, ssid"),
+    "outcome with more": ([header(), case_request(out=OK_OUT | {"p": 1})], "gz:2: 'p' found; k,"),
+    "case with more": ([header(), case(cr1=0)], "gz:2: 'cr1' found; id, cr0, regs"),
+    "a write of instructions": ([header(), case_request(rnw=0, instr=1)], "a write is always data"),
+    "ssid": ([header(), case_request(ssid=1 << 20)], "gz:2: ssid: 0x100000 found"),
     "event name": ([header(), case_request(out={"k": "event", "name": "F"})], "name: 'F' found"),
     "event of another": (
         [header(), case_request(out=event("C_BAD_STE") | {"name": "C_BAD_CD"})],
@@ -1085,7 +1342,7 @@ def test_a_list_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
 
 def test_what_is_no_capture_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nothing", captures.SHIPPED / "meta.json"):
-        with pytest.raises(CaptureError, match=r"no capture|no such directory"):
+        with pytest.raises(CaptureError, match=r"no capture|no such directory|a file found"):
             Capture.load(path)
 
 

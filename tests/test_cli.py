@@ -1,9 +1,11 @@
 """The command: what it prints, its exit statuses, and one line for bad input."""
 
+import contextlib
 import gzip
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -67,7 +69,7 @@ def case(**more):
     return {"sid": captures.SID, "iova": "0x1000", "rnw": 1, "out": out} | more
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(("decode", "46 0"), 0), (("nothing",), 2)])
+@pytest.mark.parametrize(("arguments", "status"), [(("decode", "70 0"), 0), (("nothing",), 2)])
 def test_a_process_of_its_own_says_the_same(arguments, status):
     process = start(*arguments)
     out, err = process.communicate(timeout=60)
@@ -373,19 +375,40 @@ def test_events_of_a_queue(tmp_path):
     assert "0x0      0x00 sid=0x0" in run("events", path)
 
 
+def without_queues(path):
+    """The shipped capture, without its queues."""
+    path.mkdir()
+    for file in captures.SHIPPED.iterdir():
+        if file.name != "queues.npz":
+            (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def test_events_are_those_of_the_requests_where_the_queue_holds_none(tmp_path):
+    path = with_queues(tmp_path / "q", {0: SYNC}, {}, cmdq_prod=1)
+    assert run("events", path).splitlines()[0].startswith("q: event queue of 128 slots at 0x4002")
+    assert len(run_json("events", path)["events"]) == 4
+    meta = json.loads((path / "meta.json").read_text())
+    meta["regs"] = {k: v for k, v in meta["regs"].items() if not k.startswith("EVENTQ_")}
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert run("events", path).splitlines()[0].startswith("line 1   F_PERMISSION")
+    assert len(run("commands", path).splitlines()) == 3
+
+
 def test_events_of_captures_without_queues(tmp_path):
-    lines = run("events", captures.SHIPPED, "--limit", "3").splitlines()
+    bare = without_queues(tmp_path / "bare")
+    lines = run("events", bare, "--limit", "3").splitlines()
     assert lines[0].startswith("line 1   F_TRANSLATION sid=0xf8 iova=0x3e1cfb963ff8 write")
     assert lines[-2:] == [
         "There are more: see --limit.", "892 events: 613 F_PERMISSION, 279 F_TRANSLATION",
     ]  # fmt: skip
-    assert len(run_json("events", captures.SHIPPED)["events"]) == 892
+    assert len(run_json("events", bare)["events"]) == 892
     event = {"k": "event", "name": "C_BAD_STE", "rec": EVENT.hex()}
     requests = [case(sid=9, out=event), case()]
     path = captures.cases(tmp_path / "c", (captures.small_system(), requests, {}))
     assert run("events", path) == "case-0   C_BAD_STE sid=0x9\n1 event: 1 C_BAD_STE\n"
     assert "has no command queue" in run("commands", path, status=2)
-    assert "queues.npz: there is none" in run("commands", captures.SHIPPED, status=2)
+    assert "queues.npz: there is none" in run("commands", bare, status=2)
 
 
 def batch_file(path, *lines):
@@ -523,11 +546,11 @@ def test_decode_of_words():
     text = run("decode", "0x0000000900000004", "0", "0", "0", "--kind", "event")
     assert text.startswith("C_BAD_STE: stream 0x9\n")
     assert "    StreamID  [63:32]  9  stream\n" in text
-    assert run("decode", "46", "0") == (
+    assert run("decode", "0x46", "0") == (
         "SYNC: wait until the commands before are done\n    Opcode  [7:0]  0x46  command\n"
     )
     assert run("decode", EVENT.hex(), "--brief") == "C_BAD_STE: stream 0x9\n"
-    assert run("decode", given="46 0\n").startswith("SYNC: ")
+    assert run("decode", given="70 0\n").startswith("SYNC: ")
     (found,) = run_json("decode", EVENT.hex())
     assert (found["name"], found["record"], found["line"]) == ("C_BAD_STE", EVENT.hex(), None)
     arguments = ("--kind", "pte", "--stage", 2, "--granule", "16K", "--level", 3)
@@ -571,10 +594,10 @@ def test_decode_of_a_log_counts_what_repeats():
     ("arguments", "given", "problem"),
     [
         (("1", "2", "3"), None, "words: 24 bytes given; an event has 32"),
-        (("--kind", "event", "xyz"), None, "words: 'xyz' given; hexadecimal numbers are wanted"),
-        (("--kind", "ate", "1"), None, "kind: 'ate' given; event, command"),
-        (("--unit", "7", "1"), None, "unit: 7 given; 64, 32, 8 allowed"),
-        (("--level", "9", "1"), None, "level: 9 given"),
+        (("--kind", "event", "xyz"), None, "words: 'xyz' given; numbers are wanted"),
+        (("--kind", "ate", "1"), None, "kind must be 'event', 'command', 'pri'"),
+        (("--unit", "7", "1"), None, "unit must be 64, 32 or 8, not 7"),
+        (("--level", "9", "1"), None, "level must be -1, 0, 1, 2 or 3, not 9"),
         (("--level", "low", "1"), None, "'low' is not a number"),
         (("--raw", "1"), None, "--raw: reads standard input, but words are given too"),
         ((), "", "nothing to decode"),
@@ -613,7 +636,18 @@ BAD = {
     "missing commands": (("commands", "/nowhere"), "/nowhere: there is no such directory"),
     "a number": (("walk", "x", "--sid", "ten", "--iova", "0"), "'ten' is not a number"),
     "negative": (("walk", "x", "--sid=-1", "--iova", "0"), "-1 is negative"),
-    "no repeat": (("replay", "x", "--repeat", "0"), "at least 1 is needed"),
+    "no repeat": (("replay", "x", "--repeat", "0"), "0 is too little: 1 or more is allowed"),
+    "too many": (("replay", "x", "--random", 1 << 63), "is too much: below 2^63 is allowed"),
+    "many digits": (("replay", "x", "--seed", "9" * 5000), "999...' is not a number"),
+    "another base": (("replay", "x", "--seed", "0b1"), "'0b1' is not a number (0x... is"),
+    "underscores": (("walk", "x", "--sid", "1_0", "--iova", "0"), "'1_0' is not a number"),
+    "other digits": (("replay", "x", "--seed", "\N{ARABIC-INDIC DIGIT ONE}"), "is not a number"),
+    "an empty name": (("replay", ""), "'': there is no such directory"),
+    "a device": (("replay", os.devnull), "/dev/null: a file found; a capture is a directory"),
+    "a file": (("walk", "README.md", "--sid", "0", "--iova", "0"), "a capture is a directory"),
+    "a file to replay": (("replay", captures.SHIPPED / "meta.json"), "meta.json:1: the compressed"),
+    "no results to name": (("trace", captures.SHIPPED, "--columns", "pa"), "which need --out"),
+    "a StreamID beside others": (("trace", captures.SHIPPED, "--sid", "1"), "--sid, --ssid"),
     "large sid": (("walk", "x", "--sid", hex(1 << 32), "--iova", "0"), "does not fit 32 bits"),
     "large ssid": (
         ("walk", "x", "--sid", "0", "--iova", "0", "--ssid", "0x100000"),
@@ -628,9 +662,136 @@ BAD = {
 def test_bad_usage_is_one_clear_line(name):
     arguments, problem = BAD[name]
     error = run(*arguments, status=2)
-    last = error.splitlines()[-1]
-    assert problem in last
-    assert "error: " in last
+    assert problem in error
+    assert error.startswith("smmufast: error: ")
+    assert error.count("\n") == 1
+
+
+def documented():
+    """The commands of the README, with the shipped capture."""
+    text = (captures.ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition("The command line,")[2].partition("```sh\n")[2].partition("```")[0]
+    for line in block.splitlines():
+        command = line.partition("#")[0].strip()
+        if command.startswith("smmufast"):
+            yield command
+
+
+@pytest.mark.parametrize("command", list(documented()))
+def test_the_shipped_example_has_something_for_every_command_of_the_readme(command):
+    words = command.replace("0x…", "0x1 0 0 0 0 0 0 0").split()[1:]
+    words = [captures.SHIPPED if word == "CAPTURE" else word for word in words]
+    if words[0] in ("commands", "events"):
+        words += ["--limit", "20"]
+    assert len(run(*words).splitlines()) > 2
+
+
+def test_the_readme_names_every_command():
+    named = {command.split()[1] for command in documented()}
+    assert named == {"replay", "walk", "streams", "events", "commands", "decode", "trace"}
+
+
+def test_the_shipped_log_is_decoded():
+    log = (EXAMPLES / "kernel.log").read_text()
+    lines = run("decode", "--brief", given=log).splitlines()
+    assert [line.split(": ")[1] for line in lines[:-1]] == [
+        "F_TRANSLATION", "GERROR", "CERROR_ILL", "ATC_INV", "CMD_SYNC timeout",
+    ]  # fmt: skip
+
+
+COMMANDS = {
+    "replay": ("replay", captures.SHIPPED),
+    "walk": ("walk", captures.SHIPPED, "--sid", "16", "--iova", "0"),
+    "events": ("events", captures.SHIPPED, "--limit", "9"),
+    "decode": ("decode", "0x46", "0"),
+    "help": ("--help",),
+    "help of one": ("trace", "--help"),
+    "version": ("--version",),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_output_that_cannot_be_written_is_one_clear_line(name):
+    with open("/dev/full", "wb") as full:
+        process = start(*COMMANDS[name], stdout=full)
+        error = process.stderr.read()
+    assert process.wait(timeout=60) == 2
+    assert error == "smmufast: error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+@pytest.mark.parametrize("words", [("decode", "0x46", "0"), ("decode",), ("walk", "nowhere")])
+def test_streams_that_are_closed_do_no_harm(closed, words):
+    process = start(*words, preexec_fn=lambda: os.close(closed), stdin=subprocess.DEVNULL)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == (0 if len(words) == 3 else 2)
+    assert "Traceback" not in out + error
+    if closed == 0 and words == ("decode",):
+        assert error == "smmufast: error: standard input is closed, and no words are given\n"
+
+
+def test_text_that_standard_output_cannot_show_is_escaped(tmp_path, monkeypatch):
+    path = tmp_path / "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve"
+    captures.small_capture(path)
+    for variable, value in {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}.items():
+        monkeypatch.setenv(variable, value)
+    process = start("streams", path)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert "ve: stream table at 0x40000000" in out
+
+
+def test_more_input_than_is_read_is_told(monkeypatch):
+    monkeypatch.setattr("smmufast.cli.MAX_INPUT", len(LOG))
+    assert "stream 0x9" in run("decode", given=LOG + "more")
+    error = run("decode", given="x" * (len(LOG) + 1), status=2)
+    assert "only the first 0 MiB of standard input were read" in error
+    assert len(run("decode", "--brief", "--limit", "1", given=LOG[:-1]).splitlines()) == 1
+    monkeypatch.setattr("smmufast.cli.MAX_INPUT", 1 << 20)
+    lines = run("decode", "--brief", "--limit", "1", given=LOG * 3).splitlines()
+    assert lines == ["2: C_BAD_STE: stream 0x9", "8: limit: line 8 and those behind it tell more: "
+                     "after 1 findings the rest is left out", "1 finding: 1 C_BAD_STE"]  # fmt: skip
+
+
+def test_a_trace_of_the_requests_of_the_capture():
+    found = run_json("trace", captures.SHIPPED)
+    assert (found["requests"], found["actions"]) == (7287, {"ok": 6395, "abort": 892})
+
+
+def test_hostile_captures_are_one_clear_line_or_an_answer(tmp_path):
+    captures.small_capture(tmp_path / "good")
+    meta = json.loads((tmp_path / "good" / "meta.json").read_text())
+    arrays = dict(np.load(tmp_path / "good" / "pages.npz"))
+    rng = random.Random(7)
+    for number in range(12):
+        path = tmp_path / str(number)
+        path.mkdir()
+        for name in ("requests.jsonl.gz", "events.jsonl.gz"):
+            (path / name).write_bytes((tmp_path / "good" / name).read_bytes())
+        registers = dict(meta["regs"]) | {f"{queue}_{part}": "0x0" for queue in ("CMDQ", "EVENTQ")
+                                          for part in ("BASE", "PROD", "CONS")}  # fmt: skip
+        for name in rng.sample(sorted(registers), 3):
+            bits = 64 if name.endswith("_BASE") else 32
+            registers[name] = hex(int(registers[name], 16) ^ 1 << rng.randrange(bits))
+        pages = arrays["pages"].copy()
+        for _ in range(200):
+            pages[rng.randrange(len(pages)), rng.randrange(4096)] = rng.getrandbits(8)
+        itself = int(arrays["page_addr"][-1]) | 3  # a table that leads to itself
+        pages[-1] = np.frombuffer(itself.to_bytes(8, "little") * 512, np.uint8)
+        for name in ("pages.npz", "queues.npz"):
+            np.savez(path / name, page_addr=arrays["page_addr"], pages=pages)
+        changed = {key: value for key, value in meta.items() if key != "counts"}
+        (path / "meta.json").write_text(json.dumps(changed | {"regs": registers}))
+        for words in (("replay",), ("streams",), ("events",), ("commands",), ("trace",),
+                      ("walk", "--sid", "3", "--iova", "0x1000")):  # fmt: skip
+            arguments = [words[0], str(path), *words[1:], "--json"]
+            output, error = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+                status = main(arguments)
+            assert status in (0, 1, 2, 3)
+            assert error.getvalue().count("\n") == (status == 2)
+            if status != 2:
+                json.loads(output.getvalue())
 
 
 @pytest.mark.parametrize("command", ["replay", "walk", "streams"])
@@ -670,7 +831,8 @@ def test_numpy_is_not_needed_for_the_command_itself():
 def test_an_uncompiled_package_is_named(tmp_path):
     source = tmp_path / "smmufast"
     source.mkdir()
-    for name in ("cli.py", "__main__.py", "capture.py", "layout.py", "faults.py", "features.py"):
+    for name in ("_arguments.py", "_files.py", "cli.py", "__main__.py", "capture.py", "layout.py",
+                 "faults.py", "features.py"):  # fmt: skip
         (source / name).write_bytes((Path(smmufast.__file__).parent / name).read_bytes())
     (source / "__init__.py").write_text("")
     process = subprocess.run(
@@ -707,9 +869,9 @@ def test_long_work_shows_a_bar_and_an_interrupt_ends_it_quietly():
     process = start("replay", captures.SHIPPED, "--random", 10**12, stderr=errors)
     os.close(errors)
     shown = b""
-    while b" %" not in shown:
+    while b"replaying [" not in shown:
         shown += os.read(terminal, 1 << 16)
-    assert b"[." in shown
+    assert b"replaying [...." in shown
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
@@ -759,3 +921,33 @@ def test_examples_run(name):
     }
     assert wanted[name] in process.stdout
     assert process.stderr == ""
+
+
+def commands_of(page):
+    """The commands of the shell blocks of a page."""
+    text = (captures.ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        yield from block.splitlines()
+
+
+@pytest.mark.parametrize("command", list(commands_of("docs/tools.md")))
+def test_the_commands_of_the_tools_page_work(command, monkeypatch):
+    monkeypatch.chdir(captures.ROOT)
+    words, _, file = command.partition(" < ")
+    given = Path(file).read_bytes() if file else None
+    assert run(*words.split()[1:], given=given)
+
+
+def test_the_tools_page_has_the_limits():
+    from smmufast import capture, cli, decode, streams
+
+    text = (captures.ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    for limit in (capture.MAX_REQUESTS, capture.MAX_CONFIGURATIONS, capture.MAX_PAGES,
+                  streams.MOST_PAGES, streams.MOST, decode.MOST_WORDS):  # fmt: skip
+        assert f"2^{limit.bit_length() - 1}" in text
+        assert limit & limit - 1 == 0
+    for limit in (capture.MAX_TEXT, capture.MAX_LINE, cli.MAX_INPUT):
+        assert f"{limit >> 20} MiB" in text
+    assert f"{capture.MAX_HEADER:,} bytes" in text
+    assert f"{decode.MOST:,}" in text
+    assert streams.LARGEST == 1 << 30

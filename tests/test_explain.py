@@ -6,12 +6,17 @@ import captures
 import nested
 import pytest
 import tablegen
+import twin
 from nested import NESTED, SECOND, small_nested
+from rawfeatures import raw
+from test_reference import CONTEXT_TABLE, SID
+from test_stage2 import nested_system
 
 import smmufast
 from smmufast import layout
 from smmufast.capture import Capture
 from smmufast.explain import (
+    _ips,
     describe_cd,
     describe_ste,
     explain,
@@ -260,6 +265,30 @@ def test_a_descriptor_that_changes_meanwhile_is_walked_to_again():
     assert text.count("Hardware update of the descriptor") == 2
     assert text.count("Translation table descriptor, level 1") == 2
     assert FETCHED.findall(text) == [hex(fetch.address) for fetch in walk.result.fetches]
+
+
+def test_no_host_makes_a_walk_start_again_without_end():
+    smmu = small_nested({"httu": 2}, s2ha=1, s2hd=1, cd={"ha": 1}, stage1={"af": 0})
+    walk = smmu.start_walk(NESTED, nested.RW)
+    changes = 0
+    while (fetch := walk.request) is not None:
+        data = smmu.memory.read(fetch.address, fetch.size)
+        if fetch.swap is not None and changes < 300:
+            changes += 1
+            data = (fetch.swap[0] ^ changes << 55).to_bytes(8, "little")
+        walk.supply(data)
+    assert changes < 300  # the SMMU gives up before
+    text = explain(walk.result, smmu)
+    assert text.count("is there by now: the walk starts again.") == changes
+    assert len(text.splitlines()) < 20 * len(walk.result.fetches) < 10_000
+
+
+def test_explain_takes_results_and_smmus_alone():
+    smmu = small_nested()
+    with pytest.raises(TypeError, match="result must be a Result, not 5"):
+        explain(5)
+    with pytest.raises(TypeError, match="smmu must be a Smmu or None, not 'x'"):
+        explain(smmu.translate(NESTED, 0), "x")
 
 
 def test_stage_2_alone_reads_like_this():
@@ -619,3 +648,36 @@ def test_lines_of_stream_lists_hold_what_counts():
     )
     assert describe_cd(cd) == "TTB0=0x3000 16K T0SZ=25 EPD1=1 IPS=48 bits ASID=0x9 AA64 A ENDI"
     assert describe_cd(bytes(64)) == "V=0 (invalid)"
+
+
+def test_pointers_of_v3_0_have_48_bits():
+    bench, iova, _ = nested_system()
+    bench.features.arch_minor, bench.features.ds, bench.features.vax = 0, 0, 0
+    bench.features.oas = 5
+    beyond = 1 << 50
+    bench.write_ste(s1contextptr=CONTEXT_TABLE | beyond, s2ps=5)
+    bench.write_cd(ttb0=bench.tables.base | beyond, ips=5)
+    smmu = twin.smmu_of(bench)
+    result = smmu.translate(SID, iova, trace=True)
+    assert result.pa == 0x5000
+    told = [int(ipa, 16) for ipa in re.findall(r"IPA (0x\w+)", explain(result, smmu))]
+    assert len(told) > 8 and max(told) < 1 << 48
+
+
+@pytest.mark.parametrize(
+    ("code", "oas", "minor", "bits"),
+    [(5, 5, 3, 48), (6, 5, 3, 48), (6, 6, 3, 52), (3, 6, 3, 42), (6, 3, 1, 42), (7, 5, 0, 48)],
+)
+def test_output_sizes_are_limited_by_oas(code, oas, minor, bits):
+    features = raw(oas=oas, arch_minor=minor, gran64k=1, ttf=2, s1p=1)
+    assert _ips(code, features) == bits
+
+
+def test_an_error_of_a_translated_transaction_is_recorded_if_asked():
+    smmu = small_nested({"ats": 1})
+    smmu.write("CR0", smmu.cr0 | layout.mask("CR0", "ATSCHK"))
+    smmu.memory.write_u64(captures.STREAM_TABLE + 64 * NESTED, 0)
+    result = smmu.ats_translated(NESTED, 0x1000)
+    assert (result.fault.name, result.event) == ("C_BAD_STE", None)
+    assert "CR2.REC_CFG_ATS=0" in explain(result, smmu)
+    assert "CR2.REC_CFG_ATS" not in explain(smmu.translate(NESTED, 0), smmu)

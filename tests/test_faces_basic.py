@@ -274,7 +274,7 @@ every_argument = pytest.mark.parametrize(
 @every_argument
 def test_a_number_out_of_range_is_named_with_what_is_allowed(smmu, face, name, most, call):
     for bad in (-1, most + 1, -(1 << 70), 1 << 70):
-        with pytest.raises(ValueError, match=rf"^{name}: {bad:#x} given; 0 to .* allowed$"):
+        with pytest.raises(ValueError, match=rf"^{name} must be 0 to 0x\w+, not (-1|{bad:#x})$"):
             call(face, smmu, bad)
 
 
@@ -284,7 +284,7 @@ def test_a_number_out_of_range_is_named_with_what_is_allowed(smmu, face, name, m
     "bad", [1.0, np.float64(1), "1", b"1", [1], (1,), {}, object(), np.array([1, 2]), 1j]
 )
 def test_what_is_no_integer_is_named(smmu, face, name, most, call, bad):
-    with pytest.raises(TypeError, match=f"^{name}: {type(bad).__name__} given; an integer needed"):
+    with pytest.raises(TypeError, match=f"^{name} must be an integer, not {type(bad).__name__}"):
         call(face, smmu, bad)
 
 
@@ -343,10 +343,11 @@ def test_the_largest_arguments_are_taken(smmu):
 def test_registers_are_checked_and_can_be_read(name, bits):
     memory = Memory()
     for bad in (-1, 1 << bits):
-        with pytest.raises(ValueError, match=rf"^{name}: {bad:#x} given; 0 to .* allowed"):
+        with pytest.raises(ValueError, match=rf"^{name} must be 0 to 0x\w+, not (-1|{bad:#x})"):
             Smmu(memory, **{name: bad})
     for bad in (1.0, "1", None):
-        with pytest.raises(TypeError, match=f"^{name}: {type(bad).__name__} given"):
+        wanted = f"^{name} must be an integer, not {type(bad).__name__}"
+        with pytest.raises(TypeError, match=wanted):
             Smmu(memory, **{name: bad})
     most = Smmu(memory, **{name: (1 << bits) - 1})
     register = layout.REGISTERS[name.upper()]
@@ -459,10 +460,11 @@ def made_things():
 
 
 @pytest.mark.parametrize("kind", made_things())
-@pytest.mark.parametrize("attempt", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_what_holds_host_memory_is_not_pickled_and_says_so(kind, attempt):
-    with pytest.raises(TypeError, match=f"cannot pickle .*{kind}"):
-        attempt(made_things()[kind])
+@pytest.mark.parametrize(
+    "attempt", [lambda one: pickle.loads(pickle.dumps(one)), copy.copy, copy.deepcopy])
+def test_what_a_translation_gives_is_pickled_and_copied(kind, attempt):
+    one = made_things()[kind]
+    assert repr(attempt(one)) == repr(one)
 
 
 @pytest.mark.parametrize("number", [n for n in small.EVENTS if n])
@@ -597,30 +599,30 @@ BAD_BATCHES = [
     ({"sid": [-1]}, ValueError, r"^sid: values from -0x1 to -0x1 given; 0 to 0xffffffff allowed"),
     ({"sid": [1 << 32]}, ValueError, "^sid: .*0x100000000"),
     ({"sid": np.array([5, -7])}, ValueError, "^sid: values from -0x7 to 0x5"),
-    ({"sid": -1}, ValueError, "^sid: -0x1 given"),
-    ({"sid": 1 << 32}, ValueError, "^sid: 0x100000000 given; 0 to 0xffffffff allowed"),
+    ({"sid": -1}, ValueError, "^sid must be 0 to 0xffffffff, not -1"),
+    ({"sid": 1 << 32}, ValueError, "^sid must be 0 to 0xffffffff, not 0x100000000"),
     ({"iova": [-1]}, ValueError, "^iova: values from -0x1"),
-    ({"iova": [1 << 64]}, TypeError, "^iova: dtype object"),
-    ({"sid": [1], "iova": 1 << 64}, ValueError, "^iova: 0x10000000000000000 given"),
-    ({"sid": [1], "iova": -1}, ValueError, "^iova: -0x1 given"),
+    ({"iova": [1 << 64]}, ValueError, "^iova must be .*, not 0x10000000000000000"),
+    ({"sid": [1], "iova": 1 << 64}, ValueError, "^iova must be .*, not 0x10000000000000000"),
+    ({"sid": [1], "iova": -1}, ValueError, "^iova must be 0 to 0xffffffffffffffff, not -1"),
     ({"ssid": [1 << 20]}, ValueError, "^ssid: .*0xfffff"),
     ({"ssid": np.array([NO_SUBSTREAM - 1], np.uint32)}, ValueError, "^ssid: .*0xfffff"),
     ({"ssid": [-1]}, ValueError, "^ssid: values from -0x1"),
-    ({"ssid": 1 << 20}, ValueError, "^ssid: 0x100000 given"),
-    ({"ssid": NO_SUBSTREAM}, ValueError, "^ssid: 0xffffffff given"),
-    ({"iova": [1.0]}, TypeError, "^iova: dtype float64 given"),
+    ({"ssid": 1 << 20}, ValueError, "^ssid must be 0 to 0xfffff, not 0x100000"),
+    ({"ssid": 0xFFFF_FFFE}, ValueError, "^ssid must be 0 to 0xfffff, not 0xfffffffe"),
+    ({"iova": [1.0]}, TypeError, "^iova must be an integer, not float"),
     ({"sid": ["1"]}, TypeError, "^sid: dtype <U1 given"),
-    ({"sid": [1], "iova": 1.0}, TypeError, "^iova: float given"),
-    ({"sid": "1"}, TypeError, "^sid: str given"),
-    ({"sid": None}, TypeError, "^sid: NoneType given"),
+    ({"sid": [1], "iova": 1.0}, TypeError, "^iova must be an integer, not float"),
+    ({"sid": "1"}, TypeError, "^sid must be an integer, not str"),
+    ({"sid": None}, TypeError, "^sid must be an integer, not NoneType"),
     ({"iova": [[1, 2]]}, ValueError, "^iova: an array of 2 dimensions given; 1 needed"),
     ({"sid": [1, 2]}, ValueError, "^(sid|iova): . values given beside arrays of ."),
     ({"ssid": [1, 2]}, ValueError, "^ssid: 2 values given beside arrays of 1"),
     ({"write": [True, False]}, ValueError, "^write: 2 values given beside arrays of 1"),
     ({"write": [[True]]}, ValueError, "^write: an array of 2 dimensions"),
-    ({"write": [1]}, TypeError, "^write: dtype int64 given; bool needed"),
-    ({"priv": [1.0]}, TypeError, "^priv: dtype float64 given; bool needed"),
-    ({"instr": np.array([1], np.uint8)}, TypeError, "^instr: dtype uint8 given; bool needed"),
+    ({"write": [2]}, ValueError, "^write: values from 0x2 to 0x2 given; 0 to 0x1 allowed"),
+    ({"priv": [1.0]}, TypeError, "^priv must be an integer, not float"),
+    ({"instr": np.array([1.0])}, TypeError, "^instr: dtype float64 given; bool or another"),
     ({"sid": 1, "iova": 1}, ValueError, "no array given"),
     ({"sid": 1, "iova": np.uint64(1)}, ValueError, "no array given"),
     ({"iova": [[1], [1, 2]]}, (ValueError, TypeError), "^iova: "),
@@ -914,9 +916,9 @@ def test_a_burst_of_one_byte_is_a_translation(smmu, request_):
 
 def test_the_size_of_a_burst_is_checked(smmu):
     for bad in (-1, 1 << 64):
-        with pytest.raises(ValueError, match=f"^size: {bad:#x} given; 0 to"):
+        with pytest.raises(ValueError, match=rf"^size must be 0 to 0x\w+, not (-1|{bad:#x})"):
             smmu.translate_range(1, 0, bad)
-    with pytest.raises(TypeError, match=r"^size: float given"):
+    with pytest.raises(TypeError, match=r"^size must be an integer, not float"):
         smmu.translate_range(1, 0, 1.0)
     with pytest.raises(ValueError, match=r"^size: 0x11 given; .*0xf+0 would wrap"):
         smmu.translate_range(1, (1 << 64) - 16, 17)

@@ -166,7 +166,7 @@ def test_a_size_needs_an_address():
 
 
 def test_the_limit_named_is_that_of_the_argument():
-    with pytest.raises(ValueError, match=r"sid: -0x1 given; 0 to 0xffffffff allowed"):
+    with pytest.raises(ValueError, match=r"sid must be 0 to 0xffffffff, not -1"):
         bypass().translate(-1, 0)
 
 

@@ -179,7 +179,7 @@ def test_errors_are_removed_one_by_one():
     for number in (first, second, third, 0, -1, 1 << 80):
         with pytest.raises(ValueError, match=f"^number: {number} given; no injected error has it"):
             memory.remove_error(number)
-    with pytest.raises(TypeError, match="number: str given; an integer needed"):
+    with pytest.raises(TypeError, match="number must be an integer, not str"):
         memory.remove_error("1")
 
 
@@ -294,7 +294,7 @@ def test_a_fetch_without_a_kind_meets_errors_without_one():
         ({"kind": ""}, ValueError, "kind: '' given"),
         ({"kind": "CMD", "level": 1}, ValueError, "level: 1 given with kind 'CMD'; only tables"),
         ({"kind": "TT", "level": 4}, ValueError, "level: 4 given; -1 to 3 allowed"),
-        ({"level": "1"}, TypeError, "level: str given; an integer needed"),
+        ({"level": "1"}, TypeError, "level must be an integer, not str"),
     ],
 )
 def test_wrong_kinds_and_levels_are_refused(arguments, error, message):

@@ -255,6 +255,23 @@ def test_f60_commands_of_short_and_long_ranges_are_those_of_their_fields(ril, gr
             assert values == {key.lower(): value for key, value in wanted.items() if value}
 
 
+def test_what_is_removed_is_told_no_more_and_what_is_inserted_is():
+    queue = queue_of()
+    made = array(queue, (S1_ASID, 1, 0), (S1_ASID, 2, 0), (ATS, 3, 0))
+
+    def told():
+        log = commands(queue, made.invalidate_all)
+        return [(name, f.get("ASID", f.get("StreamID"))) for name, f in log if name != "SYNC"]
+
+    assert told() == [("TLBI_NH_ASID", 1), ("TLBI_NH_ASID", 2), ("ATC_INV", 3)]
+    made.remove(queue, S1_ASID, 1)
+    assert told() == [("TLBI_NH_ASID", 2), ("ATC_INV", 3)]
+    made.insert(queue, S1_ASID, 4)
+    assert told() == [("TLBI_NH_ASID", 2), ("TLBI_NH_ASID", 4), ("ATC_INV", 3)]
+    made.unref(array(queue, (S1_ASID, 4, 0), (ATS, 3, 0)))
+    assert told() == [("TLBI_NH_ASID", 2)]
+
+
 def test_a_batch_larger_than_the_queue_goes_round():
     queue = queue_of(size_lg2=2)
     told = []

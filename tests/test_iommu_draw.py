@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 
 from smmufast import layout
-from smmufast.iommu import IDENTITY, AddressSpace, InvalidArgument, NoDevice, Prot, Viommu
+from smmufast.iommu import IDENTITY, AddressSpace, InvalidArgument, NoDevice, Prot, System, Viommu
 from smmufast.iommu.device import Device
+from smmufast.iommu.draw import MOST_LINES
 
 RAM = 0x8000_0000
 PAGE = 0x1000
@@ -46,6 +47,22 @@ def agree(device, found):
             if after is None or after[0] != last + 1:
                 assert not device.translate(last + 1, pasid=pasid)
             before = last
+
+
+@pytest.mark.parametrize("granule", [4096, 65536])  # whose first tables are whole pages
+def test_tables_that_lead_to_themselves_end_a_picture(granule):
+    system = System()
+    device = system.device(8)
+    domain = device.paging_domain(granule=granule)
+    device.attach(domain)
+    domain.map(0, RAM, granule)
+    text = device.draw()
+    table = int(re.search(r"TTB0 (0x[0-9a-f]+)", text)[1], 16)
+    memory = device.iommu.memory
+    memory.write(table, (table | 3).to_bytes(8, "little") * (granule // 8))
+    lines = device.draw(limit=10**9).splitlines()
+    assert len(lines) == MOST_LINES + 1
+    assert lines[-1] == f"… more is left out: a picture has {MOST_LINES} lines at most"
 
 
 @pytest.mark.parametrize("granule", [4096, 16384, 65536])

@@ -4,7 +4,17 @@ import itertools
 
 import numpy as np
 import pytest
-from nested import DATA, NESTED, PAGES, SECOND, STAGE2, scattered_nested, small_nested
+from nested import (
+    DATA,
+    NESTED,
+    PAGES,
+    SECOND,
+    STAGE2,
+    TABLES,
+    physical,
+    scattered_nested,
+    small_nested,
+)
 
 from smmufast import ACTIONS, layout
 from smmufast._smmu import vectors
@@ -77,24 +87,26 @@ def test_a_batch_sees_what_changed_since_the_last():
 
 
 @pytest.mark.parametrize("affd", [0, 1])
-def test_hardware_updates_are_made_in_their_turn(affd):
+@pytest.mark.parametrize("hd", [0, 1])
+@pytest.mark.parametrize("sid", [NESTED, SECOND])
+def test_hardware_updates_are_made_in_their_turn(sid, hd, affd):
     """Rows whose descriptors have no access flag update them as single calls do."""
     has = {"httu": 2}
-    places = PLACES
+    places = PLACES if sid == NESTED else PLACES + np.uint64(DATA)
     memories = []
     for batch in (True, False):
-        smmu = small_nested(has, cd={"ha": 1, "hd": 1, "affd": affd}, stage1={"af": 0}, s2ha=1,
-                            s2hd=1, s2affd=affd)  # fmt: skip
-        iova = np.tile(places, 8)
+        smmu = small_nested(has, cd={"ha": 1, "hd": hd, "affd": affd}, stage1={"af": 0}, s2ha=1,
+                            s2hd=hd, s2affd=affd)  # fmt: skip
+        # rows that write nothing come first: the passes over blocks go ahead then
+        iova = np.concatenate([np.full(32, places[2]), np.tile(places, 8)])
         if batch:
-            rows = smmu.translate_batch(NESTED, iova, write=True)
+            rows = smmu.translate_batch(sid, iova, write=True)
         else:
-            rows = [smmu.translate(NESTED, int(address), write=True) for address in iova]
+            rows = [smmu.translate(sid, int(address), write=True) for address in iova]
         memories.append((
             [(int(row["pa"]), ACTIONS[row["action"]]) for row in rows] if batch
             else [(row.pa or 0, row.action) for row in rows],
-            [smmu.memory.read(region.base, min(region.size, 1 << 20))
-             for region in smmu.memory.regions],
+            smmu.memory.read(STAGE2, 1 << 20), smmu.memory.read(physical(TABLES), 0x4000),
         ))  # fmt: skip
     assert memories[0] == memories[1]
 
@@ -113,19 +125,27 @@ def test_tables_and_pages_that_stage_2_scatters(first, second, seed):
 
 @pytest.mark.parametrize(("first", "second"), [(12, 12), (14, 14), (16, 12)])
 def test_access_flags_of_the_pages_that_tables_lie_in_are_set(first, second):
-    found = []
-    for batch in (True, False):
-        smmu, places = scattered_nested(
-            3, first, second, has={"httu": 1}, tables={"af": 0}, s2ha=1, cd={"ha": 1}
-        )
-        iova = np.resize(np.array(places, np.uint64), 200)
-        if batch:
-            smmu.translate_batch(NESTED, iova)
-        else:
-            for address in iova.tolist():
-                smmu.translate(NESTED, address)
-        found.append([smmu.memory.read(STAGE2, 1 << 24)])
-    assert found[0] == found[1]
+    smmu, places = scattered_nested(
+        3, first, second, has={"httu": 1}, tables={"af": 0}, s2ha=1, cd={"ha": 1}
+    )
+    size = 1 << 20
+    unmarked = smmu.memory.read(STAGE2, size)
+    found = [place for place in places if smmu.translate(NESTED, place)]
+    others = 0
+    for place in found[1:16]:
+        after = []
+        # rows that write nothing come first: the passes over blocks go ahead then
+        iova = np.array(found[:1] * 32 + [place] * 40, np.uint64)
+        for batch in (True, False):
+            smmu.memory.write(STAGE2, unmarked)
+            for each in [iova] if batch else np.split(iova, len(iova)):
+                smmu.translate_batch(NESTED, each)
+            after.append(smmu.memory.read(STAGE2, size))
+        assert after[0] == after[1]
+        smmu.memory.write(STAGE2, unmarked)
+        smmu.translate(NESTED, found[0])
+        others += smmu.memory.read(STAGE2, size) != after[0]
+    assert others > 4
 
 
 QUEUE = 0x4F00_0000

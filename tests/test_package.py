@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -12,13 +13,17 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import typing
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import numpy
 import pytest
+from setuptools import Distribution
 
 import smmufast
 
@@ -163,6 +168,7 @@ def test_types_tell_mistakes(typed, tmp_path):
 COLLECT = """\
 import json, shlex, sys
 import pytest
+from setuptools import Distribution
 
 class Names:
     def pytest_collection_finish(self, session):
@@ -241,6 +247,12 @@ TABLE_ATTRIBUTES = {
 }  # fmt: skip
 
 
+RING_ATTRIBUTES = {
+    "memory", "base", "size_lg2", "prod", "issued", "syncs", "log", "lock", "queue", "safe_bits",
+    "call", "observer",
+}  # fmt: skip
+
+
 def test_everything_public_has_a_docstring():
     things = dict(public_things())
     assert len(things) > 60
@@ -253,6 +265,7 @@ def test_everything_public_has_a_docstring():
         and not name.startswith("smmufast._smmu.Segments.")
         and not name.startswith("smmufast._memory.MemoryRegion.")
         and not (name.startswith("smmufast._tables.") and name.split(".")[-1] in TABLE_ATTRIBUTES)
+        and not (name.startswith("smmufast._ring.") and name.split(".")[-1] in RING_ATTRIBUTES)
     ]
     assert without == []
 
@@ -296,24 +309,124 @@ def test_no_function_asks_for_the_lock_after_each_call(path):
     assert slow == []
 
 
+# --- what building asks for ---
+
+
+@pytest.fixture
+def setup_script():
+    """setup.py as a module, of which nothing has run."""
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+#: a program that is given as CC, and the sentence that the build ends with
+NO_HEADERS = "smmufast needs C headers, and {0} finds no {1}.h: install those of "
+COMPILERS = {
+    "none": ("", "smmufast needs a C compiler, and there is no {0}: install gcc or clang"),
+    "fails": ("echo broken >&2; exit 3", "smmufast needs a C compiler, and {0} fails: broken"),
+    "another kind": ("cat >/dev/null", "smmufast needs gcc or clang, and {0} is neither"),
+    "no headers of C": ('exec {1} -nostdinc "$@"', NO_HEADERS.format("{0}", "stdlib") + "the C"),
+    "no headers of Python": (
+        'for a; do shift; case "$a" in -I*) ;; *) set -- "$@" "$a" ;; esac; done; exec {1} "$@"',
+        NO_HEADERS.format("{0}", "Python") + "this Python (Debian: python3.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPILERS)
+def test_a_build_without_what_it_needs_ends_with_one_sentence(tmp_path, case):
+    does, sentence = COMPILERS[case]
+    compiler = tmp_path / "compiler"
+    if does:
+        real = sysconfig.get_config_var("CC").split()[0]
+        compiler.write_text(f"#!/bin/sh\n{does.replace('{1}', real)}\n")
+        compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-P", "setup.py", "-q", "build_ext", "--build-lib", tmp_path,
+         "--build-temp", tmp_path],
+        cwd=ROOT, env=os.environ | {"CC": str(compiler)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(sentence.replace("{0}", str(compiler)))
+
+
+def test_a_build_on_windows_says_what_is_missing(setup_script):
+    class Microsoft:
+        compiler_type = "msvc"
+
+    with pytest.raises(SystemExit, match="does not run on Windows: it needs POSIX threads"):
+        setup_script.compiler_kind(Microsoft, [])
+
+
+def test_flags_follow_the_compiler_and_the_environment(monkeypatch, setup_script):
+    def flags(kind, given="", debug=False):
+        monkeypatch.setenv("CFLAGS", given)
+        monkeypatch.setattr(setup_script, "DEBUG", debug)
+        return [flag for flag in setup_script.flags(kind) if flag not in setup_script.FLAGS]
+
+    assert flags("clang") == ["-O3", "-g0"]
+    assert flags("gcc") == ["-O3", *setup_script.INLINE, "-g0", *setup_script.QUIET]
+    assert all(flag.startswith("--param=") for flag in setup_script.INLINE)
+    assert flags("clang", "-fpic -O0") == ["-g0"]
+    assert flags("gcc", "-fpic -O1") == ["-g0", *setup_script.QUIET]
+    assert flags("clang", "-g1 -march=native") == ["-O3"]
+    assert flags("clang", "-O1", debug=True) == ["-g"]
+
+
+@pytest.mark.parametrize(("asked", "jobs"), [(None, 3), (1, 1)])
+def test_a_build_has_a_job_for_each_processor_that_it_may_use(
+    monkeypatch, setup_script, asked, jobs
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 4, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(setup_script, "compiler_kind", lambda *a: "gcc")
+    monkeypatch.setattr(setup_script.build_ext, "build_extensions", lambda self: None)
+    command = setup_script.Build(Distribution({"ext_modules": []}))
+    command.ensure_finalized()
+    command.compiler, command.parallel = None, asked
+    command.build_extensions()
+    assert command.parallel == jobs
+
+
 # --- a build, and what it ships ---
 
 
+def source_files():
+    """Every file of the sources: as git knows them, or as an sdist lists them."""
+    made = {"PKG-INFO", "setup.cfg"}
+    if (ROOT / ".git").exists():
+        listed = run("git", "ls-files", "-z").split("\0")
+        return {name for name in listed if name and (ROOT / name).exists()}
+    listed = (ROOT / "smmufast.egg-info" / "SOURCES.txt").read_text().split("\n")
+    return {name for name in listed if name and ".egg-info/" not in name} - made
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """(wheel, what the build said), from a copy of the sources alone."""
+def sdist(tmp_path_factory):
+    """An sdist, made from a copy of the sources alone."""
+    directory = tmp_path_factory.mktemp("sdist")
+    for name in source_files():
+        target = directory / "sources" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    python(
+        "-c", f"from setuptools.build_meta import build_sdist; build_sdist({str(directory)!r})",
+        cwd=directory / "sources",
+    )  # fmt: skip
+    (built,) = directory.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """(wheel, what the build said), from the sdist."""
     directory = tmp_path_factory.mktemp("wheel")
-    sources = directory / "sources"
-    (sources / "smmufast").mkdir(parents=True)
-    for path in SOURCES + OTHERS:
-        target = sources / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(path, target)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
     said = python(
         "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index",
-        "--disable-pip-version-check", "--wheel-dir", directory, sources, cwd=directory,
+        "--disable-pip-version-check", "--wheel-dir", directory, sdist, cwd=directory,
         CFLAGS="-O0",  # what is looked at does not depend on it, and this takes a quarter
     )  # fmt: skip
     (built,) = directory.glob("*.whl")
@@ -329,6 +442,45 @@ def installed(wheel, tmp_path_factory):
         "--target", directory, wheel[0], cwd=directory,
     )  # fmt: skip
     return directory
+
+
+def test_an_sdist_holds_every_file_of_the_sources_and_no_other(sdist):
+    with tarfile.open(sdist) as archive:
+        top = sdist.name.removesuffix(".tar.gz")
+        names = {member.name.removeprefix(f"{top}/") for member in archive if member.isfile()}
+    made = {name for name in names if name.startswith("smmufast.egg-info/")}
+    made |= {"PKG-INFO", "setup.cfg"}
+    assert {"smmufast/_smmu.pyx", "tests/twin.py", "docs/rules.md", ".ci/run"} <= names
+    assert sorted(names - made) == sorted(source_files())
+
+
+@pytest.mark.slow
+def test_what_is_installed_from_an_sdist_in_a_new_environment_replays_a_capture(
+    sdist, wheel, tmp_path
+):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    venv = tmp_path / "venv"
+    python("-m", "venv", "--without-pip", venv)
+    python("-m", "pip", "--python", venv, "--disable-pip-version-check", "install", "--no-deps",
+           "--no-index", wheel[0])  # fmt: skip
+    (site_packages,) = venv.glob("lib/python*/site-packages")
+    # numpy of this environment, behind what the new one holds
+    (site_packages / "numpy.pth").write_text(f"{Path(numpy.__file__).parents[1]}\n")
+    assert (site_packages / "smmufast" / "__init__.py").exists()
+    said = run(venv / "bin" / "smmufast", "replay", "examples/linux-7.3-4k-s1", "--json",
+               cwd=unpacked, PYTHONPATH="")  # fmt: skip
+    found = json.loads(said)
+    assert found["agreeing"] == found["requests"] > 7000
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_no_debug_information(wheel):
+    with zipfile.ZipFile(wheel[0]) as archive:
+        compiled = [name for name in archive.namelist() if name.endswith(".so")]
+        assert len(compiled) == len(COMPILED)
+        assert [name for name in compiled if b".debug_info" in archive.read(name)] == []
 
 
 @pytest.mark.slow
@@ -357,6 +509,14 @@ def test_a_wheel_says_what_the_project_says(installed):
     needed = [name for name in found.requires if "extra ==" not in name]
     assert [re.match(r"\w+", name)[0] for name in needed] == ["numpy"]
     assert found.metadata["License-Expression"] == "Apache-2.0"
+    assert found.metadata["Author"] == "The smmufast authors"
+    for place in ("Author-email", "Home-page", "Project-URL"):
+        assert found.metadata[place] is None
+    versions = {
+        line.rsplit(" ", 1)[1] for line in found.metadata.get_all("Classifier")
+        if line.startswith("Programming Language :: Python :: 3.")
+    }  # fmt: skip
+    assert versions == {"3.11", "3.12", "3.13", "3.14"}
     assert any(path.name == "LICENSE" for path in found.files)
     (script,) = found.entry_points.select(group="console_scripts")
     assert (script.name, script.value) == ("smmufast", "smmufast.cli:main")
@@ -390,6 +550,34 @@ def test_programs_run_from_the_sources_use_the_installed_package(installed, tmp_
         PYTHONPATH=os.pathsep.join(map(str, (tmp_path, installed))),
     )  # fmt: skip
     assert Path(witness.read_text()).parent == installed / "smmufast"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from smmufast import Smmu", "from smmufast.iommu import System", "import smmufast._pasid"],
+)
+@pytest.mark.parametrize("sources", [True, False])
+def test_a_folder_that_is_not_compiled_says_what_to_do(tmp_path, line, sources):
+    shutil.copytree(PACKAGE, tmp_path / "smmufast",
+                    ignore=lambda _, names: [n for n in names if not n.endswith(".py")
+                                             and n != "iommu"])  # fmt: skip
+    if sources:
+        (tmp_path / "smmufast" / "_memory.pyx").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", line], cwd=tmp_path, capture_output=True, text=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )  # fmt: skip
+    told = done.stderr.splitlines()[-1]
+    start = f"ModuleNotFoundError: {tmp_path / 'smmufast'} is not compiled for cpython 3."
+    assert told.startswith(start)
+    assert ("start it elsewhere or with -P" in told) == sources
+    assert ("Install it with this Python." in told) == (not sources)
+
+
+def test_a_package_that_is_compiled_adds_no_finder():
+    python("-c", "import sys; old = list(sys.meta_path); import smmufast, smmufast.iommu;"
+           "assert old == sys.meta_path", cwd=ROOT.parent,
+           PYTHONPATH=str(PACKAGE.parent))  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1001,6 +1001,11 @@ def test_single_ttb_worlds_have_no_upper_half():
     bench.write_cd(epd0=1, epd1=0, t1sz=16, tg1=2, ttb1=bench.tables.base)
     assert bench.translate(0).success
     assert bench.fault(0xFFFF_0000_0000_0000) == "F_TRANSLATION"
+    good = {"t1sz": 16, "tg1": 2, "ttb1": bench.tables.base}
+    for field, bad in (("t1sz", 5), ("tg1", 0), ("ttb1", bench.tables.base | 1 << 50)):
+        bench.write_cd(**{field: bad}, ips=5)  # what is RES0 is no reason to refuse the CD
+        assert bench.translate(0).success
+        bench.write_cd(**{field: good[field]}, ips=6)
     bench.write_cd(tbi0=1)
     assert bench.translate(0xFF00_0000_0000_0000).success
     assert bench.fault(0xFF80_0000_0000_0000) == "F_TRANSLATION"

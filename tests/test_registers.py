@@ -43,6 +43,9 @@ def test_identification_registers_tell_the_features():
         smmu.write(offset, 0xFFFF_FFFF)
         assert smmu.read(offset) == expected
         assert "ignored" in smmu.warnings[-1].text
+    for bit, name in ((4, "cohacc"), (8, "dormhint")):  # what they say changes nothing else
+        for value in (0, 1):
+            assert device(FULL.replace(**{name: value})).read(0) >> bit & 1 == value
 
 
 @pytest.mark.rule("S3.7-1", "S3.10.2-1", "S6.2-1", "S6.2-2", "S6.2-3", "S6.2-5", "S6.2.2-1")
@@ -97,7 +100,7 @@ def test_64_bit_registers_are_two_halves_or_one_access():
 @pytest.mark.parametrize(
     ("offset", "size"),
     [(0x20, 1), (0x20, 2), (0x21, 4), (0x22, 4), (0x20, 8), (0x28, 8), (0x84, 8), (0x98, 8),
-     (0x82, 8), (0x3C, 4), (0x50, 8)],
+     (0x82, 8), (0x3C, 4), (0x50, 8), (0x1_0000, 4)],
 )  # fmt: skip
 def test_accesses_of_other_sizes_read_as_zero_and_are_ignored(offset, size):
     smmu = device(cr0=1)
@@ -105,27 +108,62 @@ def test_accesses_of_other_sizes_read_as_zero_and_are_ignored(offset, size):
     assert smmu.read(offset, size) == 0
     smmu.write(offset, (1 << 8 * size) - 1, size)
     assert {name: smmu.read(name) for name in layout.REGISTERS} == before
-    assert smmu.warnings[-1] == (f"{offset:#x}", f"write of {size} bytes ignored: no register")
+    row = "S6.2-9" if size < 4 or offset % size else "S6.2-10" if size == 8 else "S6.2-2"
+    row = "S6.2-3" if offset >= 0x10000 else row
+    assert smmu.warnings[-1] == (
+        f"{offset:#x}", f"write of {size} bytes ignored: no register ({row})"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("writes", "row"),
+    [
+        ([("CR0", 1 << 31)], "S6.2-7"),
+        ([("IDR0", 0)], "S6.2-13"),
+        ([("S2PII", 1)], "S6.2-7"),
+        ([("CR0", 1), ("STRTAB_BASE", 64)], "S6.2-11"),
+        ([("GBPA", 1)], "S6.3.14.1-1"),
+        ([("CR0", 1), ("CR1", 0xFFF)], "S6.3.11.1-1"),
+        ([("CR0", 8), ("CR1", 0xFFF)], "S6.3.11.2-1"),
+        ([("GERROR_IRQ_CFG0", 1 << 48)], "S6.3.21-2"),
+        ([("GERRORN", 1)], "S6.3.20-1"),
+        ([("STRTAB_BASE_CFG", 17), ("CR0", 1)], "S6.3.25-7"),
+        ([("STRTAB_BASE_CFG", 2 << 16), ("CR0", 1)], "S6.3.25-3"),
+        ([("STRTAB_BASE_CFG", 1 << 16 | 7 << 6 | 8), ("CR0", 1)], "S6.3.25-4"),
+        ([("STRTAB_BASE", 0x9000_0040), ("STRTAB_BASE_CFG", 4), ("CR0", 1)], "S6.3.24-3"),
+        ([("STRTAB_BASE", 0x9000_0040), ("STRTAB_BASE_CFG", 1 << 16 | 8 << 6 | 12), ("CR0", 1)],
+         "S6.3.24-4"),
+        ([("STRTAB_BASE", 1 << 50), ("CR0", 1)], "S3.4.3-5"),
+        ([("CMDQ_BASE", 31), ("CR0", 8)], "S6.3.26-5"),
+        ([("CMDQ_BASE", 1 << 50), ("CR0", 8)], "S6.3.26-2"),
+        ([("CMDQ_BASE", 0x9000_0020 | 4), ("CR0", 8)], "S6.3.26-3"),
+    ],
+)  # fmt: skip
+def test_every_warning_names_its_row(writes, row):
+    smmu = device(FULL.replace(oas=5, sidsize=16))
+    for name, value in writes:
+        smmu.write(name, value)
+    assert row in [re.search(r"\((S[\d.]+-\d+)\)$", each.text)[1] for each in smmu.warnings]
 
 
 @pytest.mark.rule("S6.1-1")
 def test_what_no_bus_can_do_is_an_error():
     smmu = device()
     for arguments, message in (
-        ((0x20000,), "offset: 0x20000 given; 0 to 0x1ffff allowed"),
-        ((-4,), "offset: -0x4 given"),
+        ((0x20000,), "offset must be 0 to 0x1ffff, not 0x20000"),
+        ((-4,), "offset must be 0 to 0x1ffff, not -4"),
         ((0, 3), "size: 3 given; 1, 2, 4 or 8 bytes needed"),
         (("CR9",), "offset: no register is called 'CR9'"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             smmu.read(*arguments)
-    with pytest.raises(ValueError, match=r"^value: 0x100000000 given; 0 to 0xffffffff allowed"):
+    with pytest.raises(ValueError, match=r"^value must be 0 to 0xffffffff, not 0x100000000"):
         smmu.write(0x20, 1 << 32)
-    with pytest.raises(ValueError, match=r"^value: 0x10000 given"):
+    with pytest.raises(ValueError, match=r"^value must be 0 to 0xffff, not 0x10000"):
         smmu.write(0x20, 1 << 16, 2)
-    with pytest.raises(TypeError, match=r"^offset: float given"):
+    with pytest.raises(TypeError, match=r"^offset must be an integer, not float"):
         smmu.read(1.5)
-    with pytest.raises(TypeError, match=r"^value: str given"):
+    with pytest.raises(TypeError, match=r"^value must be an integer, not str"):
         smmu.write("CR0", "1")
     assert smmu.cr0 == 0
 
@@ -306,6 +344,18 @@ def test_translation_follows_the_registers():
     smmu.write("STRTAB_BASE", 0x9010_0000)
     smmu.write("CR0", 5)
     assert smmu.translate(request.sid, request.iova).action == "bypass"
+    # two levels, of which the second is where the L1STD of 2^SPLIT streams says
+    leaf, at = 0x9012_0000, {6: 3, 8: 2, 10: 5}
+    for split, index in at.items():
+        smmu.write("CR0", 0)
+        smmu.memory.write(0x9010_0000, bytes(64))
+        smmu.memory.write_u64(0x9010_0000 + 8 * index, leaf | split + 1)
+        smmu.memory.write(leaf + 64 * small.STAGE1, (1 | 4 << 1).to_bytes(8, "little"))
+        smmu.write("STRTAB_BASE_CFG", 1 << 16 | split << 6 | 13)
+        smmu.write("CR0", 5)
+        for other in range(8):
+            found = smmu.translate(other << split | small.STAGE1, request.iova)
+            assert (found.action == "bypass") == (other == index)
     smmu.write("CR0", 0)
     smmu.write("STRTAB_BASE_CFG", 0)
     smmu.write("CR2", 0)
@@ -338,9 +388,9 @@ def test_registers_of_the_constructor_are_registers():
     )  # fmt: skip
     assert (smmu.irq_ctrl, smmu.gerror, smmu.gerrorn) == (0, 0, 0)
     for name in ("eventq_base", "cmdq_base", "priq_base"):
-        with pytest.raises(ValueError, match=rf"^{name}: -0x1 given"):
+        with pytest.raises(ValueError, match=rf"^{name} must be 0 to 0x\w+, not -1"):
             device(**{name: -1})
-        with pytest.raises(TypeError, match=f"^{name}: str given"):
+        with pytest.raises(TypeError, match=f"^{name} must be an integer, not str"):
             device(**{name: "1"})
     with pytest.raises(TypeError, match=r"^on_interrupt: int given; a callable needed"):
         device(on_interrupt=5)

@@ -240,8 +240,8 @@ def random_entry(rng, record):
     if record == "STE":
         word = layout.pack(
             "STE", V=1, Config=rng.choice([0, 4, 5, 6, 7]), S1DSS=rng.randrange(3),
-            EATS=rng.choice([0, 1]), SHCFG=1, S1ContextPtr=0x40 * rng.randrange(2), S2TTB=0x1000,
-            S2VMID=1,
+            EATS=rng.choice([0, 1, 1, 2]), S2S=rng.randrange(5) == 0, SHCFG=1,
+            S1ContextPtr=0x40 * rng.randrange(2), S2TTB=0x1000, S2VMID=1,
         )  # fmt: skip
     word = 0 if rng.random() < 0.1 else word
     for _ in range(rng.randrange(3)):

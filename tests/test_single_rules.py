@@ -369,10 +369,36 @@ def test_tables_in_walk_caches_go_unless_only_leaves_are_named():
         assert outcome(smmu, other) == found
 
 
+def by_walk(smmu, iova):
+    """The result of a walk whose fetches are answered from the Smmu's memory."""
+    walk = smmu.start_walk(SID, iova)
+    while (fetch := walk.request) is not None:
+        walk.supply(smmu.memory.read(fetch.address, fetch.size))
+    return walk.result
+
+
+@pytest.mark.parametrize("face", [lambda smmu, iova: smmu.translate(SID, iova), by_walk])
+def test_an_update_of_a_table_that_stage_2_has_made_read_only_is_no_read(face):
+    """The TLB has the table's page as one that may be written; memory has it no more."""
+    bench, iova, ipa = nested_system()
+    bench.write_ste(s2ha=1, s2hd=1)
+    bench.write_cd(ha=1)
+    bench.map(iova + 0x1000, ipa, af=0)
+    table = bench.tables.slot(iova, 3) & ~0xFFF
+    bench.map_self(table, s2ap=1, dbm=1)
+    smmu = cached(bench, Caches.small(nested="split"))
+    assert smmu.translate(SID, iova)
+    bench.map_self(table, s2ap=1)
+    result = face(smmu, iova + 0x1000)
+    assert result.fault.name == "F_PERMISSION"
+    assert (result.event.s2, result.event.class_, result.event.ttrnw) == (True, "TT", False)
+
+
 # ------------------------------------------------------------------------------------------------
 # Configuration caches
 
 
+@pytest.mark.rule("S16.2.2-3")
 def test_controls_of_permissions_count_when_a_page_is_cached():
     bench, smmu, _ = mapped()
     bench.map(IOVA + 0x1000, 0x6000)

@@ -342,3 +342,85 @@ def test_what_is_asked_leaves_no_trace_in_queues():
     assert smmu.stalls == []
     assert smmu.translate(NESTED, 0).action == "stall"
     assert smmu.memory.read(queue, 512) != bytes(512)
+
+
+# --- content that asks for endless work ---
+
+
+def repeated(word, size):
+    """Memory that holds one dword everywhere, as a callback; real memory behind it."""
+    memory = smmufast.Memory()
+    memory.add_callback(1 << 40, size, lambda address, n: word.to_bytes(8, "little") * (n // 8))
+    memory.add_private(0, 1 << 20)
+    return memory
+
+
+def test_equal_level_1_descriptors_are_looked_into_once():
+    """2^20 of them lead to one table of 2^8 entries, of which one is valid."""
+    l1std = layout.pack("L1STD", Span=9, L2Ptr=0x1_0000)
+    memory = repeated(l1std, 8 << 20)
+    cfg = layout.pack("STRTAB_BASE_CFG", LOG2SIZE=28, SPLIT=8, FMT=1)
+    smmu = smmufast.Smmu(memory, strtab_base=1 << 40, strtab_base_cfg=cfg)
+    budget = streams.Budget(8)  # pieces of 1 MiB of the table are told apart
+    (run,) = streams.streams(smmu, budget=budget)
+    assert (run.first, run.last, run.ste) == (0, (1 << 28) - 1, bytes(64))
+    assert budget.left == 0
+    memory.write_u64(0x1_0000 + 64 * 5, 0b1001)
+    found = list(streams.streams(smmu, budget=streams.Budget(4)))
+    assert [(run.first, run.last) for run in found[:4]] == [(0, 4), (5, 5), (6, 260), (261, 261)]
+    assert (found[-1].first, found[-1].last) == (4 << 8, (1 << 28) - 1)
+    assert found[-1].problem == "left out: 4 tables were looked into"
+    assert len(streams.pages(smmu)) == (8 << 20) // 4096 + 1
+
+
+def test_equal_level_1_descriptors_of_contexts_are_looked_into_once():
+    memory = smmufast.Memory()
+    memory.add_private(0, 1 << 24)
+    memory.write(0x40, layout.to_bytes("STE", layout.pack(
+        "STE", V=1, Config=5, S1ContextPtr=0x10_0000, S1CDMax=20, S1Fmt=1)))  # fmt: skip
+    l1cd = layout.pack("L1CD", V=1, L2Ptr=0x20_0000).to_bytes(8, "little")
+    memory.write(0x10_0000, l1cd * (1 << 14))
+    smmu = smmufast.Smmu(memory, strtab_base=0, strtab_base_cfg=1)
+    run = list(streams.streams(smmu))[1]
+    budget = streams.Budget(1)
+    (context,) = streams.contexts(smmu, run, budget=budget)
+    assert (context.first, context.last, context.cd) == (0, (1 << 20) - 1, bytes(64))
+    assert budget.left == 0
+    memory.write(0x20_0000 + 64, layout.to_bytes("CD", layout.pack("CD", V=1)))
+    found = list(streams.contexts(smmu, run, budget=streams.Budget(2)))
+    assert found[-1].problem == "left out: 2 tables were looked into"
+    assert (found[-1].first, found[-1].last) == (128, (1 << 20) - 1)
+
+
+@pytest.mark.parametrize("granule", [12, 14, 16])
+def test_tables_that_lead_to_themselves_are_pages_once(granule):
+    """Every entry of a table leads to the table, at every level."""
+    memory = smmufast.Memory()
+    memory.add_private(0, 1 << 24)
+    table, size = 0x10_0000, 1 << granule
+    entry = layout.pack("PTE_S1_TABLE", Valid=1, Type=1) | table
+    memory.write(table, entry.to_bytes(8, "little") * (size // 8))
+    code = {12: 0, 14: 2, 16: 1}[granule]
+    cd = layout.pack("CD", V=1, AA64=1, A=1, R=1, IPS=5, T0SZ=16, TG0=code, EPD1=1, TTB0=table)
+    memory.write(0x4000, layout.to_bytes("CD", cd))
+    memory.write(0, layout.to_bytes("STE", layout.pack("STE", V=1, Config=5, S1ContextPtr=0x4000)))
+    smmu = smmufast.Smmu(memory, strtab_base=0, strtab_base_cfg=0)
+    assert streams.pages(smmu) == [0, 0x4000, *range(table, table + size, 4096)]
+
+
+def test_tables_beyond_the_limit_are_refused_by_pages(monkeypatch):
+    smmu = captures.small_system()
+    assert len(streams.pages(smmu)) > 3
+    with monkeypatch.context() as patch:
+        patch.setattr("smmufast.streams.MOST_PAGES", 3)
+        with pytest.raises(ValueError, match="more than 3 pages; name the pages to look at"):
+            streams.pages(smmu)
+    monkeypatch.setattr("smmufast.streams.Budget.__init__.__defaults__", (1,))
+    with pytest.raises(ValueError, match="more than 1 tables; name the pages to look at"):
+        streams.pages(smmu)
+
+
+def test_a_budget_is_a_number():
+    for bad in (-1, "5", None, 1.5):
+        with pytest.raises((TypeError, ValueError), match="tables must be"):
+            streams.Budget(bad)

@@ -471,9 +471,9 @@ def test_f50_messages_name_what_was_given_and_what_is_allowed():
         table.map(1 << 40, 0, K4)
     with pytest.raises(InvalidArgument, match=r"prot is 0x4, allowed are 0 to 63 with READ or W"):
         table.map(0, 0, K4, CACHE)
-    with pytest.raises(TypeError, match="size: float given"):
+    with pytest.raises(TypeError, match="size must be an integer, not float"):
         table.map(0, 0, 4096.0)
-    with pytest.raises(TypeError, match="prot: NoneType given"):
+    with pytest.raises(TypeError, match="prot must be an integer, not NoneType"):
         table.map(0, 0, K4, None)
     table.map(0, 0, K4)
     with pytest.raises(Exists, match="iova 0x0 is mapped already") as raised:

@@ -98,5 +98,5 @@ def test_backwards_and_far_apart():
 @pytest.mark.parametrize("threads, error", [(0, ValueError), (-1, ValueError), ("2", TypeError)])
 def test_what_is_no_number_of_threads(threads, error):
     _, smmu = system()
-    with pytest.raises(error, match="threads: "):
+    with pytest.raises(error, match=r"threads(:| must be) "):
         smmu.translate_batch(8, addresses(), threads=threads)

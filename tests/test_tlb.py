@@ -28,6 +28,11 @@ KINDS = ("stage 1", "stage 2", "combined")
 LG2 = (12, 14, 16, 21, 25, 29, 30, 34, 36, 39, 42, 47, 48, 52)
 #: what a table translates, of every granule
 TABLES = (21, 25, 29, 30, 36, 39, 42, 47, 48)
+# granule and level of the table that translates so much (lg2)
+REACH = {
+    granule + (4 - level) * (granule - 3): (granule, level)
+    for granule in (12, 14, 16) for level in range(4)
+}  # fmt: skip
 BASES = (0, 0x1_0000_0000, 0xFFFF_0000_0000_0000, 0xFFFF_FFFF_FFFF_0000)
 VMIDS = (0, 1, 2, 3, 0x8001)
 ASIDS = (0, 1, 2, 0xFFFF)
@@ -83,20 +88,21 @@ def pick_entry(choose, lg2s=LG2):
 def pick_table(choose):
     kind, world, vmid, asid = pick_tags(choose)
     lg2 = choose.choice(TABLES)
+    granule, level = REACH[lg2]
     return WalkEntry(
         start=pick_address(choose) >> lg2 << lg2,
-        table=choose.getrandbits(52),
+        table=choose.getrandbits(52) >> granule << granule,
         lg2=lg2,
         kind=kind,
         world=world,
         vmid=vmid,
         asid=asid,
-        output=choose.getrandbits(52),
+        output=choose.getrandbits(52) >> granule << granule,
         bits=choose.getrandbits(64),
         sid=choose.getrandbits(32),
         ssid=choose.getrandbits(32),
-        level=choose.randrange(0, 4),
-        granule=choose.choice((12, 14, 16)),
+        level=level,
+        granule=granule,
         extra=choose.randbytes(7),
     )
 
@@ -489,7 +495,8 @@ def test_one_request_counts_once_whatever_sizes_there_are():
     for i, lg2 in enumerate(LG2):
         caches.fill(TlbEntry(1 << 60 | i << 55, 0, lg2=lg2))
     for i, lg2 in enumerate(TABLES):
-        caches.fill_walk(WalkEntry(1 << 60 | i << 55, 0, lg2=lg2))
+        granule, level = REACH[lg2]
+        caches.fill_walk(WalkEntry(1 << 60 | i << 55, 0, lg2, level=level, granule=granule))
     assert caches.lookup(0) is None
     assert caches.lookup(1 << 60 | 5 << 55)
     assert caches.lookup_walk(0) is None
@@ -668,7 +675,7 @@ def test_two_entries_of_one_request_in_a_state_are_refused():
     (lambda c: c.fill(PAGE._replace(start=0x7000_0001)),
      r"start: 0x70000001 given; a multiple of 2\*\*12 \(lg2\) needed"),
     (lambda c: c.fill(PAGE._replace(lg2=11)), "lg2: 11 given; 12 to 63 allowed"),
-    (lambda c: c.fill(PAGE._replace(lg2=64)), "lg2: 0x40 given; 0 to 0x3f allowed"),
+    (lambda c: c.fill(PAGE._replace(lg2=64)), "lg2 must be 0 to 0x3f, not 0x40"),
     (lambda c: c.fill(PAGE._replace(kind="stage 3")),
      "kind: 'stage 3' given; one of 'stage 1', 'stage 2', 'combined' needed"),
     (lambda c: c.fill(PAGE._replace(kind="")), "kind: '' given"),
@@ -676,17 +683,17 @@ def test_two_entries_of_one_request_in_a_state_are_refused():
     (lambda c: c.fill(PAGE._replace(world=3)), "world: 3 given"),
     (lambda c: c.fill(PAGE._replace(kind="stage 2", world=StreamWorld.EL2)),
      "kind: 'stage 2' given; stage 2 is in the world NS_EL1 only"),
-    (lambda c: c.fill(PAGE._replace(asid=0x10000)), "asid: 0x10000 given; 0 to 0xffff allowed"),
-    (lambda c: c.fill(PAGE._replace(level=4)), "level: 4 given; -1 to 3 allowed"),
-    (lambda c: c.fill(PAGE._replace(perm1=64)), "perm1: 0x40 given"),
+    (lambda c: c.fill(PAGE._replace(asid=0x10000)), "asid must be 0 to 0xffff, not 0x10000"),
+    (lambda c: c.fill(PAGE._replace(level=4)), "level must be -1 to 3, not 4"),
+    (lambda c: c.fill(PAGE._replace(perm1=64)), "perm1 must be 0 to 0x3f, not 0x40"),
     (lambda c: c.fill(PAGE._replace(extra=b"")), "extra: b'' given; 3 bytes needed"),
     (lambda c: c.fill_walk(WalkEntry(0x1000, 0)), "start: 0x1000 given; a multiple of 2"),
     (lambda c: c.fill_ste(1, b"short"), "data: 64 bytes needed"),
-    (lambda c: c.fill_cd(1, 1 << 20, bytes(64)), "ssid: 0x100000 given; 0 to 0xfffff allowed"),
-    (lambda c: c.fill_ste(1 << 32, bytes(64)), "sid: 0x100000000 given"),
-    (lambda c: c.lookup(-1), "address: -"),
+    (lambda c: c.fill_cd(1, 1 << 20, bytes(64)), "ssid must be 0 to 0xfffff, not 0x100000"),
+    (lambda c: c.fill_ste(1 << 32, bytes(64)), "sid must be 0 to 0xffffffff, not 0x100000000"),
+    (lambda c: c.lookup(-1), "address must be"),
     (lambda c: c.lookup(0, kind="stage 2", world="EL2"), "stage 2 is in the world NS_EL1 only"),
-    (lambda c: c.lookup_walk(1 << 64), "address: "),
+    (lambda c: c.lookup_walk(1 << 64), "address must be"),
     (lambda c: c.tlbi("TLBI_NH"), "op: 'TLBI_NH' given; an Opcode or its name needed"),
     (lambda c: c.tlbi("TLBI_SNH_ALL"), "a TLBI command of the Non-secure queue needed"),
     (lambda c: c.tlbi(0x1FF), "op: 511 given"),
@@ -694,10 +701,10 @@ def test_two_entries_of_one_request_in_a_state_are_refused():
     (lambda c: c.tlbi("TLBI_NH_VA", last=5), "last: given without address"),
     (lambda c: c.tlbi("TLBI_NH_VA", address=5, last=4), "last: 0x4 given; at least address"),
     (lambda c: c.tlbi("TLBI_NH_VA", address=5, granule=13), "granule: 13 given; 12, 14, 16, or 0"),
-    (lambda c: c.tlbi("TLBI_NH_VA", address=5, level=4), "level: 0x4 given"),
+    (lambda c: c.tlbi("TLBI_NH_VA", address=5, level=4), "level must be 0 to 0x3, not 4"),
     (lambda c: c.cfgi("TLBI_NH_ALL"), "op: 'TLBI_NH_ALL' given; a CFGI command"),
     (lambda c: c.cfgi("CFGI_VMS_PIDM"), "a CFGI command of STEs or CDs needed"),
-    (lambda c: c.cfgi("CFGI_STE_RANGE", range=32), "range: 0x20 given; 0 to 0x1f allowed"),
+    (lambda c: c.cfgi("CFGI_STE_RANGE", range=32), "range must be 0 to 0x1f, not 0x20"),
     (lambda c: Caches(nested="both"), "nested: 'both' given; one of 'combined', 'split' needed"),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_are_refused_by_name(call, message):

@@ -241,8 +241,8 @@ def saved(array):
 ROWS = np.zeros(10, NARROW)
 PLAIN = "{'descr': '<u8', 'fortran_order': False, 'shape': (%s), }"
 BAD = {
-    "text": (b"sid,iova\n1,2\n", "magic string is not correct"),
-    "nothing": (b"", "EOF: reading magic string"),
+    "text": (b"sid,iova\n1,2\n", "no .npy file: it starts with b'sid,io'"),
+    "nothing": (b"", "no .npy file: it starts with b''"),
     "version": (b"\x93NUMPY\x09\x00" + bytes(100), ""),
     "header cut off": (saved(ROWS)[:40], "EOF: reading array header"),
     "header no dict": (npy("[]"), "Header is not a dictionary"),
@@ -266,9 +266,13 @@ BAD = {
         saved(np.zeros(2, [("sid", "u4", 2), ("iova", "u8")])),
         "found; an integer is wanted",
     ),
-    "write of numbers": (
-        saved(np.zeros(2, [("sid", "u4"), ("iova", "u8"), ("write", "u1")])),
-        "write of dtype uint8 found; bool is wanted",
+    "write of fractions": (
+        saved(np.zeros(2, [("sid", "u4"), ("iova", "u8"), ("write", "f4")])),
+        "write of dtype float32 found; bool, or an integer of 0 and 1, is wanted",
+    ),
+    "write of other numbers": (
+        saved(np.array([(1, 0, 1), (1, 0, 2)], [("sid", "u4"), ("iova", "u8"), ("write", "u1")])),
+        "row 1: write 2 found; 0 or 1 is allowed",
     ),
     "ssid": (
         saved(np.array([(1, 0, 0)] * 7 + [(1, 1 << 20, 0)], NARROW)),
@@ -335,27 +339,24 @@ def test_bad_arrays_and_places(configuration, tmp_path):
             translate_trace(smmu, requests)
     with pytest.raises(TraceError, match="sid is in the trace, and given beside it"):
         translate_trace(smmu, ROWS, sid=1)
-    with pytest.raises(TypeError, match="requests: int given"):
+    with pytest.raises(TypeError, match="requests must be a path, an array or a dict, not 3"):
         translate_trace(smmu, 3)
-    with pytest.raises(ValueError, match="chunk: 0 given"):
+    with pytest.raises(ValueError, match="chunk must be 1 or more, not 0"):
         translate_trace(smmu, ROWS, chunk=0)
-    with pytest.raises(TypeError, match="columns: given without a path"):
+    with pytest.raises(TypeError, match="columns are for out= as a path"):
         translate_trace(smmu, ROWS, columns=["pa"])
-    with pytest.raises(TypeError, match="out: int given"):
+    with pytest.raises(TypeError, match="out must be a path, an array or a dict, not 3"):
         translate_trace(smmu, ROWS, 3)
-    with pytest.raises(TypeError, match="out: dtype uint64 given"):
+    with pytest.raises(TypeError, match="out must have a structured dtype, not uint64"):
         translate_trace(smmu, ROWS, np.zeros(10, np.uint64))
-    with pytest.raises(ValueError, match=r"out\['pa'\]: shape \(9,\) given; \(10,\) needed"):
+    with pytest.raises(ValueError, match=r"out\['pa'\] must have the shape \(10,\), not \(9,\)"):
         translate_trace(smmu, ROWS, {"pa": np.zeros(9, np.uint64)})
     with pytest.raises(TraceError, match="No such file"):
         translate_trace(smmu, ROWS, tmp_path / "nowhere" / "out.npy")
     (tmp_path / "here").mkdir()
-    with pytest.raises(TraceError, match="Is a directory"):
+    with pytest.raises(TraceError, match="here: Is a directory"):
         translate_trace(smmu, ROWS, tmp_path / "here")
     assert os.listdir(tmp_path) == ["here"]
-    (tmp_path / "out.npy.part").touch()
-    with pytest.raises(TraceError, match="File exists"):
-        translate_trace(smmu, ROWS, tmp_path / "out.npy")
     for path, problem in ((tmp_path / "none.npy", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(TraceError, match=problem):
             open_trace(path)
@@ -386,6 +387,92 @@ sys.exit(main(["trace", {str(captures.SHIPPED)!r}, {str(tmp_path / "trace.npy")!
     assert done.returncode == 2, done.stderr
     assert done.stderr == f"smmufast: error: {tmp_path / 'out.npy'}: File too large\n"
     assert os.listdir(tmp_path) == ["trace.npy"]
+
+
+def test_flags_may_be_integers_of_0_and_1(configuration):
+    rows = some_requests(configuration, 3000)
+    expected = by_batch(configuration.smmu(), rows)
+    for dtype in ("u1", "i8", ">u4"):
+        columns = {name: rows[name] for name in rows.dtype.names}
+        columns |= {name: rows[name].astype(dtype) for name in ("write", "priv", "instr")}
+        found = translate_trace(configuration.smmu(), columns, chunk=1000)
+        assert (found.actions, found.events) == counted(expected)
+
+
+def test_a_masked_array_is_refused(configuration):
+    masked = np.ma.masked_array(np.zeros(3, np.uint64), [0, 1, 0])
+    with pytest.raises(TraceError, match="iova: a masked array found"):
+        translate_trace(configuration.smmu(), {"sid": 1, "iova": masked})
+
+
+def test_results_never_replace_the_trace(configuration, tmp_path):
+    path = tmp_path / "trace.npy"
+    np.save(path, some_requests(configuration, 2000, NARROW))
+    (tmp_path / "link").symlink_to("trace.npy")
+    os.link(path, tmp_path / "other.npy")
+    data = path.read_bytes()
+    smmu = configuration.smmu()
+    mapped = open_trace(path)
+    columns = {name: mapped[name] for name in mapped.dtype.names}
+    for requests in (path, mapped, mapped[::2], columns):
+        for out in (path, tmp_path / "link", tmp_path / "other.npy"):
+            with pytest.raises(TraceError, match="would replace the trace itself"):
+                translate_trace(smmu, requests, out)
+    said = run("trace", captures.SHIPPED, path, "--out", path, status=2)
+    assert said.endswith("trace.npy: the results would replace the trace itself\n")
+    said = run("trace", captures.SHIPPED, path, "--out", captures.SHIPPED / "pages.npz", status=2)
+    assert said.endswith("pages.npz is a part of the capture\n")
+    assert path.read_bytes() == data
+
+
+def test_leftovers_of_a_killed_run_stop_nobody(configuration, tmp_path):
+    path, out = tmp_path / "trace.npy", tmp_path / "out.npy"
+    np.save(path, some_requests(configuration, 20000, NARROW))
+    code = f"""
+import os, signal, sys
+from smmufast import trace
+from smmufast.capture import Capture
+smmu = Capture.load({str(captures.SHIPPED)!r})[0].smmu()
+def progress(done, work): os.kill(os.getpid(), signal.SIGKILL)
+trace.translate_trace(smmu, {str(path)!r}, {str(out)!r}, chunk=100, progress=progress)
+"""
+    environment = os.environ | {"PYTHONPATH": str(HOME)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment)
+    assert done.returncode < 0
+    left = {name for name in os.listdir(tmp_path) if name.endswith(".part")}
+    assert len(left) == 1
+    assert not out.exists()
+    for leftover in (None, tmp_path / "out.npy.part"):
+        if leftover is not None:
+            leftover.touch()
+        translate_trace(configuration.smmu(), path, out)
+        assert len(np.load(out)) == 20000
+    # one that is interrupted while it can still run leaves nothing
+    out.unlink()
+
+    def interrupt(done, work):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        translate_trace(configuration.smmu(), path, out, chunk=100, progress=interrupt)
+    assert {name for name in os.listdir(tmp_path) if name.startswith(".")} == left
+
+
+def test_what_is_no_regular_file_is_written_in_place(configuration, tmp_path):
+    rows = some_requests(configuration, 100, NARROW)
+    translate_trace(configuration.smmu(), rows, os.devnull)
+    assert os.path.exists(os.devnull) and not os.path.isfile(os.devnull)
+    with pytest.raises(TraceError, match="/dev/full: No space left on device"):
+        translate_trace(configuration.smmu(), rows, "/dev/full")
+    # a link stays one, and leads to the new file
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to("place/out.npy")
+    translate_trace(configuration.smmu(), rows, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(np.load(tmp_path / "place" / "out.npy")) == 100
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "place" / "out.npy").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -440,7 +527,7 @@ def test_options_of_the_command_that_do_not_go(tmp_path):
         (("--sid", "1"), "sid is in the trace, and given beside it"),
         (("--sid", hex(1 << 32)), "--sid: 0x100000000 does not fit 32 bits"),
         (("--ssid", "0x100000"), "--ssid: 0x100000 does not fit 20 bits"),
-        (("--threads", hex(1 << 32)), "--threads: 0x100000000 does not fit 32 bits"),
+        (("--threads", hex(1 << 32)), "--threads: 0x100000000 does not fit 16 bits"),
         (("--columns", "pa"), "--columns: of the results, which need --out"),
         (("--out", tmp_path / "o.npy", "--columns", "pa,pa"), "--columns: 'pa,pa' given"),
         (("--out", tmp_path / "o.npy", "--columns", "px"), "--columns: 'px' given"),

@@ -811,7 +811,7 @@ def test_a_walk_that_nobody_started_is_none():
     empty = walk.__new__(walk)
     assert (empty.done, empty.request, empty.result) == (True, None, None)
     empty.close()
-    with pytest.raises(RuntimeError, match="the walk is done"):
+    with pytest.raises(RuntimeError, match="the walk is closed"):
         empty.supply(None)
 
 

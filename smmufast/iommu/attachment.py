@@ -7,7 +7,6 @@ group all follow from them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,11 +27,14 @@ class AttachHandle:
     def check_detach(self, pasid: int) -> None:
         """Refuse that the PASID is taken away by a call that is not the holder's (EBUSY)."""
 
+    def belongs_to(self, device: Device) -> bool:
+        """Whether `release` is to end it with the device."""
+        return False
+
     def release(self, device: Device) -> None:
         """The device goes: end what the handle stands for, if that is the device's."""
 
 
-@dataclass(slots=True, eq=False)
 class Attachment:
     """One domain on one address space of a device.
 
@@ -48,11 +50,21 @@ class Attachment:
         What the caller gave with a PASID.
     """
 
-    master: Master
-    domain: Domain
-    ssid: int
-    table: CdTable | None = None
-    handle: AttachHandle | None = None
+    __slots__ = ("domain", "handle", "master", "ssid", "table")
+
+    def __init__(
+        self,
+        master: Master,
+        domain: Domain,
+        ssid: int,
+        table: CdTable | None = None,
+        handle: AttachHandle | None = None,
+    ) -> None:
+        self.master = master
+        self.domain = domain
+        self.ssid = ssid
+        self.table = table
+        self.handle = handle
 
     def link(self) -> None:
         """Let the domain know that the SMMU may cache it for this master from now on.

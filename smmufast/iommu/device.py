@@ -277,7 +277,9 @@ class Device:
     def release(self) -> None:
         """Take the device away: everything is detached, its streams abort, its tables are freed.
 
-        What a host's callback raises on the way is raised when the device is gone.
+        What a host's callback raises on the way is raised when the device is gone.  Where the
+        host's memory refuses a store, the device stays with what could not be taken from it, and
+        another call goes on.
         """
         group = self.group
         with group.system.lock as lock:
@@ -286,16 +288,22 @@ class Device:
                 if handle is not None:
                     lock.defer(handle.release, self)
             alone = not any(one.max_pasids for one in group.devices if one is not self)
-            for ssid in [ssid for ssid in master.attachments if ssid]:
-                if alone and not is_auxiliary(master.attachments[ssid].domain):
+            for ssid, one in list(master.attachments.items()):
+                if not ssid or (one.handle is not None and one.handle.belongs_to(self)):
+                    continue
+                if alone and not is_auxiliary(one.domain):
                     lock.insist(partial(group.set_pasid, None, ssid, leaving=True))
                 else:
                     lock.insist(master.detach_pasid, ssid)
+            if any(master.attachments):
+                return
             lock.insist(master.attach, BLOCKED)
+            if master.domain is not BLOCKED:
+                return
             lock.insist(master.drain, None)
+            master.iommu.forget(self)
             for viommu in master.iommu.viommus:
                 viommu.forget(self)
-            lock.insist(master.iommu.forget, self)
             master.drop_table()
             group.devices.remove(self)
             if not group.devices:

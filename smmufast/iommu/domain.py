@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from smmufast.iommu.nested import Viommu
     from smmufast.iommu.smmu.cdtable import CdTable
     from smmufast.iommu.smmu.iommu import Iommu
+    from smmufast.iommu.smmu.master import Master
     from smmufast.iommu.sva import AddressSpace
     from smmufast.iommu.system import System
 
@@ -297,22 +298,30 @@ class PagingDomain(PageTable, Cached):
     def flush(self, first: int, last: int, page_lg2: int, tables: bool) -> None:
         """Invalidate what was unmapped; `PageTable.unmap` calls it while something is attached."""
         self.invalidations.invalidate(first, last, self.granule_lg2, page_lg2, not tables)
+        self._flush_guests()
+
+    def _flush_guests(self) -> None:
+        """Drop what guests have cached through this domain under PASIDs of their own choice.
+
+        That is CDs, which were fetched through it, and entries of ATCs: those of the invalidation
+        array have no PASID, and a device may take them at their word.
+        """
         guests = self.guests
         if guests:
-            # CDs that were fetched through what was unmapped
             assert self.iommu is not None
-            for sid in guests:
-                self.iommu.queue.issue("CFGI_CD_ALL", StreamID=sid)
-            self.iommu.queue.sync()
+            queue = self.iommu.queue
+            for master in guests:
+                for sid in master.sids:
+                    queue.issue("CFGI_CD_ALL", StreamID=sid)
+                master.flush_guest_atcs()
+            queue.sync()
 
     @property
-    def guests(self) -> tuple[int, ...]:
-        """StreamIDs with a guest's stage 1 above this domain."""
+    def guests(self) -> tuple[Master, ...]:
+        """Devices with a guest's stage 1 above this domain."""
         if not self.nest_parent:
             return ()
-        return tuple(
-            sid for one in self.attachments if one.domain is not self for sid in one.master.sids
-        )
+        return tuple(one.master for one in self.attachments if one.domain is not self)
 
     def change_asid(self) -> None:
         """Move to another ASID while it is in use; CDs change by one store (F43, F47).
@@ -330,27 +339,32 @@ class PagingDomain(PageTable, Cached):
                 raise InvalidArgument("domain", self, text="domain has no ASID")
             old, new = self.asid, iommu.asids.alloc(self)
             users = self.invalidations.users(iommu.queue, S1_ASID, old)
+            tables = self.tables()
             with Undo() as undo:
                 undo.add(iommu.asids.free, new)
+                undo.add(iommu.flush_asid, new)
                 for _ in range(users):
                     self.invalidations.insert(iommu.queue, S1_ASID, new)
                     undo.add(self.invalidations.remove, iommu.queue, S1_ASID, new)
-                undo.add(self._set_asid, old)
-                self._set_asid(new)
-                for table, ssid in self.tables():
-                    table.rewrite(ssid, undo)
+                for table, ssid in tables:
+                    undo.add(table.rewrite, ssid)
+                undo.add(self._retag, old)
+                self._retag(new)
+                for table, ssid in tables:
+                    table.rewrite(ssid)
             for _ in range(users):
                 self.invalidations.remove(iommu.queue, S1_ASID, old)
             self.system.lock.insist(iommu.flush_asid, old)
             iommu.asids.free(old)
 
-    def _set_asid(self, asid: int) -> None:
+    def _retag(self, asid: int) -> None:
         self.asid = asid
         self._words.clear()
 
     def flush_all(self) -> None:
         """Invalidate everything that may be cached of this domain."""
         self.invalidations.invalidate_all()
+        self._flush_guests()
 
     # --- properties that others ask for ---
 

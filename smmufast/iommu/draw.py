@@ -3,6 +3,8 @@
 Drawn from the bytes in memory alone (IHI 0070 5.2, 5.3, 5.4; DDI 0487 D8.3): what the driver half
 keeps beside them is not asked, so that a picture shows what the SMMU finds.  Where stage 2 starts,
 and where it puts an address, is asked of an SMMU that is given the STE and reads the same tables.
+
+Tables may lead to themselves: a picture ends after MOST_LINES, and says so in its last line.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from smmufast.features import Features
     from smmufast.iommu.smmu.iommu import Iommu
 
+MOST_LINES: Final = 20_000
+"""Lines of a picture."""
+
 _LEAF_LG2: Final = {1: 6, 2: 10}  # S1Fmt: lg2 of the CDs in a leaf of 4 KiB and of 64 KiB
 _S1DSS: Final = {0: "without PASID terminated", 1: "without PASID bypass"}
 _UNITS: Final = ("", "K", "M", "G", "T")
@@ -44,11 +49,17 @@ def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
     if most < 1:
         raise InvalidArgument("limit", most, "1 or more")
     lines: list[str] = []
-    for iommu, sid in streams:
-        picture = Picture(iommu.memory, iommu.smmu.features, most)
-        picture.stream(sid, iommu.ste_address(sid))
-        lines += picture.lines
+    try:
+        for iommu, sid in streams:
+            picture = Picture(iommu.memory, iommu.smmu.features, most, lines)
+            picture.stream(sid, iommu.ste_address(sid))
+    except _FullError:
+        lines.append(f"… more is left out: a picture has {MOST_LINES} lines at most")
     return "\n".join(lines)
+
+
+class _FullError(Exception):
+    """A picture has all the lines that it may have."""
 
 
 def _output_bits(lg2: int) -> int:
@@ -100,13 +111,15 @@ class Picture:
         Of the SMMU that reads the tables.
     limit : int
         Lines below one table or CD table; what is beyond is counted.
+    lines : list of str
+        Where they go; they are those of the pictures before as well.
     """
 
-    def __init__(self, memory: Memory, features: Features, limit: int) -> None:
+    def __init__(self, memory: Memory, features: Features, limit: int, lines: list[str]) -> None:
         self.memory = memory
         self.features = features
         self.limit = limit
-        self.lines: list[str] = []
+        self.lines = lines
 
     def array(self, address: int, count: int) -> np.ndarray | None:
         """Read dwords; None where memory refuses."""
@@ -151,6 +164,8 @@ class Picture:
 
     def _branch(self, prefix: str, last: bool, text: str) -> str:
         """Add a line; return the prefix of what is below it."""
+        if len(self.lines) >= MOST_LINES:
+            raise _FullError
         self.lines.append(f"{prefix}{'└─' if last else '├─'} {text}")
         return prefix + ("   " if last else "│  ")
 

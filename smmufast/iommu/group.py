@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from typing import TYPE_CHECKING, Final
 
@@ -135,24 +134,20 @@ class Group:
 
     def set(self, domain: Domain) -> None:
         """Make a domain the current one, on all devices or on none (F11)."""
-        old = self.domain
-        domain = domain_of(domain)
-        if domain is old:
-            return
-        self.check_reset()
-        masters, done = self.masters, []
+        with self.system.lock:
+            domain = domain_of(domain)
+            if domain is not self.domain:
+                self.check_reset()
+                self._set(domain)
+
+    def _set(self, domain: Domain) -> None:
+        old, masters = self.domain, self.masters
         with Undo() as undo:
             for master in masters:
                 master.prepare(domain, undo)
-            try:
-                for master in masters:
-                    master.attach(domain)
-                    done.append(master)
-            except BaseException:
-                for master in reversed(done):
-                    with contextlib.suppress(Exception):
-                        master.attach(old)
-                raise
+            for master in masters:
+                master.attach(domain)
+                undo.add(master.attach, old)
         if isinstance(domain, PagingDomain):
             domain.mode = domain.mode or "main"
 
@@ -200,38 +195,38 @@ class Group:
         """
         if not leaving:
             self.check_reset()
-        masters = self._with_pasids()
-        old = masters[0].attachments.get(pasid) if masters else None
         with Undo() as undo:
             if domain is not None:
-                for master in masters:
-                    master.prepare_pasid(domain, pasid, undo)
-            self._set_pasid(masters, domain, pasid, handle)
+                self.prepare_pasid(domain, pasid, undo)
+            self.install_pasid(domain, pasid, handle, undo)
+
+    def prepare_pasid(self, domain: Domain, pasid: int, undo: Undo) -> None:
+        """Check a domain of a PASID on every device, and have the pages for its CDs."""
+        for master in self._with_pasids():
+            master.prepare_pasid(domain, pasid, undo)
+
+    def install_pasid(
+        self, domain: Domain | None, pasid: int, handle: AttachHandle | None, undo: Undo
+    ) -> None:
+        """Attach a PASID, for which `prepare_pasid` was called, on all devices or on none."""
+        masters = self._with_pasids()
+        old = masters[0].attachments.get(pasid) if masters else None
+        for master in masters:
+            before = master.attachments.get(pasid)
+            leaf = len(masters) == 1 or master.has_leaf(pasid)
+            master.set_pasid(domain, pasid, handle)
+            if len(masters) == 1:
+                break
+            if not leaf:
+                undo.add(master.drop_leaf, pasid)
+            if before is None:
+                undo.add(master.detach_pasid, pasid)
+            else:
+                undo.add(master.set_pasid, before.domain, pasid, before.handle)
         if old is not None and old.handle is not None:
             old.handle.domain = None
         if handle is not None:
             handle.domain = domain
-
-    @staticmethod
-    def _set_pasid(
-        masters: list[Master], domain: Domain | None, pasid: int, handle: AttachHandle | None
-    ) -> None:
-        done: list[tuple[Master, Attachment | None, bool]] = []
-        try:
-            for master in masters:
-                before = master, master.attachments.get(pasid), master.has_leaf(pasid)
-                master.set_pasid(domain, pasid, handle)
-                done.append(before)
-        except BaseException:
-            for master, old, leaf in reversed(done):
-                with contextlib.suppress(Exception):
-                    if old is None:
-                        master.detach_pasid(pasid)
-                    else:
-                        master.set_pasid(old.domain, pasid, old.handle)
-                if not leaf:
-                    master.drop_leaf(pasid)
-            raise
 
     @property
     def max_pasids(self) -> int:

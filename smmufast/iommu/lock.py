@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 from smmufast.errors import Busy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 class SystemLock:
@@ -48,27 +47,22 @@ class SystemLock:
         if raised and kind is None:
             raise raised[0]
 
-    @contextmanager
-    def between_changes(self) -> Iterator[None]:
-        """Wait for the end of a change that another thread makes."""
-        with self._lock:
-            yield
+    @property
+    def between_changes(self) -> threading.RLock:
+        """Held by whoever must not meet a change in its middle: another thread's is waited for."""
+        return self._lock
 
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """Let nothing be changed from a callback."""
-        self._closed += 1
-        try:
-            yield
-        finally:
-            self._closed -= 1
+    @property
+    def closed(self) -> _Closed:
+        """Held while a callback is called that may change nothing."""
+        return _Closed(self)
 
     def call(self, callback: Callable[..., object], *arguments: object) -> None:
         """Call an observer; without the lock, it is only called."""
         if self._owner != threading.get_ident():
             callback(*arguments)
             return
-        with self.closed():
+        with self.closed:
             self.defer(callback, *arguments)
 
     def defer(self, callback: Callable[..., object], *arguments: object) -> None:
@@ -87,9 +81,22 @@ class SystemLock:
             step(*arguments)
         except BaseException as error:
             self._raised.append(error)
-            with suppress(Exception):
+            try:
                 step(*arguments)
+            except BaseException:  # the first is raised
+                return
 
     def __repr__(self) -> str:
         """Whether it is held."""
         return f"<SystemLock: {'held' if self._depth else 'free'}>"
+
+
+class _Closed:
+    def __init__(self, lock: SystemLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock._closed += 1
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock._closed -= 1

@@ -34,6 +34,10 @@ class Shares(AttachHandle):
             "pasid", pasid, text=f"pasid {pasid:#x} is that of {len(self.members)} mediated devices"
         )
 
+    def belongs_to(self, device: Device) -> bool:
+        """Whether the device is the parent."""
+        return any(share.parent is device for share in self.members)
+
     def release(self, device: Device) -> None:
         """End with the parent."""
         for share in list(self.members):

@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from typing import SupportsIndex
 
 from smmufast import layout
-from smmufast.errors import Busy, Exists, InputOutput, InvalidArgument, NoEntry, instance, integer
+from smmufast.errors import (
+    Busy,
+    CommandError,
+    Exists,
+    InputOutput,
+    InvalidArgument,
+    NoEntry,
+    instance,
+    integer,
+)
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import Domain, NestedDomain, PagingDomain, check_nesting_parent
 
@@ -173,12 +182,13 @@ class Viommu:
         Raises
         ------
         InputOutput
-            A command that a guest may not send, or a StreamID that it does not have (EIO); none
-            of them was done.
+            A command that a guest may not send, or a StreamID that it does not have (EIO): none
+            of them was done.  Or one that the SMMU refuses: the others were done.  `value` is its
+            index.
         InvalidArgument
             Something else than pairs of dwords, or the parent was freed.
         """
-        done: list[tuple[int, int]] = []
+        done: list[int] = []
         if not self.vmid:
             raise InvalidArgument("viommu", self, text="viommu was closed, or its parent freed")
         instance("commands", commands, Iterable)
@@ -188,13 +198,20 @@ class Viommu:
             done.append(self._real(index, *command))
         queue = self.iommu.queue
         with self.parent.system.lock:
-            for first, second in done:
-                queue.put(first, second)
-            if done:
-                queue.sync()
+            try:
+                if done:
+                    queue.run(done)
+            except CommandError as error:
+                bad = error.refused[0]
+                if bad.command not in done:
+                    raise  # the CMD_SYNC: a device does not answer
+                index = done.index(bad.command)
+                text = f"command {index}, {_OPCODES[bad.command & 0xFF]}: {bad.reason}"
+                raise InputOutput("commands", index, text=text) from error
         return len(done)
 
-    def _real(self, index: int, first: int, second: int) -> tuple[int, int]:
+    def _real(self, index: int, first: int, second: int) -> int:
+        """A guest's command with the numbers that are real."""
         for word in (integer("commands", first), integer("commands", second)):
             if not 0 <= word < 1 << 64:
                 raise InvalidArgument("commands", word, "dwords of 64 bits")
@@ -222,4 +239,4 @@ class Viommu:
             raise InputOutput(
                 "commands", index, text=f"command {index} is {name}: not for a guest to send"
             )
-        return word & (1 << 64) - 1, word >> 64
+        return word

@@ -50,8 +50,8 @@ class Profile:
         """Allocate the table for the CD of a main domain, if it is missing."""
         raise NotImplementedError
 
-    def pasid_table(self, master: Master, undo: Undo) -> CdTable:
-        """Allocate the table for the CDs of PASIDs, if it is missing."""
+    def pasid_table(self, master: Master, main: Domain, undo: Undo) -> CdTable:
+        """Allocate the table for the CDs of PASIDs beside a main domain, if it is missing."""
         raise NotImplementedError
 
     def check_main(self, master: Master, domain: Domain) -> None:
@@ -87,8 +87,8 @@ class _Aux(Profile):
             undo.add(domain.drop_table)
         return domain.cd_table
 
-    def pasid_table(self, master: Master, undo: Undo) -> CdTable:
-        table = self.table_of(master)
+    def pasid_table(self, master: Master, main: Domain, undo: Undo) -> CdTable:
+        table = self.table_for(master, main)
         if table is None:
             raise InvalidArgument(
                 "device", master.device, text="device has no main domain of stage 1"
@@ -142,9 +142,9 @@ class _Now(Profile):
         return master.own_table
 
     def main_table(self, master: Master, domain: PagingDomain, undo: Undo) -> CdTable:
-        return self.pasid_table(master, undo)
+        return self.pasid_table(master, domain, undo)
 
-    def pasid_table(self, master: Master, undo: Undo) -> CdTable:
+    def pasid_table(self, master: Master, main: Domain, undo: Undo) -> CdTable:
         table = master.own_table
         if table is None:
             table = master.own_table = CdTable(master.iommu, master.ssid_bits, master.stall)

@@ -23,6 +23,7 @@ from smmufast.errors import InvalidArgument
 from smmufast.iommu.device import Device
 from smmufast.iommu.domain import NestedDomain, SvaDomain
 from smmufast.iommu.lock import SystemLock
+from smmufast.iommu.smmu.iommu import Iommu
 from smmufast.iommu.smmu.writer import EntryWriter
 from smmufast.iommu.sva import AddressSpace
 
@@ -36,10 +37,10 @@ _MEMORY: Final = "memory"
 _RLOCK: Final = type(threading.RLock())
 #: Attributes that hold a function of the host.
 _CALLBACKS: Final = (
-    "handler", "iopf", "mm_exit", "on_fault", "on_page_request",
+    "handler", "iopf", "mm_exit", "on_fault", "on_page_request", "hears",
 )  # fmt: skip
 #: What refuses copies of its own, or holds a callback.
-_PARTS: Final = (AddressSpace, AtsDevice, Device, NestedDomain, SvaDomain)
+_PARTS: Final = (AddressSpace, AtsDevice, Device, Iommu, NestedDomain, SvaDomain)
 _MODULES: Final = (
     "smmufast.iommu.", "smmufast.ats", "smmufast.features", "smmufast.faults",
     "smmufast._pasid", "smmufast._ring",
@@ -140,7 +141,7 @@ def restore(data: object, memory: Memory, classes: Iterable[type] | None) -> Sys
         system: System = _Unpickler(io.BytesIO(raw[len(MARK) : -4]), memory, classes).load()
         system.spaces = WeakSet(system.spaces)
         for iommu in system.iommus:
-            iommu.smmu.on_interrupt = iommu.interrupts.add
+            iommu.hears = iommu.smmu.on_interrupt = iommu.interrupts.add
             iommu.writer = EntryWriter(
                 iommu.queue, memory, call=system.lock.call
             )

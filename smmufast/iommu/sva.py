@@ -241,17 +241,21 @@ class AddressSpace:
 
         Each CD becomes quiet, then TLBs and ATCs forget the space.  Bonds stay until they are
         unbound; the PASID is free for others after the last one.  What `mm_exit` of a device
-        raises is raised when all that is done.
+        raises is raised when all that is done.  Another call does again what the host's memory
+        refused.
         """
         system = self._system
-        if self._exiting or system is None:
+        if system is None:
             self._exiting = self.exited = True
             return
         with system.lock as lock:
-            self._exiting = True
-            for bond in self.bonds:  # a callback may unbind
-                if bond.device.mm_exit is not None and bond.references:
-                    lock.defer(bond.device.mm_exit, self)
+            if not self._exiting:
+                self._exiting = True
+                for bond in self.bonds:  # a callback may unbind
+                    if bond.device.mm_exit is not None and bond.references:
+                        lock.defer(bond.device.mm_exit, self)
+            elif not self.exited:
+                return  # by a callback
             self.exited = True
             for domain in self.domains.values():
                 for table, ssid in domain.tables():
@@ -366,9 +370,13 @@ class Bond(AttachHandle):
         """Refuse: `unbind` ends a bond."""
         raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is bound to {self.space!r}")
 
+    def belongs_to(self, device: Device) -> bool:
+        """Whether it is the device that was bound."""
+        return self.device is device
+
     def release(self, device: Device) -> None:
         """End with the device that was bound."""
-        if self.device is device:
+        if self.belongs_to(device):
             self.device.system.lock.insist(partial(self._unbind, leaving=True))
 
     def __repr__(self) -> str:
@@ -449,15 +457,13 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             group.check_pasid(domain, pasid)
             undo.add(_drop_domains, space)
             # before an ASID is taken, for which another domain may have to move
-            for member in group.devices:
-                if member.max_pasids:
-                    member.master.prepare_pasid(domain, pasid, undo)
+            group.prepare_pasid(domain, pasid, undo)
             device.enable_iopf()
             undo.add(device.disable_iopf)
             domain.take_asid()
             space.domains[iommu] = domain
             bond = Bond(device, space)
-            group.set_pasid(domain, pasid, bond)
+            group.install_pasid(domain, pasid, bond, undo)
         space.pasid = pasid
         space._system = system
         system.spaces.add(space)

@@ -398,7 +398,7 @@ class System:
         for pasid in pasids:
             one = group.attachment(pasid)
             assert one is not None
-            master.prepare_pasid(one.domain, pasid, undo)
+            master.prepare_pasid(one.domain, pasid, undo, domain)
         undo.add(master.drop_table)
         if domain is not master.domain:
             undo.add(master.attach, BLOCKED)
@@ -447,12 +447,12 @@ class System:
 
     def take_pasid(self, first: int, last: int, data: object = None) -> int:
         """Allocate a PASID for the driver half; a notifier cannot change the system meanwhile."""
-        with self.lock.closed():
+        with self.lock.closed:
             return self.pasids.alloc(first, last, data=data)
 
     def give_pasid(self, pasid: int) -> None:
         """Free what `take_pasid` took."""
-        with self.lock.closed():
+        with self.lock.closed:
             self.pasids.free(pasid)
 
     # --- running ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -10,7 +9,11 @@ if TYPE_CHECKING:
 
 
 class Undo:
-    """What takes back the preparations of a call, should it fail: a context manager."""
+    """What takes back the preparations of a call, should it fail: a context manager.
+
+    Where that fails too, what was prepared before stays, also that of an Undo further out:
+    something may still lead there.
+    """
 
     def __init__(self) -> None:
         self._calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
@@ -22,7 +25,26 @@ class Undo:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
-        for call, arguments in reversed(self._calls) if kind is not None else ():
-            with contextlib.suppress(Exception):  # what failed first is what is raised
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *more: object
+    ) -> None:
+        if error is None:
+            return
+        for call, arguments in reversed(self._calls):
+            if "stuck" in error.__dict__:
+                break
+            try:
                 call(*arguments)
+            except Exception:  # what failed first is what is raised
+                error.__dict__["stuck"] = True
+            except BaseException:  # an interrupt, which is raised once
+                self._again(error, call, arguments)
+
+    @staticmethod
+    def _again(
+        error: BaseException, call: Callable[..., object], arguments: tuple[object, ...]
+    ) -> None:
+        try:
+            call(*arguments)
+        except BaseException:
+            error.__dict__["stuck"] = True

@@ -16,7 +16,7 @@ from smmufast.iommu.pasid.notices import (
     tell,
 )
 from smmufast.iommu.pasid.picked import PasidPicked
-from smmufast.iommu.pasid.sets import ALLOCATED, Owner, PasidSet, SetKind
+from smmufast.iommu.pasid.sets import Owner, PasidSet, SetKind, unallocated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,7 +139,7 @@ class PasidNotifiers(PasidPicked):
             raise InvalidArgument("change", change, "PasidChange.BIND or PasidChange.UNBIND")
         with self._lock:
             if pasid not in self._ids:
-                raise InvalidArgument("pasid", pasid, ALLOCATED)
+                raise InvalidArgument("pasid", pasid, text=unallocated(pasid))
             told = self._told(change, pasid, self._owner(pasid))
         tell(told)
 

@@ -6,7 +6,7 @@ import enum
 import warnings
 from collections.abc import Iterator
 from operator import index
-from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from smmufast._pasid import PasidError
 from smmufast.errors import AccessDenied, Busy, InvalidArgument, NoEntry, NoSpace
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
     from smmufast.iommu.pasid.space import PasidSpace
 
-ALLOCATED: Final = "an allocated PASID"
-
 Owner = tuple["PasidSet | None", Any]  # set, data: what the allocator keeps for an ID, or None
+
+
+def unallocated(pasid: int) -> str:
+    """What is wrong with a PASID that nobody has."""
+    return f"pasid {pasid} is not allocated"
 
 
 class SetKind(enum.Enum):
@@ -268,7 +271,7 @@ class PasidSets(PasidLimits):
         try:
             owner: Owner | None = self._ids.find(pasid)
         except PasidError:
-            raise NoEntry("pasid", index(pasid), ALLOCATED) from None
+            raise NoEntry("pasid", index(pasid), text=unallocated(index(pasid))) from None
         return owner
 
     def _member(self, pasid: SupportsIndex, pasid_set: PasidSet | None) -> Owner | None:

@@ -16,7 +16,7 @@ from smmufast.errors import AccessDenied, Busy, Exists, InvalidArgument, NoEntry
 from smmufast.iommu.pasid.backends import PasidBackends
 from smmufast.iommu.pasid.notices import Chain, PasidChange, PasidNotice, Told, tell
 from smmufast.iommu.pasid.policy import PER_DEVICE, PasidPolicy
-from smmufast.iommu.pasid.sets import ALLOCATED, Owner, PasidSet, SetKind
+from smmufast.iommu.pasid.sets import Owner, PasidSet, SetKind, unallocated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -255,7 +255,7 @@ class PasidSpace(PasidBackends):
                 except PasidDuplicate as error:
                     raise self._twice(error.value) from None
                 except PasidError as error:
-                    raise NoEntry("pasid", error.value, ALLOCATED) from None
+                    raise NoEntry("pasid", error.value, text=unallocated(error.value)) from None
                 return
             freed: dict[int, Owner | None] = {}
             for pasid in pasids.tolist():
@@ -324,7 +324,7 @@ class PasidSpace(PasidBackends):
         pasid = index(pasid)
         with self._lock:
             if pasid not in self._ids:
-                raise InvalidArgument("pasid", pasid, ALLOCATED)
+                raise InvalidArgument("pasid", pasid, text=unallocated(pasid))
             if pasid in self._pending:
                 raise Busy("pasid", pasid, text=f"pasid {pasid:#x} is being freed")
             self._member(pasid, pasid_set)

@@ -123,16 +123,9 @@ class CdTable:
 
     # --- CDs ---
 
-    def write(self, ssid: int, words: Words, undo: Undo | None = None) -> None:
-        """Make a CD what is given, through the entry writer; all zero clears it.
-
-        `undo`, if given, gets what makes it what it was.
-        """
-        address = self.place(ssid)
-        writer = self.iommu.writer
-        if undo is not None:
-            undo.add(self.write, ssid, writer.read(address))
-        writer.write_cd(address, words, self.sids(), ssid)
+    def write(self, ssid: int, words: Words) -> None:
+        """Make a CD what is given, through the entry writer; all zero clears it."""
+        self.iommu.writer.write_cd(self.place(ssid), words, self.sids(), ssid)
 
     def install(self, ssid: int, domain: PagingDomain | SvaDomain, undo: Undo) -> None:
         """Make a CD a domain's; the ATCs of every master may cache the domain from then on.
@@ -143,18 +136,19 @@ class CdTable:
         for master in self.masters:
             master.enter_atcs(domain, ssid)
             undo.add(master.leave_atcs, domain, ssid)
-        self.write(ssid, domain.cd(self.stall), undo)
-        self.cds[ssid] = domain
+        undo.add(self.flush_atcs, ssid)
         undo.add(self._restore, ssid, old)
+        self.write(ssid, domain.cd(self.stall))
+        self.cds[ssid] = domain
 
     def clear(self, ssid: int, undo: Undo) -> None:
         """Make a CD invalid; the domain keeps its entries until `forget`."""
         old = self.cds.get(ssid)
         if old is None:
             return
-        self.write(ssid, INVALID_CD, undo)
-        del self.cds[ssid]
         undo.add(self._restore, ssid, old)
+        self.write(ssid, INVALID_CD)
+        del self.cds[ssid]
 
     def empty(self, ssid: int) -> None:
         """Make a CD invalid that no STE leads to any more."""
@@ -165,14 +159,17 @@ class CdTable:
             self.forget(ssid, domain)
 
     def _restore(self, ssid: int, domain: PagingDomain | SvaDomain | None) -> None:
+        """Make a CD and what is known of it what they were."""
         if domain is None:
-            del self.cds[ssid]
+            self.cds.pop(ssid, None)
+            self.write(ssid, INVALID_CD)
         else:
             self.cds[ssid] = domain
+            self.write(ssid, domain.cd(self.stall))
 
-    def rewrite(self, ssid: int, undo: Undo | None = None) -> None:
-        """Write the CD of a domain again, which has changed; `undo` as for `write`."""
-        self.write(ssid, self.cds[ssid].cd(self.stall), undo)
+    def rewrite(self, ssid: int) -> None:
+        """Write the CD of a domain again, which has changed."""
+        self.write(ssid, self.cds[ssid].cd(self.stall))
 
     # --- the masters behind it ---
 

@@ -24,15 +24,9 @@ INCOMING: Final = 1  # SHCFG
 _MASK: Final = (1 << 64) - 1
 
 
-@functools.lru_cache(maxsize=256)
-def _packed(record: str, fields: tuple[tuple[str, int], ...]) -> Words:
-    word = layout.pack(record, **dict(fields))
-    return tuple(word >> 64 * i & _MASK for i in range(8))
-
-
 def _words(record: str, **fields: int) -> Words:
-    """A structure of these fields; few combinations occur, but for addresses and tags."""
-    return _packed(record, tuple(fields.items()))
+    word = layout.pack(record, **fields)
+    return tuple(word >> 64 * i & _MASK for i in range(8))
 
 
 _CONFIG: Final = layout.STE.field("Config")
@@ -56,6 +50,15 @@ def ste_bypass(*, features: Features) -> Words:
     return _words("STE", V=1, Config=4, SHCFG=INCOMING if features.attr_types_ovr else 0)
 
 
+@functools.lru_cache(maxsize=256)
+def _ste(fmt: int, s1cdmax: int, s1dss: int, ats: bool, stalld: bool, e2h: bool) -> Words:
+    return _words(
+        "STE", V=1, Config=5, S1Fmt=fmt, S1CDMax=s1cdmax, S1DSS=s1dss, S1CIR=WRITE_BACK,
+        S1COR=WRITE_BACK, S1CSH=INNER_SHAREABLE, S1STALLD=int(stalld), EATS=int(ats),
+        STRW=2 if e2h else 0, SHCFG=INCOMING if s1dss == 1 else 0,
+    )  # fmt: skip
+
+
 def ste_cd_table(
     base: int, *, fmt: int, s1cdmax: int, s1dss: int, ats: bool, stall: bool, e2h: bool,
     features: Features,
@@ -76,12 +79,7 @@ def ste_cd_table(
         The StreamWorld is EL2-E2H.
     features : Features
     """
-    words = _words(
-        "STE", V=1, Config=5, S1Fmt=fmt, S1CDMax=s1cdmax, S1DSS=s1dss,
-        S1CIR=WRITE_BACK, S1COR=WRITE_BACK, S1CSH=INNER_SHAREABLE,
-        S1STALLD=int(features.stall_model == 0 and not stall), EATS=int(ats), STRW=2 if e2h else 0,
-        SHCFG=INCOMING if s1dss == 1 else 0,
-    )  # fmt: skip
+    words = _ste(fmt, s1cdmax, s1dss, ats, features.stall_model == 0 and not stall, e2h)
     if base & ~_S1CONTEXTPTR:
         raise InvalidArgument("base", base, f"0 to {_S1CONTEXTPTR:#x}")
     return (words[0] | base, *words[1:])
@@ -144,19 +142,28 @@ def ste_nested(
     if config == 4:
         return ste_stage2(table, vmid, stall=stall, ats=False, features=features)
     ats = ats and eats(guest) == 1
-    two = _words("STE", V=1, Config=7, **_stage2(table, vmid, stall and not ats, features))
+    two = _words("STE", V=1, Config=7, MEV=1, **_stage2(table, vmid, stall and not ats, features))
     first = guest[0] & ~layout.mask("STE", "V", "Config") | two[0]
     second = guest[1] & ~_EATS.mask | two[1] | (1 << _EATS.shift if ats else 0)
     return (first, second, *two[2:])
 
 
+@functools.lru_cache(maxsize=256)
+def _cd(
+    t0sz: int, tg: int, irgn: int, orgn: int, sh: int, ps: int, mair: int, stall: bool, dirty: bool
+) -> Words:
+    return _words(
+        "CD", V=1, AA64=1, EPD1=1, R=1, A=1, ASET=1, S=int(stall), HA=int(dirty), HD=int(dirty),
+        T0SZ=t0sz, TG0=tg, IR0=irgn, OR0=orgn, SH0=sh, IPS=ps, MAIR0=mair & 0xFFFF_FFFF,
+        MAIR1=mair >> 32,
+    )  # fmt: skip
+
+
 def cd_paging(table: Any, asid: int, *, stall: bool, dirty: bool) -> Words:
     """The CD of a paging domain: TTB0 alone, faults recorded, terminated accesses abort."""
-    words = _words(
-        "CD", V=1, AA64=1, EPD1=1, R=1, A=1, ASET=1, S=int(stall), HA=int(dirty), HD=int(dirty),
-        T0SZ=table.t0sz, TG0=table.tg, IR0=table.irgn, OR0=table.orgn, SH0=table.sh, IPS=table.ps,
-        MAIR0=table.mair & 0xFFFF_FFFF, MAIR1=table.mair >> 32,
-    )  # fmt: skip
+    words = _cd(
+        table.t0sz, table.tg, table.irgn, table.orgn, table.sh, table.ps, table.mair, stall, dirty
+    )
     root = table.root
     if not 0 <= asid <= _ASID.mask >> _ASID.shift or root & ~_TTB0:
         raise InvalidArgument("asid", asid, text=f"asid is {asid:#x}, the table at {root:#x}")

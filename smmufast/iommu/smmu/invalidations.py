@@ -203,7 +203,10 @@ class Invalidations:
         leaf : bool
             Only leaf entries were removed, no table.
         """
-        _ring.invalidate(self._parts(), first, last, granule_lg2, page_lg2, leaf)
+        version, parts = self._order
+        if version != self._version:
+            parts = self._parts()
+        _ring.invalidate(parts, first, last, granule_lg2, page_lg2, leaf)
 
     def _parts(self) -> list[_Part]:
         """What is told to each queue until its CMD_SYNC, in this order.

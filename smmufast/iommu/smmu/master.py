@@ -100,8 +100,8 @@ class Master:
         """What an access under an SSID reaches: in the AUX profile also what others attached."""
         if self.blocked:
             return BLOCKED
-        if not ssid:
-            return self.domain
+        if not ssid or isinstance(self.domain, NestedDomain):
+            return self.domain  # a guest chooses its PASIDs itself
         table = self.table
         return None if table is None else table.cds.get(ssid)
 
@@ -173,6 +173,8 @@ class Master:
             # 1. the new domain is told from now on what it must invalidate here
             new.link()
             undo.add(new.unlink)
+            if self.ats_enabled:
+                undo.add(self.iommu.system.lock.defer, self._flush_atcs)
             # 2. ATS goes off before an STE that refuses it
             undo.add(setattr, self, "ats_enabled", self.ats_enabled)
             if self.ats_enabled and not ats:
@@ -181,9 +183,9 @@ class Master:
             self._write(domain, table, ats, undo)
             # 4. ATS comes on with empty ATCs, or they are emptied
             self._ats_on(ats)
-        self.attachments[0] = new
         # 5. what waits for the old domain is answered, so that nobody else sees it
-        self.drain(0)
+        self.drain(None if isinstance(old.domain, NestedDomain) else 0)
+        self.attachments[0] = new
         # 6. the old domain forgets
         self._left(old)
         old.unlink()
@@ -272,8 +274,14 @@ class Master:
 
     # --- PASIDs ---
 
-    def prepare_pasid(self, domain: Domain, ssid: int, undo: Undo) -> None:
-        """Check a domain of a PASID, and have the page for its CD; as `prepare`."""
+    def prepare_pasid(
+        self, domain: Domain, ssid: int, undo: Undo, main: Domain | None = None
+    ) -> None:
+        """Check a domain of a PASID, and have the page for its CD; as `prepare`.
+
+        `main` is what the main domain will be by then, if it changes in the same call.
+        """
+        main = main or self.domain
         if not isinstance(domain, PagingDomain | SvaDomain):
             raise no_pasid_op(domain)
         device = self.device
@@ -281,12 +289,12 @@ class Master:
             raise InvalidArgument("domain", domain, text="domain lives on another SMMU")
         if domain.stage != 1:
             raise InvalidArgument("domain", domain, text="domain is stage 2: PASIDs are stage 1")
-        if self.domain.stage > 1:
+        if main.stage > 1:
             raise InvalidArgument(
-                "device", device, text=f"device has {self.domain!r}: there is no CD table of ours"
+                "device", device, text=f"device has {main!r}: there is no CD table of ours"
             )
         self._check_coherent(domain)
-        table = self.profile.pasid_table(self, undo)
+        table = self.profile.pasid_table(self, main, undo)
         if table.reserve(ssid):
             undo.add(table.unreserve, ssid)
 
@@ -395,10 +403,18 @@ class Master:
             atc.clear()
 
     def _flush_atcs(self) -> None:
-        """Empty the ATCs."""
+        """Empty the ATCs, also of the PASIDs that a guest chose."""
         for sid in self.sids:
             self.iommu.invalidate_atc(sid)
+        if isinstance(self.domain, NestedDomain):
+            self.flush_guest_atcs()
         self.iommu.queue.sync()
+
+    def flush_guest_atcs(self) -> None:
+        """Empty the ATCs of every PASID, without a CMD_SYNC: a guest chooses them itself."""
+        if self.ats_enabled and self.ssid_bits:
+            for sid in self.sids:
+                self.iommu.queue.issue("ATC_INV", StreamID=sid, SSV=1, G=1, Size=52)
 
     def flush_atc(self, ssid: int) -> None:
         """Empty the ATCs of one PASID."""
@@ -430,8 +446,11 @@ class Master:
     # --- faults in flight ---
 
     def drain(self, ssid: int | None) -> None:
-        """Answer every fault that waits under an SSID, or under any, as nobody's."""
-        self.iommu.drain(self.sids, ssid)
+        """Answer every fault that waits under an SSID, or under any, as nobody's.
+
+        What the host's memory refuses meanwhile is raised when the call is done.
+        """
+        self.iommu.system.lock.defer(self.iommu.drain, self.sids, ssid)
 
     # --- reset (F24) ---
 
