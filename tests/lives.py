@@ -128,6 +128,7 @@ class Space:
     def __init__(self, name, thing, lazy, process=False):
         self.name, self.thing, self.lazy, self.process = name, thing, lazy, process
         self.pages = {}
+        self.blocks = {}  # addresses of pages of 2 MiB, which go as a whole
         self.bonds = {}  # of a process, by device
         self.gone = False
 
@@ -801,6 +802,8 @@ class Life:
         text = f"{space}.map({iova:#x}, {pa:#x}, {count} pages)"
         if self.do(text, space.table.map, iova, pa, count * PAGE, must=must):
             space.pages.update(wanted)
+            if count == BLOCK_PAGES and not (iova | pa) % (BLOCK_PAGES * PAGE):
+                space.blocks[iova] = None
 
     def unmap(self):
         space = self.pick(self.spaces)
@@ -816,8 +819,11 @@ class Life:
             for n in range(done // PAGE):
                 if space.pages.pop(iova + n * PAGE, None) is None:
                     self.wrong(f"unmapped what was not there: {space} {iova + n * PAGE:#x}")
-            if done < count * PAGE and iova + done in space.pages:
-                self.wrong(f"did not unmap {iova + done:#x} of {space}")
+            space.blocks = {base: None for base in space.blocks if base in space.pages}
+            end = iova + done
+            inside = end % (BLOCK_PAGES * PAGE) and end & -BLOCK_PAGES * PAGE in space.blocks
+            if done < count * PAGE and end in space.pages and not inside:
+                self.wrong(f"did not unmap {end:#x} of {space}")
 
     def free_domain(self):
         space = self.pick(self.domains())

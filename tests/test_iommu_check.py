@@ -329,6 +329,28 @@ def test_a_lost_invalidation_of_a_cd_is_found():
     assert "stale" in kinds(system)
 
 
+@pytest.mark.parametrize("name", ["CFGI_CD_ALL", "TLBI_NH_ALL"])
+def test_a_lost_invalidation_below_a_guest_is_found(name):
+    """The host takes pages of the guest's tables and of its memory away."""
+    system = System(caches=Caches.server)
+    nic, own = system.device(8), 0x4000_0000
+    host = nic.paging_domain(nest_parent=True)
+    host.map(own, RAM, 4 * PAGE)
+    put = lambda name, at, **fields: system.memory.write(  # noqa: E731
+        at, layout.to_bytes(name, layout.pack(name, **fields)))  # fmt: skip
+    put("CD", RAM, V=1, AA64=1, A=1, R=1, T0SZ=25, IPS=5, EPD1=1, ASID=1, TTB0=own + PAGE)
+    put("PTE_S1_TABLE", RAM + PAGE, Valid=1, Type=1, Addr_4K=own + 2 * PAGE)
+    put("PTE_S1_TABLE", RAM + 2 * PAGE, Valid=1, Type=1, Addr_4K=own + 3 * PAGE)
+    put("PTE_S1", RAM + 3 * PAGE, Valid=1, Type=1, AF=1, AP=1, SH=3, nG=1, Addr_4K=own)
+    word = layout.pack("STE", V=1, Config=5, S1ContextPtr=own)
+    nic.attach(Viommu(host).domain((word & MASK, word >> 64 & MASK)))
+    assert nic.translate(0x10).pa == RAM + 0x10
+    deaf = lose(nic.iommu.queue, name)
+    host.unmap(own, 4 * PAGE)
+    assert deaf.lost
+    assert kinds(system) == {"stale"}
+
+
 def test_pages_that_are_lost_are_found():
     system, _, _, _ = attached()
     system.pages.alloc(PAGE)
