@@ -329,6 +329,7 @@ def _stage(event: Event) -> list[str]:
 
 
 def event_in_words(record: bytes, **more: Any) -> Decoded:
+    """Put one record of the event queue into words; `more` is of the Decoded."""
     event = Event(record)
     fields = event.fields
     if event.name not in EVENTS:
@@ -533,6 +534,7 @@ def _command_text(name: str, fields: dict[str, int], features: Features | None) 
 
 
 def command_in_words(record: bytes, features: Features | None, **more: Any) -> Decoded:
+    """Put one command into words, and say why it is illegal with some features."""
     word = int.from_bytes(record, "little")
     rec = _command_record(word)
     why = command_why(record, features)
@@ -554,6 +556,7 @@ def command_in_words(record: bytes, features: Features | None, **more: Any) -> D
 
 
 def pri_in_words(record: bytes, **more: Any) -> Decoded:
+    """Put one record of the page request queue into words; `more` is of the Decoded."""
     fields = layout.unpack("PRI", record)
     who = f"stream {fields['StreamID']:#x}"
     if fields["SSV"]:

@@ -423,7 +423,8 @@ print("fine")
 @pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("caches", ["caches", "none"])
 def test_a_fork_beside_a_batch_gives_a_child_that_works(caches, count):
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), *given]))
     done = subprocess.run([sys.executable, "-P", "-c", FORK, caches, str(count)],
                           capture_output=True, text=True, timeout=300,
                           env={**os.environ, "PYTHONPATH": path})  # fmt: skip

@@ -362,12 +362,13 @@ def test_a_build_on_windows_says_what_is_missing(setup_script):
 
 
 def test_flags_follow_the_compiler_and_the_environment(monkeypatch, setup_script):
-    def flags(kind, given="", debug=False):
+    def flags(kind, given="", debug=False, python=False):
         monkeypatch.setenv("CFLAGS", given)
         monkeypatch.setattr(setup_script, "DEBUG", debug)
-        return [flag for flag in setup_script.flags(kind) if flag not in setup_script.FLAGS]
+        return [flag for flag in setup_script.flags(kind, python) if flag not in setup_script.FLAGS]
 
     assert flags("clang") == ["-O3", "-g0"]
+    assert flags("gcc", python=True) == ["-O1", "-g0", *setup_script.QUIET]
     assert flags("gcc") == ["-O3", *setup_script.INLINE, "-g0", *setup_script.QUIET]
     assert all(flag.startswith("--param=") for flag in setup_script.INLINE)
     assert flags("clang", "-fpic -O0") == ["-g0"]
