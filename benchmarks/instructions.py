@@ -38,6 +38,7 @@ MARK = "limits_mark"  # a function of _limits, at which callgrind begins a new p
 
 def versions():
     """Return what the counts depend on."""
+    import smmufast
     import smmufast._smmu
 
     module = Path(smmufast._smmu.__file__).read_bytes()
@@ -45,7 +46,9 @@ def versions():
     clang = re.findall(rb"clang version ([\d.]+)", module)
     compilers = {f"GCC {number.decode()}" for number in gcc}
     compilers |= {f"clang {number.decode()}" for number in clang}
-    found = re.findall(rb"_cython_(\d+(?:_\d+)+)", module)
+    # a module without Python functions of its own does not name it: one of the others may
+    names = b"".join(each.read_bytes() for each in Path(smmufast.__file__).parent.rglob("*.so"))
+    found = re.findall(rb"_cython_(\d+(?:_\d+)+)", names)
     cython = {number.decode().replace("_", ".") for number in found}
     return ", ".join(
         [

@@ -275,7 +275,7 @@ def test_instructions_are_counted(tmp_path):
         pytest.skip("valgrind is not installed")
     run(*command)
     ((key, counts),) = json.loads(file.read_text()).items()
-    assert re.fullmatch(r"(GCC|clang) [\d.]+, Cython [\d.]+, CPython [\d.]+", key)
+    assert re.fullmatch(r"(GCC|clang) [\d.]+, Cython ([\d.]+|unknown), CPython [\d.]+", key)
     assert 50 < counts["PASID free()"] < 5000
     assert "| 1.0" in run(*command)  # again, beside what was kept
 
