@@ -40,7 +40,7 @@ INLINE = [
 ]
 # Python that an installed package has compiled as it stands: no handler of a signal runs in the
 # middle of a change there, and calls cost less.  A build in place leaves it out, so that whoever
-# works on it runs what they edit.
+# works on it runs what they edit, and so does a build for debugging, which takes long enough.
 DRIVER = [
     "attachment", "aux", "device", "domain", "fault", "group", "ids", "lock", "mediated", "nested",
     "profile", "sva", "system", "undo", "pasid/backends", "pasid/notifiers", "pasid/picked",
@@ -130,7 +130,7 @@ class Build(build_ext):
     translation: ClassVar[dict] = {}  # further arguments of cythonize
 
     def finalize_options(self):
-        if not (self.inplace or self.editable_mode):
+        if not (self.inplace or self.editable_mode or DEBUG):
             paths = [Path(f"smmufast/iommu/{name}.py") for name in DRIVER]
             self.distribution.ext_modules += [extension(path) for path in paths]
         super().finalize_options()
