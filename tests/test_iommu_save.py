@@ -227,3 +227,9 @@ def test_every_damaged_byte_is_an_error_or_a_system(step):
             System.restore(bad, system.memory.copy())
         except IommuError as error:
             assert error.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("iopf", [False, True])
+def test_whether_there_are_page_faults_is_kept(iopf):
+    system = System(iopf=iopf)
+    assert copy.deepcopy(system).iopf is iopf
