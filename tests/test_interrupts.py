@@ -22,8 +22,7 @@ def test_an_interrupted_call_is_done_or_undone_and_holds_nothing(seed):
 
 @COMPILED
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_no_interrupt_of_many_leaves_anything(seed):
-    found, hit = interrupts.run(1000, 100 + seed)
+def test_no_interrupt_of_many_leaves_anything():
+    found, hit = interrupts.run(1000, 100)
     assert found == []
     assert hit > 100

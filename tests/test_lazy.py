@@ -52,7 +52,7 @@ def rounds(smmus, streams, iova, memory, count):
     return lost
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_chunk_of_private_memory_that_two_batches_touch_first_is_one(count):
     memory = Memory()
     memory.add_private()

@@ -420,7 +420,7 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("caches", ["caches", "none"])
 def test_a_fork_beside_a_batch_gives_a_child_that_works(caches, count):
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -21,7 +21,7 @@ def test_every_store_is_refused_in_its_turn(way):
 
 @pytest.mark.slow
 def test_every_store_is_refused_with_every_granule():
-    assert play_all((16384, 65536), WAYS, step=5) > 500
+    assert play_all((16384, 65536), WAYS, step=23) > 100
 
 
 def table(**keywords):
