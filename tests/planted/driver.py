@@ -382,7 +382,9 @@ MUTANTS = [
          "                device.system.lock.insist(partial(share._detach, leaving=True))",
          "                pass", some("ends_with_its_parent")),
         ("a-share-ends-with-any-device",
-         "            if share.parent is device:", "            if share.parent:",
+         "            if share.parent is device:\n"
+         "                device.system.lock.insist(partial(share._detach, leaving=True))",
+         "            device.system.lock.insist(partial(share._detach, leaving=True))",
          some("another_leaves")),
         ("a-share-keeps-its-pasid", "                system.give_pasid(pasid)", "",
          some("taken_away_by_nobody or ends_with_its_parent")),
