@@ -66,7 +66,7 @@ class Row:
     """
 
     measure: str
-    library: Build
+    smmufast: Build
     limit: Build
     bound: float | None
     bound_ns: float | None = None
@@ -313,7 +313,7 @@ def other_rows(processors):
 
 def figures(row, bench, rounds):
     """Return the row of the table."""
-    runs = [row.library(bench), row.limit(bench)]
+    runs = [row.smmufast(bench), row.limit(bench)]
     samplers = []
     for run in runs:
         times = timing.repeats(run, row.clock)

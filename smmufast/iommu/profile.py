@@ -7,6 +7,7 @@ caller attaches any stage-1 domain to any PASID.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from smmufast.errors import (
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from smmufast.iommu.undo import Undo
 
 
-class Profile:
+class Profile(ABC):
     """Which era of the kernel's interface a system follows: AUX or NOW.
 
     Attributes
@@ -38,29 +39,29 @@ class Profile:
     name: str
     aux: bool
 
+    @abstractmethod
     def table_of(self, master: Master) -> CdTable | None:
         """The CD table that the STEs of a device point to, or would."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table_for(self, master: Master, domain: Domain) -> CdTable | None:
         """The same, should a domain that was prepared become the main domain."""
-        raise NotImplementedError
 
+    @abstractmethod
     def main_table(self, master: Master, domain: PagingDomain, undo: Undo) -> CdTable:
         """Allocate the table for the CD of a main domain, if it is missing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pasid_table(self, master: Master, main: Domain, undo: Undo) -> CdTable:
         """Allocate the table for the CDs of PASIDs beside a main domain, if it is missing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_main(self, master: Master, domain: Domain) -> None:
         """Refuse a main domain that the era refuses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bind_range(self, device: Device) -> tuple[int, int]:
         """First and last PASID that a process may have on a device."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         """Its name."""
