@@ -1097,6 +1097,26 @@ class Stage:
         assert system.iommus[0].devices == {}
 
 
+def test_a_device_that_the_memory_keeps_stays_until_it_is_released_again():
+    medium = Refusing(profile=NOW)
+    system = medium.system
+    device = system.device(8, pasid_bits=4)
+    domain = paging(system, device)
+    device.attach_pasid(domain, 2)  # beside a main domain that blocks
+    medium.dead, medium.left = True, 0
+    with pytest.raises(OSError, match="the medium refuses"):
+        device.release()
+    assert system.iommus[0].devices == {8: device}
+    assert device.domain_at(2) is domain and domain.users == 1
+    refused(errno.EBUSY, domain.free)
+    medium.revive()
+    assert system.check() == []
+    device.release()
+    assert system.iommus[0].devices == {} and domain.users == 0
+    domain.free()
+    assert system.check() == []
+
+
 def able_group(system, group):
     """As `able`, of all devices of a group."""
     device = group.devices[0]

@@ -226,7 +226,6 @@ class PagingDomain(PageTable, Cached):
         self.iopf: Callable[[PageFault], bool | str] | None = None
         self.asid = self.vmid = 0
         self.attachments = {}
-        self.viommus: list[Viommu] = []
         self.invalidations = Invalidations()
         self._words: dict[bool, Words] = {}
         # the auxiliary profile
@@ -315,6 +314,12 @@ class PagingDomain(PageTable, Cached):
                     queue.issue("CFGI_CD_ALL", StreamID=sid)
                 master.flush_guest_atcs()
             queue.sync()
+
+    @property
+    def viommus(self) -> list[Viommu]:
+        """The guests above this domain, attached or not."""
+        every = () if self.iommu is None else self.iommu.viommus
+        return [viommu for viommu in every if viommu.parent is self]
 
     @property
     def guests(self) -> tuple[Master, ...]:
@@ -414,7 +419,7 @@ class PagingDomain(PageTable, Cached):
             if self.users or self.children:
                 what = f"{self.users} attachments" if self.users else "auxiliary domains"
                 raise Busy("domain", self, text=f"domain has {what}: detach first")
-            for viommu in tuple(self.viommus):
+            for viommu in self.viommus:
                 viommu.close()
             super().close()
             if self.iommu is not None:

@@ -153,12 +153,13 @@ class Group:
 
     def emptied(self) -> None:
         """The last device has left: the default domain that was made for it ends."""
-        default, self.default, self.owner = self.default, BLOCKED, None
+        default = self.default
         if isinstance(default, PagingDomain) and not default.freed and not default.users:
             for child in default.children.values():
                 child.parent = None  # it may get another
             default.children.clear()
             default.free()
+        self.default, self.owner = BLOCKED, None
 
     # --- PASIDs ---
 

@@ -74,7 +74,6 @@ class Viommu:
         self.events: deque[bytes] = deque(maxlen=1024)
         with parent.system.lock:
             self.vmid = self.iommu.vmids.alloc(self)
-            parent.viommus.append(self)
             self.iommu.viommus.append(self)
 
     def close(self) -> None:
@@ -92,7 +91,6 @@ class Viommu:
                 if self._owns(one.domain):
                     raise Busy("viommu", self, text=f"{one.master.device!r} is attached")
             self.iommu.vmids.free(self.vmid)
-            self.parent.viommus.remove(self)
             self.iommu.viommus.remove(self)
             self.devices.clear()
             self.vmid = 0

@@ -37,7 +37,7 @@ _MEMORY: Final = "memory"
 _RLOCK: Final = type(threading.RLock())
 #: Attributes that hold a function of the host.
 _CALLBACKS: Final = (
-    "handler", "iopf", "mm_exit", "on_fault", "on_page_request", "hears",
+    "handler", "iopf", "mm_exit", "on_fault", "on_page_request",
 )  # fmt: skip
 #: What refuses copies of its own, or holds a callback.
 _PARTS: Final = (AddressSpace, AtsDevice, Device, Iommu, NestedDomain, SvaDomain)
@@ -141,7 +141,7 @@ def restore(data: object, memory: Memory, classes: Iterable[type] | None) -> Sys
         system: System = _Unpickler(io.BytesIO(raw[len(MARK) : -4]), memory, classes).load()
         system.spaces = WeakSet(system.spaces)
         for iommu in system.iommus:
-            iommu.hears = iommu.smmu.on_interrupt = iommu.interrupts.add
+            iommu.smmu.on_interrupt = iommu.interrupts.add
             iommu.writer = EntryWriter(
                 iommu.queue, memory, call=system.lock.call
             )

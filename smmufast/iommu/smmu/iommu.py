@@ -155,7 +155,6 @@ class Iommu:
         self.page_requests: dict[tuple[int, int | None, int], list[Record]] = {}
         self.overflows: dict[str, int] = {}  # of the event and page request queues
         self.interrupts: set[str] = set()
-        self.hears = self.interrupts.add
         self.servicing = threading.RLock()
         self._taken: dict[str, deque[Record]] = {"EVENTQ": deque(), "PRIQ": deque()}
 
@@ -286,7 +285,7 @@ class Iommu:
         with Undo() as undo:
             config = self._place(undo)
             undo.add(setattr, smmu, "on_interrupt", smmu.on_interrupt)
-            smmu.on_interrupt = self.hears
+            smmu.on_interrupt = self.interrupts.add
             undo.add(smmu.write, "CR0", 0)
             self._update("CR0", 0)
             smmu.write("CR1", _CR1)
@@ -413,17 +412,6 @@ class Iommu:
         domain = None if device is None else device.domain_at(ssid)
         return Record(data, fields, device, domain)
 
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing was recorded since the last `service`, and nothing waits since then."""
-        return not (
-            self.interrupts
-            or self.page_requests
-            or self._taken["EVENTQ"]
-            or self._taken["PRIQ"]
-            or self.smmu.on_interrupt is not self.hears  # the host's: only the queues can say
-        )
-
     def drain(self, sids: tuple[int, ...], ssid: int | None) -> None:
         """Answer what waits under an SSID of some streams, or under any: nobody will resolve it.
 
@@ -436,8 +424,6 @@ class Iommu:
         ssid : int or None
             0 for what has no PASID; None for everything.
         """
-        if self.quiet:
-            return
         for name, taken in self._taken.items():
             while (data := self._take(name)) is not None:
                 taken.append(self._record(name, data))

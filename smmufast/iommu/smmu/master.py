@@ -450,6 +450,8 @@ class Master:
 
         What the host's memory refuses meanwhile is raised when the call is done.
         """
+        if ssid and not (self.stall or self.device.pri_supported):
+            return  # nothing waits under a PASID; a guest's events know whose they are
         self.iommu.system.lock.defer(self.iommu.drain, self.sids, ssid)
 
     # --- reset (F24) ---
