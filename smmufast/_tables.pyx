@@ -1654,7 +1654,7 @@ cdef class PageTable:
         for name, value in (("iova", iova), ("pa", pa), ("size", size)):
             if value & t.unaligned:
                 return InvalidArgument(name, value, text=(
-                    f"{name} is {value:#x}, allowed are multiples of {page:#x}"))
+                    f"{name} must be a multiple of {page:#x}, not {value:#x}"))
         if iova > t.input_last or size and size - 1 > t.input_last - iova:
             return OutOfRange("iova", iova, text=(
                 f"iova {iova:#x}, size {size:#x}: beyond {t.input_last:#x}, the last of "
@@ -1665,7 +1665,7 @@ cdef class PageTable:
                 f"{self.oas} bits"))
         if prot > 63 or not prot & (P_READ | P_WRITE):
             return InvalidArgument("prot", prot, text=(
-                f"prot is {prot:#x}, allowed are 0 to 63 with READ or WRITE among them"))
+                f"prot must be 0 to 63 with READ or WRITE among them, not {prot:#x}"))
         return None
 
     cdef int _open_to_map(self) except -1:

@@ -13,16 +13,13 @@ import operator as _operator
 from dataclasses import dataclass as _dataclass
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from smmufast._arguments import must_be as _must_be
+from smmufast._arguments import shown as _shown
+
 if _TYPE_CHECKING:
     from collections.abc import Sequence
 
     from smmufast.why import Why
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 0x10000:
-        return f"{value:#x}"
-    return str(value) if isinstance(value, int | str) else repr(value)
 
 
 class IommuError(Exception):
@@ -37,7 +34,7 @@ class IommuError(Exception):
     limit
         What is allowed.
     text
-        The whole message, where "ARGUMENT is VALUE, allowed is LIMIT" does not say it.
+        The whole message, where "ARGUMENT must be LIMIT, not VALUE" does not say it.
 
     Attributes
     ----------
@@ -59,7 +56,7 @@ class IommuError(Exception):
         if text is None:
             text = f"{argument} is {_shown(value)}"
             if limit is not None:
-                text += f", allowed is {_shown(limit)}"
+                text = _must_be(argument, limit if isinstance(limit, str) else _shown(limit), value)
         super().__init__(text)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -254,7 +251,7 @@ def integer(name: str, value: object) -> int:
         return _operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         given = type(value).__name__
-        text = f"{name}: {given} given; an integer needed"
+        text = f"{name} must be an integer, not {given}"
         raise WrongType(name, value, text=text) from None
 
 
@@ -262,5 +259,5 @@ def instance(name: str, value: object, *kinds: type) -> None:
     """Raise a WrongType that names an argument unless it is of one of some types."""
     if not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        text = f"{name}: {type(value).__name__} given; {wanted} needed"
+        text = f"{name} must be of type {wanted}, not {type(value).__name__}"
         raise WrongType(name, value, text=text)

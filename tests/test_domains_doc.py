@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "domains.md"
 
 
-def tests_there_are():
+def names_of_tests():
     return {
         name
         for path in HERE.glob("test_*.py")
@@ -18,7 +18,7 @@ def tests_there_are():
 
 
 def test_every_behaviour_has_a_test_and_every_such_test_is_listed():
-    names = tests_there_are()
+    names = names_of_tests()
     rows = re.findall(r"^\| F(\d+) \| .+ \| (.+) \|$", DOC.read_text(), re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 68))
     for number, listed in rows:
@@ -28,7 +28,7 @@ def test_every_behaviour_has_a_test_and_every_such_test_is_listed():
 
 
 def test_what_the_proposal_asks_has_a_call_and_tests_that_exist():
-    names = tests_there_are()
+    names = names_of_tests()
     rows = re.findall(r"^\| S(\d+) \| .+ \| .+ \| (.+) \|$", DOC.read_text(), re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 13))
     for number, listed in rows:

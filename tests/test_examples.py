@@ -19,8 +19,8 @@ C_BAD_CD []
 """,
     "two_accelerators.py": """\
 per device: the devices have [1048576, 16, 4] PASIDs
-  narrow: PasidOverflow: pasid is 16, allowed is 1 to 15
-  tiny: PasidOverflow: pasid is 16, allowed is 1 to 3
+  narrow: PasidOverflow: pasid must be 1 to 15, not 16
+  tiny: PasidOverflow: pasid must be 1 to 3, not 16
 system wide: the devices have [16, 16, 4] PASIDs
   refused early: pasid: fewer than 1 are free in 0x1 to 0xf
   narrow: pasid 1 reaches 0x80000000

@@ -911,7 +911,7 @@ def test_errors_are_builtins_too():
     ):  # fmt: skip
         error = kind("pasid", 16, "1 to 15")
         assert isinstance(error, builtin) and isinstance(error, IommuError)
-        assert str(error) == "pasid is 16, allowed is 1 to 15"
+        assert str(error) == "pasid must be 1 to 15, not 16"
         assert (error.argument, error.value, error.limit) == ("pasid", 16, "1 to 15")
 
 

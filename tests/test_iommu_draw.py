@@ -148,7 +148,7 @@ def test_a_limit_counts_what_it_leaves_out(systems):
     lines = device.draw(limit=3).splitlines()
     assert sum("->" in line for line in lines) == 3
     assert lines[-1].strip(" └─│") == "… 17 more"
-    with pytest.raises(InvalidArgument, match="limit is 0"):
+    with pytest.raises(InvalidArgument, match="limit must be 1 or more, not 0"):
         device.draw(limit=0)
     with pytest.raises(NoDevice):
         Device(3).draw()

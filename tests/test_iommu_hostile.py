@@ -447,6 +447,6 @@ def test_wrong_types_are_type_errors_with_an_errno():
     with pytest.raises(TypeError) as raised:
         System("x")
     assert isinstance(raised.value, WrongType) and raised.value.errno == errno.EINVAL
-    assert str(raised.value) == "smmus: str given; an integer needed"
+    assert str(raised.value) == "smmus must be an integer, not str"
     with pytest.raises(InvalidArgument, match="segments has 5, not a pair"):
         System().device(1).paging_domain().map_sg(0, [5])

@@ -411,7 +411,7 @@ def test_f20_a_pasid_that_exists_and_is_too_large_for_a_device_is_an_overflow():
     space.check(value, 17)
     error = refused(space, PasidOverflow, space.check, value, 16)
     assert (error.errno, error.argument, error.value) == (errno.EOVERFLOW, "pasid", 16)
-    assert str(error) == "pasid is 16, allowed is 1 to 15"
+    assert str(error) == "pasid must be 1 to 15, not 16"
     # a device without PASIDs: none fits, and none is handed out (F31)
     refused(space, PasidOverflow, space.check, 1, 0)
     assert refused(space, NoSpace, space.device_range, 0).errno == errno.ENOSPC

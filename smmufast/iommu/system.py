@@ -294,7 +294,7 @@ class System:
                 raise InvalidArgument(
                     "features",
                     len(each),
-                    text=(f"features has {len(each)} elements, allowed are 1 to {MOST_SMMUS}"),
+                    text=(f"features must have 1 to {MOST_SMMUS} elements, not {len(each)}"),
                 )
         if memory is None:
             bits = min(45, cpu.pa_bits if cpu else 45, *(one.oas_bits for one in each))

@@ -123,7 +123,7 @@ def check_guest_ste(words: Sequence[int]) -> None:
         )  # fmt: skip
     if words[0] & _V and ste_config(words[0]) not in (0, 4, 5):
         raise InvalidArgument(
-            "ste", words, text=f"ste has Config {ste_config(words[0])}, allowed are 0, 4 and 5"
+            "ste", words, text=f"ste must have Config 0, 4 or 5, not {ste_config(words[0])}"
         )
 
 
