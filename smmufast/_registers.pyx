@@ -475,28 +475,42 @@ cdef extern from *:
     void nap "smmufast_nap"() noexcept nogil
 
 cdef enum:
-    PAUSE_NS = 1000000
-    PAUSE_COMMANDS = 4096  # at most
+    LOOK_NS = 1000000      # between two looks for signals
+    LOOK_COMMANDS = 4096   # at most
+    # Between two releases of the GIL.  A thread that has waited 5 ms asks for the GIL, and only
+    # then a release hands it over; one before that wakes the thread, which begins to wait anew.
+    RELEASE_NS = 8000000
 
 
-# How many commands go to the next pause, and when the last one was.
+# How many commands go to the next look, when the last one was, and the last release.
 cdef struct Pace:
     int64_t left
     int64_t count
     int64_t since
+    int64_t released
 
 
-cdef int pace_rest(Pace* pace) except -1:
-    """Let other threads and signal handlers run; as many commands follow as take so long."""
+cdef Pace pace_begin() noexcept:
+    cdef Pace pace
+    pace.left = pace.count = 16
+    pace.since = pace.released = nanoseconds()
+    return pace
+
+
+cdef int pace_look(Pace* pace) except -1:
+    """Let signal handlers run, and other threads once in a while; then as many commands go on
+    as take LOOK_NS."""
     cdef int64_t now = nanoseconds()
     cdef int64_t passed = now - pace.since
-    if passed > 2 * PAUSE_NS:
-        pace.count = max(<int64_t>1, pace.count * PAUSE_NS // passed)
-    elif 2 * passed < PAUSE_NS:
-        pace.count = min(<int64_t>PAUSE_COMMANDS, 2 * pace.count)
+    if passed > 2 * LOOK_NS:
+        pace.count = max(<int64_t>1, pace.count * LOOK_NS // passed)
+    elif 2 * passed < LOOK_NS:
+        pace.count = min(<int64_t>LOOK_COMMANDS, 2 * pace.count)
     pace.left = pace.count
-    with nogil:
-        pass
+    if now - pace.released >= RELEASE_NS:
+        with nogil:
+            pass
+        pace.released = nanoseconds()
     look_for_signals()
     pace.since = nanoseconds()
     return 0
@@ -1628,7 +1642,7 @@ cdef class Registers:
         """Consume commands until the queue is empty, an error stops it, or once around.
 
         Called again by a callback, it returns at once, for the first call goes on.  A long run
-        gives up the GIL about every millisecond, and looks for signals.
+        looks for signals about every millisecond, and gives up the GIL every 8.
         """
         cdef Ring* ring = &self.queues.commands
         cdef uint64_t[2] words
@@ -1637,20 +1651,18 @@ cdef class Registers:
         cdef Port port
         cdef int status
         cdef bint room
-        cdef Pace pace
+        cdef Pace pace = pace_begin()
         if self._consuming:
             return 0
         self._budget = <uint64_t>1 << ring.log2size
         self._consuming = True
         self._consumer = <unsigned long>PyThread_get_thread_ident()
-        pace.left = pace.count = 16
-        pace.since = nanoseconds()
         try:
             while (self._budget and ring.enabled and ring.prod != ring.cons
                    and not gerror_active(&self.queues, GERROR_CMDQ_ERR)):
                 pace.left -= 1
                 if pace.left < 0:
-                    pace_rest(&pace)
+                    pace_look(&pace)
                     continue
                 self._budget -= 1
                 restarts = self._restarts
