@@ -127,7 +127,11 @@ COLUMNS = MappingProxyType(DTYPES)
 
 cdef object row_dtype(tuple names):
     """The dtype of rows that have some of the columns."""
-    return np.dtype(list(zip(names, map(DTYPES.get, names), strict=True)), align=True)
+    fields = list(zip(names, map(DTYPES.get, names), strict=True))
+    try:
+        return np.dtype(fields, align=True)
+    except TypeError as error:  # numpy's word for memory that runs out within
+        raise MemoryError() from error
 
 
 # Arrays that a caller may keep get copies of these: the names in a dtype can be assigned to.

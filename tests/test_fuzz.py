@@ -41,7 +41,7 @@ def test_a_failure_names_the_seed_of_its_system(monkeypatch):
 def build(tmp_path_factory):
     """An instrumented build, for every test that wants one."""
     try:
-        sanitize.libraries()
+        sanitize.libraries(sanitize.MEMORY)
     except SystemExit as reason:
         pytest.skip(str(reason))
     return tmp_path_factory.mktemp("sanitize")
