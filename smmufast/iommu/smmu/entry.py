@@ -40,9 +40,12 @@ def ste_config(word: int) -> int:
     return (word & _CONFIG.mask) >> _CONFIG.shift
 
 
+_ABORT: Final = _words("STE", V=1)
+
+
 def ste_abort() -> Words:
     """Every access aborts, without an event."""
-    return _words("STE", V=1)
+    return _ABORT
 
 
 def ste_bypass(*, features: Features) -> Words:
