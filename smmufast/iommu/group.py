@@ -233,7 +233,8 @@ class Group:
     @property
     def max_pasids(self) -> int:
         """How many PASIDs all of its devices have that have any."""
-        return min([one.max_pasids for one in self.devices if one.max_pasids], default=0)
+        each = [one.max_pasids for one in self.devices if one.max_pasids]
+        return min(each) if each else 0
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""
