@@ -34,6 +34,7 @@ class Memory:
         size: SupportsIndex = 4503599627370496,
         *,
         huge_pages: bool = False,
+        sparse: bool = False,
     ) -> None: ...
     @overload
     def add_callback(

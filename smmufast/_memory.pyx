@@ -16,10 +16,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from smmufast._bits cimport le64
-from smmufast._host cimport (
-    MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE,
-    madvise, mmap, munmap,
-)
+from smmufast._host cimport MADV_HUGEPAGE, MAP_FAILED, madvise, map_zeros, munmap
 from smmufast._types cimport FETCH_NONE, NO_LEVEL, CallbacksC
 
 from collections import namedtuple
@@ -53,6 +50,7 @@ cdef enum:
     CHUNK_TABLE_LG2 = 14  # two tables of 2^14: 2^52 bytes
 
 cdef uint64_t ONE_MAP_MAX = <uint64_t>1 << 46  # the largest map that a host grants
+cdef str SPARSE = "sparse"  # private memory in pieces, where a saved state has huge_pages
 cdef int64_t MOST_FETCHES = 0x7FFFFFFFFFFFFFFF
 
 MemoryRegion = namedtuple("MemoryRegion", "base size kind readonly", module="smmufast")
@@ -189,8 +187,7 @@ cdef uint8_t* make_chunk(Region* region, uint64_t offset) noexcept nogil:
     found = load_chunk(slot)
     if found != NULL:
         return found
-    chunk = mmap(NULL, 1 << CHUNK_LG2, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    chunk = map_zeros(1 << CHUNK_LG2)
     if chunk == MAP_FAILED:
         return NULL
     if install_chunk(slot, &found, <uint8_t*>chunk):
@@ -698,8 +695,11 @@ cdef class Memory:
         region.data = <uint8_t*>view.buf
         region.view = view
 
-    def add_private(self, base=0, size=1 << 52, *, huge_pages=False):
+    def add_private(self, base=0, size=1 << 52, *, huge_pages=False, sparse=False):
         """Add private memory that reads as zero until written and costs what is touched.
+
+        Its addresses are reserved in the host, up to 2^46 bytes if the host grants them; else it
+        is made of pieces of 16 MiB as it is written.  The host leaves it out of core dumps.
 
         Parameters
         ----------
@@ -707,20 +707,23 @@ cdef class Memory:
             In bytes; by default the whole 52-bit space.
         huge_pages : bool
             Ask the host to back it by huge pages: faster for dense tables, wasteful for
-            scattered ones.  Without effect above 2^46 bytes.
+            scattered ones.  Without effect where it is made of pieces.
+        sparse : bool
+            Make it of pieces whatever its size: nothing is reserved, but page tables and
+            queues in it are slower.
         """
         cdef uint64_t address = to_address("base", base)
         cdef uint64_t length = to_address("size", size)
         cdef bint huge = to_flag("huge_pages", huge_pages)
+        cdef bint pieces = to_flag("sparse", sparse)
         cdef Region* region
         cdef void* data = MAP_FAILED
         cdef uint8_t*** chunks = NULL
         cdef uint8_t* touched = NULL
         if length > <uint64_t>1 << 52:
             raise ValueError(f"size: {length:#x} given; at most 2^52 bytes of private memory")
-        if 0 < length <= ONE_MAP_MAX:
-            data = mmap(NULL, length, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if 0 < length <= ONE_MAP_MAX and not pieces:
+            data = map_zeros(length)
         if data == MAP_FAILED:
             chunks = <uint8_t***>calloc(1 << CHUNK_TABLE_LG2, sizeof(uint8_t**))
             if chunks == NULL:
@@ -1155,7 +1158,8 @@ cdef class Memory:
                         region.data, region.last - region.base + 1, key not in writable)]
                 regions.append((region.base, not region.writable, views[key]))
             else:
-                regions.append((region.base, region.last - region.base + 1, region.huge_pages,
+                how = SPARSE if region.kind == REGION_CHUNKED else bool(region.huge_pages)
+                regions.append((region.base, region.last - region.base + 1, how,
                                 self._private(region)))
         for i in range(self.ram.n_injections):
             each = &self.ram.injections[i]
@@ -1232,8 +1236,9 @@ def _restored(regions, errors, injected=0):
             base, readonly, shared = region
             memory.add(shared[0], base, readonly=readonly)
         else:
-            base, size, huge_pages, pages = region
-            memory.add_private(base, size, huge_pages=huge_pages)
+            base, size, how, pages = region
+            sparse = how == SPARSE
+            memory.add_private(base, size, huge_pages=how and not sparse, sparse=sparse)
             for offset, data in pages:
                 memory.write(base + offset, data)
     for error in errors:

@@ -22,9 +22,7 @@ from smmufast._layout cimport (
     pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af,
     pte_s2_set_memattr, pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
 )
-from smmufast._host cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
-)
+from smmufast._host cimport MAP_FAILED, map_zeros, munmap
 from smmufast._leaves cimport (
     leaves_alike, leaves_each, leaves_fill, leaves_switch, leaves_union, leaves_wide,
 )
@@ -275,8 +273,7 @@ cdef class Pages:
                     break
         p.n_frames = ((end - p.origin - 1) >> FRAME_LG2) + 1
         p.arena_size = total * 8 + p.n_frames * sizeof(Frame)
-        p.arena = mmap(NULL, p.arena_size, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        p.arena = map_zeros(p.arena_size)
         if p.arena == MAP_FAILED:
             p.arena = NULL
             raise MemoryError(f"no host memory to keep account of {n:#x} bytes")
@@ -414,6 +411,11 @@ cdef class Pages:
             if pages_claim(&self.c, address, lg2):
                 raise InvalidArgument("blocks", address, "free blocks of the range")
         return self
+
+    @property
+    def in_place(self):
+        """Whether descriptors are read and written in place."""
+        return bool(self.c.plain)
 
     @property
     def base(self):

@@ -6,6 +6,8 @@ import gc
 import itertools
 import mmap
 import os
+import pickle
+import sys
 import threading
 import weakref
 
@@ -548,6 +550,43 @@ def test_private_memory_costs_only_what_is_touched(size):
     assert resident() - before < 16 << 20
     del memory
     assert resident() - before < 8 << 20
+
+
+@pytest.mark.parametrize("size", [40, 1 << 20, 1 << 45])
+def test_sparse_memory_reserves_nothing(size):
+    before = mapped()
+    memory = Memory()
+    memory.add_private(0x1000, size, sparse=True)
+    memory.write(0x1000 + size - 8, b"written!")
+    assert memory.read(0x1000 + size - 8, 8) == b"written!"
+    assert memory.read(0x1000 + size // 2 - 4, 4) == bytes(4)
+    assert memory.regions == [MemoryRegion(0x1000, size, "private", False)]
+    for again in (memory.copy(), pickle.loads(pickle.dumps(memory))):
+        assert again.read(0x1000 + size - 8, 8) == b"written!"
+    assert mapped() - before < 256 << 20
+
+
+def left_out_of_dumps(lines):
+    """Bytes of the maps that a core dump does not have."""
+    size, total = 0, 0
+    for line in lines:
+        if line.startswith("Size:"):
+            size = int(line.split()[1]) << 10
+        elif line.startswith("VmFlags:") and "dd" in line.split():
+            total += size
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_core_dumps_leave_private_memory_out(sparse):
+    memory = Memory()
+    with open("/proc/self/smaps") as maps:
+        before = left_out_of_dumps(maps)
+    memory.add_private(0, 1 << 24, sparse=sparse)
+    memory.write(0, b"written")
+    with open("/proc/self/smaps") as maps:
+        assert left_out_of_dumps(maps) - before == 1 << 24
 
 
 CHUNK = 1 << 24

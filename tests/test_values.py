@@ -152,6 +152,7 @@ FLAGS = {
     "no_write": lambda v: system().ats_request(1, 0, no_write=v),
     "readonly": lambda v: Memory().add(bytearray(8), 0, readonly=v),
     "huge_pages": lambda v: Memory().add_private(0, 4096, huge_pages=v),
+    "sparse": lambda v: Memory().add_private(0, 4096, sparse=v),
     "wired": lambda v: system(wired=v),
     "ignore_s2ptw": lambda v: system(ignore_s2ptw=v),
     "last": lambda v: system().page_request(1, 0, last=v),

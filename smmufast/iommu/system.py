@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from smmufast.iommu.sva import AddressSpace
 
 MOST_SMMUS: Final = 4096
+MOST_ROOM: Final = 1 << 36  # for tables and queues in memory of the system's own
+LEAST_ROOM: Final = 1 << 30  # where the host grants no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,24 @@ class Cpu:
     bbml2: bool = False
 
 
+def _room(memory: Memory, base: int) -> Pages:
+    """Add memory for tables and queues, as much as the host grants in one piece."""
+    size = min(MOST_ROOM, base >> 1)
+    while True:
+        memory.add_private(base, size)
+        try:
+            pages = Pages(memory, base, size)
+        except MemoryError:
+            if size <= LEAST_ROOM:
+                raise
+        else:
+            if pages.in_place or size <= LEAST_ROOM:
+                return pages
+            del pages
+        memory.remove(base)
+        size >>= 1
+
+
 class System:
     """Memory, SMMUs and their drivers.
 
@@ -80,9 +100,11 @@ class System:
     features : Features or sequence of Features, optional
         Of all of them, or of each; all that is modelled.
     memory : Memory, optional
-        Private memory of its own.  With one of yours, `pages` must say where tables go.
+        Private memory of its own: a lower half that is yours, and above it the tables.  With one
+        of yours, `pages` must say where tables go.
     pages : (int, int), optional
-        Base and size of the memory that the driver takes for its tables and queues.
+        Base and size of the memory that the driver takes for its tables and queues; in memory of
+        the system's own they have 64 GiB, which cost what is touched, or what less the host grants.
     caches : callable, optional
         Makes the caches of each SMMU, such as ``Caches.server``; none are modelled.
     smmu : Smmu or sequence of Smmu, optional
@@ -159,18 +181,17 @@ class System:
         self.disable_bypass = disable_bypass
         self.e2h = e2h
         self.iopf = iopf
-        mine = self._smmus(smmus, features, memory, cpu, caches, smmu)
+        mine = self._smmus(smmus, features, memory, pages, cpu, caches, smmu)
         self.cpu = cpu or Cpu(pa_bits=min(48, *(one.features.oas_bits for one in mine)))
         self.memory = mine[0].memory
-        if pages is None:
-            if memory is not None or smmu is not None:
-                raise InvalidArgument(
-                    "pages", None,
-                    text="pages=(base, size) is required with memory=: where the driver may put "
-                    "its tables",
-                )
-            pages = self._room
-        self.pages = Pages(self.memory, *pages)
+        if pages is not None:
+            self.pages = Pages(self.memory, *pages)
+        elif memory is not None or smmu is not None:
+            raise InvalidArgument(
+                "pages", None,
+                text="pages=(base, size) is required with memory=: where the driver may put "
+                "its tables",
+            )
         self.asids = IdSpace(16, "asid")
         self.pasids = PasidSpace(pasid_policy)
         self.iommus: list[Iommu] = []
@@ -266,6 +287,7 @@ class System:
         count: int,
         features: Features | Iterable[Features] | None,
         memory: Memory | None,
+        pages: tuple[int, int] | None,
         cpu: Cpu | None,
         caches: Callable[[], Caches] | None,
         smmu: Smmu | Iterable[Smmu] | None,
@@ -299,9 +321,11 @@ class System:
         if memory is None:
             bits = min(45, cpu.pa_bits if cpu else 45, *(one.oas_bits for one in each))
             memory = Memory()
-            memory.add_private(0, 1 << bits)
-            # the upper half: what lies below is the user's
-            self._room = (1 << (bits - 1), 1 << (bits - 2))
+            if pages is None:
+                memory.add_private(0, 1 << (bits - 1), sparse=True)
+                self.pages = _room(memory, 1 << (bits - 1))
+            else:
+                memory.add_private(0, 1 << bits)
         return [
             Smmu(memory, one, cr0=0, caches=caches() if caches is not None else None)
             for one in each
