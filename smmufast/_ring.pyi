@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from typing_extensions import disjoint_base
@@ -98,7 +99,12 @@ def rebuilt(
 @disjoint_base
 class SystemLock:
     def __enter__(self) -> Self: ...
-    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
     @property
     def between_changes(self) -> threading.RLock: ...
     @property
@@ -111,12 +117,20 @@ class SystemLock:
 class Closed:
     def __new__(cls, lock: SystemLock) -> Self: ...
     def __enter__(self) -> None: ...
-    def __exit__(self, *raised: object) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
 
 @disjoint_base
 class Undo:
     def add(self, call: Callable[..., object], *arguments: object) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, *more: object
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None: ...

@@ -359,7 +359,7 @@ MUTANTS = [
         ("a-group-in-reset-changes", "                self.check_reset()\n                self._set(domain)",
          "                self._set(domain)", some("being_reset")),
         ("a-group-in-reset-is-joined-by-pasids",
-         "        if domain is None and not leaving:", "        if False:",
+         "domain is None and not leaving", "False",
          some("being_reset")),
     ),
     *of(
