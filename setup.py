@@ -42,9 +42,9 @@ INLINE = [
 # middle of a change there, and calls cost less.  A build in place leaves it out, so that whoever
 # works on it runs what they edit, and so does a build for debugging, which takes long enough.
 DRIVER = [
-    "attachment", "aux", "device", "domain", "fault", "group", "ids", "lock", "mediated", "nested",
-    "profile", "sva", "system", "undo", "pasid/backends", "pasid/notifiers", "pasid/picked",
-    "pasid/sets", "pasid/space", "smmu/cdtable", "smmu/invalidations", "smmu/iommu",
+    "attachment", "aux", "device", "domain", "fault", "group", "ids", "mediated", "nested",
+    "profile", "sva", "system", "pasid/backends", "pasid/notifiers", "pasid/picked", "pasid/sets",
+    "pasid/space", "smmu/cdtable", "smmu/entry", "smmu/invalidations", "smmu/iommu",
     "smmu/master",
 ]  # fmt: skip
 

@@ -93,6 +93,7 @@ cdef class Registers:
     cdef int _settle(self) except -1
     cdef int _tell(self, Stall stall) except -1
 
+    cdef uint64_t _put_commands(self, uint32_t prod) except? 0xFFFFFFFFFFFFFFFF
     cdef int _consume(self) except -1
     cdef int _execute(self, const Effect* effect) except -1
     cdef bint _sync_waits(self, const Effect* effect) except -1

@@ -87,8 +87,10 @@ cdef str HELD = "CMD_SYNC waits for walks that an invalidation overtook"
 
 cdef dict OFFSETS = {}  # of each 32-bit word: the register, and how far up in it the word is
 cdef dict WHOLE = {}    # bits that are fields
+cdef dict NAMED = {}    # name and width
 
 for _record in layout.REGISTERS.values():
+    NAMED[_record.name] = _record.name, 8 * _record.bytes
     WHOLE[_record.name] = sum(map(attrgetter("mask"), _record.fields))
     for _word in range(0, _record.bytes, 4):
         OFFSETS[_record.offset + _word] = (_record.name, 8 * _word)
@@ -144,6 +146,11 @@ cdef Ring* ring_in(Queues* q, str name) noexcept:
 
 cdef inline Ring* ring_of(Registers self, str name) noexcept:
     return ring_in(&self.queues, name)
+
+
+cdef inline uint64_t cmdq_cons_of(const Queues* q, uint32_t cerror) noexcept:
+    """The value of CMDQ_CONS."""
+    return q.commands.cons | <uint64_t>cerror << 24
 
 
 # --- state as bytes: a header, JSON, the state of the caches, a checksum ---
@@ -926,12 +933,12 @@ cdef class Registers:
         """The register of an access, and its part; None when there is none."""
         cdef uint64_t at
         if isinstance(offset, str):
-            record = layout.REGISTERS.get(offset.upper())
-            if record is None:
+            found = NAMED.get(offset) or NAMED.get(offset.upper())
+            if found is None:
                 raise ValueError(f"offset: no register is called {offset!r}")
             shift[0] = 0
-            bits[0] = 8 * record.bytes
-            return record.name
+            name, bits[0] = found
+            return name
         at = to_address("offset", offset, 0x1FFFF)
         if to_address("size", size) not in (1, 2, 4, 8):
             raise ValueError(f"size: {size} given; 1, 2, 4 or 8 bytes needed")
@@ -1017,7 +1024,7 @@ cdef class Registers:
         if name == "GERRORN":
             return q.gerrorn
         if name == "CMDQ_CONS":
-            return q.commands.cons | <uint64_t>self._cerror << 24
+            return cmdq_cons_of(q, self._cerror)
         if name.endswith("Q_PROD"):
             ring = ring_in(q, name)
             return ring.prod | <uint64_t>ring.ovflg << 31
@@ -1085,12 +1092,11 @@ cdef class Registers:
             self._restarts += 1
             ring_set_cons(&self.queues, &self.queues.commands, <uint32_t>value)
             return 0
+        elif name == "CMDQ_PROD":
+            self._put_commands(<uint32_t>value)
+            return 0
         elif name.endswith("Q_PROD"):
             ring_set_prod(&self.queues, ring_of(self, name), <uint32_t>value)
-            if name == "CMDQ_PROD":
-                # during a command there is more to consume; an acknowledged error alone is not
-                self._budget = <uint64_t>1 << self.queues.commands.log2size
-                self._consume()
             return 0
         elif name.endswith("Q_CONS"):
             ring_set_cons(&self.queues, ring_of(self, name), <uint32_t>value)
@@ -1606,6 +1612,8 @@ cdef class Registers:
     cdef int _settle(self) except -1:
         """Record the stalls that wait for room, and tell the host which stalls are done."""
         error = None
+        if not self._resumed and not self._waiting:
+            return 0
         while True:
             try:
                 if self._resumed:
@@ -1634,6 +1642,14 @@ cdef class Registers:
         return 0
 
     # --- commands (4) ---
+
+    cdef uint64_t _put_commands(self, uint32_t prod) except? 0xFFFFFFFFFFFFFFFF:
+        """Write CMDQ_PROD, for which commands are consumed; return CMDQ_CONS."""
+        ring_set_prod(&self.queues, &self.queues.commands, prod)
+        # during a command there is more to consume; an acknowledged error alone is not
+        self._budget = <uint64_t>1 << self.queues.commands.log2size
+        self._consume()
+        return cmdq_cons_of(&self.queues, self._cerror)
 
     # S3.5.1-7, S3.5.1-9, S3.11-9, S3.18-3, S3.21.2-1, S3.21.2-2, S3.21.2-3, S3.21.2-4, S4.1.1-1,
     # S4.1.2-1, S4.1.2-2, S4.1.2-3, S4.1.3-4, S4.1.4-1, S6.3.9.3-1, S6.3.9.3-2, S6.3.9.6-11,
@@ -1819,7 +1835,7 @@ cdef class Registers:
             if ring_full(ring.prod, ring.cons, ring.log2size):
                 raise BufferError(f"command queue: full, {1 << ring.log2size} commands wait")
             self._memory.write(ring_entry(ring, ring.prod), layout.to_bytes(record, word))
-            self._store("CMDQ_PROD", ring_after(ring.prod, ring.log2size))
+            self._put_commands(ring_after(ring.prod, ring.log2size))
             return
         words[0] = word & 0xFFFFFFFFFFFFFFFF
         words[1] = word >> 64

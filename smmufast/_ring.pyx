@@ -3,15 +3,19 @@
 """What the driver half does with the memory of an SMMU in almost every call, compiled.
 
 The command queue as a driver sees it (IHI 0070 3.5 and 4), the writer of STEs and CDs (5.2, 5.4),
-and the commands that invalidate a range (4.3 to 4.5).
+and the commands that invalidate a range (4.3 to 4.5).  Beside them is what surrounds every change:
+the lock of a system, and what takes back the beginning of a call that fails.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.pythread cimport PyThread_get_thread_ident
+cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcmp, memcpy
 
 from smmufast._bits cimport le64
+from smmufast._core cimport Ring
 from smmufast._layout cimport (
     CMDQ_CONS_ERR_ABT, STE_CONFIG_BYPASS, STE_CONFIG_NESTED, STE_CONFIG_STAGE_1,
     STE_CONFIG_STAGE_2, STE_S1DSS_BYPASS, cd_epd0, cd_v, ste_config, ste_s1dss, ste_v,
@@ -23,7 +27,7 @@ import threading
 from typing import NamedTuple
 
 from smmufast import layout
-from smmufast.errors import CommandError, InputOutput, InvalidArgument, Refused
+from smmufast.errors import Busy, CommandError, InputOutput, InvalidArgument, Refused
 from smmufast.why import Why
 
 # --- memory ---
@@ -626,8 +630,7 @@ cdef class CommandQueue:
     cdef uint64_t _tell_prod(self) except? 0xFFFFFFFFFFFFFFFF:
         """Write CMDQ_PROD, and return CMDQ_CONS."""
         if self._real is not None:  # the same as through its methods
-            self._real._store("CMDQ_PROD", self.prod)
-            return self._real._load("CMDQ_CONS")
+            return self._real._put_commands(self.prod)
         self._smmu.write("CMDQ_PROD", self.prod)
         return self._smmu.read("CMDQ_CONS")
 
@@ -669,6 +672,21 @@ cdef class CommandQueue:
             self._smmu.write("GERRORN", self._smmu.read("GERRORN") ^ CMDQ_ERR)
             cons = self._tell_prod()
         return cons
+
+
+# --- the queues of records ---
+
+
+def record_waits(smmu, str name):
+    """Whether "EVENTQ" or "PRIQ" is not as software left it: it has a record, or overflowed.
+
+    That is when PROD and CONS differ, in an index or in OVFLG and OVACKFLG (IHI 0070 7.4 and 8.1).
+    """
+    cdef const Ring* ring
+    if isinstance(smmu, Smmu):  # the same as through its method
+        ring = &(<Smmu>smmu).queues.events if name == "EVENTQ" else &(<Smmu>smmu).queues.pages
+        return ring.prod != ring.cons or ring.ovflg != ring.ovackflg
+    return smmu.read(f"{name}_PROD") != smmu.read(f"{name}_CONS")
 
 
 # --- STEs and CDs ---
@@ -971,11 +989,14 @@ cdef Entry dwords_of(words):
     """An entry from its eight dwords."""
     cdef Entry e
     cdef int i
-    if len(words) != 8 or min(words) < 0 or max(words) > MASK:
-        raise InvalidArgument("words", words, "eight dwords of 64 bits")
-    for i in range(8):
-        e.words[i] = words[i]
-    return e
+    try:
+        if len(words) == 8:
+            for i in range(8):
+                e.words[i] = words[i]
+            return e
+    except OverflowError:
+        pass
+    raise InvalidArgument("words", words, "eight dwords of 64 bits")
 
 
 cdef int place(name, field, Command* c, const Place* p, value) except -1:
@@ -1048,3 +1069,153 @@ def tlb_ranges(first, last, granule_lg2, page_lg2, leaf, ranges):
         return made
     finally:
         batch_close(&b)
+
+
+# --- what surrounds a change ---
+
+
+@cython.auto_pickle(False)
+cdef class SystemLock:
+    """Held by each call that attaches, detaches, binds or frees.
+
+    A thread may take it again while it has it, but not from an observer, which is called in the
+    middle of a change: Busy.  What an observer raises is raised when the outermost call that holds
+    the lock is done, so that no change stays half made.
+    """
+
+    cdef object _lock
+    cdef object _acquire     # its methods
+    cdef object _release
+    cdef int _depth
+    cdef int _closed
+    cdef unsigned long _owner
+    cdef list _raised
+
+    def __cinit__(self):
+        self._lock = threading.RLock()
+        self._acquire = self._lock.acquire
+        self._release = self._lock.release
+        self._raised = []
+
+    def __enter__(self):
+        self._acquire()
+        if self._closed:
+            self._release()
+            text = "a callback may not change the system while it is being changed"
+            raise Busy("system", self, text=text)
+        self._depth += 1
+        self._owner = PyThread_get_thread_ident()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        cdef list raised = None
+        self._depth -= 1
+        if not self._depth:
+            self._owner = 0
+            if self._raised:
+                raised, self._raised = self._raised, []
+        self._release()
+        if raised is not None and kind is None:
+            raise raised[0]
+
+    @property
+    def between_changes(self):
+        """Held by whoever must not meet a change in its middle: another thread's is waited for."""
+        return self._lock
+
+    @property
+    def closed(self):
+        """Held while a callback is called that may change nothing."""
+        return Closed(self)
+
+    def call(self, callback, *arguments):
+        """Call an observer; without the lock, it is only called."""
+        if self._owner != <unsigned long>PyThread_get_thread_ident():
+            callback(*arguments)
+            return
+        with Closed(self):
+            self.defer(callback, *arguments)
+
+    def defer(self, callback, *arguments):
+        """Make a call whose exception is raised when the lock is let go of."""
+        try:
+            callback(*arguments)
+        except BaseException as error:
+            self._raised.append(error)
+
+    def insist(self, step, *arguments):
+        """Take a step without which a change stays half made; one that fails is taken once more.
+
+        As with `defer`, what it raises is raised when the lock is let go of.
+        """
+        try:
+            step(*arguments)
+        except BaseException as error:
+            self._raised.append(error)
+            try:
+                step(*arguments)
+            except BaseException:  # the first is raised
+                return
+
+    def __repr__(self):
+        """Whether it is held."""
+        return f"<SystemLock: {'held' if self._depth else 'free'}>"
+
+
+@cython.auto_pickle(False)
+cdef class Closed:
+    """What `SystemLock.closed` gives."""
+
+    cdef SystemLock _lock
+
+    def __cinit__(self, SystemLock lock not None):
+        self._lock = lock
+
+    def __enter__(self):
+        self._lock._closed += 1
+
+    def __exit__(self, kind, error, traceback):
+        self._lock._closed -= 1
+
+
+@cython.auto_pickle(False)
+cdef class Undo:
+    """What takes back the preparations of a call, should it fail: a context manager.
+
+    Where that fails too, what was prepared before stays, also that of an Undo further out:
+    something may still lead there.
+    """
+
+    cdef list _calls
+
+    def __cinit__(self):
+        self._calls = []
+
+    def add(self, call, *arguments):
+        """Remember a call; the last one is made first."""
+        self._calls.append((call, arguments))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            return
+        for call, arguments in reversed(self._calls):
+            if "stuck" in error.__dict__:
+                break
+            try:
+                call(*arguments)
+            except Exception:  # what failed first is what is raised
+                error.__dict__["stuck"] = True
+            except BaseException:  # an interrupt, which is raised once
+                make_again(error, call, arguments)
+
+
+cdef int make_again(error, call, tuple arguments) except -1:
+    """Make a call of an Undo that was interrupted."""
+    try:
+        call(*arguments)
+    except BaseException:
+        error.__dict__["stuck"] = True
+    return 0

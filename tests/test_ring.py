@@ -9,6 +9,7 @@ import pytest
 import ringtwin
 
 from smmufast import Features, Memory, Smmu, Why, layout
+from smmufast._ring import record_waits
 from smmufast.errors import CommandError, InputOutput, InvalidArgument
 from smmufast.iommu.smmu.invalidations import Invalidations
 from smmufast.iommu.smmu.queue import CommandQueue
@@ -48,6 +49,31 @@ def seen(queue, size_lg2):
         queue.prod, queue.issued, queue.syncs, queue.log,
         queue.memory.read(BASE, 16 << size_lg2), smmu.read("CMDQ_CONS"), smmu.gerror, smmu.gerrorn,
     )  # fmt: skip
+
+
+# --- the queues of records ---
+
+
+class Registers:
+    """An SMMU that is known by its registers alone."""
+
+    def __init__(self, smmu):
+        self.read = smmu.read
+
+
+@pytest.mark.parametrize("name", ["EVENTQ", "PRIQ"])
+def test_a_record_waits_where_prod_and_cons_differ(name):
+    rng = random.Random(name)
+    smmu = Smmu(Memory(), Features.full(), cr0=0)
+    smmu.write(f"{name}_BASE", 3, 8)
+    found = set()
+    for _ in range(200):
+        for index in ("PROD", "CONS"):
+            smmu.write(f"{name}_{index}", rng.choice([0, 1]) << 31 | rng.choice([1, 2, 9]))
+        wanted = smmu.read(f"{name}_PROD") != smmu.read(f"{name}_CONS")
+        assert record_waits(smmu, name) == record_waits(Registers(smmu), name) == wanted
+        found.add(wanted)
+    assert found == {True, False}
 
 
 # --- the queue ---

@@ -173,6 +173,14 @@ class Cached(Domain):
                 self.system.lock.insist(iommu.flush_tag, kind, number)
         self.active = len(self.invalidations) > 0
 
+    def shares_cd(self, attachment: Attachment) -> bool:
+        """Whether another device of the same table is attached through the same CD."""
+        table, ssid = attachment.table, attachment.ssid
+        return any(
+            one.table is table and one.ssid == ssid and one is not attachment
+            for one in self.attachments
+        )
+
     def tables(self) -> dict[tuple[CdTable, int], None]:
         """Each CD of the domain: its table and its SSID."""
         return {
@@ -598,6 +606,10 @@ class SvaDomain(Cached):
                 raise Busy("domain", self, text=f"domain has {self.users} attachments")
             self.space.give_asid(self.iommu, self.asid)
             self.freed = True
+
+
+#: Domains that a CD can be of: a tuple, for isinstance.
+WITH_CD: Final = (PagingDomain, SvaDomain)
 
 
 def domain_of(value: object) -> Domain:

@@ -169,12 +169,12 @@ class Group:
             raise no_pasid_op(domain)
         if pasid <= NO_PASID:
             raise InvalidArgument("pasid", pasid, "1 or more")
-        for device in self.devices:
-            if device.max_pasids and pasid >= device.max_pasids:
-                raise InvalidArgument("pasid", pasid, f"1 to {device.max_pasids - 1}")
-        if not any(device.max_pasids for device in self.devices):
+        most = self.max_pasids
+        if not most:
             text = f"pasid: {self.devices[0].why_no_pasids}"
             raise InvalidArgument("pasid", pasid, text=text)
+        if pasid >= most:
+            raise InvalidArgument("pasid", pasid, f"1 to {most - 1}")
         self.check_reset()
 
     def check_reset(self) -> None:
@@ -192,9 +192,10 @@ class Group:
     ) -> None:
         """Attach a PASID on all devices or on none; None detaches.
 
-        `leaving` is for a device that is released, also while it is being reset.
+        A domain was looked at by `check_pasid` before.  `leaving` is for a device that is released,
+        also while it is being reset.
         """
-        if not leaving:
+        if domain is None and not leaving:
             self.check_reset()
         with Undo() as undo:
             if domain is not None:
@@ -232,7 +233,8 @@ class Group:
     @property
     def max_pasids(self) -> int:
         """How many PASIDs all of its devices have that have any."""
-        return min((one.max_pasids for one in self.devices if one.max_pasids), default=0)
+        each = [one.max_pasids for one in self.devices if one.max_pasids]
+        return min(each) if each else 0
 
     def at(self, pasid: int) -> Domain | None:
         """The domain of a PASID, or None."""

@@ -449,10 +449,11 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             if not pasid:
                 pasid = take_pasid(device, first, last, space)
                 undo.add(system.give_pasid, pasid)
+                held = group.attachment(pasid)
             elif not first <= pasid <= last:
                 raise PasidOverflow("pasid", pasid, f"{first} to {last}")
-            if held is not None or group.attachment(pasid) is not None:
-                raise Busy("pasid", pasid, text=f"pasid {pasid:#x} holds {group.at(pasid)!r}")
+            if held is not None:
+                raise Busy("pasid", pasid, text=f"pasid {pasid:#x} holds {held.domain!r}")
             domain = space.domains.get(iommu) or SvaDomain(iommu, space)
             group.check_pasid(domain, pasid)
             undo.add(_drop_domains, space)
@@ -465,8 +466,9 @@ def bind(device: Device, space: AddressSpace) -> Bond:
             bond = Bond(device, space)
             group.install_pasid(domain, pasid, bond, undo)
         space.pasid = pasid
-        space._system = system
-        system.spaces.add(space)
+        if space._system is None:
+            space._system = system
+            system.spaces.add(space)
         if space.table is not None:
             space.table.active = True
         return bond

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from smmufast.iommu.smmu.master import Master
 
 LEAF_LG2: Final = 10  # a leaf of a two-level CD table holds 1024 CDs (S1Fmt 2)
+_IN_LEAF: Final = (1 << LEAF_LG2) - 1
 INVALID_CD: Final = (0,) * 8
 
 
@@ -65,7 +66,7 @@ class CdTable:
         if not self.fmt:
             return self.base + 64 * ssid
         leaf = self.leaves.get(ssid >> LEAF_LG2)
-        return None if leaf is None else leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
+        return None if leaf is None else leaf + 64 * (ssid & _IN_LEAF)
 
     def reserve(self, ssid: int) -> bool:
         """Have the page for the leaf of a substream, which `place` uses; whether it was missing.
@@ -110,7 +111,7 @@ class CdTable:
         self.leaves[index] = self.spare.pop(index)
         # an invalid level-1 descriptor may be cached (F39)
         iommu.invalidate_cd(self.sids(), ssid, leaf=False)
-        return leaf + 64 * (ssid & (1 << LEAF_LG2) - 1)
+        return leaf + 64 * (ssid & _IN_LEAF)
 
     def drop_leaf(self, ssid: int) -> None:
         """Take back the leaf that `place` allocated; no CD in it is valid."""

@@ -31,7 +31,8 @@ def _words(record: str, **fields: int) -> Words:
 
 _CONFIG: Final = layout.STE.field("Config")
 _S1CONTEXTPTR: Final = layout.STE.field("S1ContextPtr").mask  # dword 0
-_ASID: Final = layout.CD.field("ASID")  # dword 0
+_ASID_SHIFT: Final = layout.CD.field("ASID").shift  # dword 0
+_MAX_ASID: Final = (1 << layout.CD.field("ASID").width) - 1
 _TTB0: Final = layout.CD.field("TTB0").mask  # dword 1, in place
 
 
@@ -40,9 +41,12 @@ def ste_config(word: int) -> int:
     return (word & _CONFIG.mask) >> _CONFIG.shift
 
 
+_ABORT: Final = _words("STE", V=1)
+
+
 def ste_abort() -> Words:
     """Every access aborts, without an event."""
-    return _words("STE", V=1)
+    return _ABORT
 
 
 def ste_bypass(*, features: Features) -> Words:
@@ -165,9 +169,9 @@ def cd_paging(table: Any, asid: int, *, stall: bool, dirty: bool) -> Words:
         table.t0sz, table.tg, table.irgn, table.orgn, table.sh, table.ps, table.mair, stall, dirty
     )
     root = table.root
-    if not 0 <= asid <= _ASID.mask >> _ASID.shift or root & ~_TTB0:
+    if not 0 <= asid <= _MAX_ASID or root & ~_TTB0:
         raise InvalidArgument("asid", asid, text=f"asid is {asid:#x}, the table at {root:#x}")
-    return (words[0] | asid << _ASID.shift, words[1] | root, *words[2:])
+    return (words[0] | asid << _ASID_SHIFT, words[1] | root, *words[2:])
 
 
 def cd_sva(space: Any, asid: int, *, stall: bool) -> Words:

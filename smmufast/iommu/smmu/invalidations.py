@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from smmufast import _ring
 from smmufast._ring import (
     ATS,
     ATS_FULL,
@@ -15,6 +14,8 @@ from smmufast._ring import (
     S2_VMID,
     S2_VMID_S1_CLEAR,
     atc_span,
+    check_cached,
+    invalidate,
     tlb_ranges,
 )
 from smmufast.errors import InvalidArgument
@@ -53,6 +54,8 @@ class Invalidations:
     `merge` and `purge` make new ones; `unref` leaves entries that nobody uses as trash.  Whoever
     invalidates while others insert and remove works on the entries of one moment.
     """
+
+    __slots__ = ("_order", "_queues", "_sorted", "_users", "_version")
 
     def __init__(self, entries: Iterable[tuple[CommandQueue, int, int, int]] = ()) -> None:
         self._users: dict[_Key, int] = {}
@@ -98,7 +101,7 @@ class Invalidations:
         InvalidArgument
             No such kind, or a number that has too many bits.
         """
-        _ring.check_cached(kind, number, ssid)
+        check_cached(kind, number, ssid)
         key = self._key(queue, kind, number, ssid)
         users = self._users.get(key, 0) + 1
         self._users[key] = users
@@ -206,7 +209,7 @@ class Invalidations:
         version, parts = self._order
         if version != self._version:
             parts = self._parts()
-        _ring.invalidate(parts, first, last, granule_lg2, page_lg2, leaf)
+        invalidate(parts, first, last, granule_lg2, page_lg2, leaf)
 
     def _parts(self) -> list[_Part]:
         """What is told to each queue until its CMD_SYNC, in this order.

@@ -10,9 +10,11 @@ import threading
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast import layout
+from smmufast._ring import record_waits
 from smmufast.errors import Busy, InputOutput, InvalidArgument, NotSupported, OutOfRange
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.smmu import entry
@@ -223,7 +225,7 @@ class Iommu:
 
     # --- what the SMMU has (F1) ---
 
-    @property
+    @cached_property
     def has_sva(self) -> bool:
         """Whether address spaces of processes can be bound (F36)."""
         features, cpu = self.smmu.features, self.system.cpu
@@ -369,7 +371,7 @@ class Iommu:
 
     def _take(self, name: str) -> bytes | None:
         """Take one record out of the event or the page request queue; CONS moves past it."""
-        if name not in self._rings:
+        if name not in self._rings or not record_waits(self.smmu, name):
             return None
         base, lg2 = self._rings[name]
         size = 32 if name == "EVENTQ" else 16

@@ -13,6 +13,7 @@ from smmufast.iommu.attachment import Attachment
 from smmufast.iommu.domain import (
     BLOCKED,
     IDENTITY,
+    WITH_CD,
     Cached,
     Domain,
     NestedDomain,
@@ -282,7 +283,7 @@ class Master:
         `main` is what the main domain will be by then, if it changes in the same call.
         """
         main = main or self.domain
-        if not isinstance(domain, PagingDomain | SvaDomain):
+        if not isinstance(domain, WITH_CD):
             raise no_pasid_op(domain)
         device = self.device
         if domain.iommu is not self.iommu:
@@ -339,7 +340,7 @@ class Master:
         if domain is None:
             self.detach_pasid(ssid)
         else:
-            assert isinstance(domain, PagingDomain | SvaDomain)
+            assert isinstance(domain, WITH_CD)
             self.attach_pasid(domain, ssid, handle)
 
     def has_leaf(self, ssid: int) -> bool:
@@ -361,11 +362,8 @@ class Master:
         old = self.attachments[ssid]
         domain, table, lock = old.domain, old.table, self.iommu.system.lock
         assert table is not None
-        assert isinstance(domain, PagingDomain | SvaDomain)
-        if any(
-            one.table is table and one.ssid == ssid and one is not old
-            for one in (domain.attachments if len(table.masters) > 1 else ())
-        ):
+        assert isinstance(domain, WITH_CD)
+        if len(table.masters) > 1 and domain.shares_cd(old):
             lock.insist(self.flush_atc, ssid)  # other devices of the main domain have it
         else:
             with Undo() as undo:
