@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Never, SupportsIndex, TypeAlias, final, overload
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, final, overload
 
 from numpy.typing import NDArray
 from typing_extensions import Buffer, CapsuleType
@@ -26,7 +26,7 @@ class MemoryRegion(NamedTuple):
 
 @final
 class Memory:
-    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __init__(self) -> None: ...
     def add(self, buffer: _Bytes, base: SupportsIndex, *, readonly: bool | None = None) -> None: ...
     def add_private(
         self,

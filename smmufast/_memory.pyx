@@ -565,7 +565,8 @@ cdef inline str span_text(uint64_t base, uint64_t last):
 @cython.final
 @cython.auto_pickle(False)
 cdef class Memory:
-    """Physical memory: a sorted set of regions that do not overlap.
+    """Memory()\n--\n
+    Physical memory: a sorted set of regions that do not overlap.
 
     Regions are the host's own buffers, read and written in place; private memory that costs
     only what is touched; and callbacks.  A read outside every region is an external abort.

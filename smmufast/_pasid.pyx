@@ -202,7 +202,8 @@ cdef cnp.ndarray ids_of(cnp.ndarray array, uint32_t size):
 # the allocator as well would only replace `owners` by None, which the methods do not expect.
 @cython.no_gc_clear
 cdef class PasidAllocator:
-    """Hands out PASIDs: integers from 0 to `size` - 1, the lowest free one first.
+    """PasidAllocator(size=1048576, *, first=1, cyclic=False)\n--\n
+    Hands out PASIDs: integers from 0 to `size` - 1, the lowest free one first.
 
     Each ID is free, allocated or reserved. 0 means "no PASID" and the allocator starts with it
     reserved; `first` says otherwise. `len()`, `in` and iteration are about allocated IDs.

@@ -1,6 +1,15 @@
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Never, Protocol, Self, SupportsIndex, final, type_check_only
+from typing import (
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    Self,
+    SupportsIndex,
+    final,
+    type_check_only,
+)
 
 import numpy as np
 from typing_extensions import Buffer, disjoint_base
@@ -32,7 +41,7 @@ class Device(Protocol):
 
 @final
 class Stall:
-    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __init__(self) -> NoReturn: ...
     @property
     def sid(self) -> int: ...
     @property

@@ -529,7 +529,8 @@ cdef int pace_look(Pace* pace) except -1:
 @cython.final
 @cython.auto_pickle(False)
 cdef class Stall:
-    """A transaction that the SMMU holds (IHI 0070 3.12.2): what the host waits for.
+    """Stall()\n--\n
+    A transaction that the SMMU holds (IHI 0070 3.12.2): what the host waits for.
 
     It is outstanding until `done`: CMD_RESUME retries or ends it, CMD_STALL_TERM and clearing
     CR0.SMMUEN end it.  A retry may stall again, with another `stag`.  One whose record waits is

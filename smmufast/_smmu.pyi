@@ -4,7 +4,6 @@ from typing import (
     ClassVar,
     Final,
     Literal,
-    Never,
     NoReturn,
     Self,
     SupportsIndex,
@@ -55,7 +54,7 @@ _Out = TypeVar("_Out", bound=NDArray[np.void] | dict[str, NDArray[Any]])
 
 @disjoint_base
 class Result:
-    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __init__(self) -> None: ...
     def __bool__(self) -> bool: ...
     @property
     def sid(self) -> int: ...
@@ -122,7 +121,7 @@ class TracedResult(Result):
 
 @final
 class Segments:
-    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    def __init__(self) -> NoReturn: ...
     @property
     def array(self) -> NDArray[np.void]: ...
     @property
@@ -148,7 +147,7 @@ class Segments:
 
 @final
 class Walk:
-    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    def __init__(self) -> NoReturn: ...
     @property
     def request(self) -> Fetch | None: ...
     @property

@@ -220,7 +220,8 @@ cdef object asked_for(const FetchC* fetch):
 @cython.freelist(64)
 @cython.auto_pickle(False)
 cdef class Result:
-    """The outcome of one translation; true when the transaction goes on to memory."""
+    """Result()\n--\n
+    The outcome of one translation; true when the transaction goes on to memory."""
 
     def __init__(self):
         raise TypeError("a Result is made by Smmu.translate")
@@ -553,7 +554,8 @@ cdef inline object result_error(Result result):
 @cython.final
 @cython.auto_pickle(False)
 cdef class Segments:
-    """The physical segments of a DMA burst, in order; true when the whole burst translates.
+    """Segments()\n--\n
+    The physical segments of a DMA burst, in order; true when the whole burst translates.
 
     `array` has the fields iova, pa and length (uint64, bytes); iterating gives tuples of ints.
     `result` is the Result of the first page that failed, None if none did.
@@ -642,7 +644,8 @@ cdef enum:
 @cython.final
 @cython.auto_pickle(False)
 cdef class Walk:
-    """A translation whose fetches the host performs, one at a time.
+    """Walk()\n--\n
+    A translation whose fetches the host performs, one at a time.
 
     `request` is the Fetch to perform next, None when the walk is done; answer it by `supply`.
     `result` is the Result, None until then::
@@ -1685,11 +1688,10 @@ cdef int ats_pass(Core* core, const Request* request, Outcome* outcome) except -
 @cython.final
 @cython.auto_pickle(False)
 cdef class Smmu:
-    """An SMMUv3 (Non-secure) over a Memory.
-
-    Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=0b101, cr2=0b10,
-    gbpa=0x1000, eventq_base=None, cmdq_base=None, priq_base=None, caches=None,
-    ignore_s2ptw=False, wired=True, on_interrupt=None).
+    """Smmu(memory, features=None, *, strtab_base=0, strtab_base_cfg=0, cr0=5, cr2=2, \
+gbpa=4096, eventq_base=None, cmdq_base=None, priq_base=None, caches=None, ignore_s2ptw=False, \
+wired=True, on_interrupt=None)\n--\n
+    An SMMUv3 (Non-secure) over a Memory.
 
     Parameters
     ----------

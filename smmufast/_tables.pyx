@@ -195,7 +195,8 @@ cdef uint64_t size_lg2(object size, uint64_t most) except? 0xFF:
 @cython.auto_pickle(False)
 @cython.no_gc_clear  # the memory is let go of last
 cdef class Pages:
-    """A range of memory that is handed out in blocks of a power of two, aligned to their size.
+    """Pages(memory, base, size)\n--\n
+    A range of memory that is handed out in blocks of a power of two, aligned to their size.
 
     Page tables, CD tables, stream tables and queues of a driver lie there.  What is handed out is
     known to the host alone: nothing that is written to the memory changes it.
@@ -1267,7 +1268,9 @@ cdef bint stage2_starts(int level, int granule, int oas) noexcept:
 @cython.auto_pickle(False)
 @cython.no_gc_clear  # the tables are given back to the pages last
 cdef class PageTable:
-    """Translation tables of one address space, in VMSAv8-64 format, stage 1 or stage 2.
+    """PageTable(pages, *, stage=1, granule=4096, ias=48, oas=48, contiguous=False, dirty=False, \
+coherent=True, fwb=False, page_sizes=None, ready=True)\n--\n
+    Translation tables of one address space, in VMSAv8-64 format, stage 1 or stage 2.
 
     What it maps is in memory and nowhere else; whoever writes there changes it.  Tables are
     made as needed and given back when an unmap covers their whole span.  Those that become empty
@@ -2498,7 +2501,8 @@ cdef class PageTable:
 @cython.auto_pickle(False)
 @cython.no_gc_clear  # as the page table
 cdef class Gather:
-    """What unmaps have removed and is not flushed yet; a context manager that flushes at its end.
+    """Gather(table)\n--\n
+    What unmaps have removed and is not flushed yet; a context manager that flushes at its end.
 
     A range that does not continue what was gathered, or that has pages of another size, flushes
     what was there first.

@@ -1323,7 +1323,8 @@ def _restored(ste, cd, tlb, walk1, walk2, nested):
 @cython.final
 @cython.auto_pickle(False)
 cdef class Caches:
-    """The caches of one SMMU: what is in them, and what hits, misses and commands do to them.
+    """Caches(*, ste=None, cd=None, tlb=None, walk1=None, walk2=None, nested='combined')\n--\n
+    The caches of one SMMU: what is in them, and what hits, misses and commands do to them.
 
     Not architectural. Each cache is set-associative, of its own geometry, or absent; without any
     argument all are.

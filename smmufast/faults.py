@@ -279,6 +279,9 @@ class AtsFault(Exception):
 class ExternalAbort(LookupError):
     """A physical address that no region holds, or a callback that refused."""
 
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+
 
 class Fault(Exception):
     """A translation that `Smmu.pa` could not make; `result` says all about it.

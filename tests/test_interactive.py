@@ -1,5 +1,6 @@
 """What people meet at a prompt: completion, help, signatures."""
 
+import ast
 import importlib
 import inspect
 import pydoc
@@ -71,6 +72,56 @@ def test_signatures_and_help_are_there(name):
     for attribute, value in public(name):
         assert str(inspect.signature(value)).startswith("("), attribute
         assert attribute in pydoc.render_doc(value)
+
+
+def compiled():
+    """The public classes that are compiled."""
+    for module in (smmufast, smmufast.iommu):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value) and value.__module__.rpartition(".")[2].startswith("_"):
+                yield value
+
+
+def test_there_are_compiled_classes():
+    assert {"Smmu", "Memory", "Caches", "PageTable", "PasidAllocator"} <= {
+        cls.__name__ for cls in compiled()
+    }
+
+
+def of_stub(cls):
+    """The arguments of a class's __new__ or __init__ and its defaults, as its stub has them."""
+    for base in cls.__mro__[:-1]:
+        tree = ast.parse((HOME / f"{base.__module__.replace('.', '/')}.pyi").read_text())
+        for node in tree.body:
+            if not isinstance(node, ast.ClassDef) or node.name != base.__name__:
+                continue
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name in ("__new__", "__init__"):
+                    if method.args.vararg is not None:  # nobody makes one
+                        return {}
+                    given = method.args
+                    defaults = [None] * (len(given.args) - len(given.defaults)) + given.defaults
+                    pairs = [*zip(given.args, defaults, strict=True),
+                             *zip(given.kwonlyargs, given.kw_defaults, strict=True)]  # fmt: skip
+                    return {
+                        a.arg: inspect.Parameter.empty if d is None else value_of(d)
+                        for a, d in pairs[1:]
+                    }
+    return {}
+
+
+def value_of(node):
+    return eval(compile(ast.Expression(node), "stub", "eval"), {})
+
+
+@pytest.mark.parametrize("cls", list(compiled()), ids=lambda cls: cls.__name__)
+def test_compiled_classes_have_the_signature_of_their_stub(cls):
+    if issubclass(cls, tuple):
+        return
+    found = inspect.signature(cls)
+    assert {p.name: p.default for p in found.parameters.values()} == of_stub(cls)
+    assert "--" not in inspect.getdoc(cls).splitlines()[:3]
 
 
 def test_help_of_the_package_names_what_it_has():
