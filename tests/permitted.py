@@ -19,7 +19,8 @@ An older value can be had until a command covers it that came after it was repla
 made of it (a table that it named, a translation) until a command covers that, which came after it
 could be made for the last time.  A command is complete at the next CMD_SYNC.
 
-The model allows too much in one way: values of different times are combined freely.
+The model allows too much in two ways: values of different times are combined freely, and a walk
+that was overtaken, and begins again, may have read what it had read before.
 """
 
 import argparse
@@ -248,6 +249,7 @@ class Model:
 
     def __init__(self):
         self.now = 0
+        self.began = FOREVER  # the walk that is under way, which has what it has read
         self.places = {}
         self.commands = []  # complete ones
         self.pending = []
@@ -268,6 +270,11 @@ class Model:
             command.complete = self.now
         self.commands += self.pending
         self.pending = []
+        self.known.clear()
+
+    def read_since(self, step):
+        """Permit also what was not cached and has been replaced after a step."""
+        self.began = step
         self.known.clear()
 
     def forget(self):
@@ -466,6 +473,8 @@ class Model:
                     until = self.kept(
                         until, lambda c, ng=pte.ng: c.stage1(tag, False, va, level, ng)
                     )
+                elif value.end > self.began:
+                    until = known
                 yield pte, level, until
 
     def where(self, ste, at):
@@ -494,6 +503,8 @@ class Model:
                 continue
             if pte.cached:
                 until = self.kept(until, lambda c: c.stage2(vmid, False, ipa, level))
+            elif value.end > self.began:
+                until = since
             yield pte, level, until
 
 
@@ -830,6 +841,7 @@ class System:
     def walk(self):
         """A walk whose fetches the host makes, while software goes on."""
         request = self.request()
+        began = self.model.now
         walk = self.smmu.start_walk(
             request.sid, request.va, ssid=request.ssid or None, write=request.write
         )
@@ -848,7 +860,9 @@ class System:
             if walk.request == fetch:  # else it was overtaken, and begins again
                 walk.supply(data)
         self.counts["walks"] += 1
+        self.model.read_since(began)
         self.check(request, answer_of(walk.result))
+        self.model.read_since(FOREVER)
 
     def batch(self):
         requests = [self.request() for _ in range(self.rng.choice((4, 20, 40)))]
