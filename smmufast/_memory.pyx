@@ -1352,7 +1352,7 @@ cdef int level_number(level, kind) except -2:
 
 
 cdef uint64_t to_address(
-        str name, value, uint64_t last=0xFFFFFFFFFFFFFFFFULL) except? 0xFFFFFFFFFFFFFFFF:
+        str name, value, uint64_t last=0xFFFFFFFFFFFFFFFFULL) except? -1:
     """A number up to `last` from any integer, or an error that names the argument."""
     number = to_integer(name, value)
     if not 0 <= number <= last:

@@ -60,8 +60,8 @@ cdef class Registers:
     cdef int _invalidate(self, const Effect* effect) except -1
 
     cdef str _locate(self, offset, size, int* shift, int* bits)
-    cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF
-    cdef uint64_t _load_from(self, Queues* q, str name) except? 0xFFFFFFFFFFFFFFFF
+    cdef uint64_t _load(self, str name) except? -1
+    cdef uint64_t _load_from(self, Queues* q, str name) except? -1
     cdef int _store(self, str name, uint64_t value) except -1
     cdef int _warn(self, str name, str text, str row) except -1
     cdef bint _guarded(self, str name, uint64_t value) except -1
@@ -93,7 +93,7 @@ cdef class Registers:
     cdef int _settle(self) except -1
     cdef int _tell(self, Stall stall) except -1
 
-    cdef uint64_t _put_commands(self, uint32_t prod) except? 0xFFFFFFFFFFFFFFFF
+    cdef uint64_t _put_commands(self, uint32_t prod) except? -1
     cdef int _consume(self) except -1
     cdef int _execute(self, const Effect* effect) except -1
     cdef bint _sync_waits(self, const Effect* effect) except -1

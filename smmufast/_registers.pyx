@@ -1008,12 +1008,12 @@ cdef class Registers:
         self._store(name, whole)
 
     # S6.3.3-1, S6.3.7-1
-    cdef uint64_t _load(self, str name) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t _load(self, str name) except? -1:
         """The value of a register."""
         return self._load_from(&self.queues, name)
 
     # S6.3.9.5-2, S6.3.10-1, S6.3.10-2, S6.3.13-1, S6.3.18-1, S6.3.18-2, S6.3.28-1, S6.3.45-1
-    cdef uint64_t _load_from(self, Queues* q, str name) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t _load_from(self, Queues* q, str name) except? -1:
         """The value of a register, with the queues as they were."""
         cdef const Ring* ring
         if name == "CR0ACK":
@@ -1644,7 +1644,7 @@ cdef class Registers:
 
     # --- commands (4) ---
 
-    cdef uint64_t _put_commands(self, uint32_t prod) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t _put_commands(self, uint32_t prod) except? -1:
         """Write CMDQ_PROD, for which commands are consumed; return CMDQ_CONS."""
         ring_set_prod(&self.queues, &self.queues.commands, prod)
         # during a command there is more to consume; an acknowledged error alone is not

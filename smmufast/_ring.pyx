@@ -627,7 +627,7 @@ cdef class CommandQueue:
         """Whether TLB entries of stage 1 are those of EL2."""
         return (self._real.core.hw.cr2 if self._real else self._smmu.cr2) & E2H != 0
 
-    cdef uint64_t _tell_prod(self) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t _tell_prod(self) except? -1:
         """Write CMDQ_PROD, and return CMDQ_CONS."""
         if self._real is not None:  # the same as through its methods
             return self._real._put_commands(self.prod)
@@ -642,7 +642,7 @@ cdef class CommandQueue:
         self._free = self._size - (self.prod - <uint32_t>cons & self._mask)
         return 0
 
-    cdef uint64_t _recover(self, uint64_t cons) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t _recover(self, uint64_t cons) except? -1:
         """Get past commands that are refused, and remember them; return the last CMDQ_CONS.
 
         A CMD_SYNC takes the place of what is illegal, and of a CMD_SYNC that ends in an error; a

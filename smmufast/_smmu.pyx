@@ -146,7 +146,7 @@ cdef extern from "Python.h":
     unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
 
 
-cdef inline uint64_t as_u64(str name, value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
+cdef inline uint64_t as_u64(str name, value, uint64_t last) except? -1:
     """An argument as a number up to `last`, or an error that names it."""
     cdef uint64_t number = 0
     if likely(PyLong_CheckExact(value)):

@@ -129,7 +129,7 @@ os.register_at_fork(after_in_child=_forked)
 
 # --- numbers ---
 
-cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
+cdef uint64_t number_slow(str name, value) except? -1:
     try:
         given = PyNumber_Index(value)
     except TypeError:
@@ -140,7 +140,7 @@ cdef uint64_t number_slow(str name, value) except? 0xFFFFFFFFFFFFFFFF:
     return given
 
 
-cdef inline uint64_t number(str name, value) except? 0xFFFFFFFFFFFFFFFF:
+cdef inline uint64_t number(str name, value) except? -1:
     """An argument of 64 bits, or an error that names it."""
     cdef uint64_t given = 0
     if likely(PyLong_Check(value)):

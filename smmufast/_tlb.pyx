@@ -736,7 +736,7 @@ cdef int world_of(object world) except -1:
                          f"{listed(StreamWorld.__members__)} needed") from None
 
 
-cdef uint64_t field(str name, object value, uint64_t last) except? 0xFFFFFFFFFFFFFFFF:
+cdef uint64_t field(str name, object value, uint64_t last) except? -1:
     return to_address(name, value, last)
 
 
