@@ -271,6 +271,7 @@ cdef class Memory:
     cdef int _pages(self, uint8_t* data, uint64_t size, uint64_t offset, list found) except -1
     cdef list _private(self, Region* region)
     cdef tuple _contents(self)
+    cdef tuple _views(self)
     cdef int _inject(self, const Injection* injection) except -1
     cdef int _check_idle(self) except -1
     cdef Region* _insert(self, uint64_t base, uint64_t size) except NULL

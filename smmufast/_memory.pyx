@@ -7,6 +7,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer,
     PyObject_GetBuffer,
 )
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
@@ -48,6 +49,7 @@ cdef extern from *:
 cdef enum:
     CHUNK_LG2 = 24       # 16 MiB
     CHUNK_TABLE_LG2 = 14  # two tables of 2^14: 2^52 bytes
+    COPIED = 1 << 22     # bytes that are copied before signals are looked for
 
 cdef uint64_t ONE_MAP_MAX = <uint64_t>1 << 46  # the largest map that a host grants
 cdef str SPARSE = "sparse"  # private memory in pieces, where a saved state has huge_pages
@@ -1116,6 +1118,7 @@ cdef class Memory:
         if region.kind == REGION_PRIVATE:
             for i in range((size - 1 >> TOUCHED_LG2) + 1):
                 if region.touched[i]:
+                    look_for_signals()
                     at = i << TOUCHED_LG2
                     n = min(size - at, <uint64_t>1 << TOUCHED_LG2)
                     self._pages(region.data + at, n, at, found)
@@ -1125,6 +1128,7 @@ cdef class Memory:
                 continue
             for j in range(<uint64_t>1 << CHUNK_TABLE_LG2):
                 if region.chunks[i][j] != NULL:
+                    look_for_signals()
                     at = (i << CHUNK_TABLE_LG2 | j) << CHUNK_LG2
                     n = min(size - at, <uint64_t>1 << CHUNK_LG2)
                     self._pages(region.chunks[i][j], n, at, found)
@@ -1132,6 +1136,13 @@ cdef class Memory:
 
     cdef tuple _contents(self):
         """(regions, injected errors), as _restored() takes them, with views of the bytes."""
+        self.ram.users += 1  # a signal's handler changes no region
+        try:
+            return self._views()
+        finally:
+            self.ram.users -= 1
+
+    cdef tuple _views(self):
         cdef Region* region
         cdef Injection* each
         cdef Py_ssize_t i
@@ -1172,7 +1183,8 @@ cdef class Memory:
         """Return an independent Memory of equal bytes, with the same injected errors.
 
         Regions over buffers are bytearrays in the copy, or bytes where they are read-only;
-        two that share all their bytes still do.
+        two that share all their bytes still do.  It takes as long as there are bytes: all of
+        buffers, and the pages of private memory that hold anything.  Signals are heard meanwhile.
 
         Raises
         ------
@@ -1211,7 +1223,7 @@ cdef class Memory:
                 views = region[len(region) - 1]
                 for i, view in enumerate(views):
                     if len(region) == 4:
-                        views[i] = view[0], bytes(view[1])
+                        views[i] = view[0], owned(view[1])
                     elif type(view) is PickleBuffer:
                         views[i] = owned(view)
         return _restored, (regions, errors, self._injected)
@@ -1222,7 +1234,24 @@ cdef class Memory:
 
 cdef object owned(view):
     """A copy of the bytes, which can be written if these can."""
-    return bytes(view) if memoryview(view).readonly else bytearray(view)
+    cdef Py_buffer given
+    cdef Py_ssize_t at, n
+    cdef char* to
+    PyObject_GetBuffer(view, &given, PyBUF_SIMPLE)
+    try:
+        if given.readonly:
+            made = PyBytes_FromStringAndSize(NULL, given.len)
+            to = PyBytes_AS_STRING(made)
+        else:
+            made = PyByteArray_FromStringAndSize(NULL, given.len)
+            to = PyByteArray_AS_STRING(made)
+        for at in range(0, given.len, COPIED):
+            n = min(given.len - at, <Py_ssize_t>COPIED)
+            memcpy(to + at, <char*>given.buf + at, n)
+            look_for_signals()
+    finally:
+        PyBuffer_Release(&given)
+    return made
 
 
 def _restored(regions, errors, injected=0):
@@ -1242,6 +1271,7 @@ def _restored(regions, errors, injected=0):
             memory.add_private(base, size, huge_pages=how and not sparse, sparse=sparse)
             for offset, data in pages:
                 memory.write(base + offset, data)
+                look_for_signals()
     for error in errors:
         if len(error) == 7:  # of version 0.2
             error = *error, memory._injected + 1

@@ -2179,8 +2179,9 @@ wired=True, on_interrupt=None)\n--\n
         A translation or a table is right as long as one context with its tags (VMID, ASID,
         StreamWorld) gives it: that of the transaction that filled it, or another one.  What the
         first does not give is asked of the substreams of its stream, and then of every stream.
-        That takes at most 2^22 look-ups of STEs and CDs in one call, and of contexts that differ
-        and have the same tags 1024 are asked: entries that only others give are listed.
+        That takes at most 2^22 look-ups of STEs and CDs in one call, where asking a context for
+        one entry counts as 64, and of contexts that differ and have the same tags 1024 are asked.
+        Entries that none of these gives are listed; where others were left out, not as `sure`.
 
         The ATC of a device in `devices` is looked through if it has `held`, as AtsDevice has: an
         entry is stale that a new request would not get, or with fewer permissions.

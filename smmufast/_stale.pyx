@@ -45,6 +45,7 @@ cdef object tag_in = itemgetter(2)
 
 cdef enum:
     CONTEXTS = 1024         # that differ and have the same tags: more are not asked
+    ASK = 64                # look-ups that it counts to ask one context for one entry
     HINTS = 4096
 
 
@@ -128,10 +129,12 @@ cdef class _Look:
     cdef Caches caches
     cdef Ram ram
     cdef uint64_t left     # look-ups that may still be made
+    cdef set cut           # tags that more contexts have than are asked
 
     def __cinit__(self, Smmu smmu, lookups):
         self.smmu = smmu
         self.left = lookups
+        self.cut = set()
         self.caches = smmu._caches
 
     cdef void _open(self, Port* port) noexcept:
@@ -200,8 +203,10 @@ cdef class _Look:
             ste=(1, 1), cd=(1, 1), tlb=(1, 4), walk1=(1, 8), walk2=(1, 64),
             nested=self.caches.nested)
         cdef Tags tags
-        cdef int why = self._fill(fresh, name, entry, sid, ssid, &tags)
+        cdef int why
         now = None
+        look_for_signals()
+        why = self._fill(fresh, name, entry, sid, ssid, &tags)
         if name not in ("ste", "cd") and not has_tag(&tags, tag):
             return False, False, None, why
         for other in getattr(fresh, name):
@@ -219,6 +224,14 @@ cdef class _Look:
             if answers(name, entry, other) and (now is None or other.lg2 == entry.lg2):
                 now = other
         return False, True, now, why
+
+    cdef bint spend(self) noexcept:
+        """Whether one more context may be asked, or kept to be asked."""
+        if self.left < ASK:
+            self.left = 0
+            return False
+        self.left -= ASK
+        return True
 
     cdef dict sharing(self, set tags, uint64_t first, uint64_t end):
         """The pairs of some StreamIDs that have tags, by tag; one of those that are alike."""
@@ -246,6 +259,8 @@ cdef class _Look:
                 raise_port(&port)
             look_for_signals()
             if status == 0:
+                if self.left == 0:
+                    self.cut |= tags
                 return pairs
             context_tags(self.caches.c, &walk.memo.context, walk.stage1, &found)
             each = [found.own, found.any_asid, found.table, found.second, found.second_table]
@@ -253,14 +268,19 @@ cdef class _Look:
                 tag = each[i]
                 if not tag or not hints[tag * <uint64_t>0x9E3779B97F4A7C15ULL >> 52]:
                     continue
-                if tag not in pairs or len(pairs[tag]) >= CONTEXTS:
+                if tag not in pairs or tag in self.cut:
                     continue
                 # what translations depend on, as it lies in memory
                 alike = tag, PyBytes_FromStringAndSize(<char*>&walk.memo.ste[1], 24), (
                     PyBytes_FromStringAndSize(<char*>walk.memo.cd, 64) if i < 3 else None)
-                if alike not in seen:
-                    seen.add(alike)
-                    pairs[tag].append((walk.sid, walk.ssid))
+                if alike in seen:
+                    continue
+                if len(pairs[tag]) >= CONTEXTS or not self.spend():
+                    self.cut.add(tag)
+                    continue
+                seen.add(alike)
+                pairs[tag].append((walk.sid, walk.ssid))
+            walk.left = self.left
 
     cdef list keep(self, list waiting, dict pairs):
         """Those of the entries that wait which none of the pairs gives."""
@@ -270,6 +290,10 @@ cdef class _Look:
             for sid, ssid in pairs.get(tag, ()):
                 if (sid, ssid) == (entry.sid, entry.ssid):
                     continue
+                if not self.spend():
+                    self.cut.add(tag)
+                    left.append((name, entry, tag, shared, now, why))
+                    break
                 same, has, other, fault = self.again(name, entry, sid, ssid, tag)
                 if same:
                     break
@@ -313,8 +337,12 @@ cdef class _Look:
             waiting = self.keep(waiting, pairs)
         found = sorted(found + waiting, key=lambda one: order[id(one[1])])
         entries = []
-        for name, entry, _tag, shared, now, why in found:
-            entries.append(StaleEntry(name, entry, now, self.told(name, entry, shared, now, why)))
+        for name, entry, tag, shared, now, why in found:
+            text = self.told(name, entry, shared, now, why)
+            sure = name in ("ste", "cd") or tag not in self.cut
+            if not sure:
+                text += "; of those with its tags some were not asked"
+            entries.append(StaleEntry(name, entry, now, text, sure))
         return entries
 
     cdef str told(self, str name, entry, shared, now, int why):
@@ -342,6 +370,7 @@ cdef class _Look:
         request.iova = held.start
         self.smmu._ats_open(&request, &ask, not held.write, held.execute, held.priv,
                             getattr(device, "stu", 4096))
+        look_for_signals()
         self._open(&port)
         status = ats_answer(&self.smmu.core.hw, &port, NULL, &request, &ask, &answer)
         if status:
@@ -384,7 +413,8 @@ cdef bint contains(now, held):
 def look(Smmu smmu not None, *, lookups=1 << 22):
     """Look for what is stale in the caches of an Smmu, and in the ATCs of its devices.
 
-    `lookups` STEs and CDs at most are read to find contexts that share tags.
+    `lookups` STEs and CDs at most are read to find contexts that share tags; to note one, and to
+    ask it for one entry, counts as ASK of them.
     """
     cdef _Look one = _Look(smmu, lookups)
     cdef list found = []

@@ -73,6 +73,7 @@ class StaleEntry(NamedTuple):
     entry: tuple[object, ...]
     now: tuple[object, ...] | None
     why: str
+    sure: bool = ...
 
 class SteEntry(NamedTuple):
     sid: int

@@ -142,13 +142,15 @@ class StaleEntry(NamedTuple):
 
     `cache` is one of CACHES, or "atc" for the ATC of a device. `now` is the entry that the tables
     give, None when they give none. `why` says what differs, by field and in hexadecimal:
-    ``output: 0x40009000 now, 0x40001000 cached``.
+    ``output: 0x40009000 now, 0x40001000 cached``. `sure` is False where so many contexts have the
+    entry's tags that not all were asked: one of the others may give it.
     """
 
     cache: str
     entry: tuple
     now: tuple | None
     why: str
+    sure: bool = True
 
 
 class SteEntry(NamedTuple):

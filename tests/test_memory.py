@@ -7,6 +7,7 @@ import itertools
 import mmap
 import os
 import pickle
+import signal
 import sys
 import threading
 import weakref
@@ -564,6 +565,49 @@ def test_sparse_memory_reserves_nothing(size):
     for again in (memory.copy(), pickle.loads(pickle.dumps(memory))):
         assert again.read(0x1000 + size - 8, 8) == b"written!"
     assert mapped() - before < 256 << 20
+
+
+@pytest.mark.parametrize("kind", ["private", "sparse", "buffer", "read-only"])
+@pytest.mark.parametrize("call", [Memory.copy, pickle.dumps], ids=["copy", "pickle"])
+def test_copies_hear_signals_and_leave_the_memory_as_it_was(kind, call):
+    size = 32 << 20
+    memory = Memory()
+    if kind in ("buffer", "read-only"):
+        memory.add(bytearray(size), 0, readonly=kind == "read-only")
+    else:
+        memory.add_private(0, size, sparse=kind == "sparse")
+        for at in range(8, size, 1 << 20):
+            memory.write_u64(at, 1)
+    memory.add_private(1 << 40, 4096)
+    busy = []
+
+    def handler(_number, _frame):
+        try:
+            memory.remove(1 << 40)
+        except BufferError:
+            busy.append(1)
+        else:
+            memory.add_private(1 << 40, 4096)
+        raise InterruptedError
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        for attempt in range(500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0002 * (1 + attempt % 50))
+                call(memory)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except InterruptedError:
+                pass
+            if busy:
+                break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert busy
+    memory.remove(1 << 40)
+    assert memory.read_u64(8) == (kind not in ("buffer", "read-only"))
+    assert memory.copy().read(0, size) == memory.read(0, size)
 
 
 def left_out_of_dumps(lines):

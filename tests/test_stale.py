@@ -1,6 +1,7 @@
 """stale(): which entries of caches and ATCs the tables in memory no longer give, and why."""
 
 import random
+import signal
 import struct
 
 import pytest
@@ -358,8 +359,86 @@ def test_a_hostile_stream_table_is_looked_through_so_far_and_no_further():
         assert {one.cache for one in found} >= {"tlb", "walk1"}
         assert lookups < len(reads) < lookups + 100
         assert {one.why for one in found if one.cache == "tlb"} == {
-            "nobody has its tags now (vmid 0x0, asid 0x7, NS_EL1)"
+            "nobody has its tags now (vmid 0x0, asid 0x7, NS_EL1); of those with its tags some "
+            "were not asked"
         }
+        assert [one.sure for one in found] == [one.cache in CONFIGURATION for one in found]
+
+
+def crowd(entries, others, last=None):
+    """Translations that nobody gives, and others with their ASID and an empty table each.
+
+    The pages of table 0 are cached for a substream that is gone; stream `last` has it.
+    """
+    large = Caches(ste=(1, 1), cd=(1, 1), tlb=(64, 8), walk1=(4, 4))
+    world = World(log2size=12, caches=large)
+    for page in range(entries):
+        leaf = leaf_descriptor(12, 3, PA + (page << 12), attrindx=1, ap=1, af=1, ng=1)
+        world.put(TABLES + 0x2000 + 8 * page, leaf)
+    for sid in range(others):
+        world.ste(sid)
+        world.cd(sid, 1, 0, asid=7, ttb0=(PA << 2) + (sid << 12))
+    world.cd(0, 1, 0, asid=7)
+    for page in range(entries):
+        assert world.smmu.translate(0, page << 12, ssid=1)
+    world.drop(0, 1)
+    if last is not None:
+        world.cd(last, 1, 0, asid=7)
+    return world
+
+
+@pytest.mark.parametrize("lookups", [1, 600, 5000, 20_000])
+def test_contexts_that_are_asked_for_many_entries_are_bounded_too(lookups):
+    world = crowd(entries=64, others=100)
+    reads = []
+
+    def read(address, n):
+        reads.append(address)
+        return world.memory.read(address, n)
+
+    memory = Memory()
+    memory.add_callback(0, 1 << 52, read)
+    smmu = Smmu.restore(world.smmu.save(), memory)
+    found = look(smmu, lookups=lookups)
+    own = 8 * len(found)  # what each entry's own stream gives is asked in any case
+    assert len(reads) < lookups + own
+    kinds = {(one.cache, one.sure) for one in found}
+    assert ("tlb", False) in kinds and ("tlb", True) not in kinds
+    assert sum(one.cache == "tlb" for one in found) == 64
+
+
+def test_an_entry_is_sure_to_be_stale_when_all_with_its_tags_were_asked():
+    found = crowd(entries=8, others=100).smmu.stale()
+    assert len(found) > 8 and all(one.sure for one in found)
+    assert {one.why.partition("(")[0] for one in found} == {
+        "sid 0x1, ssid 0x1 gives F_TRANSLATION ",
+    }
+    assert crowd(entries=8, others=100, last=99).smmu.stale() == []
+
+
+@pytest.mark.parametrize(("last", "listed"), [(1000, False), (1050, True)])
+def test_more_contexts_than_1024_with_the_same_tags_are_not_asked(last, listed):
+    found = crowd(entries=1, others=1060, last=last).smmu.stale()
+    assert [one.sure for one in found if one.cache == "tlb"] == [False] * listed
+    assert not any(one.sure for one in found)
+
+
+def test_a_look_hears_signals():
+    world = crowd(entries=64, others=300)
+
+    def handler(_number, _frame):
+        raise InterruptedError
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(InterruptedError):
+            while True:
+                look(world.smmu)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    world.memory.add_private(1 << 50, 4096)  # nothing holds the memory
 
 
 def test_parts_of_a_table_that_are_not_there_are_passed_over():
