@@ -4,8 +4,8 @@ cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint64_t
 
-from smmufast._tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_key, tlb_probe_key
-from smmufast._layout cimport WORLD_NS_EL1
+from smmufast._engine.tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_key, tlb_probe_key
+from smmufast._facts.layout cimport WORLD_NS_EL1
 
 
 cdef extern from "baseline_probe.h" nogil:

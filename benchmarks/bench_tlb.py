@@ -74,7 +74,7 @@ def library(order, policy, ways=4):
     """Probe the TLB of Caches: tags, replacement state and counters of an SMMU."""
 
     def build(_bench):
-        from smmufast._tlb import Caches, TlbEntry
+        from smmufast._engine.tlb import Caches, TlbEntry
 
         caches = Caches(tlb=(ENTRIES // ways, ways, policy))
         for start, output in zip(*map(np.ndarray.tolist, mapping()), strict=True):

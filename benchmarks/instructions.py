@@ -39,9 +39,9 @@ MARK = "limits_mark"  # a function of _limits, at which callgrind begins a new p
 def versions():
     """Return what the counts depend on."""
     import smmufast
-    import smmufast._smmu
+    import smmufast._device.smmu
 
-    module = Path(smmufast._smmu.__file__).read_bytes()
+    module = Path(smmufast._device.smmu.__file__).read_bytes()
     gcc = re.findall(rb"GCC: \([^)]*\) ([\d.]+)", module)
     clang = re.findall(rb"clang version ([\d.]+)", module)
     compilers = {f"GCC {number.decode()}" for number in gcc}

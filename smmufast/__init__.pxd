@@ -1,5 +1,5 @@
 """What Cython users import: `from smmufast cimport Memory, Smmu`."""
 
-from smmufast._memory cimport Memory
-from smmufast._smmu cimport Result, Smmu, Walk
-from smmufast._types cimport Outcome, Request
+from smmufast._engine.memory cimport Memory
+from smmufast._device.smmu cimport Result, Smmu, Walk
+from smmufast._facts.types cimport Outcome, Request

@@ -8,12 +8,14 @@ with an ATC.  `PasidAllocator` hands out PASIDs.  `Capture` reads and writes rec
 import os as _os
 import sys as _sys
 from importlib.machinery import EXTENSION_SUFFIXES as _SUFFIXES
+from importlib.machinery import ModuleSpec as _Spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from smmufast._memory import Memory, MemoryRegion
-    from smmufast._pasid import (
+    from smmufast._device.registers import PageAnswer, RegisterWarning, Stall
+    from smmufast._device.smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk
+    from smmufast._driver.pasid import (
         PasidAllocated,
         PasidAllocator,
         PasidDuplicate,
@@ -25,9 +27,8 @@ if _TYPE_CHECKING:
         PasidRangeEmpty,
         PasidReserved,
     )
-    from smmufast._registers import PageAnswer, RegisterWarning, Stall
-    from smmufast._smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk
-    from smmufast._tlb import Caches, Geometry, StaleEntry
+    from smmufast._engine.memory import Memory, MemoryRegion
+    from smmufast._engine.tlb import Caches, Geometry, StaleEntry
     from smmufast.ats import AtsDevice, PageRequest
     from smmufast.capture import Capture, CaptureError
     from smmufast.faults import (
@@ -92,11 +93,11 @@ __all__ = [
 # Where each name lives.  A module is imported when one of its names is first used: the command
 # line starts without numpy, and a host without captures never loads what reads them.
 _HOMES = {
-    "_memory": ("Memory", "MemoryRegion"),
-    "_pasid": tuple(name for name in __all__ if name.startswith("Pasid")),
-    "_registers": ("PageAnswer", "RegisterWarning", "Stall"),
-    "_tlb": ("Caches", "Geometry", "StaleEntry"),
-    "_smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk"),
+    "_engine.memory": ("Memory", "MemoryRegion"),
+    "_driver.pasid": tuple(name for name in __all__ if name.startswith("Pasid")),
+    "_device.registers": ("PageAnswer", "RegisterWarning", "Stall"),
+    "_engine.tlb": ("Caches", "Geometry", "StaleEntry"),
+    "_device.smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk"),
     "ats": ("AtsDevice", "PageRequest"),
     "capture": ("Capture", "CaptureError"),
     "faults": (
@@ -107,14 +108,24 @@ _HOMES = {
 }  # fmt: skip
 
 
+# What the modules were called that something outside of this package names: pickles of version
+# 0.2, and the capsule of the C face.
+_MOVED = {
+    f"smmufast._{home.rpartition('.')[2]}": f"smmufast.{home}"
+    for home in _HOMES
+    if home[0] == "_"
+}  # fmt: skip
+
+
 _MODULES = (
-    *_HOMES, "cli", "decode", "errors", "explain", "iommu", "layout", "replay", "streams", "trace",
+    *(home for home in _HOMES if home[0] != "_"),
+    "cli", "decode", "errors", "explain", "iommu", "layout", "replay", "streams", "trace",
 )  # fmt: skip
 
 
 def __getattr__(name: str) -> _Any:
     home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None and name not in _MODULES:
+    if home is None and name not in _MODULES and f"smmufast.{name}" not in _MOVED:
         raise AttributeError(f"module 'smmufast' has no attribute {name!r}")
     import importlib
 
@@ -124,7 +135,7 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *(name for name in _MODULES if name[0] != "_")})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 def get_include() -> str:
@@ -142,7 +153,7 @@ class _Uncompiled:
         here = _os.path.dirname(_os.path.abspath(__file__))
         python = f"{_sys.implementation.name} {_sys.version_info[0]}.{_sys.version_info[1]}"
         advice = "Install it with this Python."
-        if _os.path.exists(_os.path.join(here, "_memory.pyx")):
+        if _os.path.exists(_os.path.join(here, "_engine/memory.pyx")):
             advice = (
                 "These are the sources, which Python finds first when it is started beside them: "
                 "start it elsewhere or with -P to use the package that `pip install .` installs."
@@ -150,5 +161,24 @@ class _Uncompiled:
         raise ModuleNotFoundError(f"{here} is not compiled for {python}. {advice}", name=name)
 
 
-if not any(_os.path.exists(_os.path.join(__path__[0], f"_memory{s}")) for s in _SUFFIXES):
+class _Moved:
+    """Finds where they are now the modules that pickles of version 0.2 and C hosts name."""
+
+    @staticmethod
+    def find_spec(name: str, path: _Any = None, target: _Any = None) -> _Any:
+        return _Spec(name, _Moved) if name in _MOVED else None  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: _Any) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: _Any) -> None:
+        import importlib
+
+        _sys.modules[module.__name__] = importlib.import_module(_MOVED[module.__name__])
+
+
+_sys.meta_path.append(_Moved)
+if not any(_os.path.exists(_os.path.join(__path__[0], f"_engine/memory{s}")) for s in _SUFFIXES):
     _sys.meta_path.append(_Uncompiled)

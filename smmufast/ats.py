@@ -16,7 +16,7 @@ from smmufast.faults import AtsFault, AtsResponse
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from smmufast._smmu import Result, Smmu
+    from smmufast._device.smmu import Result, Smmu
 
 RESPONSES = ("failure", "invalid", "success")
 """What answers a page request group, by the code of CMD_PRI_RESP."""

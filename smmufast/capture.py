@@ -95,16 +95,16 @@ from numpy.lib import format as npy
 
 from smmufast import layout
 from smmufast._arguments import flag, integer, must_be, one_of
+from smmufast._device.smmu import NO_SUBSTREAM, Result, Smmu
+from smmufast._engine.memory import Memory
 from smmufast._files import as_number, refuse_taken, replacing_directory
-from smmufast._memory import Memory
-from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast.faults import ExternalAbort
 from smmufast.features import Features, modelled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from smmufast._tlb import Caches
+    from smmufast._engine.tlb import Caches
 
 __all__ = [
     "ANY",

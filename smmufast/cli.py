@@ -591,8 +591,8 @@ def _check_out(out: str | None, capture: str) -> None:
 
 
 def _trace(arguments: argparse.Namespace) -> int:
-    from smmufast._smmu import COLUMNS
-    from smmufast._tlb import Caches
+    from smmufast._device.smmu import COLUMNS
+    from smmufast._engine.tlb import Caches
     from smmufast.trace import TraceError, translate_trace
 
     _check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), threads=(arguments.threads, 16))

@@ -22,7 +22,7 @@ from smmufast._files import as_number
 from smmufast.faults import Event
 
 if TYPE_CHECKING:
-    from smmufast._smmu import Smmu
+    from smmufast._device.smmu import Smmu
     from smmufast.features import Features
     from smmufast.why import Why
 

@@ -18,7 +18,7 @@ from smmufast._arguments import must_be
 from smmufast.faults import Event, Fetch, Perm
 
 if TYPE_CHECKING:
-    from smmufast._smmu import Result, Smmu
+    from smmufast._device.smmu import Result, Smmu
     from smmufast.features import Features
 
 __all__ = ["describe_cd", "describe_ste", "explain"]
@@ -1115,7 +1115,7 @@ def explain(result: Result, smmu: Smmu | None = None) -> str:
     TypeError
         `result` is no Result, or `smmu` no Smmu.
     """
-    from smmufast._smmu import Result, Smmu
+    from smmufast._device.smmu import Result, Smmu
 
     if not isinstance(result, Result):
         raise TypeError(must_be("result", "a Result", result))

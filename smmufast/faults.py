@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 from smmufast import layout
 
 if TYPE_CHECKING:
-    from smmufast._smmu import Result
+    from smmufast._device.smmu import Result
     from smmufast.why import Why
 
 ACTIONS = ("ok", "bypass", "disabled", "abort", "raz_wi", "stall")

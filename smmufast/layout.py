@@ -19,8 +19,8 @@ its case, so ``pack("CD", T0SZ=16)`` and ``pack("CD", t0sz=16)`` are the same ca
 
 The generated files
 -------------------
-``_layout.pxd`` holds the same table as Cython inline functions and enumerators, ``_layout.h`` as
-masks for Cython and C. After a change::
+``_facts/layout.pxd`` holds the same table as Cython inline functions and enumerators,
+``_facts/layout.h`` as masks for Cython and C. After a change::
 
     python -P smmufast/layout.py --write     # rewrites both
     python -P smmufast/layout.py             # prints them
@@ -1385,7 +1385,7 @@ _HEADER = """\
 # void <record>_set_<field>(uint64_t* w, uint64_t value)  set it; bits that do not fit are dropped
 # Dwords are in host byte order. An address is in place, not shifted. Translation table
 # descriptors (pte_...) and registers are passed by value, and their setters return the new word.
-# <RECORD>_<FIELD> is the field's bits in its dword, from _layout.h.
+# <RECORD>_<FIELD> is the field's bits in its dword, from _facts/layout.h.
 from libc.stdint cimport uint64_t
 
 """
@@ -1477,10 +1477,10 @@ def _functions(name: str, by_value: bool) -> Iterable[str]:
 
 
 def _pxd() -> str:
-    """Return the text of _layout.pxd."""
+    """Return the text of _facts/layout.pxd."""
     parts = [_HEADER, "cdef enum:\n"]
     parts += [f"    {name} = {value:#x}\n" for name, value in _enumerators()]
-    parts += ['\n\ncdef extern from "_layout.h":\n']
+    parts += ['\n\ncdef extern from "_facts/layout.h":\n']
     parts += [f"    const uint64_t {name}\n" for name, _ in _masks()]
     for name in _IN_MEMORY:
         parts += [f"\n\n# {name}: {RECORDS[name].doc}\n", "\n".join(_functions(name, False))]
@@ -1490,7 +1490,7 @@ def _pxd() -> str:
 
 
 def _header() -> str:
-    """Return the text of _layout.h."""
+    """Return the text of _facts/layout.h."""
     lines = [f"#define {name} {_literal(bits)}\n" for name, bits in _masks()]
     lines += [f"#define {name} {bit}\n" for name, bit in _lowest_bits()]
     return "".join([_C_HEADER, *lines, "\n#endif\n"])
@@ -1501,9 +1501,9 @@ def _main(arguments: list[str]) -> None:
 
     if arguments not in ([], ["--write"]):
         raise SystemExit("usage: python -P smmufast/layout.py [--write]")
-    for file, text in (("_layout.pxd", _pxd()), ("_layout.h", _header())):
+    for file, text in (("_facts/layout.pxd", _pxd()), ("_facts/layout.h", _header())):
         if arguments:
-            Path(__file__).with_name(file).write_text(text, encoding="utf-8")
+            Path(__file__).parent.joinpath(file).write_text(text, encoding="utf-8")
         else:
             print(text, end="")
 

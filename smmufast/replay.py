@@ -16,8 +16,8 @@ import numpy as np
 
 from smmufast import layout
 from smmufast._arguments import integer
-from smmufast._memory import Memory
-from smmufast._smmu import NO_SUBSTREAM, Result, Smmu
+from smmufast._device.smmu import NO_SUBSTREAM, Result, Smmu
+from smmufast._engine.memory import Memory
 from smmufast.capture import (
     ANY,
     REQUEST,

@@ -25,8 +25,8 @@ import numpy as np
 
 from smmufast import layout
 from smmufast._arguments import integer
-from smmufast._memory import Memory
-from smmufast._smmu import Smmu, Walk
+from smmufast._device.smmu import Smmu, Walk
+from smmufast._engine.memory import Memory
 from smmufast.faults import ExternalAbort
 
 __all__ = [

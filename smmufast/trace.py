@@ -25,15 +25,15 @@ from numpy.lib import format as npy
 
 from smmufast import layout
 from smmufast._arguments import integer, must_be
+from smmufast._device.smmu import NO_SUBSTREAM
 from smmufast._files import replacing
-from smmufast._smmu import NO_SUBSTREAM
 from smmufast.capture import npy_header
 from smmufast.faults import ACTIONS
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-    from smmufast._smmu import Smmu
+    from smmufast._device.smmu import Smmu
 
 __all__ = ["CHUNK", "TraceError", "TraceSummary", "open_trace", "translate_chunks",
            "translate_trace"]  # fmt: skip

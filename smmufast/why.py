@@ -10,9 +10,9 @@ follow each other.
 
 The generated file
 ------------------
-``_why.pxd`` holds the numbers for Cython.  After a change::
+``_facts/why.pxd`` holds the numbers for Cython.  After a change::
 
-    python -m smmufast.why --write     # rewrites smmufast/_why.pxd
+    python -m smmufast.why --write     # rewrites smmufast/_facts/why.pxd
 """
 
 from __future__ import annotations
@@ -467,7 +467,7 @@ cdef enum:
 
 
 def _pxd() -> str:
-    """Return the text of _why.pxd."""
+    """Return the text of _facts/why.pxd."""
     return _HEADER + "".join(f"    WHY_{why.name} = {why.value:#x}\n" for why in Why)
 
 
@@ -477,7 +477,7 @@ def _main(arguments: list[str]) -> None:
     if arguments not in ([], ["--write"]):
         raise SystemExit("usage: python -m smmufast.why [--write]")
     if arguments:
-        Path(__file__).with_name("_why.pxd").write_text(_pxd(), encoding="utf-8")
+        Path(__file__).parent.joinpath("_facts/why.pxd").write_text(_pxd(), encoding="utf-8")
     else:
         print(_pxd(), end="")
 

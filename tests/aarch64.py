@@ -66,7 +66,7 @@ def build(tree, root, site):
             "CC": compiler, "LDSHARED": f"{compiler} -shared",
         },
     )  # fmt: skip
-    (found,) = {path.name.split(".", 1)[1] for path in (tree / "smmufast").glob("*.so")}
+    (found,) = {path.name.split(".", 1)[1] for path in (tree / "smmufast").rglob("*.so")}
     assert found.endswith("aarch64-linux-gnu.so"), found
 
 

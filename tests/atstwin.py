@@ -34,7 +34,7 @@ from reference import bits
 from reference_ats import Answer, End, Rights
 
 from smmufast import Memory, Smmu
-from smmufast._tlb import Caches
+from smmufast._engine.tlb import Caches
 
 ATSCHK, REC_CFG_ATS = 1 << 4, 1 << 3
 PER_SYSTEM = 60

@@ -42,7 +42,7 @@ import twin
 
 import smmufast
 from smmufast import layout
-from smmufast._tlb import NESTED, POLICIES
+from smmufast._engine.tlb import NESTED, POLICIES
 
 ALL = tuple(name for name in smmufast.COLUMNS if name != "why")  # the twin has no reasons
 ROW = np.dtype([(name, smmufast.COLUMNS[name]) for name in ALL])

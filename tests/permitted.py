@@ -42,7 +42,7 @@ import numpy as np
 import ptwriter
 
 from smmufast import ACTIONS, NO_SUBSTREAM, Caches, Features, Memory, Smmu, layout
-from smmufast._tlb import NESTED, POLICIES
+from smmufast._engine.tlb import NESTED, POLICIES
 
 PROGRAM = 1500  # steps of one program
 FOREVER = 1 << 62

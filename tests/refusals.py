@@ -11,7 +11,7 @@ import struct
 import sys
 
 from smmufast import Memory
-from smmufast._tables import Pages, PageTable
+from smmufast._driver.tables import Pages, PageTable
 
 BASE = 0x4000_0000
 SIZE = 1 << 22

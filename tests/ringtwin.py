@@ -1,4 +1,4 @@
-"""The slow obvious twin of smmufast._ring: a queue of commands, a writer of entries, ranges."""
+"""The slow obvious twin of _driver/ring.pyx: a queue of commands, a writer of entries, ranges."""
 
 import struct
 

@@ -77,7 +77,7 @@ def build(directory, sanitizer, optimise=1):
 
 def check_instrumented(site, sanitizer):
     """Every compiled module calls the sanitizers; else a run would prove nothing."""
-    modules = list((site / "smmufast").glob("*.so"))
+    modules = list((site / "smmufast").rglob("*.so"))
     if not modules:
         raise SystemExit(f"sanitize: no compiled module in {site}")
     for path in modules:

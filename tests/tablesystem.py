@@ -4,7 +4,7 @@ import numpy as np
 from ptwriter import encode_cd, encode_ste
 
 from smmufast import Features, Memory, Smmu
-from smmufast._tables import Pages, PageTable
+from smmufast._driver.tables import Pages, PageTable
 from smmufast.layout import OUTPUT_BITS
 
 STREAMS = 0x4000_0000  # the stream table of 16 entries, and a CD

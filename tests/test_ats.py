@@ -16,7 +16,7 @@ from atstwin import check_grid, check_requests, check_translated
 from reference_ats import Rights
 
 from smmufast import Features, Memory, Smmu, layout
-from smmufast._tlb import Caches
+from smmufast._engine.tlb import Caches
 from smmufast.ats import AtsDevice
 from smmufast.faults import AtsFault, AtsResponse
 from smmufast.why import Why

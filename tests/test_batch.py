@@ -11,7 +11,7 @@ from test_reference import CONTEXT_TABLE, SID, Bench, default_features
 from test_stage2 import nested_system
 
 from smmufast import ACTIONS, Caches, Memory, Smmu, layout
-from smmufast._smmu import vectors
+from smmufast._device.smmu import vectors
 
 OTHER = SID + 1
 

@@ -578,7 +578,9 @@ def test_what_an_interrupt_raises_is_epython_in_c(plain, monkeypatch):
 
 def test_the_include_directory_holds_the_header_and_the_declarations():
     directory = Path(smmufast.get_include())
-    for name in ("smmufast.h", "__init__.pxd", "_smmu.pxd", "_memory.pxd", "_types.pxd"):
+    for name in (
+        "smmufast.h", "__init__.pxd", "_device/smmu.pxd", "_engine/memory.pxd", "_facts/types.pxd",
+    ):  # fmt: skip
         assert (directory / name).is_file()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cachemodel import Generator, Sets
 
-from smmufast._tlb import POLICIES, Caches, Geometry, SteEntry
+from smmufast._engine.tlb import POLICIES, Caches, Geometry, SteEntry
 
 GEOMETRIES = [(1, 1), (1, 2), (1, 3), (1, 8), (1, 21), (2, 2), (4, 4), (8, 1), (2, 8), (4, 5),
               (2, 16), (1, 64), (1, 67), (16, 4)]  # fmt: skip

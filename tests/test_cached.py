@@ -135,7 +135,7 @@ def test_a_hit_fetches_nothing_and_a_forgotten_page_is_found_in_memory():
     )
 
 
-@pytest.mark.parametrize("how", smmufast._tlb.NESTED)
+@pytest.mark.parametrize("how", smmufast._engine.tlb.NESTED)
 @pytest.mark.parametrize("walk2", [None, (1, 1), (1, 2), (1, 8)])
 def test_a_resumable_walk_leaves_what_translate_leaves(how, walk2):
     """What a walk fills and evicts decides about its own later fetches."""

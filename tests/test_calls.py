@@ -11,11 +11,13 @@ import textwrap
 import pytest
 
 import smmufast
-from smmufast import _memory, _pasid, _registers, _ring, _smmu, _tables, _tlb
+from smmufast._device import registers, smmu
+from smmufast._driver import pasid, ring, tables
+from smmufast._engine import memory, tlb
 
 CLASSES = [
     cls
-    for module in (_memory, _pasid, _registers, _ring, _smmu, _tables, _tlb)
+    for module in (memory, pasid, registers, ring, smmu, tables, tlb)
     for cls in vars(module).values()
     if inspect.isclass(cls) and cls.__module__ == module.__name__ and not issubclass(
         cls, BaseException) and not hasattr(cls, "_fields")
@@ -138,8 +140,8 @@ def test_a_method_wants_an_object_of_its_class():
         lambda: smmufast.Smmu.pa(None, 1, 2),
         lambda: smmufast.Smmu.translate(smmufast.Memory(), 1, 2),
         lambda: smmufast.Memory.read(object(), 0, 8),
-        lambda: _tables.PageTable.map(None, 0, 0, 0x1000),
-        lambda: _tlb.Caches.lookup(1, 0),
+        lambda: tables.PageTable.map(None, 0, 0, 0x1000),
+        lambda: tlb.Caches.lookup(1, 0),
         lambda: smmufast.PasidAllocator.alloc(None),
     ):
         with pytest.raises(TypeError, match=r"descriptor '\w+' for '[\w.]+' objects doesn't apply"):

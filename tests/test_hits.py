@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from smmufast import ACTIONS, Caches
-from smmufast._smmu import vectors
-from smmufast._tlb import POLICIES
+from smmufast._device.smmu import vectors
+from smmufast._engine.tlb import POLICIES
 from smmufast.iommu import System
 
 IOVA = 0x34_5600_0000

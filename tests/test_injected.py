@@ -7,8 +7,8 @@ import small
 from ptwriter import leaf_descriptor
 
 from smmufast import ExternalAbort, Features, Memory, Smmu, layout
-from smmufast._memory import _restored
-from smmufast._tables import READ, Pages, PageTable
+from smmufast._driver.tables import READ, Pages, PageTable
+from smmufast._engine.memory import _restored
 from smmufast.faults import ACCESS_KINDS
 
 COMMANDS, EVENTS, PAGES, MSIS = 0x4_0000, 0x5_0000, 0x6_0000, 0x7_0000

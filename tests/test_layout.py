@@ -23,8 +23,8 @@ import pytest
 from smmufast import layout
 
 PACKAGE = Path(layout.__file__).parent
-PXD = PACKAGE / "_layout.pxd"
-HEADER = PACKAGE / "_layout.h"
+PXD = PACKAGE / "_facts/layout.pxd"
+HEADER = PACKAGE / "_facts/layout.h"
 IN_MEMORY = ("L1STD", "STE", "L1CD", "CD", "EVENT", "F_BAD_ATS_TREQ", "CMD")
 BY_VALUE = ("PTE_S1", "PTE_S1_TABLE", "PTE_S2", "PTE_S2_TABLE", "CR0", "CR2", "GBPA",
             "STRTAB_BASE", "STRTAB_BASE_CFG", "CMDQ_BASE", "CMDQ_PROD", "CMDQ_CONS",
@@ -547,11 +547,12 @@ def test_the_generated_files_are_current(tmp_path):
 
 def test_the_generator_writes_beside_itself(tmp_path):
     shutil.copy(PACKAGE / "layout.py", tmp_path)
-    (tmp_path / "_layout.pxd").write_text("stale")
+    (tmp_path / "_facts").mkdir()
+    (tmp_path / "_facts/layout.pxd").write_text("stale")
     done = run("layout.py", "--write", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
-    assert (tmp_path / "_layout.pxd").read_bytes() == PXD.read_bytes()
-    assert (tmp_path / "_layout.h").read_bytes() == HEADER.read_bytes()
+    assert (tmp_path / "_facts/layout.pxd").read_bytes() == PXD.read_bytes()
+    assert (tmp_path / "_facts/layout.h").read_bytes() == HEADER.read_bytes()
     assert run("layout.py", "--wrong", cwd=tmp_path).returncode == 1
 
 
@@ -564,7 +565,7 @@ def test_a_generated_file_says_how_it_is_made(path):
 
 PROBE = """
 from libc.stdint cimport uint64_t
-from smmufast._layout cimport *
+from smmufast._facts.layout cimport *
 
 def enumerators():
     return {{{enumerators}}}
@@ -590,7 +591,7 @@ def write_value(str name, uint64_t d, uint64_t value):
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
-    """A Cython module that calls every function of _layout.pxd and knows every enumerator."""
+    """A Cython module that calls every function of _facts/layout.pxd and knows every enumerator."""
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
     from setuptools.command.build_ext import build_ext
@@ -829,10 +830,10 @@ NO_FIELDS = (
 
 
 def sources():
-    for path in sorted([*PACKAGE.glob("*.p[yx]*"), *PACKAGE.glob("*.h"), *PACKAGE.glob("*/*.py")]):
-        if path.suffix in (".py", ".pyx", ".pxd", ".h") and path.name not in (
-            "layout.py", "_layout.pxd", "_layout.h", "_why.pxd",
-        ):  # fmt: skip
+    generated = {"layout.py", "_facts/layout.pxd", "_facts/layout.h", "_facts/why.pxd"}
+    for path in sorted(PACKAGE.rglob("*")):
+        name = str(path.relative_to(PACKAGE))
+        if path.suffix in (".py", ".pyx", ".pxd", ".h") and name not in generated:
             yield path
 
 

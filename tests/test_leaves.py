@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tablesystem import pages
 
-from smmufast._tables import PageTable, vectors
+from smmufast._driver.tables import PageTable, vectors
 from smmufast.errors import Exists
 
 PAGE = 4096

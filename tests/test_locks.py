@@ -17,8 +17,8 @@ import pytest
 import small
 
 from smmufast import AtsDevice, Caches, Features, Memory, Smmu, layout
-from smmufast import _smmu as compiled
-from smmufast._tlb import WalkEntry
+from smmufast._device import smmu as compiled
+from smmufast._engine.tlb import WalkEntry
 from smmufast.faults import AtsFault, Fault
 
 QUEUES = 0x4000_0000
@@ -463,7 +463,7 @@ def test_a_fork_in_a_callback_leaves_what_the_callback_uses():
 
 
 def test_a_table_at_work_in_another_thread_is_told_of_in_the_child():
-    from smmufast._tables import Pages, PageTable
+    from smmufast._driver.tables import Pages, PageTable
 
     inside, go = threading.Event(), threading.Event()
     ram = bytearray(1 << 16)

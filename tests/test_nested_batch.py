@@ -17,7 +17,7 @@ from nested import (
 )
 
 from smmufast import ACTIONS, layout
-from smmufast._smmu import vectors
+from smmufast._device.smmu import vectors
 
 PAGE = 0x1000
 PLACES = np.arange(0, 7 * PAGE, 0x804, dtype=np.uint64)

@@ -32,9 +32,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = Path(smmufast.__file__).parent
 SOURCES = sorted((ROOT / "smmufast").rglob("*.p[yx]*"))
 SOURCES = [path for path in SOURCES if path.suffix in (".py", ".pyx", ".pxd", ".pyi")]
-OTHERS = [*sorted((ROOT / "smmufast").glob("*.h")), ROOT / "smmufast" / "py.typed"]
-MODULES = sorted(m.name for m in pkgutil.iter_modules(smmufast.__path__) if m.name != "__main__")
-COMPILED = sorted(path.stem for path in SOURCES if path.suffix == ".pyx")
+OTHERS = [*sorted((ROOT / "smmufast").rglob("*.h")), ROOT / "smmufast" / "py.typed"]
+MODULES = sorted(m.name for m in pkgutil.walk_packages(smmufast.__path__, "smmufast."))
+MODULES = [name.removeprefix("smmufast.") for name in MODULES if name != "smmufast.__main__"]
+MODULES = [name for name in MODULES if not name.startswith("iommu.")]
+COMPILED = sorted(
+    ".".join(path.relative_to(ROOT / "smmufast").with_suffix("").parts)
+    for path in SOURCES
+    if path.suffix == ".pyx"
+)
 
 
 def run(*command, cwd=ROOT, **environment):
@@ -87,7 +93,7 @@ def typed(tmp_path):
 @pytest.mark.slow
 def test_stubs_say_what_the_compiled_modules_hold(typed, tmp_path):
     allowed = tmp_path / "allowed"
-    allowed.write_text(r"smmufast\._\w+\.__pyx_capi__" + "\n")  # what Cython users import
+    allowed.write_text(r"smmufast\.[\w.]+\.__pyx_capi__" + "\n")  # what Cython users import
     modules = [f"smmufast.{name}" for name in COMPILED]
     said = python("-m", "mypy.stubtest", "--allowlist", allowed, *modules, **typed)
     assert f"no issues found in {len(modules)} modules" in said
@@ -214,7 +220,9 @@ def test_the_examples_in_docstrings_are_true(name):
     assert tried.failed == 0
 
 
-@pytest.mark.parametrize(("name", "least"), [("_memory", 3), ("_smmu", 5), ("features", 3)])
+@pytest.mark.parametrize(("name", "least"), [
+    ("_engine.memory", 3), ("_device.smmu", 5), ("features", 3),
+])  # fmt: skip
 def test_examples_of_compiled_modules_are_found(name, least):
     module = importlib.import_module(f"smmufast.{name}")
     assert doctest.testmod(module).attempted >= least
@@ -242,14 +250,12 @@ def public_things():
 REGISTERS = {"memory", "features", "strtab_base", "strtab_base_cfg", "cr0", "cr2", "gbpa"}
 
 
-TABLE_ATTRIBUTES = {
+DRIVER_ATTRIBUTES = {
+    # of Pages and PageTable
     "memory", "pages", "contiguous", "dirty", "coherent", "fwb", "stage", "ias", "oas", "table",
-}  # fmt: skip
-
-
-RING_ATTRIBUTES = {
-    "memory", "base", "size_lg2", "prod", "issued", "syncs", "log", "lock", "queue", "safe_bits",
-    "call", "observer",
+    # of the rings
+    "base", "size_lg2", "prod", "issued", "syncs", "log", "lock", "queue", "safe_bits", "call",
+    "observer",
 }  # fmt: skip
 
 
@@ -261,12 +267,12 @@ def test_everything_public_has_a_docstring():
         for name, thing in things.items()
         if not (inspect.getdoc(thing) or "").strip()
         # attributes that the docstring of their class describes
-        and not (name.startswith("smmufast._smmu.Smmu.") and name.split(".")[-1] in REGISTERS)
-        and not name.startswith("smmufast._smmu.Segments.")
-        and not name.startswith("smmufast._memory.MemoryRegion.")
-        and not (name.startswith("smmufast._tables.") and name.split(".")[-1] in TABLE_ATTRIBUTES)
-        and not (name.startswith("smmufast._ring.") and name.split(".")[-1] in RING_ATTRIBUTES)
-    ]
+        and not (
+            name.startswith("smmufast._device.smmu.Smmu.") and name.split(".")[-1] in REGISTERS)
+        and not name.startswith("smmufast._device.smmu.Segments.")
+        and not name.startswith("smmufast._engine.memory.MemoryRegion.")
+        and not (name.startswith("smmufast._driver.") and name.split(".")[-1] in DRIVER_ATTRIBUTES)
+    ]  # fmt: skip
     assert without == []
 
 
@@ -286,8 +292,9 @@ def test_what_the_package_offers_is_what_it_names():
 #: a function of Cython, up to its colon or the end of a declaration; arguments may span lines
 FUNCTION = re.compile(r"^[ ]*cdef (?:inline )?[\w\[\]* ]*?(\w+)\(([^()]*)\)([^:\n(]*)(?::|$)", re.M)
 HOT = (
-    "_bits.pxd", "_vmsa.pxd", "_config.pxd", "_translate.pxd", "_cached.pxd", "_batch.pxd",
-    "_queue.pxd", "_command.pxd", "_ats.pxd", "_cache.pxd", "_layout.pxd",
+    "_facts/bits.pxd", "_facts/layout.pxd", "_rules/vmsa.pxd", "_rules/config.pxd",
+    "_rules/command.pxd", "_engine/translate.pxd", "_engine/cached.pxd", "_engine/batch.pxd",
+    "_engine/queue.pxd", "_engine/ats.pxd", "_engine/cache.pxd",
 )  # fmt: skip
 
 
@@ -451,7 +458,7 @@ def test_an_sdist_holds_every_file_of_the_sources_and_no_other(sdist):
         names = {member.name.removeprefix(f"{top}/") for member in archive if member.isfile()}
     made = {name for name in names if name.startswith("smmufast.egg-info/")}
     made |= {"PKG-INFO", "setup.cfg"}
-    assert {"smmufast/_smmu.pyx", "tests/twin.py", "docs/rules.md", ".ci/run"} <= names
+    assert {"smmufast/_device/smmu.pyx", "tests/twin.py", "docs/rules.md", ".ci/run"} <= names
     assert sorted(names - made) == sorted(source_files())
 
 
@@ -487,7 +494,7 @@ def test_a_wheel_holds_no_debug_information(wheel, setup_script):
 @pytest.mark.slow
 def test_cython_has_no_performance_hints_and_no_warnings(wheel):
     said = wheel[1].splitlines()
-    assert any("Cythonizing smmufast/_smmu.pyx" in line for line in said)
+    assert any("Cythonizing smmufast/_device/smmu.pyx" in line for line in said)
     assert [line for line in said if "performance hint" in line] == []
     assert [line for line in said if re.search(r"\.(pyx|pxd):\d+:\d+:", line)] == []
 
@@ -499,7 +506,8 @@ def test_a_wheel_holds_what_python_and_cython_users_need_and_no_more(wheel, setu
     expected |= {str(path.relative_to(ROOT)) for path in OTHERS}
     compiled = {name for name in names if name.endswith((".so", ".pyd"))}
     python = {name.rsplit("/")[-1] for name in setup_script.DRIVER}
-    assert {Path(name).name.split(".")[0] for name in compiled} == {*COMPILED} | python
+    mine = {name.rpartition(".")[2] for name in COMPILED}
+    assert {Path(name).name.split(".")[0] for name in compiled} == mine | python
     assert names - compiled == expected
 
 
@@ -556,7 +564,11 @@ def test_programs_run_from_the_sources_use_the_installed_package(installed, tmp_
 
 @pytest.mark.parametrize(
     "line",
-    ["from smmufast import Smmu", "from smmufast.iommu import System", "import smmufast._pasid"],
+    [
+        "from smmufast import Smmu",
+        "from smmufast.iommu import System",
+        "import smmufast._driver.pasid",
+    ],
 )
 @pytest.mark.parametrize("sources", [True, False])
 def test_a_folder_that_is_not_compiled_says_what_to_do(tmp_path, line, sources):
@@ -564,7 +576,7 @@ def test_a_folder_that_is_not_compiled_says_what_to_do(tmp_path, line, sources):
                     ignore=lambda _, names: [n for n in names if not n.endswith(".py")
                                              and n != "iommu"])  # fmt: skip
     if sources:
-        (tmp_path / "smmufast" / "_memory.pyx").touch()
+        (tmp_path / "smmufast" / "_engine/memory.pyx").touch()
     done = subprocess.run(
         [sys.executable, "-c", line], cwd=tmp_path, capture_output=True, text=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},

@@ -7,7 +7,7 @@ import pytest
 from test_iommu_domains import refused
 
 from smmufast import Caches
-from smmufast._tables import Pages, PageTable
+from smmufast._driver.tables import Pages, PageTable
 from smmufast.iommu import Prot
 
 RAM = 0x8000_0000

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smmufast import _pasid
-from smmufast._pasid import (
+from smmufast._driver import pasid as compiled
+from smmufast._driver.pasid import (
     PasidAllocated,
     PasidAllocator,
     PasidDuplicate,
@@ -502,7 +502,8 @@ ERRNOS = {
 
 
 def test_each_error_has_the_errno_of_its_cause():
-    classes = [c for c in vars(_pasid).values() if isinstance(c, type) and issubclass(c, Exception)]
+    values = vars(compiled).values()
+    classes = [c for c in values if isinstance(c, type) and issubclass(c, Exception)]
     assert {c: c.errno for c in classes} == ERRNOS
     with pytest.raises(PasidNotAllocated) as caught:
         used_allocator().free(6)
@@ -957,6 +958,6 @@ def test_the_representation_counts():
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    result = doctest.testmod(_pasid)
+    result = doctest.testmod(compiled)
     assert result.attempted > 10
     assert result.failed == 0

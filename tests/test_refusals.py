@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from refusals import WAYS, Medium, Table, play_all
 
-from smmufast._tables import Gather
+from smmufast._driver.tables import Gather
 from smmufast.errors import InputOutput
 
 RAM = 0x8000_0000

@@ -9,7 +9,7 @@ import pytest
 import ringtwin
 
 from smmufast import Features, Memory, Smmu, Why, layout
-from smmufast._ring import record_waits
+from smmufast._driver.ring import record_waits
 from smmufast.errors import CommandError, InputOutput, InvalidArgument
 from smmufast.iommu.smmu.invalidations import Invalidations
 from smmufast.iommu.smmu.queue import CommandQueue

@@ -16,7 +16,7 @@ from ptwriter import (
 )
 
 from smmufast import AtsDevice, Caches, Features, Memory, Smmu, StaleEntry, Why
-from smmufast._stale import look
+from smmufast._device.stale import look
 from smmufast.ats import AtcEntry
 from smmufast.iommu import System
 

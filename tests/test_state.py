@@ -490,11 +490,11 @@ class Handle:
     """A Smmu through the C interface."""
 
     def __init__(self, smmu):
-        from smmufast import _smmu
+        from smmufast._device import smmu as compiled
 
         get = ctypes.pythonapi.PyCapsule_GetPointer
         get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        table = get(_smmu._C_API, b"smmufast._smmu._C_API")
+        table = get(compiled._C_API, b"smmufast._smmu._C_API")
         acquire, release, run = (ctypes.c_void_p * 3).from_address(table + 8)
         self.handle = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(acquire)(smmu)
         self.free = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(release)

@@ -15,7 +15,7 @@ from ptwriter import leaf_descriptor, stage2_leaf_descriptor
 from tablesystem import SID, STREAMS, TABLES, System, live_tables, pages
 
 from smmufast import Memory
-from smmufast._tables import (
+from smmufast._driver.tables import (
     CACHE,
     MMIO,
     NOEXEC,

@@ -10,7 +10,7 @@ import pytest
 from reference_iommu_tables import CACHE, MMIO, NOEXEC, PRIV, READ, WRITE, RefusedError, Twin
 from tablesystem import System, same
 
-from smmufast._tables import vectors
+from smmufast._driver.tables import vectors
 from smmufast.errors import IommuError
 
 CONFIGURATIONS = [

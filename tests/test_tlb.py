@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import smmufast
-from smmufast._tlb import Caches, CdEntry, Geometry, SteEntry, TlbEntry, WalkEntry
+from smmufast._engine.tlb import Caches, CdEntry, Geometry, SteEntry, TlbEntry, WalkEntry
 from smmufast.faults import Perm
 from smmufast.layout import Opcode, StreamWorld
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smmufast import ACTIONS, COLUMNS
-from smmufast._smmu import vectors
+from smmufast._device.smmu import vectors
 from smmufast.iommu import System
 
 pytestmark = pytest.mark.skipif(not vectors(), reason="the processor has no AVX-512")

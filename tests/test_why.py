@@ -16,14 +16,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "smmufast"
 
 def test_the_generated_file_is_current():
     module = importlib.import_module("smmufast.why")
-    assert module._pxd() == (PACKAGE / "_why.pxd").read_text(encoding="utf-8")
+    assert module._pxd() == (PACKAGE / "_facts/why.pxd").read_text(encoding="utf-8")
 
 
 def test_the_generator_prints_what_it_writes():
     done = subprocess.run(
         [sys.executable, "-m", "smmufast.why"], cwd=PACKAGE.parent, capture_output=True, text=True,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, (PACKAGE / "_why.pxd").read_text())
+    assert (done.returncode, done.stdout) == (0, (PACKAGE / "_facts/why.pxd").read_text())
     wrong = [sys.executable, "-m", "smmufast.why", "--wrong"]
     assert subprocess.run(wrong, cwd=PACKAGE.parent, capture_output=True).returncode == 1
 

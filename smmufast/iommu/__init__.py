@@ -7,7 +7,7 @@ into memory, and sends the commands that invalidate what the SMMU may have cache
 
 import enum as _enum
 
-from smmufast._tables import Gather, Pages, PageTable
+from smmufast._driver.tables import Gather, Pages, PageTable
 from smmufast.errors import (
     AccessDenied,
     Busy,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from smmufast import layout
-from smmufast._tables import PageTable
+from smmufast._driver.tables import PageTable
 from smmufast.faults import ExternalAbort
 from smmufast.iommu.domain import (
     BLOCKED,

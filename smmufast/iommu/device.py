@@ -42,7 +42,7 @@ from smmufast.iommu.smmu.master import Master
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from smmufast._smmu import Result, Segments, Smmu, Walk
+    from smmufast._device.smmu import Result, Segments, Smmu, Walk
     from smmufast.iommu.smmu.cdtable import CdTable
     from smmufast.iommu.smmu.iommu import Iommu
     from smmufast.iommu.sva import AddressSpace, Bond

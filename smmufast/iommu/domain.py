@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, SupportsIndex
 
-from smmufast._tables import PageTable
+from smmufast._driver.tables import PageTable
 from smmufast.errors import Busy, InvalidArgument, NotSupported, WrongType, instance, integer
 from smmufast.iommu.smmu import entry
 from smmufast.iommu.smmu.invalidations import (

@@ -26,8 +26,8 @@ from smmufast.explain import (
 from smmufast.faults import ExternalAbort
 
 if TYPE_CHECKING:
-    from smmufast._memory import Memory
-    from smmufast._smmu import Walk
+    from smmufast._device.smmu import Walk
+    from smmufast._engine.memory import Memory
     from smmufast.features import Features
     from smmufast.iommu.smmu.iommu import Iommu
 
@@ -72,8 +72,8 @@ class _Stage2:
     """Stage 2 of an STE, as an SMMU of its own walks it."""
 
     def __init__(self, picture: Picture, ste: dict[str, int]) -> None:
-        from smmufast._memory import Memory
-        from smmufast._smmu import Smmu
+        from smmufast._device.smmu import Smmu
+        from smmufast._engine.memory import Memory
 
         self._picture = picture
         alone = {"Config": 6, "EATS": 0, "S2AFFD": 1, "S2HA": 0, "S2HD": 0}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from smmufast._pasid import PasidAllocated, PasidAllocator, PasidError, PasidExhausted
+from smmufast._driver.pasid import PasidAllocated, PasidAllocator, PasidError, PasidExhausted
 from smmufast.errors import Busy, InvalidArgument, NoEntry
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """The lock of a system: one call at a time, and what observers may do meanwhile."""
 
-from smmufast._ring import SystemLock
+from smmufast._driver.ring import SystemLock
 
 __all__ = ["SystemLock"]

@@ -12,7 +12,7 @@ from smmufast.iommu.domain import domain_of
 from smmufast.iommu.profile import take_pasid
 
 if TYPE_CHECKING:
-    from smmufast._smmu import Result, Segments, Walk
+    from smmufast._device.smmu import Result, Segments, Walk
     from smmufast.iommu.device import Device
     from smmufast.iommu.domain import Domain, PagingDomain
     from smmufast.iommu.smmu.master import Master

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 from zlib import crc32
 
-from smmufast import _smmu
-from smmufast._memory import Memory
-from smmufast._tables import Pages, PageTable
+from smmufast._device import smmu
+from smmufast._driver.tables import Pages, PageTable
+from smmufast._engine.memory import Memory
 from smmufast.ats import AtsDevice
 from smmufast.errors import InvalidArgument
 from smmufast.iommu.device import Device
@@ -43,7 +43,7 @@ _CALLBACKS: Final = (
 _PARTS: Final = (AddressSpace, AtsDevice, Device, Iommu, NestedDomain, SvaDomain)
 _MODULES: Final = (
     "smmufast.iommu.", "smmufast.ats", "smmufast.features", "smmufast.faults",
-    "smmufast._pasid", "smmufast._ring",
+    "smmufast._driver.pasid", "smmufast._driver.ring",
 )  # fmt: skip
 _OTHERS: Final = {
     ("builtins", "set"): set,
@@ -51,7 +51,7 @@ _OTHERS: Final = {
     ("collections", "deque"): deque,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "Counter"): Counter,
-    ("smmufast._smmu", "_restored"): _smmu._restored,  # type: ignore[attr-defined]
+    ("smmufast._device.smmu", "_restored"): smmu._restored,  # type: ignore[attr-defined]
 }
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from smmufast import layout
-from smmufast._tables import Pages, PageTable
+from smmufast._driver.tables import Pages, PageTable
 from smmufast.errors import (
     Busy,
     InvalidArgument,

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 from weakref import WeakSet
 
-from smmufast._memory import Memory
-from smmufast._smmu import Smmu
-from smmufast._tables import Pages
+from smmufast._device.smmu import Smmu
+from smmufast._driver.tables import Pages
+from smmufast._engine.memory import Memory
 from smmufast.errors import (
     Busy,
     Exists,
@@ -43,7 +43,7 @@ from smmufast.iommu.undo import Undo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from smmufast._tlb import Caches, StaleEntry
+    from smmufast._engine.tlb import Caches, StaleEntry
     from smmufast.iommu.check import Finding
     from smmufast.iommu.sva import AddressSpace
 

@@ -1,5 +1,5 @@
 """What takes back the beginning of a call that fails."""
 
-from smmufast._ring import Undo
+from smmufast._driver.ring import Undo
 
 __all__ = ["Undo"]

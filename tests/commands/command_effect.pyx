@@ -3,8 +3,8 @@
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
-from smmufast._command cimport *
-from smmufast._types cimport Hw
+from smmufast._rules.command cimport *
+from smmufast._facts.types cimport Hw
 
 KINDS = {
     EFFECT_NONE: "NONE", EFFECT_PREFETCH: "PREFETCH", EFFECT_CFGI_STE: "CFGI_STE",

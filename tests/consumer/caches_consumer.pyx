@@ -4,8 +4,8 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-from smmufast._layout cimport CMD_TLBI_NH_VA, WORLD_NS_EL1
-from smmufast._tlb cimport (
+from smmufast._facts.layout cimport CMD_TLBI_NH_VA, WORLD_NS_EL1
+from smmufast._engine.tlb cimport (
     ENTRY_CLEAN1, KIND_S1, Caches, CachesC, Entry, Invalidation, Table, caches_invalidate_all,
     cd_fill, cd_probe, cd_touch, cfgi_all, cfgi_ste, ste_fill, ste_probe, ste_touch, tlb_fill,
     tlb_key, tlb_probe, tlb_probe_key, tlb_touch, tlbi, walk_fill, walk_probe,

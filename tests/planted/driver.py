@@ -506,7 +506,7 @@ MUTANTS = [
          some("warm_atc or every_device_of_a_table")),
     ),
     *of(
-        "_ring.pyx",
+        "_driver/ring.pyx",
         ("what-is-stuck-is-freed", "                error.__dict__[\"stuck\"] = True",
          "                pass", some("stays_as_it_is")),
         ("nothing-is-taken-back", "                call(*arguments)", "                pass",

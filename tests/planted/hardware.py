@@ -14,7 +14,7 @@ def some(file, words):
 
 MUTANTS = [
     *of(
-        "_vmsa.pxd",
+        "_rules/vmsa.pxd",
         ("sh-1-is-a-shareability", "SH_NON if sh == 1 else sh", "sh",
          some("reference", "shareability or bypass_attributes")),
         ("a-level-that-is-not-cacheable-enters-with-hints",
@@ -94,14 +94,14 @@ MUTANTS = [
          some("stage2", "types_of_both or input_combines")),
     ),
     *of(
-        "_descriptor.h",
+        "_facts/descriptor.h",
         ("aptable-0-takes-nothing", "(SMMUFAST_LEAF_CODE(d) & ~(unsigned)SMMUFAST_REMOVED(tables))",
          "SMMUFAST_LEAF_CODE(d)", some("reference", "had_gives")),
         ("tables-add-nothing", "(unsigned)SMMUFAST_ADDED(tables)", "0u",
          some("reference", "table_on_the_way")),
     ),
     *of(
-        "_config.pxd",
+        "_rules/config.pxd",
         ("oas-code-7-before-v34", "code == 7 and minor < 4", "False",
          some("reference", "oas_codes")),
         ("split-as-it-is", "code if code == 8 or code == 10 else 6", "code",
@@ -172,7 +172,7 @@ MUTANTS = [
          "<unsigned int>ste_instcfg(ste)", some("reference", "overrides")),
     ),
     *of(
-        "_translate.pxd",
+        "_engine/translate.pxd",
         ("nested-hits-of-stage-1-alone",
          "            if why == 0:\n                why = permission(&s.second, need, True, s.ipa, &s.syndrome)",
          "", some("single_rules", "permissions_of_stage_2")),
@@ -304,7 +304,7 @@ MUTANTS = [
          some("single_rules", "granule")),
     ),
     *of(
-        "_cached.pxd",
+        "_engine/cached.pxd",
         ("a-batch-keeps-its-configuration",
          "memo.edition == hw.edition\n            and memo.generation == view.c.config_generation",
          "memo.edition == hw.edition",
@@ -314,7 +314,7 @@ MUTANTS = [
          some("single_rules", "not_legal")),
     ),
     *of(
-        "_cache.pxd",
+        "_engine/cache.pxd",
         ("lru-forgets-hits", "        c.order[slot] = clock", "", some("cache", "lru or models")),
         ("plru-points-nowhere", "bits[0] & ~path[0] | path[1]", "bits[0] & ~path[0]",
          some("cache", "plru or models")),
@@ -324,7 +324,7 @@ MUTANTS = [
          some("cache", "models")),
     ),
     *of(
-        "_tlb.pxd",
+        "_engine/tlb.pxd",
         ("aset-is-no-tag", "(<uint64_t>aset << KEY_ASET_SHIFT | <uint64_t>vmid << KEY_VMID_SHIFT | asid)",
          "(<uint64_t>vmid << KEY_VMID_SHIFT | asid)", some("tlb", "global or model")),
         ("vmid-is-no-tag", "(<uint64_t>aset << KEY_ASET_SHIFT | <uint64_t>vmid << KEY_VMID_SHIFT | asid)",
@@ -335,7 +335,7 @@ MUTANTS = [
          ("test_tlb.py", "-k", "prints")),
     ),
     *of(
-        "_tlb.pyx",
+        "_engine/tlb.pyx",
         ("no-entry-is-global", "e.is_global and c.key_mask[e.kind][e.world] & KEY_GLOBAL", "False",
          some("tlb", "global or model")),
         ("global-entries-are-no-rivals",
@@ -401,7 +401,7 @@ MUTANTS = [
          ("test_tlb.py", "test_cached.py", "test_hits.py", "-k", "generation or configuration or first")),
     ),
     *of(
-        "_batch.pxd",
+        "_engine/batch.pxd",
         ("tables-over-several-pages",
          "            if outer.shift < half.granule:\n                return 1  # the table has several pages",
          "", ("test_nested_batch.py",)),
@@ -445,7 +445,7 @@ MUTANTS = [
          ("test_reference.py", "test_queues.py", "test_faces_basic.py", "-k", "column or loses or single")),
     ),
     *of(
-        "_vector.h",
+        "_engine/vector.h",
         ("near-block-at-any-level", "s != k->shift && (k->block_shifts >> s & 1)", "s != k->shift",
          ("test_batch.py",)),
         ("near-hierarchy-without-had", "            near->tables = tables & k->keep;",
@@ -467,7 +467,7 @@ MUTANTS = [
          ("test_batch.py",)),
     ),
     *of(
-        "_probe.h",
+        "_engine/probe.h",
         ("hits-write-clean-pages",
          "access & SMMUFAST_WRITE ? SMMUFAST_ENTRY_CLEAN1 | SMMUFAST_ENTRY_CLEAN2 : 0", "0",
          ("test_batch.py",)),
@@ -477,7 +477,7 @@ MUTANTS = [
          ("test_batch.py",)),
     ),
     *of(
-        "_queue.pxd",
+        "_engine/queue.pxd",
         ("an-error-shows-before-other-records", "current and ring.enabled", "False",
          some("queues", "abort or error or lost or behind or written")),
         ("a-last-message-behind-a-lost-record-interrupts",
@@ -527,7 +527,7 @@ MUTANTS = [
          some("queues", "anew")),
     ),
     *of(
-        "_command.pxd",
+        "_rules/command.pxd",
         ("ranges-are-aligned", "    effect.first = address",
          "    effect.first = address & ~low_mask(16)", ("test_commands.py",)),
         ("el2-commands-without-hyp", "0 if hw.hyp else WHY_CMD_HYP", "0", ("test_commands.py",)),
@@ -559,7 +559,7 @@ MUTANTS = [
          ("test_commands.py",)),
     ),
     *of(
-        "_ats.pxd",
+        "_engine/ats.pxd",
         ("split-ats-without-atschk", "eats == EATS_SPLIT and not cr0_atschk(hw.cr0)", "False",
          some("ats", "eats or twin")),
         ("ats-executes-what-may-not-be",
@@ -604,7 +604,7 @@ MUTANTS = [
          some("ats", "ipas_are_cached")),
     ),
     *of(
-        "_registers.pyx",
+        "_device/registers.pyx",
         ("invalidations-do-not-count", "        overtake(&self.core)", "",
          ("test_cached.py", "test_walk.py", "-k", "kept or overtake or invalidat")),
         ("what-waited-is-recorded-as-it-was",
@@ -691,7 +691,7 @@ MUTANTS = [
          'min(fields["SCALE"], 39)', ("test_decode.py",)),
     ),
     *of(
-        "_walk.pxd",
+        "_engine/walk.pxd",
         ("a-walks-struct-is-not-looked-at", "walking(walk).seal == walk_sum(walk)", "True",
          ("test_c_face.py", "test_walk.py")),
         ("a-walk-answers-what-overtook-it",

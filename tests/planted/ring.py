@@ -14,7 +14,7 @@ KERNEL = some("commands_are", "kernel_commands")
 
 MUTANTS = [
     *of(
-        "_ring.pyx",
+        "_driver/ring.pyx",
         ("ring-a-batch-goes-round-without-its-wrap", "<Py_ssize_t>(self._size - slot)",
          "<Py_ssize_t>self._size", some("random_batches")),
         ("ring-an-error-is-not-acknowledged", 'self._smmu.read("GERRORN") ^ CMDQ_ERR',

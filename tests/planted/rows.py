@@ -13,7 +13,7 @@ def of(file, *found):
 
 MUTANTS = [
     *of(
-        "_translate.pxd",
+        "_engine/translate.pxd",
         ("s3-13-7-1-1",
          "            leaf.desired = with_access_flag(leaf.d)",
          "            leaf.desired = leaf.d",
@@ -73,7 +73,7 @@ MUTANTS = [
          "stage2", "dbm_needs_both_enables_and_nothing_else_in_the_way"),
     ),
     *of(
-        "_queue.pxd",
+        "_engine/queue.pxd",
         ("s3-4-3-6",
          "base & (address_mask | 32)",
          "base",
@@ -123,7 +123,7 @@ MUTANTS = [
          "features", "random_registers"),
     ),
     *of(
-        "_config.pxd",
+        "_rules/config.pxd",
         ("s5-4-9-a",
          "not (two and cd_epd0(cd))",
          "True",
@@ -163,7 +163,7 @@ MUTANTS = [
          "reference", "bypass_attributes"),
     ),
     *of(
-        "_vmsa.pxd",
+        "_rules/vmsa.pxd",
         ("v8-6-5-2-1-a",
          "    if code == 1 or not cacheable(nibble):\n"
          "        return 4",
@@ -196,7 +196,7 @@ MUTANTS = [
          "reference", "bypass_attributes"),
     ),
     *of(
-        "_ats.pxd",
+        "_engine/ats.pxd",
         ("s3-9-1-3-7",
          "    if not cr0_atschk(hw.cr0):\n"
          "        end_passed(hw, request, outcome)\n"
@@ -218,7 +218,7 @@ MUTANTS = [
          "ats", "privilege_and_instruction_come_from_the_pasid_with_pasidtt"),
     ),
     *of(
-        "_command.pxd",
+        "_rules/command.pxd",
         ("s4-4-5",
          "<unsigned int>cr0_vmw(hw.cr0) if hw.vmw else 0",
          "0",
@@ -242,7 +242,7 @@ MUTANTS = [
          "commands", "a_command_without_its_feature_is_illegal"),
     ),
     *of(
-        "_registers.pyx",
+        "_device/registers.pyx",
         ("s6-3-11-1-2",
          "            if cr0_smmuen(self.core.hw.cr0):\n"
          "                kept = CR1_TABLES",
@@ -273,7 +273,7 @@ MUTANTS = [
          "command_queue", "a_fetch_that_aborts_stops_the_queue"),
     ),
     *of(
-        "_tlb.pyx",
+        "_engine/tlb.pyx",
         ("s4-4-2-3-2",
          "not inv.leaf",
          "True",
@@ -290,7 +290,7 @@ MUTANTS = [
          "single_rules", "controls_of_permissions_count_when_a_page_is_cached"),
     ),
     *of(
-        "_batch.pxd",
+        "_engine/batch.pxd",
         ("l-1",
          "            rows.access[i] = load_u8(&batch.access, start + i) & 7",
          "            rows.access[i] = load_u8(&batch.access, start + i) & 3",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 import numpy as np
 
-from smmufast._pasid import PasidError, PasidExhausted
+from smmufast._driver.pasid import PasidError, PasidExhausted
 from smmufast.errors import Exists, InvalidArgument, NoSpace, TryAgain
 from smmufast.iommu.pasid.notifiers import PasidNotifiers
 from smmufast.iommu.pasid.policy import LAST

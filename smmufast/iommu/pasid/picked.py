@@ -10,7 +10,7 @@ from __future__ import annotations
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
-from smmufast._pasid import PasidError, PasidReserved
+from smmufast._driver.pasid import PasidError, PasidReserved
 from smmufast.errors import InvalidArgument, NoEntry
 from smmufast.iommu.pasid.policy import LAST
 from smmufast.iommu.pasid.sets import PasidSets

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
-from smmufast._pasid import PasidAllocator
+from smmufast._driver.pasid import PasidAllocator
 from smmufast.errors import InvalidArgument, NoDevice, NoSpace, NotSupported, PasidOverflow
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from smmufast._pasid import PasidError
+from smmufast._driver.pasid import PasidError
 from smmufast.errors import AccessDenied, Busy, InvalidArgument, NoEntry, NoSpace
 from smmufast.iommu.pasid.notices import Chain, tell
 from smmufast.iommu.pasid.policy import SIZE, PasidLimits, PasidPolicy

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 import numpy as np
 
-from smmufast._pasid import PasidDuplicate, PasidError
+from smmufast._driver.pasid import PasidDuplicate, PasidError
 from smmufast.errors import AccessDenied, Busy, Exists, InvalidArgument, NoEntry, NoSpace
 from smmufast.iommu.pasid.backends import PasidBackends
 from smmufast.iommu.pasid.notices import Chain, PasidChange, PasidNotice, Told, tell

@@ -90,7 +90,7 @@ def ste_cd_table(
 
 
 def ste_stage2(table: Any, vmid: int, *, stall: bool, ats: bool, features: Features) -> Words:
-    """Stage 2, through a page table of `smmufast._tables`; S2S and EATS exclude each other."""
+    """Stage 2, through a page table of `_driver.tables`; S2S and EATS exclude each other."""
     rest = _stage2(table, vmid, stall and not ats, features)
     return _words("STE", V=1, Config=6, EATS=int(ats), **rest)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from smmufast._ring import (
+from smmufast._driver.ring import (
     ATS,
     ATS_FULL,
     S1_ASID,
@@ -23,7 +23,7 @@ from smmufast.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from smmufast._ring import CommandQueue
+    from smmufast._driver.ring import CommandQueue
 
 __all__ = [
     "ATS", "ATS_FULL", "S1_ASID", "S2_VMID", "S2_VMID_S1_CLEAR", "Entry", "Invalidations",

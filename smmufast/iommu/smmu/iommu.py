@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from smmufast import layout
-from smmufast._ring import record_waits
+from smmufast._driver.ring import record_waits
 from smmufast.errors import Busy, InputOutput, InvalidArgument, NotSupported, OutOfRange
 from smmufast.iommu.ids import IdSpace
 from smmufast.iommu.smmu import entry
@@ -26,7 +26,7 @@ from smmufast.iommu.undo import Undo
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from smmufast._smmu import Result, Smmu
+    from smmufast._device.smmu import Result, Smmu
     from smmufast.features import Features
     from smmufast.iommu.device import Device
     from smmufast.iommu.domain import Domain

@@ -1,0 +1,2564 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
+"""Page tables in memory: map, unmap, dirty state; and the blocks of memory that they lie in."""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear, PyErr_Occurred
+from cpython.long cimport PyLong_Check
+from cpython.number cimport PyNumber_Index
+from cpython.ref cimport Py_DECREF
+from cpython.pythread cimport (
+    NOWAIT_LOCK, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
+    PyThread_get_thread_ident, PyThread_release_lock, PyThread_type_lock,
+)
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memchr, memset
+cimport numpy as cnp
+
+from smmufast._facts.bits cimport le64, likely, low_mask, unlikely
+from smmufast._facts.ints cimport digits_of
+from smmufast._facts.layout cimport (
+    pte_s1_set_af, pte_s1_set_ap1, pte_s1_set_ap2, pte_s1_set_attrindx, pte_s1_set_dbm,
+    pte_s1_set_ng, pte_s1_set_pxn, pte_s1_set_sh, pte_s1_set_uxn, pte_s2_set_af, pte_s2_set_memattr,
+    pte_s2_set_s2ap, pte_s2_set_sh, pte_s2_set_xn,
+)
+from smmufast._engine.host cimport MAP_FAILED, map_zeros, munmap
+from smmufast._driver.leaves cimport (
+    leaves_alike, leaves_each, leaves_fill, leaves_switch, leaves_union, leaves_wide,
+)
+from smmufast._engine.memory cimport FETCH_RAISED, Memory, Region, port_open, to_flag
+from smmufast._driver.pages cimport (
+    ACCESS_NO_MEMORY, FRAME_LG2, SMALLEST_LG2, Access, Frame, PagesC, access_drop, access_open,
+    bit_of, clz, ctz, holds, load_slow, order_add, pages_alloc, pages_claim, pages_free, pages_zero,
+    store_slow, store_twice,
+)
+
+import os
+from collections.abc import Iterable
+
+from smmufast.errors import (
+    Busy, Exists, InputOutput, InvalidArgument, NoDevice, NotSupported, OutOfMemory, OutOfRange,
+    WrongType, instance,
+)
+
+cdef extern from "Python.h":
+    # cpython.long raises its OverflowError, which names no argument
+    unsigned long as_unsigned_long "PyLong_AsUnsignedLong"(object value) noexcept
+    int acquire_interruptibly "PyThread_acquire_lock_timed"(
+        PyThread_type_lock lock, long long microseconds, int interruptible) noexcept nogil
+    enum:
+        PY_LOCK_INTR
+
+cnp.import_array()
+
+READ = 1
+WRITE = 2
+CACHE = 4
+NOEXEC = 8
+MMIO = 16
+PRIV = 32
+
+cdef enum:
+    P_READ = 1
+    P_WRITE = 2
+    P_CACHE = 4
+    P_NOEXEC = 8
+    P_MMIO = 16
+    P_PRIV = 32
+
+    LARGE = 16384         # granules: from here on a call lets other threads run
+    KEPT = 64             # tables that may stay although they became empty
+
+    # PageTable.state
+    BUSY = 1              # a call has the table for itself, and the GIL may be anybody's
+    NOT_READY = 2
+    CLOSED = 4
+    SLOW = 8              # memory that is not plain
+    OWES = 16             # what was removed is not flushed yet, since that failed
+
+    # how a piece of work ends
+    DONE = 0
+    STOPPED               # at a hole
+    FULL                  # the batch cannot take what comes next
+    CUT                   # a contiguous run must be broken up first
+    TAKEN                 # something is mapped there
+    STRAY                 # a descriptor names what is no table
+    CHANGED               # the tables are not as they were
+    NO_PAGES
+    NO_HOST_MEMORY
+
+
+# --- vectors ---
+
+def vectors(on=None):
+    """Whether page tables use the processor's vectors; with an argument, let them or not.
+
+    What is written does not depend on it.  They do where the processor has AVX-512, unless the
+    environment says SMMUFAST_VECTOR=0.
+
+    Parameters
+    ----------
+    on : bool, optional
+
+    Returns
+    -------
+    bool
+        What holds from now on: False where the processor has none.
+    """
+    if on is not None:
+        leaves_switch(to_flag("on", on))
+    return bool(leaves_wide)
+
+
+vectors(os.environ.get("SMMUFAST_VECTOR") != "0")
+
+
+# --- processes ---
+
+cdef uint64_t forks = 0  # how often this process is the child of a fork
+
+
+def _forked():
+    """Count a fork, in the child."""
+    global forks
+    forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+# --- numbers ---
+
+cdef uint64_t number_slow(str name, value) except? -1:
+    try:
+        given = PyNumber_Index(value)
+    except TypeError:
+        raise WrongType(
+            name, value, text=f"{name} must be an integer, not {type(value).__name__}") from None
+    if not 0 <= given <= 0xFFFFFFFFFFFFFFFF:
+        raise InvalidArgument(name, given, "0 to 2^64 - 1")
+    return given
+
+
+cdef inline uint64_t number(str name, value) except? -1:
+    """An argument of 64 bits, or an error that names it."""
+    cdef uint64_t given = 0
+    if likely(PyLong_Check(value)):
+        if likely(digits_of(value, &given)):
+            return given
+        given = as_unsigned_long(value)
+        if likely(given != <unsigned long>-1):
+            return given
+        if PyErr_Occurred():
+            PyErr_Clear()
+    return number_slow(name, value)
+
+
+cdef int flag(str name, value) except -1:
+    """An argument that is true or false, or an error that names it."""
+    try:
+        return to_flag(name, value)
+    except (TypeError, ValueError) as error:
+        raise WrongType(name, value, text=str(error)) from None
+
+
+# --- blocks of memory ---
+
+cdef object failure_of(Access* access):
+    """How an access failed, as an exception, and no longer; None if none did."""
+    cdef int status = access.status
+    access.status = 0
+    if status == FETCH_RAISED:
+        error = <object>access.port.exception
+        Py_DECREF(error)  # the port's own reference
+        access.port.exception = NULL
+        return error
+    if status == ACCESS_NO_MEMORY:
+        return MemoryError()
+    return InputOutput("memory", text=REFUSED) if status else None
+
+
+cdef str REFUSED = "the memory refused an access to a table"
+
+
+cdef uint64_t size_lg2(object size, uint64_t most) except? 0xFF:
+    """lg2 of the block that holds so many bytes."""
+    cdef uint64_t n = number("size", size)
+    if n == 0:
+        raise InvalidArgument("size", size, "1 byte or more")
+    if n > most:
+        raise OutOfMemory("size", size, f"{most:#x} bytes at most")
+    return SMALLEST_LG2 if n <= 1 << SMALLEST_LG2 else 64 - <uint64_t>clz(n - 1)
+
+
+@cython.final
+@cython.auto_pickle(False)
+@cython.no_gc_clear  # the memory is let go of last
+cdef class Pages:
+    """Pages(memory, base, size)\n--\n
+    A range of memory that is handed out in blocks of a power of two, aligned to their size.
+
+    Page tables, CD tables, stream tables and queues of a driver lie there.  What is handed out is
+    known to the host alone: nothing that is written to the memory changes it.
+
+    Parameters
+    ----------
+    memory : Memory
+        While this object lives, no region of it can be removed.
+    base, size : int
+        The range in bytes, multiples of 64, 2^44 bytes at most; it lies in one writable region.
+        In a buffer or private memory descriptors are read and written in place, 8 bytes at once;
+        in other memory (callbacks, private memory beyond 2^46 bytes) through the region.
+
+    Raises
+    ------
+    InvalidArgument
+        The range is none, or not in one writable region.
+
+    Notes
+    -----
+    Several threads may share it: with the GIL every call is one step.
+
+    Examples
+    --------
+    >>> from smmufast import Memory
+    >>> from smmufast._driver.tables import Pages
+    >>> memory = Memory()
+    >>> memory.add_private(0x8000_0000, 1 << 20)
+    >>> pages = Pages(memory, 0x8000_0000, 1 << 20)
+    >>> hex(pages.alloc(5000))
+    '0x80000000'
+    >>> pages.in_use, pages.blocks
+    (8192, 1)
+    >>> pages.free(0x8000_0000, 5000)
+    """
+
+    def __init__(self, Memory memory not None, base, size):
+        cdef PagesC* p = &self.c
+        cdef Region* region = NULL
+        cdef uint64_t at = number("base", base), n = number("size", size), end, total, k
+        cdef uint64_t bits
+        cdef uint64_t* arena
+        cdef Py_ssize_t i
+        cdef int j
+        if self.memory is not None:
+            raise InvalidArgument("pages", text="the pages have their memory already")
+        if n == 0 or n > <uint64_t>1 << 44 or n & 63:
+            raise InvalidArgument("size", size, "a multiple of 64 up to 2^44")
+        if at & 63:
+            raise InvalidArgument("base", base, "a multiple of 64")
+        for i in range(memory.ram.n_regions):
+            if memory.ram.regions[i].base <= at <= memory.ram.regions[i].last:
+                region = &memory.ram.regions[i]
+        if region == NULL or region.last - at < n - 1:
+            raise InvalidArgument("base", base, text=(
+                f"base {at:#x}, size {n:#x}: the range is not in one region of the memory"))
+        if not region.writable:
+            raise InvalidArgument("base", base, text=f"base {at:#x}: the region is read-only")
+        k = 64 - <uint64_t>clz(n - 1)
+        p.n_orders = <int>(64 - <uint64_t>clz(n)) - SMALLEST_LG2
+        p.origin = at & ~low_mask(max(k, <uint64_t>FRAME_LG2))
+        p.base = at
+        p.size = n
+        end = at + n
+        total = 0
+        for i in range(p.n_orders):
+            bits = ((end - p.origin - 1) >> (SMALLEST_LG2 + i)) + 1
+            total += (bits + 63) >> 6
+            p.orders[i].n_summaries = 0
+            while True:
+                bits = (bits + 63) >> 6
+                total += bits
+                p.orders[i].n_summaries += 1
+                if bits == 1:
+                    break
+        p.n_frames = ((end - p.origin - 1) >> FRAME_LG2) + 1
+        p.arena_size = total * 8 + p.n_frames * sizeof(Frame)
+        p.arena = map_zeros(p.arena_size)
+        if p.arena == MAP_FAILED:
+            p.arena = NULL
+            raise MemoryError(f"no host memory to keep account of {n:#x} bytes")
+        arena = <uint64_t*>p.arena
+        for i in range(p.n_orders):
+            bits = ((end - p.origin - 1) >> (SMALLEST_LG2 + i)) + 1
+            p.orders[i].taken = arena
+            arena += (bits + 63) >> 6
+            for j in range(p.orders[i].n_summaries):
+                bits = (bits + 63) >> 6
+                p.orders[i].free[j] = arena
+                arena += bits
+        p.frames = <Frame*>arena
+        while at < end:
+            k = 63 - <uint64_t>clz(end - at)
+            if at != p.origin:
+                k = min(k, <uint64_t>ctz(at - p.origin))
+            order_add(&p.orders[k - SMALLEST_LG2], (at - p.origin) >> k)
+            at += <uint64_t>1 << k
+        p.fail_after = -1
+        p.host = <uint64_t><size_t>region.data - region.base
+        p.plain = region.data != NULL and not p.host & 7
+        p.touched = region.touched
+        p.region = region.base
+        port_open(&p.access.port, &memory.ram, NULL)
+        self.memory = memory
+        memory.exports += 1
+
+    def __dealloc__(self):
+        if self.c.arena != NULL:
+            munmap(self.c.arena, self.c.arena_size)
+        if self.memory is not None:
+            self.memory.exports -= 1
+
+    cdef int _check(self) except -1:
+        """Raise what kept the memory from being written."""
+        error = failure_of(&self.c.access)
+        if error is not None:
+            raise error
+        return 0
+
+    def alloc(self, size):
+        """Hand out a block of zeros, and return its address.
+
+        Parameters
+        ----------
+        size : int
+            In bytes; rounded up to a power of two, 64 at least.
+
+        Raises
+        ------
+        OutOfMemory
+            No block of that size is left.
+        InvalidArgument, TypeError
+            The size is 0, negative or no integer.
+        InputOutput, Exception
+            The memory refused to be written, or what its callback raised.
+        """
+        cdef unsigned int lg2 = <unsigned int>size_lg2(size, self.c.size)
+        cdef uint64_t address = 0
+        if pages_alloc(&self.c, lg2, &address):
+            raise OutOfMemory("size", size, text=(
+                f"no block of {<uint64_t>1 << lg2:#x} bytes is left; {self.c.in_use:#x} of "
+                f"{self.c.size:#x} are in use"))
+        self.memory.ram.users += 1
+        pages_zero(&self.c, &self.c.access, address, <uint64_t>1 << lg2)
+        self.memory.ram.users -= 1
+        try:
+            self._check()
+        except BaseException:
+            pages_free(&self.c, address, lg2)
+            raise
+        return address
+
+    def free(self, address, size):
+        """Take a block back.
+
+        Parameters
+        ----------
+        address, size : int
+            What `alloc` returned, and a size that is rounded up to the same power of two.
+
+        Raises
+        ------
+        InvalidArgument
+            No block of that size was handed out there, or it was taken back already.
+        """
+        cdef uint64_t at = number("address", address), n = number("size", size)
+        if (n == 0 or n > self.c.size
+                or pages_free(&self.c, at, <unsigned int>size_lg2(size, self.c.size))):
+            raise InvalidArgument("address", address, text=(
+                f"address {at:#x}, size {n:#x}: no such block was handed out"))
+
+    def fail_after(self, n):
+        """Let an allocation fail as if no memory were left, once; for tests of what then happens.
+
+        Parameters
+        ----------
+        n : int or None
+            How many succeed before it: 0 is the very next one.  None: none fails.
+        """
+        cdef uint64_t count
+        if n is None:
+            self.c.fail_after = -1
+            return
+        count = number("n", n)
+        if count >> 62:
+            raise InvalidArgument("n", n, "0 to 2^62 - 1, or None")
+        self.c.fail_after = <int64_t>count
+
+    def _handed_out(self):
+        """List the blocks that are handed out, in order: address and log2 of the size."""
+        cdef PagesC* p = &self.c
+        cdef uint64_t at = p.base, end = p.base + p.size, i
+        cdef int k
+        cdef list blocks = []
+        while at < end:
+            for k in range(p.n_orders):
+                i = (at - p.origin) >> (SMALLEST_LG2 + k)
+                if (at - p.origin) & low_mask(SMALLEST_LG2 + k):
+                    continue
+                if bit_of(p.orders[k].taken, i):
+                    blocks.append((at, SMALLEST_LG2 + k))
+                    break
+                if bit_of(p.orders[k].free[0], i):
+                    break
+            at += <uint64_t>1 << (SMALLEST_LG2 + k)
+        return blocks
+
+    @classmethod
+    def _restored(cls, memory, base, size, blocks):
+        """Pages of a copied memory with the same blocks handed out, whose contents stay."""
+        cdef Pages self = cls(memory, base, size)
+        for address, lg2 in blocks:
+            if pages_claim(&self.c, address, lg2):
+                raise InvalidArgument("blocks", address, "free blocks of the range")
+        return self
+
+    @property
+    def in_place(self):
+        """Whether descriptors are read and written in place."""
+        return bool(self.c.plain)
+
+    @property
+    def base(self):
+        """First address of the range."""
+        return self.c.base
+
+    @property
+    def size(self):
+        """Bytes of the range."""
+        return self.c.size
+
+    @property
+    def in_use(self):
+        """Bytes that are handed out, as rounded up."""
+        return self.c.in_use
+
+    @property
+    def blocks(self):
+        """How many blocks are handed out."""
+        return self.c.blocks
+
+
+# --- tables and lists of them ---
+
+cdef uint32_t table_new(Tree* t) noexcept nogil:
+    """A table with any contents that nothing leads to: its frame + 1; 0 when none is left."""
+    cdef uint64_t table = 0
+    cdef uint32_t i
+    cdef Frame* frame
+    if pages_alloc(t.pages, t.granule, &table):
+        return 0
+    i = <uint32_t>((table - t.origin) >> FRAME_LG2)
+    frame = &t.frames[i]
+    frame.owner = t.tag + UNLINKED
+    frame.before = 0
+    frame.after = t.tables
+    if t.tables:
+        t.frames[t.tables - 1].before = i + 1
+    t.tables = i + 1
+    frame.next = 0
+    frame.entries = 0
+    frame.level = UNLINKED
+    frame.noted = False
+    t.table_bytes += <uint64_t>1 << t.granule
+    return i + 1
+
+
+cdef void table_give(Tree* t, uint32_t i) noexcept nogil:
+    """Give the table of frame i - 1 back."""
+    cdef Frame* frame = &t.frames[i - 1]
+    if frame.before:
+        t.frames[frame.before - 1].after = frame.after
+    else:
+        t.tables = frame.after
+    if frame.after:
+        t.frames[frame.after - 1].before = frame.before
+    frame.owner = 0
+    pages_free(t.pages, t.origin + (<uint64_t>(i - 1) << FRAME_LG2), t.granule)
+    t.table_bytes -= <uint64_t>1 << t.granule
+
+
+cdef void tables_give(Tree* t, uint32_t list_) noexcept nogil:
+    """Give the tables of a list back."""
+    cdef uint32_t after
+    while list_:
+        after = t.frames[list_ - 1].next
+        table_give(t, list_)
+        list_ = after
+
+
+cdef inline bint refused(const Tree* t) noexcept nogil:
+    """An access to memory failed, and none was made since."""
+    return not t.plain and t.access.status != 0
+
+
+cdef inline bint vacant(const Tree* t, uint64_t table, uint64_t first, uint64_t n) noexcept nogil:
+    """No entry of some is valid; unknown is not so."""
+    cdef uint64_t i, found = 0
+    if likely(t.plain):
+        # what is found is not used, so these need not be single loads
+        return not leaves_union(t.host + table + 8 * first, n) & PTE_S1_VALID
+    for i in range(first, first + n):
+        found |= load_slow(t.access, table + 8 * i)
+    return not (found & PTE_S1_VALID or t.access.status)
+
+
+cdef inline uint64_t fill(const Tree* t, uint64_t entry, uint64_t n, uint64_t d,
+                          uint64_t step) noexcept nogil:
+    """Write descriptors one after the other; how many memory has, which are less if it fails."""
+    cdef uint64_t k
+    if likely(t.plain):
+        leaves_fill(t.host + entry, n, d, step)
+        return n
+    if refused(t):
+        return 0
+    for k in range(n):
+        store_twice(t.access, entry + 8 * k, d)
+        if refused(t):
+            return k + holds(t.access, entry + 8 * k, d)
+        d += step
+    return n
+
+
+cdef inline bint put_refused(const Tree* t, uint64_t entry, uint64_t d) noexcept nogil:
+    """Write a descriptor; true when memory does not have it then."""
+    put(t, entry, d)
+    return unlikely(refused(t)) and not holds(t.access, entry, d)
+
+
+cdef bint journal_room(Journal* journal) noexcept nogil:
+    """There is room for one more; no without host memory."""
+    cdef Taken* grown
+    if journal.count == journal.capacity:
+        journal.capacity = 2 * journal.capacity + 64
+        grown = <Taken*>realloc(journal.taken, journal.capacity * sizeof(Taken))
+        if grown == NULL:
+            journal.capacity = journal.count
+            return False
+        journal.taken = grown
+    return True
+
+
+cdef bint take_away(Tree* t, uint64_t table, int level, uint64_t iova,
+                    uint64_t mapped) noexcept nogil:
+    """Write 0 over the descriptor of an address; no when memory has it still."""
+    cdef uint64_t entry = table + offset_of(t, iova, level), d
+    cdef Taken* taken
+    if t.journal == NULL:
+        return not put_refused(t, entry, 0)
+    d = get(t, entry)
+    if not refused(t) and not journal_room(t.journal):
+        t.access.status = ACCESS_NO_MEMORY
+    if refused(t) or put_refused(t, entry, 0):
+        return False
+    taken = &t.journal.taken[t.journal.count]
+    taken.table, taken.level, taken.entry, taken.d = table, level, entry, d
+    taken.iova, taken.mapped = iova, mapped
+    t.journal.count += 1
+    return True
+
+
+cdef inline uint64_t take_leaves(
+        Tree* t, uint64_t table, int level, uint64_t iova, uint64_t n) noexcept nogil:
+    """Write 0 over the leaves from an address on; how many memory has no longer."""
+    cdef uint64_t k
+    if likely(t.plain):
+        leaves_fill(t.host + table + offset_of(t, iova, level), n, 0, 0)
+        return n
+    for k in range(n):
+        if not take_away(t, table, level, iova + (k << t.shift[level]),
+                         <uint64_t>1 << t.shift[level]):
+            return k
+        if refused(t):
+            return k + 1
+    return n
+
+
+cdef void give_back(Tree* t, Journal* journal, Batch* gone) noexcept nogil:
+    """Put back what an unmap took away.  What is lost in spite of that goes into a batch."""
+    cdef Taken* taken
+    cdef bint leads
+    while journal.count:
+        journal.count -= 1
+        taken = &journal.taken[journal.count]
+        leads = kind_of(t, taken.d, taken.level) == KIND_TABLE
+        if (taken.level != t.start and foreign(t, taken.table, taken.level)
+                or get(t, taken.entry) or refused(t)
+                or not settle(t, taken.entry, taken.d)):
+            # memory refuses, or somebody has used it while the flush of a piece ran
+            access_drop(t.access)
+            batch_cover(t, gone, taken.iova, taken.iova | low_mask(t.shift[taken.level]))
+            if leads:
+                retire(t, address_of(t, taken.d), gone)
+            continue
+        count_in(t, taken.table, taken.level, 1)
+        t.mapped += taken.mapped
+        if leads:
+            frame_of(t, address_of(t, taken.d)).owner = t.tag + <uint32_t>(taken.level + 1)
+
+
+cdef uint32_t tables_join(Tree* t, uint32_t first, uint32_t second) noexcept nogil:
+    """One list of two."""
+    cdef uint32_t each = first
+    if first == 0:
+        return second
+    while t.frames[each - 1].next:
+        each = t.frames[each - 1].next
+    t.frames[each - 1].next = second
+    return first
+
+
+cdef inline uint64_t alike(const Tree* t, uint64_t entry, uint64_t n, uint64_t kind) noexcept nogil:
+    """How many descriptors from one on are of a kind."""
+    cdef uint64_t k = 0
+    if likely(t.plain):
+        return leaves_alike(t.host + entry, n, TABLE, kind)
+    while k < n and load_slow(t.access, entry + 8 * k) & TABLE == kind:
+        k += 1
+    return k
+
+
+cdef inline void count_in(Tree* t, uint64_t table, int level, uint64_t n) noexcept nogil:
+    if level != t.start:
+        frame_of(t, table).entries += <unsigned short>n
+
+
+cdef inline bint count_out(Tree* t, uint64_t table, int level, uint64_t n) noexcept nogil:
+    """Entries are gone; true if, as far as is known, none is left."""
+    cdef Frame* frame
+    if level == t.start:
+        return False
+    frame = frame_of(t, table)
+    # somebody else may have written more entries than are known
+    frame.entries = <unsigned short>(frame.entries - n) if frame.entries > n else 0
+    return frame.entries == 0
+
+
+cdef void note(Tree* t, uint64_t table, uint64_t iova, int level) noexcept nogil:
+    """Remember a table that seems to be empty."""
+    cdef Frame* frame = frame_of(t, table)
+    if not frame.noted and t.n_notes < NOTES:
+        frame.noted = True
+        t.notes[t.n_notes].iova = iova
+        t.notes[t.n_notes].level = level
+        t.n_notes += 1
+
+
+# --- removing ---
+
+cdef inline void batch_cover(Tree* t, Batch* b, uint64_t first, uint64_t last) noexcept nogil:
+    """Let the flush of a batch, if there is to be one, cover a range as well."""
+    if not t.active:
+        return
+    if b.page_lg2 == 0:
+        b.first, b.last, b.page_lg2 = first, last, t.granule
+        return
+    b.first = min(b.first, first)
+    b.last = max(b.last, last)
+
+
+cdef inline bint batch_takes(
+        Batch* b, uint64_t first, uint64_t last, unsigned int lg2) noexcept nogil:
+    """Let it cover pages of one size, if they continue what it covers."""
+    if b.page_lg2 == 0:
+        b.first, b.last, b.page_lg2 = first, last, lg2
+        return True
+    # a range ends at most at 2^52
+    if b.page_lg2 != lg2 or first > b.last + 1 or last + 1 < b.first:
+        return False
+    b.first = min(b.first, first)
+    b.last = max(b.last, last)
+    return True
+
+
+cdef inline void retire(Tree* t, uint64_t table, Batch* b) noexcept nogil:
+    """Nothing leads to a table any more: it is given back after the flush of the batch."""
+    cdef Frame* frame = frame_of(t, table)
+    frame.owner = t.tag + UNLINKED
+    frame.next = b.tables
+    b.tables = <uint32_t>((table - t.origin) >> FRAME_LG2) + 1
+    b.unlinked = True
+
+
+cdef void drop_empty(Tree* t, const Path* p, int level, uint64_t at, uint64_t first, uint64_t last,
+                     Batch* b) noexcept nogil:
+    """Unlink the table of `at` at a level if it is empty and first .. last covers it; then those
+    above it.  An empty one that is not covered is noted."""
+    cdef uint64_t table, span
+    while level > t.start:
+        table = p.table[level]
+        if frame_of(t, table).entries:
+            return
+        span = span_mask(t, level)
+        if at & ~span < first or at | span > last or refused(t):
+            note(t, table, at & ~span, level)
+            return
+        if not vacant(t, table, 0, entries_of(t, level)):
+            return
+        if not take_away(t, p.table[level - 1], level - 1, at & ~span, 0):
+            note(t, table, at & ~span, level)
+            return
+        batch_cover(t, b, at & ~span, at | span)
+        level -= 1
+        retire(t, table, b)
+        count_out(t, p.table[level], level, 1)
+
+
+cdef inline bint cut_at(const Tree* t, uint64_t table, int level, uint64_t i, uint64_t boundary,
+                        uint64_t* first) noexcept nogil:
+    """Entry i belongs to a run that a boundary beside it cuts in two; where the run begins."""
+    cdef uint64_t within = low_mask(t.run_lg2[level])
+    first[0] = i & ~within
+    return boundary & within and get(t, table + 8 * i) & PTE_S1_CONTIGUOUS
+
+
+cdef bint run_break(Tree* t, const Run* run) noexcept nogil:
+    """Take the hint from the leaves of a run that are there: from all of them, or from none."""
+    cdef uint64_t[LONGEST_RUN] kept
+    cdef uint64_t i, k
+    for i in range(run.n):
+        kept[i] = get(t, run.entry + 8 * i)
+    for i in range(run.n):
+        if refused(t):
+            break
+        if kept[i] & PTE_S1_VALID and put_refused(
+                t, run.entry + 8 * i, kept[i] & ~PTE_S1_CONTIGUOUS):
+            for k in range(i):
+                settle(t, run.entry + 8 * k, kept[k])
+            break
+    return not refused(t)
+
+
+cdef int remove(Tree* t, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
+                Run* run) noexcept nogil:
+    """Unmap from `at` on, which is `first` at the first call, up to `end`.
+
+    DONE, STOPPED at a hole; FULL when the batch must be flushed before it goes on, CUT when the
+    run must be broken up.  Any of them may come after pages were removed: `at` tells.
+    """
+    cdef Path p
+    cdef int level, kind
+    cdef unsigned int shift
+    cdef uint64_t i, n, k, entries, table, want, begin, last
+    cdef bint whole, is_near = False
+    while at[0] < end:
+        kind = find_next(t, at[0], 3, is_near, &p)
+        level = p.level
+        shift = t.shift[level]
+        table = p.table[level]
+        if unlikely(kind == KIND_FOREIGN):
+            return STRAY
+        if unlikely(refused(t)):
+            return STOPPED
+        if unlikely(kind == KIND_HOLE):
+            drop_empty(t, &p, level, at[0], first, end - 1, b)
+            return STOPPED
+        if unlikely(at[0] & low_mask(shift)):
+            return STOPPED  # a block that begins below
+        entries = entries_of(t, level)
+        i = (p.entry - table) >> 3
+        n = min(entries - i, ((end - at[0] - 1) >> shift) + 1)
+        want = TABLE if level == 3 else PTE_S1_VALID
+        if n > 1:
+            n = alike(t, p.entry + 8, n - 1, want) + 1
+        # twice at most, for a memory that does not keep what is written
+        if t.run_lg2[level] and (run.at != at[0] or run.cuts < 2):
+            if cut_at(t, table, level, i, i, &k) or cut_at(t, table, level, i + n - 1, i + n, &k):
+                run.table = table
+                run.level = level
+                run.entry = table + 8 * k
+                run.n = min(<uint64_t>1 << t.run_lg2[level], entries - k)  # the root may be shorter
+                run.shift = shift
+                run.iova = at[0] - (i << shift) + (k << shift)
+                run.cuts = run.cuts + 1 if run.at == at[0] else 1
+                run.at = at[0]
+                if t.active:
+                    return CUT
+                if not run_break(t, run):
+                    return STOPPED
+                is_near = False
+                continue  # the other end may cut another one
+        begin = at[0]
+        last = begin + (n << shift) - 1
+        if t.active and not batch_takes(b, begin, last, shift):
+            return FULL
+        whole = n == entries and level > t.start
+        if whole:  # what the table holds does not matter
+            level -= 1
+            if not take_away(t, p.table[level], level, begin, last + 1 - begin):
+                return STOPPED
+        else:
+            n = take_leaves(t, table, level, begin, n)
+            if unlikely(n == 0):
+                return STOPPED
+            last = begin + (n << shift) - 1
+        at[0] = last + 1
+        t.mapped -= min(t.mapped, last + 1 - begin)
+        if whole:
+            retire(t, table, b)
+            n = 1
+            table = p.table[level]
+        is_near = near(t, &p, begin, at[0])
+        if count_out(t, table, level, n):
+            drop_empty(t, &p, level, begin, first, max(end - 1, last), b)
+            is_near = False  # that may have been the table
+        if unlikely(refused(t)):
+            return STOPPED
+    return DONE
+
+
+cdef int all_tables(
+        const Tree* t, uint64_t* at, uint64_t end, bint stop, Path* p) noexcept nogil:
+    """STRAY if a table on the way to `at` .. `end` is none; with `stop`, up to the first hole."""
+    cdef int kind, level
+    cdef unsigned int shift
+    cdef uint64_t before, n
+    cdef bint is_near = False
+    while at[0] < end:
+        before = at[0]
+        kind = find_next(t, before, 3, is_near, p)
+        if kind == KIND_FOREIGN:
+            return STRAY
+        if kind == KIND_HOLE and stop:
+            return DONE
+        level = min(p.level, 2)
+        shift = t.shift[level]
+        at[0] = (before | low_mask(shift)) + 1
+        # the blocks beside it, in the same table
+        n = entries_of(t, level) - 1 - (offset_of(t, before, level) >> 3)
+        if kind == KIND_LEAF and p.level == level and n and at[0] < end:
+            n = min(n, ((end - at[0] - 1) >> shift) + 1)
+            at[0] += alike(t, p.entry + 8, n, PTE_S1_VALID) << shift
+        is_near = near(t, p, before, at[0])
+    return DONE
+
+
+cdef void reclaim(Tree* t, Batch* b) noexcept nogil:
+    """Unlink the noted tables that are empty, and what becomes empty by that."""
+    cdef Path p
+    cdef Note each
+    cdef uint64_t table
+    cdef int level
+    while t.n_notes:
+        t.n_notes -= 1
+        each = t.notes[t.n_notes]
+        level = each.level
+        find(t, each.iova, level, &p)
+        if refused(t):
+            t.n_notes += 1
+            return
+        if p.level != level:
+            continue
+        table = p.table[level]
+        frame_of(t, table).noted = False
+        if frame_of(t, table).entries:
+            continue
+        if (not vacant(t, table, 0, entries_of(t, level))
+                or not take_away(t, p.table[level - 1], level - 1, each.iova, 0)):
+            if refused(t):
+                note(t, table, each.iova, level)
+                return
+            continue
+        batch_cover(t, b, each.iova, each.iova | span_mask(t, level))
+        level -= 1
+        retire(t, table, b)
+        if count_out(t, p.table[level], level, 1):
+            note(t, p.table[level], each.iova & ~span_mask(t, level), level)
+        if refused(t):
+            return
+
+
+# --- mapping ---
+
+cdef inline uint64_t write_leaves(
+        const Tree* t, uint64_t table, int level, uint64_t i, uint64_t n, uint64_t pa,
+        uint64_t d) noexcept nogil:
+    """Write n leaves from entry i on, with the hint where it may be; how many memory has."""
+    cdef uint64_t entry = table + 8 * i, step = <uint64_t>1 << t.shift[level]
+    cdef unsigned int run = t.run_lg2[level]
+    cdef uint64_t head, runs, done
+    d |= address_bits(t, pa) | (TABLE if level == 3 else PTE_S1_VALID)
+    if t.hints and run:
+        head = (0 - i) & low_mask(run)
+        if head <= n and n - head >> run and not (
+                pa + (head << t.shift[level]) & low_mask(run + t.shift[level])):
+            runs = (n - head) >> run << run
+            done = fill(t, entry, head, d, step)
+            if done == head:
+                done += fill(
+                    t, entry + 8 * head, runs, (d + head * step) | PTE_S1_CONTIGUOUS, step)
+            head += runs
+            if done == head:
+                done += fill(t, entry + 8 * head, n - head, d + head * step, step)
+            return done
+    return fill(t, entry, n, d, step)
+
+
+cdef inline bint map_here(Tree* t, uint64_t iova, uint64_t pa, uint64_t size,
+                          uint64_t attributes) noexcept nogil:
+    """Map what one table takes that is there, where nothing is; false: it is not so simple."""
+    cdef Path p
+    cdef int level = leaf_level(t, iova, pa, size)
+    cdef uint64_t n = size >> t.shift[level], i
+    if n << t.shift[level] != size or n > run_length(t, iova, pa, size, level):
+        return False
+    if find(t, iova, level, &p) != KIND_HOLE or p.level != level:
+        return False
+    i = (p.entry - p.table[level]) >> 3
+    if n > 1 and not vacant(t, p.table[level], i, n):
+        return False
+    write_leaves(t, p.table[level], level, i, n, pa, attributes)
+    count_in(t, p.table[level], level, n)
+    t.mapped += size
+    return True
+
+
+cdef int live(const Tree* t, uint64_t table, int level, Path* p) noexcept nogil:
+    """TAKEN if something is mapped in a table or below; STRAY, which p names; DONE."""
+    cdef uint64_t i, d
+    cdef int kind, status
+    for i in range(entries_of(t, level)):
+        d = get(t, table + 8 * i)
+        kind = kind_of(t, d, level)
+        if kind == KIND_LEAF:
+            return TAKEN
+        if kind == KIND_TABLE:
+            status = below(t, d, level, p)
+            if status:
+                return status
+    return DONE
+
+
+cdef int below(const Tree* t, uint64_t d, int level, Path* p) noexcept nogil:
+    """What `live` says of the table that a descriptor of this level names."""
+    if foreign(t, address_of(t, d), level + 1):
+        p.d, p.level = d, level
+        return STRAY
+    return live(t, address_of(t, d), level + 1, p)
+
+
+cdef int plan_entries(const Tree* t, uint64_t at, int level, uint64_t i, uint64_t n,
+                      Plan* plan) noexcept nogil:
+    """Look at entries that are to hold leaves."""
+    cdef uint64_t table = plan.path.table[level], d, k
+    cdef int kind, status
+    cdef Conversion* grown
+    for k in range(n):
+        d = get(t, table + 8 * (i + k))
+        kind = kind_of(t, d, level)
+        if kind == KIND_HOLE:
+            continue
+        plan.where = at + (k << t.shift[level])
+        if kind == KIND_LEAF:
+            return TAKEN
+        status = below(t, d, level, &plan.path)
+        if status:
+            return status
+        if plan.n_conversions == plan.capacity:
+            plan.capacity = 2 * plan.capacity + 8
+            grown = <Conversion*>realloc(plan.conversions, plan.capacity * sizeof(Conversion))
+            if grown == NULL:
+                return NO_HOST_MEMORY
+            plan.conversions = grown
+        grown = &plan.conversions[plan.n_conversions]
+        grown.table, grown.level, grown.entry = table, level, table + 8 * (i + k)
+        grown.d, grown.iova = d, plan.where
+        plan.n_conversions += 1
+    return DONE
+
+
+cdef int plan_segments(const Tree* t, uint64_t at, const Segment* segments, size_t count,
+                       Plan* plan) noexcept nogil:
+    """Find out whether nothing is mapped there, and which tables it takes."""
+    cdef uint64_t pa, rest, i, n
+    cdef size_t k
+    cdef int level, below, kind, status
+    cdef bint is_near = False
+    for k in range(count):
+        pa, rest = segments[k].pa, segments[k].size
+        while rest:
+            level = leaf_level(t, at, pa, rest)
+            n = run_length(t, at, pa, rest, level)
+            kind = find_next(t, at, level, is_near, &plan.path)
+            plan.where = at
+            if kind == KIND_FOREIGN:
+                return STRAY
+            if plan.path.level == level:
+                i = offset_of(t, at, level) >> 3
+                if not vacant(t, plan.path.table[level], i, n):
+                    status = plan_entries(t, at, level, i, n, plan)
+                    if status:
+                        return status
+            elif kind == KIND_LEAF:
+                return TAKEN
+            else:
+                for below in range(plan.path.level + 1, level + 1):
+                    if at >= plan.reached[below]:
+                        plan.n_tables += 1
+                        plan.reached[below] = (at | span_mask(t, below)) + 1
+                if plan.n_tables > t.pages.size >> t.granule:
+                    return NO_PAGES
+            n <<= t.shift[level]
+            is_near = near(t, &plan.path, at, at + n)
+            at += n
+            pa += n
+            rest -= n
+    return DONE
+
+
+cdef int allocate(Tree* t, Plan* plan) noexcept nogil:
+    """Have all tables that a plan takes, before anything is written."""
+    cdef uint64_t _
+    cdef uint32_t i
+    for _ in range(plan.n_tables):
+        i = table_new(t)
+        if i == 0:
+            return NO_PAGES
+        t.frames[i - 1].next = plan.tables
+        plan.tables = i
+    return DONE
+
+
+cdef int write_segments(Tree* t, uint64_t at, const Segment* segments, size_t count,
+                        uint64_t attributes, Plan* plan) noexcept nogil:
+    """Write what was planned.  CHANGED if the tables are not as they were, or cannot be written.
+
+    What is written then lies below plan.where.
+    """
+    cdef uint64_t pa, rest, i, n, table, d, written = 0
+    cdef size_t k
+    cdef int level, below, kind
+    cdef bint is_near = False
+    cdef Frame* frame
+    cdef Path p
+    for k in range(count):
+        pa, rest = segments[k].pa, segments[k].size
+        while rest:
+            level = leaf_level(t, at, pa, rest)
+            n = run_length(t, at, pa, rest, level)
+            i = offset_of(t, at, level) >> 3
+            kind = find_next(t, at, level, is_near, &p)
+            below = p.level
+            plan.where = at
+            if kind == KIND_FOREIGN or below < level and kind != KIND_HOLE:
+                return CHANGED
+            while below < level:
+                if plan.tables == 0:
+                    return CHANGED
+                frame = &t.frames[plan.tables - 1]
+                table = t.origin + (<uint64_t>(plan.tables - 1) << FRAME_LG2)
+                plan.tables = frame.next
+                below += 1
+                # contents before the entry that leads there
+                if below < level or n != entries_of(t, level):
+                    pages_zero(t.pages, t.access, table, <uint64_t>1 << t.granule)
+                if below == level:
+                    written = write_leaves(t, table, level, i, n, pa, attributes)
+                frame.level = <uint8_t>below
+                frame.owner = t.tag + <uint32_t>below
+                d = address_bits(t, table) | TABLE
+                publish(t, p.entry, d)
+                if refused(t) and not holds(t.access, p.entry, d):
+                    plan.where = at + (n << t.shift[level])
+                    frame.owner = t.tag + UNLINKED
+                    frame.next = plan.tables
+                    plan.tables = <uint32_t>((table - t.origin) >> FRAME_LG2) + 1
+                    return CHANGED
+                count_in(t, p.table[below - 1], below - 1, 1)
+                p.table[below] = table
+                p.entry = table + offset_of(t, at, below)
+                p.level = below - 1
+            if p.level == level:
+                written = write_leaves(t, p.table[level], level, i, n, pa, attributes)
+            count_in(t, p.table[level], level, written)
+            t.mapped += written << t.shift[level]
+            n <<= t.shift[level]
+            is_near = near(t, &p, at, at + n)
+            at += n
+            pa += n
+            rest -= n
+            if refused(t):
+                plan.where = at
+                return CHANGED
+    return DONE
+
+
+cdef void undo(Tree* t, uint64_t iova, uint64_t end, Batch* b) noexcept nogil:
+    """Take out what a map that failed wrote from one address to another, where nothing was.
+
+    What the memory does not let be taken out stays, and is counted.
+    """
+    cdef Path p
+    cdef uint64_t at = iova, unread = end
+    cdef int kind, level
+    cdef unsigned int shift
+    while at < end:
+        kind = find(t, at, 3, &p)
+        if refused(t):
+            if unread == at:
+                return
+            unread = at
+            access_drop(t.access)
+            continue
+        level = p.level
+        shift = t.shift[level]
+        if kind == KIND_LEAF and not at & low_mask(shift) and settle(t, p.entry, 0):
+            batch_cover(t, b, at, at | low_mask(shift))
+            t.mapped -= min(t.mapped, <uint64_t>1 << shift)
+            count_out(t, p.table[level], level, 1)
+        if kind != KIND_FOREIGN:
+            drop_empty(t, &p, level, at, 0, t.input_last, b)
+            access_drop(t.access)
+        at = (at | low_mask(shift)) + 1
+
+
+cdef void collect(Tree* t, uint64_t table, int level, Batch* b) noexcept nogil:
+    """Retire a table and those below."""
+    cdef uint64_t i, d
+    for i in range(entries_of(t, level)):
+        d = get(t, table + 8 * i)
+        if kind_of(t, d, level) == KIND_TABLE and not foreign(t, address_of(t, d), level + 1):
+            collect(t, address_of(t, d), level + 1, b)
+    retire(t, table, b)
+
+
+# --- dirty state ---
+
+cdef struct Dirty:
+    uint64_t first         # of what was cleared
+    uint64_t last
+    unsigned int page_lg2  # the smallest page that was; 0: nothing was
+
+
+cdef inline void clean(Tree* t, uint64_t entry, uint64_t d, Dirty* cleared, uint64_t at,
+                       unsigned int shift) noexcept nogil:
+    """Make a leaf clean; hardware may change other bits of it meanwhile."""
+    if t.plain:
+        or64(t.host + entry, le64(PTE_S1_AP2))
+    else:
+        store_slow(t.access, entry, d | PTE_S1_AP2)
+    if cleared.page_lg2 == 0:
+        cleared.first, cleared.page_lg2 = at, shift
+    cleared.page_lg2 = min(cleared.page_lg2, shift)
+    cleared.last = at | low_mask(shift)
+
+
+cdef void read_dirty_pages(Tree* t, uint64_t entry, uint64_t n, uint64_t at, bint clear,
+                           uint8_t* out, Dirty* cleared) noexcept nogil:
+    """Tell of entries of one table of level 3, in plain memory; make the dirty ones clean.
+
+    What is not found dirty is not touched, and stays so if hardware makes it dirty meanwhile.
+    """
+    cdef const uint8_t* found = out
+    leaves_each(t.host + entry, n, TABLE | PTE_S1_DBM | PTE_S1_AP2, TABLE | PTE_S1_DBM, out)
+    if not clear:
+        return
+    while found < out + n:
+        if not found[0]:
+            found = <const uint8_t*>memchr(found, 1, out + n - found)
+            if found == NULL:
+                return
+        clean(t, entry + 8 * (found - out), 0, cleared,
+              at + (<uint64_t>(found - out) << t.granule), t.granule)
+        found += 1
+
+
+cdef void read_dirty_bits(Tree* t, uint64_t iova, uint64_t end, bint clear, uint8_t* out,
+                          Dirty* cleared) noexcept nogil:
+    """Fill `out` with a byte for each granule; make clean the dirty leaves within the range."""
+    cdef Path p
+    cdef uint64_t at = iova, beyond, k, n
+    cdef int kind
+    cdef unsigned int shift
+    cdef bint is_near = False
+    memset(out, 0, (end - iova) >> t.granule)
+    while at < end:
+        kind = find_next(t, at, 3, is_near, &p)
+        shift = t.shift[p.level]
+        if t.plain and p.level == 3:
+            n = entries_of(t, 3) - (offset_of(t, at, 3) >> 3)
+            n = min(n, (end - at) >> t.granule)
+            read_dirty_pages(t, p.entry, n, at, clear, out + ((at - iova) >> t.granule), cleared)
+            is_near = near(t, &p, at, at + (n << t.granule))
+            at += n << t.granule
+            continue
+        is_near = False
+        if kind != KIND_LEAF:
+            at = (at | low_mask(shift)) + 1
+            continue
+        # the leaves of a table, one after the other
+        while True:
+            beyond = (at | low_mask(shift)) + 1
+            if p.d & (PTE_S1_DBM | PTE_S1_AP2) == PTE_S1_DBM:
+                k = (at - iova) >> t.granule
+                memset(out + k, 1, ((min(beyond, end) - 1 - iova) >> t.granule) + 1 - k)
+                if clear and not at & low_mask(shift) and beyond <= end:
+                    clean(t, p.entry, p.d, cleared, at, shift)
+            at = beyond
+            if at >= end or offset_of(t, at, p.level) == 0:
+                break
+            p.entry += 8
+            p.d = get(t, p.entry)
+            if kind_of(t, p.d, p.level) != KIND_LEAF:
+                break
+
+
+cdef void dirty_again(Tree* t, uint64_t iova, uint64_t end, const uint8_t* told) noexcept nogil:
+    """Let what was told to be dirty be so again, in memory that is not plain."""
+    cdef Path p
+    cdef uint64_t at = iova
+    while at < end:
+        p.level = 3
+        if (told[(at - iova) >> t.granule] and find(t, at, 3, &p) == KIND_LEAF
+                and p.d & (PTE_S1_DBM | PTE_S1_AP2) == PTE_S1_DBM | PTE_S1_AP2):
+            settle(t, p.entry, p.d & ~PTE_S1_AP2)
+        access_drop(t.access)
+        at = (at | low_mask(t.shift[p.level])) + 1
+
+
+# --- the owner ---
+
+cdef tuple SIZES = (32, 36, 40, 42, 44, 48, 52)
+cdef dict GRANULES = {4096: 12, 16384: 14, 65536: 16}
+cdef dict TG = {12: 0b00, 14: 0b10, 16: 0b01}
+cdef dict LEAVES = {12: 0b1110, 14: 0b1100, 16: 0b1100}
+# lg2 of the entries that a contiguous hint joins, by level
+cdef dict RUNS = {12: (0, 4, 4, 4), 14: (0, 0, 5, 7), 16: (0, 0, 5, 5)}
+
+
+cdef uint64_t stage1_attributes(unsigned int prot, bint dirty) noexcept:
+    cdef uint64_t d = pte_s1_set_ng(pte_s1_set_af(0, 1), 1)
+    if not prot & P_WRITE:
+        d = pte_s1_set_ap2(d, 1)
+    elif dirty:
+        d = pte_s1_set_dbm(d, 1)
+    if not prot & P_PRIV:
+        d = pte_s1_set_ap1(d, 1)
+    if prot & P_MMIO:
+        d = pte_s1_set_attrindx(d, 2)
+    elif prot & P_CACHE:
+        d = pte_s1_set_attrindx(d, 1)
+    if prot & P_NOEXEC:
+        d = pte_s1_set_uxn(pte_s1_set_pxn(d, 1), 1)
+    return pte_s1_set_sh(d, 3 if prot & P_CACHE else 2)
+
+
+cdef uint64_t stage2_attributes(unsigned int prot, bint fwb) noexcept:
+    cdef uint64_t d = pte_s2_set_s2ap(pte_s2_set_af(0, 1), prot & (P_READ | P_WRITE))
+    if prot & P_MMIO:
+        d = pte_s2_set_memattr(d, 1)
+    elif prot & P_CACHE:
+        d = pte_s2_set_memattr(d, 6 if fwb else 15)
+    else:
+        d = pte_s2_set_memattr(d, 5)
+    if prot & P_NOEXEC:
+        d = pte_s2_set_xn(d, 2)  # whoever executes; 3 lets privileged accesses, with XNX
+    return pte_s2_set_sh(d, 3 if prot & P_CACHE else 2)
+
+
+cdef bint stage2_starts(int level, int granule, int oas) noexcept:
+    """Stage 2 may start at this level: a larger table there would cover more than there is."""
+    if granule == 12:
+        return level > 0 or oas >= 44
+    if granule == 14:
+        return level > 1 or level == 1 and oas >= 42
+    return level > 1 or oas >= 44
+
+
+@cython.auto_pickle(False)
+@cython.no_gc_clear  # the tables are given back to the pages last
+cdef class PageTable:
+    """PageTable(pages, *, stage=1, granule=4096, ias=48, oas=48, contiguous=False, dirty=False, \
+coherent=True, fwb=False, page_sizes=None, ready=True)\n--\n
+    Translation tables of one address space, in VMSAv8-64 format, stage 1 or stage 2.
+
+    What it maps is in memory and nowhere else; whoever writes there changes it.  Tables are
+    made as needed and given back when an unmap covers their whole span.  Those that become empty
+    in pieces stay for the next map; once there are 64, they are given back by the unmap that
+    empties the last one.
+
+    Parameters
+    ----------
+    pages : Pages
+        Where the tables lie.
+    stage : {1, 2}
+    granule : {4096, 16384, 65536}
+        The smallest page.
+    ias : int
+        Bits of an input address: 25 to 48, or to 52 with 64 KiB.
+    oas : int
+        Bits of an output address: 32, 36, 40, 42, 44, 48, or 52 with 64 KiB.
+    contiguous : bool
+        Set the contiguous hint on each aligned run of 16 leaves (16 KiB: 128 pages or 32 blocks;
+        64 KiB: 32) that one map fills with one piece of memory.
+    dirty : bool
+        Stage 1: writable leaves are such that hardware can track whether they were written.
+    coherent : bool
+        Walks are cacheable and inner shareable; otherwise they are not cacheable.
+    fwb : bool
+        Stage 2: memory types in the coding of STE.S2FWB.
+    page_sizes : int, optional
+        Page sizes that map() may use, as the bitmap of what an SMMU supports; by default all of
+        the granule.
+    ready : bool
+        As the attribute.
+
+    Attributes
+    ----------
+    active : bool
+        Hardware may have cached what the tables hold.  What is removed is then told to `flush`
+        before tables are given back.  False at first.
+    stage, ias, oas, contiguous, dirty, coherent, fwb
+        As given.
+
+    Raises
+    ------
+    InvalidArgument
+        A value is not allowed, or does not go with the others.
+    NotSupported
+        dirty with stage 2.
+    OutOfMemory
+        No memory is left for the first table.
+
+    Notes
+    -----
+    Sections: DDI 0487 D8.2, D8.3; IHI 0070 5.2, 5.4.  The contents are those that Linux writes:
+    stage 1 leaves have nG and AF, and no unprivileged access only with PRIV.  Stage 2 starts one
+    level lower, with up to 16 tables side by side, where the output size admits no other start.
+
+    A call that raises has changed nothing, but for unmap and read_dirty when `flush` raises.  Where
+    the memory refuses that something be undone as well, what it holds stays, and counts as mapped.
+
+    Several threads may share it.  A call for 16384 granules or more releases the GIL, and calls of
+    other threads for the same table wait for it, as they do while `flush` runs in the middle of a
+    call.  A table is complete before an entry leads to it, and each descriptor is written as a
+    whole, so that walks of other threads may go on meanwhile.  A call that comes back to a table
+    from its own `flush`, or from a callback of its memory, may meet it at work: Busy.
+
+    Examples
+    --------
+    >>> from smmufast import Memory
+    >>> from smmufast._driver.tables import Pages, PageTable
+    >>> memory = Memory()
+    >>> memory.add_private(0x8000_0000, 1 << 20)
+    >>> table = PageTable(Pages(memory, 0x8000_0000, 1 << 20))
+    >>> table.map(0x20_0000, 0x4000_0000, 0x20_1000)
+    >>> hex(table.iova_to_phys(0x40_0123))
+    '0x40200123'
+    >>> hex(table.unmap(0x20_0000, 0x20_1000))
+    '0x201000'
+    >>> table.close()
+    """
+
+    def __cinit__(self):
+        self.state = CLOSED
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError("no lock is left for a page table")
+
+    def __init__(self, Pages pages not None, *, stage=1, granule=4096, ias=48, oas=48,
+                 contiguous=False, dirty=False, coherent=True, fwb=False, page_sizes=None,
+                 ready=True):
+        cdef Tree* t = &self.tree
+        cdef int level, bits, most
+        cdef uint64_t sizes = 0
+        cdef bint tracked = flag("dirty", dirty), forced = flag("fwb", fwb)
+        cdef bint hints = flag("contiguous", contiguous), shared = flag("coherent", coherent)
+        cdef bint begins = flag("ready", ready)
+        if self.pages is not None:
+            raise InvalidArgument("pages", text="the page table has its pages already")
+        if stage not in (1, 2):
+            raise InvalidArgument("stage", stage, "1 or 2")
+        if granule not in GRANULES:
+            raise InvalidArgument("granule", granule, "4096, 16384 or 65536")
+        t.granule = GRANULES[granule]
+        most = 52 if t.granule == 16 else 48
+        bits = <int>min(number("ias", ias), <uint64_t>99)
+        if not 25 <= bits <= most:
+            raise InvalidArgument("ias", ias, f"25 to {most} with this granule")
+        if number("oas", oas) not in SIZES or oas > most:
+            raise InvalidArgument(
+                "oas", oas, f"{'32, 36, 40, 42, 44, 48' + ', 52' * (most == 52)} with this granule")
+        if tracked and stage == 2:
+            raise NotSupported("dirty", dirty, text="dirty is tracked by stage 1 only")
+        t.stride = t.granule - 3
+        for level in range(4):
+            t.shift[level] = t.granule + (3 - level) * t.stride
+            t.run_lg2[level] = RUNS[t.granule][level]
+        t.leaves = LEAVES[t.granule]
+        if t.granule == 16 and oas > 48:
+            t.leaves |= 1 << 1
+        t.start = 3 - (bits - t.granule - 1) // t.stride
+        while stage == 2 and not stage2_starts(t.start, t.granule, oas):
+            t.start += 1
+        if bits - t.shift[t.start] > t.stride + 4:
+            raise InvalidArgument("ias", ias, text=(
+                f"ias is {ias}: with oas {oas}, stage 2 needs more than 16 tables side by side"))
+        t.root_offsets = 8 * low_mask(bits - t.shift[t.start])
+        t.root_bytes = max(t.root_offsets + 8, <uint64_t>1 << SMALLEST_LG2)
+        t.offsets = 8 * low_mask(t.stride)
+        for level in range(t.start, 4):
+            if t.leaves >> level & 1 and t.shift[level] <= bits:
+                sizes |= <uint64_t>1 << t.shift[level]
+        if page_sizes is not None:
+            sizes &= number("page_sizes", page_sizes)
+        if sizes == 0:
+            raise InvalidArgument("page_sizes", page_sizes, text=(
+                f"page_sizes is {page_sizes:#x}: no page size of granule {granule} is among them"))
+        for level in range(t.start, 4):
+            if sizes >> t.shift[level] & 1:
+                t.used |= 1 << level
+        t.unaligned = low_mask(<unsigned int>ctz(sizes))
+        t.input_last = low_mask(bits)
+        t.output_last = low_mask(oas)
+        t.low_address = low_mask(48) & ~low_mask(t.granule)
+        t.high_address = 0xF000 if t.granule == 16 else 0
+        t.hints = hints
+        for level in range(64):
+            t.attributes[level] = (
+                stage1_attributes(level, tracked) if stage == 1
+                else stage2_attributes(level, forced))
+        self.stage, self.ias, self.oas = stage, bits, oas
+        self.contiguous, self.dirty = hints, tracked
+        self.coherent, self.fwb = shared, forced
+        t.pages = &pages.c
+        t.access = &self.access
+        access_open(t.access, &pages.c.access)
+        t.plain, t.host = pages.c.plain, pages.c.host
+        t.frames, t.origin, t.n_frames = pages.c.frames, pages.c.origin, pages.c.n_frames
+        pages.c.tags += 1
+        t.tag = pages.c.tags << 3
+        self.pages = pages
+        self.state = NOT_READY | (0 if t.plain else SLOW)
+        if begins:
+            try:
+                self._make_root()
+            except BaseException:
+                self.state = CLOSED
+                raise
+
+    def __dealloc__(self):
+        if self.pages is not None:
+            self._give_all()
+        if self.lock != NULL:
+            PyThread_free_lock(self.lock)
+
+    # --- what is locked, and what is missing ---
+
+    cdef int _acquire(self) except -1:
+        """Take the lock; without the GIL while somebody else has it."""
+        cdef int got
+        if PyThread_acquire_lock(self.lock, NOWAIT_LOCK):
+            return 0
+        while True:
+            with nogil:
+                got = acquire_interruptibly(self.lock, -1, True)
+            if got != PY_LOCK_INTR:
+                return 0
+            PyErr_CheckSignals()
+
+    cdef int _wait(self) except -1:
+        """Wait until no call has the table for itself."""
+        while self.state & BUSY:
+            if self.holder == <unsigned long>PyThread_get_thread_ident():
+                raise Busy("table", text="the page table is at work on a call of this thread")
+            if self.forks != forks:
+                raise Busy("table", text=(
+                    "the page table was at work in another thread when this process was forked"))
+            self._acquire()
+            PyThread_release_lock(self.lock)
+        return 0
+
+    cdef int _open(self) except -1:
+        """As _wait; raise when it is closed."""
+        self._wait()
+        if self.state & CLOSED:
+            raise InvalidArgument("table", text="the page table is closed")
+        return 0
+
+    cdef int _take(self) except -1:
+        """Have the table for this call, whoever has the GIL meanwhile."""
+        self._wait()
+        self._acquire()
+        if self.state & (CLOSED | NOT_READY):
+            PyThread_release_lock(self.lock)
+            raise NoDevice("table", text="the page table was closed meanwhile")
+        self.state |= BUSY
+        self.holder = <unsigned long>PyThread_get_thread_ident()
+        self.forks = forks
+        self.pages.memory.ram.users += not self.tree.plain
+        return 0
+
+    cdef int _give(self) except -1:
+        self.pages.memory.ram.users -= not self.tree.plain
+        self.state &= ~BUSY
+        PyThread_release_lock(self.lock)
+        return 0
+
+    cdef object _failure(self):
+        """How an access of this call failed, as an exception, and no longer; or None."""
+        return failure_of(&self.access)
+
+    cdef int _check(self) except -1:
+        """Raise how an access of this call failed."""
+        error = self._failure()
+        if error is not None:
+            raise error
+        return 0
+
+    # --- tables as a whole ---
+
+    cdef int _make_root(self) except -1:
+        cdef uint64_t root = self.pages.alloc(self.tree.root_bytes)
+        if self.state & NOT_READY:  # a callback of the memory may have been as quick
+            self.tree.root = root
+            self.tree.table_bytes += self.tree.root_bytes
+            self.state &= ~NOT_READY
+        else:
+            self.pages.free(root, self.tree.root_bytes)
+        return 0
+
+    cdef void _give_all(self) noexcept:
+        """Give every table back, linked or not, whatever memory holds."""
+        cdef Tree* t = &self.tree
+        while t.tables:
+            table_give(t, t.tables)
+        if t.root:
+            pages_free(t.pages, t.root, 64 - <unsigned int>clz(t.root_bytes - 1))
+        t.root = t.table_bytes = t.mapped = 0
+        t.n_notes = 0
+        memset(&self.own, 0, sizeof(Batch))
+        self._owe()
+        self.epoch += 1
+
+    cdef int _end(self, unsigned int state) except -1:
+        """Flush everything and give it back."""
+        cdef uint64_t epoch = self.epoch
+        if self.tree.active and self.tree.root:
+            self.flush(0, self.tree.input_last, self.tree.granule, True)
+            self._wait()
+            if self.epoch != epoch:
+                return 0
+        self.state |= state
+        self._give_all()
+        return 0
+
+    def close(self):
+        """Give every table back; further calls raise InvalidArgument, but for this one.
+
+        While `active`, the whole address space is flushed first.  An exception of `flush` leaves
+        everything as it was.
+        """
+        self._wait()
+        if not self.state & CLOSED:
+            self._end(CLOSED)
+
+    @property
+    def ready(self):
+        """Whether there are tables.
+
+        While there are none, map raises NoDevice, unmap returns 0 and iova_to_phys 0.  Set True
+        it makes the first table (OutOfMemory); set False it gives all back, when nothing is
+        mapped (Busy).
+        """
+        return not self.state & (NOT_READY | CLOSED)
+
+    @ready.setter
+    def ready(self, value):
+        cdef bint ready = flag("ready", value)
+        self._open()
+        if ready == (not self.state & NOT_READY):
+            return
+        if ready:
+            self._make_root()
+            return
+        if self.tree.mapped:
+            raise Busy("ready", value, text=(
+                f"ready cannot be False while {self.tree.mapped:#x} bytes are mapped"))
+        self._end(NOT_READY)
+
+    def flush(self, first, last, page_lg2, tables):
+        """Invalidate what hardware may have cached; domains override this, here it does nothing.
+
+        Called while `active`, after entries were removed and before tables are given back.
+
+        Parameters
+        ----------
+        first, last : int
+            Input addresses, the last one included.
+        page_lg2 : int
+            log2 of the size of the pages that were there, the smallest if there were several.
+        tables : bool
+            Table entries were removed too: what is cached of the tables goes as well.
+        """
+
+    cdef void _owe(self) noexcept:
+        """Remember whether a flush is owed before anything is mapped."""
+        if self.own.page_lg2 or self.own.tables:
+            self.state |= OWES
+        else:
+            self.state &= ~OWES
+
+    cdef int _sync(self, Batch* b) except -1:
+        """Flush a batch and give its tables back; if that raises, the batch stays as it is."""
+        cdef Batch mine = b[0]
+        cdef uint64_t epoch = self.epoch
+        if mine.page_lg2 == 0 and mine.tables == 0:
+            return 0
+        memset(b, 0, sizeof(Batch))
+        self._owe()
+        if mine.page_lg2 and self.tree.active:
+            try:
+                self.flush(mine.first, mine.last, mine.page_lg2, bool(mine.unlinked))
+            except BaseException:
+                if self.epoch == epoch:
+                    self._merge(b, &mine)
+                    self._owe()
+                raise
+        if self.epoch == epoch:
+            tables_give(&self.tree, mine.tables)
+        return 0
+
+    cdef int _sync_surely(self, Batch* b) except -1:
+        """The same, at the second try if need be: what was unmapped is not to stay reachable."""
+        try:
+            self._sync(b)
+        except BaseException:
+            self._sync(b)
+            raise
+        return 0
+
+    cdef void _merge(self, Batch* b, const Batch* other) noexcept:
+        """Let one batch do the work of another as well."""
+        cdef uint32_t each = other.tables
+        if other.page_lg2:
+            if b.page_lg2:
+                b.first, b.last = min(b.first, other.first), max(b.last, other.last)
+                b.page_lg2 = min(b.page_lg2, other.page_lg2)
+            else:
+                b.first, b.last, b.page_lg2 = other.first, other.last, other.page_lg2
+        b.unlinked |= other.unlinked
+        if each:
+            while self.tree.frames[each - 1].next:
+                each = self.tree.frames[each - 1].next
+            self.tree.frames[each - 1].next = b.tables
+            b.tables = other.tables
+
+    cdef object _stray(self, uint64_t iova, const Path* p):
+        """The error of a descriptor that leads nowhere."""
+        return InputOutput("iova", iova, text=(
+            f"iova {iova:#x}: the level {p.level} descriptor {p.d:#x} names "
+            f"{address_of(&self.tree, p.d):#x}, which is no table of this page table"))
+
+    # --- map ---
+
+    cdef object _refused(self, uint64_t iova, uint64_t pa, uint64_t size, uint64_t prot):
+        """The error of arguments of map, or None."""
+        cdef Tree* t = &self.tree
+        cdef uint64_t page = t.unaligned + 1
+        for name, value in (("iova", iova), ("pa", pa), ("size", size)):
+            if value & t.unaligned:
+                return InvalidArgument(name, value, text=(
+                    f"{name} must be a multiple of {page:#x}, not {value:#x}"))
+        if iova > t.input_last or size and size - 1 > t.input_last - iova:
+            return OutOfRange("iova", iova, text=(
+                f"iova {iova:#x}, size {size:#x}: beyond {t.input_last:#x}, the last of "
+                f"{self.ias} bits"))
+        if pa > t.output_last or size and size - 1 > t.output_last - pa:
+            return OutOfRange("pa", pa, text=(
+                f"pa {pa:#x}, size {size:#x}: beyond {t.output_last:#x}, the last of "
+                f"{self.oas} bits"))
+        if prot > 63 or not prot & (P_READ | P_WRITE):
+            return InvalidArgument("prot", prot, text=(
+                f"prot must be 0 to 63 with READ or WRITE among them, not {prot:#x}"))
+        return None
+
+    cdef int _open_to_map(self) except -1:
+        self._open()
+        if self.state & NOT_READY:
+            raise NoDevice("table", text="the page table is not ready: it has no tables yet")
+        if self.state & OWES:
+            self._sync(&self.own)  # or hardware would go on to what was mapped there before
+            self._wait()
+        return 0
+
+    def map(self, iova, pa, size, prot=3):
+        """Map a range, by the largest pages that fit; all of it or nothing.
+
+        Parameters
+        ----------
+        iova, pa, size : int
+            Multiples of the smallest page size; 0 bytes map nothing.
+        prot : int
+            READ, WRITE, CACHE, NOEXEC, MMIO, PRIV; READ or WRITE at least.  At stage 1 WRITE alone
+            permits reading, too.
+
+        Raises
+        ------
+        InvalidArgument
+            Not aligned, or neither READ nor WRITE.
+        OutOfRange
+            Beyond `ias` or `oas`.
+        Exists
+            Something is mapped within the range.
+        OutOfMemory
+            No memory is left for a table.
+        NoDevice
+            Not `ready`.
+        InputOutput
+            A descriptor on the way names what is no table of this object, or the memory refused.
+
+        Notes
+        -----
+        An empty table where a block is to be gives way to it, after a flush.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t at = number("iova", iova), to = number("pa", pa), n = number("size", size)
+        cdef uint64_t bits = number("prot", prot)
+        cdef Segment segment
+        if unlikely(self.state):
+            self._open_to_map()
+        if unlikely((at | to | n) & t.unaligned or at > t.input_last or to > t.output_last
+                    or n - 1 > t.input_last - at or n - 1 > t.output_last - to
+                    or bits > 63 or not bits & (P_READ | P_WRITE)):
+            error = self._refused(at, to, n, bits)
+            if error is not None:
+                raise error
+            return  # 0 bytes
+        if likely(t.plain) and map_here(t, at, to, n, t.attributes[bits]):
+            return
+        segment.pa, segment.size = to, n
+        self._map(&segment, 1, at, n, t.attributes[bits])
+
+    def map_sg(self, iova, segments, prot=3):
+        """Map pieces of memory one after the other; all of them or none.
+
+        Parameters
+        ----------
+        iova : int
+        segments : iterable of (pa, size)
+            Empty pieces are passed over; pieces that continue each other are one.
+        prot : int
+
+        Returns
+        -------
+        int
+            Bytes mapped.
+
+        Raises
+        ------
+        IommuError
+            As `map`.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t at = number("iova", iova), bits = number("prot", prot)
+        cdef uint64_t to, n, total = 0
+        cdef Segment* list_ = NULL
+        cdef Segment* grown
+        cdef size_t count = 0, capacity = 0
+        self._open_to_map()
+        try:
+            instance("segments", segments, Iterable)
+            for piece in segments:
+                try:
+                    pa, size = piece
+                except (TypeError, ValueError):
+                    raise InvalidArgument("segments", piece, text=(
+                        f"segments has {piece!r}, not a pair of address and size")) from None
+                to, n = number("pa", pa), number("size", size)
+                error = self._refused(at, to, n, bits)
+                if error is not None:
+                    raise error
+                if n == 0:
+                    continue
+                if total + n < total or total + n - 1 > t.input_last - at:
+                    raise OutOfRange("segments", text=(
+                        f"iova {at:#x}: the segments reach beyond {t.input_last:#x}, the last of "
+                        f"{self.ias} bits"))
+                total += n
+                if count and list_[count - 1].pa + list_[count - 1].size == to:
+                    list_[count - 1].size += n
+                    continue
+                if count == capacity:
+                    capacity = 2 * capacity + 16
+                    grown = <Segment*>realloc(list_, capacity * sizeof(Segment))
+                    if grown == NULL:
+                        raise MemoryError()
+                    list_ = grown
+                list_[count].pa, list_[count].size = to, n
+                count += 1
+            error = self._refused(at, 0, 0, bits)
+            if error is not None:
+                raise error
+            if count:
+                self._open_to_map()  # the iterable may have done anything
+                self._map(list_, count, at, total, t.attributes[bits])
+        finally:
+            free(list_)
+        return total
+
+    cdef int _map(self, const Segment* segments, size_t count, uint64_t iova, uint64_t size,
+                  uint64_t attributes) except -1:
+        """Look first, then have the tables, then write."""
+        cdef Tree* t = &self.tree
+        cdef Plan plan
+        cdef int status
+        cdef bint held = False
+        cdef bint large = t.plain and size >> t.granule >= LARGE
+        memset(&plan, 0, sizeof(plan))
+        if large or not t.plain:
+            self._take()
+            held = True
+        try:
+            while True:
+                if large:
+                    with nogil:
+                        status = plan_segments(t, iova, segments, count, &plan)
+                else:
+                    status = plan_segments(t, iova, segments, count, &plan)
+                if not held and status == DONE and plan.n_conversions:
+                    # to be had before the flush; until then it may have changed
+                    self._take()
+                    held = True
+                    free(plan.conversions)
+                    memset(&plan, 0, sizeof(plan))
+                    continue
+                break
+            self._check()
+            if status == DONE:
+                status = allocate(t, &plan)
+            self._judge(status, &plan)
+            if plan.n_conversions:
+                self._convert(&plan)
+            if large:
+                with nogil:
+                    status = write_segments(t, iova, segments, count, attributes, &plan)
+            else:
+                status = write_segments(t, iova, segments, count, attributes, &plan)
+            if status:
+                error = self._failure()
+                try:
+                    self._undo(iova, plan.where)
+                finally:
+                    if error is not None:
+                        raise error
+                self._judge(status, &plan)
+        finally:
+            tables_give(t, plan.tables)
+            free(plan.conversions)
+            if held:
+                self._give()
+        return 0
+
+    cdef int _judge(self, int status, const Plan* plan) except -1:
+        """Raise what stands in the way of a plan."""
+        cdef uint64_t where = plan.where
+        if status == TAKEN:
+            raise Exists("iova", where, text=f"iova {where:#x} is mapped already")
+        if status == STRAY:
+            raise self._stray(where, &plan.path)
+        if status == NO_PAGES:
+            raise OutOfMemory("table", text=(
+                f"no memory is left for a table: {plan.n_tables} are needed, "
+                f"{self.pages.c.in_use:#x} of {self.pages.c.size:#x} bytes are in use"))
+        if status == NO_HOST_MEMORY:
+            raise MemoryError()
+        if status == CHANGED:
+            raise InputOutput("iova", where, text=(
+                f"iova {where:#x}: the tables changed while it was being mapped"))
+        return 0
+
+    cdef int _convert(self, Plan* plan) except -1:
+        """Take empty tables out of the way of blocks; the table is held."""
+        cdef Tree* t = &self.tree
+        cdef Batch b
+        cdef size_t k, done = 0
+        cdef Conversion* c
+        memset(&b, 0, sizeof(b))
+        for k in range(plan.n_conversions):
+            c = &plan.conversions[k]
+            if refused(t) or put_refused(t, c.entry, 0):
+                break
+            count_out(t, c.table, c.level, 1)
+            batch_cover(t, &b, c.iova, c.iova | low_mask(t.shift[c.level]))
+            if not foreign(t, address_of(t, c.d), c.level + 1):
+                collect(t, address_of(t, c.d), c.level + 1, &b)
+            c.tables = b.tables
+            done = k + 1
+        try:
+            self._check()
+            if t.active:
+                self.flush(b.first, b.last, b.page_lg2, True)
+        except BaseException:
+            self._convert_back(plan, done, &b)
+            raise
+        tables_give(t, b.tables)
+        return 0
+
+    cdef void _convert_back(self, Plan* plan, size_t done, Batch* b) noexcept:
+        """Put tables back that were taken out; what memory does not take back goes for good."""
+        cdef Tree* t = &self.tree
+        cdef Batch gone
+        cdef Conversion* c
+        cdef uint32_t each, end
+        cdef bint back
+        memset(&gone, 0, sizeof(gone))
+        while done:
+            done -= 1
+            c = &plan.conversions[done]
+            back = settle(t, c.entry, c.d)
+            if back:
+                count_in(t, c.table, c.level, 1)
+            else:
+                batch_cover(t, &gone, c.iova, c.iova | low_mask(t.shift[c.level]))
+                gone.unlinked = True
+            end = plan.conversions[done - 1].tables if done else 0
+            while b.tables != end:
+                each = b.tables
+                b.tables = t.frames[each - 1].next
+                if back:
+                    t.frames[each - 1].owner = t.tag + t.frames[each - 1].level
+                else:
+                    t.frames[each - 1].next = gone.tables
+                    gone.tables = each
+        self._merge(&self.own, &gone)
+        self._owe()
+
+    cdef int _undo(self, uint64_t iova, uint64_t end) except -1:
+        """Take out again what a map wrote below `end`, and flush it: a walk may have met it."""
+        cdef Batch b
+        memset(&b, 0, sizeof(b))
+        undo(&self.tree, iova, end, &b)
+        self._merge(&self.own, &b)
+        self._owe()
+        return self._sync_surely(&self.own)
+
+    # --- unmap ---
+
+    def unmap(self, iova, size, Gather gather=None):
+        """Unmap from an address on, up to the first hole.
+
+        A block that is asked for in part goes as a whole if it begins within the range, and stays
+        otherwise.  Part of a contiguous run takes the hint from all of its leaves, which are
+        absent while the run is flushed.  Tables that the range covers and that hold nothing any
+        more go too.
+
+        Parameters
+        ----------
+        iova, size : int
+            Not aligned to the smallest page, or beyond `ias`: nothing is unmapped.
+        gather : Gather, optional
+            Takes note of what is to be flushed, so that several calls may share a flush.
+
+        Returns
+        -------
+        int
+            Bytes unmapped: less than asked for where there is a hole, more where a block ends
+            beyond the range.
+
+        Raises
+        ------
+        InputOutput
+            A descriptor within the range, before the first hole, names what is no table of this
+            object; nothing is unmapped.
+        InputOutput, Exception
+            The memory refused, or what its callback raised: what was unmapped is mapped again.
+        Exception
+            What `flush` raised, which is called once more then.  What was unmapped stays so.  If
+            the second call raises, too, map() flushes first, and tables that were removed are
+            given back after a flush that succeeds.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t first = number("iova", iova), n = number("size", size)
+        cdef uint64_t at = first, end
+        cdef Batch* b = &self.own
+        cdef Run run
+        cdef Path p
+        cdef int status
+        cdef bint large
+        if unlikely(gather is not None):
+            if gather.table is not self:
+                raise InvalidArgument("gather", text="the gather is of another page table")
+            gather._renew()
+            if t.active:
+                b = &gather.batch
+        if unlikely(self.state):
+            self._open()
+            if self.state & NOT_READY:
+                return 0
+        if unlikely((first | n) & t.unaligned or first > t.input_last or n == 0):
+            return 0
+        end = first + min(n, t.input_last - first + 1)
+        large = n >> t.granule >= LARGE
+        run.cuts = 0
+        run.at = 0
+        if (first ^ (end - 1)) >> t.shift[2]:
+            self._check_tables(first, end, True)
+        if unlikely(not t.plain):
+            self._unmap_slow(first, end, &at, b)
+        while likely(t.plain):
+            if large:
+                status = self._remove(first, end, &at, b, &run, NULL)
+            else:
+                status = remove(t, first, end, &at, b, &run)
+            if likely(status <= STOPPED):
+                break
+            if status == FULL:
+                self._sync_surely(b)
+            elif status == CUT:
+                try:
+                    self._break(&run)
+                except BaseException:
+                    self._sync_surely(&self.own)
+                    raise
+            elif at == first:
+                find(t, at, 3, &p)
+                raise self._stray(at, &p)
+            else:
+                break
+            # others may have used it meanwhile
+            self._wait()
+            if self.state & (NOT_READY | CLOSED):
+                return at - first
+        if gather is None or not t.active:
+            if self.own.page_lg2 or self.own.tables:
+                self._sync_surely(&self.own)
+        if unlikely(t.n_notes >= KEPT):
+            self._wait()
+            self._reclaim()
+        return at - first
+
+    cdef int _unmap_slow(self, uint64_t first, uint64_t end, uint64_t* at, Batch* b) except -1:
+        """The loop of unmap in memory that is not plain: all of it, or nothing.
+
+        Tables are kept until the end, for they may have to be put back.
+        """
+        cdef Tree* t = &self.tree
+        cdef Journal journal
+        cdef Run run
+        cdef Path p
+        cdef uint32_t before = b.tables, kept = 0
+        cdef uint64_t epoch = self.epoch
+        cdef int status
+        memset(&journal, 0, sizeof(journal))
+        run.cuts = 0
+        run.at = 0
+        b.tables = 0
+        try:
+            while True:
+                status = self._remove(first, end, at, b, &run, &journal)
+                kept = tables_join(t, b.tables, kept)
+                b.tables = 0
+                if status == FULL:
+                    self._sync_surely(b)
+                elif status == CUT:
+                    self._break(&run)
+                elif status == STRAY and at[0] == first:
+                    find(t, first, 3, &p)
+                    raise self._stray(first, &p)
+                else:
+                    break
+                # others may have used it meanwhile
+                self._wait()
+                if self.state & (NOT_READY | CLOSED):
+                    break
+        except BaseException:
+            if self.epoch == epoch:
+                if journal.count == 0:
+                    kept = 0  # they are where they were
+                b.tables = tables_join(t, kept, tables_join(t, b.tables, before))
+                kept = before = 0
+                if b is &self.own or self.state & OWES:
+                    self._sync_surely(&self.own)
+            raise
+        finally:
+            free(journal.taken)
+            if self.epoch == epoch:
+                b.tables = tables_join(t, kept, tables_join(t, b.tables, before))
+        return 0
+
+    cdef int _check_tables(self, uint64_t at, uint64_t end, bint stop) except -1:
+        """Raise if a table on the way to a range is none."""
+        cdef Tree* t = &self.tree
+        cdef Path p
+        cdef int status
+        if t.plain and (end - at) >> t.granule < LARGE:
+            status = all_tables(t, &at, end, stop, &p)
+        else:
+            self._take()
+            try:
+                if t.plain:
+                    with nogil:
+                        status = all_tables(t, &at, end, stop, &p)
+                else:
+                    status = all_tables(t, &at, end, stop, &p)
+                self._check()
+            finally:
+                self._give()
+        if status:
+            raise self._stray(at, &p)
+        return 0
+
+    cdef int _remove(self, uint64_t first, uint64_t end, uint64_t* at, Batch* b,
+                     Run* run, Journal* journal) except -1:
+        """Remove with the table held; if that fails, put back all that the journal has."""
+        cdef Tree* t = &self.tree
+        cdef Batch before = b[0]
+        cdef Batch gone
+        cdef int status
+        error = None
+        self._take()
+        t.journal = journal
+        try:
+            if t.plain:
+                with nogil:
+                    status = remove(t, first, end, at, b, run)
+            else:
+                status = remove(t, first, end, at, b, run)
+            error = self._failure()
+            if error is not None:
+                memset(&gone, 0, sizeof(gone))
+                give_back(t, journal, &gone)
+                b[0] = before
+                self._merge(&self.own, &gone)
+                self._owe()
+        finally:
+            t.journal = NULL
+            self._give()
+        if error is not None:
+            raise error
+        return status
+
+    cdef int _break(self, const Run* run) except -1:
+        """Break before make: a run has no leaves while it is flushed, then leaves without hint.
+
+        If that fails it is as it was.  What memory does not take back is unmapped.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t[LONGEST_RUN] kept
+        cdef uint64_t i, lost
+        self._take()
+        try:
+            for i in range(run.n):
+                kept[i] = get(t, run.entry + 8 * i)
+            self._check()
+            for i in range(run.n):
+                if t.plain:
+                    kept[i] = le64(exchange64(t.host + run.entry + 8 * i, 0))
+                elif not refused(t):
+                    put(t, run.entry + 8 * i, 0)
+            try:
+                self._check()
+                self.flush(run.iova, run.iova + (run.n << run.shift) - 1, run.shift, False)
+            except BaseException:
+                self._write_run(run, kept, ~<uint64_t>0, False)
+                raise
+            lost = self._write_run(run, kept, ~PTE_S1_CONTIGUOUS, True)
+        finally:
+            self._give()
+        if lost:
+            raise InputOutput("memory", text=(
+                f"{REFUSED}; {lost:#x} bytes of the run at {run.iova:#x} are unmapped"))
+        return 0
+
+    cdef uint64_t _write_run(self, const Run* run, const uint64_t* kept, uint64_t keep,
+                             bint flushed) noexcept:
+        """Give a run its leaves back; the bytes of those that memory does not take."""
+        cdef Tree* t = &self.tree
+        cdef Batch gone
+        cdef uint64_t i, lost = 0
+        memset(&gone, 0, sizeof(gone))
+        for i in range(run.n):
+            if settle(t, run.entry + 8 * i, kept[i] & keep) or not kept[i] & PTE_S1_VALID:
+                continue
+            lost += <uint64_t>1 << run.shift
+            count_out(t, run.table, run.level, 1)
+            if not flushed:
+                batch_cover(t, &gone, run.iova + (i << run.shift),
+                            run.iova + (i + 1 << run.shift) - 1)
+        t.mapped -= min(t.mapped, lost)
+        self._merge(&self.own, &gone)
+        self._owe()
+        return lost
+
+    cdef int _reclaim(self) except -1:
+        """Give the tables back that became empty in pieces."""
+        if not self.tree.plain:
+            self._take()
+        reclaim(&self.tree, &self.own)
+        if not self.tree.plain:
+            self._give()
+        error = self._failure()
+        self._sync_surely(&self.own)
+        if error is not None and type(error) is not InputOutput:  # or they wait for the next time
+            raise error
+        return 0
+
+    # --- look-up and dirty state ---
+
+    def iova_to_phys(self, iova):
+        """Where an input address goes; 0 where nothing is mapped.
+
+        Raises
+        ------
+        InputOutput
+            A descriptor on the way names what is no table of this object.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t at = number("iova", iova), pa
+        cdef int kind
+        if unlikely(self.state):
+            return self._look_up(at)
+        if unlikely(at > t.input_last):
+            return 0
+        pa = translate(t, at, &kind)
+        if likely(kind == KIND_LEAF):
+            return pa
+        if kind == KIND_FOREIGN:
+            return self._look_up(at)
+        return 0
+
+    cdef object _look_up(self, uint64_t at):
+        """iova_to_phys where that is not simple."""
+        cdef Path p
+        cdef int kind
+        cdef uint64_t pa
+        self._open()
+        if self.state & NOT_READY or at > self.tree.input_last:
+            return 0
+        if not self.tree.plain:
+            self._take()
+        kind = find(&self.tree, at, 3, &p)
+        if not self.tree.plain:
+            self._give()
+            self._check()
+        if kind == KIND_FOREIGN:
+            raise self._stray(at, &p)
+        if kind == KIND_HOLE:
+            return 0
+        pa = low_mask(self.tree.shift[p.level])
+        return address_of(&self.tree, p.d) & ~pa | at & pa
+
+    def read_dirty(self, iova, size, *, clear=True, out=None):
+        """Tell which granules were written, by hardware, since they were last made clean.
+
+        A leaf is dirty when it is writable and hardware can track it.  It is so from the start:
+        what was just mapped counts as written.
+
+        Parameters
+        ----------
+        iova, size : int
+            Multiples of the granule; at least one.
+        clear : bool
+            Make clean what was dirty, and flush it while `active`.  A block stays dirty unless all
+            of it is in the range.
+        out : numpy.ndarray of bool, optional
+            Where to put the answer: writable, contiguous, one element for each granule.
+
+        Returns
+        -------
+        numpy.ndarray of bool
+            `out` or a new array, of shape (size / granule,); False where nothing is mapped.
+
+        Raises
+        ------
+        InvalidArgument
+            Stage 2; not aligned, size 0 or beyond `ias`; `out` does not fit.
+        NotSupported
+            The table was made without dirty.
+        InputOutput
+            A descriptor within the range names what is no table of this object, or the memory
+            refused: what was dirty is so still.
+        Exception
+            What `flush` raised; what was dirty is clean then, and `out` says what was.
+        """
+        cdef Tree* t = &self.tree
+        cdef uint64_t first = number("iova", iova), n = number("size", size)
+        cdef cnp.npy_intp count
+        cdef uint8_t* data
+        cdef Dirty cleared
+        cdef bint clean = flag("clear", clear)
+        memset(&cleared, 0, sizeof(cleared))
+        self._open()
+        if self.stage != 1:
+            raise InvalidArgument("stage", self.stage, text="dirty is tracked by stage 1 only")
+        if not self.dirty:
+            raise NotSupported("dirty", text="the page table was made without dirty")
+        if n == 0 or (first | n) & low_mask(t.granule):
+            raise InvalidArgument("size", size, text=(
+                f"iova {first:#x}, size {n:#x}: multiples of {1 << t.granule:#x} are allowed, "
+                "one at least"))
+        if first > t.input_last or n - 1 > t.input_last - first:
+            raise InvalidArgument("iova", iova, text=(
+                f"iova {first:#x}, size {n:#x}: beyond {t.input_last:#x}, the last of "
+                f"{self.ias} bits"))
+        count = n >> t.granule
+        if out is None:
+            out = cnp.PyArray_EMPTY(1, &count, cnp.NPY_BOOL, 0)
+        elif (not cnp.PyArray_Check(out) or cnp.PyArray_TYPE(out) != cnp.NPY_BOOL
+                or not cnp.PyArray_ISCARRAY(out) or cnp.PyArray_NDIM(out) != 1
+                or cnp.PyArray_DIM(out, 0) != count):
+            raise InvalidArgument("out", text=(
+                f"out must be a writable, contiguous numpy array of bool of shape ({count},)"))
+        data = <uint8_t*>cnp.PyArray_DATA(out)
+        if self.state & NOT_READY:
+            memset(data, 0, count)
+            return out
+        self._check_tables(first, first + n, False)
+        self._take()
+        try:
+            if t.plain and count >= LARGE:
+                with nogil:
+                    read_dirty_bits(t, first, first + n, clean, data, &cleared)
+            else:
+                read_dirty_bits(t, first, first + n, clean, data, &cleared)
+            error = self._failure()
+            if error is not None:
+                if clean:
+                    dirty_again(t, first, first + n, data)
+                raise error
+        finally:
+            self._give()
+        if cleared.page_lg2 and t.active:
+            self.flush(cleared.first, cleared.last, cleared.page_lg2, False)
+        return out
+
+    # --- copies, which go with their memory and their pages ---
+
+    def _contents(self):
+        """What a copy needs beside the memory: arguments of the constructor, and tables.
+
+        Raises
+        ------
+        Busy
+            A flush failed and is still due.
+        """
+        cdef Tree* t = &self.tree
+        cdef Frame* frame
+        cdef uint32_t i = t.tables
+        cdef uint64_t sizes = 0
+        cdef int k
+        cdef list tables = []
+        self._wait()
+        if self.own.page_lg2 or self.own.tables:
+            raise Busy("table", text="an invalidation of the page table failed, and is still due")
+        for k in range(t.start, 4):
+            if t.used >> k & 1:
+                sizes |= <uint64_t>1 << t.shift[k]
+        while i:
+            frame = &t.frames[i - 1]
+            tables.append((i - 1, frame.owner - t.tag, frame.entries, frame.level, frame.noted))
+            i = frame.after
+        shape = {
+            "stage": self.stage, "granule": 1 << t.granule, "ias": self.ias, "oas": self.oas,
+            "contiguous": bool(self.contiguous), "dirty": bool(self.dirty),
+            "coherent": bool(self.coherent), "fwb": bool(self.fwb), "page_sizes": sizes,
+        }
+        notes = []
+        for k in range(t.n_notes):
+            notes.append((t.notes[k].iova, t.notes[k].level))
+        return shape, (bool(self.state & CLOSED), bool(self.state & NOT_READY), bool(t.active),
+                       t.root, t.mapped, t.table_bytes, tables, notes)
+
+    def _is_block(self, uint64_t address, uint64_t size):
+        """Whether the pages have handed out this block."""
+        cdef PagesC* p = self.tree.pages
+        cdef int lg2
+        if p == NULL or size < 64 or size > p.size:
+            return False
+        lg2 = 64 - clz(size - 1)
+        return (p.base <= address < p.base + p.size and not (address - p.origin) & low_mask(lg2)
+                and bit_of(p.orders[lg2 - SMALLEST_LG2].taken, (address - p.origin) >> lg2))
+
+    def _restore(self, contents):
+        """Take over the tables that `_contents` told of; the pages have their blocks already."""
+        cdef Tree* t = &self.tree
+        cdef Frame* frame
+        cdef uint32_t i
+        cdef int k
+        closed, not_ready, active, root, mapped, table_bytes, tables, notes = contents
+        if root and not self._is_block(root, t.root_bytes):
+            raise InvalidArgument("contents", root, "tables in blocks that are handed out")
+        if len(notes) > NOTES:
+            raise InvalidArgument("contents", notes, f"{NOTES} notes")
+        for _, level in notes:
+            if not 0 <= level < 4:
+                raise InvalidArgument("contents", level, "notes of levels 0 to 3")
+        for i, owner, _entries, level, _noted in tables:
+            if (not self._is_block(t.origin + (<uint64_t>i << FRAME_LG2), 1 << t.granule)
+                    or t.frames[i].owner or owner > UNLINKED or level > UNLINKED):
+                raise InvalidArgument("contents", i, "tables in blocks that are handed out")
+        if closed:
+            self.state |= CLOSED
+        if not not_ready:
+            self.state &= ~NOT_READY
+        t.active, t.root, t.mapped, t.table_bytes = active, root, mapped, table_bytes
+        for i, owner, entries, level, noted in reversed(tables):
+            frame = &t.frames[i]
+            frame.owner = t.tag + <uint32_t>owner
+            frame.entries, frame.level, frame.noted = entries, level, noted
+            frame.before = frame.next = 0
+            frame.after = t.tables
+            if t.tables:
+                t.frames[t.tables - 1].before = i + 1
+            t.tables = i + 1
+        for k in range(len(notes)):
+            t.notes[k].iova, t.notes[k].level = notes[k]
+        t.n_notes = <int>len(notes)
+
+    # --- what an STE or CD says of it ---
+
+    @property
+    def active(self):
+        """Whether hardware may have cached what the tables hold."""
+        return bool(self.tree.active)
+
+    @active.setter
+    def active(self, value):
+        cdef bint active = flag("active", value)
+        self._wait()
+        self.tree.active = active
+
+    @property
+    def root(self):
+        """Address of the first table: TTB0 or S2TTB; 0 while there is none."""
+        return self.tree.root
+
+    @property
+    def start_level(self):
+        """Level of the first table, 0 to 3."""
+        return self.tree.start
+
+    @property
+    def granule(self):
+        """Size of the smallest page of the format in bytes."""
+        return 1 << self.tree.granule
+
+    @property
+    def page_sizes(self):
+        """Page sizes that map() uses, as a bitmap."""
+        cdef uint64_t sizes = 0
+        cdef int level
+        for level in range(4):
+            if self.tree.used >> level & 1:
+                sizes |= <uint64_t>1 << self.tree.shift[level]
+        return sizes
+
+    @property
+    def t0sz(self):
+        """CD.T0SZ or STE.S2T0SZ."""
+        return 64 - self.ias
+
+    @property
+    def tg(self):
+        """CD.TG0 or STE.S2TG."""
+        return TG[self.tree.granule]
+
+    @property
+    def sl0(self):
+        """STE.S2SL0; 0 for stage 1, which has no such field."""
+        if self.stage == 1:
+            return 0
+        return (2 if self.tree.granule == 12 else 3) - self.tree.start
+
+    @property
+    def ps(self):
+        """CD.IPS or STE.S2PS."""
+        return SIZES.index(self.oas)
+
+    @property
+    def mair(self):
+        """CD.MAIR: non-cacheable, write-back, Device-nGnRE, inner non-cacheable; 0 for stage 2."""
+        return 0xF404_FF44 if self.stage == 1 else 0
+
+    @property
+    def irgn(self):
+        """CD.IR0 or STE.S2IR0."""
+        return 1 if self.coherent else 0
+
+    @property
+    def orgn(self):
+        """CD.OR0 or STE.S2OR0."""
+        return 1 if self.coherent else 0
+
+    @property
+    def sh(self):
+        """CD.SH0 or STE.S2SH0."""
+        return 3 if self.coherent else 2
+
+    @property
+    def mapped(self):
+        """Bytes that map mapped and unmap has not unmapped."""
+        return self.tree.mapped
+
+    @property
+    def table_bytes(self):
+        """Bytes of all tables, those included that wait for a flush."""
+        return self.tree.table_bytes
+
+
+@cython.final
+@cython.auto_pickle(False)
+@cython.no_gc_clear  # as the page table
+cdef class Gather:
+    """Gather(table)\n--\n
+    What unmaps have removed and is not flushed yet; a context manager that flushes at its end.
+
+    A range that does not continue what was gathered, or that has pages of another size, flushes
+    what was there first.
+
+    Parameters
+    ----------
+    table : PageTable
+
+    Examples
+    --------
+    >>> from smmufast import Memory
+    >>> from smmufast._driver.tables import Gather, Pages, PageTable
+    >>> class Domain(PageTable):
+    ...     def flush(self, first, last, page_lg2, tables):
+    ...         print(hex(first), hex(last), page_lg2, tables)
+    >>> memory = Memory()
+    >>> memory.add_private(0x8000_0000, 1 << 20)
+    >>> domain = Domain(Pages(memory, 0x8000_0000, 1 << 20))
+    >>> domain.map(0x1000, 0x4000_0000, 0x3000)
+    >>> domain.active = True
+    >>> with Gather(domain) as gather:
+    ...     total = domain.unmap(0x1000, 0x1000, gather) + domain.unmap(0x2000, 0x2000, gather)
+    0x1000 0x3fff 12 False
+    """
+
+    def __init__(self, PageTable table not None):
+        if self.table is not None:
+            raise InvalidArgument("table", text="the gather has its page table already")
+        self.table = table
+        self.epoch = table.epoch
+
+    def __dealloc__(self):
+        # what was not flushed is flushed with what the table removes next
+        if self.table is not None and self.epoch == self.table.epoch:
+            self.table._merge(&self.table.own, &self.batch)
+            self.table._owe()
+
+    cdef void _renew(self) noexcept:
+        """Forget what a page table has given back on its own."""
+        if self.epoch != self.table.epoch:
+            self.epoch = self.table.epoch
+            memset(&self.batch, 0, sizeof(Batch))
+
+    def sync(self):
+        """Flush what was gathered, and give back the tables that were removed.
+
+        If `flush` raises, it stays gathered.
+        """
+        if self.table is None:
+            raise InvalidArgument("table", text="the gather has no page table")
+        self._renew()
+        self.table._wait()
+        self.table._sync(&self.batch)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.sync()
