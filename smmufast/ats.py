@@ -71,6 +71,11 @@ class PageRequest:
         self.priv = priv
         self.answer: str | None = None
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
+
     def __repr__(self) -> str:
         """What it asks for, and its answer."""
         asked = "".join(
@@ -166,6 +171,11 @@ class AtsDevice:
     def __len__(self) -> int:
         """How many translations the ATC holds."""
         return len(self._cache)
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import entries
+
+        return entries(repr(self), AtcEntry._fields, self.held(), len(self))
 
     def __repr__(self) -> str:
         """Stream, occupancy and what is outstanding."""

@@ -1007,6 +1007,12 @@ class Capture:
                 return configuration
         raise KeyError(id)
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import table
+
+        pairs = [("path", self.path), ("kind", self.kind), ("configurations", list(self))]
+        return table("Capture", pairs)
+
     def __repr__(self) -> str:
         """Name it and say how large it is."""
         requests = sum(len(c.requests) for c in self)

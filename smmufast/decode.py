@@ -111,6 +111,11 @@ class Decoded:
             "client": self.client,
         }
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import lines
+
+        return lines(str(self))
+
     def __str__(self) -> str:
         """Heading, meaning, what to check, and every field of the record."""
         lines = _wrap(f"{self.name}: {self.text}", 0)

@@ -56,6 +56,11 @@ class Fetch(NamedTuple):
         """The data as a little-endian number."""
         return None if self.data is None else int.from_bytes(self.data, "little")
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
+
 
 _CLASSES = tuple(name.partition(":")[0] for name in layout.EVENT.field("CLASS").values.values())
 _PERMISSION = layout.Event.F_PERMISSION.name
@@ -182,6 +187,11 @@ class Event:
             return None
         return bool(fields["TTRnW"])
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import lines
+
+        return lines(str(self))
+
     def __str__(self) -> str:
         """Every field in words."""
         return layout.format("EVENT", self.record)
@@ -255,6 +265,11 @@ class AtsResponse(NamedTuple):
     fault: Event | None = None
     event: Event | None = None
     why: Why | None = None
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
 
     def permits(self, write: bool = False, execute: bool = False) -> bool:
         """Whether it grants an access: a write, an instruction fetch, or a read."""

@@ -455,12 +455,24 @@ class Features:
     def _codes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in _FIELDS}
 
+    def _changed(self) -> list[str]:
+        """The names of the features that are not those of ``Features()``."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import table
+
+        names = (*(register.lower() for register in _REGISTERS), *self._changed())
+        pairs = [(name, getattr(self, name)) for name in names]
+        said = [("contradiction", str(one)) for one in self.contradictions]
+        return table("Features", [*pairs, *said])
+
     def __repr__(self) -> str:
         if self.contradictions:
             words = (self._register(register) for register in _REGISTERS)
             return f"Features.from_idr({', '.join(f'{word:#x}' for word in words)})"
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"Features({', '.join(f'{f.name}={getattr(self, f.name)}' for f in changed)})"
+        changed = (f"{name}={getattr(self, name)}" for name in self._changed())
+        return f"Features({', '.join(changed)})"
 
     @classmethod
     def minimal(cls) -> Self:

@@ -124,6 +124,11 @@ class Difference:
     result: Result
     smmu: Smmu
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
+
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
         from smmufast.explain import explain
@@ -169,6 +174,11 @@ class Replay:
     random: int = 0
     random_differing: int = 0
     random_seconds: float = 0.0
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
 
     def __bool__(self) -> bool:
         """Whether nothing differs and nothing was left out."""
@@ -580,6 +590,11 @@ class QueueReplay:
     total: Tally = field(default_factory=Tally)
     causes: dict[str, Tally] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
 
     def count(self, cause: str | None, difference: str | None) -> None:
         """Count one batch or run."""

@@ -92,6 +92,11 @@ class TraceSummary:
     events: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
+
     @property
     def rate(self) -> float | None:
         """Translations a second; None of nothing."""

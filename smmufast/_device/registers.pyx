@@ -608,6 +608,10 @@ cdef class Stall:
         """The Result of a transaction that is done: of the retry, or abort or raz_wi; else None."""
         return self._result
 
+    def _repr_html_(self):
+        from smmufast._html import fields
+        return fields(self)
+
     def __repr__(self):
         text = f"<Stall sid={self.sid:#x}"
         if self.ssid is not None:

@@ -404,6 +404,10 @@ cdef class Result:
         from smmufast.explain import explain
         return explain(self, smmu)
 
+    def _repr_html_(self):
+        from smmufast._html import fields
+        return fields(self, "Result")
+
     def __repr__(self):
         text = f"<Result {self.action} sid={self.sid:#x}"
         if self.ssid is not None:
@@ -614,6 +618,10 @@ cdef class Segments:
         """The event that the burst records, None if there is none."""
         return None if self.result is None else self.result.event
 
+    def _repr_html_(self):
+        from smmufast._html import segments
+        return segments(self)
+
     def __repr__(self):
         end = "" if self.result is None else f", then {self.result!r}"
         shown = []
@@ -807,6 +815,12 @@ cdef class Walk:
         if status == STATUS_DONE and walk_leaves(core, &own, &self.walk) < 0 or told < 0:
             raise_port(&own)
         return 0
+
+    def _repr_html_(self):
+        from smmufast._html import fields, lines
+        if self.status == STATUS_PENDING:  # without `request`, which may start it again
+            return fields(asked_for(&self.walk.fetch), "Walk at")
+        return self.traced._repr_html_() if self.status == STATUS_DONE else lines(repr(self))
 
     def __repr__(self):
         if self.status == STATUS_DONE:
@@ -2330,6 +2344,10 @@ wired=True, on_interrupt=None)\n--\n
         """
         state = self.save()
         return _restored, (self._memory, PickleBuffer(state) if protocol >= 5 else state)
+
+    def _repr_html_(self):
+        from smmufast._html import fields
+        return fields(self)
 
     def __repr__(self):
         return (f"Smmu(strtab_base={self.strtab_base:#x}, "

@@ -1228,6 +1228,11 @@ cdef class Memory:
                         views[i] = owned(view)
         return _restored, (regions, errors, self._injected)
 
+    def _repr_html_(self):
+        from smmufast._html import entries
+        regions = self.regions
+        return entries("Memory", MemoryRegion._fields, regions, len(regions))
+
     def __repr__(self):
         return f"Memory({len(self.regions)} regions)"
 

@@ -151,6 +151,10 @@ class StaleEntry(NamedTuple):
     why: str
     sure: bool = True
 
+    def _repr_html_(self):
+        from smmufast._html import fields
+        return fields(self)
+
 
 class SteEntry(NamedTuple):
     """An STE in the configuration cache: its StreamID and its 64 bytes."""
@@ -1525,6 +1529,10 @@ cdef class Caches:
 
     def __bool__(self):
         return True
+
+    def _repr_html_(self):
+        from smmufast._html import caches
+        return caches(self)
 
     def __repr__(self):
         views = (self.ste, self.cd, self.tlb, self.walk1, self.walk2)

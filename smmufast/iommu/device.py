@@ -930,6 +930,12 @@ class Device:
         """
         return draw(((self.iommu, sid) for sid in self.sids), limit)
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import picture
+
+        streams = () if self._master is None else ((self.iommu, sid) for sid in self.sids)
+        return picture(self, streams)
+
     def __repr__(self) -> str:
         """Its streams, PASIDs and main domain."""
         sids = ", ".join(f"{sid:#x}" for sid in self.sids)

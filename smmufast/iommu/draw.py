@@ -43,7 +43,9 @@ def _size(lg2: int) -> str:
     return f"{1 << lg2 % 10}{_UNITS[lg2 // 10]}"
 
 
-def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
+def draw(
+    streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex, most_lines: int = MOST_LINES
+) -> str:
     """Draw what the STEs of some streams lead to; `Device.draw` says more."""
     most = integer("limit", limit)
     if most < 1:
@@ -51,10 +53,10 @@ def draw(streams: Iterable[tuple[Iommu, int]], limit: SupportsIndex) -> str:
     lines: list[str] = []
     try:
         for iommu, sid in streams:
-            picture = Picture(iommu.memory, iommu.smmu.features, most, lines)
+            picture = Picture(iommu.memory, iommu.smmu.features, most, lines, most_lines)
             picture.stream(sid, iommu.ste_address(sid))
     except _FullError:
-        lines.append(f"… more is left out: a picture has {MOST_LINES} lines at most")
+        lines.append(f"… more is left out: a picture has {most_lines} lines at most")
     return "\n".join(lines)
 
 
@@ -113,13 +115,18 @@ class Picture:
         Lines below one table or CD table; what is beyond is counted.
     lines : list of str
         Where they go; they are those of the pictures before as well.
+    most_lines : int
+        How many these may be.
     """
 
-    def __init__(self, memory: Memory, features: Features, limit: int, lines: list[str]) -> None:
+    def __init__(
+        self, memory: Memory, features: Features, limit: int, lines: list[str], most_lines: int
+    ) -> None:
         self.memory = memory
         self.features = features
         self.limit = limit
         self.lines = lines
+        self.most_lines = most_lines
 
     def array(self, address: int, count: int) -> np.ndarray | None:
         """Read dwords; None where memory refuses."""
@@ -138,7 +145,7 @@ class Picture:
         """Draw what one STE leads to."""
         words = self.words(address, 8)
         if words is None:
-            self.lines.append(f"sid {sid:#x}: STE at {address:#x}, which memory refuses")
+            self._line(f"sid {sid:#x}: STE at {address:#x}, which memory refuses")
             return
         ste = layout.unpack("STE", sum(word << 64 * i for i, word in enumerate(words)))
         config = ste["Config"] if ste["V"] else -1
@@ -146,7 +153,7 @@ class Picture:
         text = what.get(config, "abort")
         if config & 1 and config > 4 and ste["S1CDMax"] and ste["S1DSS"] != 2:
             text += f", {_S1DSS.get(ste['S1DSS'], 'S1DSS reserved')}"
-        self.lines.append(f"sid {sid:#x}: STE at {address:#x}: {text}")
+        self._line(f"sid {sid:#x}: STE at {address:#x}: {text}")
         if config < 4:
             return
         guest = _Stage2(self, ste) if config == 7 else None
@@ -162,11 +169,14 @@ class Picture:
             else:
                 self._stage2(ste, last)
 
+    def _line(self, text: str) -> None:
+        if len(self.lines) >= self.most_lines:
+            raise _FullError
+        self.lines.append(text)
+
     def _branch(self, prefix: str, last: bool, text: str) -> str:
         """Add a line; return the prefix of what is below it."""
-        if len(self.lines) >= MOST_LINES:
-            raise _FullError
-        self.lines.append(f"{prefix}{'└─' if last else '├─'} {text}")
+        self._line(f"{prefix}{'└─' if last else '├─'} {text}")
         return prefix + ("   " if last else "│  ")
 
     def _stage2(self, ste: dict[str, int], last: bool) -> None:

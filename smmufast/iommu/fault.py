@@ -56,6 +56,11 @@ class PageFault:
     group: int
     last: bool
 
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -94,6 +99,11 @@ class Report:
     ipa: int | None
     errno: int
     record: bytes
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
 
 
 def service(iommu: Iommu) -> int:

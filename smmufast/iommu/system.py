@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 from weakref import WeakSet
@@ -591,8 +591,15 @@ class System:
         InvalidArgument
             The limit is below 1.
         """
-        streams = ((iommu, sid) for iommu in self.iommus for sid in sorted(iommu.devices))
-        return draw(streams, limit)
+        return draw(self._streams(), limit)
+
+    def _streams(self) -> Iterator[tuple[Iommu, int]]:
+        return ((iommu, sid) for iommu in self.iommus for sid in sorted(iommu.devices))
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import picture
+
+        return picture(self, self._streams())
 
     def __repr__(self) -> str:
         """Its SMMUs, devices and profile."""
