@@ -741,7 +741,8 @@ def consumer(tmp_path_factory):
     path = os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         [sys.executable, "-m", "Cython.Build.Cythonize", "-i", f"{name}.pyx"],
-        cwd=directory, env=os.environ | {"PYTHONPATH": path, "CFLAGS": "-O0"},
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": path, "CFLAGS": f"-O0 -I{smmufast.get_include()}"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr

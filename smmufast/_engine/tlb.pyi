@@ -73,7 +73,7 @@ class StaleEntry(NamedTuple):
     entry: tuple[object, ...]
     now: tuple[object, ...] | None
     why: str
-    sure: bool = ...
+    sure: bool = True
     def _repr_html_(self) -> str: ...
 
 class SteEntry(NamedTuple):
