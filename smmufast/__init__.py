@@ -8,7 +8,7 @@ with an ATC.  `PasidAllocator` hands out PASIDs.  `Capture` reads and writes rec
 import os as _os
 import sys as _sys
 from importlib.machinery import EXTENSION_SUFFIXES as _SUFFIXES
-from importlib.machinery import ModuleSpec as _Spec
+from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -161,24 +161,18 @@ class _Uncompiled:
         raise ModuleNotFoundError(f"{here} is not compiled for {python}. {advice}", name=name)
 
 
-class _Moved:
-    """Finds where they are now the modules that pickles of version 0.2 and C hosts name."""
+class _Moved(_ModuleType):
+    """Stands under a name of version 0.2, and has what the module has that is elsewhere now."""
 
-    @staticmethod
-    def find_spec(name: str, path: _Any = None, target: _Any = None) -> _Any:
-        return _Spec(name, _Moved) if name in _MOVED else None  # type: ignore[arg-type]
-
-    @staticmethod
-    def create_module(spec: _Any) -> None:
-        return None
-
-    @staticmethod
-    def exec_module(module: _Any) -> None:
+    def __getattr__(self, name: str) -> _Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         import importlib
 
-        _sys.modules[module.__name__] = importlib.import_module(_MOVED[module.__name__])
+        return getattr(importlib.import_module(_MOVED[self.__name__]), name)
 
 
-_sys.meta_path.append(_Moved)
+for _name in _MOVED:
+    _sys.modules[_name] = _Moved(_name)
 if not any(_os.path.exists(_os.path.join(__path__[0], f"_engine/memory{s}")) for s in _SUFFIXES):
     _sys.meta_path.append(_Uncompiled)

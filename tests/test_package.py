@@ -573,8 +573,7 @@ def test_programs_run_from_the_sources_use_the_installed_package(installed, tmp_
 @pytest.mark.parametrize("sources", [True, False])
 def test_a_folder_that_is_not_compiled_says_what_to_do(tmp_path, line, sources):
     shutil.copytree(PACKAGE, tmp_path / "smmufast",
-                    ignore=lambda _, names: [n for n in names if not n.endswith(".py")
-                                             and n != "iommu"])  # fmt: skip
+                    ignore=shutil.ignore_patterns("*.so", "*.pyx", "*.pxd", "*.c", "*.h"))
     if sources:
         (tmp_path / "smmufast" / "_engine/memory.pyx").touch()
     done = subprocess.run(

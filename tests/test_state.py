@@ -5,9 +5,12 @@ import copy
 import ctypes
 import gc
 import json
+import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 
@@ -1077,3 +1080,35 @@ def test_large_caches_go_out_of_band():
     data, buffers = out_of_band(smmu)
     assert len(data) < 200 and len(buffers) == 1
     assert pickle.loads(data, buffers=buffers).save() == smmu.save()
+
+
+# --- names of version 0.2 ---
+
+OLD_MODULES = {
+    "_memory": "_engine.memory", "_tlb": "_engine.tlb", "_smmu": "_device.smmu",
+    "_registers": "_device.registers", "_pasid": "_driver.pasid",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", OLD_MODULES)
+def test_what_the_modules_of_0_2_held_is_found_under_their_names(old):
+    program = (
+        "import importlib, sys\n"
+        f"old = importlib.import_module('smmufast.{old}')\n"
+        f"new = importlib.import_module('smmufast.{OLD_MODULES[old]}')\n"
+        f"import smmufast\n"
+        f"assert smmufast.{old} is old and not hasattr(old, '__file__')\n"
+        "names = [name for name in vars(new) if not name.startswith('__')]\n"
+        "assert len(names) > 5 and all(getattr(old, n) is getattr(new, n) for n in names)\n"
+        "assert not hasattr(old, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, env=os.environ)
+
+
+def test_a_pickle_that_names_a_module_of_0_2_is_loaded():
+    memory = Memory()
+    memory.add_private(0, 4096)
+    memory.write_u64(8, 5)
+    text = pickle.dumps(memory, 0).replace(b"smmufast._engine.memory", b"smmufast._memory")
+    assert b"smmufast._memory" in text
+    assert pickle.loads(text).read_u64(8) == 5
