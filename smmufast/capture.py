@@ -94,7 +94,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from smmufast import layout
-from smmufast._arguments import flag, integer, must_be, one_of
+from smmufast._arguments import either, flag, in_words, integer, must_be, one_of, shown
 from smmufast._device.smmu import NO_SUBSTREAM, Result, Smmu
 from smmufast._engine.memory import Memory
 from smmufast._files import as_number, refuse_taken, replacing_directory
@@ -251,7 +251,7 @@ class _Line:
         self.path = path
         self.number = number
         if not isinstance(values, dict):
-            self.bad(f"{_kind(values)} found; an object is wanted")
+            self.bad(in_words("the JSON", "an object", _kind(values)))
         self.values: dict[str, Any] = values
 
     def bad(self, problem: str) -> NoReturn:
@@ -266,18 +266,16 @@ class _Line:
         """Refuse an object that has other members than these."""
         for name in self.values:
             if name not in names:
-                self.bad(f"{name[:80]!r} found; {', '.join(names)} are known")
+                self.bad(must_be("a member", either(names), name[:70]))
 
     def number_of(self, name: str, value: Any, last: int, first: int = 0) -> int:
         if type(value) is str:
             found = as_number(value)
             value = value if found is None else found
         if type(value) is not int:
-            self.bad(f"{name}: {_kind(value)} found; a number is wanted")
+            self.bad(in_words(name, "a number", _kind(value)))
         if not first <= value <= last:
-            # a number of a million digits is not printed
-            shown = f"{value:#x}" if value.bit_length() <= 128 else "a huge number"
-            self.bad(f"{name}: {shown} found; {first} to {last:#x} allowed")
+            self.bad(must_be(name, f"{first} to {shown(last)}", value))
         return value
 
     def integer(self, name: str, last: int, first: int = 0) -> int:
@@ -291,7 +289,7 @@ class _Line:
     def text(self, name: str) -> str:
         value = self.get(name)
         if not isinstance(value, str):
-            self.bad(f"{name}: {_kind(value)} found; a string is wanted")
+            self.bad(in_words(name, "a string", _kind(value)))
         if not value.isprintable():
             self.bad(f"{name}: {value!r} has characters that cannot be shown")
         return value
@@ -300,14 +298,14 @@ class _Line:
         value = self.get(name)
         if not isinstance(value, list) or (length is not None and len(value) != length):
             size = "" if length is None else f" of {length}"
-            self.bad(f"{name}: {_kind(value)} found; a list{size} is wanted")
+            self.bad(in_words(name, f"a list{size}", _kind(value)))
         return value
 
     def inner(self, name: str) -> _Line:
         """Return a member that is an object itself."""
         value = self.get(name)
         if not isinstance(value, dict):
-            self.bad(f"{name}: {_kind(value)} found; an object is wanted")
+            self.bad(in_words(name, "an object", _kind(value)))
         return _Line(self.path, self.number, value)
 
 
@@ -442,7 +440,7 @@ def npy_header(
         length = file.read(2 if first else 4)
         size = int.from_bytes(length, "little")
         if size > MAX_HEADER:
-            raise ValueError(f"a header of {size} bytes found; {MAX_HEADER} allowed")
+            raise ValueError(must_be("the header", f"up to {MAX_HEADER} bytes", size))
         text = io.BytesIO(length + file.read(size))
         return npy.read_array_header_1_0(text) if first else npy.read_array_header_2_0(text)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
@@ -457,18 +455,18 @@ def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> N
         file, lambda what: CaptureError(path, None, f"{name}: {what}")
     )
     if given != dtype or given.hasobject:
-        raise CaptureError(path, None, f"{name}: dtype {given} found; {dtype} is wanted")
+        raise CaptureError(path, None, in_words(f"{name}.dtype", str(dtype), str(given)))
     if shape[1:] != (() if width == 1 else (width,)) or not shape or fortran:
-        size = "(N,)" if width == 1 else f"(N, {width}), in rows,"
-        raise CaptureError(path, None, f"{name}: shape {shape} found; {size} is wanted")
+        size = "(N,)" if width == 1 else f"(N, {width}), in rows"
+        raise CaptureError(path, None, must_be(f"{name}.shape", size, shape))
     if not 0 <= shape[0] <= MAX_PAGES:
-        raise CaptureError(path, None, f"{name}: {shape[0]} pages found; {MAX_PAGES} allowed")
+        raise CaptureError(path, None, must_be(name, f"0 to {MAX_PAGES} pages", shape[0]))
     data = bytearray()
     wanted = shape[0] * row
     while len(data) < wanted and (piece := file.read(min(_PIECE, wanted - len(data)))):
         data += piece
     if len(data) != wanted:
-        problem = f"{name}: {len(data)} bytes found; shape {shape} has {wanted}"
+        problem = must_be(name, f"{wanted} bytes by its shape {shape}", len(data))
         raise CaptureError(path, None, problem)
     array = np.frombuffer(data, dtype).reshape(shape)
     array.flags.writeable = False
@@ -502,9 +500,9 @@ def _record(line: _Line, name: str) -> bytes:
     except ValueError:
         line.bad(f"{name}: not hexadecimal bytes")
     if len(raw) != 32:
-        line.bad(f"{name}: {len(raw)} bytes found; an event record has 32")
+        line.bad(must_be(name, "an event record of 32 bytes", len(raw)))
     if raw[0] not in layout.EVENTS:
-        line.bad(f"{name}: event number {raw[0]:#x} found; there is no such event")
+        line.bad(must_be(f"event number of {name}", "one that there is", raw[0]))
     return raw
 
 
@@ -572,16 +570,17 @@ def _outcome(
     if kind == "fault_silent":
         return Expected("abort", ANY if queue else UNTOLD, **told)
     if kind != "event":
-        out.bad(f"k: {kind!r} found; ok, event, fault_silent, abort, bypass or disable is wanted")
+        kinds = ("ok", "event", "fault_silent", "abort", "bypass", "disable")
+        out.bad(must_be("k", either(kinds), kind))
     name = out.text("name")
     if name not in layout.Event.__members__:
-        out.bad(f"name: {name!r} found; there is no such event")
+        out.bad(must_be("name", "that of an event", name))
     told |= {"fault": name, "recorded": queue}
     if "rec" not in out.values:
         return Expected("abort", **told)
     raw = _record(out, "rec")
     if raw[0] != layout.Event[name]:
-        out.bad(f"rec: that of event {raw[0]:#x} found; name says {name}")
+        out.bad(in_words("rec", f"of event {name}, as name says", f"of event {raw[0]:#x}"))
     differs = line.list("rec_differs") if "rec_differs" in line.values else ()
     if priv and not differs:
         mask = _comparable(int.from_bytes(raw, "little")).to_bytes(32, "little")
@@ -621,7 +620,7 @@ class _Requests:
         sid, ssid, iova, priv, instr, _ = self._common(request)
         write = not request.integer("rnw", 1)
         if instr and write:
-            request.bad("instr: 1 found beside rnw=0; a write is always data")
+            request.bad(must_be("instr", "0 beside rnw=0 (a write is always data)", 1))
         if "arch_differs" in request.values:
             differs = request.inner("arch_differs")
             differs.only("cause", "arch", "why")
@@ -669,7 +668,7 @@ class _Requests:
                 line=line.number or 0,
             )
             if not perm & (4 if instr else 3):
-                line.bad(f"perm: {perm} found; it permits no access that could be replayed")
+                line.bad(must_be("perm", "one that permits an access to be replayed", perm))
         self.add(line, (sid, ssid, iova, not instr and not perm & 1, priv, instr), expected)
 
     def add_event(self, line: _Line) -> None:
@@ -678,7 +677,7 @@ class _Requests:
         write = not line.flag("rnw") if "rnw" in line.values else line.bad("rnw is missing")
         action = line.text("action") if "action" in line.values else "abort"
         if action not in ("abort", "raz_wi", "stall"):
-            line.bad(f"action: {action!r} found; abort, raz_wi or stall is wanted")
+            line.bad(must_be("action", "'abort', 'raz_wi' or 'stall'", action))
         record = raw = _record(line, "hex")
         mask = _comparable(int.from_bytes(raw, "little")).to_bytes(32, "little")
         if not told:
@@ -890,7 +889,7 @@ def _regions(line: _Line, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, 
             line.bad(f"RAM at {base:#x} overlaps the region before it")
         end = base + size
     if not 0 < len(regions) <= MAX_REGIONS:
-        line.bad(f"regions: {len(regions)} found; 1 to {MAX_REGIONS} allowed")
+        line.bad(must_be("regions", f"1 to {MAX_REGIONS}", len(regions)))
     return regions
 
 
@@ -1045,7 +1044,7 @@ class Capture:
         if not os.path.exists(path):
             raise CaptureError(path or "''", None, "there is no such directory")
         if not os.path.isdir(path):
-            raise CaptureError(path, None, "a file found; a capture is a directory")
+            raise CaptureError(path, None, in_words("a capture", "a directory", "a file"))
         raise CaptureError(path, None, "no capture: neither meta.json nor cases.jsonl.gz is there")
 
     @classmethod
@@ -1057,7 +1056,7 @@ class Capture:
             pairs = []
             for item in meta.list("regions"):
                 if not isinstance(item, list) or len(item) != 2:
-                    meta.bad(f"regions: {_kind(item)} found; lists of base and size are wanted")
+                    meta.bad(in_words("regions", "lists of base and size", _kind(item)))
                 base, size = (meta.number_of("regions", value, _U64) for value in item)
                 pairs.append((base, size))
         else:
@@ -1101,7 +1100,7 @@ class Capture:
         lines = _lines(where, watch)
         first = next(lines, None)
         if first is None:
-            raise CaptureError(where, None, "empty; a header is wanted")
+            raise CaptureError(where, None, in_words("the first line", "a header", "missing"))
         header = first.inner("header")
         identification = header.inner("idr").values
         registers = _registers(header, identification, ("IDR0", "IDR1", "IDR3", "IDR5"))
@@ -1126,7 +1125,7 @@ class Capture:
             rows = np.empty(len(pairs), np.intp)
             for i, pair in enumerate(pairs):
                 if not isinstance(pair, list) or len(pair) != 2:
-                    line.bad(f"pages: {_kind(pair)} found; lists of address and index are wanted")
+                    line.bad(in_words("pages", "lists of address and index", _kind(pair)))
                 addresses[i] = line.number_of("pages", pair[0], _U64)
                 rows[i] = line.number_of("pages", pair[1], len(pages) - 1)
             _check_pages(where, line.number, addresses, regions)
@@ -1436,7 +1435,7 @@ def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
     lines = _lines(path)
     header = next(lines, None)
     if header is None:
-        raise CaptureError(path, None, "empty; a header is wanted")
+        raise CaptureError(path, None, in_words("the first line", "a header", "missing"))
     header.get("header")
     needed = ("IDR0", "IDR1", "IDR3", "IDR5")
     features = _features(header, _registers(header, header.inner("idr").values, needed))
@@ -1453,7 +1452,7 @@ def load_batches(path: str | os.PathLike[str]) -> tuple[Features, list[Batch]]:
             except ValueError:
                 command = b""
             if len(command) != 16:
-                line.bad(f"cmds: {_kind(text)} found; 16 bytes in hexadecimal are wanted")
+                line.bad(in_words("cmds", "16 bytes in hexadecimal each", _kind(text)))
             commands.append(command)
         start, prod, cons = (line.integer(name, _U32) for name in ("start", "prod", "cons"))
         err = line.integer("err", 0x7F)

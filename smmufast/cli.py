@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from smmufast._arguments import must_be
 from smmufast._files import as_number
 
 if TYPE_CHECKING:
@@ -65,13 +66,13 @@ def _short(text: str) -> str:
 def _positive(text: str) -> int:
     if number := _count(text):
         return number
-    raise argparse.ArgumentTypeError("0 is too little: 1 or more is allowed")
+    raise argparse.ArgumentTypeError(must_be("it", "1 or more", 0))
 
 
 def _count(text: str) -> int:
     """Return how often something is to be done."""
     if _number(text) >> 63:
-        raise argparse.ArgumentTypeError(f"{_short(text)} is too much: below 2^63 is allowed")
+        raise argparse.ArgumentTypeError(must_be("it", "0 to 2^63 - 1", _number(text)))
     return _number(text)
 
 
@@ -602,9 +603,8 @@ def _trace(arguments: argparse.Namespace) -> int:
             raise UsageError("--columns: of the results, which need --out")
         columns = arguments.columns.split(",")
         if not set(columns) <= set(COLUMNS) or len(set(columns)) != len(columns):
-            raise UsageError(
-                f"--columns: {arguments.columns!r} given; names of {', '.join(COLUMNS)}, each once"
-            )
+            known = f"names of {', '.join(COLUMNS)}, each once"
+            raise UsageError(must_be("--columns", known, arguments.columns))
     _check_out(arguments.out, arguments.capture)
     configuration = _chosen(_load(arguments.capture), arguments.config)
     requests = arguments.requests

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smmufast import layout
-from smmufast._arguments import integer, must_be, one_of
+from smmufast._arguments import in_words, integer, must_be, one_of
 from smmufast._files import as_number
 from smmufast.faults import Event
 
@@ -772,7 +772,7 @@ def _tokens(text: str) -> list[str] | None:
         if not _TOKEN.fullmatch(found[0]):
             return None
         if len(words) == MOST_WORDS:
-            raise DecodeError(f"words: more than {MOST_WORDS} numbers given")
+            raise DecodeError(in_words("words", f"up to {MOST_WORDS} numbers", "more"))
         words.append(found[0])
     return words or None
 
@@ -809,10 +809,11 @@ def _values(tokens: list[str], digits: list[int], unit: int) -> list[int]:
         # as one of several numbers, what looks like a piece of a dump may be meant as either
         unclear = count == len(token) and (count in _DUMPED[1:] or (count > 1 and token[0] == "0"))
         if value is None or unclear:
-            raise DecodeError(
-                f"words: {token!r} given; 0x and hexadecimal digits, or decimal ones, are wanted, "
-                "or a dump: 2, 8 or 16 digits in every number"
+            allowed = (
+                "0x and hexadecimal digits, or decimal ones, or a dump: "
+                "2, 8 or 16 digits in every number"
             )
+            raise DecodeError(must_be("words", allowed, token))
         found.append(value)
     return found
 
@@ -848,17 +849,17 @@ def _records(
         kind = _SIZES.get(len(data))
     if kind is None:
         if len(data) == 64:
-            hint = "an STE and a CD have as many, as two events do: say which (kind)"
+            allowed = "'ste', 'cd' or 'event' for 64 bytes"
         elif len(data) == 8:
-            hint = "an L1STD, an L1CD and a translation table descriptor have as many: say which"
+            allowed = "'l1std', 'l1cd' or 'pte' for 8 bytes"
         else:
-            hint = "an event has 32, a command or a page request 16: say which (kind)"
-        raise DecodeError(f"words: {_plural(len(data), 'byte')} given; {hint}")
+            sizes = "an event is 32, a command or a page request 16"
+            allowed = f"named for {_plural(len(data), 'byte')} ({sizes})"
+        raise DecodeError(must_be("kind", allowed, None))
     size = _bytes_of_kind(kind)
     if not data or len(data) % size:
-        raise DecodeError(
-            f"words: {_plural(len(data), 'byte')} given; a record of kind {kind} has {size}"
-        )
+        allowed = f"{size} bytes for each record of kind {kind}"
+        raise DecodeError(must_be("words", allowed, len(data)))
     decoders: dict[str, Callable[[bytes], Decoded]] = {
         "event": event_in_words,
         "command": lambda record: command_in_words(record, features),
@@ -964,7 +965,7 @@ def decode(
         tokens = _tokens(data)
         if tokens is None:
             if kind is not None or unit is not None:
-                raise DecodeError(f"words: {_bad_token(data)}; numbers are wanted")
+                raise DecodeError(in_words("words", "numbers", _bad_token(data)))
             from smmufast._log import read_log
 
             return read_log(data, features, limit, progress)
@@ -979,5 +980,5 @@ def decode(
 def _bad_token(text: str) -> str:
     for found in _WORD.finditer(text):
         if not _TOKEN.fullmatch(found[0]):
-            return f"{found[0][:40]!r} given"
-    return "nothing given"
+            return repr(found[0][:40])
+    return "nothing"

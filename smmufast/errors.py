@@ -250,8 +250,7 @@ def integer(name: str, value: object) -> int:
     try:
         return _operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        given = type(value).__name__
-        text = f"{name} must be an integer, not {given}"
+        text = _must_be(name, "an integer", type(value))
         raise WrongType(name, value, text=text) from None
 
 
@@ -259,5 +258,4 @@ def instance(name: str, value: object, *kinds: type) -> None:
     """Raise a WrongType that names an argument unless it is of one of some types."""
     if not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        text = f"{name} must be of type {wanted}, not {type(value).__name__}"
-        raise WrongType(name, value, text=text)
+        raise WrongType(name, value, text=_must_be(name, f"of type {wanted}", type(value)))

@@ -11,6 +11,7 @@ import enum
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from smmufast import layout
+from smmufast._arguments import must_be
 
 if TYPE_CHECKING:
     from smmufast._device.smmu import Result
@@ -84,7 +85,7 @@ class Event:
         """Take the record as it lies in memory."""
         record = bytes(record)
         if len(record) != 32:
-            raise ValueError(f"record: {len(record)} bytes given; 32 needed")
+            raise ValueError(must_be("record", "32 bytes", len(record)))
         self.record = record
         self._unpacked = None
 

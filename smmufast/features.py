@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
 from smmufast import layout
-from smmufast._arguments import integer, one_of
+from smmufast._arguments import integer, must_be, one_of
 
 __all__ = ["Contradiction", "Features", "modelled"]
 
@@ -534,7 +534,7 @@ class Features:
         for register, word in zip(_REGISTERS, (idr0, idr1, idr3, idr5, aidr), strict=True):
             values |= layout.unpack(register, word)
         if major := values.pop("ARCH_MAJOR"):
-            raise ValueError(f"aidr: ARCH_MAJOR is {major}; 0 is SMMUv3")
+            raise ValueError(must_be("ARCH_MAJOR of aidr", "0 (SMMUv3)", major))
         return cls._raw({n.lower(): _code(n.lower(), value) for n, value in values.items()})
 
     def _register(self, register: str) -> int:

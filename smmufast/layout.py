@@ -988,7 +988,7 @@ def record(name: str | Record) -> Record:
         return name
     found = RECORDS.get(name) or _RECORDS_UPPER.get(name.upper())
     if found is None:
-        raise ValueError(f"no record is called {name!r}; layout.RECORDS lists them")
+        raise ValueError(_must_be("record", "a name of layout.RECORDS", name))
     return found
 
 
@@ -1005,7 +1005,7 @@ def event_record(event: int | str) -> Record:
     """
     found = EVENTS.get(_number(event, Event, "event"))
     if found is None:
-        raise ValueError(f"no event has number {event:#x}")
+        raise ValueError(_must_be("event", "the number or name of one", event))
     return found
 
 
@@ -1030,7 +1030,7 @@ def command_record(command: int | str) -> Record:
     for found in COMMANDS.values():
         if found.fixed["Opcode"] == number:
             return found
-    raise ValueError(f"no command has opcode {number:#x}")
+    raise ValueError(_must_be("command", "the opcode or name of one", number))
 
 
 def _number(key: int | str, names: type[enum.IntEnum], what: str) -> int:
@@ -1039,22 +1039,28 @@ def _number(key: int | str, names: type[enum.IntEnum], what: str) -> int:
     try:
         return names[key.upper()]
     except KeyError:
-        raise ValueError(f"no {what} is called {key!r}") from None
+        allowed = f"the {'opcode' if names is Opcode else 'number'} or name of one"
+        raise ValueError(_must_be(what, allowed, key)) from None
 
 
 def _check(rec: Record, field: Field, value: int) -> None:
     """Raise a ValueError unless the field can hold the value."""
     if field.address:
-        if value & ~field.mask:
-            raise ValueError(
-                f"{rec.name}.{field.name} cannot be {value:#x}: 0 to {field.mask:#x} in steps of "
-                f"{1 << field.lsb % 64:#x} is allowed"
-            )
-    elif not 0 <= value < 1 << field.width:
-        raise ValueError(
-            f"{rec.name}.{field.name} cannot be {value:#x}: 0 to {(1 << field.width) - 1:#x} "
-            "is allowed"
-        )
+        if not value & ~field.mask:
+            return
+        allowed = f"0 to {field.mask:#x} in steps of {1 << field.lsb % 64:#x}"
+    else:
+        if 0 <= value < 1 << field.width:
+            return
+        allowed = f"0 to {(1 << field.width) - 1:#x}"
+    raise ValueError(_must_be(f"{rec.name}.{field.name}", allowed, value))
+
+
+def _must_be(name: str, allowed: str, value: object) -> str:
+    """Return the message for an argument; imported late, for the package may not be built yet."""
+    from smmufast._arguments import must_be
+
+    return must_be(name, allowed, value)
 
 
 def pack(rec: str | Record, /, **fields: int) -> int:
@@ -1122,7 +1128,8 @@ def _pack_checked(rec: Record, fields: Mapping[str, Any]) -> int:
         f = rec.field(name)
         value = operator.index(value)
         if f.name.lower() in fixed and value != rec.fixed[f.name]:
-            raise ValueError(f"{rec.name}.{f.name} is {rec.fixed[f.name]:#x}, not {value:#x}")
+            allowed = f"{rec.fixed[f.name]:#x}"
+            raise ValueError(_must_be(f"{rec.name}.{f.name}", allowed, value))
         _check(rec, f, value)
         bits = (value << f.shift) << 64 * f.dword
         for other, before in used if f.absolute & filled else ():
@@ -1160,7 +1167,8 @@ def _as_int(rec: Record, data: Any) -> int:
     except TypeError:
         return from_bytes(rec, data)
     if not 0 <= word < 1 << 8 * rec.bytes:
-        raise ValueError(f"{word:#x} is not a {rec.name}: it has {rec.bytes} bytes")
+        allowed = f"a number of {rec.bytes} bytes, as {rec.name} is"
+        raise ValueError(_must_be("data", allowed, word))
     return word
 
 
@@ -1181,7 +1189,7 @@ def unpack(rec: str | Record, data: Any) -> dict[str, int]:
     values = {f.name: _extract(f, word) for f in rec.fields}
     for name, value in rec.fixed.items():
         if values[name] != value:
-            raise ValueError(f"not a {rec.name}: {name} is {values[name]:#x}, not {value:#x}")
+            raise ValueError(_must_be(f"{rec.name}.{name}", f"{value:#x}", values[name]))
     return values
 
 
@@ -1208,7 +1216,7 @@ def from_bytes(rec: str | Record, data: Any) -> int:
     rec = record(rec)
     raw = memoryview(data).tobytes()
     if len(raw) != rec.bytes:
-        raise ValueError(f"a {rec.name} has {rec.bytes} bytes, not {len(raw)}")
+        raise ValueError(_must_be("data", f"{rec.bytes} bytes, as {rec.name} is", len(raw)))
     return int.from_bytes(raw, "little")
 
 
@@ -1294,7 +1302,7 @@ def _dwords(rec: Record, array: Any) -> "NDArray[np.uint64]":
     import numpy as np
 
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"array: a numpy array is wanted, not {type(array).__name__}")
+        raise TypeError(_must_be("array", "a numpy array", type(array)))
     if array.dtype == dtype(rec):
         return array["dwords"]
     if array.dtype == np.dtype("<u8"):
@@ -1302,11 +1310,9 @@ def _dwords(rec: Record, array: Any) -> "NDArray[np.uint64]":
             return array[..., None]
         if array.ndim and array.shape[-1] == rec.dwords:
             return array
-    raise ValueError(
-        f"array: {rec.name} is read from dtype {dtype(rec)} or from uint64 with "
-        f"{'one element' if rec.dwords == 1 else f'a last axis of {rec.dwords}'} a record, "
-        f"not from {array.dtype} of shape {array.shape}"
-    )
+    axis = "one element" if rec.dwords == 1 else f"a last axis of {rec.dwords}"
+    allowed = f"of dtype {dtype(rec)}, or of uint64 with {axis} a record"
+    raise ValueError(_must_be("array", allowed, (array.dtype, array.shape)))
 
 
 def get(array: "NDArray[Any]", rec: str | Record, field: str) -> "NDArray[np.uint64]":
@@ -1367,7 +1373,7 @@ def set(array: "NDArray[Any]", rec: str | Record, field: str, values: Any) -> No
     f = rec.field(field)
     given = np.asarray(values)
     if given.size and given.dtype.kind not in "iub":
-        raise TypeError(f"values: integers are wanted, not {given.dtype}")
+        raise TypeError(_must_be("values", "integers", given.dtype.type))
     new = given.astype(np.uint64)
     bad = (given < 0) | (new & ~np.uint64(f.mask >> f.shift) != 0)
     if bad.any():

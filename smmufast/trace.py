@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from smmufast import layout
-from smmufast._arguments import integer, must_be
+from smmufast._arguments import either, in_words, integer, must_be
 from smmufast._device.smmu import NO_SUBSTREAM
 from smmufast._files import replacing
 from smmufast.capture import npy_header
@@ -142,24 +142,26 @@ def open_trace(path: _Path, dtype: DTypeLike | None = None) -> NDArray[Any]:
                 shape, _, found = npy_header(file, lambda what: TraceError(path, None, what))
                 offset = file.tell()
                 if len(shape) != 1 or shape[0] < 0:
-                    raise TraceError(path, None, f"shape {shape} found; (N,) is wanted")
+                    raise TraceError(path, None, must_be("shape", "(N,)", shape))
                 _check_dtype(path, found)
                 rows = shape[0]
                 if size != offset + rows * found.itemsize:
                     raise TraceError(
                         path,
                         None,
-                        f"{size - offset} bytes found behind the header; {rows} rows have "
-                        f"{rows * found.itemsize}",
+                        must_be(
+                            "what is behind the header",
+                            f"{rows * found.itemsize} bytes for {rows} rows",
+                            size - offset,
+                        ),
                     )
             else:
                 found, offset = np.dtype(dtype), 0
                 _check_dtype(path, found)
                 rows, rest = divmod(size, found.itemsize)
                 if rest:
-                    raise TraceError(
-                        path, None, f"{size} bytes found; rows of {found.itemsize} are wanted"
-                    )
+                    allowed = f"rows of {found.itemsize} bytes"
+                    raise TraceError(path, None, in_words("the file", allowed, f"{size} bytes"))
             if not rows:
                 return np.empty(0, found)
             return np.memmap(file, found, "r", offset, (rows,))
@@ -171,14 +173,14 @@ def _check_column(path: str | None, name: str, dtype: np.dtype[Any]) -> None:
     """Raise unless a column of this name can have this dtype."""
     flag = name in _FLAGS
     if dtype.shape or dtype.kind not in ("biu" if flag else "iu"):
-        wanted = "bool, or an integer of 0 and 1," if flag else "an integer"
-        raise TraceError(path, None, f"{name} of dtype {dtype} found; {wanted} is wanted")
+        allowed = "bool, or an integer of 0 and 1" if flag else "an integer"
+        raise TraceError(path, None, in_words(f"{name}.dtype", allowed, str(dtype)))
 
 
 def _check_dtype(path: str | None, dtype: np.dtype[Any]) -> None:
     """Raise unless an array of this dtype can be a trace."""
     if dtype.hasobject:
-        raise TraceError(path, None, f"dtype {dtype} found; it has objects")
+        raise TraceError(path, None, in_words("dtype", "one without objects", str(dtype)))
     if dtype.names is None:
         _check_column(path, "iova", dtype)
     elif "iova" not in dtype.names:
@@ -236,7 +238,7 @@ class _Trace:
         given: dict[str, Any]
         if isinstance(requests, np.ndarray):
             if requests.ndim != 1:
-                raise TraceError(self.path, None, f"{requests.ndim} dimensions found; 1 is wanted")
+                raise TraceError(self.path, None, must_be("requests.ndim", "1", requests.ndim))
             _check_dtype(self.path, requests.dtype)
             if requests.dtype.names is None:
                 given = {"iova": requests}
@@ -247,11 +249,10 @@ class _Trace:
             given = {k: v if np.ndim(v) == 0 else np.asanyarray(v) for k, v in requests.items()}
             for name, value in given.items():
                 if name not in _NAMES:
-                    known = ", ".join(_NAMES)
-                    raise TraceError(None, None, f"column {name!r} found; {known} are known")
+                    raise TraceError(None, None, must_be("a column", either(_NAMES), name))
                 if isinstance(value, np.ndarray) and value.ndim:
                     if value.ndim != 1:
-                        raise TraceError(None, None, f"{name}: {value.ndim} dimensions found")
+                        raise TraceError(None, None, must_be(f"{name}.ndim", "1", value.ndim))
                     _check_column(None, name, value.dtype)
             self.mapped = [_Mapping(v) for v in given.values() if isinstance(v, np.ndarray)]
         else:
@@ -260,11 +261,12 @@ class _Trace:
             if value is None or value is False:
                 continue
             if name in given:
-                raise TraceError(self.path, None, f"{name} is in the trace, and given beside it")
+                raise TraceError(self.path, None, f"{name} is in the trace and also an argument")
             given[name] = value
         for name, value in given.items():
             if isinstance(value, np.ma.MaskedArray):
-                raise TraceError(None, None, f"{name}: a masked array found; every row counts")
+                text = must_be(name, "an array without a mask", type(value))
+                raise TraceError(None, None, text)
         self.columns = {k: v for k, v in given.items() if isinstance(v, np.ndarray) and v.ndim}
         names = [getattr(column, "filename", None) for column in self.columns.values()]
         self.files = {os.fspath(name) for name in (self.path, *names) if name is not None}
@@ -276,7 +278,7 @@ class _Trace:
         if not lengths:
             raise TraceError(None, None, "no column is an array")
         if len(set(lengths.values())) > 1:
-            raise TraceError(None, None, f"columns of different lengths found: {lengths}")
+            raise TraceError(None, None, must_be("columns", "of one length", lengths))
         self.total = next(iter(lengths.values()))
         self.action = np.empty(min(chunk, self.total), np.uint8)
         self.event = np.empty(min(chunk, self.total), np.uint8)
@@ -311,9 +313,8 @@ class _Trace:
         bad = (column != 0) & (column != 1)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise TraceError(
-                self.path, start + row, f"{name} {int(column[row])} found; 0 or 1 is allowed"
-            )
+            problem = must_be(name, "0 or 1", int(column[row]))
+            raise TraceError(self.path, start + row, problem)
         return column.astype(bool)
 
     def say_which(self, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
@@ -333,7 +334,7 @@ class _Trace:
                 raise TraceError(
                     self.path,
                     start + row,
-                    f"{name} {int(column[row]):#x} found; 0 to {last:#x}{none}, is allowed",
+                    must_be(name, f"0 to {last:#x}{none}", int(column[row])),
                 ) from None
 
     @staticmethod
@@ -489,7 +490,7 @@ def _results(
     mapped: list[_Mapping] = []
     if isinstance(out, np.ndarray):
         if out.dtype.names is None:
-            raise TypeError(f"out must have a structured dtype, not {out.dtype}")
+            raise TypeError(in_words("out.dtype", "a structured one", str(out.dtype)))
         into = {name: out[name] for name in out.dtype.names}
         mapped = [_Mapping(out)]
     elif isinstance(out, Mapping):
@@ -500,7 +501,7 @@ def _results(
     for name, column in into.items():
         if getattr(column, "shape", None) != (trace.total,):
             shape = getattr(column, "shape", None)
-            raise ValueError(f"out[{name!r}] must have the shape ({trace.total},), not {shape}")
+            raise ValueError(must_be(f"out[{name!r}].shape", f"({trace.total},)", shape))
     start = 0
     while start < trace.total:
         end = start + trace.chunk

@@ -424,7 +424,7 @@ def test_arguments_out_of_range_are_einval_and_nothing_is_done(plain):
 
 @pytest.mark.parametrize("thing", [None, 5, Memory(), Smmu])
 def test_acquiring_what_is_no_smmu_is_a_type_error(plain, thing):
-    with pytest.raises(TypeError, match=f"object: {type(thing).__name__} given; Smmu needed"):
+    with pytest.raises(TypeError, match=f"object must be an Smmu, not {type(thing).__name__}"):
         plain.hold(thing)
 
 

@@ -155,15 +155,15 @@ def test_tags_whose_prints_agree_are_kept_apart(ways, policy):
 
 
 @pytest.mark.parametrize(("geometry", "message"), [
-    ((3, 4), "ste.sets: 3 given; a power of two needed"),
-    ((0, 4), "ste.sets: 0 given; a power of two needed"),
-    ((4, 0), "ste.ways: 0 given"),
-    ((1 << 24, 2), "ste.ways: 2 given; 1 to 1 allowed with 16777216 sets"),
+    ((3, 4), "ste.sets must be a power of two, not 3"),
+    ((0, 4), "ste.sets must be a power of two, not 0"),
+    ((4, 0), "ste.ways must be 1 to .*, not 0"),
+    ((1 << 24, 2), "ste.ways must be 1 to 1 with 16777216 sets, not 2"),
     ((1 << 25, 1), "ste.sets must be 0 to 0x1000000, not 0x2000000"),
     ((-1, 1), "ste.sets must be .*, not -1"),
-    ((4, 3, "plru"), "ste.ways: 3 given; a power of two of at most 64 needed with the policy"),
-    ((1, 128, "plru"), "ste.ways: 128 given; a power of two of at most 64"),
-    ((1, 1, "mru"), "ste.policy: 'mru' given; one of 'lru', 'plru', 'fifo', 'random' needed"),
+    ((4, 3, "plru"), "ste.ways must be a power of two up to 64 with the policy 'plru', not 3"),
+    ((1, 128, "plru"), "ste.ways must be a power of two up to 64 .*, not 128"),
+    ((1, 1, "mru"), "ste.policy must be 'lru', 'plru', 'fifo' or 'random', not 'mru'"),
     ((1, 1, "random", 1 << 64), "ste.seed must be "),
 ])  # fmt: skip
 def test_geometries_that_cannot_be_are_refused(geometry, message):

@@ -457,7 +457,9 @@ def test_replay_of_queues_agrees_but_for_what_the_recorded_smmu_does_otherwise(t
     empty = batch_file(tmp_path / "empty.jsonl.gz")
     assert "no batches are recorded, nothing to replay" in run("replay", empty, status=2)
     bad = batch_file(tmp_path / "bad.jsonl.gz", FILLING | {"steps": [1]})
-    assert "bad.jsonl.gz:2: a number found; an object is wanted" in run("replay", bad, status=2)
+    assert "bad.jsonl.gz:2: the JSON must be an object, not a number" in run(
+        "replay", bad, status=2
+    )
 
 
 def test_replay_of_the_recorded_queues_agrees():
@@ -491,13 +493,13 @@ def test_batches_of_commands(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"cmds": ["46"]}, "cmds: a string found; 16 bytes in hexadecimal are wanted"),
-        ({"cmds": [5]}, "cmds: a number found"),
+        ({"cmds": ["46"]}, "cmds must be 16 bytes in hexadecimal each, not a string"),
+        ({"cmds": [5]}, "cmds must be 16 bytes in hexadecimal each, not a number"),
         ({"cmds": ["zz" * 16]}, "16 bytes in hexadecimal"),
-        ({"cmds": 5}, "cmds: a number found; a list is wanted"),
-        ({"err": 128}, "err: 0x80 found"),
-        ({"start": None}, "start: null found"),
-        ({"kind": 1}, "kind: a number found"),
+        ({"cmds": 5}, "cmds must be a list, not a number"),
+        ({"err": 128}, "err must be 0 to 127, not 128"),
+        ({"start": None}, "start must be a number, not null"),
+        ({"kind": 1}, "kind must be a string, not a number"),
     ],
 )
 def test_bad_batches_are_one_clear_line(tmp_path, change, problem):
@@ -511,7 +513,7 @@ def test_bad_queues_are_one_clear_line(tmp_path):
     path = with_queues(tmp_path / "q", {}, {}, CMDQ_PROD="zero")
     for command in ("commands", "events"):
         error = run(command, path, status=2)
-        assert "CMDQ_PROD: a string found; a number is wanted" in error
+        assert "CMDQ_PROD must be a number, not a string" in error
         assert error.count("\n") == 1
     (path / "queues.npz").write_bytes(b"no archive")
     meta = json.loads((path / "meta.json").read_text())
@@ -521,7 +523,7 @@ def test_bad_queues_are_one_clear_line(tmp_path):
     del meta["regs"]["EVENTQ_BASE"]
     (path / "meta.json").write_text(json.dumps(meta))
     assert "register EVENTQ_BASE is missing" in run("events", path, status=2)
-    assert "empty; a header is wanted" in run(
+    assert "the first line must be a header, not missing" in run(
         "commands", write(tmp_path / "empty.gz", gzip.compress(b"")), status=2
     )
     assert "no capture" in run("commands", tmp_path, status=2)
@@ -593,8 +595,8 @@ def test_decode_of_a_log_counts_what_repeats():
 @pytest.mark.parametrize(
     ("arguments", "given", "problem"),
     [
-        (("1", "2", "3"), None, "words: 24 bytes given; an event has 32"),
-        (("--kind", "event", "xyz"), None, "words: 'xyz' given; numbers are wanted"),
+        (("1", "2", "3"), None, "kind must be named for 24 bytes (an event is 32"),
+        (("--kind", "event", "xyz"), None, "words must be numbers, not 'xyz'"),
         (("--kind", "ate", "1"), None, "kind must be 'event', 'command', 'pri'"),
         (("--unit", "7", "1"), None, "unit must be 64, 32 or 8, not 7"),
         (("--level", "9", "1"), None, "level must be -1, 0, 1, 2 or 3, not 9"),
@@ -603,7 +605,7 @@ def test_decode_of_a_log_counts_what_repeats():
         ((), "", "nothing to decode"),
         ((), "no line of this tells of an SMMU\n", "nothing to decode"),
         ((), bytes(range(256)), "nothing to decode"),
-        (("--raw",), b"123", "words: 3 bytes given; an event has 32"),
+        (("--raw",), b"123", "kind must be named for 3 bytes (an event is 32"),
         (("\udcff",), None, "nothing to decode"),
     ],
 )
@@ -637,15 +639,21 @@ BAD = {
     "missing commands": (("commands", "/nowhere"), "/nowhere: there is no such directory"),
     "a number": (("walk", "x", "--sid", "ten", "--iova", "0"), "'ten' is not a number"),
     "negative": (("walk", "x", "--sid=-1", "--iova", "0"), "-1 is negative"),
-    "no repeat": (("replay", "x", "--repeat", "0"), "0 is too little: 1 or more is allowed"),
-    "too many": (("replay", "x", "--random", 1 << 63), "is too much: below 2^63 is allowed"),
+    "no repeat": (
+        ("replay", "x", "--repeat", "0"),
+        "argument --repeat: it must be 1 or more, not 0",
+    ),
+    "too many": (
+        ("replay", "x", "--random", 1 << 63),
+        "argument --random: it must be 0 to 2^63 - 1, not 0x8000",
+    ),
     "many digits": (("replay", "x", "--seed", "9" * 5000), "999...' is not a number"),
     "another base": (("replay", "x", "--seed", "0b1"), "'0b1' is not a number (0x... is"),
     "underscores": (("walk", "x", "--sid", "1_0", "--iova", "0"), "'1_0' is not a number"),
     "other digits": (("replay", "x", "--seed", "\N{ARABIC-INDIC DIGIT ONE}"), "is not a number"),
     "an empty name": (("replay", ""), "'': there is no such directory"),
-    "a device": (("replay", os.devnull), "/dev/null: a file found; a capture is a directory"),
-    "a file": (("walk", "README.md", "--sid", "0", "--iova", "0"), "a capture is a directory"),
+    "a device": (("replay", os.devnull), "/dev/null: a capture must be a directory, not a file"),
+    "a file": (("walk", "README.md", "--sid", "0", "--iova", "0"), "a capture must be a directory"),
     "a file to replay": (("replay", captures.SHIPPED / "meta.json"), "meta.json:1: the compressed"),
     "no results to name": (("trace", captures.SHIPPED, "--columns", "pa"), "which need --out"),
     "a StreamID beside others": (("trace", captures.SHIPPED, "--sid", "1"), "--sid, --ssid"),

@@ -428,9 +428,9 @@ def test_commands_are_packed_by_the_table_of_records():
     )
     assert smmu.read("CMDQ_PROD") == 2
     for name, fields, message in (
-        ("NOTHING", {}, "no command is called"),
+        ("NOTHING", {}, "command must be the opcode or name of one, not 'NOTHING'"),
         ("SYNC", {"Leaf": 1}, "SYNC has no field 'Leaf'"),
-        ("RESUME", {"STAG": 1 << 16}, "cannot be 0x10000"),
+        ("RESUME", {"STAG": 1 << 16}, "must be 0 to 0xffff, not 0x10000"),
     ):
         with pytest.raises(ValueError, match=message):
             smmu.command(name, **fields)

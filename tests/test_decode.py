@@ -353,15 +353,19 @@ def test_eight_digits_are_words_unless_they_make_a_record_as_dwords():
 @pytest.mark.parametrize(
     ("data", "arguments", "problem"),
     [
-        ("", {"kind": "event"}, "nothing given; numbers are wanted"),
-        ("10 xyz", {"kind": "event"}, "'xyz' given; numbers are wanted"),
-        ("hello", {"unit": 64}, "'hello' given"),
-        ("1 2 3", {}, "24 bytes given; an event has 32"),
-        ("1", {}, "8 bytes given; an L1STD, an L1CD and a translation table descriptor"),
-        ("1 2 3 4 5 6 7 8", {}, "64 bytes given; an STE and a CD have as many"),
-        ("1 2 3", {"kind": "command"}, "24 bytes given; a record of kind command has 16"),
-        (b"", {"kind": "pte"}, "0 bytes given; a record of kind pte has 8"),
-        (b"", {}, "0 bytes given"),
+        ("", {"kind": "event"}, "words must be numbers, not nothing"),
+        ("10 xyz", {"kind": "event"}, "words must be numbers, not 'xyz'"),
+        ("hello", {"unit": 64}, "words must be numbers, not 'hello'"),
+        ("1 2 3", {}, "kind must be named for 24 bytes (an event is 32, a command "),
+        ("1", {}, "kind must be 'l1std', 'l1cd' or 'pte' for 8 bytes, not None"),
+        ("1 2 3 4 5 6 7 8", {}, "kind must be 'ste', 'cd' or 'event' for 64 bytes, not None"),
+        (
+            "1 2 3",
+            {"kind": "command"},
+            "words must be 16 bytes for each record of kind command, not 24",
+        ),
+        (b"", {"kind": "pte"}, "words must be 8 bytes for each record of kind pte, not 0"),
+        (b"", {}, "kind must be named for 0 bytes"),
         ("1 0x100000000", {"unit": 32}, "100000000 does not fit 32 bits"),
         ("1 2", {"unit": 16}, "unit must be 64, 32 or 8, not 16"),
         ("1 2", {"kind": "ste2"}, "kind must be 'event', 'command', 'pri'"),
@@ -384,7 +388,7 @@ def test_bad_words_are_one_clear_error(data, arguments, problem):
 def test_more_numbers_than_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr("smmufast.decode.MOST_WORDS", 8)
     assert len(decode("0 0 0 0 0 0 0 0", "event")) == 2
-    with pytest.raises(DecodeError, match="words: more than 8 numbers given"):
+    with pytest.raises(DecodeError, match="words must be up to 8 numbers, not more"):
         decode("0 " * 9, "event")
 
 

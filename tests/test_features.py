@@ -455,9 +455,9 @@ def test_a_state_of_raw_features_is_restored_and_a_contradicting_one_refused():
     for change, message in [
         ({"features": text["features"] | {"ats": 0}}, "features: atsrecerr=1 but ats=0"),
         ({"features": [0] * 5}, "features: ttf must be 1, 2 or 3, not 0"),
-        ({"features": [0] * 4}, "features: a list of 5 needed"),
-        ({"features": [1 << 32] * 5}, "features: 0x100000000"),
-        ({"features": [None] * 5}, "features: NoneType found"),
+        ({"features": [0] * 4}, "features must be a list of 5, not one of 4"),
+        ({"features": [1 << 32] * 5}, "features must be 0 to 0xffffffff, not 0x100000000"),
+        ({"features": [None] * 5}, "features must be a number, not NoneType"),
     ]:
         changed = json.dumps(text | change, sort_keys=True, separators=(",", ":")).encode()
         data = header.pack(mark, version, len(changed)) + changed
@@ -490,8 +490,8 @@ def test_reserved_codes_in_registers_are_refused():
     for index, word, message in [
         (0, good[0] & ~0b1100, "ttf must be 1, 2 or 3, not 0"),
         (1, good[1] | 0x3F, "sidsize must be 0 to 32, not 63"),
-        (4, 0x13, "aidr: ARCH_MAJOR is 1; 0 is SMMUv3"),
-        (3, 1 << 32, "0x100000000 is not a IDR5: it has 4 bytes"),
+        (4, 0x13, r"ARCH_MAJOR of aidr must be 0 \(SMMUv3\), not 1"),
+        (3, 1 << 32, "data must be a number of 4 bytes, as IDR5 is, not 0x100000000"),
     ]:
         with pytest.raises(ValueError, match=message):
             Features.from_idr(*good[:index], word, *good[index + 1 :])

@@ -161,7 +161,7 @@ def test_an_empty_list_is_an_empty_batch():
 
 
 def test_a_size_needs_an_address():
-    with pytest.raises(ValueError, match="size: 8 given without an address"):
+    with pytest.raises(ValueError, match="size must be None without address, not 8"):
         Memory().inject_error(size=8)
 
 
@@ -171,7 +171,7 @@ def test_the_limit_named_is_that_of_the_argument():
 
 
 def test_only_translation_tables_have_levels():
-    with pytest.raises(ValueError, match="level: 2 given with kind 'CD'; only tables have levels"):
+    with pytest.raises(ValueError, match=r"level must be None with kind 'CD' .*, not 2"):
         Memory().inject_error(kind="CD", level=2)
 
 

@@ -320,7 +320,7 @@ def test_an_illegal_command_is_named_and_the_queue_works_again():
     assert (queue.smmu.read("GERROR") ^ queue.smmu.read("GERRORN")) & 1 == 0
     with pytest.raises(InvalidArgument):
         queue.put(1 << 64, 0)
-    with pytest.raises(ValueError, match="no command"):
+    with pytest.raises(ValueError, match="command must be the opcode or name of one, not"):
         queue.issue("no such command")
 
 

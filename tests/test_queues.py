@@ -455,7 +455,7 @@ def test_without_wires_there_must_be_messages():
     memory = Memory()
     for features in (Features(msi=0), Features.minimal()):
         assert Smmu(memory, features, strtab_base_cfg=6).wired
-        with pytest.raises(ValueError, match=r"^wired: False given with msi=0"):
+        with pytest.raises(ValueError, match=r"^wired must be True with msi=0.*, not False"):
             Smmu(memory, features, strtab_base_cfg=6, wired=False)
 
 

@@ -152,7 +152,7 @@ def test_what_no_bus_can_do_is_an_error():
     for arguments, message in (
         ((0x20000,), "offset must be 0 to 0x1ffff, not 0x20000"),
         ((-4,), "offset must be 0 to 0x1ffff, not -4"),
-        ((0, 3), "size: 3 given; 1, 2, 4 or 8 bytes needed"),
+        ((0, 3), "size must be 1, 2, 4 or 8 bytes, not 3"),
         (("CR9",), "offset: no register is called 'CR9'"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -392,7 +392,7 @@ def test_registers_of_the_constructor_are_registers():
             device(**{name: -1})
         with pytest.raises(TypeError, match=f"^{name} must be an integer, not str"):
             device(**{name: "1"})
-    with pytest.raises(TypeError, match=r"^on_interrupt: int given; a callable needed"):
+    with pytest.raises(TypeError, match=r"^on_interrupt must be a callable or None, not int"):
         device(on_interrupt=5)
 
 

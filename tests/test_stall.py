@@ -878,7 +878,7 @@ def test_a_stall_is_made_by_translations_alone():
     smmu, _ = system()
     with pytest.raises(TypeError, match="made by a translation"):
         type(stall(smmu))()
-    with pytest.raises(TypeError, match="on_resume: int given"):
+    with pytest.raises(TypeError, match="on_resume must be a callable or None, not int"):
         smmu.on_resume = 5
     with pytest.raises(AttributeError):
         smmu.stalls[0].stag = 7

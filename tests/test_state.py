@@ -584,17 +584,17 @@ def test_a_state_with_any_byte_changed_is_refused():
     for i in range(len(saved)):
         damaged = bytearray(saved)
         damaged[i] ^= chooser.randrange(1, 256)
-        with pytest.raises(ValueError, match=r"^state: "):
+        with pytest.raises(ValueError, match=r"^state(: | must be )"):
             Smmu.restore(damaged, memory)
 
 
 def test_a_state_that_is_cut_or_too_long_is_refused():
     saved = state().smmu.save()
     for end in range(0, len(saved), 3):
-        with pytest.raises(ValueError, match=r"^state: "):
+        with pytest.raises(ValueError, match=r"^state(: | must be )"):
             Smmu.restore(saved[:end], Memory())
     for more in (b"\0", saved):
-        with pytest.raises(ValueError, match=r"^state: "):
+        with pytest.raises(ValueError, match=r"^state(: | must be )"):
             Smmu.restore(saved + more, Memory())
     with pytest.raises(ValueError, match="bytes too many"):
         parsed, contents = opened(saved)
@@ -606,7 +606,7 @@ def test_random_bytes_are_refused():
     for _ in range(500):
         data = chooser.randbytes(chooser.randrange(200))
         for given in (data, b"smmufast" + data, sealed(data, b"")):
-            with pytest.raises(ValueError, match=r"^state: "):
+            with pytest.raises(ValueError, match=r"^state(: | must be )"):
                 Smmu.restore(given, Memory())
 
 
@@ -618,40 +618,64 @@ def test_random_bytes_are_refused():
         (lambda s: s["features"].update(oas=9), "features: "),
         (lambda s: s["features"].update(oas="6"), "features: oas"),
         (lambda s: s["features"].update(oas=nest(400)), "features: oas"),
-        (lambda s: s.update(atc_failed=nest(400)), "atc_failed: list found"),
-        (lambda s: s["features"].update(mpam=1), "features: mpam=1"),
+        (lambda s: s.update(atc_failed=nest(400)), "atc_failed must be a number, not list"),
+        (lambda s: s["features"].update(mpam=1), "features must be .*, not mpam=1"),
         (lambda s: s["registers"].pop("CR0"), "registers: CR0 is missing"),
-        (lambda s: s["registers"].update(CR0=1 << 31), "CR0: 0x80000000; bits of"),
-        (lambda s: s["registers"].update(CR0=True), "CR0: bool found; a number"),
-        (lambda s: s["registers"].update(CR0=-1), "CR0: -0x1; 0x0 to"),
-        (lambda s: s["registers"].update(GBPA=1 << 31), "GBPA: 0x80000000; bits"),
-        (lambda s: s["registers"].update(EVENTQ_PROD=2), "EVENTQ_PROD: 0x2; 0x0 to 0x1 allowed"),
-        (lambda s: s["registers"].update(EVENTQ_CONS=0x80000), "EVENTQ_CONS: 0x80000; "),
-        (lambda s: s.update(placed=[1, 1]), "placed: a list of 3 needed"),
-        (lambda s: s.update(placed=[1, 1, 2]), "placed: 0x2; 0x0 to 0x1"),
-        (lambda s: s.update(last_stag=1 << 16), "last_stag: 0x10000; 0x0 to"),
-        (lambda s: s.update(wired=2), "wired: 0x2; 0x0 to 0x1"),
+        (lambda s: s["registers"].update(CR0=1 << 31), "CR0 must be bits of .*, not 0x80000000"),
+        (lambda s: s["registers"].update(CR0=True), "CR0 must be a number, not bool"),
+        (lambda s: s["registers"].update(CR0=-1), "CR0 must be 0 to 0xf.*, not -1"),
+        (lambda s: s["registers"].update(GBPA=1 << 31), "GBPA must be bits of .*, not 0x80000000"),
+        (lambda s: s["registers"].update(EVENTQ_PROD=2), "EVENTQ_PROD must be 0 to 0x1, not 2"),
+        (
+            lambda s: s["registers"].update(EVENTQ_CONS=0x80000),
+            "EVENTQ_CONS must be .*, not 0x80000",
+        ),
+        (lambda s: s.update(placed=[1, 1]), "placed must be a list of 3, not one of 2"),
+        (lambda s: s.update(placed=[1, 1, 2]), "placed must be 0 to 0x1, not 2"),
+        (lambda s: s.update(last_stag=1 << 16), "last_stag must be 0 to 0xffff, not 0x10000"),
+        (lambda s: s.update(wired=2), "wired must be 0 to 0x1, not 2"),
         (lambda s: s.pop("wired"), "all: wired is missing"),
-        (lambda s: (s["features"].update(msi=0), s.update(wired=0)), "wired: 0x0; 0x1 to 0x1"),
+        (
+            lambda s: (s["features"].update(msi=0), s.update(wired=0)),
+            "wired must be 1 to 0x1, not 0",
+        ),
         (lambda s: s["stalls"].append(s["stalls"][0]), "stalls: sid 0x14 has STAG 0x0 twice"),
-        (lambda s: s["stalls"][0].update(access=8), "access of a stall: 0x8; "),
-        (lambda s: s["stalls"][0].update(ssid=1 << 20), "ssid of a stall: 0x100000 is none"),
-        (lambda s: s["stalls"][0]["outcome"].update(action=9), "action of a stall: 0x9; "),
+        (lambda s: s["stalls"][0].update(access=8), "access of a stall must be .*, not 8"),
+        (
+            lambda s: s["stalls"][0].update(ssid=1 << 20),
+            "ssid of a stall must be .*, or 0xffffffff for none, not 0x100000",
+        ),
+        (
+            lambda s: s["stalls"][0]["outcome"].update(action=9),
+            "action of a stall must be .*, not 9",
+        ),
         (lambda s: s["stalls"][0]["outcome"].update(action=0), "not that of a fault that stalls"),
         (lambda s: s["stalls"][0]["outcome"].update(fault=3), "not that of a fault that stalls"),
         (
             lambda s: s["stalls"][0]["outcome"].update(level=-2),
-            "level of a stall: -0x2; -0x1 to 0x4 allowed",
+            "level of a stall must be -1 to 0x4, not -2",
         ),
-        (lambda s: s["stalls"][0]["outcome"]["record"].pop(), "record of a stall: a list of 4"),
-        (lambda s: s.update(stalls={}), "stalls: a list needed"),
-        (lambda s: s.update(warnings=[["CR0", 1]]), "warnings: two strings needed"),
+        (
+            lambda s: s["stalls"][0]["outcome"]["record"].pop(),
+            "record of a stall must be a list of 4, not one of 3",
+        ),
+        (lambda s: s.update(stalls={}), "stalls must be a list, not dict"),
+        (
+            lambda s: s.update(warnings=[["CR0", 1]]),
+            r"warnings must be lists of two strings, not \['CR0', 1\]",
+        ),
         (lambda s: s.update(caches=None), "caches: .* bytes without a geometry"),
-        (lambda s: s["caches"].update(nested="no"), "caches: nested: 'no' given"),
-        (lambda s: s["caches"]["geometries"].pop(), "caches: a list of 5 needed"),
+        (
+            lambda s: s["caches"].update(nested="no"),
+            "caches: nested must be 'combined' or 'split', not 'no'",
+        ),
+        (lambda s: s["caches"]["geometries"].pop(), "caches must be a list of 5, not one of 4"),
         (lambda s: s["caches"]["geometries"].__setitem__(2, [3, 2, "lru", 0]), "caches: "),
-        (lambda s: s["caches"]["geometries"].__setitem__(2, [[], 2, "lru", 0]), "caches: a geom"),
-        (lambda s: s["caches"].update(nested=[]), "caches: nested: list found"),
+        (
+            lambda s: s["caches"]["geometries"].__setitem__(2, [[], 2, "lru", 0]),
+            "caches must be geometries of .*, not",
+        ),
+        (lambda s: s["caches"].update(nested=[]), "nested of caches must be a string, not list"),
         (lambda s: s["caches"]["geometries"].__setitem__(2, [4, 2, "lru", 0]), "caches: state: "),
     ],
 )
@@ -744,10 +768,10 @@ def test_damaged_states_of_version_1_are_refused():
     ):  # fmt: skip
         changed = json.loads(json.dumps(parsed))
         change(changed)
-        with pytest.raises(ValueError, match=r"^state: "):
+        with pytest.raises(ValueError, match=r"^state(: | must be )"):
             Smmu.restore(sealed(changed, contents, version=1), Memory())
     for text in (b"[]", b"5", b"{}"):
-        with pytest.raises(ValueError, match=r"^state: "):
+        with pytest.raises(ValueError, match=r"^state(: | must be )"):
             Smmu.restore(sealed(text, b"", version=1), Memory())
 
 
@@ -762,10 +786,10 @@ def test_whether_there_are_wires_is_part_of_it(wired):
 
 def test_deep_and_endless_json_is_refused():
     for text in (b"[" * 200_000, b"9" * 10_000, b"NaN", b"\xff", b"", b"[]", b'{"a":' * 3):
-        with pytest.raises(ValueError, match=r"^state: "):
+        with pytest.raises(ValueError, match=r"^state(: | must be )"):
             Smmu.restore(sealed(text, b""), Memory())
-    for version in (0, 3, 1 << 31):
-        with pytest.raises(ValueError, match=f"of version {version}; 1 or 2 needed"):
+    for version in (0, 3, 1 << 15):
+        with pytest.raises(ValueError, match=f"state must be of version 1 or 2, not {version}"):
             Smmu.restore(sealed(b"{}", b"", version=version), Memory())
     data = b"smmufast" + (2).to_bytes(4, "little") + b"\xff\xff\xff\xff"
     with pytest.raises(ValueError, match="ends too early"):
@@ -774,13 +798,13 @@ def test_deep_and_endless_json_is_refused():
 
 def test_arguments_of_another_kind_are_refused():
     saved = Smmu(Memory()).save()
-    with pytest.raises(TypeError, match="state: str given; bytes needed"):
+    with pytest.raises(TypeError, match="state must be bytes, not str"):
         Smmu.restore("smmufast", Memory())
     with pytest.raises(TypeError):
         Smmu.restore(saved, None)
-    with pytest.raises(TypeError, match="on_interrupt: int given"):
+    with pytest.raises(TypeError, match=r"on_interrupt must be .*, not int"):
         Smmu.restore(saved, Memory(), on_interrupt=1)
-    with pytest.raises(TypeError, match="on_resume: int given"):
+    with pytest.raises(TypeError, match=r"on_resume must be .*, not int"):
         Smmu.restore(saved, Memory(), on_resume=1)
 
 

@@ -274,7 +274,7 @@ def test_the_size_of_a_late_answer_is_that_of_what_was_asked():
     bench = Bench()
     walk = bench.pending("TT", 3)
     bench.overtake(*moved_page(bench))
-    with pytest.raises(ValueError, match="64 bytes given; 8 needed"):
+    with pytest.raises(ValueError, match="data must be 8 bytes, not 64"):
         walk.supply(bytes(64))
     walk.supply(bytes(8))
     assert walk.request.size == 64

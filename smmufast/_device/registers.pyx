@@ -63,6 +63,7 @@ from dataclasses import fields
 from zlib import crc32
 
 from smmufast import layout
+from smmufast._arguments import in_words, must_be
 from smmufast._engine.tlb import CACHES as _CACHES
 from smmufast.faults import Event
 from smmufast.features import Features, modelled
@@ -178,36 +179,38 @@ cdef dict OUTCOME = {
 cdef frozenset REASONS = frozenset(Why)
 
 
-cdef object state_error(str what, str why):
-    return ValueError(f"state: {what}: {why}")
+cdef object state_error(str text):
+    return ValueError(f"state: {text}")
 
 
 cdef object saved_number(str what, value, last, first=0):
     """A number of a state, once it is one that can be."""
     if type(value) is not int:
-        raise state_error(what, f"{type(value).__name__} found; a number needed")
+        raise state_error(must_be(what, "a number", type(value)))
     if not first <= value <= last:
-        raise state_error(what, f"{value:#x}; {first:#x} to {last:#x} allowed")
+        raise state_error(must_be(what, f"{first} to {last:#x}", value))
     return value
 
 
 cdef dict saved_dict(str what, value, names):
     """An object of a state, once it has the members it must have."""
     if type(value) is not dict:
-        raise state_error(what, f"{type(value).__name__} found; an object needed")
+        raise state_error(must_be(what, "an object", type(value)))
     for name in names:
         if name not in value:
-            raise state_error(what, f"{name} is missing")
+            raise state_error(f"{what}: {name} is missing")
     for name in value:
         if name not in names:
-            raise state_error(what, f"{name[:40]!r} is unknown")
+            raise state_error(f"{what}: {name[:40]!r} is unknown")
     return value
 
 
 cdef list saved_list(str what, value, n=None):
     """A list of a state; of n items."""
     if type(value) is not list or n is not None and len(value) != n:
-        raise state_error(what, f"a list{'' if n is None else f' of {n}'} needed")
+        raise state_error(in_words(
+            what, f"a list{'' if n is None else f' of {n}'}",
+            f"one of {len(value)}" if type(value) is list else type(value).__name__))
     return value
 
 
@@ -229,12 +232,12 @@ cdef tuple state_parts(state):
     try:
         data = bytes(memoryview(state))
     except TypeError:
-        raise TypeError(f"state: {type(state).__name__} given; bytes needed") from None
+        raise TypeError(must_be("state", "bytes", type(state))) from None
     if len(data) < STATE_HEADER.size + 4 or data[:8] != STATE_MARK:
         raise ValueError("state: not one that save() made")
     _, version, size = STATE_HEADER.unpack_from(data)
     if not 1 <= version <= STATE_VERSION:
-        raise ValueError(f"state: of version {version}; 1 or {STATE_VERSION} needed")
+        raise ValueError(must_be("state", f"of version 1 or {STATE_VERSION}", version))
     last = len(data) - 4
     if crc32(data[:last]) != int.from_bytes(data[last:], "little"):
         raise ValueError("state: the checksum is wrong: it is damaged or not whole")
@@ -271,14 +274,14 @@ cdef object saved_features(saved):
     try:
         return Features.from_idr(*saved) if type(saved) is list else Features(**saved)
     except (TypeError, ValueError) as error:
-        raise state_error("features", str(error)) from None
+        raise state_error(f"features: {error}") from None
 
 
 cdef object saved_caches(saved, bytes contents):
     """The Caches of a state, None without."""
     if saved is None:
         if contents:
-            raise state_error("caches", f"{len(contents)} bytes without a geometry")
+            raise state_error(f"caches: {len(contents)} bytes without a geometry")
         return None
     saved_dict("caches", saved, ("geometries", "nested"))
     given = []
@@ -286,14 +289,14 @@ cdef object saved_caches(saved, bytes contents):
         given.append(None if each is None else tuple(saved_list("caches", each, 4)))
     for each in given:
         if each is not None and tuple(map(type, each)) != (int, int, str, int):
-            raise state_error("caches", "a geometry of sets, ways, policy and seed needed")
+            raise state_error(must_be("caches", "geometries of sets, ways, policy, seed", each))
     if type(saved["nested"]) is not str:
-        raise state_error("caches", f"nested: {type(saved['nested']).__name__} found")
+        raise state_error(must_be("nested of caches", "a string", type(saved["nested"])))
     try:
         caches = Caches(**dict(zip(_CACHES, given, strict=True)), nested=saved["nested"])
         caches.__setstate__(contents)
     except (TypeError, ValueError) as error:
-        raise state_error("caches", str(error)) from None
+        raise state_error(f"caches: {error}") from None
     return caches
 
 
@@ -646,13 +649,15 @@ cdef class Registers:
         if features is None:
             features = Features()
         if not isinstance(features, Features):
-            raise TypeError(f"features: {type(features).__name__} given; Features needed")
+            raise TypeError(must_be("features", "Features or None", type(features)))
         taken = modelled(features)[1]
         if taken:
-            raise ValueError(f"features: {', '.join(map('='.join, strings(taken)))} given; this "
-                             "version does not model that (see smmufast.modelled)")
+            raise ValueError(in_words(
+                "features", "what this version models (see smmufast.modelled)",
+                ", ".join(map("=".join, strings(taken)))))
         if not has_wires and not features.msi:
-            raise ValueError("wired: False given with msi=0: then there would be no interrupts")
+            raise ValueError(must_be(
+                "wired", "True with msi=0, where no other interrupts are", wired))
         self._memory = memory
         self._features = features
         self._warnings = deque(maxlen=1000)
@@ -669,7 +674,8 @@ cdef class Registers:
         core_enter(&self.core)
         if caches is not None:
             if caches.taken:
-                raise ValueError("caches: those of another Smmu given; copy.copy() makes others")
+                raise ValueError(in_words(
+                    "caches", "of no Smmu yet (copy.copy() makes such)", "those of another Smmu"))
             caches.taken = True
             self._caches = caches
             self.core.caches = caches.c
@@ -884,7 +890,7 @@ cdef class Registers:
     @on_interrupt.setter
     def on_interrupt(self, value):
         if value is not None and not callable(value):
-            raise TypeError(f"on_interrupt: {type(value).__name__} given; a callable needed")
+            raise TypeError(must_be("on_interrupt", "a callable or None", type(value)))
         self._on_interrupt = value
 
     @property
@@ -895,7 +901,7 @@ cdef class Registers:
     @on_resume.setter
     def on_resume(self, value):
         if value is not None and not callable(value):
-            raise TypeError(f"on_resume: {type(value).__name__} given; a callable needed")
+            raise TypeError(must_be("on_resume", "a callable or None", type(value)))
         self._on_resume = value
 
     @property
@@ -945,7 +951,7 @@ cdef class Registers:
             return name
         at = to_address("offset", offset, 0x1FFFF)
         if to_address("size", size) not in (1, 2, 4, 8):
-            raise ValueError(f"size: {size} given; 1, 2, 4 or 8 bytes needed")
+            raise ValueError(must_be("size", "1, 2, 4 or 8 bytes", size))
         bits[0] = 8 * size
         found = OFFSETS.get(at)
         if found is None or size < 4 or at % size:
@@ -1964,7 +1970,7 @@ cdef class Registers:
         cdef Port port
         cdef bint marker
         if page & 0xFFF:
-            raise ValueError(f"address: {page:#x} given; a multiple of 4096 needed")
+            raise ValueError(must_be("address", "a multiple of 0x1000", page))
         read, write = to_flag("read", read), to_flag("write", write)
         execute, priv = to_flag("execute", execute), to_flag("priv", priv)
         last = to_flag("last", last)
@@ -2146,7 +2152,7 @@ cdef class Registers:
                 mask &= ~GBPA_UPDATE
             saved_number(name, value, 0xFFFFFFFFFFFFFFFF)
             if value & ~mask:
-                raise state_error(name, f"{value:#x}; bits of {mask:#x} needed")
+                raise state_error(must_be(name, f"bits of {mask:#x}", value))
         for name, value in values.items():
             if not name.endswith(("Q_PROD", "Q_CONS")) and name not in ("GERROR", "GERRORN"):
                 self._values[name] = value
@@ -2159,11 +2165,11 @@ cdef class Registers:
             self._take_stall(saved)
         recorded = len(self._stalls) - len(self._waiting)
         if recorded > max(1, self._features.stall_max):
-            raise state_error("stalls", f"{recorded} are recorded; STALL_MAX is "
-                                        f"{self._features.stall_max}")
+            raise state_error(must_be(
+                "recorded stalls", f"at most {max(1, self._features.stall_max)}", recorded))
         for saved in saved_list("warnings", state["warnings"]):
             if list(map(type, saved_list("warnings", saved, 2))) != [str, str]:
-                raise state_error("warnings", "two strings needed")
+                raise state_error(must_be("warnings", "lists of two strings", saved))
             self._warnings.append(RegisterWarning(*saved))
         return self._digest()
 
@@ -2191,7 +2197,9 @@ cdef class Registers:
             if last is not None:
                 saved_number(f"{name} of a stall", saved[name], last)
         if 0xFFFFF < saved["ssid"] < <uint32_t>NO_SSID:
-            raise state_error("ssid of a stall", f"{saved['ssid']:#x} is none")
+            raise state_error(must_be(
+                "ssid of a stall", f"0 to 0xfffff, or {<uint32_t>NO_SSID:#x} for none",
+                saved["ssid"]))
         if type(saved["outcome"]) is dict:
             saved["outcome"].setdefault("why", 0)  # states of version 0.2 have none
         members = saved_dict("outcome of a stall", saved["outcome"], OUTCOME)
@@ -2213,13 +2221,13 @@ cdef class Registers:
                 or outcome.why and (outcome.why not in REASONS
                                     or why_event(outcome.why) != outcome.fault)
                 or outcome.stag and not stall._recorded):
-            raise state_error("outcome of a stall", "not that of a fault that stalls")
+            raise state_error("outcome of a stall: not that of a fault that stalls")
         self._stalls[stall] = None
         if not stall._recorded:
             stall.waited = True
             self._waiting[stall] = None
             return 0
         if stall.request.sid in self._tagged.get(outcome.stag, ()):
-            raise state_error("stalls", f"sid {saved['sid']:#x} has STAG {outcome.stag:#x} twice")
+            raise state_error(f"stalls: sid {saved['sid']:#x} has STAG {outcome.stag:#x} twice")
         self._tag(stall, outcome.stag)  # in states of version 0.2 several streams may have it
         return 0

@@ -24,8 +24,8 @@ from smmufast._engine.core cimport Core, caches_give, caches_take, caches_take_g
 from smmufast._facts.layout cimport CMD_PREFETCH_CONFIG, cr0_smmuen, ste_ppar
 from smmufast._facts.ints cimport digits_of
 from smmufast._engine.memory cimport (
-    LOG_FETCHES, LOG_WORDS, Log, Logged, Port, Ram, look_for_signals, out_of_range, port_open,
-    raise_port, to_address, to_flag,
+    LOG_FETCHES, LOG_WORDS, Log, Logged, Port, Ram, bytes_from, look_for_signals, out_of_range,
+    port_open, raise_port, to_address, to_flag,
 )
 from smmufast._engine.ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
@@ -68,6 +68,7 @@ import os
 
 import numpy as np
 
+from smmufast._arguments import either, in_words, must_be
 from smmufast.faults import ACTIONS, FAULTS, FETCH_KINDS, AtsResponse, Event, Fetch, Perm
 from smmufast.why import Why
 
@@ -468,14 +469,15 @@ cdef dict OUTCOME_MOST = {
 cdef int restore_result(Result result, dict request, dict outcome) except -1:
     """Let a result be what a pickle says, once it can be."""
     for name, most in OUTCOME_MOST.items():
-        if not -(name == "level") <= outcome[name] <= most:
-            raise out_of_range(name, outcome[name], most)
+        least = -(name == "level")
+        if not least <= outcome[name] <= most:
+            raise ValueError(must_be(name, f"{least} to {most}", outcome[name]))
     if outcome["why"] not in REASONS:
-        raise ValueError(f"why must be a reason, not {outcome['why']!r}")
+        raise ValueError(must_be("why", "a reason", outcome["why"]))
     result.request = request
     result.outcome = outcome
     if not request_legal(&result.request):
-        raise ValueError(f"request must be one of a device, not {request!r}")
+        raise ValueError(must_be("request", "one of a device", request))
     return 0
 
 
@@ -496,7 +498,7 @@ def _traced_restored(dict request not None, dict outcome not None, bytes log not
     cdef uint32_t i
     restore_result(result, request, outcome)
     if len(log) != sizeof(Log):
-        raise ValueError(f"log must be {sizeof(Log)} bytes, not {len(log)}")
+        raise ValueError(must_be("log", f"{sizeof(Log)} bytes", len(log)))
     memcpy(result.log, <const char*>log, sizeof(Log))
     if result.log.count > LOG_FETCHES or result.log.used > LOG_WORDS:
         result.log.count = 0
@@ -536,9 +538,9 @@ cdef int record_in(str name, value, uint64_t* words, size_t n) except -1:
     try:
         data = bytes(memoryview(value))
     except TypeError:
-        raise TypeError(f"{name} must be {n} bytes, not {type(value).__name__}") from None
+        raise TypeError(must_be(name, f"{n} bytes", type(value))) from None
     if <size_t>len(data) != n:
-        raise ValueError(f"{name} must be {n} bytes, not {len(data)}")
+        raise ValueError(must_be(name, f"{n} bytes", len(data)))
     memcpy(words, <const char*>data, n)
     for i in range(n // 8):
         words[i] = le64(words[i])
@@ -637,7 +639,7 @@ def _segments_restored(array, Result result=None):
     """Return the Segments of what was pickled."""
     cdef Segments segments = Segments.__new__(Segments)
     if not isinstance(array, np.ndarray) or array.dtype != SEGMENT or array.ndim != 1:
-        raise TypeError(f"array must be one of segments, not {type(array).__name__}")
+        raise TypeError(must_be("array", "one of segments", type(array)))
     segments.array = array
     segments.result = result
     return segments
@@ -741,14 +743,14 @@ cdef class Walk:
         size = self.walk.fetch.size
         if isinstance(data, int):
             if data < 0 or data >> (8 * size):
-                raise ValueError(f"data: {data:#x} given; a number of {size} bytes needed")
+                raise ValueError(must_be("data", f"a number of {size} bytes", data))
             data = data.to_bytes(size, "little")
         if not PyObject_CheckBuffer(data):
-            raise TypeError(f"data: {type(data).__name__} given; bytes, a number or None needed")
+            raise TypeError(must_be("data", "bytes, a number or None", type(data)))
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             if <size_t>view.len != size:
-                raise ValueError(f"data: {view.len} bytes given; {size} needed")
+                raise ValueError(must_be("data", f"{size} bytes", view.len))
             # conversions run the caller's code
             if self.answering or self.answers != asked or self.status != STATUS_PENDING:
                 raise RuntimeError("the fetch was answered meanwhile")
@@ -847,7 +849,7 @@ def _walk_restored(Smmu smmu not None, status, said, holds):
     if status == STATUS_DONE:
         result = said
         if result is None:
-            raise TypeError("result must be a TracedResult, not None")
+            raise TypeError(must_be("result", "a TracedResult", None))
         walk.traced = result
         walk.walk.request = result.request
         walk.walk.result = result.outcome
@@ -855,7 +857,7 @@ def _walk_restored(Smmu smmu not None, status, said, holds):
         return walk
     walk.walk.request = said
     if not request_legal(&walk.walk.request):
-        raise ValueError(f"request must be one of a device, not {said!r}")
+        raise ValueError(must_be("request", "one of a device", said))
     walk.walk.flags = HOLDS_SYNC if to_flag("holds", holds) else 0
     walk.traced = traced()
     walk.traced.request = walk.walk.request
@@ -891,7 +893,7 @@ def vectors(on=None):
 cdef int refuse_mask(str name, value) except -1:
     """What is masked has no value, and a translation needs one."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be an array without a mask, not {type(value).__name__}")
+        raise TypeError(must_be(name, "an array without a mask", type(value)))
     return 0
 
 
@@ -926,19 +928,20 @@ cdef cnp.ndarray column_in(str name, value, dtype, Py_ssize_t* n):
     if cnp.PyArray_NDIM(array) == 0:
         return None
     if cnp.PyArray_NDIM(array) != 1:
-        raise ValueError(f"{name}: an array of {array.ndim} dimensions given; 1 needed")
+        raise ValueError(must_be(f"{name}.ndim", "1", array.ndim))
     if <PyObject*>cnp.PyArray_DESCR(array) != <PyObject*>dtype and array.dtype != dtype:
         if array.size == 0 and not isinstance(value, np.ndarray):
             array = array.astype(dtype)  # an empty sequence says nothing of its kind
         if array.dtype.kind not in "biu":
-            raise TypeError(f"{name}: dtype {array.dtype} given; {dtype} or another integer needed")
+            raise TypeError(in_words(
+                f"{name}.dtype", f"{dtype} or another integer", str(array.dtype)))
         last = 1 if dtype.kind == "b" else np.iinfo(dtype).max
         if array.size and (array.dtype.kind == "i" and array.min() < 0 or array.max() > last):
-            raise ValueError(f"{name}: values from {array.min():#x} to {array.max():#x} given; "
-                             f"0 to {last:#x} allowed")
+            at = int(array.argmin() if array.min() < 0 else array.argmax())
+            raise out_of_range(f"{name}[{at}]", int(array[at]), last)
         array = array.astype(dtype)
     if n[0] >= 0 and cnp.PyArray_DIM(array, 0) != n[0]:
-        raise ValueError(f"{name}: {array.shape[0]} values given beside arrays of {n[0]}")
+        raise ValueError(must_be(f"len({name})", f"{n[0]} as of the others", array.shape[0]))
     n[0] = cnp.PyArray_DIM(array, 0)
     return array
 
@@ -1068,16 +1071,16 @@ cdef int point_out(BatchC* batch, Held* held, name, array, Py_ssize_t n) except 
     if point_at_once(batch, held, <PyObject*>name, <PyObject*>array, n):
         return 0
     if name not in COLUMN_INDEX:
-        raise ValueError(f"out: column {name!r} given; {', '.join(COLUMNS)} known")
+        raise ValueError(must_be("a column of out", either(COLUMNS), name))
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"out[{name!r}]: {type(array).__name__} given; a numpy array needed")
+        raise TypeError(must_be(f"out[{name!r}]", "a numpy array", type(array)))
     refuse_mask(f"out[{name!r}]", array)
     found = array
     dtype = DTYPES[name]
     if found.dtype != dtype:
-        raise TypeError(f"out[{name!r}]: dtype {found.dtype} given; {dtype} needed")
+        raise TypeError(in_words(f"out[{name!r}].dtype", str(dtype), str(found.dtype)))
     if found.ndim != 1 or found.shape[0] != n:
-        raise ValueError(f"out[{name!r}]: shape {array.shape} given; ({n},) needed")
+        raise ValueError(must_be(f"out[{name!r}].shape", f"({n},)", array.shape))
     if not cnp.PyArray_ISWRITEABLE(found):
         raise ValueError(f"out[{name!r}]: the array is read-only")
     point_column(batch, held, COLUMN_INDEX[name], found)
@@ -1114,7 +1117,7 @@ cdef int point_rows(BatchC* batch, Held* held, cnp.ndarray out, Py_ssize_t n) ex
             column.stride = cnp.PyArray_STRIDE(out, 0)
         return rows.columns
     if names == NULL:
-        raise TypeError(f"out: dtype {out.dtype} given; a structured one needed")
+        raise TypeError(in_words("out.dtype", "a structured one", str(out.dtype)))
     names_now = <object>names
     fields_now = <object>cnp.PyDataType_FIELDS(dtype)
     for name in names_now:
@@ -1158,13 +1161,13 @@ cdef object make_out(Py_ssize_t n, columns):
     if columns is None:
         return np.empty(n, PyArray_DescrNew(DEFAULT_ROW))
     if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
-        raise TypeError(f"columns: {type(columns).__name__} given; names needed")
+        raise TypeError(must_be("columns", "names", type(columns)))
     names = tuple(columns)
     for name in names:
         if name not in COLUMNS:
-            raise ValueError(f"columns: {name!r} given; {', '.join(COLUMNS)} known")
+            raise ValueError(must_be("each of columns", either(COLUMNS), name))
     if len(set(names)) != len(names):
-        raise ValueError(f"columns: {', '.join(names)} given; each at most once")
+        raise ValueError(must_be("columns", "names, each once", names))
     return np.empty(n, row_dtype(names))
 
 
@@ -1177,16 +1180,23 @@ cdef void shift_columns(BatchC* batch, size_t by) noexcept nogil:
         column += 1
 
 
-cdef bint ssids_legal(const BatchC* batch) noexcept nogil:
-    """Every SubstreamID is one of 20 bits or none."""
+cdef Py_ssize_t ssid_wrong(const BatchC* batch) noexcept nogil:
+    """Where the first SubstreamID is that is neither one of 20 bits nor none; -1 without."""
     cdef size_t i
     cdef uint32_t ssid
     cdef size_t n = batch.n if batch.ssid.stride else (batch.n > 0)
     for i in range(n):
         memcpy(&ssid, <const char*>batch.ssid.data + <ptrdiff_t>i * batch.ssid.stride, 4)
         if ssid > 0xFFFFF and ssid != NO_SSID:
-            return False
-    return True
+            return i
+    return -1
+
+
+cdef object ssid_error(const BatchC* batch, Py_ssize_t i):
+    cdef uint32_t ssid
+    memcpy(&ssid, <const char*>batch.ssid.data + i * batch.ssid.stride, 4)
+    return ValueError(must_be(
+        f"ssid[{i}]", f"0 to 0xfffff, or {<uint32_t>NO_SSID:#x} for none", ssid))
 
 
 # Two functions, so that a callback which starts another batch finds no slots on the stack.
@@ -1597,7 +1607,7 @@ cdef object ONE = 1
 cdef int as_threads(value) except -1:
     cdef uint64_t number = as_u64("threads", value, 0xFFFFFFFF)
     if number == 0:
-        raise ValueError("threads: 0 given; 1 or more allowed")
+        raise ValueError(must_be("threads", "1 or more", number))
     return <int>number if number < THREADS else THREADS
 
 
@@ -2031,7 +2041,7 @@ wired=True, on_interrupt=None)\n--\n
         cdef BatchC batch
         cdef Held held
         cdef Flags flags
-        cdef Py_ssize_t n = -1
+        cdef Py_ssize_t n = -1, wrong
         cdef uint32_t one_sid, one_ssid
         cdef uint64_t one_iova
         cdef bint sids, iovas, ssids = False
@@ -2051,7 +2061,8 @@ wired=True, on_interrupt=None)\n--\n
             flag_in(&flags, &held, 1, "priv", priv, &n)
             flag_in(&flags, &held, 2, "instr", instr, &n)
             if n < 0:
-                raise ValueError("sid, iova: no array given; use translate for one request")
+                raise ValueError(in_words(
+                    "sid or iova", "an array (use translate for one request)", "both numbers"))
             if not sids:
                 one_sid = <uint32_t>as_u64("sid", sid, 0xFFFFFFFF)
                 batch.sid.data = &one_sid
@@ -2062,14 +2073,16 @@ wired=True, on_interrupt=None)\n--\n
             if not ssids:
                 one_ssid = as_ssid(ssid)
                 batch.ssid.data = &one_ssid
-            elif not ssids_legal(&batch):
-                raise ValueError(
-                    "ssid: a value above 0xfffff given; 20 bits or 0xffffffff allowed")
+            else:
+                wrong = ssid_wrong(&batch)
+                if wrong >= 0:
+                    raise ssid_error(&batch, wrong)
             batch.access.data = &flags.always
             if out is None:
                 out = make_out(n, columns)
             elif columns is not None:
-                raise TypeError("columns: given beside out, whose own columns are filled")
+                raise TypeError(must_be(
+                    "columns", "None beside out, whose own columns are filled", columns))
             if isinstance(out, dict):
                 found = point_each(&batch, &held, out, n)
             elif cnp.PyArray_Check(out):
@@ -2077,8 +2090,7 @@ wired=True, on_interrupt=None)\n--\n
                     refuse_mask("out", out)
                 found = point_rows(&batch, &held, <cnp.ndarray>out, n)
             else:
-                raise TypeError(
-                    f"out: {type(out).__name__} given; a structured array or a dict needed")
+                raise TypeError(must_be("out", "a structured array or a dict", type(out)))
             if n <= FEW and self.core.ram.plain and not flags.by_row:
                 run_few(self, &batch, found & ~USUAL != 0)
             else:
@@ -2115,8 +2127,8 @@ wired=True, on_interrupt=None)\n--\n
         request.access = as_access(write, priv, instr)
         burst.rest = as_u64("size", size, 0xFFFFFFFFFFFFFFFF)
         if burst.rest and request.iova + (burst.rest - 1) < request.iova:
-            raise ValueError(f"size: {burst.rest:#x} given; the burst at {request.iova:#x} "
-                             f"would wrap around")
+            raise ValueError(must_be(
+                "size", f"0 to {bytes_from('iova', request.iova)}", burst.rest))
         port_open(&port, self.core.ram, NULL)
         memo.whole = False
         self.core.ram.users += 1
@@ -2266,7 +2278,7 @@ wired=True, on_interrupt=None)\n--\n
         cdef uint64_t unit = as_u64("stu", stu, <uint64_t>1 << 43)
         cdef bint pasid = request.ssid != NO_SSID
         if unit < 4096 or unit & (unit - 1):
-            raise ValueError(f"stu: {unit:#x} given; a power of two from 0x1000 on needed")
+            raise ValueError(must_be("stu", "a power of two from 0x1000 on", unit))
         request.access = ACCESS_PRIV if priv and pasid else 0
         request.reserved = 0
         ask.no_write = no_write
@@ -2375,7 +2387,7 @@ cdef SmmuC* api_acquire(void* obj) noexcept:
     cdef Smmu smmu
     try:
         if not isinstance(<object>obj, Smmu):
-            raise TypeError(f"object: {type(<object>obj).__name__} given; Smmu needed")
+            raise TypeError(must_be("object", "an Smmu", type(<object>obj)))
     except TypeError as error:
         set_error(error)
         return NULL
@@ -2477,7 +2489,7 @@ cdef int api_translate_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
     if not batch_known(given, &batch):
         return STATUS_EINVAL
     if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
-            or batch.access.data == NULL or not ssids_legal(&batch)
+            or batch.access.data == NULL or ssid_wrong(&batch) >= 0
             or not accesses_legal(&batch)):
         return STATUS_EINVAL
     caches_take(core)

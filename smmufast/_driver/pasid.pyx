@@ -19,6 +19,8 @@ import errno as _errno
 
 import numpy as np
 
+from smmufast._arguments import in_words, must_be, shown
+
 cdef extern from "Python.h":
     # -1 with OverflowError set is taken for the number -1, which is as much out of range.
     Py_ssize_t PyLong_AsSsize_t(object) noexcept
@@ -95,14 +97,8 @@ class PasidRangeEmpty(PasidError, ValueError):
     errno = _errno.EINVAL
 
 
-cdef str shown(value):
-    # Python refuses to print very long integers.
-    bits = value.bit_length()
-    return str(value) if bits <= 64 else f"an integer of {bits} bits"
-
-
 cdef object no_integer(str name, object value):
-    return TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    return TypeError(must_be(name, "an integer", type(value)))
 
 
 cdef object integer(object value, str name):
@@ -115,7 +111,7 @@ cdef object integer(object value, str name):
 
 
 cdef object out_of_range(str name, uint32_t size, object value):
-    return PasidOutOfRange(f"{name} must be in 0..{size - 1}, got {shown(value)}", value)
+    return PasidOutOfRange(must_be(name, f"0 to {shown(size - 1)}", value), value)
 
 
 cdef Py_ssize_t id_slow(object value, str name, uint32_t size) except -1:
@@ -148,15 +144,14 @@ cdef int range_of(
     last[0] = p.size - 1 if max is None else <uint32_t>id_of(max, max_name, p.size)
     if first[0] > last[0]:
         raise PasidRangeEmpty(
-            f"{min_name} must not be above {max_name} ({last[0]}), got {first[0]}", first[0])
+            must_be(min_name, f"0 to {shown(last[0])} ({max_name})", first[0]), first[0])
     return 0
 
 
 cdef object exhausted(const Pasids* p, object count, uint32_t first, uint32_t last):
     cdef uint32_t n = pasid_count(p, first, last, p.size)
-    return PasidExhausted(
-        f"count must be at most {n}, the number of free IDs in {first}..{last}, "
-        f"got {shown(count)}", n)
+    limit = f"0 to {shown(n)}, the number of free IDs in {first}..{last}"
+    return PasidExhausted(must_be("count", limit, count), n)
 
 
 cdef object not_allocated(const Pasids* p, str what, uint32_t pasid):
@@ -167,13 +162,13 @@ cdef object not_allocated(const Pasids* p, str what, uint32_t pasid):
 
 cdef int check_out(object out, object count) except -1:
     if not cnp.PyArray_Check(out):
-        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+        raise TypeError(must_be("out", "a numpy.ndarray", type(out)))
     if cnp.PyArray_TYPE(out) != cnp.NPY_UINT32:
-        raise TypeError(f"out must have the dtype uint32, not {out.dtype}")
+        raise TypeError(in_words("out.dtype", "uint32", str(out.dtype)))
     if not cnp.PyArray_ISCARRAY(out):
         raise ValueError("out must be C-contiguous, aligned, writable and of native byte order")
     if cnp.PyArray_NDIM(out) != 1 or cnp.PyArray_DIM(out, 0) != count:
-        raise ValueError(f"out must have the shape ({shown(count)},), got {out.shape}")
+        raise ValueError(must_be("out.shape", f"({shown(count)},)", out.shape))
     return 0
 
 
@@ -181,9 +176,9 @@ cdef cnp.ndarray array_of(object pasids):
     if not cnp.PyArray_CheckExact(pasids):
         pasids = np.asarray(pasids)
     if cnp.PyArray_NDIM(pasids) != 1:
-        raise ValueError(f"pasids must have one dimension, got the shape {pasids.shape}")
+        raise ValueError(must_be("pasids.ndim", "1", pasids.ndim))
     if not cnp.PyArray_ISINTEGER(pasids) and cnp.PyArray_SIZE(pasids):
-        raise TypeError(f"pasids must hold integers, not {pasids.dtype}")
+        raise TypeError(in_words("pasids.dtype", "an integer", str(pasids.dtype)))
     return pasids
 
 
@@ -264,10 +259,10 @@ cdef class PasidAllocator:
         cdef uint64_t* memory
         size = integer(size, "size")
         if not 1 <= size <= PASID_SIZE_MAX:
-            raise ValueError(f"size must be in 1..{PASID_SIZE_MAX}, got {shown(size)}")
+            raise ValueError(must_be("size", f"1 to {shown(PASID_SIZE_MAX)}", size))
         first = integer(first, "first")
         if not 0 <= first <= size:
-            raise ValueError(f"first must be in 0..{size} (size), got {shown(first)}")
+            raise ValueError(must_be("first", f"0 to {shown(size)} (size)", first))
         p.cyclic = to_flag("cyclic", cyclic)
         p.size = size
         words = (p.size + 63) // 64
@@ -383,7 +378,7 @@ cdef class PasidAllocator:
         range_of(&self.pasids, min, max, "min", "max", &first, &last)
         count = integer(count, "count")
         if count < 0:
-            raise ValueError(f"count must not be negative, got {shown(count)}")
+            raise ValueError(must_be("count", "0 or more", count))
         if out is not None:
             check_out(out, count)
         if count > self.pasids.size:
@@ -715,11 +710,11 @@ cdef class PasidAllocator:
         cursor = integer(cursor, "cursor")
         owners = dict(owners)
         if not 0 <= cursor <= p.size:
-            raise ValueError(f"cursor must be in 0..{p.size}, got {shown(cursor)}")
+            raise ValueError(must_be("cursor", f"0 to {shown(p.size)}", cursor))
         for bits in (free_bits, reserved_bits):
             if len(bits) != length:
-                raise ValueError(
-                    f"a bitmap of {p.size} IDs has {length} bytes, got {len(bits)}")
+                raise ValueError(must_be(
+                    "a bitmap", f"{length} bytes for {p.size} IDs", len(bits)))
         new.free = <uint64_t*><char*>free_bits
         new.reserved = <uint64_t*><char*>reserved_bits
         if p.size & 63:

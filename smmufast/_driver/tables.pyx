@@ -36,6 +36,7 @@ from smmufast._driver.pages cimport (
 import os
 from collections.abc import Iterable
 
+from smmufast._arguments import in_words, must_be
 from smmufast.errors import (
     Busy, Exists, InputOutput, InvalidArgument, NoDevice, NotSupported, OutOfMemory, OutOfRange,
     WrongType, instance,
@@ -133,8 +134,7 @@ cdef uint64_t number_slow(str name, value) except? -1:
     try:
         given = PyNumber_Index(value)
     except TypeError:
-        raise WrongType(
-            name, value, text=f"{name} must be an integer, not {type(value).__name__}") from None
+        raise WrongType(name, value, text=must_be(name, "an integer", type(value))) from None
     if not 0 <= given <= 0xFFFFFFFFFFFFFFFF:
         raise InvalidArgument(name, given, "0 to 2^64 - 1")
     return given
@@ -1658,8 +1658,7 @@ coherent=True, fwb=False, page_sizes=None, ready=True)\n--\n
         cdef uint64_t page = t.unaligned + 1
         for name, value in (("iova", iova), ("pa", pa), ("size", size)):
             if value & t.unaligned:
-                return InvalidArgument(name, value, text=(
-                    f"{name} must be a multiple of {page:#x}, not {value:#x}"))
+                return InvalidArgument(name, value, f"a multiple of {page:#x}")
         if iova > t.input_last or size and size - 1 > t.input_last - iova:
             return OutOfRange("iova", iova, text=(
                 f"iova {iova:#x}, size {size:#x}: beyond {t.input_last:#x}, the last of "
@@ -1669,8 +1668,7 @@ coherent=True, fwb=False, page_sizes=None, ready=True)\n--\n
                 f"pa {pa:#x}, size {size:#x}: beyond {t.output_last:#x}, the last of "
                 f"{self.oas} bits"))
         if prot > 63 or not prot & (P_READ | P_WRITE):
-            return InvalidArgument("prot", prot, text=(
-                f"prot must be 0 to 63 with READ or WRITE among them, not {prot:#x}"))
+            return InvalidArgument("prot", prot, "0 to 0x3f with READ or WRITE among them")
         return None
 
     cdef int _open_to_map(self) except -1:
@@ -2285,9 +2283,9 @@ coherent=True, fwb=False, page_sizes=None, ready=True)\n--\n
         if not self.dirty:
             raise NotSupported("dirty", text="the page table was made without dirty")
         if n == 0 or (first | n) & low_mask(t.granule):
-            raise InvalidArgument("size", size, text=(
-                f"iova {first:#x}, size {n:#x}: multiples of {1 << t.granule:#x} are allowed, "
-                "one at least"))
+            raise InvalidArgument("size", size, text=in_words(
+                "iova, size", f"multiples of {1 << t.granule:#x}, and size one at least",
+                f"{first:#x}, {n:#x}"))
         if first > t.input_last or n - 1 > t.input_last - first:
             raise InvalidArgument("iova", iova, text=(
                 f"iova {first:#x}, size {n:#x}: beyond {t.input_last:#x}, the last of "

@@ -151,6 +151,7 @@ cdef int look_for_signals() except -1        # let their handlers run
 
 cdef object to_integer(str name, value)
 cdef object out_of_range(str name, number, last)
+cdef str bytes_from(str name, uint64_t first)
 cdef int to_flag(str name, value) except -1  # 0 or 1, from what is a truth value
 cdef uint64_t to_address(str name, value, uint64_t last=*) except? -1
 

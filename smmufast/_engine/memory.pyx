@@ -23,6 +23,7 @@ from smmufast._facts.types cimport FETCH_NONE, NO_LEVEL, CallbacksC
 from collections import namedtuple
 from pickle import PickleBuffer
 
+from smmufast._arguments import either, in_words, must_be
 from smmufast.faults import ACCESS_KINDS, ExternalAbort
 
 cdef extern from *:
@@ -227,13 +228,11 @@ cdef int read_python(Port* port, Region* region, uint64_t address, uint8_t* buf,
         if data is None:
             return FETCH_ABORT
         if not PyObject_CheckBuffer(data):
-            raise TypeError(f"read callback at {address:#x}: {type(data).__name__} returned; "
-                            "bytes or None needed")
+            raise TypeError(must_be(answer_to("read", address), "bytes or None", type(data)))
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             if <uint64_t>view.len != n:
-                raise ValueError(
-                    f"read callback at {address:#x}: {view.len} bytes returned, {n} needed")
+                raise ValueError(must_be(answer_to("read", address), f"{n} bytes", view.len))
             memcpy(buf, view.buf, n)
         finally:
             PyBuffer_Release(&view)
@@ -390,8 +389,8 @@ cdef int write_python(Port* port, Region* region, uint64_t address, const uint8_
             return FETCH_OK
         if done is None:
             return FETCH_ABORT
-        raise TypeError(f"write callback at {address:#x}: returned {done!r}; "
-                        "True (done) or None (abort) needed")
+        raise TypeError(must_be(
+            answer_to("write", address), "True (done) or None (abort)", done))
     except BaseException as error:
         return port_raised(port, error)
 
@@ -464,8 +463,8 @@ cdef int swap_python(Port* port, Region* region, uint64_t address, uint64_t expe
         if old is None:
             return FETCH_ABORT
         if not isinstance(old, bytes) or len(old) != 8:
-            raise TypeError(f"swap callback at {address:#x}: returned {old!r}; the 8 bytes that "
-                            "were there, or None (abort) needed")
+            raise TypeError(must_be(
+                answer_to("swap", address), "the 8 bytes that were there, or None (abort)", old))
         memcpy(found, PyBytes_AS_STRING(old), 8)
         return FETCH_OK
     except BaseException as error:
@@ -619,12 +618,11 @@ cdef class Memory:
         cdef Region* regions
         self._check_idle()
         if base & 7:
-            raise ValueError(f"base: {base:#x} given; a multiple of 8 needed")
+            raise ValueError(in_words("base", "a multiple of 8", f"{base:#x}"))
         if size == 0:
-            raise ValueError("size: 0 given; at least 1 byte needed")
+            raise ValueError(must_be("size", "1 byte or more", size))
         if last < base:
-            raise ValueError(
-                f"size: {size:#x} given; the region at base {base:#x} would wrap around 2^64")
+            raise ValueError(must_be("size", f"1 to {bytes_from('base', base)}", size))
         while i < ram.n_regions and ram.regions[i].last < base:
             i += 1
         if i < ram.n_regions and ram.regions[i].base <= last:
@@ -674,21 +672,21 @@ cdef class Memory:
         cdef uint64_t address = to_address("base", base)
         cdef bint sealed = readonly is not None and to_flag("readonly", readonly)
         if not PyObject_CheckBuffer(buffer):
-            raise TypeError(
-                f"buffer: {type(buffer).__name__} given; an object with the buffer protocol needed")
+            raise TypeError(must_be("buffer", "an object with the buffer protocol", type(buffer)))
         if readonly is None:
             sealed = memoryview(buffer).readonly
         try:
             PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if sealed else PyBUF_WRITABLE)
         except (BufferError, ValueError) as error:
-            raise BufferError(f"buffer: {error}; C-contiguous bytes needed"
-                              f"{'' if sealed else ', writable'}") from None
+            raise BufferError(in_words(
+                "buffer", f"C-contiguous{'' if sealed else ', writable'} bytes",
+                f"this one: {error}")) from None
         try:
             if view.len == 0:
-                raise ValueError("buffer: 0 bytes given; at least 1 needed")
+                raise ValueError(must_be("buffer", "1 byte or more", view.len))
             if address + (<uint64_t>view.len - 1) < address:
-                raise ValueError(f"buffer: {view.len:#x} bytes given; the region at base "
-                                 f"{address:#x} would wrap around 2^64")
+                raise ValueError(must_be(
+                    "buffer", f"1 to {bytes_from('base', address)}", view.len))
             region = self._insert(address, <uint64_t>view.len)
         except BaseException:
             PyBuffer_Release(&view)
@@ -724,7 +722,7 @@ cdef class Memory:
         cdef uint8_t*** chunks = NULL
         cdef uint8_t* touched = NULL
         if length > <uint64_t>1 << 52:
-            raise ValueError(f"size: {length:#x} given; at most 2^52 bytes of private memory")
+            raise ValueError(must_be("size", "1 to 2^52 bytes of private memory", length))
         if 0 < length <= ONE_MAP_MAX and not pieces:
             data = map_zeros(length)
         if data == MAP_FAILED:
@@ -783,21 +781,24 @@ cdef class Memory:
         cdef bint capsule = PyCapsule_CheckExact(read)
         if capsule:
             if not PyCapsule_IsValid(read, "smmufast.callbacks2"):
-                raise ValueError("read: a capsule of another name; 'smmufast.callbacks2' needed")
+                raise ValueError(must_be("read", "a capsule called 'smmufast.callbacks2'", read))
             if write is not None or swap is not None:
-                raise TypeError("write, swap: given beside a capsule, which holds all functions")
+                raise TypeError(must_be(
+                    "swap" if write is None else "write",
+                    "None beside a capsule, which holds all functions",
+                    type(swap if write is None else write)))
             callbacks = (<CallbacksC*>PyCapsule_GetPointer(read, "smmufast.callbacks2"))[0]
             if callbacks.read == NULL:
                 raise ValueError("read: the capsule's read function is NULL")
         else:
             if not callable(read):
-                raise TypeError(
-                    f"read: {type(read).__name__} given; a callable or a capsule needed")
+                raise TypeError(must_be("read", "a callable or a capsule", type(read)))
             if write is not None and not callable(write):
-                raise TypeError(f"write: {type(write).__name__} given; a callable needed")
+                raise TypeError(must_be("write", "a callable or None", type(write)))
             if swap is not None and (write is None or not callable(swap)):
-                raise TypeError(f"swap: {type(swap).__name__} given"
-                                f"{' without write' if write is None else ''}; a callable needed")
+                raise TypeError(must_be(
+                    "swap", "None without write" if write is None else "a callable or None",
+                    type(swap)))
         # before the region is there: what is allocated may run finalizers, which may add regions
         key, owned = address, (read, write, swap)
         region = self._insert(address, length)
@@ -829,9 +830,9 @@ cdef class Memory:
         key = address
         self._check_idle()
         if region == NULL or region.base != address:
-            raise KeyError(f"base: {address:#x} given; no region starts there")
+            raise KeyError(in_words("base", "that of a region", f"{address:#x}"))
         if self.exports:
-            raise BufferError(f"base: {address:#x} given; {self.exports} buffers of a pickle "
+            raise BufferError(f"base {address:#x}: {self.exports} buffers of a pickle "
                               "refer to this memory")
         old = region[0]
         self._remove(region)
@@ -929,11 +930,12 @@ cdef class Memory:
         cdef Port port
         cdef int dry, status
         if not PyObject_CheckBuffer(data):
-            raise TypeError(f"data: {type(data).__name__} given; bytes needed")
+            raise TypeError(must_be("data", "bytes", type(data)))
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         except (BufferError, ValueError) as error:
-            raise BufferError(f"data: {error}; C-contiguous bytes needed") from None
+            raise BufferError(in_words(
+                "data", "C-contiguous bytes", f"these: {error}")) from None
         self.ram.users += 1
         try:
             n = view.len
@@ -1020,10 +1022,11 @@ cdef class Memory:
             injection.first = to_address("address", address)
             length = 8 if size is None else to_address("size", size)
             if length == 0 or length - 1 > 0xFFFFFFFFFFFFFFFF - injection.first:
-                raise ValueError(f"size: {length:#x} given; 1 byte up to the end of the space")
+                raise ValueError(must_be(
+                    "size", f"1 to {bytes_from('address', injection.first)}", length))
             injection.last = injection.first + (length - 1)
         elif size is not None:
-            raise ValueError(f"size: {size} given without an address")
+            raise ValueError(must_be("size", "None without address", size))
         injection.kind = FETCH_NONE
         if kind is not None:
             injection.kind = kind_number(kind)
@@ -1034,11 +1037,11 @@ cdef class Memory:
         injection.count = MOST_FETCHES if nth is None else 1
         if nth is not None:
             if not 1 <= to_integer("nth", nth) <= MOST_FETCHES:
-                raise ValueError(f"nth: {nth} given; 1 to 2^63 - 1 allowed")
+                raise ValueError(must_be("nth", "1 to 2^63 - 1", nth))
             injection.nth = nth
         if count is not None:
             if not 1 <= to_integer("count", count) <= MOST_FETCHES:
-                raise ValueError(f"count: {count} given; 1 to 2^63 - 1 allowed")
+                raise ValueError(must_be("count", "1 to 2^63 - 1", count))
             injection.count = count
         injection.number = self._injected + 1
         self._inject(&injection)
@@ -1062,7 +1065,7 @@ cdef class Memory:
                         (self.ram.n_injections - i) * sizeof(Injection))
                 self._refresh()
                 return
-        raise ValueError(f"number: {wanted} given; no injected error has it")
+        raise ValueError(must_be("number", "that of an injected error", wanted))
 
     def clear_errors(self):
         """Remove every injected error."""
@@ -1342,7 +1345,7 @@ cdef object to_integer(str name, value):
     try:
         return PyNumber_Index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+        raise TypeError(must_be(name, "an integer", type(value))) from None
 
 
 cdef int to_flag(str name, value) except -1:
@@ -1358,31 +1361,36 @@ cdef int to_flag(str name, value) except -1:
         if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
             return value.item()
     if number is None:
-        raise TypeError(f"{name} must be True or False, not {shown(value)}")
+        raise TypeError(must_be(name, "True or False", value))
     if number != 0 and number != 1:
-        raise ValueError(f"{name} must be True or False, not {shown(value)}")
+        raise ValueError(must_be(name, "True or False", value))
     return number == 1
 
 
-cdef str shown(value):
-    """A value in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+cdef str answer_to(str call, uint64_t address):
+    """What a callback returns, as a message names it."""
+    return f"what the {call} callback at {address:#x} returns"
+
+
+cdef str bytes_from(str name, uint64_t first):
+    """How much there is from an address on, as a message tells it."""
+    return f"{0x10000000000000000 - first:#x} bytes ({name} {first:#x} to 2^64)"
 
 
 cdef int kind_number(kind) except -1:
     """The number of a kind of access."""
     if kind not in ACCESS_KINDS[1:]:
-        raise ValueError(f"kind: {kind!r} given; one of {', '.join(ACCESS_KINDS[1:])} needed")
+        raise ValueError(must_be("kind", either(ACCESS_KINDS[1:]), kind))
     return ACCESS_KINDS.index(kind)
 
 
 cdef int level_number(level, kind) except -2:
     """A level of tables, for a kind that has one."""
     if kind is not None and "TT" not in kind:
-        raise ValueError(f"level: {level} given with kind {kind!r}; only tables have levels")
+        raise ValueError(must_be(
+            "level", f"None with kind {kind!r} (only tables have levels)", level))
     if not -1 <= to_integer("level", level) <= 3:
-        raise ValueError(f"level: {level} given; -1 to 3 allowed")
+        raise ValueError(must_be("level", "-1 to 3", level))
     return level
 
 
@@ -1397,5 +1405,4 @@ cdef uint64_t to_address(
 
 cdef object out_of_range(str name, number, last):
     """The error of a number that is not one of 0 to `last`."""
-    given = number if -10 < number < 10 else f"{number:#x}"
-    return ValueError(f"{name} must be 0 to {last:#x}, not {given}")
+    return ValueError(must_be(name, f"0 to {last:#x}", number))

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smmufast._arguments import either, in_words, must_be
 from smmufast.faults import Perm
 from smmufast.layout import Opcode, StreamWorld
 
@@ -723,22 +724,17 @@ cdef uint64_t caches_invalidate_all(CachesC* c) noexcept nogil:
 
 # --- arguments ---
 
-cdef object listed(object names):
-    return ", ".join(map(repr, filter(None, names)))
-
-
 cdef int number_of(str what, object value, tuple names) except -1:
     if isinstance(value, str) and value in names and value:
         return names.index(value)
-    raise ValueError(f"{what}: {value!r} given; one of {listed(names)} needed")
+    raise ValueError(must_be(what, either(names), value))
 
 
 cdef int world_of(object world) except -1:
     try:
         return StreamWorld[world] if isinstance(world, str) else StreamWorld(world)
     except (KeyError, ValueError):
-        raise ValueError(f"world: {world!r} given; one of "
-                         f"{listed(StreamWorld.__members__)} needed") from None
+        raise ValueError(must_be("world", either(StreamWorld.__members__), world)) from None
 
 
 cdef uint64_t field(str name, object value, uint64_t last) except? -1:
@@ -748,26 +744,27 @@ cdef uint64_t field(str name, object value, uint64_t last) except? -1:
 cdef int8_t level_of(str name, object value) except? 99:
     number = to_integer(name, value)
     if not -1 <= number <= 3:
-        raise ValueError(f"{name} must be -1 to 3, not {number}")
+        raise ValueError(must_be(name, "-1 to 3", number))
     return number
 
 
 cdef int check_kind(int kind, int world) except -1:
     if kind != KIND_S1 and world != WORLD_NS_EL1:
-        raise ValueError(f"kind: {KINDS[kind]!r} given; stage 2 is in the world NS_EL1 only")
+        raise ValueError(must_be("kind", "'stage 1' outside of the world NS_EL1", KINDS[kind]))
     return 0
 
 
 cdef int check_start(uint64_t start, unsigned int lg2) except -1:
     if start & low_mask(lg2):
-        raise ValueError(f"start: {start:#x} given; a multiple of 2**{lg2} (lg2) needed")
+        raise ValueError(must_be(
+            "start", f"a multiple of {<uint64_t>1 << lg2:#x} (lg2 {lg2})", start))
     return 0
 
 
 cdef unsigned int lg2_of(object value) except? 99:
     cdef uint64_t lg2 = field("lg2", value, LG2_MAX)
     if lg2 < LG2_MIN:
-        raise ValueError(f"lg2: {lg2} given; {LG2_MIN} to {LG2_MAX} allowed")
+        raise ValueError(must_be("lg2", f"{LG2_MIN} to {LG2_MAX}", lg2))
     return lg2
 
 
@@ -775,7 +772,7 @@ cdef unsigned int page_lg2_of(str name, object value) except? 99:
     """log2 of a stage's page, 0 without the stage."""
     cdef uint64_t lg2 = field(name, value, LG2_MAX)
     if 0 < lg2 < LG2_MIN:
-        raise ValueError(f"{name} must be 0 or {LG2_MIN} to {LG2_MAX}, not {lg2}")
+        raise ValueError(must_be(name, f"0 or {LG2_MIN} to {LG2_MAX}", lg2))
     return lg2
 
 
@@ -786,26 +783,26 @@ def _geometry_of(name, given):
     try:
         given = Geometry(*given)
     except TypeError:
-        raise TypeError(f"{name}: {given!r} given; a Geometry (sets, ways, policy, seed) "
-                        "or None needed") from None
+        raise TypeError(must_be(
+            name, "a Geometry (sets, ways, policy, seed) or None", given)) from None
     cdef uint64_t sets = field(f"{name}.sets", given.sets, SLOTS_MAX)
     cdef uint64_t ways = field(f"{name}.ways", given.ways, SLOTS_MAX)
     cdef uint64_t seed = field(f"{name}.seed", given.seed, ~<uint64_t>0)
     cdef int policy = number_of(f"{name}.policy", given.policy, POLICIES)
     if sets == 0 or sets & (sets - 1):
-        raise ValueError(f"{name}.sets: {sets} given; a power of two needed")
+        raise ValueError(must_be(f"{name}.sets", "a power of two", sets))
     if ways == 0 or sets * ways > SLOTS_MAX:
-        raise ValueError(
-            f"{name}.ways: {ways} given; 1 to {SLOTS_MAX // sets} allowed with {sets} sets")
+        raise ValueError(must_be(
+            f"{name}.ways", f"1 to {SLOTS_MAX // sets} with {sets} sets", ways))
     if policy == POLICY_PLRU and (ways & (ways - 1) or ways > PLRU_WAYS_MAX):
-        raise ValueError(f"{name}.ways: {ways} given; a power of two of at most "
-                         f"{PLRU_WAYS_MAX} needed with the policy 'plru'")
+        raise ValueError(must_be(
+            f"{name}.ways", f"a power of two up to {PLRU_WAYS_MAX} with the policy 'plru'", ways))
     return Geometry(sets, ways, POLICIES[policy], seed)
 
 
 cdef int read_extra(object given, uint8_t* extra, Py_ssize_t n) except -1:
     if type(given) is not bytes or len(given) != n:
-        raise ValueError(f"extra: {given!r} given; {n} bytes needed")
+        raise ValueError(must_be("extra", f"{n} bytes", given))
     memcpy(extra, PyBytes_AS_STRING(given), n)
     return 0
 
@@ -813,7 +810,7 @@ cdef int read_extra(object given, uint8_t* extra, Py_ssize_t n) except -1:
 cdef int read_entry(object given, Entry* e) except -1:
     """A TLB entry from a TlbEntry, checked."""
     if not isinstance(given, TlbEntry):
-        raise TypeError(f"entry: {type(given).__name__} given; a TlbEntry needed")
+        raise TypeError(must_be("entry", "a TlbEntry", type(given)))
     memset(e, 0, sizeof(Entry))
     e.kind = number_of("kind", given.kind, KINDS)
     e.world = world_of(given.world)
@@ -890,7 +887,7 @@ cdef bint table_possible(const Table* e) noexcept nogil:
 
 cdef int read_walk_entry(object given, Table* e) except -1:
     if not isinstance(given, WalkEntry):
-        raise TypeError(f"entry: {type(given).__name__} given; a WalkEntry needed")
+        raise TypeError(must_be("entry", "a WalkEntry", type(given)))
     memset(e, 0, sizeof(Table))
     e.kind = number_of("kind", given.kind, KINDS)
     e.world = world_of(given.world)
@@ -910,12 +907,13 @@ cdef int read_walk_entry(object given, Table* e) except -1:
     e.granule = field("granule", given.granule, 16)
     read_extra(given.extra, e.extra, sizeof(e.extra))
     if e.lg2 != table_lg2(e.granule, e.level):
-        raise ValueError(
-            f"lg2 must be what a table of level {e.level} translates with granule {e.granule}, "
-            f"{table_lg2(e.granule, e.level) or 'of which there is none'}, not {e.lg2}")
+        raise ValueError(must_be(
+            "lg2", f"what a table of level {e.level} translates with granule {e.granule}, "
+            f"{table_lg2(e.granule, e.level) or 'of which there is none'}", e.lg2))
     if not table_possible(e):
-        raise ValueError(f"table, output must be multiples of 2**{e.granule} (granule), not "
-                         f"{e.table:#x}, {e.output:#x}")
+        raise ValueError(in_words(
+            "table, output", f"multiples of 2**{e.granule} (granule)",
+            f"{e.table:#x}, {e.output:#x}"))
     return 0
 
 
@@ -931,7 +929,8 @@ cdef int read_record(str name, object given, uint64_t* words) except -1:
     """The 64 bytes of an STE or CD, as dwords in host byte order."""
     data = bytes(given) if isinstance(given, (bytes, bytearray, memoryview)) else None
     if data is None or len(data) != 64:
-        raise ValueError(f"{name}: 64 bytes needed")
+        raise ValueError(must_be(
+            name, "64 bytes", type(given) if data is None else len(data)))
     for i in range(8):
         words[i] = int.from_bytes(data[8 * i:8 * i + 8], "little")
     return 0
@@ -941,7 +940,7 @@ cdef int opcode_of(object op) except -1:
     try:
         return Opcode[op.upper()] if isinstance(op, str) else Opcode(op)
     except (KeyError, ValueError):
-        raise ValueError(f"op: {op!r} given; an Opcode or its name needed") from None
+        raise ValueError(must_be("op", "an Opcode or its name", op)) from None
 
 
 cdef bytes record_shown(const uint64_t* words):
@@ -1392,7 +1391,7 @@ cdef class Caches:
         given = (ste, cd, tlb, walk1, walk2)
         self.geometries = tuple(map(_geometry_of, CACHES, given))
         if nested not in NESTED:
-            raise ValueError(f"nested: {nested!r} given; one of {listed(NESTED)} needed")
+            raise ValueError(must_be("nested", either(NESTED), nested))
         self.c = made(list(self.geometries), nested == "split")
 
     def __dealloc__(self):
@@ -1734,7 +1733,7 @@ cdef class Caches:
         inv.leaf = to_flag("leaf", leaf)
         inv.all_addresses = address is None
         if granule not in (0, 12, 14, 16):
-            raise ValueError(f"granule: {granule} given; 12, 14, 16, or 0 for any needed")
+            raise ValueError(must_be("granule", "12, 14, 16, or 0 for any", granule))
         inv.granule = granule
         inv.level = field("level", level, 3)
         if address is not None:
@@ -1743,12 +1742,11 @@ cdef class Caches:
             if last is not None:
                 inv.last = field("last", last, ~<uint64_t>0)
                 if inv.last < inv.first:
-                    raise ValueError(f"last: {last:#x} given; at least address "
-                                     f"({address:#x}) needed")
+                    raise ValueError(must_be("last", f"{address:#x} (address) or more", last))
         elif last is not None:
-            raise ValueError("last: given without address")
+            raise ValueError(must_be("last", "None without address", last))
         if not filter_of(&inv, &f):
-            raise ValueError(f"op: {op!r} given; a TLBI command of the Non-secure queue needed")
+            raise ValueError(must_be("op", "a TLBI command of the Non-secure queue", op))
         mutex_have_gil(self.c.mutex)
         gone = tlbi(self.c, &inv)
         mutex_drop(self.c.mutex)
@@ -1786,7 +1784,7 @@ cdef class Caches:
         cdef bint only_leaf = to_flag("leaf", leaf)
         cdef uint64_t gone
         if number not in (CMD_CFGI_STE, CMD_CFGI_STE_RANGE, CMD_CFGI_CD, CMD_CFGI_CD_ALL):
-            raise ValueError(f"op: {op!r} given; a CFGI command of STEs or CDs needed")
+            raise ValueError(must_be("op", "a CFGI command of STEs or CDs", op))
         mutex_have_gil(self.c.mutex)
         if number == CMD_CFGI_STE:
             gone = cfgi_ste(self.c, stream, only_leaf)
@@ -1840,7 +1838,7 @@ cdef class Caches:
         if self.taken:
             raise RuntimeError("caches: an Smmu has them; only its commands change them")
         if type(state) is not bytes:
-            raise TypeError(f"state: {type(state).__name__} given; bytes needed")
+            raise TypeError(must_be("state", "bytes", type(state)))
         reader.data = PyBytes_AS_STRING(state)
         reader.left = len(state)
         c = made(list(self.geometries), self.c.split)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
+from smmufast._arguments import must_be
 from smmufast.errors import (
     Busy,
     Exists,
@@ -160,9 +161,8 @@ def attach(device: Device, domain: Domain, handle: AttachHandle | None = None) -
         domain_of(domain)
         main = device.domain
         if not isinstance(main, PagingDomain) or main.stage != 1 or main.cd_table is None:
-            raise InvalidArgument(
-                "device", device, text=f"device has {main!r}; a main domain of stage 1 is needed"
-            )
+            text = must_be("main domain of device", "a paging domain of stage 1", main)
+            raise InvalidArgument("device", device, text=text)
         if not isinstance(domain, PagingDomain) or domain.stage != 1:
             raise InvalidArgument(
                 "domain", domain, text="an auxiliary domain is a paging domain of stage 1"

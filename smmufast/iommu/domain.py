@@ -615,7 +615,7 @@ WITH_CD: Final = (PagingDomain, SvaDomain)
 def domain_of(value: object) -> Domain:
     """Check that an argument is a domain that was not freed (EINVAL)."""
     if not isinstance(value, Domain):
-        raise InvalidArgument("domain", value, text=f"domain is {value!r}, not a domain")
+        raise InvalidArgument("domain", value, "a domain")
     if getattr(value, "freed", False):
         raise InvalidArgument("domain", value, text="domain was freed")
     return value

@@ -191,7 +191,7 @@ class AddressSpace:
         """
         cpu = getattr(system, "cpu", None)
         if cpu is None:
-            raise WrongType("system", system, text=f"system is {system!r}, not a System")
+            raise WrongType("system", system, "a System")
         space = cls(0, asid=asid, handler=handler)
         wide = cpu.granule == 65536
         table = ProcessTable(

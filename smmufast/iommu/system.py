@@ -165,14 +165,13 @@ class System:
         iopf: bool = True,
     ) -> None:
         if not isinstance(profile, Profile):
-            text = f"profile must be a Profile (AUX or NOW), not {profile!r}"
-            raise InvalidArgument("profile", profile, text=text)
+            raise InvalidArgument("profile", profile, "a Profile (AUX or NOW)")
         instance("pasid_policy", pasid_policy, PasidPolicy)
         for name, value, kind in (("memory", memory, Memory), ("cpu", cpu, Cpu)):
             if value is not None:
                 instance(name, value, kind)
         if caches is not None and not callable(caches):
-            raise WrongType("caches", caches, text=f"caches is {caches!r}, not callable")
+            raise WrongType("caches", caches, "a callable or None")
         if default_domain not in ("blocked", "identity", "paging"):
             raise InvalidArgument("default_domain", default_domain, "blocked, identity or paging")
         self.lock = SystemLock()
@@ -258,7 +257,7 @@ class System:
         if features is not None:
             instance("features", features, Features)
         if caches is not None and not callable(caches):
-            raise WrongType("caches", caches, text=f"caches is {caches!r}, not callable")
+            raise WrongType("caches", caches, "a callable or None")
         if smmu is not None:
             instance("smmu", smmu, Smmu)
             if features is not None or caches is not None:
@@ -313,11 +312,7 @@ class System:
             for some in each:
                 instance("features", some, Features)
             if not 1 <= len(each) <= MOST_SMMUS:
-                raise InvalidArgument(
-                    "features",
-                    len(each),
-                    text=(f"features must have 1 to {MOST_SMMUS} elements, not {len(each)}"),
-                )
+                raise InvalidArgument("features", len(each), f"1 to {MOST_SMMUS} elements")
         if memory is None:
             bits = min(45, cpu.pa_bits if cpu else 45, *(one.oas_bits for one in each))
             memory = Memory()

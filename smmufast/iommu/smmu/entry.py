@@ -9,6 +9,7 @@ import functools
 from typing import TYPE_CHECKING, Any, Final
 
 from smmufast import layout
+from smmufast._arguments import must_be
 from smmufast.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -119,16 +120,15 @@ def check_guest_ste(words: Sequence[int]) -> None:
         Not two dwords, a Config other than abort, bypass or stage 1, or other bits.
     """
     if len(words) != 2:
-        raise InvalidArgument("ste", words, text=f"ste has {len(words)} dwords, 2 are needed")
+        raise InvalidArgument("ste", words, "2 dwords")
     if words[0] & ~_GUEST_0 or words[1] & ~_GUEST_1 or min(words) < 0:
         raise InvalidArgument(
             "ste", words, text="ste has bits that a guest may not set: "
             f"{words[0] & ~_GUEST_0:#x}, {words[1] & ~_GUEST_1:#x}",
         )  # fmt: skip
     if words[0] & _V and ste_config(words[0]) not in (0, 4, 5):
-        raise InvalidArgument(
-            "ste", words, text=f"ste must have Config 0, 4 or 5, not {ste_config(words[0])}"
-        )
+        text = must_be("Config of ste", "0, 4 or 5", ste_config(words[0]))
+        raise InvalidArgument("ste", words, text=text)
 
 
 def eats(words: Sequence[int]) -> int:
