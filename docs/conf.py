@@ -11,7 +11,7 @@ import smmufast
 
 project = "smmufast"
 author = "The smmufast authors"
-copyright = "The smmufast authors"  # noqa: A001
+copyright = "The smmufast authors"
 version = release = smmufast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -66,7 +66,7 @@ def separate_prose(app, what, name, obj, options, lines):
 
 
 def link_classes_alone(app, doctree):
-    """Leave a link where a class, or something by its full name, is meant; `path` is an argument."""
+    """Link classes and full names alone: a word such as `path` is an argument."""
     for node in list(doctree.findall(addnodes.pending_xref)):
         is_name = re.fullmatch(r"(smmufast\.|[A-Z]\w*[a-z]).*", node.get("reftarget", ""))
         if node.get("refdomain") == "py" and not is_name:
