@@ -35,6 +35,7 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"smmufast {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -51,18 +52,29 @@ def separate_prose(app, what, name, obj, options, lines):
     for more parameters.
     """
     section, made = None, []
+    if what in ("attribute", "data", "property"):
+        made.append("")  # or napoleon takes what stands before a colon for a type
     for number, line in enumerate(lines):
+        above = lines[number - 1] if number else ""
         below = lines[number + 1] if number + 1 < len(lines) else ""
         if re.fullmatch(r"-{3,}", below):
+            if (section, line) == ("Notes", "Notes"):
+                lines[number + 1] = ""  # the prose was given this section already
+                continue
             section = line
         elif (
-            section in FIELDS and line and line[0] != " " and not lines[number - 1]
+            section in FIELDS and line and line[0] != " " and not above
             and not below.startswith(" ") and " : " not in line
         ):  # fmt: skip
             section = "Examples" if line.startswith(">>>") else "Notes"
             made += [section, "-" * len(section)]
         made.append(re.sub(r"(?<![\w`])(\w+)_(?![\w`])", r"\1\\_", line))  # CMD_ is no link
     lines[:] = made
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """Leave out the fields of a named tuple: its docstring tells of them."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def link_classes_alone(app, doctree):
@@ -76,4 +88,5 @@ def link_classes_alone(app, doctree):
 def setup(app):
     """Connect what this file adds; napoleon comes behind `separate_prose`."""
     app.connect("autodoc-process-docstring", separate_prose, priority=400)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("doctree-read", link_classes_alone)
