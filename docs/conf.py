@@ -53,7 +53,7 @@ def separate_prose(app, what, name, obj, options, lines):
     """
     section, made = None, []
     if what in ("attribute", "data", "property"):
-        made.append("")  # or napoleon takes what stands before a colon for a type
+        made.append("\\")  # nothing, or napoleon takes what stands before a colon for a type
     for number, line in enumerate(lines):
         above = lines[number - 1] if number else ""
         below = lines[number + 1] if number + 1 < len(lines) else ""
