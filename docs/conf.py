@@ -68,8 +68,10 @@ def separate_prose(app, what, name, obj, options, lines):
         ):  # fmt: skip
             section = "Examples" if line.startswith(">>>") else "Notes"
             made += [section, "-" * len(section)]
-        made.append(re.sub(r"(?<![\w`])(\w+)_(?![\w`])", r"\1\\_", line))  # CMD_ is no link
-    lines[:] = made
+        made.append(line)
+    parts = re.split(r"(`+[^`]+`+|^ *>>>.*$)", "\n".join(made), flags=re.MULTILINE)
+    parts[::2] = [re.sub(r"(\w)_(?!\w)", r"\1\\_", part) for part in parts[::2]]  # CMD_: no link
+    lines[:] = "".join(parts).split("\n")
 
 
 def skip_fields(app, what, name, obj, skip, options):
