@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -57,6 +58,16 @@ def test_whatever_a_page_shows_is_printed_by_the_block_before(page):
     assert page.read_text(encoding="utf-8").count("\n```text\n") == len(shown)
     for code, text in blocks(page, "sh"):  # test_cli.py runs these
         assert not text or re.fullmatch(r"smmufast .+\n", code)
+
+
+def test_every_picture_is_shown_and_says_what_it_shows():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    pictures = sorted((DOCS / "pictures").glob("*.svg"))
+    assert len(pictures) > 6
+    for picture in pictures:
+        title = ElementTree.parse(picture).find("{http://www.w3.org/2000/svg}title")
+        assert title is not None and title.text, picture
+        assert f"(pictures/{picture.name})" in text, picture
 
 
 # --- the reference ---
