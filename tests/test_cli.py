@@ -932,19 +932,27 @@ def test_examples_run(name):
     assert process.stderr == ""
 
 
-def commands_of(page):
-    """The commands of the shell blocks of a page."""
-    text = (captures.ROOT / page).read_text(encoding="utf-8")
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        yield from block.splitlines()
+def commands_of_pages():
+    """The commands of the shell blocks of docs/, and what a page shows of their output, or ""."""
+    found = {}
+    for page in sorted((captures.ROOT / "docs").rglob("*.md")):
+        for block, shown in re.findall(
+            r"^```sh\n(.*?)^```$(?:\n\n^```text$\n(.*?)^```$)?", page.read_text(encoding="utf-8"),
+            re.MULTILINE | re.DOTALL,
+        ):  # fmt: skip
+            for line in block.splitlines():
+                if line.startswith("smmufast "):
+                    found[line] = shown or found.get(line, "")
+    return found
 
 
-@pytest.mark.parametrize("command", list(commands_of("docs/tools.md")))
-def test_the_commands_of_the_tools_page_work(command, monkeypatch):
+@pytest.mark.parametrize(("command", "shown"), commands_of_pages().items())
+def test_the_commands_of_the_pages_work_and_print_what_is_shown(command, shown, monkeypatch):
     monkeypatch.chdir(captures.ROOT)
     words, _, file = command.partition(" < ")
     given = Path(file).read_bytes() if file else None
-    assert run(*words.split()[1:], given=given)
+    printed = run(*words.split()[1:], given=given)
+    assert printed == shown if shown else printed
 
 
 def test_the_tools_page_has_the_limits():
