@@ -15,6 +15,10 @@ import collections
 import os
 import sys
 import zlib
+from pathlib import Path
+
+if __name__ == "__main__":  # python -P leaves this folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import cachetwin
 import twin
