@@ -677,9 +677,9 @@ def test_bad_usage_is_one_clear_line(name):
 
 
 def documented():
-    """The commands of the README, with the shipped capture."""
-    text = (captures.ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.partition("The command line,")[2].partition("```sh\n")[2].partition("```")[0]
+    """The commands that docs/tools.md lists, with the shipped capture."""
+    text = (captures.ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    block = text.partition("The commands; CAPTURE")[2].partition("```sh\n")[2].partition("```")[0]
     for line in block.splitlines():
         command = line.partition("#")[0].strip()
         if command.startswith("smmufast"):
@@ -687,7 +687,7 @@ def documented():
 
 
 @pytest.mark.parametrize("command", list(documented()))
-def test_the_shipped_example_has_something_for_every_command_of_the_readme(command):
+def test_the_shipped_example_has_something_for_every_command_that_is_listed(command):
     words = command.replace("0x…", "0x1 0 0 0 0 0 0 0").split()[1:]
     words = [captures.SHIPPED if word == "CAPTURE" else word for word in words]
     if words[0] in ("commands", "events"):
@@ -695,7 +695,7 @@ def test_the_shipped_example_has_something_for_every_command_of_the_readme(comma
     assert len(run(*words).splitlines()) > 2
 
 
-def test_the_readme_names_every_command():
+def test_the_list_names_every_command():
     named = {command.split()[1] for command in documented()}
     assert named == {"replay", "walk", "streams", "events", "commands", "decode", "trace"}
 
