@@ -4,7 +4,8 @@ cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint64_t
 
-from smmufast._engine.tlb cimport KIND_S1, Caches, CachesC, Entry, tlb_key, tlb_probe_key
+from smmufast._engine.tlb cimport Caches, CachesC, Entry, tlb_key, tlb_probe_key
+from smmufast._rules.scope cimport KIND_S1
 from smmufast._facts.layout cimport WORLD_NS_EL1
 
 

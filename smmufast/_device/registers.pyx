@@ -43,9 +43,9 @@ from smmufast._engine.queue cimport (
     ring_set_prod, ring_signal, ring_stop, ring_writable, signal, sync_done, sync_waits,
 )
 from smmufast._engine.tlb cimport (
-    Caches, CachesC, Invalidation, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, state_of,
-    tlbi,
+    Caches, CachesC, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, state_of, tlbi,
 )
+from smmufast._rules.scope cimport Invalidation
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL, NO_SSID, Hw,
     Outcome, Request,

@@ -40,7 +40,8 @@ from smmufast._engine.cached cimport (
     view_open,
 )
 from smmufast._rules.config cimport STAGE1_BYPASS, cd_decode
-from smmufast._engine.tlb cimport KIND_S1, CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
+from smmufast._engine.tlb cimport CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
+from smmufast._rules.scope cimport KIND_S1
 from smmufast._engine.translate cimport (
     CLASS_IN, Leaf, Memo, Syndrome, View, canonical, end_fault, finish_stage1, half_fault, leaf_of,
     memo_holds, open_drivers, ste_decode, ste_fetch, syndrome_set, translate_known, translate_one,

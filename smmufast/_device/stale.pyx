@@ -24,7 +24,8 @@ from smmufast._engine.contexts cimport (
 from smmufast._engine.core cimport Core
 from smmufast._engine.memory cimport Port, Ram, look_for_signals, port_open, raise_port
 from smmufast._device.smmu cimport Smmu
-from smmufast._engine.tlb cimport KEY_GLOBAL, Caches, global_key, tlb_key
+from smmufast._engine.tlb cimport Caches, tlb_key
+from smmufast._rules.scope cimport KEY_GLOBAL, global_key
 from smmufast._engine.translate cimport CLASS_IN, Leaf, Memo, Syndrome, View, open_drivers, stage2
 from smmufast._facts.types cimport NO_SSID, Outcome, Request
 from smmufast._facts.why cimport WHY_S2_INVALID

@@ -38,9 +38,9 @@ from smmufast._facts.layout cimport (
 from smmufast._facts.bits cimport low_mask
 from smmufast._engine.memory cimport Port
 from smmufast._engine.tlb cimport (
-    ENTRY_CLEAN1, ENTRY_CLEAN2, KIND_COMBINED, KIND_S1, Entry, cd_fill, cd_probe, ste_fill,
-    ste_probe, tlb_probe,
+    ENTRY_CLEAN1, ENTRY_CLEAN2, Entry, cd_fill, cd_probe, ste_fill, ste_probe, tlb_probe,
 )
+from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1
 from smmufast._engine.translate cimport (
     CLASS_IN, NOWHERE, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault, end_refused,
     end_unmapped, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,

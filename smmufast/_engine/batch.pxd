@@ -19,9 +19,10 @@ from smmufast._facts.layout cimport cr0_smmuen, pte_s2_set_s2ap, pte_s2_set_xn, 
 from smmufast._engine.memory cimport FETCH_OK, Port, fetch8
 from smmufast._engine.probe cimport Hits, each_hit, vector_fits, vector_hits
 from smmufast._engine.tlb cimport (
-    CACHE_CD, CACHE_STE, CACHE_TLB, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry, config_touch,
-    tlb_find_key, tlb_key, tlb_probe_sizes,
+    CACHE_CD, CACHE_STE, CACHE_TLB, CachesC, Entry, config_touch, tlb_find_key, tlb_key,
+    tlb_probe_sizes,
 )
+from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1, KIND_S2
 from smmufast._engine.translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
     level_of, lookup, permitted_leaves, stage2, ste_fetch, translate_known, usable,

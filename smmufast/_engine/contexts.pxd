@@ -12,7 +12,8 @@ from smmufast._facts.bits cimport low_mask
 from smmufast._rules.config cimport STAGE1_BYPASS, cd_decode, cd_leaf_lg2, ste_stage1, substreams
 from smmufast._facts.layout cimport ste_s1cdmax
 from smmufast._engine.memory cimport Port
-from smmufast._engine.tlb cimport KIND_COMBINED, KIND_S1, KIND_S2, CachesC, global_key, tlb_key
+from smmufast._engine.tlb cimport CachesC, tlb_key
+from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1, KIND_S2, global_key
 from smmufast._engine.translate cimport (
     CLASS_IN, NOWHERE, Memo, Syndrome, cd_fetch, ste_decode, ste_fetch, ste_substream, syndrome_set,
 )

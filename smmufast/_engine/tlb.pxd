@@ -1,15 +1,14 @@
 """The caches of an SMMU: TLB, walk caches and configuration caches, and what invalidates them.
 
-Not architectural, but for the rules about which request an entry may answer (`tlb_key`) and which
-entries a command must hit (`tlbi`, `cfgi_...`): IHI 0070, 3.17 (tags of TLB entries), 4.3
-(CFGI_...), 4.4 (TLBI_...).  Invalidation is exact: what a command need not hit stays.
+Not architectural.  Which request an entry may answer and which entries a command must hit are rules
+of _rules/scope.pxd (IHI 0070, 3.17, 4.3, 4.4).  Invalidation is exact: what a command need not hit
+stays.
 
 The C names, for the translation and the command queue:
 
     CachesC       all caches of one SMMU; Caches (below) owns it, `caches.c` lives as long
     Entry         a translation in the TLB
     Table         a table in a walk cache
-    Invalidation  a TLBI command, decoded
 
 A cache that is absent never hits, takes nothing, and counts nothing.
 
@@ -25,14 +24,10 @@ from smmufast._engine.memory cimport Mutex
 from smmufast._engine.cache cimport (
     CacheC, cache_find, cache_hit, cache_hit_times, ctz64, match4, print_of,
 )
+from smmufast._rules.scope cimport KEY_LG2_SHIFT, KEY_VALID, Invalidation, key_of
 
 
 cdef enum:
-    # kind of an entry: bit 0, stage 1 is in it; bit 1, stage 2 is in it
-    KIND_S1 = 1            # input address to IPA, or to PA where there is no stage 2
-    KIND_S2 = 2            # IPA to PA
-    KIND_COMBINED = 3      # input address to PA, through both stages
-
     # which cache, by number
     CACHE_STE = 0
     CACHE_CD = 1
@@ -45,29 +40,6 @@ cdef enum:
     LG2_MIN = 12           # an entry covers 2^12 to 2^63 bytes
     LG2_MAX = 63
     REGION_LG2 = 21
-
-
-cdef extern from * nogil:
-    """
-    /* second words of tags in TLB and walk caches */
-    #define KEY_VMID_SHIFT 16
-    #define KEY_LG2_SHIFT 32
-    #define KEY_KIND_SHIFT 38
-    #define KEY_WORLD_SHIFT 40
-    #define KEY_ASID 0xFFFFULL
-    #define KEY_VMID 0xFFFF0000ULL
-    #define KEY_LG2 (0x3FULL << 32)
-    #define KEY_KIND (3ULL << 38)
-    #define KEY_STAGE1 (1ULL << 38)
-    #define KEY_WORLD (3ULL << 40)
-    #define KEY_GLOBAL (1ULL << 42)
-    #define KEY_ASET_SHIFT 43
-    #define KEY_ASET (1ULL << 43)
-    #define KEY_VALID (1ULL << 63)
-    """
-    const int KEY_VMID_SHIFT, KEY_LG2_SHIFT, KEY_KIND_SHIFT, KEY_WORLD_SHIFT, KEY_ASET_SHIFT
-    const uint64_t KEY_ASID, KEY_VMID, KEY_LG2, KEY_KIND, KEY_STAGE1, KEY_WORLD, KEY_GLOBAL
-    const uint64_t KEY_ASET, KEY_VALID
 
 
 # A translation, as whoever walked found it: 64 bytes, of which probe.h says what each is.  After
@@ -148,19 +120,6 @@ cdef struct CachesC:
     bint split             # nested translations are cached by stage, not combined
 
 
-# A TLBI command of the Non-secure queue.
-cdef struct Invalidation:
-    int op                 # CMD_TLBI_... of _facts/layout.pxd; others hit nothing
-    uint16_t vmid
-    uint16_t vmid_mask     # VMID bits that are compared: CR0.VMW, and 0 without stage 2
-    uint16_t asid
-    bint leaf              # tables in walk caches stay
-    bint all_addresses     # first and last do not matter
-    uint64_t first, last   # of the addresses, inclusive; first == last: not a range
-    uint8_t granule        # log2, entries of other granules stay; 0: any
-    int8_t level           # TTL: translations of leaves at other levels stay; 0: any
-
-
 # Everything but the geometry, as bytes that the caller frees; it has the caches meanwhile.
 cdef char* state_of(CachesC* c, uint64_t* size) except NULL
 
@@ -175,27 +134,11 @@ cdef class Caches:
 
 # --- tags ---
 
-# S2.3-3, S3.3.3-4, S3.3.3-6, S3.17-1, S3.17-2, S3.17-3, S3.17-4, S3.17-5, S3.17-9, S3.17.6-2,
-# S3.20.1-2, S5.2.1-6, S5.2.1-8, S5.4-24, S5.4.1-8, S5.4.1-9, S6.3.9-6, V8.16.3.1-1, V8.16.3.1-2,
-# V8.16.3.1-4, V8.16.3.1-5
 cdef inline uint64_t tlb_key(
         const CachesC* c, unsigned int kind, unsigned int world, uint16_t vmid,
         uint16_t asid, unsigned int aset) noexcept nogil:
-    """Second word of a tag without its lg2: of entries that are not global.
-
-    ASET tags these too, which it may; it must tag the global ones (IHI 0070 3.17).
-    """
-    return (
-        ((<uint64_t>aset << KEY_ASET_SHIFT | <uint64_t>vmid << KEY_VMID_SHIFT | asid)
-         & c.key_mask[kind][world])
-        | <uint64_t>kind << KEY_KIND_SHIFT | <uint64_t>world << KEY_WORLD_SHIFT | KEY_VALID
-    )
-
-
-# S3.17.1-2
-cdef inline uint64_t global_key(uint64_t key) noexcept nogil:
-    """The same of global entries: it has no ASID."""
-    return key & ~KEY_ASID | KEY_GLOBAL
+    """Second word of a tag without its lg2: of entries that are not global."""
+    return key_of(c.key_mask[kind][world], kind, world, vmid, asid, aset)
 
 
 # --- configuration ---

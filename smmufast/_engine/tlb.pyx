@@ -19,13 +19,15 @@ from smmufast._engine.cache cimport (
     cache_reset_counters, cache_victim, ctz64, order_words, tag_at,
 )
 from smmufast._facts.layout cimport (
-    CMD_CFGI_CD, CMD_CFGI_CD_ALL, CMD_CFGI_STE, CMD_CFGI_STE_RANGE, CMD_TLBI_EL2_ALL,
-    CMD_TLBI_EL2_ASID, CMD_TLBI_EL2_VA, CMD_TLBI_EL2_VAA, CMD_TLBI_NH_ALL, CMD_TLBI_NH_ASID,
-    CMD_TLBI_NH_VA, CMD_TLBI_NH_VAA, CMD_TLBI_NSNH_ALL, CMD_TLBI_S12_VMALL, CMD_TLBI_S2_IPA,
-    WORLD_EL2, WORLD_EL2_E2H, WORLD_NS_EL1,
+    CMD_CFGI_CD, CMD_CFGI_CD_ALL, CMD_CFGI_STE, CMD_CFGI_STE_RANGE, CMD_TLBI_S2_IPA, WORLD_NS_EL1,
 )
 from smmufast._engine.memory cimport (
     Mutex, mutex_close, mutex_drop, mutex_have_gil, mutex_open, to_address, to_flag, to_integer,
+)
+from smmufast._rules.scope cimport (
+    Filter, Invalidation, KEY_GLOBAL, KEY_LG2_SHIFT, KEY_VALID, KIND_COMBINED, KIND_S1, KIND_S2,
+    block_lg2, cfgi_last, filter_key, filter_leaf, filter_of, filter_pass, filter_rivals,
+    filter_span, global_key, key_tags,
 )
 
 from typing import NamedTuple
@@ -173,12 +175,11 @@ class CdEntry(NamedTuple):
 
 
 cdef void caches_set_masks(CachesC* c) noexcept nogil:
-    """What a TLB entry is tagged with, by kind and StreamWorld (IHI 0070, 3.17)."""
-    memset(c.key_mask, 0, sizeof(c.key_mask))
-    c.key_mask[KIND_S1][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_ASET | KEY_GLOBAL
-    c.key_mask[KIND_COMBINED][WORLD_NS_EL1] = KEY_VMID | KEY_ASID | KEY_ASET | KEY_GLOBAL
-    c.key_mask[KIND_S2][WORLD_NS_EL1] = KEY_VMID
-    c.key_mask[KIND_S1][WORLD_EL2_E2H] = KEY_ASID | KEY_ASET | KEY_GLOBAL
+    """Which tags entries have, by kind and StreamWorld."""
+    cdef unsigned int kind, world
+    for kind in range(4):
+        for world in range(4):
+            c.key_mask[kind][world] = key_tags(kind, world)
 
 
 cdef inline void sizes_seen(Sizes* sizes, const CacheC* cache) noexcept nogil:
@@ -300,11 +301,9 @@ cdef uint64_t cfgi_range(
 
     `lg2_count` is the command's Range + 1; 32 and more are all StreamIDs.
     """
-    cdef uint32_t low = <uint32_t>low_mask(lg2_count if lg2_count < 32 else 32)
-    return (
-        config_drop_sids(c, &c.cache[CACHE_STE], sid & ~low, sid | low)
-        + config_drop_sids(c, &c.cache[CACHE_CD], sid & ~low, sid | low)
-    )
+    cdef uint32_t last = cfgi_last(sid, lg2_count), first = sid & ~cfgi_last(0, lg2_count)
+    return (config_drop_sids(c, &c.cache[CACHE_STE], first, last)
+            + config_drop_sids(c, &c.cache[CACHE_CD], first, last))
 
 
 cdef uint64_t cfgi_all(CachesC* c) noexcept nogil:
@@ -314,64 +313,24 @@ cdef uint64_t cfgi_all(CachesC* c) noexcept nogil:
 
 # --- which entries ---
 
-# Entries by their tags and by addresses.  A tag passes when one of the pairs fits.
-cdef struct Filter:
-    int n
-    uint64_t[3] mask
-    uint64_t[3] value
-    bint all_addresses
-    bint blocks            # an entry stands for the whole block that it is from
-    bint tables            # walk caches too
-    uint8_t granule
-    int8_t level
-    uint64_t first, last
+cdef inline unsigned int entry_lg2(const Entry* e) noexcept nogil:
+    """Log2 of what an invalidation by input address takes an entry for."""
+    return block_lg2(e.lg2_s2 if e.kind == KIND_S2 else e.lg2_s1, e.lg2)
 
 
-cdef inline void filter_pass(Filter* f, uint64_t mask, uint64_t value) noexcept nogil:
-    f.mask[f.n] = mask | KEY_VALID
-    f.value[f.n] = value | KEY_VALID
-    f.n += 1
-
-
-cdef inline bint filter_key(const Filter* f, uint64_t key) noexcept nogil:
-    cdef int i
-    for i in range(f.n):
-        if key & f.mask[i] == f.value[i]:
-            return True
-    return False
-
-
-# S4.4-4
-cdef inline bint filter_span(const Filter* f, uint64_t start, unsigned int lg2) noexcept nogil:
-    """Whether a span of addresses and those of the filter overlap."""
-    start &= ~low_mask(lg2)
-    return start <= f.last and (start | low_mask(lg2)) >= f.first
-
-
-# S4.4.2.4-3
-cdef inline unsigned int block_lg2(const Entry* e) noexcept nogil:
-    """Log2 of what an invalidation by input address takes an entry for.
-
-    Software knows the page or block of its own stage.  What is smaller only because of the other
-    stage goes with the whole of it.
-    """
-    cdef unsigned int own = e.lg2_s2 if e.kind == KIND_S2 else e.lg2_s1
-    return own if own > e.lg2 else e.lg2
-
-
-# S4.4.1.1-6, S4.4.1.1-7
 cdef inline bint tlb_matches(const CachesC* c, uint64_t slot, const Filter* f) noexcept nogil:
+    """Whether a slot holds an entry that a filter passes."""
     cdef const CacheC* cache = &c.cache[CACHE_TLB]
     cdef const Entry* e = &(<Entry*>cache.entries)[slot]
+    cdef bint second = e.kind == KIND_S2
     if not cache.prints[slot] or not filter_key(f, e.key):
         return False
-    if f.granule and f.granule != (e.granule_s2 if e.kind == KIND_S2 else e.granule_s1):
-        return False
-    if f.level and f.level != (e.level_s2 if e.kind == KIND_S2 else e.level_s1):
+    if not filter_leaf(f, e.granule_s2 if second else e.granule_s1,
+                       e.level_s2 if second else e.level_s1):
         return False
     if f.all_addresses:
         return True
-    return filter_span(f, e.page << e.lg2, block_lg2(e) if f.blocks else e.lg2)
+    return filter_span(f, e.page << e.lg2, entry_lg2(e) if f.blocks else e.lg2)
 
 
 cdef inline uint32_t* region_of(const CachesC* c, uint64_t start) noexcept nogil:
@@ -401,7 +360,7 @@ cdef inline void tlb_forget(CachesC* c, uint64_t slot) noexcept nogil:
     if e.lg2 < REGION_LG2:
         region_of(c, e.page << e.lg2)[0] -= 1
     c.globals -= (e.key & KEY_GLOBAL) != 0
-    c.fractured -= block_lg2(e) != e.lg2
+    c.fractured -= entry_lg2(e) != e.lg2
 
 
 cdef uint64_t tlb_drop_slots(
@@ -467,16 +426,6 @@ cdef Entry* tlb_probe_sizes(
     return NULL
 
 
-cdef inline void filter_rivals(Filter* f, uint64_t key) noexcept nogil:
-    """The tags of entries that could answer a request which one with this key can answer."""
-    f.n = 0
-    if key & KEY_GLOBAL:
-        filter_pass(f, ~(KEY_ASID | KEY_GLOBAL | KEY_LG2), key & ~(KEY_GLOBAL | KEY_LG2))
-    else:
-        filter_pass(f, ~KEY_LG2, key & ~KEY_LG2)
-        filter_pass(f, ~KEY_LG2, global_key(key) & ~KEY_LG2)
-
-
 # S3.17.1-1, S3.17.1-4
 cdef inline uint64_t entry_key(const CachesC* c, const Entry* e) noexcept nogil:
     cdef uint64_t key = tlb_key(c, e.kind, e.world, e.vmid, e.asid, e.aset)
@@ -511,7 +460,7 @@ cdef inline void tlb_admit(
     if e.lg2 < REGION_LG2:
         region_of(c, e.page << e.lg2)[0] += 1
     c.globals += (key & KEY_GLOBAL) != 0
-    c.fractured += block_lg2(e) != e.lg2
+    c.fractured += entry_lg2(e) != e.lg2
 
 
 cdef Entry* tlb_fill(CachesC* c, const Entry* e) noexcept nogil:
@@ -628,59 +577,6 @@ cdef uint64_t walk_drop(CachesC* c, CacheC* cache, const Filter* f) noexcept nog
 
 
 # --- invalidation ---
-
-# S3.3.3-5, S3.11-14, S3.17.1-3, S4.4-2, S4.4.2.1-1, S4.4.2.2-1, S4.4.2.3-1, S4.4.2.3-2, S4.4.2.4-1,
-# S4.4.2.4-2, S4.4.2.7-1, S4.4.2.8-1, S4.4.2.9-1, S4.4.2.10-1, S4.4.3.1-1, S4.4.3.1-2, S4.4.3.1-3,
-# S4.4.3.2-1, S4.4.4.1-1, S16.2-4, S16.2.1-1
-cdef bint filter_of(const Invalidation* inv, Filter* f) noexcept nogil:
-    """What a TLBI command hits (IHI 0070, 4.4); False for those that are not Non-secure."""
-    cdef uint64_t ns = <uint64_t>WORLD_NS_EL1 << KEY_WORLD_SHIFT
-    cdef uint64_t el2 = <uint64_t>WORLD_EL2 << KEY_WORLD_SHIFT
-    cdef uint64_t e2h = <uint64_t>WORLD_EL2_E2H << KEY_WORLD_SHIFT
-    cdef uint64_t vmid_mask = <uint64_t>inv.vmid_mask << KEY_VMID_SHIFT
-    cdef uint64_t vmid = <uint64_t>inv.vmid << KEY_VMID_SHIFT & vmid_mask
-    cdef int op = inv.op
-    f.n = 0
-    f.blocks = True
-    f.tables = True
-    f.all_addresses = True
-    f.granule = 0
-    f.level = 0
-    f.first = inv.first
-    f.last = inv.last
-    if op in (CMD_TLBI_NH_VA, CMD_TLBI_NH_VAA, CMD_TLBI_EL2_VA, CMD_TLBI_EL2_VAA,
-              CMD_TLBI_S2_IPA):
-        f.tables = not inv.leaf
-        f.all_addresses = inv.all_addresses
-        f.granule = inv.granule
-        f.level = inv.level
-    if op == CMD_TLBI_NH_ALL or op == CMD_TLBI_NH_VAA:
-        filter_pass(f, KEY_WORLD | KEY_STAGE1 | vmid_mask, ns | KEY_STAGE1 | vmid)
-    elif op == CMD_TLBI_NH_ASID or op == CMD_TLBI_NH_VA:
-        filter_pass(f, KEY_WORLD | KEY_STAGE1 | vmid_mask | KEY_GLOBAL | KEY_ASID,
-                    ns | KEY_STAGE1 | vmid | inv.asid)
-        if op == CMD_TLBI_NH_VA:
-            filter_pass(f, KEY_WORLD | KEY_STAGE1 | vmid_mask | KEY_GLOBAL,
-                        ns | KEY_STAGE1 | vmid | KEY_GLOBAL)
-    elif op == CMD_TLBI_EL2_ALL or op == CMD_TLBI_EL2_VAA:
-        filter_pass(f, KEY_WORLD, el2)
-        filter_pass(f, KEY_WORLD, e2h)
-    elif op == CMD_TLBI_EL2_ASID or op == CMD_TLBI_EL2_VA:
-        filter_pass(f, KEY_WORLD | KEY_GLOBAL | KEY_ASID, e2h | inv.asid)
-        if op == CMD_TLBI_EL2_VA:
-            filter_pass(f, KEY_WORLD | KEY_GLOBAL, e2h | KEY_GLOBAL)
-            filter_pass(f, KEY_WORLD, el2)
-    elif op == CMD_TLBI_S12_VMALL:
-        filter_pass(f, KEY_WORLD | vmid_mask, ns | vmid)
-    elif op == CMD_TLBI_S2_IPA:
-        filter_pass(f, KEY_WORLD | KEY_KIND | vmid_mask,
-                    ns | <uint64_t>KIND_S2 << KEY_KIND_SHIFT | vmid)
-    elif op == CMD_TLBI_NSNH_ALL:
-        filter_pass(f, KEY_WORLD, ns)
-    else:
-        return False
-    return True
-
 
 # S3.21.1-3, S4.4-3
 cdef uint64_t tlbi(CachesC* c, const Invalidation* inv) noexcept nogil:

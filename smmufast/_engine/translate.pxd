@@ -29,9 +29,10 @@ from smmufast._engine.memory cimport (
     unchanged64,
 )
 from smmufast._engine.tlb cimport (
-    ENTRY_CLEAN1, ENTRY_CLEAN2, ENTRY_CONTIGUOUS, KIND_COMBINED, KIND_S1, KIND_S2, CachesC, Entry,
-    Table, tlb_fill, tlb_probe, walk_fill, walk_probe,
+    ENTRY_CLEAN1, ENTRY_CLEAN2, ENTRY_CONTIGUOUS, CachesC, Entry, Table, tlb_fill, tlb_probe,
+    walk_fill, walk_probe,
 )
+from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1, KIND_S2
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, ACTION_DISABLED,
     ACTION_OK, ACTION_RAZ_WI, ACTION_STALL, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_S2TT,

@@ -6,10 +6,11 @@ from libc.string cimport memset
 
 from smmufast._facts.layout cimport CMD_TLBI_NH_VA, WORLD_NS_EL1
 from smmufast._engine.tlb cimport (
-    ENTRY_CLEAN1, KIND_S1, Caches, CachesC, Entry, Invalidation, Table, caches_invalidate_all,
-    cd_fill, cd_probe, cd_touch, cfgi_all, cfgi_ste, ste_fill, ste_probe, ste_touch, tlb_fill,
-    tlb_key, tlb_probe, tlb_probe_key, tlb_touch, tlbi, walk_fill, walk_probe,
+    ENTRY_CLEAN1, Caches, CachesC, Entry, Table, caches_invalidate_all, cd_fill, cd_probe, cd_touch,
+    cfgi_all, cfgi_ste, ste_fill, ste_probe, ste_touch, tlb_fill, tlb_key, tlb_probe, tlb_probe_key,
+    tlb_touch, tlbi, walk_fill, walk_probe,
 )
+from smmufast._rules.scope cimport KIND_S1, Invalidation
 
 
 def generations(Caches caches not None):

@@ -273,11 +273,14 @@ MUTANTS = [
          "command_queue", "a_fetch_that_aborts_stops_the_queue"),
     ),
     *of(
-        "_engine/tlb.pyx",
+        "_rules/scope.pxd",
         ("s4-4-2-3-2",
          "not inv.leaf",
          "True",
          "single_rules", "tables_in_walk_caches_go_unless_only_leaves_are_named"),
+    ),
+    *of(
+        "_engine/tlb.pyx",
         ("s16-2-2-3",
          "    config_drop(c, cache, slot)\n"
          "    return 1",
