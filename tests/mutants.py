@@ -67,7 +67,7 @@ KNOWN = {
     ".py": "from smmufast._mutant import smmufast_mutant\n",
     ".h": '#include "_mutant.h"\n',
 }
-KNOWN[".pyx"] = KNOWN[".pxd"]
+KNOWN[".pyx"] = KNOWN[".pxi"] = KNOWN[".pxd"]
 
 
 class Mutant(NamedTuple):

@@ -679,7 +679,8 @@ def test_bad_usage_is_one_clear_line(name):
 def documented():
     """The commands that docs/tools.md lists, with the shipped capture."""
     text = (captures.ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
-    block = text.partition("The commands; CAPTURE")[2].partition("```console\n")[2].partition("```")[0]
+    listed = text.partition("The commands; CAPTURE")[2]
+    block = listed.partition("```console\n")[2].partition("```")[0]
     for line in block.splitlines():
         command = line.partition("#")[0].strip()
         if command.startswith("smmufast"):

@@ -3,11 +3,16 @@
 import copy
 import dataclasses
 import doctest
+import importlib
 import json
 import pickle
 import random
+import re
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ from smmufast import Memory, Smmu, layout
 from smmufast import features as features_module
 from smmufast.features import Features
 
+PACKAGE = Path(__file__).resolve().parent.parent / "smmufast"
 REGISTERS = ("IDR0", "IDR1", "IDR3", "IDR5", "AIDR")
 
 
@@ -572,3 +578,27 @@ def test_docstring_examples_hold():
     result = doctest.testmod(features_module)
     assert result.attempted >= 4
     assert result.failed == 0
+
+
+# --- the generated declarations ---
+
+
+def test_the_generated_file_is_current():
+    module = importlib.import_module("smmufast.features")
+    assert module._pxd() == (PACKAGE / "_facts/hw.pxd").read_text(encoding="utf-8")
+
+
+def test_the_generator_prints_what_it_writes():
+    program = [sys.executable, "-m", "smmufast.features"]
+    done = subprocess.run(program, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, (PACKAGE / "_facts/hw.pxd").read_text())
+    wrong = subprocess.run([*program, "--wrong"], cwd=PACKAGE.parent, capture_output=True)
+    assert wrong.returncode == 1
+
+
+def test_rules_have_every_feature_that_fits_a_byte():
+    text = (PACKAGE / "_facts/hw.pxd").read_text()
+    names = {each.name for each in dataclasses.fields(Features)}
+    kept = set(re.findall(r"^    hw\.(\w+) = features\.\1$", text, re.M))
+    assert kept <= names
+    assert names - kept == {"oas", "gran4k", "gran16k", "gran64k", "arch_minor", "stall_max"}

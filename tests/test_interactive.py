@@ -22,6 +22,7 @@ from smmufast import Memory, Smmu, _html, decode, layout, replay, trace
 from smmufast.iommu import PageFault, Report, System
 
 HOME = Path(smmufast.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # an installed package has no sources
 MODULES = ("ats", "capture", "cli", "decode", "errors", "explain", "faults", "features", "iommu",
            "layout", "replay", "streams", "trace", "why")  # fmt: skip
 
@@ -111,7 +112,10 @@ def test_there_are_compiled_classes():
 
 
 def source(cls, suffix):
-    return (HOME / (home_of(cls).replace(".", "/") + suffix)).read_text()
+    """The text of the module of a class, and of the parts that it includes."""
+    path = ROOT / (home_of(cls).replace(".", "/") + suffix)
+    parts = [path, *(path.parent.glob(f"{path.stem}_*.pxi") if suffix == ".pyx" else ())]
+    return "".join(part.read_text() for part in parts)
 
 
 def parameters(text):
@@ -299,7 +303,7 @@ def samples():
     contradictory = smmufast.Features.from_idr(no_ats, usual.idr1, usual.idr3, usual.idr5, 3)
     assert contradictory.contradictions
     yield contradictory
-    capture = smmufast.Capture.load(HOME / "examples" / "linux-7.3-4k-s1")
+    capture = smmufast.Capture.load(ROOT / "examples" / "linux-7.3-4k-s1")
     capture.path += f"/{SCRIPT}\udcff"
     yield capture
     configuration = capture[0]

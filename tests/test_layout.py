@@ -833,7 +833,7 @@ def sources():
     generated = {"layout.py", "_facts/layout.pxd", "_facts/layout.h", "_facts/why.pxd"}
     for path in sorted(PACKAGE.rglob("*")):
         name = str(path.relative_to(PACKAGE))
-        if path.suffix in (".py", ".pyx", ".pxd", ".h") and name not in generated:
+        if path.suffix in (".py", ".pyx", ".pxi", ".pxd", ".h") and name not in generated:
             yield path
 
 

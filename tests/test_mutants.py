@@ -143,4 +143,4 @@ def test_the_command_lists_and_refuses():
     done = subprocess.run([*command, "--list", "no-entry-*"], capture_output=True, text=True)
     assert done.returncode == 0
     (line,) = done.stdout.splitlines()
-    assert line.split()[:2] == ["no-entry-is-global", "_engine/tlb.pyx"]
+    assert line.split()[:2] == ["no-entry-is-global", "_engine/tlb_entries.pxi"]

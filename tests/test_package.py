@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = Path(smmufast.__file__).parent
 SOURCES = sorted((ROOT / "smmufast").rglob("*.p[yx]*"))
-SOURCES = [path for path in SOURCES if path.suffix in (".py", ".pyx", ".pxd", ".pyi")]
+SOURCES = [path for path in SOURCES if path.suffix in (".py", ".pyx", ".pxi", ".pxd", ".pyi")]
 OTHERS = [*sorted((ROOT / "smmufast").rglob("*.h")), ROOT / "smmufast" / "py.typed"]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(smmufast.__path__, "smmufast."))
 MODULES = [name.removeprefix("smmufast.") for name in MODULES if name != "smmufast.__main__"]
@@ -75,7 +75,7 @@ def test_ruff_finds_nothing():
 
 @pytest.mark.slow
 def test_cython_lint_finds_nothing():
-    sources = [path for path in SOURCES if path.suffix in (".pyx", ".pxd")]
+    sources = [path for path in SOURCES if path.suffix in (".pyx", ".pxi", ".pxd")]
     assert len(sources) > 8
     run(tool("cython-lint"), *sources)
 
@@ -308,7 +308,7 @@ def test_every_rule_is_noexcept_and_nogil(name):
     assert slow == []
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.suffix in (".pyx", ".pxd")],
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.suffix in (".pyx", ".pxi", ".pxd")],
                          ids=lambda path: path.name)  # fmt: skip
 def test_no_function_asks_for_the_lock_after_each_call(path):
     # nogil without noexcept takes the lock to look for an exception
@@ -503,7 +503,8 @@ def test_cython_has_no_performance_hints_and_no_warnings(wheel):
 @pytest.mark.slow
 def test_a_wheel_holds_what_python_and_cython_users_need_and_no_more(wheel, setup_script):
     names = {name for name in zipfile.ZipFile(wheel[0]).namelist() if ".dist-info/" not in name}
-    expected = {str(path.relative_to(ROOT)) for path in SOURCES if path.suffix != ".pyx"}
+    compiles = (".pyx", ".pxi")
+    expected = {str(path.relative_to(ROOT)) for path in SOURCES if path.suffix not in compiles}
     expected |= {str(path.relative_to(ROOT)) for path in OTHERS}
     compiled = {name for name in names if name.endswith((".so", ".pyd"))}
     python = {name.rsplit("/")[-1] for name in setup_script.DRIVER}

@@ -950,7 +950,7 @@ def test_no_memory_changes_nothing():
         assert done
         refusals.append(refused)
     # which of them need memory differs by Python: 3.14 keeps free ints, reserve() needs none
-    assert sum(map(bool, refusals)) >= 6, refusals
+    assert sum(map(bool, refusals)) >= 4, refusals
 
 
 def test_the_representation_counts():

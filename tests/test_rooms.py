@@ -33,10 +33,15 @@ IMPORT = re.compile(
 
 
 def module_of(path):
+    """A part that is included (`smmu_walk.pxi`) is of the module whose name it begins with."""
+    if path.suffix == ".pxi":
+        path = path.with_name(path.stem.partition("_")[0] + ".pyx")
+        assert path.exists()
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-SOURCES = [p for p in sorted(ROOT.rglob("*.p[yx]*")) if p.suffix in (".py", ".pyx", ".pxd")]
+KINDS = (".py", ".pyx", ".pxi", ".pxd")
+SOURCES = [path for path in sorted(ROOT.rglob("*.p[yx]*")) if path.suffix in KINDS]
 MODULES = {module_of(path) for path in SOURCES}
 
 

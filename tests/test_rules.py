@@ -47,8 +47,8 @@ LIVE = {name for name, row in RULES.items() if not row[2].startswith("absent")}
 def sources():
     """Files that hold rules, and their texts: the package but for what is generated."""
     for path in sorted((ROOT / "smmufast").rglob("*")):
-        generated = path.parent.name == "_facts" and path.stem in ("layout", "why")
-        if path.suffix in (".pxd", ".pyx", ".py", ".h") and not generated:
+        generated = path.parent.name == "_facts" and path.stem in ("layout", "why", "hw")
+        if path.suffix in (".pxd", ".pyx", ".pxi", ".py", ".h") and not generated:
             yield path, path.read_text(encoding="utf-8")
 
 

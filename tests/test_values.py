@@ -392,7 +392,7 @@ def bracketed_loops(path):
     return found
 
 
-@pytest.mark.parametrize("path", sorted(SOURCES.rglob("*.p[yx]x")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(SOURCES.rglob("*.p[yx][xi]")), ids=lambda path: path.name)
 def test_compiled_functions_have_no_comprehensions(path):
     """What Cython makes of one frees twice when something in it fails for want of memory."""
     assert bracketed_loops(path) == []

@@ -8,7 +8,7 @@ Sections: IHI 0070 6 (memory map and registers), 3.5 and 7.2 (queues), 7.5 (glob
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.pythread cimport PyThread_get_thread_ident
-from libc.stdint cimport int8_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from smmufast._facts.bits cimport le64, low_mask
@@ -21,7 +21,7 @@ from smmufast._rules.config cimport (
     pointer_mask, size_bits, split_of, strtab_linear_base, strtab_two_level_base,
 )
 from smmufast._engine.core cimport (
-    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Core, Msi, Queues, Ring, caches_give,
+    IRQ_CMDQ_SYNC, IRQ_EVENTQ, IRQ_GERROR, IRQ_PRIQ, IRQ_SEV, Msi, Queues, Ring, caches_give,
     caches_take_gil,
 )
 from smmufast._facts.layout cimport (
@@ -30,42 +30,35 @@ from smmufast._facts.layout cimport (
     cr0_smmuen, event_set_stag,
 )
 from smmufast._engine.memory cimport (
-    ACCESS_CMD, FETCH_OK, FETCH_RAISED, Memory, Mutex, Port, aside, callbacks_inside,
-    look_for_signals, mutex_drop, mutex_have_gil, port_open, port_raised, port_read, raise_port,
-    resume, to_address, to_flag,
+    ACCESS_CMD, FETCH_OK, FETCH_RAISED, Memory, Mutex, Port, aside, look_for_signals, port_open,
+    port_raised, port_read, raise_port, resume, to_address, to_flag,
 )
 from smmufast._engine.queue cimport (
     GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_MSI_CMDQ_ABT_ERR, GERROR_MSI_EVENTQ_ABT_ERR,
     GERROR_MSI_GERROR_ABT_ERR, GERROR_MSI_PRIQ_ABT_ERR, GERROR_PRIQ_ABT_ERR, PUT_CLOSED, PUT_FIRST,
     PUT_FULL, PUT_LAST, PUT_STATUS, PUT_WRITTEN, event_put, event_signal, gerror_acknowledge,
     gerror_active, gerror_raise, lock_give, lock_take, overtake, overtake_all, ring_after,
-    ring_bits, ring_entry, ring_forget, ring_full, ring_place, ring_put, ring_reset, ring_set_cons,
+    ring_bits, ring_entry, ring_full, ring_place, ring_put, ring_reset, ring_set_cons,
     ring_set_prod, ring_signal, ring_stop, ring_writable, signal, sync_done, sync_waits,
 )
 from smmufast._engine.tlb cimport (
     Caches, CachesC, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, state_of, tlbi,
 )
 from smmufast._rules.scope cimport Invalidation
+from smmufast._facts.hw cimport Hw, hw_features
 from smmufast._facts.types cimport (
-    ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL, NO_SSID, Hw,
-    Outcome, Request,
+    ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL, NO_SSID, Outcome, Request,
 )
 from smmufast._rules.vmsa cimport entering_attr, shareability
 from smmufast._facts.why cimport why_event
 
 import json
-import struct
-from _thread import get_ident
-import os
 from collections import OrderedDict, deque, namedtuple
-from operator import attrgetter
 from dataclasses import fields
 from zlib import crc32
 
 from smmufast import layout
 from smmufast._arguments import in_words, must_be
-from smmufast._engine.tlb import CACHES as _CACHES
-from smmufast.faults import Event
 from smmufast.features import Features, modelled
 from smmufast.why import Why
 
@@ -83,224 +76,18 @@ cdef tuple IRQ_NAMES = ("eventq", "priq", "gerror", "cmdq_sync", "sev")
 
 cdef str HELD = "CMD_SYNC waits for walks that an invalidation overtook"
 
-# --- the register map (6.1, 6.2), from layout.REGISTERS ---
-
-cdef dict OFFSETS = {}  # of each 32-bit word: the register, and how far up in it the word is
-cdef dict WHOLE = {}    # bits that are fields
-cdef dict NAMED = {}    # name and width
-
-for _record in layout.REGISTERS.values():
-    NAMED[_record.name] = _record.name, 8 * _record.bytes
-    WHOLE[_record.name] = sum(map(attrgetter("mask"), _record.fields))
-    for _word in range(0, _record.bytes, 4):
-        OFFSETS[_record.offset + _word] = (_record.name, 8 * _word)
-        if _record.offset >= 0x10000:
-            OFFSETS[_record.offset - 0x10000 + _word] = (_record.name, 8 * _word)
-for _word in range(4):
-    OFFSETS[0xFF0 + 4 * _word] = (f"CIDR{_word}", 0)
-    WHOLE[f"CIDR{_word}"] = 0xFF
-
-cdef frozenset READ_ONLY = frozenset((
-    "IDR0", "IDR1", "IDR2", "IDR3", "IDR5", "IDR6", "IIDR", "AIDR", "CR0ACK", "STATUSR",
-    "IRQ_CTRLACK", "GERROR", "CIDR0", "CIDR1", "CIDR2", "CIDR3"))
-cdef frozenset WIDE = frozenset(
-    record.name for record in layout.REGISTERS.values() if record.bytes == 8)
-cdef dict PRESET = {
-    "STRTAB_BASE": "tables_preset", "STRTAB_BASE_CFG": "tables_preset",
-    "CMDQ_BASE": "queues_preset", "EVENTQ_BASE": "queues_preset", "PRIQ_BASE": "queues_preset",
-}
+include "registers_map.pxi"
 
 
-# Writes are ignored while one of these bits is set: register, the register and bits of the guard.
-cdef dict GUARDS = {
-    "CR2": ("CR0", layout.mask("CR0", "SMMUEN")),
-    "STRTAB_BASE": ("CR0", layout.mask("CR0", "SMMUEN")),
-    "STRTAB_BASE_CFG": ("CR0", layout.mask("CR0", "SMMUEN")),
-    "CMDQ_BASE": ("CR0", layout.mask("CR0", "CMDQEN")),
-    "CMDQ_CONS": ("CR0", layout.mask("CR0", "CMDQEN")),
-    "EVENTQ_BASE": ("CR0", layout.mask("CR0", "EVENTQEN")),
-    "EVENTQ_PROD": ("CR0", layout.mask("CR0", "EVENTQEN")),
-    "PRIQ_BASE": ("CR0", layout.mask("CR0", "PRIQEN")),
-    "PRIQ_PROD": ("CR0", layout.mask("CR0", "PRIQEN")),
-}
-for _queue in ("GERROR", "EVENTQ", "PRIQ"):
-    for _word in range(3):
-        GUARDS[f"{_queue}_IRQ_CFG{_word}"] = (
-            "IRQ_CTRL", layout.mask("IRQ_CTRL", f"{_queue}_IRQEN"))
-# RES0 bits that drivers set whatever the implementation has: no mistake.
-cdef dict HARMLESS = {"CR2": layout.mask("CR2", "PTM")}
-cdef uint64_t CR1_TABLES = layout.mask("CR1", "TABLE_IC", "TABLE_OC", "TABLE_SH")
-cdef uint64_t QUEUES_ENABLED = layout.mask("CR0", "CMDQEN", "EVENTQEN", "PRIQEN")
-cdef uint64_t GBPA_UPDATE = layout.mask("GBPA", "Update")
-cdef uint64_t GBPA_RESET = 0x1000  # SHCFG: incoming
+include "registers_state.pxi"
 
 
-cdef Ring* ring_in(Queues* q, str name) noexcept:
-    """The queue that a register belongs to."""
-    if name.startswith("CMDQ"):
-        return &q.commands
-    if name.startswith("EVENTQ"):
-        return &q.events
-    return &q.pages
-
-
-cdef inline Ring* ring_of(Registers self, str name) noexcept:
-    return ring_in(&self.queues, name)
-
+# --- what the queues ask of their owner ---
 
 cdef inline uint64_t cmdq_cons_of(const Queues* q, uint32_t cerror) noexcept:
     """The value of CMDQ_CONS."""
     return q.commands.cons | <uint64_t>cerror << 24
 
-
-# --- state as bytes: a header, JSON, the state of the caches, a checksum ---
-
-cdef object STATE_HEADER = struct.Struct("<8sII")  # mark, version, size of the JSON
-cdef bytes STATE_MARK = b"smmufast"
-cdef int STATE_VERSION = 2
-cdef tuple STATE_1 = ("features", "ignore_s2ptw", "registers", "placed", "atc_failed", "last_stag",
-                      "stalls", "warnings", "caches")  # of version 1
-cdef tuple STATE = (*STATE_1, "wired")
-cdef tuple QUEUES = ("CMDQ", "EVENTQ", "PRIQ")
-cdef tuple FEATURES = tuple([field.name for field in fields(Features)])
-cdef tuple ID_REGISTERS = ("idr0", "idr1", "idr3", "idr5", "aidr")  # Features.from_idr()
-cdef tuple REGISTERS = tuple(
-    [name for name in WHOLE if name not in READ_ONLY or name == "GERROR"])
-cdef dict STALL = {"sid": 0xFFFFFFFF, "ssid": 0xFFFFFFFF, "iova": 0xFFFFFFFFFFFFFFFF, "access": 7,
-                   "recorded": 1, "outcome": None}
-cdef dict OUTCOME = {
-    "pa": 0xFFFFFFFFFFFFFFFF, "ipa": 0xFFFFFFFFFFFFFFFF, "action": 5, "event": 0xFF,
-    "fault": 0xFF, "perm": 0x3F, "perm_s1": 0x3F, "level": 4, "page_lg2": 63, "attr": 0xFF,
-    "sh": 3, "stage": 3, "asid": 0xFFFF, "vmid": 0xFFFF, "stag": 0xFFFF, "ng": 1, "contiguous": 1,
-    "why": 0xFFFF, "record": None,
-}  # the largest value of each member
-
-
-cdef frozenset REASONS = frozenset(Why)
-
-
-cdef object state_error(str text):
-    return ValueError(f"state: {text}")
-
-
-cdef object saved_number(str what, value, last, first=0):
-    """A number of a state, once it is one that can be."""
-    if type(value) is not int:
-        raise state_error(must_be(what, "a number", type(value)))
-    if not first <= value <= last:
-        raise state_error(must_be(what, f"{first} to {last:#x}", value))
-    return value
-
-
-cdef dict saved_dict(str what, value, names):
-    """An object of a state, once it has the members it must have."""
-    if type(value) is not dict:
-        raise state_error(must_be(what, "an object", type(value)))
-    for name in names:
-        if name not in value:
-            raise state_error(f"{what}: {name} is missing")
-    for name in value:
-        if name not in names:
-            raise state_error(f"{what}: {name[:40]!r} is unknown")
-    return value
-
-
-cdef list saved_list(str what, value, n=None):
-    """A list of a state; of n items."""
-    if type(value) is not list or n is not None and len(value) != n:
-        raise state_error(in_words(
-            what, f"a list{'' if n is None else f' of {n}'}",
-            f"one of {len(value)}" if type(value) is list else type(value).__name__))
-    return value
-
-
-cdef dict state_of_1(parsed):
-    """A state of version 1 as one of version 2.
-
-    That version had wires which a message kept quiet: they are there from now on.  It had
-    PRIQ_IRQ_CFG2.LO where there are no messages, which is RES0 (6.3.36).
-    """
-    state = saved_dict("all", parsed, STATE_1)
-    codes, registers = state["features"], state["registers"]
-    if type(codes) is dict and type(registers) is dict and codes.get("msi") == 0:
-        registers["PRIQ_IRQ_CFG2"] = 0
-    return state | {"wired": 1}
-
-
-cdef tuple state_parts(state):
-    """(the JSON's object, the bytes of the caches) of a state that is whole."""
-    try:
-        data = bytes(memoryview(state))
-    except TypeError:
-        raise TypeError(must_be("state", "bytes", type(state))) from None
-    if len(data) < STATE_HEADER.size + 4 or data[:8] != STATE_MARK:
-        raise ValueError("state: not one that save() made")
-    _, version, size = STATE_HEADER.unpack_from(data)
-    if not 1 <= version <= STATE_VERSION:
-        raise ValueError(must_be("state", f"of version 1 or {STATE_VERSION}", version))
-    last = len(data) - 4
-    if crc32(data[:last]) != int.from_bytes(data[last:], "little"):
-        raise ValueError("state: the checksum is wrong: it is damaged or not whole")
-    end = STATE_HEADER.size + size
-    if end > last:
-        raise ValueError(f"state: {size} bytes of JSON announced; it ends too early")
-    try:
-        parsed = json.loads(data[STATE_HEADER.size:end])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"state: the JSON cannot be read: {error}") from None
-    if version == 1:
-        parsed = state_of_1(parsed)
-    return saved_dict("all", parsed, STATE), data[end:last]
-
-
-cdef object id_registers_of = attrgetter(*ID_REGISTERS)
-cdef object fields_of = attrgetter(*FEATURES)
-
-
-cdef object features_saved(features):
-    """Features as a state has them: codes, or the ID registers of those that contradict."""
-    if features.contradictions:
-        return list(id_registers_of(features))
-    return dict(zip(FEATURES, fields_of(features), strict=True))
-
-
-cdef object saved_features(saved):
-    """The Features of a state."""
-    if type(saved) is list:
-        for word in saved_list("features", saved, len(ID_REGISTERS)):
-            saved_number("features", word, 0xFFFFFFFF)
-    else:
-        saved_dict("features", saved, FEATURES)
-    try:
-        return Features.from_idr(*saved) if type(saved) is list else Features(**saved)
-    except (TypeError, ValueError) as error:
-        raise state_error(f"features: {error}") from None
-
-
-cdef object saved_caches(saved, bytes contents):
-    """The Caches of a state, None without."""
-    if saved is None:
-        if contents:
-            raise state_error(f"caches: {len(contents)} bytes without a geometry")
-        return None
-    saved_dict("caches", saved, ("geometries", "nested"))
-    given = []
-    for each in saved_list("caches", saved["geometries"], len(_CACHES)):
-        given.append(None if each is None else tuple(saved_list("caches", each, 4)))
-    for each in given:
-        if each is not None and tuple(map(type, each)) != (int, int, str, int):
-            raise state_error(must_be("caches", "geometries of sets, ways, policy, seed", each))
-    if type(saved["nested"]) is not str:
-        raise state_error(must_be("nested of caches", "a string", type(saved["nested"])))
-    try:
-        caches = Caches(**dict(zip(_CACHES, given, strict=True)), nested=saved["nested"])
-        caches.__setstate__(contents)
-    except (TypeError, ValueError) as error:
-        raise state_error(f"caches: {error}") from None
-    return caches
-
-
-# --- what the queues ask of their owner ---
 
 cdef int wire_gil(Registers self, Port* port, int irq) noexcept with gil:
     """Call on_interrupt: 0, or FETCH_RAISED with its exception in the port."""
@@ -383,246 +170,10 @@ cdef str cerror_text(unsigned int cerror, int why, fields=None):
     return f"CERROR_{name}: {text}"
 
 
-# --- processes ---
-# A fork finds the caches and queues of every Smmu at rest.  In the child, the threads that were in
-# a call are no more: what they announced is taken back.  But for a fork in a callback: there some
-# of that may be the callback's own, and memory stays in use, which whoever would change it is told.
-
-cdef Core* cores = NULL    # all that there are
-cdef dict forking = {}     # by thread: the Registers whose locks it has meanwhile
+include "registers_pace.pxi"
 
 
-cdef void core_enter(Core* core) noexcept:
-    global cores
-    core.before = NULL
-    core.after = cores
-    if cores != NULL:
-        cores.before = core
-    cores = core
-
-
-cdef void core_leave(Core* core) noexcept:
-    global cores
-    if core.before != NULL:
-        core.before.after = core.after
-    elif cores == core:
-        cores = core.after
-    if core.after != NULL:
-        core.after.before = core.before
-
-
-def _before_fork():
-    """Have every lock, so that nobody is inside of what they guard."""
-    cdef list all_ = []
-    cdef Registers each
-    cdef Core* core = cores
-    while core != NULL:
-        all_.append(<Registers>core.owner)
-        core = core.after
-    forking[get_ident()] = all_
-    for each in all_:  # first those that may be waited for
-        if each.core.caches != NULL:
-            mutex_have_gil(each.core.caches.mutex)
-    for each in all_:
-        lock_take(&each.queues.lock)
-
-
-def _after_fork():
-    """Give the locks back."""
-    cdef Registers each
-    for each in forking.pop(get_ident()):
-        lock_give(&each.queues.lock)
-        if each.core.caches != NULL:
-            mutex_drop(each.core.caches.mutex)
-
-
-def _after_fork_in_child():
-    """The same, and forget the calls of threads that are no more."""
-    cdef Registers each
-    cdef Ring* ring
-    cdef list all_ = forking[get_ident()]
-    _after_fork()
-    forking.clear()
-    if callbacks_inside():
-        return
-    for each in all_:
-        each.core.shared = each.core.handles
-        each.core.ram.users = each.core.ram.handles
-        each._consuming = each._recording = False
-        each._calling = 0
-        each._retried = []
-        lock_take(&each.queues.lock)
-        for name in QUEUES:
-            ring = ring_of(each, name)
-            if ring.writers:
-                ring_forget(ring)
-        lock_give(&each.queues.lock)
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork,
-                    after_in_child=_after_fork_in_child)
-
-
-# --- pauses of a long run ---
-
-cdef extern from *:
-    """
-    #include <time.h>
-    static int64_t smmufast_nanoseconds(void)
-    {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-    }
-    static void smmufast_nap(void)
-    {
-        struct timespec time = {0, 50000};
-        nanosleep(&time, NULL);
-    }
-    """
-    int64_t nanoseconds "smmufast_nanoseconds"() noexcept nogil
-    void nap "smmufast_nap"() noexcept nogil
-
-cdef enum:
-    LOOK_NS = 1000000      # between two looks for signals
-    LOOK_COMMANDS = 4096   # at most
-    # Between two releases of the GIL.  A thread that has waited 5 ms asks for the GIL, and only
-    # then a release hands it over; one before that wakes the thread, which begins to wait anew.
-    RELEASE_NS = 8000000
-
-
-# How many commands go to the next look, when the last one was, and the last release.
-cdef struct Pace:
-    int64_t left
-    int64_t count
-    int64_t since
-    int64_t released
-
-
-cdef Pace pace_begin() noexcept:
-    cdef Pace pace
-    pace.left = pace.count = 16
-    pace.since = pace.released = nanoseconds()
-    return pace
-
-
-cdef int pace_look(Pace* pace) except -1:
-    """Let signal handlers run, and other threads once in a while; then as many commands go on
-    as take LOOK_NS."""
-    cdef int64_t now = nanoseconds()
-    cdef int64_t passed = now - pace.since
-    if passed > 2 * LOOK_NS:
-        pace.count = max(<int64_t>1, pace.count * LOOK_NS // passed)
-    elif 2 * passed < LOOK_NS:
-        pace.count = min(<int64_t>LOOK_COMMANDS, 2 * pace.count)
-    pace.left = pace.count
-    if now - pace.released >= RELEASE_NS:
-        with nogil:
-            pass
-        pace.released = nanoseconds()
-    look_for_signals()
-    pace.since = nanoseconds()
-    return 0
-
-
-# --- stalled transactions ---
-
-
-@cython.final
-@cython.auto_pickle(False)
-cdef class Stall:
-    """Stall()\n--\n
-    A transaction that the SMMU holds (IHI 0070 3.12.2): what the host waits for.
-
-    It is outstanding until `done`: CMD_RESUME retries or ends it, CMD_STALL_TERM and clearing
-    CR0.SMMUEN end it.  A retry may stall again, with another `stag`.  One whose record waits is
-    translated anew once the record could be written: only if it still stalls it is recorded.
-    """
-
-    def __init__(self):
-        raise TypeError("a Stall is made by a translation that stalls")
-
-    @property
-    def sid(self):
-        """StreamID."""
-        return self.request.sid
-
-    @property
-    def ssid(self):
-        """SubstreamID, None without one."""
-        return None if self.request.ssid == NO_SSID else self.request.ssid
-
-    @property
-    def iova(self):
-        """Input address."""
-        return self.request.iova
-
-    @property
-    def access(self):
-        """What the device does, as the bits of smmufast.h: 1 write, 2 privileged, 4 instruction."""
-        return self.request.access
-
-    @property
-    def write(self):
-        """Whether it is a write."""
-        return (self.request.access & ACCESS_WRITE) != 0
-
-    @property
-    def priv(self):
-        """Whether it is privileged."""
-        return (self.request.access & ACCESS_PRIV) != 0
-
-    @property
-    def instr(self):
-        """Whether it fetches an instruction."""
-        return (self.request.access & ACCESS_INSTR) != 0
-
-    @property
-    def stag(self):
-        """Stall tag of its event record; None while the record waits for the event queue."""
-        return self._stag
-
-    @property
-    def recorded(self):
-        """Whether its event was recorded: software can resume it."""
-        return self._recorded
-
-    @property
-    def fault(self):
-        """The fault it stalled at, the latest one, as an Event."""
-        cdef uint64_t[4] words
-        cdef int i
-        for i in range(4):
-            words[i] = le64(self.outcome.record[i])
-        return Event((<char*>words)[:32])
-
-    @property
-    def why(self):
-        """The reason of the fault, as a Why; None in a state that version 0.2 saved."""
-        return Why(self.outcome.why) if self.outcome.why else None
-
-    @property
-    def done(self):
-        """Whether it was resumed or terminated, or went on when it was translated anew."""
-        return self._done
-
-    @property
-    def result(self):
-        """The Result of a transaction that is done: of the retry, or abort or raz_wi; else None."""
-        return self._result
-
-    def _repr_html_(self):
-        from smmufast._html import fields
-        return fields(self)
-
-    def __repr__(self):
-        text = f"<Stall sid={self.sid:#x}"
-        if self.ssid is not None:
-            text += f" ssid={self.ssid:#x}"
-        text += f" iova={self.iova:#x} {'write' if self.write else 'read'}"
-        if self._done:
-            return text + f" {self._result.action}>"
-        return text + (" waiting>" if self._stag is None else f" stag={self._stag:#x}>")
+include "registers_stall.pxi"
 
 
 # --- registers ---
@@ -1219,39 +770,7 @@ cdef class Registers:
         """The features, the constant registers, and which bits of the others there are."""
         cdef Hw* hw = &self.core.hw
         features = self._features
-        hw.s1p = features.s1p
-        hw.s2p = features.s2p
-        hw.hyp = features.hyp
-        hw.asid16 = features.asid16
-        hw.vmid16 = features.vmid16
-        hw.cd2l = features.cd2l
-        hw.ssidsize = features.ssidsize
-        hw.ttf = features.ttf
-        hw.ttendian = features.ttendian
-        hw.stall_model = features.stall_model
-        hw.term_model = features.term_model
-        hw.httu = features.httu
-        hw.attr_perms_ovr = features.attr_perms_ovr
-        hw.attr_types_ovr = features.attr_types_ovr
-        hw.ats = features.ats
-        hw.pri = features.pri
-        hw.ril = features.ril
-        hw.vmw = features.vmw
-        hw.sev = features.sev
-        hw.msi = features.msi
-        hw.ns1ats = features.ns1ats
-        hw.atsrecerr = features.atsrecerr
-        hw.pps = features.pps
-        hw.pasidtt = features.pasidtt
-        hw.xnx = features.xnx
-        hw.fwb = features.fwb
-        hw.bbml = features.bbml
-        hw.had = features.had
-        hw.e0pd = features.e0pd
-        hw.epan = features.epan
-        hw.stt = features.stt
-        hw.ds = features.ds
-        hw.vax = features.vax
+        hw_features(hw, features)
         hw.minor = features.arch_minor
         hw.oas = size_bits(features.oas, hw.minor)
         hw.oas_over = ~low_mask(hw.oas)

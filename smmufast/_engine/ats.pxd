@@ -47,9 +47,10 @@ from smmufast._engine.translate cimport (
     keeps_what_is_read, leaf_none, leaf_of, stage2, ste_decode, ste_fetch, ste_substream,
     syndrome_set, untranslatable, usable, walk_steps,
 )
+from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, NO_SSID, Context, Half,
-    Hw, Outcome, Request,
+    Outcome, Request,
 )
 from smmufast._rules.vmsa cimport ATTR_WB, clean_s1, clean_s2, half_of, shareability
 from smmufast._facts.why cimport *

@@ -27,9 +27,10 @@ from smmufast._engine.translate cimport (
     AT_OTHER, AT_PAGES, CLASS_TT, Descent, Leaf, Memo, Syndrome, descend, descriptor, leaf_perm,
     level_of, lookup, permitted_leaves, stage2, ste_fetch, translate_known, usable,
 )
+from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_WRITE, ACTION_OK, FETCH_S2TT, FETCH_TT, NO_SSID, PERM_PR, BatchC, ColumnC, Context, Half,
-    Hw, Outcome, Request, Second,
+    Outcome, Request, Second,
 )
 from smmufast._rules.vmsa cimport (
     DESC_LEAF, TABLE, clean_s1, descriptor_kind, entry_address, first_table, half_of, in_range,

@@ -25,7 +25,8 @@ from smmufast._engine.translate cimport (
     end_lookup, keeps_what_is_read, lookup_open, stage1_walked, stage2, stage2_walked, stages_begin,
     ste_decode, ste_fetch, ste_substream, translate_one, walk_steps,
 )
-from smmufast._facts.types cimport ACCESS_WRITE, ACTION_STALL, Context, Hw, Outcome, Request
+from smmufast._facts.hw cimport Hw
+from smmufast._facts.types cimport ACCESS_WRITE, ACTION_STALL, Context, Outcome, Request
 from smmufast._facts.why cimport *
 
 

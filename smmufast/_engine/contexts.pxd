@@ -17,7 +17,8 @@ from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1, KIND_S2, global_key
 from smmufast._engine.translate cimport (
     CLASS_IN, NOWHERE, Memo, Syndrome, cd_fetch, ste_decode, ste_fetch, ste_substream, syndrome_set,
 )
-from smmufast._facts.types cimport NO_SSID, Context, Hw
+from smmufast._facts.hw cimport Hw
+from smmufast._facts.types cimport NO_SSID, Context
 
 
 # --- tags ---

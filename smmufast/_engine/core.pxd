@@ -8,7 +8,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from smmufast._engine.memory cimport Port, Ram, mutex_drop, mutex_have, mutex_have_gil
 from smmufast._engine.tlb cimport CachesC
-from smmufast._facts.types cimport Hw, Outcome, Request
+from smmufast._facts.hw cimport Hw
+from smmufast._facts.types cimport Outcome, Request
 
 cdef enum:
     IRQ_EVENTQ

@@ -33,11 +33,12 @@ from smmufast._engine.tlb cimport (
     walk_fill, walk_probe,
 )
 from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1, KIND_S2
+from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_ABORT, ACTION_BYPASS, ACTION_DISABLED,
     ACTION_OK, ACTION_RAZ_WI, ACTION_STALL, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_S2TT,
     FETCH_S2TT_UPDATE, FETCH_STE, FETCH_TT, FETCH_TT_UPDATE, NO_LEVEL, NO_SSID, PERM_PR, PERM_PW,
-    BatchC, ColumnC, Context, Half, Hw, Outcome, Request, Second,
+    BatchC, ColumnC, Context, Half, Outcome, Request, Second,
 )
 from smmufast._rules.vmsa cimport (
     ATTR_WB, DESC_INVALID, DESC_LEAF, DESC_RESERVED, DESC_TABLE, TABLE, access_flag, clean_s1,

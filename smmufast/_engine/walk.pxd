@@ -37,10 +37,11 @@ from smmufast._engine.translate cimport (
     stage2_updates, stage2_walked, stages_begin, ste_first, ste_read, ste_substream, syndrome_set,
     update_denied, update_desired, update_expected, update_read, update_way,
 )
+from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_WRITE, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_NONE, FETCH_S2TT, FETCH_S2TT_UPDATE,
     FETCH_STE, FETCH_TT, FETCH_TT_UPDATE, HOLDS_SYNC, NO_LEVEL, PERM_PR, PERM_PW, STATUS_DONE,
-    STATUS_PENDING, Context, FetchC, Half, Hw, Outcome, Request, WalkC,
+    STATUS_PENDING, Context, FetchC, Half, Outcome, Request, WalkC,
 )
 from smmufast._rules.vmsa cimport dirty_s2, entry_address, half_of
 

@@ -140,28 +140,6 @@ cdef enum:
     NO_LEVEL = 4  # Outcome.level and FetchC.level when there is none
 
 
-# What the implementation has and how it is programmed: IDR fields and registers, digested once.
-cdef struct Hw:
-    uint64_t strtab        # first address of the stream table, aligned
-    uint64_t oas_over      # address bits beyond the output address size
-    uint64_t pointer_mask  # address bits of a structure's pointer field, from bit 6
-    uint64_t edition       # how often registers were written: what was decoded before is old
-    uint32_t cr0, cr2
-    uint8_t gbpa_abort, gbpa_attr, gbpa_sh
-    uint8_t two_level      # stream table format
-    uint8_t log2size       # StreamIDs covered, effective
-    uint8_t split
-    uint8_t oas            # bits, effective
-    uint8_t minor          # architecture version 3.minor
-    uint8_t s1p, s2p, hyp, asid16, vmid16, cd2l, ssidsize, ttf, ttendian
-    uint8_t stall_model, term_model, httu
-    uint8_t ats, pri, ril, vmw, sev, msi, ns1ats, atsrecerr, pps, pasidtt, xnx, fwb, bbml
-    uint8_t ignore_s2ptw   # as implementations without memory attributes do
-    uint8_t attr_perms_ovr, attr_types_ovr
-    uint8_t had, e0pd, epan, stt, ds, vax
-    uint32_t granules      # bit 12, 14, 16: the granule is implemented
-
-
 # What one table base translates: a half of a context's address space, or stage 2's input.
 cdef struct Half:
     uint64_t table         # address of the first table, aligned

@@ -9,7 +9,7 @@ from libc.string cimport memset
 
 from smmufast._facts.bits cimport low_mask
 from smmufast._facts.layout cimport *
-from smmufast._facts.types cimport Hw
+from smmufast._facts.hw cimport Hw
 from smmufast._facts.why cimport *
 
 

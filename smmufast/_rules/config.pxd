@@ -9,9 +9,10 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from smmufast._facts.bits cimport low_mask
 from smmufast._facts.layout cimport *
+from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_STE, NO_SSID,
-    Context, Half, Hw, Second,
+    Context, Half, Second,
 )
 from smmufast._rules.vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE, REGIME_WXN,

@@ -4,7 +4,7 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
 from smmufast._rules.command cimport *
-from smmufast._facts.types cimport Hw
+from smmufast._facts.hw cimport Hw
 
 KINDS = {
     EFFECT_NONE: "NONE", EFFECT_PREFETCH: "PREFETCH", EFFECT_CFGI_STE: "CFGI_STE",

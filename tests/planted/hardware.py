@@ -363,7 +363,7 @@ MUTANTS = [
          ("test_tlb.py", "-k", "prints")),
     ),
     *of(
-        "_engine/tlb.pyx",
+        "_engine/tlb_entries.pxi",
         ("no-entry-is-global", "e.is_global and c.key_mask[e.kind][e.world] & KEY_GLOBAL", "False",
          some("tlb", "global or model")),
         ("global-entries-are-not-counted", "    c.globals += (key & KEY_GLOBAL) != 0", "",

@@ -280,7 +280,7 @@ MUTANTS = [
          "single_rules", "tables_in_walk_caches_go_unless_only_leaves_are_named"),
     ),
     *of(
-        "_engine/tlb.pyx",
+        "_engine/tlb_entries.pxi",
         ("s16-2-2-3",
          "    config_drop(c, cache, slot)\n"
          "    return 1",

@@ -1,0 +1,258 @@
+"""The C face: the function table of smmufast.h, in a capsule."""
+
+from cpython.pycapsule cimport PyCapsule_New
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from smmufast._engine.core cimport Core, caches_give, caches_take
+from smmufast._engine.memory cimport Port, port_open
+from smmufast._engine.cached cimport translate_request
+from smmufast._engine.translate cimport Memo
+from smmufast._facts.types cimport (
+    ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, HOLDS_SYNC, NO_SSID, STATUS_DONE, STATUS_EINVAL,
+    STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, Outcome, Request, SmmuC, WalkC,
+)
+from smmufast._engine.walk cimport (
+    STEP_ENDED, Walking, walk_answer, walk_begin, walk_fits, walk_leaves, walk_overtaken, walk_seal,
+    walk_sealed, walk_tell, walking,
+)
+
+from smmufast._arguments import must_be
+
+
+cdef bint request_legal(const Request* request) noexcept nogil:
+    return ((request.ssid <= 0xFFFFF or request.ssid == NO_SSID)
+            and request.access <= (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR))
+
+
+cdef SmmuC* api_acquire(void* obj) noexcept:
+    cdef Smmu smmu
+    try:
+        if not isinstance(<object>obj, Smmu):
+            raise TypeError(must_be("object", "an Smmu", type(<object>obj)))
+    except TypeError as error:
+        set_error(error)
+        return NULL
+    smmu = <Smmu>obj
+    Py_INCREF(smmu)
+    smmu.core.ram.users += 1
+    smmu.core.shared += 1
+    smmu.core.handles += 1
+    smmu.core.ram.handles += 1
+    return <SmmuC*>&smmu.core
+
+
+cdef extern from "Python.h":
+    void PyErr_SetObject(object type, object value) noexcept
+    void PyErr_WriteUnraisable(object obj) noexcept
+
+
+cdef void set_error(error) noexcept:
+    PyErr_SetObject(type(error), error)
+
+
+cdef void api_release(SmmuC* handle) noexcept:
+    cdef Core* core = <Core*>handle
+    core.ram.users -= 1
+    core.shared -= 1
+    core.handles -= 1
+    core.ram.handles -= 1
+    Py_DECREF(<object>core.owner)
+
+
+cdef int api_end(Port* port, int status) noexcept nogil:
+    """FETCH_ codes as STATUS_ codes; a callback's exception is reported as unraisable."""
+    if status == 0:
+        return STATUS_DONE
+    with gil:
+        error = <object>port.exception
+        Py_DECREF(error)
+        PyErr_SetObject(type(error), error)
+        PyErr_WriteUnraisable(<object>NULL)
+    return STATUS_EPYTHON
+
+
+cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    cdef Memo memo
+    cdef Request own = request[0]  # what is checked is what is used
+    cdef int status
+    if not request_legal(&own):
+        return STATUS_EINVAL
+    port_open(&port, core.ram, NULL)
+    memo.whole = False
+    caches_take(core)
+    status = translate_request(core, &port, &own, &memo, outcome)
+    caches_give(core)
+    return api_end(&port, status)
+
+
+cdef bint accesses_legal(const BatchC* batch) noexcept nogil:
+    """No access has bits that have no meaning."""
+    cdef const uint8_t* access = <const uint8_t*>batch.access.data
+    cdef size_t i
+    cdef size_t n = batch.n if batch.access.stride else (batch.n > 0)
+    for i in range(n):
+        if access[<ptrdiff_t>i * batch.access.stride] > (ACCESS_WRITE | ACCESS_PRIV | ACCESS_INSTR):
+            return False
+    return True
+
+
+cdef extern from *:
+    """
+    #define smmufast_batch_least offsetof(smmufast_batch, pa)
+    """
+    const size_t BATCH_LEAST "smmufast_batch_least"
+
+cdef enum:
+    STRUCT_MOST = 1 << 16  # what is more is no size: older structs have an address there
+
+
+cdef bint batch_known(const BatchC* given, BatchC* batch) noexcept nogil:
+    """Take the columns that the caller's struct has; no if it wants some that are not known."""
+    cdef const char* data = <const char*>given
+    cdef size_t i, size = given.size  # what is checked is what is used
+    if not BATCH_LEAST <= size <= STRUCT_MOST:
+        return False
+    for i in range(sizeof(BatchC), size):
+        if data[i]:
+            return False
+    memset(batch, 0, sizeof(BatchC))
+    memcpy(batch, data, size if size < sizeof(BatchC) else sizeof(BatchC))
+    return True
+
+
+cdef int api_translate_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    cdef BatchC batch
+    cdef int status
+    if not batch_known(given, &batch):
+        return STATUS_EINVAL
+    if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
+            or batch.access.data == NULL or ssid_wrong(&batch) >= 0
+            or not accesses_legal(&batch)):
+        return STATUS_EINVAL
+    caches_take(core)
+    status = batch_run(core, &port, &batch)
+    caches_give(core)
+    return api_end(&port, status)
+
+
+cdef int api_walk_told(Core* core, WalkC* walk, int status) noexcept nogil:
+    """Give the walk back to the host after a step."""
+    cdef Port port
+    cdef int told = 0, left
+    if status == STATUS_DONE:
+        told = walk_tell(core, &port, walk)
+        left = walk_leaves(core, &port, walk)
+        told = told if told else left
+    walk_seal(walk)
+    return api_end(&port, told) if told < 0 else status
+
+
+cdef int api_walk_begin(Core* core, WalkC* walk) noexcept nogil:
+    cdef int status
+    caches_take(core)
+    status = walk_begin(core, walk, NULL)
+    caches_give(core)
+    return api_walk_told(core, walk, status)
+
+
+cdef int api_walk_start(SmmuC* handle, const Request* request, WalkC* walk) noexcept nogil:
+    cdef Request own = request[0]
+    if (not request_legal(&own) or not walk_fits(walk) or walk.size > STRUCT_MOST
+            or walk.flags & ~<uint32_t>HOLDS_SYNC):
+        return STATUS_EINVAL
+    memset(walk.state, 0, sizeof(Walking))
+    walk.request = own
+    return api_walk_begin(<Core*>handle, walk)
+
+
+cdef inline bint walk_pends(const WalkC* walk) noexcept nogil:
+    """The struct is that of a walk, as the library left it, and its fetch is not answered."""
+    return walk_sealed(walk) and walking(walk).step < STEP_ENDED
+
+
+cdef int api_walk_supply(SmmuC* handle, WalkC* walk, const void* data) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef int status
+    if not walk_pends(walk):
+        return STATUS_EINVAL
+    caches_take(core)
+    status = walk_answer(core, walk, NULL, data)
+    caches_give(core)
+    return api_walk_told(core, walk, status)
+
+
+cdef int api_walk_look(SmmuC* handle, WalkC* walk) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    if not walk_sealed(walk):
+        return STATUS_EINVAL
+    if walking(walk).step == STEP_ENDED:
+        return STATUS_DONE
+    return api_walk_begin(core, walk) if walk_overtaken(core, walk) else STATUS_PENDING
+
+
+cdef int api_walk_drop(SmmuC* handle, WalkC* walk) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    cdef int status
+    if not walk_pends(walk):
+        return STATUS_EINVAL
+    port_open(&port, core.ram, NULL)
+    status = walk_leaves(core, &port, walk)
+    memset(walk.state, 0, sizeof(Walking))
+    return api_end(&port, status)
+
+
+cdef inline bint access_legal(uint64_t offset, uint32_t size) noexcept nogil:
+    """What Registers.read() takes; other accesses are impossible on a bus."""
+    return offset <= 0x1FFFF and (size == 1 or size == 2 or size == 4 or size == 8)
+
+
+cdef int api_read(
+        SmmuC* handle, uint64_t offset, uint32_t size, uint64_t* value) noexcept nogil:
+    if not access_legal(offset, size):
+        return STATUS_EINVAL
+    with gil:
+        try:
+            value[0] = (<Smmu>(<Core*>handle).owner).read(offset, size)
+        except BaseException as error:
+            set_error(error)
+            PyErr_WriteUnraisable(<object>NULL)
+            return STATUS_EPYTHON
+    return STATUS_DONE
+
+
+cdef int api_write(
+        SmmuC* handle, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
+    if not access_legal(offset, size) or size < 8 and value >> 8 * size:
+        return STATUS_EINVAL
+    with gil:
+        try:
+            (<Smmu>(<Core*>handle).owner).write(offset, value, size)
+        except BaseException as error:
+            set_error(error)
+            PyErr_WriteUnraisable(<object>NULL)
+            return STATUS_EPYTHON
+    return STATUS_DONE
+
+
+cdef ApiC api
+api.abi = ABI
+api.size = sizeof(ApiC)
+api.acquire = api_acquire
+api.release = api_release
+api.translate = api_translate
+api.translate_batch = api_translate_batch
+api.walk_start = api_walk_start
+api.walk_supply = api_walk_supply
+api.read = api_read
+api.write = api_write
+api.walk_look = api_walk_look
+api.walk_drop = api_walk_drop
+_C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)
