@@ -1,10 +1,10 @@
 """PRI: page requests, their queue, what answers them, and a device that makes them (IHI 0070 8)."""
 
 import runpy
-from pathlib import Path
 
 import pytest
 import small
+from project import ROOT
 from test_ats import BOTH, QUEUE, full, rights, small_system
 
 from smmufast import Caches, Event, PageAnswer, Smmu, layout
@@ -438,7 +438,7 @@ def test_an_interrupt_may_serve_the_queue():
 
 
 def test_the_example_does_what_it_says(capsys):
-    runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples" / "ats_device.py"))
+    runpy.run_path(str(ROOT / "examples" / "ats_device.py"))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "write at 0x1000 goes to 0x50003000"
     assert said[3] == "write at 0x2000 goes to 0x50008000"

@@ -21,6 +21,7 @@ import pytest
 import reference
 import tablegen
 import twin
+from project import ROOT
 from reference import (
     ALL_ACCESSES,
     CLASS_IN,
@@ -48,8 +49,7 @@ from reference import (
 def captures_directory():
     """Where the captures are, or None."""
     named = os.environ.get("SMMUFAST_CAPTURES")
-    root = pathlib.Path(__file__).resolve().parent.parent
-    path = pathlib.Path(named) if named else root.parent / "shared" / "captures"
+    path = pathlib.Path(named) if named else ROOT.parent / "shared" / "captures"
     return path if path.is_dir() else None
 
 

@@ -3,15 +3,13 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import fuzz_bytes
 import pytest
 import sanitize
+from project import TESTS
 
 from smmufast import faults
-
-TESTS = Path(__file__).parent
 
 
 def test_a_few_random_bytes_have_defined_outcomes():

@@ -17,6 +17,7 @@ import pytest
 from cachemodel import BY_ADDRESS, COMMANDS, Model, Tlbi, answers, rivals
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from project import TESTS
 
 import smmufast
 from smmufast._engine.tlb import Caches, CdEntry, Geometry, SteEntry, TlbEntry, WalkEntry
@@ -736,7 +737,7 @@ def consumer(tmp_path_factory):
     """A module that is compiled against the package."""
     directory = tmp_path_factory.mktemp("consumer")
     name = "caches_consumer"
-    shutil.copy(Path(__file__).parent / "consumer" / f"{name}.pyx", directory)
+    shutil.copy(TESTS / "consumer" / f"{name}.pyx", directory)
     parent = str(Path(smmufast.__file__).parents[1])
     path = os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from project import ROOT, TESTS
 
 from smmufast import Why
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
 ID = re.compile(r"\b(?:[SV]\d+(?:\.[0-9]+)*-\d+|L-\d+)(?!\d)")
 TWINS = ("reference.py", "reference_ats.py", "cachemodel.py")
@@ -58,7 +58,7 @@ MARK = r"^@pytest\.mark\.rule\(([^)]*)\)\n((?:(?!^def ).*\n)*?)def (\w+)"
 def marked():
     """Row IDs of each test, by file and name."""
     found = collections.defaultdict(set)
-    for path in sorted((ROOT / "tests").glob("*.py")):
+    for path in sorted(TESTS.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for ids, _, name in re.findall(MARK, text, re.MULTILINE):
             found[path.name, name] |= set(ID.findall(ids))
@@ -116,7 +116,7 @@ def test_the_numbers_at_the_head_are_those_of_the_rows():
 def test_every_row_that_is_there_stands_in_the_code():
     found = {name for path, text in sources() if path.name != "why.py" for name in ID.findall(text)}
     twins = {name for file in TWINS
-             for name in ID.findall((ROOT / "tests" / file).read_text(encoding="utf-8"))}
+             for name in ID.findall((TESTS / "support" / file).read_text(encoding="utf-8"))}
     assert found - set(RULES) == set()
     assert LIVE - found - twins == set()
 
@@ -126,7 +126,7 @@ def test_every_row_that_is_there_has_its_tests():
     for name in LIVE:
         for file, test in re.findall(r"`([\w/.]+): (\w+)`", RULES[name][3]):
             if file in TWINS:
-                text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+                text = (TESTS / "support" / file).read_text(encoding="utf-8")
                 assert name in ID.findall(text), (name, file)
             else:
                 wanted[file, test].add(name)
@@ -139,7 +139,8 @@ def test_every_reason_has_a_row():
 
 def test_every_twin_and_test_that_is_named_is_defined():
     for file, name in set(re.findall(r"`([\w/.]+\.\w+): (\w+)`", TEXT)):
-        path = next(p for p in (ROOT / "tests" / file, ROOT / "smmufast" / file) if p.exists())
+        beside = ROOT / "smmufast" / file
+        path = beside if beside.exists() else next(TESTS.rglob(file))
         text = path.read_text(encoding="utf-8")
         assert re.search(rf"\b{name}\b", text), (file, name)
 

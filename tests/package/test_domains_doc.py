@@ -1,16 +1,16 @@
 """docs/domains.md lists every behaviour, F1 to F67, with tests that exist."""
 
 import re
-from pathlib import Path
 
-HERE = Path(__file__).parent
-DOC = HERE.parent / "docs" / "domains.md"
+from project import ROOT, TESTS
+
+DOC = ROOT / "docs" / "domains.md"
 
 
 def names_of_tests():
     return {
         name
-        for path in HERE.glob("test_*.py")
+        for path in TESTS.rglob("test_*.py")
         for name in re.findall(r"^def (test_[a-z0-9_]+)", path.read_text(), re.MULTILINE)
     }
 

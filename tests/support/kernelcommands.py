@@ -4,7 +4,7 @@
 PASIDs: a module calls the kernel's IOMMU API, says what it does, and marks the log.  One line is
 one phase: its name, its operations, and the commands, one text for all up to a CMD_SYNC.
 
-    python -P tests/kernelcommands.py CAPTURE >tests/linux-7.3-commands.jsonl
+    python -P tests/support/kernelcommands.py CAPTURE >tests/support/linux-7.3-commands.jsonl
 
 Without an argument it prints the table of docs/domains.md.
 """

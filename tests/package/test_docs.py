@@ -13,12 +13,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from project import ROOT
 
 import smmufast
 import smmufast.iommu
 from smmufast import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 HOME = Path(smmufast.__file__).resolve().parent.parent

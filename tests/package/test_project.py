@@ -6,12 +6,11 @@ import json
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import pytest
+from project import ROOT, TESTS
 from setuptools import Distribution
 
-ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -169,16 +168,20 @@ def test_the_command_for_every_test_has_the_blocks_of_the_readme_that_it_asks_fo
 
 def test_programs_that_run_with_dash_p_find_their_neighbours():
     # -P leaves out the folder of the program
+    line = (
+        "sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in "
+        '("", "support")]'
+    )
     started = {word for _, command in NAMED
                for word in re.findall(r"-P (tests/\w+\.py)", command)}  # fmt: skip
     assert len(started) > 12
-    neighbours = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    neighbours = {path.stem for path in (*TESTS.glob("*.py"), *TESTS.glob("support/*.py"))}
     for name in sorted(started):
         tree = ast.parse(read(name))
         imported = {alias.name for node in tree.body if isinstance(node, ast.Import)
                     for alias in node.names}  # fmt: skip
         imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert not imported & neighbours or "sys.path.insert(0, " in read(name), name
+        assert not imported & neighbours or line in read(name), name
 
 
 def test_the_weekly_checks_are_longer_checks_that_contributing_tells():

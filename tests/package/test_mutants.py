@@ -36,7 +36,7 @@ def test_every_mutant_has_its_place_and_its_tests(one):
     assert files
     names = []
     for file in files:
-        path = mutants.TESTS / file
+        path = mutants.found(file)
         names += re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8"))
     options = one.tests[len(files) :]
     assert options in ((), ("-k", options[-1] if options else ""))

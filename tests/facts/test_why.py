@@ -4,14 +4,14 @@ import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import small
+from project import ROOT
 
 from smmufast import Features, Memory, Smmu, Why, layout
 
-PACKAGE = Path(__file__).resolve().parent.parent / "smmufast"
+PACKAGE = ROOT / "smmufast"
 
 
 def test_the_generated_file_is_current():

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import ptwriter
+from project import ROOT
 from twin import smmu_of
 
 import smmufast
 from smmufast.capture import Capture
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "linux-7.3-4k-s1"
 
 QEMU_IDR = {"IDR0": "0xd44101b", "IDR1": "0x2730010", "IDR3": "0x1414", "IDR5": "0x74"}

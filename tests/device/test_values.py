@@ -9,17 +9,17 @@ import sys
 import tokenize
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import small
+from project import ROOT
 
 from smmufast import NO_SUBSTREAM, Caches, Memory, PasidAllocator, Smmu
 from smmufast._engine.tlb import CdEntry, TlbEntry, WalkEntry
 from smmufast.iommu import Pages, PageTable
 
-SOURCES = Path(__file__).parent.parent / "smmufast"
+SOURCES = ROOT / "smmufast"
 
 
 def system(**keywords):

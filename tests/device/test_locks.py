@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import small
+from project import TESTS
 
 from smmufast import AtsDevice, Caches, Features, Memory, Smmu, layout
 from smmufast._device import smmu as compiled
@@ -433,7 +434,7 @@ print("fine")
 @pytest.mark.parametrize("caches", ["caches", "none"])
 def test_a_fork_beside_a_batch_gives_a_child_that_works(caches, count):
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), *given]))
+    path = os.pathsep.join(filter(None, [str(TESTS / "support"), *given]))
     done = subprocess.run([sys.executable, "-P", "-c", FORK, caches, str(count)],
                           capture_output=True, text=True, timeout=300,
                           env={**os.environ, "PYTHONPATH": path})  # fmt: skip

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+from project import ROOT, TESTS
 from setuptools import Distribution
 
 import smmufast
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = Path(smmufast.__file__).parent
 SOURCES = sorted((ROOT / "smmufast").rglob("*.p[yx]*"))
@@ -206,7 +206,7 @@ def test_the_readme_runs_every_test_once(tmp_path):
     assert 0 < len(slow) < len(quick)
     assert sorted(quick + slow) == sorted(whole)
     assert {name.split("::")[0] for name in whole} == {
-        f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")
+        str(path.relative_to(ROOT)) for path in TESTS.rglob("test_*.py")
     }
 
 
@@ -551,7 +551,7 @@ def test_programs_run_from_the_sources_use_the_installed_package(installed, tmp_
     commands = {
         "smmufast": [installed / "bin" / "smmufast", "--help"],
         "pytest": [tool("pytest"), "-q", "--collect-only", "-p", "no:cacheprovider",
-                   "tests/test_memory.py"],
+                   "tests/engine/test_memory.py"],
         "python -P": [sys.executable, "-P", "-c", "import smmufast"],
     }  # fmt: skip
     witness = tmp_path / "witness"

@@ -14,13 +14,14 @@ import nested
 import numpy as np
 import pytest
 import small
+from project import TESTS
 from small import BASE, Request
 
 import smmufast
 from smmufast import NO_SUBSTREAM, Memory, Smmu
 from smmufast.faults import FETCH_KINDS
 
-SOURCES = Path(__file__).parent / "consumer"
+SOURCES = TESTS / "consumer"
 DONE, PENDING, EINVAL, EPYTHON = 0, 1, -1, -2
 
 

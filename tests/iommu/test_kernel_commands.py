@@ -5,7 +5,7 @@ from pathlib import Path
 
 import kernelcommands
 import pytest
-from captures import ROOT
+from project import ROOT
 
 DOC = ROOT / "docs" / "domains.md"
 NAMED = os.environ.get("SMMUFAST_CAPTURES")

@@ -6,11 +6,11 @@ Read from the sources, Cython's `cimport` included.  What a function imports whe
 
 import graphlib
 import re
-from pathlib import Path
 
 import pytest
+from project import ROOT
 
-ROOT = Path(__file__).resolve().parents[1] / "smmufast"
+PACKAGE = ROOT / "smmufast"
 #: Which rooms and which files of other rooms a room may import.
 ALLOWED = {
     "_facts": set(),
@@ -33,10 +33,10 @@ IMPORT = re.compile(
 
 
 def module_of(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-SOURCES = [p for p in sorted(ROOT.rglob("*.p[yx]*")) if p.suffix in (".py", ".pyx", ".pxd")]
+SOURCES = [p for p in sorted(PACKAGE.rglob("*.p[yx]*")) if p.suffix in (".py", ".pyx", ".pxd")]
 MODULES = {module_of(path) for path in SOURCES}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from project import ROOT
 
 from smmufast import layout
 
@@ -750,7 +751,7 @@ def test_cython_enumerators_are_the_numbers_of_the_table(probe):
 @pytest.fixture(scope="module")
 def captures():
     """The folder of captured memory, where there is one."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "captures"
+    beside = ROOT.parent / "shared" / "captures"
     folder = Path(os.environ.get("SMMUFAST_CAPTURES", beside))
     if not folder.is_dir():
         pytest.skip("no captures: set SMMUFAST_CAPTURES")

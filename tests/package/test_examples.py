@@ -2,11 +2,11 @@
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
+from project import ROOT
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 ELSEWHERE = {"replay_capture.py", "dma_burst.py", "nested.py", "ats_device.py"}  # other tests
 PRINTED = {
     "auxiliary.py": """\
