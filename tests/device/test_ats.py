@@ -12,6 +12,16 @@ import nested
 import ptwriter
 import pytest
 import small
+from atssystems import (
+    BOTH,
+    QUEUE,
+    REC_CFG_ATS,
+    RECINVSID,
+    full,
+    nested_system,
+    rights,
+    small_system,
+)
 from atstwin import check_grid, check_requests, check_translated
 from reference_ats import Rights
 
@@ -21,7 +31,6 @@ from smmufast.ats import AtsDevice
 from smmufast.faults import AtsFault, AtsResponse
 from smmufast.why import Why
 
-ATSCHK, REC_CFG_ATS, RECINVSID = 1 << 4, 1 << 3, 1 << 1
 NOTHING = Rights()
 
 
@@ -81,36 +90,6 @@ def test_the_answers_without_caches_are_the_twins_and_of_every_kind():
 # Row by row
 
 
-BOTH = 0b10101 | 1 << 1 | 1 << 3  # CR0: everything enabled, ATSCHK
-QUEUE = 0x9000_0000
-
-
-def full(**changes):
-    return Features.full().replace(**changes)
-
-
-def small_system(eats=1, features=None, **registers):
-    """The small system with EATS in every STE, and memory for queues."""
-    image = small.build()
-    for sid in range(16):
-        at = small.STES + 64 * sid + 11
-        image[at] = image[at] & ~0x30 | eats << 4
-    smmu, _ = small.system(image, features=features or full(), **{"cr0": BOTH} | registers)
-    smmu.memory.add_private(QUEUE, 0x10_0000)
-    return smmu
-
-
-def nested_system(eats=1, has=None, cr0=BOTH, cr2=RECINVSID, **more):
-    smmu = nested.small_nested(
-        {"ats": 1, "pri": 1, "atsrecerr": 1, "httu": 2, "ssidsize": 4} | (has or {}), eats=eats,
-        **more,
-    )  # fmt: skip
-    smmu.write("CR0", 0)
-    smmu.write("CR2", cr2)
-    smmu.write("CR0", cr0)
-    return smmu
-
-
 def with_caches(smmu, kind):
     """The same SMMU with caches that keep nested translations so, or without."""
     if kind is None:
@@ -122,10 +101,6 @@ def with_caches(smmu, kind):
 
 
 EVERY_CACHE = pytest.mark.parametrize("kind", [None, "combined", "split"])
-
-
-def rights(response):
-    return "r" * response.read + "w" * response.write + "x" * response.execute
 
 
 @pytest.mark.rule(

@@ -8,7 +8,7 @@ import small
 
 from smmufast import ExternalAbort, Features, Memory, Smmu, layout
 
-QUEUE = 0x9000_0000
+QUEUE = small.QUEUES
 MSI = 0x9100_0000
 ILL, ABT, ATC_INV_SYNC = 1, 2, 3
 CFGI_ALL = layout.pack("CFGI_ALL")
@@ -36,14 +36,8 @@ class Device:
 
 def system(log2size=3, features=None, base=QUEUE, **registers):
     """(Smmu, interrupts) with a command queue."""
-    memory = Memory()
-    memory.add(small.build(), small.BASE)
-    memory.add_private(QUEUE, 0x200_0000)
-    wires = []
-    registers = small.registers() | {"cr0": ENABLED, "cmdq_base": base | log2size} | registers
-    smmu = Smmu(memory, features or Features.full(), on_interrupt=wires.append, **registers)
-    smmu.write("IRQ_CTRL", 7)
-    return smmu, wires
+    registers = {"cr0": ENABLED, "cmdq_base": base | log2size} | registers
+    return small.device(features=features or Features.full(), **registers)
 
 
 def put(smmu, position, word, log2size=3):

@@ -4,8 +4,8 @@ import runpy
 
 import pytest
 import small
+from atssystems import BOTH, QUEUE, full, rights, small_system
 from project import ROOT
-from test_ats import BOTH, QUEUE, full, rights, small_system
 
 from smmufast import Caches, Event, PageAnswer, Smmu, layout
 from smmufast.ats import AtsDevice

@@ -8,10 +8,11 @@ import time
 import numpy as np
 import pytest
 import small
+from small import Wires
 
 from smmufast import Event, Features, Memory, PageAnswer, Smmu, layout
 
-QUEUE = 0x9000_0000
+QUEUE = small.QUEUES
 PAGES = 0x9100_0000
 COMMANDS = 0x9200_0000
 MSI = 0x9300_0000
@@ -20,18 +21,6 @@ FAULTS = [small.EVENTS[event] for event in (0x02, 0x04, 0x08, 0x10, 0x13)]
 CR0 = {name: layout.REGISTERS["CR0"].field(name).mask for name in
        ("SMMUEN", "PRIQEN", "EVENTQEN", "CMDQEN")}  # fmt: skip
 IRQS = 0b111  # IRQ_CTRL: all
-
-
-class Wires(list):
-    """Names of the interrupts so far."""
-
-    def __call__(self, name):
-        self.append(name)
-
-    def take(self):
-        found = list(self)
-        self.clear()
-        return found
 
 
 class Patch:
@@ -56,14 +45,7 @@ class Patch:
 
 def system(log2size=3, features=None, **registers):
     """(Smmu, Wires): the small system, with memory for queues and an event queue."""
-    memory = Memory()
-    memory.add(small.build(), small.BASE)
-    memory.add_private(QUEUE, 0x400_0000)
-    wires = Wires()
-    registers = {"eventq_base": QUEUE | log2size, **small.registers()} | registers
-    smmu = Smmu(memory, features, on_interrupt=wires, **registers)
-    smmu.write("IRQ_CTRL", IRQS)
-    return smmu, wires
+    return small.device(features=features, **{"eventq_base": QUEUE | log2size} | registers)
 
 
 def fault(smmu, request=FAULTS[0]):

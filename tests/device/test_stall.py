@@ -8,52 +8,14 @@ import numpy as np
 import pytest
 import small
 from ptwriter import encode_cd, encode_ste, leaf_descriptor
-from test_state import Handle, opened, sealed
+from stalls import CDS, FULL, IOVA, LEAF, MAPPED, OTHER, QUEUE, STALLS, resume, stall, system
+from states import Handle, opened, sealed
 
-from smmufast import ACTIONS, Caches, Event, Features, Memory, Smmu, layout
+from smmufast import ACTIONS, Caches, Event, Smmu, layout
 
-QUEUE = 0x9000_0000
-STALLS, OTHER = 20, 21  # streams whose CD has S=1
-CDS = 0x1800  # from small.BASE
-IOVA = small.UNMAPPED
-LEAF = small.BASE + small.LEVEL3 + 8 * (IOVA >> 12)
-MAPPED = leaf_descriptor(12, 3, 0x4000_7000, ap=1)
-FULL = Features.full()
 CR0 = 5
 EVENTQEN = 4
 EVENTQ_ABT_ERR = 4
-
-
-def system(log2size=4, features=FULL, place=True, **registers):
-    """(Smmu, interrupts): the small system, two more streams that stall, an event queue."""
-    image = small.build()
-    for i, (sid, abort) in enumerate(((STALLS, 1), (OTHER, 0))):
-        cd = encode_cd(
-            v=1, aa64=1, a=abort, r=1, s=1, t0sz=25, epd1=1, ips=4, asid=7,
-            ttb0=small.BASE + small.LEVEL1, mair=0x44FF,
-        )  # fmt: skip
-        image[CDS + 64 * i : CDS + 64 * i + 64] = cd
-        ste = encode_ste(v=1, config=5, s1contextptr=small.BASE + CDS + 64 * i)
-        image[small.STES + 64 * sid : small.STES + 64 * sid + 64] = ste
-    memory = Memory()
-    memory.add(image, small.BASE)
-    memory.add_private(QUEUE, 0x100_0000)
-    wires = []
-    queue = {"eventq_base": QUEUE | log2size} if place else {}
-    registers = small.registers() | queue | registers
-    smmu = Smmu(memory, features, on_interrupt=wires.append, **registers)
-    smmu.write("IRQ_CTRL", 7)
-    return smmu, wires
-
-
-def stall(smmu, iova=IOVA, sid=STALLS, **access):
-    """The Stall of a translation that stalls."""
-    before = smmu.stalls
-    result = smmu.translate(sid, iova, **access)
-    assert result.action == "stall" and result.pa is None
-    assert not result
-    (held,) = [s for s in smmu.stalls if s not in before]
-    return held
 
 
 def records(smmu, count, first=0, log2size=4):
@@ -62,10 +24,6 @@ def records(smmu, count, first=0, log2size=4):
                       smmu.memory.read(QUEUE + 32 * ((first + i) % (1 << log2size)), 32))
         for i in range(count)
     ]  # fmt: skip
-
-
-def resume(smmu, held, **how):
-    smmu.command("RESUME", StreamID=held.sid, STAG=held.stag, **how)
 
 
 # --- a stall and its record ---
@@ -1206,11 +1164,11 @@ class Pair:
         assert [self.twins[s] for s in smmu.stalls if not s.recorded] == model.waiting
         assert len({s.stag for s in held}) == len(held)
         assert [self.twins[s] for s in self.told] == model.told
-        for stall, t in self.twins.items():
-            assert stall.done == (t.done is not None)
-            assert stall.fault.number in (t.fault, 0x10, 0x13)
-            if stall.done:
-                result = stall.result
+        for one, t in self.twins.items():
+            assert one.done == (t.done is not None)
+            assert one.fault.number in (t.fault, 0x10, 0x13)
+            if one.done:
+                result = one.result
                 event = result.event and result.event.number
                 assert (result.action, result.pa, event) == t.done
         prod = smmu.read("EVENTQ_PROD")

@@ -2,13 +2,11 @@
 
 import base64
 import copy
-import ctypes
 import gc
 import json
 import os
 import pickle
 import random
-import struct
 import subprocess
 import sys
 import threading
@@ -17,15 +15,14 @@ import zlib
 import numpy as np
 import pytest
 import small
-from ptwriter import encode_cd, encode_ste, leaf_descriptor
+from ptwriter import leaf_descriptor
+from states import Handle, opened, sealed
 
-import smmufast
 from smmufast import Caches, ExternalAbort, Features, Memory, Smmu, layout
 
 COMMANDS, EVENTS, PAGES, MSI = 0x9000_0000, 0x9010_0000, 0x9020_0000, 0x9030_0000
 QUEUES = 0x40_0000
 HELD, OTHER, UPDATED = 20, 21, 22  # streams: two stall, one updates descriptors
-CDS = 0x1800  # from small.BASE
 IOVA = small.UNMAPPED
 ENABLED = 0xF  # CR0: SMMUEN, PRIQEN, EVENTQEN, CMDQEN
 SIDS = [small.STAGE1, small.STAGE2, small.NESTED, small.SUBSTREAMS, small.BAD_CD, HELD, OTHER,
@@ -35,16 +32,9 @@ VALUES = [small.RW, small.RO, small.NO_AF, small.UNMAPPED, small.RUN, small.BLOC
 
 def image():
     data = small.build()
-    cd = {
-        "v": 1, "aa64": 1, "a": 1, "r": 1, "t0sz": 25, "epd1": 1, "ips": 4, "asid": 7,
-        "ttb0": small.BASE + small.LEVEL1, "mair": 0x44FF,
-    }  # fmt: skip
-    for i, (sid, more) in enumerate(
-        ((HELD, {"s": 1}), (OTHER, {"s": 1, "a": 0, "asid": 9}), (UPDATED, {"ha": 1, "hd": 1}))
-    ):
-        data[CDS + 64 * i : CDS + 64 * i + 64] = encode_cd(**cd | more)
-        ste = encode_ste(v=1, config=5, s1contextptr=small.BASE + CDS + 64 * i)
-        data[small.STES + 64 * sid : small.STES + 64 * sid + 64] = ste
+    small.add_stream(data, HELD, 0, s=1)
+    small.add_stream(data, OTHER, 1, s=1, a=0, asid=9)
+    small.add_stream(data, UPDATED, 2, ha=1, hd=1)
     return data
 
 
@@ -489,30 +479,6 @@ def test_no_state_is_saved_while_another_thread_translates(cached):
     assert Smmu.restore(smmu.save(), memory).save() == smmu.save()
 
 
-class Handle:
-    """A Smmu through the C interface."""
-
-    def __init__(self, smmu):
-        from smmufast._device import smmu as compiled
-
-        get = ctypes.pythonapi.PyCapsule_GetPointer
-        get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        table = get(compiled._C_API, b"smmufast._smmu._C_API")
-        acquire, release, run = (ctypes.c_void_p * 3).from_address(table + 8)
-        self.handle = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(acquire)(smmu)
-        self.free = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(release)
-        pointers = [ctypes.c_void_p] * 3
-        self.run = ctypes.PYFUNCTYPE(ctypes.c_int, *pointers)(run)
-
-    def translate(self, sid, iova):
-        """Returns the status."""
-        request = struct.pack("<QIIII", iova, sid, smmufast.NO_SUBSTREAM, 0, 0)
-        return self.run(self.handle, request, ctypes.create_string_buffer(1024))
-
-    def release(self):
-        self.free(self.handle)
-
-
 def test_a_c_handle_does_not_keep_a_state_from_being_saved():
     smmu = machine(random.Random(0), eventq_base=EVENTS | 2, caches=Caches.small()).smmu
     before = smmu.save()
@@ -562,18 +528,6 @@ def nest(depth):
     for _ in range(depth):
         value = [value]
     return value
-
-
-def sealed(parsed, contents, version=2):
-    text = json.dumps(parsed).encode() if not isinstance(parsed, bytes) else parsed
-    data = b"smmufast" + version.to_bytes(4, "little") + len(text).to_bytes(4, "little")
-    data += text + contents
-    return data + zlib.crc32(data).to_bytes(4, "little")
-
-
-def opened(saved):
-    end = 16 + int.from_bytes(saved[12:16], "little")
-    return json.loads(saved[16:end]), saved[end:-4]
 
 
 def test_a_state_with_any_byte_changed_is_refused():

@@ -23,9 +23,7 @@ SOURCES = ROOT / "smmufast"
 
 
 def system(**keywords):
-    memory = Memory()
-    memory.add(bytearray(small.build()), small.BASE)
-    return Smmu(memory, **small.registers(), **keywords)
+    return small.system(**keywords)[0]
 
 
 def ask(smmu, request, **more):

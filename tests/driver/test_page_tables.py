@@ -4,7 +4,7 @@ import errno
 
 import numpy as np
 import pytest
-from test_iommu_domains import refused
+from driverhalf import refused
 
 from smmufast import Caches
 from smmufast._driver.tables import Pages, PageTable

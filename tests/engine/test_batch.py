@@ -6,9 +6,9 @@ import numpy as np
 import ptwriter
 import pytest
 import twin
+from bench import CONTEXT_TABLE, SID, Bench, nested_system
 from rawfeatures import raw_of
-from test_reference import CONTEXT_TABLE, SID, Bench, default_features
-from test_stage2 import nested_system
+from reference import default_features
 
 from smmufast import ACTIONS, Caches, Memory, Smmu, layout
 from smmufast._device.smmu import vectors

@@ -7,8 +7,7 @@ import pytest
 import small
 import tablegen
 import twin
-from test_reference import CONTEXT_TABLE, SID, Bench
-from test_stage2 import nested_system
+from bench import CONTEXT_TABLE, SID, Bench, nested_system
 
 import smmufast
 

@@ -9,7 +9,6 @@ import doctest
 import gzip
 import importlib.util
 import json
-import os
 import random
 import re
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from project import ROOT
+from project import CAPTURES
 
 from smmufast import layout
 
@@ -751,11 +750,9 @@ def test_cython_enumerators_are_the_numbers_of_the_table(probe):
 @pytest.fixture(scope="module")
 def captures():
     """The folder of captured memory, where there is one."""
-    beside = ROOT.parent / "shared" / "captures"
-    folder = Path(os.environ.get("SMMUFAST_CAPTURES", beside))
-    if not folder.is_dir():
+    if not CAPTURES.is_dir():
         pytest.skip("no captures: set SMMUFAST_CAPTURES")
-    return folder
+    return CAPTURES
 
 
 KERNELS = ["linux-6.12-4k-s1", "linux-7.3-4k-s1", "linux-7.3-16k-s1", "linux-7.3-4k-s2"]

@@ -4,7 +4,7 @@ import errno
 import threading
 
 import pytest
-from test_iommu_domains import refused, words
+from driverhalf import refused, words
 
 from smmufast import Caches, Features, layout
 from smmufast.iommu import (

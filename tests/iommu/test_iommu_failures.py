@@ -5,8 +5,9 @@ command queue, the SMMU itself, every allocator, and what devices, groups and do
 """
 
 import pytest
+from medium import SystemMedium
 
-from smmufast import Caches, Features, Memory
+from smmufast import Caches
 from smmufast.iommu import (
     AUX,
     BLOCKED,
@@ -14,7 +15,6 @@ from smmufast.iommu import (
     AddressSpace,
     AttachHandle,
     OutOfMemory,
-    System,
     Viommu,
 )
 from smmufast.iommu.iova import DmaMapper, IovaAllocator
@@ -300,36 +300,6 @@ def test_whichever_allocation_fails_nothing_has_changed(systems, profile, case, 
 # --- memory that raises ---
 
 
-class Medium:
-    """Memory behind callbacks, one of whose writes raises."""
-
-    BASE = 0x4000_0000
-
-    def __init__(self, **more):
-        self.bytes = bytearray(1 << 22)
-        self.left = None
-        self.memory = Memory()
-        self.memory.add_callback(self.BASE, len(self.bytes), self.read, self.write)
-        self.system = System(
-            memory=self.memory, pages=(self.BASE, len(self.bytes)),
-            features=Features.full().replace(sidsize=8), **more,
-        )  # fmt: skip
-
-    def read(self, address, size):
-        at = address - self.BASE
-        return bytes(self.bytes[at : at + size])
-
-    def write(self, address, data):
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                self.left = None
-                raise OSError("the medium refuses")
-        at = address - self.BASE
-        self.bytes[at : at + len(data)] = data
-        return True
-
-
 CHANGES = {
     "attach": (lambda d, one, two, space: None, lambda d, one, two, space: d.attach(one)),
     "replace": (
@@ -359,7 +329,7 @@ def test_whichever_write_raises_the_counts_are_right_and_all_works_again(what, a
     before, change = CHANGES[what]
     nth = 0
     while True:
-        medium = Medium()
+        medium = SystemMedium()
         system = medium.system
         device = system.device(8, pasid_bits=4, ats=ats)
         one, two, space = device.paging_domain(), device.paging_domain(), AddressSpace.of(system)
@@ -412,7 +382,7 @@ def test_whichever_write_raises_the_old_profile_works_again(what):
     before, change = AUX_CHANGES[what]
     nth = 0
     while True:
-        medium = Medium(profile=AUX)
+        medium = SystemMedium(profile=AUX)
         system = medium.system
         device, main, domain, space = aux_device(system)
         before(device, domain, space)
@@ -484,7 +454,7 @@ def test_whichever_store_is_refused_nothing_is_inconsistent(what, ats):
     before, change = ONE_REFUSED[what]
     nth = 0
     while True:
-        medium = Medium(caches=Caches.small)
+        medium = SystemMedium(caches=Caches.small)
         device = medium.system.device(8, pasid_bits=4, ats=ats)
         one, two = device.paging_domain(), device.paging_domain()
         one.map(PAGE, RAM, PAGE)

@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-from test_iommu_domains import refused
+from driverhalf import refused
 
 from smmufast import Caches, Features, layout
 from smmufast.iommu import AddressSpace

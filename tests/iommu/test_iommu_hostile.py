@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from test_iommu_domains import refused
+from driverhalf import refused
 
 from smmufast import Caches, Features
 from smmufast.iommu import (

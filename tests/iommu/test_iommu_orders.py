@@ -11,8 +11,8 @@ import itertools
 import pickle
 
 import pytest
-from test_iommu_domains import refused
-from test_iommu_failures import Medium
+from driverhalf import refused
+from medium import SystemMedium
 
 from smmufast import AtsFault, Caches, Features, Memory, Smmu, layout
 from smmufast.iommu import (
@@ -1004,25 +1004,11 @@ def test_whatever_a_callback_raises_what_began_comes_to_its_end(make, profile, c
 # --- stores that the host's memory refuses ---
 
 
-class Refusing(Medium):
-    """Memory that refuses one write, or with `dead` all from then on until `revive`."""
-
-    dead = False
-
-    def write(self, address, data):
-        if self.dead and self.left is not None and self.left <= 0:
-            raise OSError("the medium refuses")
-        return super().write(address, data)
-
-    def revive(self):
-        self.left = None
-
-
 class Stage:
     """A system in the middle of its life, on memory that may refuse."""
 
     def __init__(self, profile, ats):
-        self.medium = Refusing(profile=profile)
+        self.medium = SystemMedium(profile=profile)
         self.system = system = self.medium.system
         self.group = system.group()
         more = {"pasid_bits": 4, "ats": ats, "group": self.group}
@@ -1098,7 +1084,7 @@ class Stage:
 
 
 def test_a_device_that_the_memory_keeps_stays_until_it_is_released_again():
-    medium = Refusing(profile=NOW)
+    medium = SystemMedium(profile=NOW)
     system = medium.system
     device = system.device(8, pasid_bits=4)
     domain = paging(system, device)
@@ -1109,7 +1095,7 @@ def test_a_device_that_the_memory_keeps_stays_until_it_is_released_again():
     assert system.iommus[0].devices == {8: device}
     assert device.domain_at(2) is domain and domain.users == 1
     refused(errno.EBUSY, domain.free)
-    medium.revive()
+    medium.left = None
     assert system.check() == []
     device.release()
     assert system.iommus[0].devices == {} and domain.users == 0
@@ -1234,7 +1220,7 @@ def test_whichever_store_is_refused_nothing_freed_is_reached(profile, what, ats,
         else:
             assert stage.medium.left is not None
             break
-        stage.medium.revive()
+        stage.medium.left = None
         stage.medium.dead = False
         if not dead and not what.startswith("release"):
             stage.whole()

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 from captures import SHIPPED
-from test_iommu_domains import refused, snapshot
+from driverhalf import refused, snapshot
 
 from smmufast import Caches, Features, layout
 from smmufast.capture import Capture

@@ -1,16 +1,12 @@
 """A real kernel and this driver do the same: the commands of both, phase by phase."""
 
-import os
-from pathlib import Path
 
 import kernelcommands
 import pytest
-from project import ROOT
+from project import CAPTURES, ROOT
 
 DOC = ROOT / "docs" / "domains.md"
-NAMED = os.environ.get("SMMUFAST_CAPTURES")
-TRAFFIC = Path(NAMED) if NAMED else ROOT.parent / "shared" / "captures"
-TRAFFIC = TRAFFIC / "traffic" / "linux-7.3-pasid-v32"
+TRAFFIC = CAPTURES / "traffic" / "linux-7.3-pasid-v32"
 PHASES = kernelcommands.extracted()
 
 

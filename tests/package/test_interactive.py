@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import small
-import test_stall
+import stalls
 
 import smmufast
 from smmufast import Memory, Smmu, _html, decode, layout, replay, trace
@@ -286,7 +286,7 @@ def samples():
     walk.close()
     yield walk
     yield smmufast.StaleEntry("tlb", (1, SCRIPT), None, SCRIPT)
-    yield test_stall.stall(test_stall.system()[0])
+    yield stalls.stall(stalls.system()[0])
     device = smmufast.AtsDevice(smmu, small.STAGE1)
     yield device
     yield smmu.ats_request(small.STAGE1, small.RW)

@@ -4,9 +4,8 @@ import itertools
 
 import pytest
 import reference
+from bench import SID, Bench, Nested, nested_system, stage2_features
 from reference import ALL_ACCESSES, CLASS_IN, ISH, NSH, OSH, PX, UX
-from test_reference import SID, Bench
-from test_stage2 import Nested, nested_system, stage2_features
 
 DEVICE, NON_CACHEABLE = 0x00, 0x44
 

@@ -2,11 +2,21 @@
 
 import ptwriter
 import pytest
+from bench import (
+    CONTEXT_TABLE,
+    IOVA,
+    SID,
+    VMID,
+    Bench,
+    Nested,
+    cached,
+    mapped,
+    nested_system,
+    outcome,
+    stage2_features,
+)
 from reference import AF, AP2, default_features
-from test_reference import CONTEXT_TABLE, SID, Bench
-from test_single_rules import IOVA, cached, mapped, outcome
-from test_stage2 import VMID, Nested, nested_system, stage2_features
-from test_stall import LEAF, MAPPED, resume, stall, system
+from stalls import LEAF, MAPPED, resume, stall, system
 
 QUEUE = 0x9000_0000
 

@@ -12,11 +12,19 @@ import pytest
 import reference
 import small
 import twin
+from atssystems import nested_system as ats_system
+from atssystems import rights
+from bench import (
+    CONTEXT_TABLE,
+    SID,
+    STREAM_TABLE,
+    VMID,
+    Bench,
+    Nested,
+    nested_system,
+    stage2_features,
+)
 from reference import AF, default_features
-from test_ats import nested_system as ats_system
-from test_ats import rights
-from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench
-from test_stage2 import VMID, Nested, nested_system, stage2_features
 
 from smmufast import Caches, Memory, Smmu, layout
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import small
-import test_stall
+import stalls
 
 from smmufast import Features, Memory, Smmu, layout
 
@@ -83,14 +83,14 @@ def test_what_lies_behind_a_record_that_could_not_be_written_is_lost_with_it():
 
 @pytest.mark.rule("S7.2.1-5")
 def test_the_event_of_a_retry_that_terminates_is_lost_where_there_is_no_room():
-    smmu, _ = test_stall.system(log2size=0)
-    held = test_stall.stall(smmu)
+    smmu, _ = stalls.system(log2size=0)
+    held = stalls.stall(smmu)
     smmu.memory.write_u64(small.BASE + small.STES + 64 * held.sid, 0)
-    test_stall.resume(smmu, held, Ac=1)
+    stalls.resume(smmu, held, Ac=1)
     assert held.done and held.result.action == "abort"
     assert (held.result.fault.name, held.result.event) == ("C_BAD_STE", None)
     assert smmu.read("EVENTQ_PROD") == 1 | 1 << 31
-    assert smmu.memory.read(test_stall.QUEUE, 1) == b"\x10"
+    assert smmu.memory.read(stalls.QUEUE, 1) == b"\x10"
 
 
 def test_queues_that_the_smmu_writes_are_never_read():

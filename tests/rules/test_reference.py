@@ -1,7 +1,7 @@
 """The twin and the generators are judged here, by other people's captures and by worked numbers.
 
-A test that builds its own system (Bench) has the library give the same outcome by every face, so
-each rule's table is the library's test too.
+A test that builds its own system (Bench, in bench.py) has the library give the same outcome by
+every face, so each rule's table is the library's test too.
 
 Follows IHI 0070G.b 3.3, 3.4, 5.1-5.5, 6.3, 7.3, 13; DDI 0487 D8.
 """
@@ -10,8 +10,6 @@ import collections
 import gzip
 import itertools
 import json
-import os
-import pathlib
 import random
 from types import SimpleNamespace
 
@@ -20,8 +18,8 @@ import ptwriter
 import pytest
 import reference
 import tablegen
-import twin
-from project import ROOT
+from bench import CONTEXT_TABLE, SID, STREAM_TABLE, TABLES, Bench, six
+from project import CAPTURES
 from reference import (
     ALL_ACCESSES,
     CLASS_IN,
@@ -46,21 +44,13 @@ from reference import (
 # Captures
 
 
-def captures_directory():
-    """Where the captures are, or None."""
-    named = os.environ.get("SMMUFAST_CAPTURES")
-    path = pathlib.Path(named) if named else ROOT.parent / "shared" / "captures"
-    return path if path.is_dir() else None
-
-
 def capture(name):
     """Directory of one capture; skips the test where there is none."""
-    directory = captures_directory()
-    if directory is None:
+    if not CAPTURES.is_dir():
         pytest.skip("no captures: SMMUFAST_CAPTURES is not set and ../shared/captures is absent")
-    if not (directory / name).is_dir():
+    if not (CAPTURES / name).is_dir():
         pytest.skip(f"{name} is not among the captures")
-    return directory / name
+    return CAPTURES / name
 
 
 def json_lines(path):
@@ -309,80 +299,12 @@ def test_every_case_ends_as_expected(name, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# One stream, one context, one mapping: anything can be changed
-
-
-SID = 5
-STREAM_TABLE = 0x10_0000
-CONTEXT_TABLE = 0x20_0000
-TABLES = 0x100_0000
-
-
-class Bench:
-    """A system with one stream, built from fields."""
-
-    def __init__(self, features=None, cr2=0b10, granule_lg2=12, tsz=16, ttb=0, ds=0, endi=0):
-        self.features = features or default_features()
-        self.memory = ptwriter.Memory()
-        self.memory.add(STREAM_TABLE, 0x1000)
-        self.memory.add(CONTEXT_TABLE, 0x10000)
-        self.allocate = ptwriter.BumpAllocator(self.memory, TABLES, 0x100000)
-        self.regs = SimpleNamespace(
-            strtab_base=STREAM_TABLE, strtab_base_cfg=4, cr0=0b101, cr2=cr2, gbpa=0x1000
-        )
-        self.tables = ptwriter.PageTables(
-            self.memory, self.allocate, granule_lg2, tsz, ds=bool(ds), big_endian=bool(endi)
-        )
-        self.ste = {"v": 1, "config": 0b101, "s1contextptr": CONTEXT_TABLE, "shcfg": 1}
-        self.cd = {
-            "v": 1, "aa64": 1, "a": 1, "r": 1, "ips": 6, "ds": ds, "endi": endi,
-            f"t{ttb}sz": tsz, f"ttb{ttb}": self.tables.base, f"epd{1 - ttb}": 1,
-            f"tg{ttb}": (ptwriter.TG0_CODES, ptwriter.TG1_CODES)[ttb][granule_lg2],
-            "mair": 0x04_F4_BB_00_0C_04_FF_44,
-        }  # fmt: skip
-        self.write_ste()
-        self.write_cd()
-
-    def write_ste(self, sid=SID, **fields):
-        self.ste.update(fields)
-        self.memory.write(STREAM_TABLE + 64 * sid, ptwriter.encode_ste(**self.ste))
-
-    def write_cd(self, index=0, **fields):
-        self.cd.update(fields)
-        self.memory.write(CONTEXT_TABLE + 64 * index, ptwriter.encode_cd(**self.cd))
-
-    def map(self, va, pa, level=3, **flags):
-        return self.tables.map(va, pa, level, **{"ap": 1, **flags})
-
-    def translate(self, iova=0, sid=SID, **access):
-        """The twin's outcome, once the library has given the same by every face."""
-        outcome = translate(self.memory.read, self.features, self.regs, sid, iova, **access)
-        request = {"ssid": None, "write": False, "priv": False, "instr": False} | access
-        request = tablegen.Request(sid=sid, iova=iova, **request)
-        row = twin.expected_row(outcome)
-        smmu = twin.smmu_of(self)
-        assert twin.row_of(twin.batch(smmu, [request])[0]) == row
-        twin.check_pairs(smmu, [request], [row])
-        twin.check_faces(smmu, self, request, outcome, row)
-        return outcome
-
-    def regions(self):
-        return self.memory.regions()
-
-    def read(self, address, size):
-        return self.memory.read(address, size)
-
-    def fault(self, iova=0, **access):
-        return self.translate(iova, **access).fault
+# Worked numbers
 
 
 def walk_steps(outcome):
     """(level, address) of each descriptor fetch."""
     return [fetch[1:3] for fetch in outcome.fetches if fetch[0] == "TT"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Worked numbers
 
 
 def test_ptwriter_packs_the_worked_encodings():
@@ -1195,22 +1117,6 @@ def test_gbpa_decides_while_the_smmu_is_off():
 
 # ------------------------------------------------------------------------------------------------
 # Permissions
-
-
-def six(bench, iova=0):
-    """Mask of the accesses that succeed, by trying each."""
-    mask = 0
-    for bit, write, priv, instr in (
-        (UR, False, False, False),
-        (UW, True, False, False),
-        (UX, False, False, True),
-        (PR, False, True, False),
-        (PW, True, True, False),
-        (PX, False, True, True),
-    ):
-        if bench.translate(iova, write=write, priv=priv, instr=instr).success:
-            mask |= bit
-    return mask
 
 
 PERMISSIONS = [

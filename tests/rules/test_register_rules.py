@@ -2,12 +2,11 @@
 
 import pytest
 import small
-from test_single_rules import SID, cached
-from test_stage2 import nested_system
+from bench import SID, cached, nested_system
 
-from smmufast import Caches, Features, Memory, Smmu, layout
+from smmufast import Caches, Features, layout
 
-QUEUE = 0x9000_0000
+QUEUE = small.QUEUES
 PAGES = 0x9100_0000
 COMMANDS = 0x9200_0000
 MSI = 0x9300_0000
@@ -17,12 +16,7 @@ SYNC = layout.pack("SYNC").to_bytes(16, "little")
 
 def system(features=FULL, cr0=0, **more):
     """(Smmu, names of wired interrupts): the small system and memory for queues; CR0 is 0."""
-    memory = Memory()
-    memory.add(small.build(), small.BASE)
-    memory.add_private(QUEUE, 0x400_0000)
-    wires = []
-    registers = small.registers() | {"cr0": cr0, "cr2": 0} | more
-    return Smmu(memory, features, on_interrupt=wires.append, **registers), wires
+    return small.device(features=features, irqs=0, **{"cr0": cr0, "cr2": 0} | more)
 
 
 def cr0(*names):

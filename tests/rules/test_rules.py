@@ -3,12 +3,10 @@
 import collections
 import gzip
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
-from project import ROOT, TESTS
+from project import CAPTURES, ROOT, TESTS
 
 from smmufast import Why
 
@@ -169,9 +167,8 @@ def test_every_difference_has_a_reason():
 
 def causes():
     """Every cause that the captures name."""
-    directory = Path(os.environ.get("SMMUFAST_CAPTURES", ROOT.parent / "shared" / "captures"))
     found = set()
-    for path in directory.glob("cases-*/cases.jsonl.gz"):
+    for path in CAPTURES.glob("cases-*/cases.jsonl.gz"):
         with gzip.open(path, "rt") as lines:
             next(lines)
             for line in lines:

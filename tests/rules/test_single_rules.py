@@ -8,38 +8,24 @@ import pytest
 import reference
 import small
 import twin
+from bench import (
+    CONTEXT_TABLE,
+    IOVA,
+    SID,
+    STREAM_TABLE,
+    VMID,
+    Bench,
+    Nested,
+    cached,
+    mapped,
+    nested_system,
+    outcome,
+    stage2_features,
+)
 from rawfeatures import raw_of
-from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench, default_features
-from test_stage2 import VMID, Nested, nested_system, stage2_features
+from reference import default_features
 
 from smmufast import Caches, Memory, Smmu, layout
-
-IOVA = 0x1234_5000
-
-
-def cached(bench, caches=None):
-    """A Smmu with caches over the bytes of a Bench."""
-    memory = Memory()
-    for base, data in bench.regions():
-        memory.add(data, base)
-    features = raw_of(bench.features)
-    caches = Caches.small() if caches is None else caches
-    return Smmu(memory, features, caches=caches, **vars(bench.regs))
-
-
-def mapped(features=None, **flags):
-    """(Bench with one page, its Smmu with caches, address of the leaf)."""
-    bench = Bench(features)
-    slot = bench.tables.slot(IOVA, 3)
-    bench.map(IOVA, 0x5000, **flags)
-    return bench, cached(bench), slot
-
-
-def outcome(smmu, iova=IOVA, **more):
-    """The name of a fault, or the address."""
-    result = smmu.translate(SID, iova, **more)
-    return result.fault.name if result.fault else result.pa
-
 
 # ------------------------------------------------------------------------------------------------
 # TLB

@@ -15,7 +15,20 @@ import pytest
 import reference
 import small
 import tablegen
-import twin
+from bench import (
+    CONTEXT_TABLE,
+    SID,
+    STREAM_TABLE,
+    TABLES,
+    VMID,
+    Nested,
+    is_illegal,
+    nested_system,
+    six,
+    stage2_features,
+    stage2_record,
+    stage2_ste,
+)
 from reference import (
     AF,
     ALL_ACCESSES,
@@ -34,77 +47,9 @@ from reference import (
     UW,
     UX,
     ContextCache,
-    default_features,
     event_record,
     translate,
 )
-from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, TABLES, Bench, six
-
-VMID = 0x1234
-
-
-def stage2_features(**fields):
-    """Everything, of both stages."""
-    everything = {"s2p": 1, "httu": 2, "stall_model": 0, "stall_max": 64, "xnx": 1, "fwb": 1}
-    return default_features(**everything | fields)
-
-
-class Nested(Bench):
-    """A Bench with a stage 2 that maps CDs and stage-1 tables to themselves, page by page.
-
-    second: keywords of the stage-2 tables; 4K pages and two concatenated tables by default.
-    """
-
-    def __init__(self, features=None, config=0b111, second=None, **stage1):
-        super().__init__(features or stage2_features(), **stage1)
-        shape = {"granule_lg2": 12, "tsz": 24, "start_level": 1} | (second or {})
-        self.second = ptwriter.Stage2Tables(self.memory, self.allocate, **shape)
-        self.ste |= {"s2ps": 6, "s2r": 1, "s2vmid": VMID, **self.second.ste_fields()}
-        self.write_ste(config=config)
-        self.map_self(CONTEXT_TABLE)
-        for page in range(TABLES, self.allocate.next, 0x1000):
-            self.map_self(page)
-
-    def map2(self, ipa, pa, level=3, **flags):
-        return self.second.map(ipa, pa, level, **{"s2ap": 3, "memattr": 15, **flags})
-
-    def map_self(self, address, **flags):
-        return self.map2(address, address, **flags)
-
-    def map(self, va, pa, level=3, **flags):
-        """Map stage 1, and in stage 2 the tables that are made on the way."""
-        slot = self.tables.slot(va, level)
-        for at in range(self.tables.start_level, level + 1):
-            table = self.tables.slot(va, at) & ~0xFFF
-            if not self.second.read_descriptor(self.second.slot(table, 3)):
-                self.map_self(table)
-        super().map(va, pa, level, **flags)
-        return slot
-
-    def copied(self):
-        """The same system over a copy of memory."""
-        return tablegen.System(self.memory.copy(), self.features, self.regs, None)
-
-    def translate(self, iova=0, sid=SID, **access):
-        """The twin's outcome, once the library has given the same by every face."""
-        request = {"ssid": None, "write": False, "priv": False, "instr": False} | access
-        request = tablegen.Request(sid=sid, iova=iova, **request)
-        called = [self.copied() for _ in range(4)]
-        batched = self.copied()
-        outcome = translate(
-            self.memory.read, self.features, self.regs, sid, iova, store=self.memory.write, **access
-        )
-        for number, system in enumerate(called):
-            smmu = twin.smmu_of(system)
-            twin.check_nested_call(number, smmu, system.memory, self.memory, request, outcome)
-            assert system.regions() == self.regions()
-        row = twin.batch(twin.smmu_of(batched), [request])[0]
-        twin.same(twin.row_of(row), twin.expected_row(outcome), "batch")
-        assert batched.regions() == self.regions()
-        return outcome
-
-    def descriptor(self, address):
-        return int.from_bytes(self.memory.read(address, 8), "little")
 
 
 def kinds(outcome):
@@ -120,14 +65,6 @@ def value(fetch):
 def addresses(outcome, kind):
     """Where the fetches of one kind were."""
     return [fetch[2] for fetch in outcome.fetches if fetch[0] == kind]
-
-
-def stage2_record(name, event_class, *, ipa=0, iova=0, **more):
-    """The record of a read's fault in stage 2."""
-    return event_record(
-        name, SID, **{"write": False} | more, stage2=True, event_class=event_class, ipa=ipa,
-        iova=iova,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,21 +149,6 @@ def test_small_first_tables_of_stage_2_are_aligned_to_their_size():
 
 # ------------------------------------------------------------------------------------------------
 # ILLEGAL STEs
-
-
-def stage2_ste(**fields):
-    """A stage-2-only STE as a number: 4K, 40 bits of IPA, from level 1 on."""
-    ste = {"v": 1, "config": 0b110, "s2aa64": 1, "s2t0sz": 24, "s2sl0": 1, "s2ps": 6} | fields
-    return int.from_bytes(ptwriter.encode_ste(**ste), "little")
-
-
-def is_illegal(features, **fields):
-    """Whether the twin refuses such an STE."""
-    try:
-        reference.check_ste(reference.effective_features(features), stage2_ste(**fields))
-    except reference.ConfigurationError:
-        return True
-    return False
 
 
 @pytest.mark.rule("S3.4-15")
@@ -463,15 +385,6 @@ def test_stage_2_permissions(xnx, xn, execution):
 
 # ------------------------------------------------------------------------------------------------
 # Nested
-
-
-def nested_system(**more):
-    """A nested Bench with one page; (bench, IPAs of what a request fetches, iova, IPA of data)."""
-    bench = Nested(**more)
-    iova, ipa = 0x1234_5000, 0x66_7788_9000
-    bench.map(iova, ipa)
-    bench.map2(ipa, 0x5000)
-    return bench, iova, ipa
 
 
 @pytest.mark.rule("S3.3.2-18", "S5.2-6", "V8.2.1-3")

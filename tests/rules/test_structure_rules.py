@@ -11,10 +11,22 @@ import ptwriter
 import pytest
 import small
 import twin
+from bench import (
+    CONTEXT_TABLE,
+    IOVA,
+    SID,
+    STREAM_TABLE,
+    Bench,
+    Nested,
+    cached,
+    is_illegal,
+    mapped,
+    nested_system,
+    outcome,
+    stage2_features,
+    stage2_ste,
+)
 from reference import AF, default_features
-from test_reference import CONTEXT_TABLE, SID, STREAM_TABLE, Bench
-from test_single_rules import IOVA, cached, mapped, outcome
-from test_stage2 import Nested, is_illegal, nested_system, stage2_features, stage2_ste
 
 from smmufast import Caches
 

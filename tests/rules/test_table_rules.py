@@ -6,10 +6,8 @@ Follows DDI 0487 D8.2 to D8.7 and D8.15, as IHI 0070 3.4, 3.13 and 13.1 use them
 import numpy as np
 import pytest
 import twin
+from bench import SID, Bench, Nested, cached, nested_system, stage2_record
 from reference import AF, AP2, CLASS_IN, CLASS_TT, PX, S2AP1, default_features, event_record
-from test_reference import SID, Bench
-from test_single_rules import cached
-from test_stage2 import Nested, nested_system, stage2_record
 
 from smmufast import Caches, Memory, Smmu
 

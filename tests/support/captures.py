@@ -2,13 +2,11 @@
 
 import gzip
 import json
-import os
 import random
-from pathlib import Path
 
 import numpy as np
 import ptwriter
-from project import ROOT
+from project import CAPTURES, ROOT
 from twin import smmu_of
 
 import smmufast
@@ -24,9 +22,7 @@ SID = 3
 
 def found():
     """Directories of all captures: the shipped one, and those beside the repository."""
-    named = os.environ.get("SMMUFAST_CAPTURES")
-    directory = Path(named) if named else ROOT.parent / "shared" / "captures"
-    others = sorted(directory.iterdir()) if directory.is_dir() else []
+    others = sorted(CAPTURES.iterdir()) if CAPTURES.is_dir() else []
     return [SHIPPED] + [
         path
         for path in others

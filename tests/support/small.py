@@ -22,11 +22,13 @@ from smmufast import NO_SUBSTREAM, Memory, Smmu
 BASE = 0x8000_0000
 SIZE = 0x1_0000  # the stream table, of which the beginning is there, is aligned to four of it
 HOLE = 0x100_0000  # from the base: where no memory is
+QUEUES = 0x9000_0000  # memory for queues and MSIs, of a `device`
 
 # Offsets of what the image holds.
 STES = 0x0000
 L1STD = 0x0800
 CDS = 0x1000
+MORE_CDS = 0x1800  # of streams that tests add
 L1CDS = 0x2000
 CD_LEAF = 0x3000
 LEVEL1 = 0x4000
@@ -149,6 +151,14 @@ def registers_two_level(base=BASE):
     return {"strtab_base": base + L1STD, "strtab_base_cfg": 1 << 16 | 6 << 6 | 12}
 
 
+def stage1_cd(base=BASE):
+    """Fields of the CD of STAGE1."""
+    return {
+        "v": 1, "aa64": 1, "a": 1, "r": 1, "t0sz": 25, "epd1": 1, "ips": 4, "asid": 7,
+        "ttb0": base + LEVEL1, "mair": 0x44FF,
+    }  # fmt: skip
+
+
 def build(base=BASE):
     """The bytes of memory from `base` on; `base` is a multiple of 4 * SIZE below 2^44."""
     image = bytearray(SIZE)
@@ -159,10 +169,7 @@ def build(base=BASE):
     def put_descriptor(offset, index, descriptor):
         put(offset + 8 * index, descriptor.to_bytes(8, "little"))
 
-    cd = {
-        "v": 1, "aa64": 1, "a": 1, "r": 1, "t0sz": 25, "epd1": 1, "ips": 4, "asid": 7,
-        "ttb0": base + LEVEL1, "mair": 0x44FF,
-    }  # fmt: skip
+    cd = stage1_cd(base)
     good = encode_cd(**cd)
     put(CDS, good)
     put(CDS + 0x100, encode_cd(**cd | {"v": 0}))
@@ -251,6 +258,38 @@ def system(image=None, base=BASE, **other):
     memory = Memory()
     memory.add(image, base)
     return Smmu(memory, **registers(base) | other), image
+
+
+def add_stream(image, sid, number=0, **cd):
+    """A stream over the tables of STAGE1 with a CD of its own, in which some fields are others."""
+    at = MORE_CDS + 64 * number
+    image[at : at + 64] = encode_cd(**stage1_cd() | cd)
+    ste = encode_ste(v=1, config=5, s1contextptr=BASE + at)
+    image[STES + 64 * sid : STES + 64 * sid + 64] = ste
+
+
+class Wires(list):
+    """Names of the interrupts so far."""
+
+    def __call__(self, name):
+        self.append(name)
+
+    def take(self):
+        found = list(self)
+        self.clear()
+        return found
+
+
+def device(image=None, features=None, irqs=0b111, **given):
+    """(Smmu, Wires): the small system, memory for queues, and the interrupts that are enabled."""
+    memory = Memory()
+    memory.add(build() if image is None else image, BASE)
+    memory.add_private(QUEUES, 0x400_0000)
+    wires = Wires()
+    smmu = Smmu(memory, features, on_interrupt=wires, **registers() | given)
+    if irqs:
+        smmu.write("IRQ_CTRL", irqs)
+    return smmu, wires
 
 
 def columns(requests=REQUESTS):

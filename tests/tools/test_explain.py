@@ -7,10 +7,9 @@ import nested
 import pytest
 import tablegen
 import twin
+from bench import CONTEXT_TABLE, SID, nested_system
 from nested import NESTED, SECOND, small_nested
 from rawfeatures import raw
-from test_reference import CONTEXT_TABLE, SID
-from test_stage2 import nested_system
 
 import smmufast
 from smmufast import layout

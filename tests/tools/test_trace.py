@@ -10,7 +10,7 @@ import sys
 import captures
 import numpy as np
 import pytest
-from test_cli import HOME, run, run_json
+from command import HOME, run, run_json
 
 from smmufast import Caches, Smmu, layout
 from smmufast.capture import REQUEST, Capture
