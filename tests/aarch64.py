@@ -4,7 +4,7 @@ r"""Cross-compile the package for aarch64 and test it there under user emulation
     mmdebstrap --arch=arm64 --variant=extract --skip=check/qemu \
         --include=python3,libpython3-dev bookworm ROOT
     python -P tests/aarch64.py ROOT                          # the tests of the portable path
-    python -P tests/aarch64.py ROOT tests/test_batch.py -k random
+    python -P tests/aarch64.py ROOT tests/engine/test_batch.py -k random
 
 ROOT holds an aarch64 Python of this Python's version; nothing in it is run to make it.  numpy,
 pytest and hypothesis come as wheels for aarch64, so pip must reach an index.  What follows ROOT is
@@ -93,7 +93,8 @@ def main():
     parser.add_argument("pytest", nargs=argparse.REMAINDER, help="arguments of pytest")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
-    quick = ["-m", "not slow", "-k", "not costs_only", *(f"tests/{name}" for name in TESTS)]
+    files = (path for name in TESTS for path in (ROOT / "tests").rglob(name))
+    quick = ["-m", "not slow", "-k", "not costs_only", *(path.relative_to(ROOT) for path in files)]
     chosen = arguments.pytest or quick  # without what asks the host how much memory is used
     with tempfile.TemporaryDirectory(prefix="smmufast-aarch64-") as temporary:
         directory = (arguments.keep or Path(temporary)).resolve()

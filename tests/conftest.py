@@ -4,6 +4,9 @@ import gc
 
 import pytest
 
+# helpers whose assertions tell what they compared
+pytest.register_assert_rewrite("bench", "command", "driverhalf", "stalls")
+
 
 def pytest_collection_finish(session):
     """Keep what the collection made out of every collection of garbage: 0.3 s each otherwise."""

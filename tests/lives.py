@@ -20,8 +20,14 @@ import random
 import re
 import sys
 import warnings
+from pathlib import Path
 
-from smmufast import Caches, Features, Memory, layout
+if __name__ == "__main__":  # python -P leaves this folder out
+    sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("", "support")]
+
+from medium import Medium
+
+from smmufast import Caches, Features, layout
 from smmufast.faults import AtsFault
 from smmufast.iommu import (
     AUX,
@@ -95,31 +101,14 @@ class Refused(Exception):  # noqa: N818
     """What the memory raises."""
 
 
-class Medium:
-    """Memory of tables that refuses one store."""
+TABLES, TABLES_SIZE = 1 << 38, 1 << 24
 
-    BASE, SIZE = 1 << 38, 1 << 24
 
-    def __init__(self):
-        self.bytes = bytearray(self.SIZE)
-        self.left = None  # stores before the one that is refused
-        self.memory = Memory()
-        self.memory.add_private(0, self.BASE)
-        self.memory.add_callback(self.BASE, self.SIZE, self.read, self.write)
-
-    def read(self, address, size):
-        at = address - self.BASE
-        return bytes(self.bytes[at : at + size])
-
-    def write(self, address, data):
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                self.left = None
-                raise Refused
-        at = address - self.BASE
-        self.bytes[at : at + len(data)] = data
-        return True
+def medium():
+    """Memory of tables that refuses one store, behind memory that is plain."""
+    made = Medium(TABLES, TABLES_SIZE, Refused)
+    made.memory.add_private(0, TABLES)
+    return made
 
 
 class Space:
@@ -219,9 +208,9 @@ class Life:
             kind = "blocked"
         caches = rng.choice([None, Caches.small, Caches.server, Caches.server])
         count = rng.choice([1, 1, 2])
-        self.medium = None if rng.randrange(4) or "refusals" in without else Medium()
+        self.medium = None if rng.randrange(4) or "refusals" in without else medium()
         where = {} if self.medium is None else {
-            "memory": self.medium.memory, "pages": (Medium.BASE, Medium.SIZE)}  # fmt: skip
+            "memory": self.medium.memory, "pages": (TABLES, TABLES_SIZE)}  # fmt: skip
         self.system = System(
             count, **where, features=features, profile=AUX if self.aux else NOW, caches=caches,
             default_domain=kind, e2h=not rng.randrange(4),

@@ -74,7 +74,7 @@ class Mutant(NamedTuple):
     """One error: `old`, which `file` holds once, becomes `new`.
 
     Texts that begin with a space are whole lines, which are statements; others are an expression.
-    `tests` are arguments of pytest: files in tests/, and what to select of them (`-k`).
+    `tests` are arguments of pytest: names of files below tests/, and what to select of them (`-k`).
     """
 
     name: str
@@ -98,6 +98,12 @@ def listed():
     for path in sorted((TESTS / "planted").glob("*.py")):
         found += runpy.run_path(str(path), init_globals={"Mutant": Mutant})["MUTANTS"]
     return found
+
+
+def found(name):
+    """The path of the test file of this name, in whatever folder of tests/ it is."""
+    (path,) = TESTS.rglob(name)
+    return path
 
 
 # --- planting ---
@@ -256,7 +262,7 @@ def compiled(tree, log):
 def pytest(tree, number, arguments):
     """(exit status or None, output) of tests with one mutant; 0 is none."""
     captures = os.environ.get("SMMUFAST_CAPTURES", ROOT.parent / "shared" / "captures")
-    files = [f"tests/{word}" if word.endswith(".py") else word for word in arguments]
+    files = [found(word).relative_to(ROOT) if word.endswith(".py") else word for word in arguments]
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pytest", "-q", "-o", "addopts=", "-rfE", "-p",

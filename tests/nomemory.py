@@ -21,7 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+if __name__ == "__main__":  # python -P leaves this folder out
+    sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("", "support")]
+
 import numpy as np
 import small
 

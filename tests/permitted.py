@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":  # python -P leaves this folder out
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("", "support")]
 
 import numpy as np
 import ptwriter

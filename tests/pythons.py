@@ -2,7 +2,7 @@
 
     python -P tests/pythons.py python3.11 python3.12 python3.13 python3.14
     python -P tests/pythons.py python3.11 --numpy '2.0.*' --cython '3.1.*'
-    python -P tests/pythons.py python3.13 --cc clang --cflags=-O3 --tests tests/test_batch.py
+    python -P tests/pythons.py python3.13 --cc clang --cflags=-O3 --tests tests/engine/test_batch.py
 
 For each Python: a new virtual environment, the newest build requirements that pip finds (or the
 versions named), an sdist and what is installed from it, a replay of the shipped capture, and tests
@@ -106,7 +106,9 @@ class Place:
             return replayed.splitlines()[-1]
         self.pip("install", "--quiet", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis",
                  "rich", "setuptools", "cython")  # fmt: skip
-        chosen = self.arguments.tests or ["-m", "not slow", "--ignore", "tests/test_package.py"]
+        chosen = self.arguments.tests or [
+            "-m", "not slow", "--ignore", "tests/package/test_package.py"
+        ]  # fmt: skip
         said = self.run(
             self.python, "-P", "-m", "pytest", "-q", "-n", self.arguments.jobs, "--dist",
             "loadfile", "-p", "no:cacheprovider", "-o", "addopts=", *chosen, cwd=unpacked,

@@ -2,8 +2,8 @@
 
     python -P tests/sanitize.py                                  # fuzz_bytes.py, 200 systems
     python -P tests/sanitize.py -- tests/fuzz_bytes.py --seconds 600 --seed 12345
-    python -P tests/sanitize.py -- -m pytest tests/test_memory.py
-    python -P tests/sanitize.py --threads -- -m pytest tests/test_locks.py
+    python -P tests/sanitize.py -- -m pytest tests/engine/test_memory.py
+    python -P tests/sanitize.py --threads -- -m pytest tests/device/test_locks.py
 
 What follows -- is given to Python, which imports the instrumented build; it is made apart from the
 sources and thrown away (--keep DIRECTORY keeps it, and uses what is there).  Any finding ends the
@@ -105,7 +105,7 @@ def environment(site, sanitizer):
     """Variables of a Python that runs the instrumented build."""
     return os.environ | sanitizer.options | {
         "LD_PRELOAD": " ".join(libraries(sanitizer)),
-        "PYTHONPATH": os.pathsep.join((str(site), str(TESTS))),
+        "PYTHONPATH": os.pathsep.join((str(site), str(TESTS), str(TESTS / "support"))),
     }
 
 

@@ -4,7 +4,7 @@ Run as a script it takes minutes and gigabytes::
 
     python -P tests/scale.py
 
-`tests/test_iommu_scale.py` does the same with fewer of both.
+`tests/iommu/test_iommu_scale.py` does the same with fewer of both.
 """
 
 import argparse

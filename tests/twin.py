@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 if __name__ == "__main__":  # python -P leaves this folder out
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("", "support")]
 
 import rawfeatures
 import reference

@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 
 if __name__ == "__main__":  # python -P leaves this folder out
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("", "support")]
 
 import cachetwin
 import twin
