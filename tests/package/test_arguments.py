@@ -92,7 +92,7 @@ def test_numbers_are_hexadecimal_after_0x_and_else_decimal(text, number):
 SOURCES = {
     file.relative_to(ROOT).as_posix(): file
     for file in sorted(ROOT.rglob("*"))
-    if file.suffix in (".py", ".pyx", ".pxd") and file.name != "_arguments.py"
+    if file.suffix in (".py", ".pyx", ".pxi", ".pxd") and file.name != "_arguments.py"
 }
 
 OTHER_FORM = re.compile(
