@@ -5,7 +5,7 @@ from libc.stdint cimport uint64_t
 from smmufast._engine.ats cimport AtsAnswer, AtsAsk
 from smmufast._engine.memory cimport Log
 from smmufast._device.registers cimport Registers
-from smmufast._engine.translate cimport Memo
+from smmufast._engine.lookup cimport Memo
 from smmufast._facts.types cimport Outcome, Request, WalkC
 
 

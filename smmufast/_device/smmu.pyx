@@ -23,7 +23,7 @@ from smmufast._engine.ats cimport (
     ATS_EXECUTE, ATS_READ, ATS_SUCCESS, ATS_WRITE, AtsAnswer, AtsAsk, ats_request, ats_translated,
     recorded_if_asked, translated_input,
 )
-from smmufast._engine.batch cimport request_at, store_outcome, store_u8, store_u64
+from smmufast._engine.batch_block cimport request_at, store_outcome, store_u8, store_u64
 from smmufast._engine.vector cimport vector_switch
 from smmufast._engine.cached cimport (
     deliver, lookup_cached, memo_current, memo_touch, translate_cached, translate_request,
@@ -32,10 +32,10 @@ from smmufast._engine.cached cimport (
 from smmufast._rules.config cimport STAGE1_BYPASS, cd_decode
 from smmufast._engine.tlb cimport CachesC, Entry, tlb_find_key, tlb_key, tlb_touch
 from smmufast._rules.scope cimport KIND_S1
-from smmufast._engine.translate cimport (
-    CLASS_IN, Leaf, Memo, Syndrome, View, canonical, end_fault, finish_stage1, half_fault, leaf_of,
-    memo_holds, open_drivers, ste_decode, ste_fetch, syndrome_set, translate_one, usable, walk_once,
-)
+from smmufast._engine.chain cimport CLASS_IN, Leaf, Syndrome, View, end_fault, syndrome_set
+from smmufast._engine.lookup cimport Memo, memo_holds, ste_decode, ste_fetch
+from smmufast._engine.stage1 cimport canonical, half_fault, walk_once
+from smmufast._engine.translate cimport finish_stage1, leaf_of, open_drivers, translate_one, usable
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, HOLDS_SYNC, NO_SSID,

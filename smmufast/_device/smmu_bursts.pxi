@@ -7,7 +7,8 @@ from smmufast._facts.bits cimport apart, low_mask
 from smmufast._engine.core cimport Core
 from smmufast._engine.memory cimport Port
 from smmufast._engine.cached cimport deliver, translate_request
-from smmufast._engine.translate cimport Memo, translate_known
+from smmufast._engine.lookup cimport Memo
+from smmufast._engine.translate cimport translate_known
 from smmufast._facts.types cimport ACTION_DISABLED, Outcome, Request
 
 

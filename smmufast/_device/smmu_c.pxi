@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 from smmufast._engine.core cimport Core, caches_give, caches_take
 from smmufast._engine.memory cimport Port, port_open
 from smmufast._engine.cached cimport translate_request
-from smmufast._engine.translate cimport Memo
+from smmufast._engine.lookup cimport Memo
 from smmufast._facts.types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, HOLDS_SYNC, NO_SSID, STATUS_DONE, STATUS_EINVAL,
     STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, Outcome, Request, SmmuC, WalkC,

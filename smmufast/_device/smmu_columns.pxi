@@ -13,7 +13,8 @@ from smmufast._engine.cache cimport ctz64
 from smmufast._engine.core cimport Core
 from smmufast._facts.layout cimport cr0_smmuen
 from smmufast._engine.memory cimport Port, out_of_range, port_open, to_address, to_flag
-from smmufast._engine.batch cimport translate_each, translate_hits, translate_plain
+from smmufast._engine.batch_nested cimport translate_each, translate_plain
+from smmufast._engine.batch cimport translate_hits
 from smmufast._engine.vector cimport vector_on, vector_switch
 from smmufast._facts.types cimport NO_SSID, BatchC, ColumnC
 

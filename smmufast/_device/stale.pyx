@@ -26,7 +26,10 @@ from smmufast._engine.memory cimport Port, Ram, look_for_signals, port_open, rai
 from smmufast._device.smmu cimport Smmu
 from smmufast._engine.tlb cimport Caches, tlb_key
 from smmufast._rules.scope cimport KEY_GLOBAL, global_key
-from smmufast._engine.translate cimport CLASS_IN, Leaf, Memo, Syndrome, View, open_drivers, stage2
+from smmufast._engine.chain cimport CLASS_IN, Leaf, Syndrome, View
+from smmufast._engine.stage2 cimport stage2
+from smmufast._engine.lookup cimport Memo
+from smmufast._engine.translate cimport open_drivers
 from smmufast._facts.types cimport NO_SSID, Outcome, Request
 from smmufast._facts.why cimport WHY_S2_INVALID
 

@@ -41,11 +41,15 @@ from smmufast._engine.tlb cimport (
     ENTRY_CLEAN1, ENTRY_CLEAN2, Entry, cd_fill, cd_probe, ste_fill, ste_probe, tlb_probe,
 )
 from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1
+from smmufast._engine.chain cimport (
+    CLASS_IN, NOWHERE, Leaf, Syndrome, View, end_fault, end_refused, end_unmapped, syndrome_set,
+)
+from smmufast._engine.stage cimport leaf_none
+from smmufast._engine.stage2 cimport keep_entry, keeps_what_is_read, stage2
+from smmufast._engine.lookup cimport Memo, cd_fetch, ste_decode, ste_fetch, ste_substream
+from smmufast._engine.stage1 cimport canonical, half_fault, walk_steps
 from smmufast._engine.translate cimport (
-    CLASS_IN, NOWHERE, Leaf, Memo, Syndrome, View, canonical, cd_fetch, end_fault, end_refused,
-    end_unmapped, end_untranslatable, finish_stage1, finish_stage2, half_fault, keep_entry,
-    keeps_what_is_read, leaf_none, leaf_of, stage2, ste_decode, ste_fetch, ste_substream,
-    syndrome_set, untranslatable, usable, walk_steps,
+    end_untranslatable, finish_stage1, finish_stage2, leaf_of, untranslatable, usable,
 )
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (

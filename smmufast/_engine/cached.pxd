@@ -20,10 +20,14 @@ from smmufast._facts.layout cimport cr0_smmuen
 from smmufast._engine.memory cimport FETCH_STOPPED, Port
 from smmufast._engine.queue cimport event_deliver, walk_again
 from smmufast._engine.tlb cimport cd_fill, cd_probe, config_touch, ste_fill, ste_probe
+from smmufast._engine.chain cimport CLASS_IN, RETRIES, TO_STAGE1, TO_STAGE2, Syndrome, View
+from smmufast._engine.stage2 cimport keeps_what_is_read, stage2
+from smmufast._engine.lookup cimport (
+    Memo, cd_fetch, lookup_open, ste_decode, ste_fetch, ste_substream,
+)
+from smmufast._engine.stage1 cimport walk_steps
 from smmufast._engine.translate cimport (
-    CLASS_IN, RETRIES, TO_STAGE1, TO_STAGE2, Memo, Stages, Syndrome, View, cd_fetch, end_disabled,
-    end_lookup, keeps_what_is_read, lookup_open, stage1_walked, stage2, stage2_walked, stages_begin,
-    ste_decode, ste_fetch, ste_substream, translate_one, walk_steps,
+    Stages, end_disabled, end_lookup, stage1_walked, stage2_walked, stages_begin, translate_one,
 )
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport ACCESS_WRITE, ACTION_STALL, Context, Outcome, Request

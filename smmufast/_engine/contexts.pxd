@@ -14,9 +14,8 @@ from smmufast._facts.layout cimport ste_s1cdmax
 from smmufast._engine.memory cimport Port
 from smmufast._engine.tlb cimport CachesC, tlb_key
 from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1, KIND_S2, global_key
-from smmufast._engine.translate cimport (
-    CLASS_IN, NOWHERE, Memo, Syndrome, cd_fetch, ste_decode, ste_fetch, ste_substream, syndrome_set,
-)
+from smmufast._engine.chain cimport CLASS_IN, NOWHERE, Syndrome, syndrome_set
+from smmufast._engine.lookup cimport Memo, cd_fetch, ste_decode, ste_fetch, ste_substream
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport NO_SSID, Context
 

@@ -28,14 +28,26 @@ from smmufast._facts.layout cimport cr0_smmuen
 from smmufast._engine.memory cimport FETCH_ABORT, FETCH_OK, Log, Port, log_fetch, port_open
 from smmufast._engine.queue cimport walk_again, walk_enter, walk_leave
 from smmufast._engine.tlb cimport cd_probe
+from smmufast._engine.chain cimport (
+    AT_TABLE, CHANGED, CLASS_CD, CLASS_IN, CLASS_TT, ENDED, NOWHERE, RETRIES, TO_STAGE1, Leaf, View,
+    syndrome_set,
+)
+from smmufast._engine.stage cimport (
+    Place, descriptor_at, descriptor_read, update_desired, update_expected, update_read,
+)
+from smmufast._engine.stage2 cimport (
+    stage2_answer, stage2_begin, stage2_down, stage2_fault, stage2_keep, stage2_updates,
+)
+from smmufast._engine.lookup cimport (
+    Memo, cd_output, cd_read, cd_way, l1cd_read, l1std_read, lookup_open, ste_first, ste_read,
+    ste_substream,
+)
+from smmufast._engine.stage1 cimport (
+    WRITE_DENIED, WRITE_OUTER, WRITE_THROUGH, leaf_fault, race_lost, stage1_begin, stage1_down,
+    stage1_stopped, stage1_updates, update_denied, update_way,
+)
 from smmufast._engine.translate cimport (
-    AT_TABLE, CHANGED, CLASS_CD, CLASS_IN, CLASS_TT, ENDED, NOWHERE, RETRIES, TO_STAGE1,
-    WRITE_DENIED, WRITE_OUTER, WRITE_THROUGH, Leaf, Memo, Place, Stages, View, cd_output, cd_read,
-    cd_way, descriptor_at, descriptor_read, end_disabled, end_lookup, l1cd_read, l1std_read,
-    leaf_fault, lookup_open, race_lost, stage1_begin, stage1_down, stage1_stopped, stage1_updates,
-    stage1_walked, stage2_answer, stage2_begin, stage2_down, stage2_fault, stage2_keep,
-    stage2_updates, stage2_walked, stages_begin, ste_first, ste_read, ste_substream, syndrome_set,
-    update_denied, update_desired, update_expected, update_read, update_way,
+    Stages, end_disabled, end_lookup, stage1_walked, stage2_walked, stages_begin,
 )
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (

@@ -293,8 +293,10 @@ def test_what_the_package_offers_is_what_it_names():
 FUNCTION = re.compile(r"^[ ]*cdef (?:inline )?[\w\[\]* ]*?(\w+)\(([^()]*)\)([^:\n(]*)(?::|$)", re.M)
 HOT = (
     "_facts/bits.pxd", "_facts/layout.pxd", "_rules/vmsa.pxd", "_rules/config.pxd",
-    "_rules/command.pxd", "_rules/scope.pxd", "_engine/translate.pxd", "_engine/cached.pxd",
-    "_engine/batch.pxd",
+    "_rules/command.pxd", "_rules/scope.pxd", "_engine/chain.pxd", "_engine/stage.pxd",
+    "_engine/stage1.pxd", "_engine/stage2.pxd", "_engine/lookup.pxd", "_engine/translate.pxd",
+    "_engine/cached.pxd", "_engine/batch_block.pxd", "_engine/batch_contexts.pxd",
+    "_engine/batch_rows.pxd", "_engine/batch_nested.pxd", "_engine/batch.pxd",
     "_engine/queue.pxd", "_engine/ats.pxd", "_engine/cache.pxd",
 )  # fmt: skip
 

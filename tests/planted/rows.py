@@ -13,15 +13,11 @@ def of(file, *found):
 
 MUTANTS = [
     *of(
-        "_engine/translate.pxd",
+        "_engine/stage1.pxd",
         ("s3-13-7-1-1",
          "            leaf.desired = with_access_flag(leaf.d)",
          "            leaf.desired = leaf.d",
          "ats", "a_page_is_marked_dirty_for_a_write_that_is_granted"),
-        ("v8-16-1",
-         "view != NULL and why == 0 and s.kind == KIND_S1",
-         "view != NULL and s.kind == KIND_S1",
-         "single_rules", "faults_other_than_of_permission_are_not_cached"),
         ("s3-21-1-2-1",
          "not output_fits(address, half, leaf.shift, va)",
          "not output_fits(address, half, leaf.shift, va) or no_translation(leaf.d, leaf.level)",
@@ -50,6 +46,23 @@ MUTANTS = [
          "        return why_of_half(WHY_EPD0, upper)",
          "",
          "reference", "txsz_outside_its_limits_is_c_bad_cd"),
+        ("v8-5-2-2-1",
+         "    if not simple and context.hd and clean_s1(d):\n"
+         "        d = dirty_s1(d)",
+         "    if not simple and context.hd and clean_s1(d):\n"
+         "        return ((permissions[context.regime * 32 + upper * 16 + leaf_permissions(dirty_s1(d), tables)] & (2 | 16))\n"
+         "                | (permissions[context.regime * 32 + upper * 16 + leaf_permissions(d, tables)] & ~<unsigned int>(2 | 16)))",
+         "stage2", "dbm_needs_both_enables_and_nothing_else_in_the_way"),
+    ),
+    *of(
+        "_engine/translate.pxd",
+        ("v8-16-1",
+         "view != NULL and why == 0 and s.kind == KIND_S1",
+         "view != NULL and s.kind == KIND_S1",
+         "single_rules", "faults_other_than_of_permission_are_not_cached"),
+    ),
+    *of(
+        "_engine/lookup.pxd",
         ("s3-3-2-12",
          "    return cd_output(hw, ipa, kind, address, syndrome)",
          "    return stage2(view, &memo.context, port, ipa, PERM_PR, False, CLASS_CD, &leaf, address, syndrome)",
@@ -64,13 +77,6 @@ MUTANTS = [
          "fetch8(port, FETCH_L1CD, NO_LEVEL, memo.l1cd_at, &memo.l1cd)",
          "FETCH_OK if view != NULL and memo.l1cd & 1 else fetch8(port, FETCH_L1CD, NO_LEVEL, memo.l1cd_at, &memo.l1cd)",
          "command_meanings", "level_1_context_descriptors_are_read_with_every_cd_that_is_not_cached"),
-        ("v8-5-2-2-1",
-         "    if not simple and context.hd and clean_s1(d):\n"
-         "        d = dirty_s1(d)",
-         "    if not simple and context.hd and clean_s1(d):\n"
-         "        return ((permissions[context.regime * 32 + upper * 16 + leaf_permissions(dirty_s1(d), tables)] & (2 | 16))\n"
-         "                | (permissions[context.regime * 32 + upper * 16 + leaf_permissions(d, tables)] & ~<unsigned int>(2 | 16)))",
-         "stage2", "dbm_needs_both_enables_and_nothing_else_in_the_way"),
     ),
     *of(
         "_engine/queue.pxd",
@@ -293,7 +299,7 @@ MUTANTS = [
          "single_rules", "controls_of_permissions_count_when_a_page_is_cached"),
     ),
     *of(
-        "_engine/batch.pxd",
+        "_engine/batch_rows.pxd",
         ("l-1",
          "            rows.access[i] = load_u8(&batch.access, start + i) & 7",
          "            rows.access[i] = load_u8(&batch.access, start + i) & 3",
