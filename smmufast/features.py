@@ -672,7 +672,7 @@ cdef struct Hw:
     uint64_t strtab        # first address of the stream table, aligned
     uint64_t oas_over      # address bits beyond the output address size
     uint64_t pointer_mask  # address bits of a structure's pointer field, from bit 6
-    uint64_t edition       # how often registers were written: what was decoded before is old
+    uint64_t generation    # how often registers were written: what was decoded before is old
     uint32_t cr0, cr2
     uint8_t gbpa_abort, gbpa_attr, gbpa_sh
     uint8_t two_level      # stream table format

@@ -821,7 +821,7 @@ cdef class Registers:
     cdef int _digest(self) except -1:
         """Let the digest say what the registers hold."""
         cdef Hw* hw = &self.core.hw
-        hw.edition += 1
+        hw.generation += 1
         hw.cr0 = self._values["CR0"]
         hw.cr2 = self._values["CR2"]
         self._digest_stream_table()

@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
-from smmufast._facts.bits cimport apart, likely, low_mask, unlikely
+from smmufast._facts.bits cimport noinline, likely, low_mask, unlikely
 from smmufast._engine.cache cimport ctz64
 from smmufast._rules.command cimport Effect, command_decode
 from smmufast._engine.core cimport Core, caches_give, caches_take, caches_take_gil
@@ -35,7 +35,7 @@ from smmufast._rules.scope cimport KIND_S1
 from smmufast._engine.chain cimport CLASS_IN, Leaf, Syndrome, View, end_fault, syndrome_set
 from smmufast._engine.lookup cimport Memo, memo_holds, ste_decode, ste_fetch
 from smmufast._engine.stage1 cimport canonical, half_fault, walk_once
-from smmufast._engine.translate cimport finish_stage1, leaf_of, open_drivers, translate_one, usable
+from smmufast._engine.translate cimport finish_stage1, leaf_of, open_paths, translate_one, usable
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, ACTION_DISABLED, ACTION_OK, HOLDS_SYNC, NO_SSID,
@@ -58,7 +58,7 @@ cdef extern from "numpy/arrayobject.h":
 
 cnp.import_array()
 
-open_drivers()
+open_paths()
 vector_switch(os.environ.get("SMMUFAST_VECTOR") != "0")
 
 cdef extern from *:
@@ -185,7 +185,7 @@ cdef int request_any(Core* core, Port* port, const Request* request, Memo* memo,
     return translate_request(core, port, request, memo, outcome)
 
 
-cdef ScalarDriver through_caches = request_any  # not inlined
+cdef ScalarPath through_caches = request_any  # not inlined
 
 
 cdef const Context* hit_ahead(Smmu smmu, const Request* request, Leaf* leaf) noexcept:
@@ -242,11 +242,11 @@ cdef inline const Context* find_ahead(
     cdef const Memo* memo
     cdef int event
     if unlikely(core.caches != NULL):
-        return (<Ahead>apart(<void*>hit_ahead))(smmu, request, leaf)
+        return (<Ahead>noinline(<void*>hit_ahead))(smmu, request, leaf)
     if unlikely(not ram.plain or core.shared or not cr0_smmuen(core.hw.cr0)):
         return NULL
     # a pointer that the compiler knows nothing of, or it computes the place again at every use
-    memo = <const Memo*>apart(&smmu.memos[(request.sid ^ request.ssid) % MEMOS])
+    memo = <const Memo*>noinline(&smmu.memos[(request.sid ^ request.ssid) % MEMOS])
     if unlikely(not memo.context.simple or memo.context.second.on):
         return NULL
     port_open(&port, ram, NULL)
@@ -261,7 +261,7 @@ cdef inline const Context* find_ahead(
 
 cdef inline int run_request(
         Smmu smmu, const Request* request, Outcome* outcome) except -1:
-    """The scalar driver; with the GIL, which only callbacks may let go."""
+    """The scalar path; with the GIL, which only callbacks may let go."""
     cdef Leaf leaf
     cdef Syndrome syndrome
     cdef const Context* context = find_ahead(smmu, request, &leaf)
@@ -272,7 +272,7 @@ cdef inline int run_request(
 
 
 cdef int run_few(Smmu smmu, const BatchC* batch, bint more) except -1:
-    """A batch in plain memory that is not worth the start of a batch driver.
+    """A batch in plain memory that is not worth the start of a batch path.
 
     `more`: columns other than pa, action and event are wanted.
     """
@@ -563,7 +563,7 @@ wired=True, on_interrupt=None)\n--\n
         raise result_error(result)
 
     cdef int _run(self, const Request* request, Outcome* outcome, Log* log) except -1:
-        """The scalar driver for whatever find_ahead() leaves to it."""
+        """The scalar path for whatever find_ahead() leaves to it."""
         cdef Port port
         cdef Ram* ram = self.core.ram
         cdef Memo* memo = &self.memos[(request.sid ^ request.ssid) % MEMOS]

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport realloc
 
-from smmufast._facts.bits cimport apart, low_mask
+from smmufast._facts.bits cimport noinline, low_mask
 from smmufast._engine.core cimport Core
 from smmufast._engine.memory cimport Port
 from smmufast._engine.cached cimport deliver, translate_request
@@ -67,7 +67,7 @@ cdef int burst_add(Burst* burst, uint64_t iova, const Outcome* page,
     return BURST_MORE
 
 
-ctypedef int (*ScalarDriver)(Core*, Port*, const Request*, Memo*, Outcome*) noexcept nogil
+ctypedef int (*ScalarPath)(Core*, Port*, const Request*, Memo*, Outcome*) noexcept nogil
 
 
 # S15.2-2, S16.7.1-1
@@ -90,7 +90,7 @@ cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
                 core, port, request, translate_known(&core.hw, port, request, memo, &page), &page)
         else:
             port.wrote = False
-            status = (<ScalarDriver>apart(<void*>translate_request))(
+            status = (<ScalarPath>noinline(<void*>translate_request))(
                 core, port, request, memo, &page)
             known = core.caches == NULL and port.ram.plain and memo.whole
         if status:

@@ -369,12 +369,12 @@ cdef int batch_cached(Core* core, Port* port, const BatchC* batch) noexcept nogi
     return translate_hits(core, port, batch)
 
 
-ctypedef int (*Driver)(Core*, Port*, const BatchC*) noexcept nogil
+ctypedef int (*BatchPath)(Core*, Port*, const BatchC*) noexcept nogil
 
-cdef Driver cached = batch_cached
+cdef BatchPath cached = batch_cached
 
-cdef Driver each = batch_each
-cdef Driver plain = batch_plain
+cdef BatchPath each = batch_each
+cdef BatchPath plain = batch_plain
 
 
 cdef extern from *:
@@ -412,7 +412,7 @@ cdef enum:
     PIECE = 1 << 20    # requests between looks for signals
     FLAGS = 512        # requests whose access bytes are made at a time
     SHORT = 64         # requests that take less time than giving up the GIL
-    FEW = 12           # requests that the scalar driver does in less time than a batch driver
+    FEW = 12           # requests that the scalar path does in less time than a batch path
 
 
 cdef void join_flags(const Flags* flags, size_t first, size_t n, uint8_t* access) noexcept nogil:

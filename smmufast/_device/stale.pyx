@@ -29,7 +29,7 @@ from smmufast._rules.scope cimport KEY_GLOBAL, global_key
 from smmufast._engine.chain cimport CLASS_IN, Leaf, Syndrome, View
 from smmufast._engine.stage2 cimport stage2
 from smmufast._engine.lookup cimport Memo
-from smmufast._engine.translate cimport open_drivers
+from smmufast._engine.translate cimport open_paths
 from smmufast._facts.types cimport NO_SSID, Outcome, Request
 from smmufast._facts.why cimport WHY_S2_INVALID
 
@@ -41,7 +41,7 @@ from smmufast._engine.tlb import StaleEntry
 from smmufast.faults import Perm
 from smmufast.why import Why
 
-open_drivers()
+open_paths()
 
 cdef object tag_in = itemgetter(2)
 

@@ -45,7 +45,7 @@ from smmufast._engine.chain cimport (
     CLASS_IN, NOWHERE, Leaf, Syndrome, View, end_fault, end_refused, end_unmapped, syndrome_set,
 )
 from smmufast._engine.stage cimport leaf_none
-from smmufast._engine.stage2 cimport keep_entry, keeps_what_is_read, stage2
+from smmufast._engine.stage2 cimport keeps_what_is_read, stage2, tlb_fill_from_walk
 from smmufast._engine.lookup cimport Memo, cd_fetch, ste_decode, ste_fetch, ste_substream
 from smmufast._engine.stage1 cimport canonical, half_fault, walk_steps
 from smmufast._engine.translate cimport (
@@ -282,7 +282,8 @@ cdef inline int ats_stage1(
             return 0
     why = walk_steps(view, context, port, iova, access, &pages.first, syndrome)
     if why == 0 and view != NULL and kind == KIND_S1:
-        keep_entry(view, context, KIND_S1, va, half, &pages.first, NULL, 0, pages.first.address)
+        tlb_fill_from_walk(
+            view, context, KIND_S1, va, half, &pages.first, NULL, 0, pages.first.address)
     if why_event(why) == EVENT_F_PERMISSION and not syndrome.s2:
         why = 0
     if why == 0:
@@ -324,8 +325,9 @@ cdef inline int ats_pages(
     if why == 0 and kind == KIND_COMBINED and pages.first.perm & need:
         upper = half_of(iova, context.two_ttbs)
         half = &context.half[upper]
-        keep_entry(view, context, KIND_COMBINED, canonical(half, iova, upper), half, &pages.first,
-                   &pages.second, pages.ipa, pages.pa)
+        tlb_fill_from_walk(
+            view, context, KIND_COMBINED, canonical(half, iova, upper), half, &pages.first,
+            &pages.second, pages.ipa, pages.pa)
     if why == 0 or why_event(why) == EVENT_F_PERMISSION:
         why = 0
         pages.pa = pages.second.address | pages.ipa & low_mask(pages.second.shift)

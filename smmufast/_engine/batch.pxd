@@ -1,13 +1,13 @@
-"""The batch drivers: many requests, columns in and out, without the global lock.
+"""The batch paths: many requests, columns in and out, without the global lock.
 
 Blocks of requests: the upper levels of all are walked before the first leaf is read, over the
 rules of translate.pxd.  What faults, what needs stage 2 or a hardware update, and everything
-through caches or memory that is not plain, goes one by one through the scalar driver.
+through caches or memory that is not plain, goes one by one through the scalar path.
 """
 
 from libc.stdint cimport uint64_t
 
-from smmufast._facts.bits cimport apart, likely, low_mask, unlikely
+from smmufast._facts.bits cimport noinline, likely, low_mask, unlikely
 from smmufast._engine.cache cimport POLICY_LRU, POLICY_PLRU, CacheC, plru_touch
 from smmufast._engine.cached cimport UNDECODED
 from smmufast._rules.config cimport STAGE1_BYPASS
@@ -102,7 +102,7 @@ cdef inline bint lane_knows(
     written since.  A CD that stage 2 leads to goes through the other caches each time.
     """
     cdef bint read = port.ram.plain and not port.wrote
-    if memo.edition != hw.edition or memo.generation != c.config_generation:
+    if memo.hw_generation != hw.generation or memo.config_generation != c.config_generation:
         return False
     if not (memo.ste_handle or (read and c.cache[CACHE_STE].ways == 0)):
         return False
@@ -148,7 +148,7 @@ cdef inline int run_hits(
     cdef const Hw* hw = &core.hw
     cdef CachesC* c = core.caches
     cdef CacheC* tlb = &c.cache[CACHE_TLB]
-    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
+    cdef ByOne scalar = <ByOne>noinline(<void*>batch_scalar)
     cdef Memo memo
     cdef Lane lane
     cdef const Context* context = &memo.context
@@ -162,8 +162,8 @@ cdef inline int run_hits(
     cdef int status
     memo.whole = False
     memo.sid = memo.ssid = 0
-    memo.edition = 0
-    memo.generation = UNDECODED
+    memo.hw_generation = 0
+    memo.config_generation = UNDECODED
     lane.hits.clock = lane.told = 0
     lane.next = 0
     lane.gap = REST_MIN

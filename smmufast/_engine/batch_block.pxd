@@ -19,7 +19,7 @@ cdef enum:
     SHAPES = 7        # kinds of context told apart in one call
     SLOTS_LG2 = 13    # pairs remembered in one call, as SMMUFAST_HOME says
     PROBES = 8
-    LEFT = 15         # Rows.shape: the scalar driver looks the pair up in its turn
+    LEFT = 15         # Rows.shape: the scalar path looks the pair up in its turn
     FEW = 16          # rows that Lanes are worth
     QUIET = 8         # rows that write no memory before a block is set out again
     STREAK = 3        # rows that hit, so that more are expected to
@@ -71,7 +71,7 @@ cdef struct Run:
     bint halves               # of one pair, bit 55 of the address selects the shape
     unsigned int shapes
     Shape[SHAPES] shape
-    Memo memo                 # of the scalar driver
+    Memo memo                 # of the scalar path
     Near near
     Last last
     NearTable near_table
@@ -156,7 +156,7 @@ cdef inline void request_at(const BatchC* batch, size_t i, Request* request) noe
 
 cdef inline int batch_scalar(
         Core* core, Port* port, Memo* memo, const BatchC* batch, size_t i) noexcept nogil:
-    """One request of a batch by the scalar driver."""
+    """One request of a batch by the scalar path."""
     cdef Request request
     cdef Outcome outcome
     cdef int status

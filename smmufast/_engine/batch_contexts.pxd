@@ -194,7 +194,7 @@ cdef inline void open_contexts(Run* run) noexcept nogil:
         return
     cdef Memo* memo = &run.memo
     if not look_up(run, load_u32(&run.batch.sid, 0), load_u32(&run.batch.ssid, 0), memo):
-        run.shapes = 0  # each row by the scalar driver
+        run.shapes = 0  # each row by the scalar path
         return
     if run.shapes == 1 and same_shape(memo, &run.shape[0]):
         run.shape[0].memo = memo[0]

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from smmufast._facts.bits cimport apart, le64, unlikely
+from smmufast._facts.bits cimport noinline, le64, unlikely
 from smmufast._engine.cache cimport ctz64
 from smmufast._rules.config cimport STAGE1_BYPASS, ste_stage2
 from smmufast._engine.core cimport Core
@@ -29,7 +29,7 @@ from smmufast._engine.batch_rows cimport rows_alone, run_blocks
 
 
 # --- both stages ---
-# One pair whose context has stage 2.  The first row is the scalar driver's, which decodes the
+# One pair whose context has stage 2.  The first row is the scalar path's, which decodes the
 # context in its turn; the rest have the last tables of both stages from a cache of this call.
 
 cdef struct Reuse:
@@ -50,7 +50,7 @@ cdef inline const uint8_t* in_window(
 cdef inline int stage2_table(
         const Half* half, Port* port, uint64_t ipa, const uint8_t** table,
         uint64_t* held, unsigned int* shift) noexcept nogil:
-    """Walk stage 2 to the last table of an IPA, or to a block: 0, or 1 for the scalar driver."""
+    """Walk stage 2 to the last table of an IPA, or to a block: 0, or 1 for the scalar path."""
     cdef Descent at
     cdef int status
     at.table = first_table(half, ipa)
@@ -149,7 +149,7 @@ cdef inline void nested_ask(
         plain_find(lanes, known, reuse.epoch, rows, rows.count, missing)
     for k in range(2):
         while unlikely(missing[k] != 0):
-            (<NestedMissing>apart(<void*>nested_missing))(
+            (<NestedMissing>noinline(<void*>nested_missing))(
                 run, reuse, lanes, rows, 64 * k + ctz64(missing[k]), stage1)
             missing[k] &= missing[k] - 1
 
@@ -184,7 +184,7 @@ cdef inline void nested_lanes(Run* run, Lanes* first, Lanes* second) noexcept no
 
 
 cdef inline bint nested_takes(const Run* run) noexcept nogil:
-    """The context that the scalar driver left is one for these passes."""
+    """The context that the scalar path left is one for these passes."""
     cdef const Context* context = &run.memo.context
     return (
         cr0_smmuen(run.core.hw.cr0) and run.memo.whole
@@ -198,9 +198,9 @@ cdef inline int run_nested(Run* run, Reuse* reuse) noexcept nogil:
     cdef Rows[2] rows         # at stage 1, at stage 2
     cdef Lanes[2] first
     cdef Lanes second
-    cdef uint8_t[ROWS] left   # stage 1 leaves the row to the scalar driver
+    cdef uint8_t[ROWS] left   # stage 1 leaves the row to the scalar path
     cdef Out ipas
-    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
+    cdef ByOne scalar = <ByOne>noinline(<void*>batch_scalar)
     cdef size_t start = 0, count, i
     cdef bint takes = False, stage1 = True, again = False, pure = run.port.pure
     cdef const Lanes* lanes
@@ -359,7 +359,7 @@ cdef inline int translate_plain(
         reuse = <Reuse*>scratch_take(&core.reuse, sizeof(Reuse))
         if reuse == NULL:
             return translate_each(core, port, batch)
-        status = (<NestedRun>apart(<void*>run_nested))(&run, reuse)
+        status = (<NestedRun>noinline(<void*>run_nested))(&run, reuse)
         scratch_give(&core.reuse, reuse)
         return status
     if one_pair:

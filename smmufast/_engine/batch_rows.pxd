@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from smmufast._facts.bits cimport apart, le64, likely, load64, low_mask, prefetch, unlikely
+from smmufast._facts.bits cimport noinline, le64, likely, load64, low_mask, prefetch, unlikely
 from smmufast._engine.cache cimport ctz64
 from smmufast._engine.cached cimport deliver, translate_request
 from smmufast._rules.config cimport admitted
@@ -152,7 +152,7 @@ cdef inline void set_out(
         bint simple) noexcept nogil:
     """First pass: walk down to the last table and ask for its entry.
 
-    Whatever is not an ordinary walk is left to the scalar driver.  `simple` is
+    Whatever is not an ordinary walk is left to the scalar path.  `simple` is
     context.simple.
     """
     cdef uint64_t va = rows.va[i]
@@ -210,7 +210,7 @@ cdef inline int arrive(
         bint more, bint simple) noexcept nogil:
     """Second pass: read the leaf and write the columns.
 
-    0, or 1 when the request is left to the scalar driver.  `more`: columns other than pa,
+    0, or 1 when the request is left to the scalar path.  `more`: columns other than pa,
     action and event are wanted.
     """
     cdef const Half* half
@@ -337,7 +337,7 @@ cdef inline void rows_set_out(Run* run, Rows* rows, bint one_pair) noexcept nogi
 
 
 cdef inline int row_scalar(Run* run, const Rows* rows, size_t i, bint one_pair) noexcept nogil:
-    """One row by the scalar driver, in the context that its block decoded where that is its own."""
+    """One row by the scalar path, in the context that its block decoded where that is its own."""
     cdef Shape* shape = &run.shape[rows.shape[i] >> 1]
     cdef Request request
     cdef Outcome outcome
@@ -366,7 +366,7 @@ ctypedef int (*RowScalar)(Run*, const Rows*, size_t, bint) noexcept nogil
 
 cdef inline int rows_arrive(Run* run, Rows* rows, bint one_pair, size_t* done) noexcept nogil:
     """Second pass over a block; `done` rows of it.  Not all, when memory was written."""
-    cdef RowScalar scalar = <RowScalar>apart(<void*>row_scalar)
+    cdef RowScalar scalar = <RowScalar>noinline(<void*>row_scalar)
     cdef Shape* shape
     cdef const Lanes* lanes = NULL
     cdef size_t i = 0, n = 0
@@ -427,8 +427,8 @@ cdef inline size_t run_near(Run* run, size_t start) noexcept nogil:
 
 
 cdef inline int rows_alone(Run* run, size_t* start) noexcept nogil:
-    """Rows from `start` on by the scalar driver, until as many as QUIET wrote no memory."""
-    cdef ByOne scalar = <ByOne>apart(<void*>batch_scalar)
+    """Rows from `start` on by the scalar path, until as many as QUIET wrote no memory."""
+    cdef ByOne scalar = <ByOne>noinline(<void*>batch_scalar)
     cdef unsigned int quiet = 0
     cdef int status
     while start[0] < run.batch.n and quiet < QUIET:

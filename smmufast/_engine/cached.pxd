@@ -1,4 +1,4 @@
-"""The chain through caches: the scalar driver again, with every lookup asked of a cache first.
+"""The chain through caches: the scalar path again, with every lookup asked of a cache first.
 
 Not architectural: what is cached and when.  The rules are those of translate.pxd; here are its
 loops once more, with probes and fills.  Sections: IHI 0070 3.17 (TLB tags), 3.21 (what may be
@@ -52,15 +52,15 @@ cdef extern from *:
     """
     #define SMMUFAST_UNDECODED UINT64_MAX
     """
-    # Memo.generation of what was looked up and is not whole in the memo.
+    # Memo.config_generation of what was looked up and is not whole in the memo.
     const uint64_t UNDECODED "SMMUFAST_UNDECODED"
 
 
 cdef inline bint memo_current(const Hw* hw, const View* view, const Memo* memo) noexcept nogil:
     """The memo is this pair's, of these registers, and all of it is still cached."""
     return (memo.whole and memo.sid == view.sid and memo.ssid == view.ssid
-            and memo.edition == hw.edition
-            and memo.generation == view.c.config_generation)
+            and memo.hw_generation == hw.generation
+            and memo.config_generation == view.c.config_generation)
 
 
 cdef inline void memo_touch(const View* view, const Memo* memo) noexcept nogil:
@@ -100,7 +100,7 @@ cdef inline int lookup_cached(
     """As lookup(), for view.sid and view.ssid; what is cached is not read."""
     cdef int why
     lookup_open(hw, view.sid, view.ssid, memo, syndrome)
-    memo.generation = UNDECODED
+    memo.config_generation = UNDECODED
     why = ste_look(hw, view, memo)
     if why == 0 and not memo.ste_handle:
         why = ste_fetch(hw, port, view.sid, memo, syndrome)
@@ -119,7 +119,7 @@ cdef inline int lookup_cached(
         if why:
             return why
     memo.whole = memo.ste_handle and (memo.cd_handle or memo.index == STAGE1_BYPASS)
-    memo.generation = view.c.config_generation
+    memo.config_generation = view.c.config_generation
     return 0
 
 

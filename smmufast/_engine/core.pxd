@@ -1,4 +1,4 @@
-"""What one Smmu is made of, as the drivers see it.
+"""What one Smmu is made of, as the paths see it.
 
 Sections: IHI 0070 3.5 (circular queues), 3.18 (interrupts), 7.5 (global errors).  The functions
 on queues are in queue.pxd.

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from smmufast._facts.bits cimport apart, unlikely
+from smmufast._facts.bits cimport noinline, unlikely
 from smmufast._rules.config cimport (
     STAGE1_BYPASS, cd_decode, cd_first, l1cd_next, l1std_next, stage2_decode, ste_aborts, ste_check,
     ste_overrides, ste_stage2, ste_vmid, stream_first, substream,
@@ -24,7 +24,7 @@ from smmufast._engine.stage2 cimport stage2
 # long as they are what memory holds it need not be decoded again.
 cdef struct Memo:
     bint whole            # all of it belongs together
-    uint64_t edition      # of the registers that it was decoded by
+    uint64_t hw_generation  # of the registers that it was decoded by
     int index             # of the CD, or STAGE1_BYPASS
     uint32_t sid
     uint32_t ssid
@@ -38,7 +38,7 @@ cdef struct Memo:
     uint64_t l1cd
     uint64_t[8] ste
     uint64_t[8] cd
-    uint64_t generation   # with caches: of the configuration that the handles belong to
+    uint64_t config_generation  # with caches: of the configuration that the handles belong to
     uint32_t ste_handle
     uint32_t cd_handle
     Context context
@@ -62,20 +62,20 @@ cdef inline bint memo_holds(
         const Hw* hw, Port* port, const Memo* memo, uint32_t sid, uint32_t ssid) noexcept nogil:
     """The memo is this pair's, and registers and memory still hold what it was decoded from."""
     if (not memo.whole or memo.sid != sid or memo.ssid != ssid
-            or memo.edition != hw.edition):
+            or memo.hw_generation != hw.generation):
         return False
     if memo.l1std_at != NOWHERE and not unchanged8(port, memo.l1std_at, memo.l1std):
         return False
     if not unchanged64(port, memo.ste_at, memo.ste):
         return False
     if memo.l1cd_at != NOWHERE:
-        if unlikely(memo.context.second.on) and not (<SamePlace>apart(<void*>same_place))(
+        if unlikely(memo.context.second.on) and not (<SamePlace>noinline(<void*>same_place))(
                 memo, port, memo.l1cd_ipa, memo.l1cd_at):
             return False
         if not unchanged8(port, memo.l1cd_at, memo.l1cd):
             return False
     if memo.cd_at != NOWHERE:
-        if unlikely(memo.context.second.on) and not (<SamePlace>apart(<void*>same_place))(
+        if unlikely(memo.context.second.on) and not (<SamePlace>noinline(<void*>same_place))(
                 memo, port, memo.cd_ipa, memo.cd_at):
             return False
         return unchanged64(port, memo.cd_at, memo.cd)
@@ -241,7 +241,7 @@ cdef inline void lookup_open(
         const Hw* hw, uint32_t sid, uint32_t ssid, Memo* memo, Syndrome* syndrome) noexcept nogil:
     """Nothing of a pair is known yet."""
     memo.whole = False
-    memo.edition = hw.edition
+    memo.hw_generation = hw.generation
     memo.sid = sid
     memo.ssid = ssid
     memo.context.second.on = False

@@ -174,7 +174,7 @@ cdef inline void port_open(Port* port, Ram* ram, Log* log) noexcept nogil:
     port.exception = NULL
 
 
-# How a fetch ends.  Negative codes stop the driver: there is no outcome yet.
+# How a fetch ends.  Negative codes stop the path: there is no outcome yet.
 cdef enum:
     FETCH_OK = 0
     FETCH_ABORT = 1      # external abort

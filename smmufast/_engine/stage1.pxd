@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 
-from smmufast._facts.bits cimport apart, likely, unlikely
+from smmufast._facts.bits cimport noinline, likely, unlikely
 from smmufast._rules.config cimport effective_access, why_of_half
 from smmufast._facts.layout cimport *
 from smmufast._engine.memory cimport Port
@@ -10,7 +10,7 @@ from smmufast._engine.tlb cimport Table
 from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1
 from smmufast._facts.types cimport (
     ACCESS_PRIV, ACCESS_WRITE, FETCH_S2TT_UPDATE, FETCH_TT, FETCH_TT_UPDATE, PERM_PR, PERM_PW,
-    Context, Half, Second,
+    Context, Half, Stage2,
 )
 from smmufast._rules.vmsa cimport (
     access_flag, clean_s1, clean_s2, dirty_s1, dirty_s2, entry_address, half_of, in_range,
@@ -105,7 +105,7 @@ cdef inline int walk_once(
         bint simple) noexcept nogil:
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     # opaque, or its place is computed again at every use
-    cdef const Half* half = <const Half*>apart(<void*>&context.half[upper])
+    cdef const Half* half = <const Half*>noinline(<void*>&context.half[upper])
     cdef Descent at
     cdef int why, status
     leaf_none(leaf)
@@ -160,7 +160,7 @@ cdef enum:
     WRITE_OUTER       # the leaf of stage 2 is marked dirty
 
 
-cdef inline int update_way(const Second* second, const Leaf* outer) noexcept nogil:
+cdef inline int update_way(const Stage2* second, const Leaf* outer) noexcept nogil:
     """How a descriptor of stage 1 is written that `outer`, a leaf of stage 2, maps."""
     if not outer.perm & PERM_PW:
         return WRITE_DENIED
@@ -180,7 +180,7 @@ cdef inline int update_nested(
         View* view, const Context* context, Port* port, const Half* half, Leaf* leaf, Leaf* outer,
         uint64_t ipa, Syndrome* syndrome) noexcept nogil:
     """Update a stage-1 descriptor: stage 2, whose leaf `outer` maps it, must let it be written."""
-    cdef const Second* second = &context.second
+    cdef const Stage2* second = &context.second
     cdef uint64_t address = 0
     cdef int status, way = update_way(second, outer)
     if way == WRITE_DENIED:

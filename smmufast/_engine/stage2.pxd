@@ -11,7 +11,7 @@ from smmufast._engine.tlb cimport (
     walk_probe,
 )
 from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1, KIND_S2
-from smmufast._facts.types cimport FETCH_S2TT, FETCH_S2TT_UPDATE, Context, Half, Second
+from smmufast._facts.types cimport FETCH_S2TT, FETCH_S2TT_UPDATE, Context, Half, Stage2
 from smmufast._rules.vmsa cimport (
     ATTR_WB, access_flag, clean_s1, clean_s2, combine_sh, contiguous, dirty_s2, entry_address,
     first_table, fitting_lg2, leaf_address, leaf_sh, mair_byte, no_translation, not_global,
@@ -31,7 +31,7 @@ from smmufast._engine.stage cimport (
 
 # S2.5-2, S5.2-72, S5.2-73, S13.1.1-4, V8.6.3-2
 cdef inline int stage2_denies(
-        const Second* second, unsigned int need, bint for_walk, const Leaf* leaf) noexcept nogil:
+        const Stage2* second, unsigned int need, bint for_walk, const Leaf* leaf) noexcept nogil:
     """F_PERMISSION: the access is not permitted, or S2PTW keeps table walks out of Device."""
     if not leaf.perm & need:
         return WHY_S2_PERMISSION
@@ -41,7 +41,7 @@ cdef inline int stage2_denies(
 
 # S3.4-17, S3.13.1-2, S5.2-67, S5.2-71, S7.3.22-3, V8.4.2.1-1, V8.15.4-4
 cdef inline int stage2_fault(
-        const Second* second, uint64_t ipa, unsigned int need, bint dirty, bint for_walk,
+        const Stage2* second, uint64_t ipa, unsigned int need, bint dirty, bint for_walk,
         Leaf* leaf) noexcept nogil:
     """What a leaf of stage 2 gives: address size before access flag before permission."""
     cdef uint64_t d = leaf.d
@@ -67,7 +67,7 @@ cdef inline int stage2_fault(
 
 
 cdef inline bint stage2_updates(
-        const Second* second, int why, const Leaf* leaf) noexcept nogil:
+        const Stage2* second, int why, const Leaf* leaf) noexcept nogil:
     """The leaf of stage 2 is to be updated, whose stage2_fault() was this."""
     return (leaf.desired != leaf.d and second.ha
             and (why == 0 or why_event(why) == EVENT_F_PERMISSION))
@@ -75,7 +75,7 @@ cdef inline bint stage2_updates(
 
 # V8.5.1.2-3
 cdef inline int stage2_end(
-        const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
+        const Stage2* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
         bint for_walk, Leaf* leaf) noexcept nogil:
     """What a leaf of stage 2 gives, and its hardware update: 0, why not, CHANGED or a stop."""
     cdef int why = stage2_fault(second, ipa, need, dirty, for_walk, leaf)
@@ -106,7 +106,7 @@ cdef inline int stage2_answer(
 
 # S3.4-13, S3.4-14, S3.4.1-7, V8.1.7-6, V8.1.10-1
 cdef inline int stage2_once(
-        const Second* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
+        const Stage2* second, Port* port, uint64_t ipa, unsigned int need, bint dirty,
         bint for_walk, Leaf* leaf, bint simple) noexcept nogil:
     cdef const Half* half = &second.half
     cdef Descent at
@@ -121,13 +121,13 @@ cdef inline int stage2_once(
     return event if event else stage2_end(second, port, ipa, need, dirty, for_walk, leaf)
 
 
-cdef inline uint8_t said(uint64_t d) noexcept nogil:
+cdef inline uint8_t leaf_pack(uint64_t d) noexcept nogil:
     """What a cached translation keeps of its leaf: attributes, SH, nG and Contiguous."""
     return <uint8_t>(pte_s2_memattr(d) | pte_s1_sh(d) << 4 | pte_s1_ng(d) << 6
                      | pte_s1_contiguous(d) << 7)
 
 
-cdef inline uint64_t as_said(uint8_t kept) noexcept nogil:
+cdef inline uint64_t leaf_unpack(uint8_t kept) noexcept nogil:
     """A leaf descriptor that says the same."""
     cdef uint64_t d = pte_s1_set_contiguous(0, kept >> 7)
     return pte_s2_set_memattr(pte_s1_set_sh(pte_s1_set_ng(d, kept >> 6), kept >> 4), kept)
@@ -175,7 +175,7 @@ cdef inline const Table* cached_table(
 
 # S3.3-2, S3.17-8, S3.20.1-3, S3.21.1.2-3, S16.2.2-3, V8.1.7-5, V8.2.1-4, V8.5.1.1-2, V8.5.1.2-4,
 # V8.15.1.4-1, V8.16-1
-cdef inline void keep_entry(
+cdef inline void tlb_fill_from_walk(
         View* view, const Context* context, unsigned int kind, uint64_t input,
         const Half* half, const Leaf* first, const Leaf* second, uint64_t ipa,
         uint64_t pa) noexcept nogil:
@@ -208,7 +208,7 @@ cdef inline void keep_entry(
         e.level = e.level_s1 = first.level
         e.granule_s1 = half.granule
         e.perm1 = first.perm
-        e.extra[0] = said(first.d)
+        e.extra[0] = leaf_pack(first.d)
         if context.hd and clean_s1(first.d):
             e.flags |= ENTRY_CLEAN1
     if kind & KIND_S2:
@@ -218,7 +218,7 @@ cdef inline void keep_entry(
         e.perm2 = second.perm
         e.attr = stage2_attr(second.d, context.second.fwb, e.attr)
         e.sh = combine_sh(e.sh, leaf_sh(second.d, &context.second.half))
-        e.extra[1] = said(second.d)
+        e.extra[1] = leaf_pack(second.d)
         if context.second.hd and clean_s2(second.d):
             e.flags |= ENTRY_CLEAN2
         lg2 = fitting_lg2(&context.second.half, second.shift)
@@ -246,7 +246,7 @@ cdef inline int stage2_begin(
         View* view, const Context* context, uint64_t ipa, unsigned int need, bint dirty,
         unsigned int cls, Leaf* leaf, Place* at) noexcept nogil:
     """Where a walk of stage 2 begins: AT_TABLE; or 0 or why not, if nothing is to be read."""
-    cdef const Second* second = &context.second
+    cdef const Stage2* second = &context.second
     cdef const Half* half = &second.half
     cdef const Table* found
     cdef const Entry* e
@@ -261,7 +261,7 @@ cdef inline int stage2_begin(
     if keeps_stage2(view, cls):
         e = tlb_probe(view.c, KIND_S2, context.world, context.vmid, 0, 0, ipa)
         if e != NULL and not (dirty and e.flags & ENTRY_CLEAN2):
-            leaf.d = as_said(e.extra[1])
+            leaf.d = leaf_unpack(e.extra[1])
             leaf.address = e.address
             leaf.shift = e.lg2
             leaf.level = e.level
@@ -289,15 +289,15 @@ cdef inline void stage2_keep(
         const Leaf* leaf) noexcept nogil:
     """A walk of stage 2 came to its end and permits the access."""
     if view != NULL and keeps_stage2(view, cls):
-        keep_entry(view, context, KIND_S2, ipa, &context.second.half, NULL, leaf, ipa,
-                   leaf.address)
+        tlb_fill_from_walk(
+            view, context, KIND_S2, ipa, &context.second.half, NULL, leaf, ipa, leaf.address)
 
 
 # S3.21.1-5
 cdef inline int stage2_cached(
         View* view, const Context* context, Port* port, uint64_t ipa, unsigned int need,
         bint dirty, unsigned int cls, Leaf* leaf) noexcept nogil:
-    cdef const Second* second = &context.second
+    cdef const Stage2* second = &context.second
     cdef const Half* half = &second.half
     cdef Place at
     cdef int event = stage2_begin(view, context, ipa, need, dirty, cls, leaf, &at)
@@ -325,7 +325,7 @@ cdef inline int stage2(
     `need` is the PERM_ bit that the access needs, `dirty` says that it writes, `cls` what it
     is for: for a table walk or a CD fetch S2PTW counts.
     """
-    cdef const Second* second = &context.second
+    cdef const Stage2* second = &context.second
     cdef int event = CHANGED, _try
     cdef bint for_walk = cls != CLASS_IN
     for _try in range(RETRIES):

@@ -1,12 +1,12 @@
-"""The scalar driver: configuration lookup, both stages, and their end as an outcome.
+"""The scalar path: configuration lookup, both stages, and their end as an outcome.
 
 Sections: IHI 0070 3.2-3.5, 5.5 (fault control), 7.3 (event records), 15 (translation
-procedure).  translate_one is the scalar driver: one request, every fetch through a port; a port
-that records makes a trace of it.  cached.pxd is the scalar driver with caches, batch.pxd has the
-batch drivers, and walk.pxd the driver of walks whose fetches the host performs.
+procedure).  translate_one is the scalar path: one request, every fetch through a port; a port
+that records makes a trace of it.  cached.pxd is the scalar path with caches, batch.pxd has the
+batch paths, and walk.pxd the path of walks whose fetches the host performs.
 
 What leads from one fetch to the next is in two kinds of functions (lookup.pxd, stage1.pxd,
-stage2.pxd), which the scalar driver and walk.pxd share: those that say where to read next
+stage2.pxd), which the scalar path and walk.pxd share: those that say where to read next
 (ste_first, cd_way, stage2_begin, stage1_begin, ..._down), and those that say what was read
 (..._read).  Neither reads.
 
@@ -27,7 +27,7 @@ from smmufast._rules.scope cimport KIND_COMBINED, KIND_S1
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_WRITE, ACTION_BYPASS, ACTION_DISABLED, ACTION_OK, Context, Half, Outcome, Request,
-    Second,
+    Stage2,
 )
 from smmufast._rules.vmsa cimport (
     combine_sh, contiguous, fitting_lg2, half_of, leaf_sh, mair_byte, not_global, shareability,
@@ -39,12 +39,12 @@ from smmufast._engine.chain cimport (
     end_unmapped, syndrome_set,
 )
 from smmufast._engine.stage cimport leaf_none
-from smmufast._engine.stage2 cimport as_said, keep_entry, stage2
+from smmufast._engine.stage2 cimport leaf_unpack, stage2, tlb_fill_from_walk
 from smmufast._engine.lookup cimport Memo, lookup, memo_holds
 from smmufast._engine.stage1 cimport canonical, fill_permissions, half_fault, walk, walk_steps
 
 
-# --- the scalar driver ---
+# --- the scalar path ---
 
 # S3.3.2-15, S3.4-4, S3.11-3, S3.11-10, S3.11-15, S6.3.9.6-2, S6.3.9.6-7, S6.3.9.6-10, S7.2.1-7
 cdef inline void end_disabled(const Hw* hw, const Request* request,
@@ -107,7 +107,7 @@ cdef inline void finish_stage2(
 
     `first` and `leaf` are what each stage found; `leaf` has no permissions if stage 1 failed.
     """
-    cdef const Second* second = &context.second
+    cdef const Stage2* second = &context.second
     cdef const Half* half
     cdef unsigned int attr = context.attr, sh = context.sh
     cdef unsigned int perm = 0, perm_s1 = 0
@@ -206,12 +206,12 @@ cdef inline void leaf_of(const Entry* e, unsigned int stage, Leaf* leaf) noexcep
     """What an entry says of one stage; its output address is that of the entry."""
     leaf.address = e.address
     if stage == 1:
-        leaf.d = as_said(e.extra[0])
+        leaf.d = leaf_unpack(e.extra[0])
         leaf.shift = e.lg2_s1
         leaf.level = e.level_s1
         leaf.perm = e.perm1
     else:
-        leaf.d = as_said(e.extra[1])
+        leaf.d = leaf_unpack(e.extra[1])
         leaf.shift = e.lg2_s2
         leaf.level = e.level_s2
         leaf.perm = e.perm2
@@ -321,9 +321,9 @@ cdef inline int stage1_walked(
         Stages* s, Outcome* outcome) noexcept nogil:
     """The walk of stage 1 came to its end: as stage1_found()."""
     if view != NULL and why == 0 and s.kind == KIND_S1:
-        keep_entry(view, context, KIND_S1, s.va,
-                   &context.half[half_of(request.iova, context.two_ttbs)], &s.first, NULL, 0,
-                   s.first.address)
+        tlb_fill_from_walk(
+            view, context, KIND_S1, s.va, &context.half[half_of(request.iova, context.two_ttbs)],
+            &s.first, NULL, 0, s.first.address)
     return stage1_found(hw, request, context, why, s, outcome)
 
 
@@ -333,9 +333,10 @@ cdef inline void stage2_walked(
     """Stage 2 translated s.ipa, or did not: the outcome."""
     cdef const Context* context = &memo.context
     if view != NULL and why == 0 and s.kind == KIND_COMBINED:
-        keep_entry(view, context, KIND_COMBINED, s.va,
-                   &context.half[half_of(request.iova, context.two_ttbs)], &s.first, &s.second,
-                   s.ipa, s.pa)
+        tlb_fill_from_walk(
+            view, context, KIND_COMBINED, s.va,
+            &context.half[half_of(request.iova, context.two_ttbs)], &s.first, &s.second, s.ipa,
+            s.pa)
     finish_stage2(hw, request, context, memo.index != STAGE1_BYPASS, why, &s.first, &s.second,
                   s.ipa, s.pa, &s.syndrome, outcome)
 
@@ -385,23 +386,23 @@ cdef inline void end_lookup(
         end_fault(hw, request, outcome, why, 0, TERMINATE_A | TERMINATE_R, syndrome)
 
 
-ctypedef int (*Stage2Driver)(
+ctypedef int (*Stage2Path)(
     const Hw* hw, Port* port, const Request* request, const Memo* memo,
     Outcome* outcome) noexcept nogil
 
 cdef extern from *:
     """
     /* translate_stage2, out of the way of stage 1: inlined it would slow that down. */
-    __attribute__((unused)) static void *smmufast_stage2_driver;
+    __attribute__((unused)) static void *smmufast_stage2_path;
     """
-    void* stage2_driver "smmufast_stage2_driver"
+    void* stage2_path "smmufast_stage2_path"
 
 
-cdef inline void open_drivers() noexcept nogil:
+cdef inline void open_paths() noexcept nogil:
     """Before the first translation of a module."""
-    global stage2_driver
+    global stage2_path
     fill_permissions()
-    stage2_driver = <void*>translate_stage2
+    stage2_path = <void*>translate_stage2
 
 
 # S2.10-2, S5.2-3, S13.4-3, V8.1-2, L-1, L-3
@@ -412,7 +413,7 @@ cdef inline int translate_known(
     cdef const Context* context = &memo.context
     cdef Syndrome syndrome
     if unlikely(context.second.on):
-        return (<Stage2Driver>stage2_driver)(hw, port, request, memo, outcome)
+        return (<Stage2Path>stage2_path)(hw, port, request, memo, outcome)
     if likely(memo.index != STAGE1_BYPASS):
         return translate_stage1(hw, port, request, context, outcome)
     if untranslatable(hw, request, &syndrome):

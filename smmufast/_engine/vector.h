@@ -45,7 +45,7 @@ typedef struct {
 typedef struct {
     uint64_t va[SMMUFAST_PADDED] __attribute__((aligned(64)));
     uint64_t first[SMMUFAST_PADDED];       /* the table where the walk begins */
-    const uint8_t *entry[SMMUFAST_PADDED]; /* where the leaf lies; NULL: the scalar driver's */
+    const uint8_t *entry[SMMUFAST_PADDED]; /* where the leaf lies; NULL: the scalar path's */
     uint64_t held[SMMUFAST_PADDED];        /* leaves already read, as they lie in memory */
     uint64_t tables[SMMUFAST_PADDED];      /* hierarchical attributes that count */
     uint32_t sid[SMMUFAST_PADDED];         /* unless all rows are of one pair */

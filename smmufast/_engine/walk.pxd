@@ -1,8 +1,8 @@
 """The walk whose fetches the host performs: the chain of one translation, a fetch at a time.
 
 Sections: IHI 0070 15 (translation procedure), 3.21.1 and 3.21.3 (walks and invalidation), 4.7.3
-(what CMD_SYNC completes).  A driver over the functions of translate.pxd and cached.pxd that say
-where to read next and what was read.  Where the scalar driver is inside of a call, this one has a
+(what CMD_SYNC completes).  A path over the functions of translate.pxd and cached.pxd that say
+where to read next and what was read.  Where the scalar path is inside of a call, this one has a
 step, and what that needs to know is in `Walking`: which structure or level is awaited, what was
 decoded so far, and of stage 2 what it translates and for whom.
 
@@ -497,7 +497,7 @@ cdef inline int known(
     return asks_update(walk, STEP_TT_UPDATE, FETCH_TT_UPDATE, half, &w.stages.first)
 
 
-# --- the driver ---
+# --- the path ---
 
 cdef inline int walk_on(
         const Hw* hw, View* view, WalkC* walk, int step) noexcept nogil:

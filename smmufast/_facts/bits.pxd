@@ -1,4 +1,4 @@
-"""Bit and byte-order primitives of the hot path: masks, single-copy-atomic loads; code apart."""
+"""Bits and byte order: masks, single-copy-atomic loads, and how functions are not inlined."""
 
 from libc.stdint cimport uint64_t
 
@@ -15,7 +15,7 @@ cdef extern from *:
     #define smmufast_prefetch(p) __builtin_prefetch((const void *)(p))
     #define smmufast_unlikely(x) __builtin_expect(!!(x), 0)
     #define smmufast_likely(x) __builtin_expect(!!(x), 1)
-    static inline void *smmufast_apart(void *function)
+    static inline void *smmufast_noinline(void *function)
     {
         __asm__("" : "+r"(function));
         return function;
@@ -28,7 +28,7 @@ cdef extern from *:
     bint unlikely "smmufast_unlikely"(bint condition) noexcept nogil
     bint likely "smmufast_likely"(bint condition) noexcept nogil
     # A function that a hot loop seldom calls, kept apart: inlined it would slow the loop down.
-    void* apart "smmufast_apart"(void* function) noexcept nogil
+    void* noinline "smmufast_noinline"(void* function) noexcept nogil
 
 
 cdef inline uint64_t low_mask(unsigned int bits) noexcept nogil:

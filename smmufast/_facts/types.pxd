@@ -1,6 +1,6 @@
-"""The structs that rules, drivers and owners share: requests, results, decoded configuration.
+"""The structs that rules, paths and owners share: requests, results, decoded configuration.
 
-The public ones are those of smmufast.h; the rest live on the stack of a driver.
+The public ones are those of smmufast.h; the rest live on the stack of a path.
 """
 
 from libc.stddef cimport ptrdiff_t
@@ -168,7 +168,7 @@ cdef struct Half:
 
 
 # Stage 2 as an STE sets it.
-cdef struct Second:
+cdef struct Stage2:
     Half half
     uint8_t on             # the STE enables it; the rest is valid then
     uint8_t simple         # as Context.simple
@@ -199,4 +199,4 @@ cdef struct Context:
     uint8_t[8] need        # PERM_ bit that each access of the device needs
     uint8_t attr           # entering translation: the device's, after the STE's overrides
     uint8_t sh
-    Second second
+    Stage2 second

@@ -12,7 +12,7 @@ from smmufast._facts.layout cimport *
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.types cimport (
     ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, FETCH_CD, FETCH_L1CD, FETCH_L1STD, FETCH_STE, NO_SSID,
-    Context, Half, Second,
+    Context, Half, Stage2,
 )
 from smmufast._rules.vmsa cimport (
     ATTR_WB, REGIME_E0PD0, REGIME_E0PD1, REGIME_EPAN, REGIME_PAN, REGIME_SINGLE, REGIME_WXN,
@@ -331,7 +331,7 @@ cdef inline int ttb_check(
 # S3.4-15, S3.4-16, S3.12-6, S3.12-17, S5.2-32, S5.2-57, S5.2-59, S5.2-60, S5.2-65, S5.2-68,
 # S5.2-74, S5.2-77, S5.2-79, S5.2-80, S5.2.1-7, S5.5-5, V8.1.10-2
 cdef inline int stage2_decode(
-        const Hw* hw, const uint64_t* ste, Second* second) noexcept nogil:
+        const Hw* hw, const uint64_t* ste, Stage2* second) noexcept nogil:
     """Stage 2 of an STE with Config 0b11x, or why it is ILLEGAL (5.2.2)."""
     cdef Half* half = &second.half
     cdef unsigned int granule = granule_of_tg0(ste_s2tg(ste))  # the same codes
