@@ -25,7 +25,7 @@ def module():
 def table(size=1 << 24, **keywords):
     """Return a PageTable in memory of its own."""
     from smmufast import Memory
-    from smmufast._driver.tables import Pages, PageTable
+    from smmufast.iommu import Pages, PageTable
 
     memory = Memory()
     memory.add_private(TABLES, size)

@@ -128,7 +128,7 @@ def pages(name, each):
 
     def build(n):
         from smmufast import Memory
-        from smmufast._driver.tables import Pages, PageTable
+        from smmufast.iommu import Pages, PageTable
 
         memory = Memory()
         memory.add_private(TABLES, 1 << 24)
