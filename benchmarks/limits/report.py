@@ -91,7 +91,7 @@ def has_choice():
     """Whether the library reads SMMUFAST_VECTOR: then it has a path of vectors."""
     import smmufast
 
-    modules = Path(smmufast.__file__).parent.glob("*.so")
+    modules = Path(smmufast.__file__).parent.rglob("*.so")
     return any(VARIABLE.encode() in module.read_bytes() for module in modules)
 
 
