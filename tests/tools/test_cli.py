@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -715,12 +716,12 @@ def test_text_that_standard_output_cannot_show_is_escaped(tmp_path, monkeypatch)
 
 
 def test_more_input_than_is_read_is_told(monkeypatch):
-    monkeypatch.setattr("smmufast.cli.MAX_INPUT", len(LOG))
+    monkeypatch.setattr("smmufast._commands.decode.MAX_INPUT", len(LOG))
     assert "stream 0x9" in run("decode", given=LOG + "more")
     error = run("decode", given="x" * (len(LOG) + 1), status=2)
     assert "only the first 0 MiB of standard input were read" in error
     assert len(run("decode", "--brief", "--limit", "1", given=LOG[:-1]).splitlines()) == 1
-    monkeypatch.setattr("smmufast.cli.MAX_INPUT", 1 << 20)
+    monkeypatch.setattr("smmufast._commands.decode.MAX_INPUT", 1 << 20)
     lines = run("decode", "--brief", "--limit", "1", given=LOG * 3).splitlines()
     assert lines == ["2: C_BAD_STE: stream 0x9", "8: limit: line 8 and those behind it tell more: "
                      "after 1 findings the rest is left out", "1 finding: 1 C_BAD_STE"]  # fmt: skip
@@ -803,7 +804,7 @@ def test_numpy_is_not_needed_for_the_command_itself():
 
 def test_an_uncompiled_package_is_named(tmp_path):
     source = tmp_path / "smmufast"
-    source.mkdir()
+    shutil.copytree(Path(smmufast.__file__).parent / "_commands", source / "_commands")
     for name in ("_arguments.py", "_files.py", "cli.py", "__main__.py", "capture.py", "layout.py",
                  "faults.py", "features.py"):  # fmt: skip
         (source / name).write_bytes((Path(smmufast.__file__).parent / name).read_bytes())
@@ -920,14 +921,15 @@ def test_the_commands_of_the_pages_work_and_print_what_is_shown(command, shown, 
 
 
 def test_the_tools_page_has_the_limits():
-    from smmufast import capture, cli, decode, streams
+    from smmufast import capture, decode, streams
+    from smmufast._commands.decode import MAX_INPUT
 
     text = (captures.ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
     for limit in (capture.MAX_REQUESTS, capture.MAX_CONFIGURATIONS, capture.MAX_PAGES,
                   streams.MOST_PAGES, streams.MOST, decode.MOST_WORDS):  # fmt: skip
         assert f"2^{limit.bit_length() - 1}" in text
         assert limit & limit - 1 == 0
-    for limit in (capture.MAX_TEXT, capture.MAX_LINE, cli.MAX_INPUT):
+    for limit in (capture.MAX_TEXT, capture.MAX_LINE, MAX_INPUT):
         assert f"{limit >> 20} MiB" in text
     assert f"{capture.MAX_HEADER:,} bytes" in text
     assert f"{decode.MOST:,}" in text
