@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def load(path: str) -> Capture:
+    """Load a capture, with progress on a terminal."""
     from smmufast.capture import Capture
 
     with Progress("reading") as progress:
@@ -19,11 +20,13 @@ def load(path: str) -> Capture:
 
 
 def masked_text(masked: dict[str, int]) -> str:
+    """Say which features of the recorded SMMU are left out."""
     names = ", ".join(f"{name.upper()}={value}" for name, value in masked.items())
     return f"The recorded SMMU has {names}, which this version does not model: left out."
 
 
 def chosen(capture: Capture, id: str | None) -> Configuration:
+    """Return the configuration that `--config` names, or the only one."""
     if id is not None:
         try:
             return capture.configuration(id)

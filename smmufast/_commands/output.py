@@ -79,6 +79,7 @@ class Progress:
             self.write(f"{self.what}: {done}")
 
     def write(self, text: str) -> None:
+        """Put a text in place of the one that is shown."""
         if self.stream is not None:
             self.stream.write(f"\r{text.ljust(self.shown)}" + "\r" * (not text))
             self.stream.flush()
@@ -86,10 +87,12 @@ class Progress:
 
 
 def plural(count: int, what: str) -> str:
+    """Return a count with its noun: "1 request", "2 requests"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def rate_text(rate: float | None) -> str:
+    """Return millions a second; nothing where no rate is known."""
     return "" if rate is None else f"{rate / 1e6:.1f}"
 
 
@@ -104,6 +107,7 @@ def counts_text(counts: dict[str, int], what: str) -> str:
 
 
 def counted(names: Iterable[str]) -> dict[str, int]:
+    """Count how often each name comes."""
     counts: dict[str, int] = {}
     for name in names:
         counts[name] = counts.get(name, 0) + 1
@@ -116,6 +120,7 @@ def say(problem: object) -> None:
 
 
 def note(text: str) -> None:
+    """Print a line on standard error, if there is one that takes it."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"smmufast: {text}", file=sys.stderr, flush=True)

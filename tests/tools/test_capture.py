@@ -966,10 +966,10 @@ def test_cases_keep_substreams_privilege_and_instructions(tmp_path):
 
 def test_more_requests_than_the_limit_are_refused(tmp_path, monkeypatch):
     captures.small_capture(tmp_path / "c")
-    monkeypatch.setattr("smmufast.capture.MAX_REQUESTS", 7)
+    monkeypatch.setattr("smmufast._tools.capture_outcomes.MAX_REQUESTS", 7)
     with pytest.raises(CaptureError, match=r"events.jsonl.gz:4: more than 7 requests"):
         Capture.load(tmp_path / "c")
-    monkeypatch.setattr("smmufast.capture.MAX_REQUESTS", 8)
+    monkeypatch.setattr("smmufast._tools.capture_outcomes.MAX_REQUESTS", 8)
     Capture.load(tmp_path / "c")
     configurations = [(captures.small_system(), [request(OK)] * 5, {})] * 2
     path = captures.cases(tmp_path / "cases", *configurations)
@@ -1332,10 +1332,10 @@ def test_bad_cases_are_refused_by_file_and_line(tmp_path, name):
 
 def test_a_list_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     captures.small_capture(tmp_path / "small")
-    monkeypatch.setattr("smmufast.capture.MAX_TEXT", 200)
+    monkeypatch.setattr("smmufast._tools.capture_files.MAX_TEXT", 200)
     with pytest.raises(CaptureError, match=r"requests.jsonl.gz:2: the list unpacks to over 200"):
         Capture.load(tmp_path / "small")
-    monkeypatch.setattr("smmufast.capture.MAX_LINE", 50)
+    monkeypatch.setattr("smmufast._tools.capture_files.MAX_LINE", 50)
     with pytest.raises(CaptureError, match=r"longer than 50 bytes|not JSON"):
         Capture.load(tmp_path / "small")
 

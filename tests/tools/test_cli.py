@@ -805,6 +805,7 @@ def test_numpy_is_not_needed_for_the_command_itself():
 def test_an_uncompiled_package_is_named(tmp_path):
     source = tmp_path / "smmufast"
     shutil.copytree(Path(smmufast.__file__).parent / "_commands", source / "_commands")
+    shutil.copytree(Path(smmufast.__file__).parent / "_tools", source / "_tools")
     for name in ("_arguments.py", "_files.py", "cli.py", "__main__.py", "capture.py", "layout.py",
                  "faults.py", "features.py"):  # fmt: skip
         (source / name).write_bytes((Path(smmufast.__file__).parent / name).read_bytes())
@@ -921,16 +922,18 @@ def test_the_commands_of_the_pages_work_and_print_what_is_shown(command, shown, 
 
 
 def test_the_tools_page_has_the_limits():
-    from smmufast import capture, decode, streams
+    from smmufast import decode, streams
     from smmufast._commands.decode import MAX_INPUT
+    from smmufast._tools import capture_files
 
     text = (captures.ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
-    for limit in (capture.MAX_REQUESTS, capture.MAX_CONFIGURATIONS, capture.MAX_PAGES,
-                  streams.MOST_PAGES, streams.MOST, decode.MOST_WORDS):  # fmt: skip
+    for limit in (capture_files.MAX_REQUESTS, capture_files.MAX_CONFIGURATIONS,
+                  capture_files.MAX_PAGES, streams.MOST_PAGES, streams.MOST,
+                  decode.MOST_WORDS):  # fmt: skip
         assert f"2^{limit.bit_length() - 1}" in text
         assert limit & limit - 1 == 0
-    for limit in (capture.MAX_TEXT, capture.MAX_LINE, MAX_INPUT):
+    for limit in (capture_files.MAX_TEXT, capture_files.MAX_LINE, MAX_INPUT):
         assert f"{limit >> 20} MiB" in text
-    assert f"{capture.MAX_HEADER:,} bytes" in text
+    assert f"{capture_files.MAX_HEADER:,} bytes" in text
     assert f"{decode.MOST:,}" in text
     assert streams.LARGEST == 1 << 30

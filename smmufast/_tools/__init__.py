@@ -1,0 +1,1 @@
+"""Parts of the tools that no user imports by name."""
