@@ -5,7 +5,7 @@ import os
 import pytest
 import twin
 
-COUNT = int(os.environ.get("SMMUFAST_TWIN", "1000000"))
+COUNT = int(os.environ.get("SMMUFAST_TWIN", "300000"))
 
 
 def test_every_face_agrees_with_the_twin_over_a_few_systems():
