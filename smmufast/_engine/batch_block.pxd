@@ -19,6 +19,8 @@ cdef enum:
     SHAPES = 7        # kinds of context told apart in one call
     SLOTS_LG2 = 13    # pairs remembered in one call, as SMMUFAST_HOME says
     PROBES = 8
+    FULL = 2048       # slots that are filled; a pair that comes later finds its context each time
+    REST = 64         # blocks whose pairs are not looked up after one that missed a quarter
     LEFT = 15         # Rows.shape: the scalar path looks the pair up in its turn
     FEW = 16          # rows that Lanes are worth
     QUIET = 8         # rows that write no memory before a block is set out again
@@ -31,6 +33,9 @@ cdef enum:
 cdef struct Shape:
     Memo memo                 # of the pair that had it first
     bint walks                # stage 1, and nothing else, translates
+    uint64_t[8] keep_ste      # bits that an STE and a CD of this shape have in common
+    uint64_t[8] keep_cd
+    uint64_t[2] free_table    # bits of each TTB that they need not
     bint[2] laned             # lanes are filled in
     Lanes[2] lanes
 
@@ -44,6 +49,8 @@ cdef struct Slot:
 # Pairs, in open addressing.  It outlives a call, so that a call need not clear it.
 cdef struct Pairs:
     uint64_t epoch            # 1 to 1023
+    unsigned int filled       # slots in this epoch
+    unsigned int rest         # blocks for which none is looked up, since few were found
     Slot[1 << SLOTS_LG2] slot
 
 

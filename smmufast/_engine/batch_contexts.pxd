@@ -1,10 +1,10 @@
 """Contexts of a batch: pairs that were looked up, and what they have in common."""
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free as release
 from libc.string cimport memcmp, memset
 
-from smmufast._facts.bits cimport unlikely
+from smmufast._facts.bits cimport likely, unlikely
 from smmufast._engine.cache cimport ctz64
 from smmufast._rules.config cimport STAGE1_BYPASS
 from smmufast._facts.layout cimport cr0_smmuen
@@ -14,10 +14,11 @@ from smmufast._engine.lookup cimport Memo, lookup
 from smmufast._engine.stage1 cimport permitted_leaves
 from smmufast._facts.types cimport NO_SSID, Context, Half
 from smmufast._rules.vmsa cimport half_of
-from smmufast._engine.vector cimport Lanes, slot_home
+from smmufast._engine.vector cimport Lanes, Rows, slot_home
 from smmufast._engine.batch_block cimport (
-    LEFT, PROBES, SHAPES, SLOTS_LG2, Pairs, Run, Shape, Slot, load_u32, near_forget,
+    FULL, LEFT, PROBES, SHAPES, SLOTS_LG2, Pairs, Run, Shape, Slot, load_u32, near_forget,
 )
+from smmufast._engine.batch_pairs cimport Ways, pairs_find, shape_keeps
 
 
 # --- contexts ---
@@ -85,6 +86,7 @@ cdef inline unsigned int shape_of(Run* run, Memo* memo) noexcept nogil:
         shape = &run.shape[run.shapes]
         shape.memo = memo[0]
         shape.walks = memo.index != STAGE1_BYPASS
+        shape_keeps(&run.core.hw, shape)
         shape.laned[0] = shape.laned[1] = False
         run.shapes += 1
         return run.shapes - 1
@@ -147,36 +149,85 @@ cdef inline uint64_t slot_key(
             | <uint64_t>(ssid & 0xFFFFF) << 11 | <uint64_t>upper << 10 | epoch)
 
 
-cdef inline uint64_t pair_first(Run* run, uint32_t sid, uint32_t ssid, uint64_t va) noexcept nogil:
-    """Slot.first of a row; the pair is decoded once for as long as it keeps its slot."""
-    cdef Pairs* pairs = run.pairs
-    cdef unsigned int upper = <unsigned int>(va >> 55) & 1
-    cdef uint64_t key = slot_key(sid, ssid, upper, pairs.epoch)
+cdef inline Slot* slot_find(Pairs* pairs, uint64_t key) noexcept nogil:
+    """The slot of a pair: with its key, or else an empty one; NULL if there is neither."""
     cdef uint64_t home = slot_home(key)
     cdef Slot* slot
-    cdef Slot* free = NULL
-    cdef Memo memo
-    cdef unsigned int shape
     cdef int k
     for k in range(PROBES):
         slot = &pairs.slot[(home + k) & ((1 << SLOTS_LG2) - 1)]
-        if slot.key == key:
-            return slot.first
-        if (slot.key ^ pairs.epoch) & 1023:
-            free = slot
-            break
-    if free == NULL:
-        free = &pairs.slot[home]
-    free.key = key
-    free.first = LEFT
-    if look_up(run, sid, ssid, &memo):
-        shape = shape_of(run, &memo)
-        upper = half_of(va, memo.context.two_ttbs)
-        if shape < SHAPES:
-            free.first = 2 * shape
-            if memo.index != STAGE1_BYPASS:
-                free.first |= memo.context.half[upper].table | upper
-    return free.first
+        if slot.key == key or (slot.key ^ pairs.epoch) & 1023:
+            return slot
+    return NULL
+
+
+cdef inline bint pair_known(const Pairs* pairs, Rows* rows, size_t i) noexcept nogil:
+    """Rows.first and Rows.shape of a row, if its pair is remembered."""
+    cdef uint64_t key = slot_key(
+        rows.sid[i], rows.ssid[i], rows.va[i] >> 55 & 1, pairs.epoch)
+    cdef const Slot* slot = slot_find(<Pairs*>pairs, key)
+    if slot == NULL or slot.key != key:
+        return False
+    rows.first[i] = slot.first & ~<uint64_t>15
+    rows.shape[i] = slot.first & 15
+    return True
+
+
+cdef inline void pair_keep(Pairs* pairs, Slot* slot, uint64_t key, uint64_t first) noexcept nogil:
+    """Remember where the walk of a pair begins, while there is room."""
+    if slot == NULL or pairs.filled >= FULL:
+        return
+    pairs.filled += 1
+    slot.key = key
+    slot.first = first
+
+
+cdef inline uint64_t pair_decode(Run* run, uint32_t sid, uint32_t ssid, uint64_t va) noexcept nogil:
+    """Slot.first of a row whose context is decoded now."""
+    cdef Memo memo
+    cdef unsigned int shape, upper
+    if not look_up(run, sid, ssid, &memo):
+        return LEFT
+    shape = shape_of(run, &memo)
+    if shape == SHAPES:
+        return LEFT
+    if memo.index == STAGE1_BYPASS:
+        return 2 * shape
+    upper = half_of(va, memo.context.two_ttbs)
+    return 2 * shape | memo.context.half[upper].table | upper
+
+
+cdef inline void pairs_missing(Run* run, Rows* rows, Ways* ways, bint keep) noexcept nogil:
+    """Contexts of the rows in `ways`: those recognised, then others decoded.
+
+    `keep`: pairs are remembered; else only those that were not recognised.
+    """
+    cdef Pairs* pairs = run.pairs
+    cdef Slot* slot
+    cdef uint64_t key, first
+    cdef unsigned int i, j
+    for i in range(ways.count):
+        rows.shape[ways.row[i]] = LEFT
+    pairs_find(run, rows, ways)
+    for j in range(ways.count):
+        i = ways.row[j]
+        if likely(rows.shape[i] != LEFT):
+            if not keep:
+                continue
+            key = slot_key(rows.sid[i], rows.ssid[i], rows.va[i] >> 55 & 1, pairs.epoch)
+            slot = slot_find(pairs, key)
+            first = rows.first[i] | rows.shape[i]
+        else:
+            key = slot_key(rows.sid[i], rows.ssid[i], rows.va[i] >> 55 & 1, pairs.epoch)
+            slot = slot_find(pairs, key)
+            if slot != NULL and slot.key == key:
+                first = slot.first
+            else:
+                first = pair_decode(run, rows.sid[i], rows.ssid[i], rows.va[i])
+            rows.first[i] = first & ~<uint64_t>15
+            rows.shape[i] = first & 15
+        if slot == NULL or slot.key != key:
+            pair_keep(pairs, slot, key, first)
 
 
 cdef inline void open_contexts(Run* run) noexcept nogil:
@@ -188,6 +239,7 @@ cdef inline void open_contexts(Run* run) noexcept nogil:
         run.shapes = 0
     if run.pairs != NULL:
         run.pairs.epoch += 1
+        run.pairs.filled = run.pairs.rest = 0
         if run.pairs.epoch == 1024:
             memset(run.pairs, 0, sizeof(Pairs))
             run.pairs.epoch = 1

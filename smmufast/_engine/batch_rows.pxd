@@ -23,10 +23,13 @@ from smmufast._engine.vector cimport (
     vector_find, vector_near,
 )
 from smmufast._engine.batch_block cimport (
-    LEFT, QUIET, ROWS, WALKS, ByOne, Near, Run, Shape, batch_scalar, load_u32, load_u64, load_u8,
-    near_forget, store_outcome, store_record, store_u16, store_u64, store_u8,
+    FULL, LEFT, QUIET, REST, ROWS, WALKS, ByOne, Near, Pairs, Run, Shape, batch_scalar, load_u32,
+    load_u64, load_u8, near_forget, store_outcome, store_record, store_u16, store_u64, store_u8,
 )
-from smmufast._engine.batch_contexts cimport lanes_of, open_contexts, pair_first
+from smmufast._engine.batch_contexts cimport (
+    lanes_of, open_contexts, pair_known, pairs_missing,
+)
+from smmufast._engine.batch_pairs cimport Ways
 
 
 # --- rows ---
@@ -41,12 +44,6 @@ cdef inline void rows_fill(Run* run, Rows* rows, unsigned int upper) noexcept no
     rows.half = upper
 
 
-cdef inline void pair_row(Run* run, Rows* rows, size_t i) noexcept nogil:
-    cdef uint64_t first = pair_first(run, rows.sid[i], rows.ssid[i], rows.va[i])
-    rows.first[i] = first & ~<uint64_t>15
-    rows.shape[i] = first & 15
-
-
 cdef inline void column_u32(
         const ColumnC* column, size_t start, size_t count, uint32_t* into) noexcept nogil:
     cdef size_t i
@@ -57,6 +54,39 @@ cdef inline void column_u32(
             into[i] = load_u32(column, start + i)
 
 
+cdef inline void pairs_read(Run* run, Rows* rows) noexcept nogil:
+    """Contexts of a block's rows: those remembered, then all others."""
+    cdef Pairs* pairs = run.pairs
+    cdef Ways ways
+    cdef uint64_t[2] missing
+    cdef size_t i
+    cdef unsigned int k
+    cdef bint keep = pairs.rest == 0
+    ways.count = 0
+    if not keep:
+        pairs.rest -= 1
+        for i in range(rows.count):
+            ways.row[i] = <uint8_t>i
+        ways.count = <unsigned int>rows.count
+    elif run.vector:
+        vector_find(
+            <const uint64_t*>pairs.slot, pairs.epoch, rows, rows.count, missing)
+        for k in range(2):
+            while missing[k]:
+                ways.row[ways.count] = <uint8_t>(64 * k + ctz64(missing[k]))
+                ways.count += 1
+                missing[k] &= missing[k] - 1
+    else:
+        for i in range(rows.count):
+            if not pair_known(pairs, rows, i):
+                ways.row[ways.count] = <uint8_t>i
+                ways.count += 1
+    if ways.count:
+        if keep and pairs.filled >= FULL and 4 * ways.count > rows.count:
+            pairs.rest = REST
+        pairs_missing(run, rows, &ways, keep)
+
+
 cdef inline void rows_read(
         Run* run, Rows* rows, size_t start, size_t count, bint one_pair) noexcept nogil:
     """Take the inputs of a block, once: a caller may write there meanwhile."""
@@ -64,9 +94,7 @@ cdef inline void rows_read(
     cdef const Context* context
     cdef size_t i
     cdef uint64_t any_bit = 0, each = ~<uint64_t>0
-    cdef uint64_t[2] missing
     cdef unsigned int upper
-    cdef int k
     rows.start = start
     rows.count = count
     rows.lg2 = 1
@@ -99,15 +127,7 @@ cdef inline void rows_read(
         return
     column_u32(&batch.sid, start, count, rows.sid)
     column_u32(&batch.ssid, start, count, rows.ssid)
-    if run.vector:
-        vector_find(<const uint64_t*>run.pairs.slot, run.pairs.epoch, rows, count, missing)
-        for k in range(2):
-            while missing[k]:
-                pair_row(run, rows, 64 * k + ctz64(missing[k]))
-                missing[k] &= missing[k] - 1
-        return
-    for i in range(count):
-        pair_row(run, rows, i)
+    pairs_read(run, rows)
 
 
 cdef inline void rows_prepare(Run* run, Rows* rows, bint one_pair) noexcept nogil:

@@ -240,20 +240,38 @@ cdef extern from *:
         smmufast_pair differ = ((a[0] ^ b[0]) | (a[1] ^ b[1])) | ((a[2] ^ b[2]) | (a[3] ^ b[3]));
         return (differ[0] | differ[1]) == 0;
     }
+    /* The same, of the bits to be kept. */
+    static inline int smmufast_alike64(
+        const uint8_t *at, const uint64_t *words, const uint64_t *keep)
+    {
+        const smmufast_pair *a = (const smmufast_pair *)at;
+        const smmufast_pair *b = (const smmufast_pair *)words;
+        const smmufast_pair *k = (const smmufast_pair *)keep;
+        smmufast_pair differ = (((a[0] ^ b[0]) & k[0]) | ((a[1] ^ b[1]) & k[1]))
+                               | (((a[2] ^ b[2]) & k[2]) | ((a[3] ^ b[3]) & k[3]));
+        return (differ[0] | differ[1]) == 0;
+    }
     #else
-    static inline int smmufast_same64(const uint8_t *at, const uint64_t *words)
+    static inline int smmufast_alike64(
+        const uint8_t *at, const uint64_t *words, const uint64_t *keep)
     {
         uint64_t differ = 0, word;
         int i;
         for (i = 0; i < 8; i++) {
             memcpy(&word, at + 8 * i, 8);
-            differ |= __builtin_bswap64(word) ^ words[i];
+            differ |= (__builtin_bswap64(word) ^ words[i]) & (keep ? keep[i] : ~0ULL);
         }
         return differ == 0;
+    }
+    static inline int smmufast_same64(const uint8_t *at, const uint64_t *words)
+    {
+        return smmufast_alike64(at, words, 0);
     }
     #endif
     """
     bint same64 "smmufast_same64"(const uint8_t* at, const uint64_t* words) noexcept nogil
+    bint alike64 "smmufast_alike64"(
+        const uint8_t* at, const uint64_t* words, const uint64_t* keep) noexcept nogil
 
 
 cdef inline bint unchanged64(

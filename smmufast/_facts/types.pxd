@@ -143,6 +143,7 @@ cdef enum:
 # What one table base translates: a half of a context's address space, or stage 2's input.
 cdef struct Half:
     uint64_t table         # address of the first table, aligned
+    uint64_t table_mask    # address bits of a TTB that are of it
     uint64_t range_mask    # address bits that must all equal the half's sign
     uint64_t over          # address bits beyond the effective output size
     uint64_t index_mask    # input bits that index the tables

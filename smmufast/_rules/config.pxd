@@ -195,24 +195,33 @@ cdef inline int why_of_half(int why, unsigned int upper) noexcept nogil:
 
 # S3.2-2, S3.2-4, S3.3.2-2, S3.3.2-3, S3.3.2-4, S3.3.2-5, S3.3.2-6, S3.3.2-7, S3.3.2-8, S3.9-2,
 # S5.2-16, S5.2-17, S5.2-19, S5.2-20, S5.2-21, S5.2-22, S5.2-23, S6.3.2-10, S7.3.7-1, S7.3.7-2,
+cdef inline void substreams_of(
+        const Hw* hw, const uint64_t* ste, uint32_t* least, uint32_t* count) noexcept nogil:
+    """SubstreamIDs that have a CD, each that of its number: how many, from which on."""
+    least[0] = 1 if ste_s1dss(ste) == STE_S1DSS_SUBSTREAM_0 else 0  # that is for no SubstreamID
+    count[0] = 0
+    if ste_stage1(ste) and substreams(hw, ste):
+        count[0] = (<uint32_t>1 << ste_s1cdmax(ste)) - least[0]
+
+
 # S7.3.9-1, S7.3.9-2, S13.6.4-4
 cdef inline int substream(
         const Hw* hw, const uint64_t* ste, uint32_t ssid, int* index) noexcept nogil:
     """Which CD a transaction uses, or STAGE1_BYPASS, or why none (structures 3.3)."""
     cdef unsigned int dss = <unsigned int>ste_s1dss(ste)
     cdef bint table = ste_stage1(ste) and substreams(hw, ste)
+    cdef uint32_t least = 0, count = 0
     index[0] = 0
     if ssid != NO_SSID:
+        substreams_of(hw, ste, &least, &count)
+        if ssid - least < count:
+            index[0] = <int>ssid
+            return 0
         if not ste_stage1(ste):
             return WHY_SUBSTREAM_NO_STAGE1
         if not table:
             return WHY_SUBSTREAM_NO_TABLE
-        if <uint64_t>ssid >> ste_s1cdmax(ste):
-            return WHY_SUBSTREAM_BEYOND
-        if ssid == 0 and dss == STE_S1DSS_SUBSTREAM_0:
-            return WHY_SUBSTREAM_0
-        index[0] = <int>ssid
-        return 0
+        return WHY_SUBSTREAM_0 if ssid < least else WHY_SUBSTREAM_BEYOND
     if not ste_stage1(ste):
         index[0] = STAGE1_BYPASS
     elif table and dss == STE_S1DSS_BYPASS:
@@ -233,37 +242,52 @@ cdef inline int cd_leaf_lg2(const Hw* hw, const uint64_t* ste) noexcept nogil:
 
 
 # S3.3.2-10, S5.2-9, S5.2-11
-cdef inline int cd_first(
-        const Hw* hw, const uint64_t* ste, uint32_t index, uint64_t* address) noexcept nogil:
-    """The first fetch towards CD `index`: FETCH_L1CD or FETCH_CD.
+cdef inline uint64_t cd_table(const Hw* hw, const uint64_t* ste, int leaf) noexcept nogil:
+    """Where the table of CDs is, or with `leaf` the level-1 table of L1CDs.
 
     Pointer bits below the table's size are RES0 and act as 0.
     """
     cdef uint64_t base = ste_s1contextptr(ste) & hw.pointer_mask
-    cdef int leaf = cd_leaf_lg2(hw, ste)
     cdef int cdmax = <int>ste_s1cdmax(ste) if substreams(hw, ste) else 0
     if leaf == 0:
-        address[0] = (base & ~low_mask(cdmax + 6)) + (<uint64_t>index << 6)
-        return FETCH_CD
+        return base & ~low_mask(cdmax + 6)
     # the level-1 table has 2^(cdmax - leaf) entries of 8 bytes
     if cdmax - leaf + 3 > 6:
         base &= ~low_mask(cdmax - leaf + 3)
-    address[0] = base + (<uint64_t>(index >> leaf) << 3)
-    return FETCH_L1CD
+    return base
+
+
+cdef inline uint64_t cd_entry(uint64_t table, int leaf, uint32_t index) noexcept nogil:
+    """Where the first fetch towards CD `index` is: of its L1CD, or without `leaf` of itself."""
+    return table + (<uint64_t>(index >> leaf) << 3 if leaf else <uint64_t>index << 6)
+
+
+cdef inline int cd_first(
+        const Hw* hw, const uint64_t* ste, uint32_t index, uint64_t* address) noexcept nogil:
+    """The first fetch towards CD `index`: FETCH_L1CD or FETCH_CD."""
+    cdef int leaf = cd_leaf_lg2(hw, ste)
+    address[0] = cd_entry(cd_table(hw, ste, leaf), leaf, index)
+    return FETCH_L1CD if leaf else FETCH_CD
 
 
 # S3.4.3-3, S3.4.3-4, S5.3-1, S5.3-2, S5.3-3, S7.3.9-3
-cdef inline int l1cd_next(const Hw* hw, const uint64_t* ste, uint64_t l1cd, uint32_t index,
-                          uint64_t* address) noexcept nogil:
-    """Where the leaf that an L1CD names holds CD `index`."""
-    cdef int leaf = cd_leaf_lg2(hw, ste)
+cdef inline int l1cd_leaf(
+        const Hw* hw, bint nested, int leaf, uint64_t l1cd, uint32_t index,
+        uint64_t* address) noexcept nogil:
+    """Where the leaf that an L1CD names holds CD `index`; `nested`: that is an IPA."""
     cdef uint64_t base = l1cd_l2ptr(&l1cd) & hw.pointer_mask & ~low_mask(leaf + 6)
     if not l1cd_v(&l1cd):
         return WHY_L1CD_V
-    if base & hw.oas_over and hw.minor >= 1 and not ste_stage2(ste):  # else an IPA
+    if base & hw.oas_over and hw.minor >= 1 and not nested:
         return WHY_L1CD_L2PTR
     address[0] = base + ((index & low_mask(leaf)) << 6)
     return 0
+
+
+cdef inline int l1cd_next(const Hw* hw, const uint64_t* ste, uint64_t l1cd, uint32_t index,
+                          uint64_t* address) noexcept nogil:
+    """Where the leaf that an L1CD names holds CD `index`, below this STE."""
+    return l1cd_leaf(hw, ste_stage2(ste), cd_leaf_lg2(hw, ste), l1cd, index, address)
 
 
 # --- translation table bases (5.2, 5.4) ---
@@ -282,8 +306,9 @@ cdef inline void half_shape(
     half.blocks = block_levels(granule, ds, hw.oas)
     half.fitting = fitting_levels(half, output_bits)
     half.output_bits = output_bits
-    half.table = ttb & ~low_mask(
+    half.table_mask = ~low_mask(
         table_align_lg2(input_bits, half.shift, output_bits >= 52 or not half.own_sh))
+    half.table = ttb & half.table_mask
     half.index_mask = low_mask(input_bits)
     half.over = ~low_mask(output_bits)
     half.table_bits = table_bits(half, half.over)

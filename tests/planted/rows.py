@@ -143,9 +143,8 @@ MUTANTS = [
          "False",
          "reference", "illegal_cds"),
         ("s5-2-23",
-         "        if ssid == 0 and dss == STE_S1DSS_SUBSTREAM_0:\n"
-         "            return WHY_SUBSTREAM_0",
-         "",
+         "1 if ste_s1dss(ste) == STE_S1DSS_SUBSTREAM_0 else 0",
+         "0",
          "reference", "substream_rules"),
         ("s5-2-10-a",
          "6 if fmt == 1 else 10 if fmt == 2 else 0",
