@@ -20,6 +20,15 @@ Replacement state is exact for any number of ways:
     random   one generator for the whole cache
 
 An empty way is taken before any entry gives way; the lowest one first.  No function takes a lock.
+
+A cache of more than MANY ways does not look at all of a set.  An index finds a tag, and of each
+set there is a heap of its slots, the next victim first:
+
+    index    slot + 1 in open addressing by print; 0: empty
+    heap     slots by set; `keys` has beside each what its rank was when it was put there.  Ranks
+             grow in between (a hit), so a victim is one whose key still is its rank; only
+             cache_drop() lowers a rank, and finds the slot in the heap by `place`.
+    rank     order[slot], or with other policies whether the slot has an entry; then the slot
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -51,6 +60,7 @@ cdef enum:
     POLICY_RANDOM = 3
 
     PLRU_WAYS_MAX = 64
+    MANY = 16       # ways of a set that are looked at one after another
     LINE = 64
 
 
@@ -84,6 +94,11 @@ cdef struct CacheC:
     uint32_t stride
     uint64_t live           # entries
     uint64_t random         # state of the generator, never 0
+    uint32_t* index         # of many ways; else NULL
+    uint64_t index_mask
+    uint32_t* heap          # of many ways, but for PLRU; else NULL
+    uint64_t* keys
+    uint32_t* place
 
 
 cdef inline uint64_t order_words(const CacheC* c) noexcept nogil:
@@ -94,11 +109,20 @@ cdef inline uint64_t order_words(const CacheC* c) noexcept nogil:
 
 
 cdef inline uint64_t cache_bytes(const CacheC* c) noexcept nogil:
-    """Memory that prints, replacement state and entries take."""
-    return c.slots * (4 + c.stride) + 8 * order_words(c)
+    """Memory that prints, replacement state and entries take, and what finds them."""
+    cdef uint64_t bytes = c.slots * (4 + c.stride) + 8 * order_words(c)
+    if c.index != NULL:
+        bytes += 4 * (c.index_mask + 1)
+    if c.heap != NULL:
+        bytes += 16 * c.slots
+    return bytes
 
 
 cdef inline void cache_close(CacheC* c) noexcept nogil:
+    free(c.index)
+    free(c.heap)
+    free(c.keys)
+    free(c.place)
     free(c.prints)
     free(c.order)
     free(c.path)
@@ -128,20 +152,164 @@ cdef inline Tag* tag_at(const CacheC* c, uint64_t slot) noexcept nogil:
     return <Tag*>(c.entries + slot * c.stride)
 
 
+cdef inline bint tag_is(
+        const CacheC* c, uint64_t slot, uint64_t first, uint64_t second,
+        size_t stride) noexcept nogil:
+    """The entry of a slot has this tag.  `stride` is the cache's own, as a constant."""
+    cdef const Tag* tag = <const Tag*>(c.entries + slot * stride)
+    return likely(tag.first == first and tag.second == second)
+
+
 cdef inline int64_t slot_agreeing(
         const CacheC* c, uint64_t slot, uint64_t found, uint64_t first, uint64_t second,
         size_t stride) noexcept nogil:
     """Of the slots that `found` has a bit for, from `slot` on, the one of this tag; or -1."""
     cdef uint64_t at
-    cdef const Tag* tag
     while found:
         at = slot + ctz64(found)
-        tag = <const Tag*>(c.entries + at * stride)
-        if likely(tag.first == first and tag.second == second):
+        if tag_is(c, at, first, second, stride):
             return at
         found &= found - 1
     return -1
 
+
+# --- many ways ---
+
+cdef inline int64_t index_find(
+        const CacheC* c, uint64_t first, uint64_t second, size_t stride) noexcept nogil:
+    """The slot of the entry with this tag, or -1."""
+    cdef uint32_t print = print_of(first, second), found
+    cdef uint64_t at = print >> 1 & c.index_mask
+    while True:
+        found = c.index[at]
+        if found == 0:
+            return -1
+        found -= 1
+        if c.prints[found] == print and tag_is(c, found, first, second, stride):
+            return found
+        at = (at + 1) & c.index_mask
+
+
+cdef inline void index_add(CacheC* c, uint64_t slot) noexcept nogil:
+    """Make the entry of a slot, which has its print, be found."""
+    cdef uint64_t at = c.prints[slot] >> 1 & c.index_mask
+    while c.index[at]:
+        at = (at + 1) & c.index_mask
+    c.index[at] = <uint32_t>slot + 1
+
+
+cdef inline void index_remove(CacheC* c, uint64_t slot) noexcept nogil:
+    """Forget the entry of a slot, which still has its print.
+
+    What lies behind its place moves up where it may: nothing is found across an empty place.
+    """
+    cdef uint64_t mask = c.index_mask, at = c.prints[slot] >> 1 & mask, next, home
+    while c.index[at] != slot + 1:
+        at = (at + 1) & mask
+    next = at
+    while True:
+        next = (next + 1) & mask
+        if c.index[next] == 0:
+            break
+        home = c.prints[c.index[next] - 1] >> 1 & mask
+        if (next - home & mask) >= (next - at & mask):
+            c.index[at] = c.index[next]
+            at = next
+    c.index[at] = 0
+
+
+cdef inline uint64_t rank_of(const CacheC* c, uint64_t slot) noexcept nogil:
+    """What a slot's key in the heap should be."""
+    if c.policy == POLICY_LRU or c.policy == POLICY_FIFO:
+        return c.order[slot]
+    return c.prints[slot] != 0
+
+
+cdef inline bint heap_before(
+        const CacheC* c, uint64_t key, uint32_t slot, uint64_t at) noexcept nogil:
+    """A slot with this key is to go before the one at a place of the heap."""
+    return key < c.keys[at] or (key == c.keys[at] and slot < c.heap[at])
+
+
+cdef inline void heap_put(CacheC* c, uint64_t at, uint64_t key, uint32_t slot) noexcept nogil:
+    c.keys[at] = key
+    c.heap[at] = slot
+    c.place[slot] = <uint32_t>at
+
+
+cdef inline void heap_down(CacheC* c, uint64_t base, uint64_t i, uint64_t key) noexcept nogil:
+    """Give the slot at place i of a set's heap a larger key."""
+    cdef uint32_t slot = c.heap[base + i]
+    cdef uint64_t child
+    while 2 * i + 1 < c.ways:
+        child = 2 * i + 1
+        if child + 1 < c.ways and heap_before(
+                c, c.keys[base + child + 1], c.heap[base + child + 1], base + child):
+            child += 1
+        if heap_before(c, key, slot, base + child):
+            break
+        heap_put(c, base + i, c.keys[base + child], c.heap[base + child])
+        i = child
+    heap_put(c, base + i, key, slot)
+
+
+cdef inline void heap_lowest(CacheC* c, uint64_t slot) noexcept nogil:
+    """A slot is empty now: its key is 0."""
+    cdef uint64_t base = slot - slot % c.ways, i = c.place[slot] - base, parent
+    while i:
+        parent = (i - 1) >> 1
+        if not heap_before(c, 0, <uint32_t>slot, base + parent):
+            break
+        heap_put(c, base + i, c.keys[base + parent], c.heap[base + parent])
+        i = parent
+    heap_put(c, base + i, 0, <uint32_t>slot)
+
+
+cdef inline uint32_t heap_first(CacheC* c, uint64_t base) noexcept nogil:
+    """The slot of the lowest rank in the set whose slots begin at `base`."""
+    cdef uint64_t rank
+    while True:
+        rank = rank_of(c, c.heap[base])
+        if rank == c.keys[base]:
+            return c.heap[base]
+        heap_down(c, base, 0, rank)
+
+
+cdef inline void heap_make(CacheC* c) noexcept nogil:
+    """Order the heaps anew, by the ranks there are."""
+    cdef uint64_t base, i
+    for i in range(c.slots):
+        heap_put(c, i, rank_of(c, i), <uint32_t>i)
+    base = 0
+    while base < c.slots:
+        i = c.ways >> 1
+        while i:
+            i -= 1
+            heap_down(c, base, i, c.keys[base + i])
+        base += c.ways
+
+
+cdef inline bint many_open(CacheC* c) noexcept nogil:
+    """Make what finds one of many ways; False when there is no memory for it."""
+    c.index_mask = 64
+    while c.index_mask < 2 * c.slots:
+        c.index_mask *= 2
+    c.index = <uint32_t*>zeroed_lines(c.index_mask * 4)
+    c.index_mask -= 1
+    if c.index == NULL:
+        return False
+    if c.policy == POLICY_PLRU:
+        return True
+    c.heap = <uint32_t*>zeroed_lines(c.slots * 4)
+    c.keys = <uint64_t*>zeroed_lines(c.slots * 8)
+    c.place = <uint32_t*>zeroed_lines(c.slots * 4)
+    if c.heap == NULL or c.keys == NULL or c.place == NULL:
+        return False
+    heap_make(c)
+    return True
+
+
+# --- one set ---
 
 cdef inline int64_t cache_find(
         const CacheC* c, uint64_t set, uint64_t first, uint64_t second,
@@ -152,8 +320,7 @@ cdef inline int64_t cache_find(
     """
     cdef uint32_t print = print_of(first, second)
     cdef uint64_t slot, found
-    cdef int64_t at
-    cdef uint32_t left, way
+    cdef uint32_t way
     if likely(c.ways == 4):
         slot = set * 4
         return slot_agreeing(c, slot, match4(&c.prints[slot], print), first, second, stride)
@@ -161,22 +328,16 @@ cdef inline int64_t cache_find(
         slot = set * 8
         found = match4(&c.prints[slot], print) | match4(&c.prints[slot + 4], print) << 4
         return slot_agreeing(c, slot, found, first, second, stride)
+    if c.index != NULL:
+        return index_find(c, first, second, stride)
     slot = set * c.ways
-    left = c.ways
-    while True:
-        found = 0
-        way = 0
-        while way < left and way < 64:
-            # reads on into the next set, or behind the last one
-            found |= <uint64_t>match4(&c.prints[slot + way], print) << way
-            way += 4
-        if left < 64:
-            found &= low_mask(left)
-        at = slot_agreeing(c, slot, found, first, second, stride)
-        if at >= 0 or left <= 64:
-            return at
-        slot += 64
-        left -= 64
+    found = 0
+    way = 0
+    while way < c.ways:
+        # reads on into the next set, or behind the last one
+        found |= <uint64_t>match4(&c.prints[slot + way], print) << way
+        way += 4
+    return slot_agreeing(c, slot, found & low_mask(c.ways), first, second, stride)
 
 
 cdef inline void plru_paths(CacheC* c) noexcept nogil:
@@ -224,6 +385,9 @@ cdef inline bint cache_open(
         return False
     if policy == POLICY_PLRU:
         plru_paths(c)
+    if ways > MANY and not many_open(c):
+        cache_close(c)
+        return False
     return True
 
 
@@ -266,6 +430,11 @@ cdef inline uint64_t cache_victim(CacheC* c, uint64_t set) noexcept nogil:
     """The slot that the next entry of a set takes: an empty one, else what the policy chooses."""
     cdef uint64_t base = set * c.ways
     cdef uint32_t w, best = 0
+    if c.heap != NULL:
+        best = heap_first(c, base)
+        if c.policy == POLICY_RANDOM and c.prints[best]:
+            return base + random_below(c, c.ways)
+        return best
     if c.policy == POLICY_LRU or c.policy == POLICY_FIFO:
         for w in range(1, c.ways):
             if c.order[base + w] < c.order[base + best]:
@@ -289,10 +458,14 @@ cdef inline void cache_put(
     cdef Tag* tag = tag_at(c, slot)
     if c.prints[slot]:
         c.counters.evictions += 1
+        if c.index != NULL:
+            index_remove(c, slot)
     else:
         c.live += 1
     c.counters.fills += 1
     c.prints[slot] = print_of(first, second)
+    if c.index != NULL:
+        index_add(c, slot)
     tag.first = first
     tag.second = second
     c.clock += 1
@@ -306,7 +479,11 @@ cdef inline void cache_put(
 cdef inline void cache_drop(CacheC* c, uint64_t slot) noexcept nogil:
     """Empty the slot of an entry."""
     c_assert(c.prints[slot] != 0)
+    if c.index != NULL:
+        index_remove(c, slot)
     c.prints[slot] = 0
     c.live -= 1
     if c.policy == POLICY_LRU or c.policy == POLICY_FIFO:
         c.order[slot] = 0
+    if c.heap != NULL:
+        heap_lowest(c, slot)

@@ -9,8 +9,8 @@ from smmufast._engine.cache cimport (
 )
 from smmufast._facts.layout cimport CMD_TLBI_S2_IPA
 from smmufast._rules.scope cimport (
-    Filter, Invalidation, KEY_GLOBAL, KEY_LG2_SHIFT, KEY_VALID, KIND_COMBINED, KIND_S1, KIND_S2,
-    block_lg2, cfgi_last, filter_key, filter_leaf, filter_of, filter_pass, filter_rivals,
+    Filter, Invalidation, KEY_GLOBAL, KEY_LG2, KEY_LG2_SHIFT, KEY_VALID, KIND_COMBINED, KIND_S1,
+    KIND_S2, block_lg2, cfgi_last, filter_key, filter_leaf, filter_of, filter_pass, filter_rivals,
     filter_span, global_key,
 )
 
@@ -272,17 +272,45 @@ cdef inline void tlb_admit(
     c.fractured += entry_lg2(e) != e.lg2
 
 
+cdef uint64_t tlb_drop_rivals(CachesC* c, const Entry* e, uint64_t key) noexcept nogil:
+    """Drop what a request could find instead of an entry; returns how many.
+
+    In a set of many ways those of its size and of larger ones are found by their tags, which are
+    two: its own, and that of a global entry.  A global entry has rivals of every ASID, for which
+    all of the set is looked at, unless every entry is global.
+    """
+    cdef CacheC* cache = &c.cache[CACHE_TLB]
+    cdef Filter rivals
+    cdef uint64_t sizes = tlb_rivals(c, e, key, &rivals), larger, sized, page, dropped = 0
+    cdef unsigned int lg2, k
+    cdef int64_t slot
+    if cache.index != NULL and (not key & KEY_GLOBAL or c.globals == cache.live):
+        larger = sizes & ~low_mask(e.lg2)
+        sizes &= low_mask(e.lg2)
+        while larger:
+            lg2 = ctz64(larger)
+            larger &= larger - 1
+            page = rivals.first >> lg2
+            for k in range(2 if c.globals and not key & KEY_GLOBAL else 1):
+                sized = (global_key(key) if k else key) & ~KEY_LG2
+                slot = cache_find(cache, page & cache.set_mask, page,
+                                  sized | <uint64_t>lg2 << KEY_LG2_SHIFT, sizeof(Entry))
+                if slot >= 0:
+                    tlb_forget(c, slot)
+                    cache_drop(cache, slot)
+                    dropped += 1
+    return dropped + tlb_drop(c, sizes, &rivals)
+
+
 cdef Entry* tlb_fill(CachesC* c, const Entry* e) noexcept nogil:
     """Keep a translation; entries that could answer the same request go.  NULL without a TLB."""
     cdef CacheC* cache = &c.cache[CACHE_TLB]
-    cdef uint64_t key, sizes, slot
-    cdef Filter rivals
+    cdef uint64_t key, slot
     if cache.ways == 0:
         return NULL
     c_assert(LG2_MIN <= e.lg2 <= LG2_MAX and KIND_S1 <= e.kind <= KIND_COMBINED)
     key = entry_key(c, e)
-    sizes = tlb_rivals(c, e, key, &rivals)
-    cache.counters.replacements += tlb_drop(c, sizes, &rivals)
+    cache.counters.replacements += tlb_drop_rivals(c, e, key)
     slot = cache_victim(cache, e.page & cache.set_mask)
     if cache.prints[slot]:
         tlb_forget(c, slot)

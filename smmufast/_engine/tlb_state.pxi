@@ -5,7 +5,7 @@ from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
 from smmufast._engine.cache cimport (
-    POLICY_FIFO, POLICY_LRU, CacheC, Counters, cache_find, cache_put, order_words,
+    POLICY_FIFO, POLICY_LRU, CacheC, Counters, cache_find, cache_put, heap_make, order_words,
 )
 from smmufast._rules.scope cimport Filter, KEY_VALID, KIND_S2
 
@@ -197,6 +197,8 @@ cdef int take_state(CachesC* c, Reader* reader) except -1:
         if kept.passed > kept.clock or not order_possible(cache, order, kept.clock):
             raise ValueError(f"state: a replacement state of {CACHES[number]} that cannot be")
         memcpy(cache.order, order, words * 8)
+        if cache.heap != NULL:
+            heap_make(cache)
         cache.clock = kept.clock
         cache.passed = kept.passed
         cache.random = kept.random or 1

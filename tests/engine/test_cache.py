@@ -9,7 +9,7 @@ from cachemodel import Generator, Sets
 from smmufast._engine.tlb import POLICIES, Caches, Geometry, SteEntry
 
 GEOMETRIES = [(1, 1), (1, 2), (1, 3), (1, 8), (1, 21), (2, 2), (4, 4), (8, 1), (2, 8), (4, 5),
-              (2, 16), (1, 64), (1, 67), (16, 4)]  # fmt: skip
+              (2, 16), (1, 64), (1, 67), (16, 4), (2, 130), (4, 17)]  # fmt: skip
 CASES = [
     (sets, ways, policy)
     for sets, ways in GEOMETRIES
@@ -134,7 +134,8 @@ def prints(sids):
 
 
 @pytest.mark.parametrize(("ways", "policy"), [(4, "lru"), (4, "plru"), (2, "lru"), (8, "lru"),
-                                              (7, "fifo")])  # fmt: skip
+                                              (7, "fifo"), (40, "lru"), (32, "plru"),
+                                              (19, "random")])  # fmt: skip
 def test_tags_whose_prints_agree_are_kept_apart(ways, policy):
     sids = np.unique(np.random.default_rng(1).integers(0, 1 << 32, 1 << 20, np.uint64))
     found = prints(sids)

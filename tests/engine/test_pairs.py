@@ -5,12 +5,13 @@ import random
 import numpy as np
 import pytest
 
-from smmufast import Memory, Smmu, layout
+from smmufast import ACTIONS, Features, Memory, Smmu, layout
 
 BASE = 1 << 32
 PAGES = BASE + (8 << 20)  # tables of every context: 16 KiB each
 COUNT = 5000  # contexts: more than a call remembers
-COLUMNS = ("pa", "action", "event", "fault", "perm", "level", "page_lg2", "stage", "why")
+COLUMNS = ("pa", "action", "event", "fault", "perm", "level", "page_lg2", "attr", "stage",
+           "why")
 
 
 def words(record, **fields):
@@ -20,13 +21,15 @@ def words(record, **fields):
 class Many:
     """One SMMU whose streams, or whose PASIDs, have contexts that differ in tables and ASIDs."""
 
-    def __init__(self, streams, two_level, tables=3):
+    def __init__(self, streams, two_level, tables=3, features=None):
         self.streams = streams
         self.ram = np.zeros((16 << 20) // 8, np.uint64)
         memory = Memory()
         memory.add(self.ram, BASE)
         for i in range(tables):
             at = PAGES + i * 0x4000
+            # but for the first entry of level 0, which is used, tables of another context
+            self.words(at, 512)[:] = PAGES + (i + 1) % tables * 0x4000 + 0x1000 | 3
             for level in range(3):
                 self.put(at + 0x1000 * level, at + 0x1000 * (level + 1) | 3)
             leaf = np.arange(512, dtype=np.uint64) << np.uint64(12) | np.uint64(0x743)
@@ -49,7 +52,7 @@ class Many:
                                  S1DSS=2, S1ContextPtr=level1 if two_level else BASE)  # fmt: skip
             for i in range(8):
                 self.put(level1 + 8 * i, BASE + (i << 16) | 1)
-            self.smmu = Smmu(memory, strtab_base=ste, strtab_base_cfg=0)
+            self.smmu = Smmu(memory, features, strtab_base=ste, strtab_base_cfg=0)
             return
         self.stes = self.words(ste, 8 * COUNT).reshape(COUNT, 8)
         self.stes[:] = words("STE", V=1, Config=5)
@@ -59,6 +62,7 @@ class Many:
                 self.put(level1 + 8 * i, ste + (i << 14) | 9)
         self.smmu = Smmu(
             memory,
+            features,
             strtab_base=level1 if two_level else ste,
             strtab_base_cfg=layout.pack("STRTAB_BASE_CFG", FMT=two_level, SPLIT=8, LOG2SIZE=13),
         )
@@ -175,6 +179,41 @@ def test_substreams_that_are_none_among_many():
                              S1ContextPtr=BASE + (4 << 20))  # fmt: skip
         many.agrees(which, va, [*odd, 12, 1000])
         many.stes[0] = before
+
+
+def test_structures_beyond_the_output_size_fault_though_there_is_memory():
+    half, end = 2 << 20, 1 << 32
+    ram = np.zeros(2 * half // 8, np.uint64)
+    memory = Memory()
+    memory.add(ram, end - half)
+    for level in range(3):
+        ram[512 * level] = end - half + 0x1000 * (level + 1) | 3
+    ram[1536:2048] = np.arange(512, dtype=np.uint64) << np.uint64(12) | np.uint64(0x743)
+    # L1CDs of SMMUv3.0, which need not name an output address: the leaves of odd ones do not
+    ram[4096:4160] = np.uint64(end - half + 0x10000) + (
+        np.arange(64, dtype=np.uint64) % np.uint64(2) * np.uint64(half) | np.uint64(1)
+    )
+    cd = words("CD", V=1, AA64=1, A=1, R=1, T0SZ=32, IPS=0, EPD1=1, TTB0=end - half + 0x1000)
+    for leaf in (0x10000, half + 0x10000):
+        ram[leaf // 8 : leaf // 8 + 512].reshape(64, 8)[:] = cd
+    ram[2048:2056] = words("STE", V=1, Config=5, S1Fmt=1, S1CDMax=12,
+                           S1ContextPtr=end - half + 0x8000)  # fmt: skip
+    smmu = Smmu(memory, Features(oas=0, arch_minor=0), strtab_base=end - half + 0x4000)
+    ssid = np.arange(1, 4096, dtype=np.uint32)
+    found = smmu.translate_batch(0, np.zeros(4095, np.uint64), ssid=ssid, columns=COLUMNS)
+    assert ((found["action"] == 0) == (ssid >> 6 & 1 == 0)).all()
+    assert smmu.translate(0, 0, ssid=64).fault is not None
+
+
+def test_a_bypass_is_that_of_a_legal_entry():
+    many = Many(True, False, features=Features(oas=4))
+    which = np.arange(1, 400, dtype=np.uint32)
+    va = np.zeros(399, np.uint64)
+    many.stes[:] = words("STE", V=1, Config=5, S1CDMax=3, S1DSS=1, S1ContextPtr=BASE)
+    many.stes[200, 0] |= np.uint64(1 << 46)
+    found = many.agrees(which, va, [0, 198, 199, 200])
+    assert ACTIONS[found["action"][0]] == "bypass"
+    assert ACTIONS[found["action"][199]] == "abort"
 
 
 def test_streams_that_are_none_among_many():

@@ -153,6 +153,8 @@ SHAPES = [
     {"tlb": (2, 16, "random", 9), "walk1": (2, 5, "random", 3), "walk2": (1, 3)},
     {"tlb": (128, 4), "walk1": (16, 4), "walk2": (16, 4)},
     {"walk1": (4, 4), "walk2": (4, 4)},
+    {"tlb": (1, 40), "walk1": (1, 20), "walk2": (1, 20, "random", 5)},
+    {"tlb": (2, 32, "plru"), "walk1": (1, 17, "fifo")},
 ]
 SIZES = {"one size": (12,), "two sizes": (12, 21), "all sizes": LG2}
 
