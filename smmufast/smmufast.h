@@ -70,7 +70,8 @@ enum {
     SMMUFAST_DONE = 0,    /* the result is complete */
     SMMUFAST_PENDING = 1, /* a walk waits for the data of its fetch */
     SMMUFAST_EINVAL = -1, /* an argument is out of range; nothing was done */
-    SMMUFAST_EPYTHON = -2 /* a Python memory callback raised */
+    SMMUFAST_EPYTHON = -2, /* a Python memory callback raised */
+    SMMUFAST_ENOMEM = -3   /* there is no memory for it; nothing was done */
 };
 
 typedef struct smmufast_request {
@@ -102,6 +103,25 @@ typedef struct smmufast_result {
     uint16_t why;       /* the reason of a refusal, 0 if none: Why in smmufast/why.py */
     uint64_t record[4]; /* the event record, little-endian dwords; valid when fault != 0 */
 } smmufast_result;
+
+/* How an ATS translation request ends, and what it is granted. */
+enum { SMMUFAST_ATS_SUCCESS = 0, SMMUFAST_ATS_UR = 1, SMMUFAST_ATS_CA = 2 };
+enum { SMMUFAST_ATS_READ = 1, SMMUFAST_ATS_WRITE = 2, SMMUFAST_ATS_EXECUTE = 4 };
+
+/* An ATS translation request, beside stream, PASID and address, and its answer (3.9.1). */
+typedef struct smmufast_ats {
+    uint32_t size;    /* sizeof(smmufast_ats) */
+    uint8_t no_write; /* asked: the device is not going to write (NW) */
+    uint8_t execute;  /* asked: execute permission too; nothing without a PASID */
+    uint8_t stu_lg2;  /* asked: log2 of the smallest translation unit, 12 to 43 */
+    uint8_t status;   /* SMMUFAST_ATS_SUCCESS ... */
+    uint8_t granted;  /* SMMUFAST_ATS_READ | ...; with 0 `page_lg2` is stu_lg2 */
+    uint8_t split;    /* the address is an intermediate one, which stage 2 will translate */
+    uint8_t page_lg2; /* log2 of the bytes at `address` */
+    uint8_t reserved;
+    uint64_t address;
+    smmufast_result result; /* of the page, or of the fault that kept it from being granted */
+} smmufast_ats;
 
 /* What a walk asks the host to do next: a read, or a hardware update.
  *
@@ -209,6 +229,16 @@ typedef struct smmufast_api {
     int (*walk_look)(smmufast_smmu *smmu, smmufast_walk *walk);
     /* End a walk without a result.  Others than those that hold CMD_SYNC may just be forgotten. */
     int (*walk_drop)(smmufast_smmu *smmu, smmufast_walk *walk);
+    /* As translate and translate_batch, but look alone: no event, no stall, no update of a
+     * descriptor, nothing kept or counted by caches.  SMMUFAST_ENOMEM without memory for it. */
+    int (*peek)(smmufast_smmu *smmu, const smmufast_request *request, smmufast_result *result);
+    int (*peek_batch)(smmufast_smmu *smmu, const smmufast_batch *batch);
+    /* An ATS translation request; of request->access only SMMUFAST_PRIV counts. */
+    int (*ats_request)(
+        smmufast_smmu *smmu, const smmufast_request *request, smmufast_ats *ats);
+    /* An ATS Translated transaction, whose address is in `iova`. */
+    int (*ats_translated)(
+        smmufast_smmu *smmu, const smmufast_request *request, smmufast_result *result);
 } smmufast_api;
 
 #ifdef __cplusplus

@@ -177,6 +177,7 @@ class Smmu(Registers):
         priv: _Flag = False,
         instr: _Flag = False,
         trace: bool = False,
+        peek: bool = False,
     ) -> Result: ...
     def pa(
         self,
@@ -187,6 +188,7 @@ class Smmu(Registers):
         write: _Flag = False,
         priv: _Flag = False,
         instr: _Flag = False,
+        peek: bool = False,
     ) -> int: ...
     @overload
     def translate_batch(
@@ -201,6 +203,7 @@ class Smmu(Registers):
         out: None = None,
         columns: Iterable[_Column] | None = None,
         threads: SupportsIndex = 1,
+        peek: bool = False,
     ) -> NDArray[np.void]: ...
     @overload
     def translate_batch(
@@ -215,6 +218,7 @@ class Smmu(Registers):
         out: _Out,
         columns: None = None,
         threads: SupportsIndex = 1,
+        peek: bool = False,
     ) -> _Out: ...
     def translate_range(
         self,
@@ -226,6 +230,7 @@ class Smmu(Registers):
         write: _Flag = False,
         priv: _Flag = False,
         instr: _Flag = False,
+        peek: bool = False,
     ) -> Segments: ...
     def start_walk(
         self,

@@ -175,6 +175,9 @@ include "smmu_walk.pxi"
 include "smmu_columns.pxi"
 
 
+include "smmu_peek.pxi"
+
+
 include "smmu_bursts.pxi"
 
 
@@ -490,7 +493,7 @@ wired=True, on_interrupt=None)\n--\n
 
     # S3.3-1, S3.4-1, S3.9-1
     def translate(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False,
-                  trace=False):
+                  trace=False, peek=False):
         """Translate one access of a device.
 
         Parameters
@@ -505,6 +508,11 @@ wired=True, on_interrupt=None)\n--\n
             A write instead of a read; privileged; an instruction fetch.
         trace : bool
             Record every fetch in the result.
+        peek : bool
+            Look alone: the result is what would come of the access, and nothing else does.  No
+            event is recorded and no transaction stalls (its Result has no STAG); no descriptor is
+            updated; caches answer as they would, and neither keep nor count anything; injected
+            errors do not count it.  Python memory callbacks are called, to read.
 
         Returns
         -------
@@ -530,18 +538,21 @@ wired=True, on_interrupt=None)\n--\n
         result.request.sid = to_sid
         result.request.ssid = to_ssid
         result.request.access = access
-        if tracing:
+        if unlikely(peek is not False) and as_flag("peek", peek):
+            look_scalar(self, &result.request, &result.outcome,
+                        (<TracedResult>result).log if tracing else NULL)
+        elif tracing:
             self._run(&result.request, &result.outcome, (<TracedResult>result).log)
         else:
             run_request(self, &result.request, &result.outcome)
         return result
 
-    def pa(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False):
+    def pa(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False, peek=False):
         """Translate one access and return its physical address alone.
 
         Arguments as in `translate`.  An access that is terminated raises the Fault of its event:
         `smmufast.faults.FAULTS` has them by event number.  So does one that stalls; it is in
-        `stalls` then.
+        `stalls` then, unless with `peek`.
         """
         cdef Request request
         cdef Outcome outcome
@@ -552,9 +563,12 @@ wired=True, on_interrupt=None)\n--\n
         request.ssid = as_ssid(ssid)
         request.access = as_access(write, priv, instr)
         request.reserved = 0
-        if likely(find_ahead(self, &request, &leaf) != NULL):
+        if unlikely(peek is not False) and as_flag("peek", peek):
+            look_scalar(self, &request, &outcome, NULL)
+        elif likely(find_ahead(self, &request, &leaf) != NULL):
             return leaf.address | (request.iova & low_mask(leaf.shift))
-        self._run(&request, &outcome, NULL)
+        else:
+            self._run(&request, &outcome, NULL)
         if outcome.action <= ACTION_DISABLED:
             return outcome.pa
         result = Result.__new__(Result)
@@ -593,7 +607,7 @@ wired=True, on_interrupt=None)\n--\n
         return 0
 
     def translate_batch(self, sid, iova, *, ssid=None, write=False, priv=False, instr=False,
-                        out=None, columns=None, threads=1):
+                        out=None, columns=None, threads=1, peek=False):
         """Translate many accesses; the global lock is released meanwhile.
 
         It is kept for up to 64 accesses in plain memory, which take less time than that.
@@ -618,6 +632,8 @@ wired=True, on_interrupt=None)\n--\n
             that is of use: without caches, in memory without callbacks and injected errors, with
             8192 rows for each, outputs that lie apart from inputs, and up to the first row that
             records an event, stalls or updates a descriptor.  64 at most.
+        peek : bool
+            Look alone, as `translate` does, by one thread.
 
         The columns are those of COLUMNS: ``pa`` (uint64, 0 when terminated), ``action`` (uint8,
         index into ACTIONS), ``event`` and ``fault`` (uint8, event number, 0 for none),
@@ -639,6 +655,7 @@ wired=True, on_interrupt=None)\n--\n
         cdef uint64_t one_iova
         cdef bint sids, iovas, ssids = False
         cdef int found, workers = 1
+        cdef bint looks = peek is not False and as_flag("peek", peek)
         if threads is not ONE:
             workers = as_threads(threads)
         held.columns = 0
@@ -684,7 +701,9 @@ wired=True, on_interrupt=None)\n--\n
                 found = point_rows(&batch, &held, <cnp.ndarray>out, n)
             else:
                 raise TypeError(must_be("out", "a structured array or a dict", type(out)))
-            if n <= FEW and self.core.ram.plain and not flags.by_row:
+            if looks:
+                look_pieces(self, &batch, &flags)
+            elif n <= FEW and self.core.ram.plain and not flags.by_row:
                 run_few(self, &batch, found & ~USUAL != 0)
             else:
                 run_pieces(self, &batch, &flags, workers)
@@ -693,12 +712,13 @@ wired=True, on_interrupt=None)\n--\n
         return out
 
     def translate_range(self, sid, iova, size, *, ssid=None, write=False, priv=False,
-                        instr=False):
+                        instr=False, peek=False):
         """Translate a DMA burst of `size` bytes into physical segments.
 
         Pages that follow each other in physical memory with the same type and permissions are
         one segment.  The burst stops at the first page that fails: its Result is
-        `Segments.result`, and its segments are those before it.
+        `Segments.result`, and its segments are those before it.  With `peek` it is looked at
+        alone, as `translate` does.
 
         Raises
         ------
@@ -710,6 +730,8 @@ wired=True, on_interrupt=None)\n--\n
         cdef Port port
         cdef Memo memo
         cdef int status = BURST_MORE
+        cdef bint looks = as_flag("peek", peek)
+        cdef Looking* looking = NULL
         cdef Segments segments = Segments.__new__(Segments)
         cdef Result result
         cdef cnp.ndarray array
@@ -730,7 +752,13 @@ wired=True, on_interrupt=None)\n--\n
             while status == BURST_MORE:
                 with nogil:
                     caches_take(&self.core)
-                    status = burst_run(&self.core, &port, &memo, &request, &burst)
+                    if looks:
+                        look_close(looking)
+                        looking = look_open(&self.core, &port, NULL)
+                    if looks and looking == NULL:
+                        status = BURST_NO_ROOM
+                    else:
+                        status = burst_run(&self.core, &port, &memo, &request, &burst, looking)
                     caches_give(&self.core)
                 if status == BURST_NO_ROOM:
                     raise MemoryError()
@@ -744,6 +772,7 @@ wired=True, on_interrupt=None)\n--\n
             self.core.shared -= self.core.caches != NULL
             self.core.ram.users -= 1
             free(burst.rows)
+            look_close(looking)
         if status == BURST_STOPPED:
             result = Result.__new__(Result)
             result.request = request

@@ -72,11 +72,11 @@ ctypedef int (*ScalarPath)(Core*, Port*, const Request*, Memo*, Outcome*) noexce
 
 # S15.2-2, S16.7.1-1
 cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
-                   Burst* burst) noexcept nogil:
+                   Burst* burst, Looking* looking) noexcept nogil:
     """Translate the next pages of a burst; `request` is that of the next page.
 
     In plain memory the context is looked up once for all of them; elsewhere every page makes
-    all its fetches.
+    all its fetches.  With `looking` each page is looked at.
     """
     cdef Outcome page
     cdef uint64_t room
@@ -85,7 +85,9 @@ cdef int burst_run(Core* core, Port* port, Memo* memo, Request* request,
     for _page in range(BURST_PAGES):
         if burst.rest == 0:
             return BURST_DONE
-        if known and not port.wrote:
+        if looking != NULL:
+            status = look_one(core, looking, port, request, &page)
+        elif known and not port.wrote:
             status = deliver(
                 core, port, request, translate_known(&core.hw, port, request, memo, &page), &page)
         else:

@@ -6,13 +6,18 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from smmufast._engine.ats cimport (
+    ATS_SUCCESS, AtsAnswer, AtsAsk, ats_request, ats_translated, translated_input,
+)
 from smmufast._engine.core cimport Core, caches_give, caches_take
+from smmufast._facts.bits cimport low_mask
 from smmufast._engine.memory cimport Port, port_open
 from smmufast._engine.cached cimport translate_request
 from smmufast._engine.lookup cimport Memo
 from smmufast._facts.types cimport (
     ABI, ACCESS_INSTR, ACCESS_PRIV, ACCESS_WRITE, HOLDS_SYNC, NO_SSID, STATUS_DONE, STATUS_EINVAL,
-    STATUS_EPYTHON, STATUS_PENDING, ApiC, BatchC, Outcome, Request, SmmuC, WalkC,
+    STATUS_ENOMEM, STATUS_EPYTHON, STATUS_PENDING, ApiC, AtsC, BatchC, Outcome, Request, SmmuC,
+    WalkC,
 )
 from smmufast._engine.walk cimport (
     STEP_ENDED, Walking, walk_answer, walk_begin, walk_fits, walk_leaves, walk_overtaken, walk_seal,
@@ -111,6 +116,12 @@ cdef enum:
     STRUCT_MOST = 1 << 16  # what is more is no size: older structs have an address there
 
 
+cdef bint batch_legal(const BatchC* batch) noexcept nogil:
+    """All inputs are there, and in range."""
+    return (batch.sid.data != NULL and batch.ssid.data != NULL and batch.iova.data != NULL
+            and batch.access.data != NULL and ssid_wrong(batch) < 0 and accesses_legal(batch))
+
+
 cdef bint batch_known(const BatchC* given, BatchC* batch) noexcept nogil:
     """Take the columns that the caller's struct has; no if it wants some that are not known."""
     cdef const char* data = <const char*>given
@@ -130,14 +141,81 @@ cdef int api_translate_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
     cdef Port port
     cdef BatchC batch
     cdef int status
-    if not batch_known(given, &batch):
-        return STATUS_EINVAL
-    if (batch.sid.data == NULL or batch.ssid.data == NULL or batch.iova.data == NULL
-            or batch.access.data == NULL or ssid_wrong(&batch) >= 0
-            or not accesses_legal(&batch)):
+    if not batch_known(given, &batch) or not batch_legal(&batch):
         return STATUS_EINVAL
     caches_take(core)
     status = batch_run(core, &port, &batch)
+    caches_give(core)
+    return api_end(&port, status)
+
+
+cdef int api_peek(SmmuC* handle, const Request* request, Outcome* outcome) noexcept nogil:
+    cdef Port port
+    cdef Request own = request[0]
+    cdef int status
+    if not request_legal(&own):
+        return STATUS_EINVAL
+    status = look_alone(<Core*>handle, &port, NULL, &own, outcome)
+    return STATUS_ENOMEM if status == LOOK_NO_ROOM else api_end(&port, status)
+
+
+cdef int api_peek_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    cdef BatchC batch
+    cdef int status
+    if not batch_known(given, &batch) or not batch_legal(&batch):
+        return STATUS_EINVAL
+    caches_take(core)
+    status = look_rows(core, &port, &batch)
+    caches_give(core)
+    return STATUS_ENOMEM if status == LOOK_NO_ROOM else api_end(&port, status)
+
+
+cdef int api_ats_request(SmmuC* handle, const Request* request, AtsC* ats) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    cdef Request own = request[0]
+    cdef AtsAsk ask
+    cdef AtsAnswer answer
+    cdef int status
+    if (not request_legal(&own) or not sizeof(AtsC) <= ats.size <= STRUCT_MOST
+            or not 12 <= ats.stu_lg2 <= 43):
+        return STATUS_EINVAL
+    own.access &= ACCESS_PRIV if own.ssid != NO_SSID else 0
+    ask.no_write = ats.no_write != 0
+    ask.execute = ats.execute != 0 and own.ssid != NO_SSID
+    ask.stu_lg2 = ats.stu_lg2
+    port_open(&port, core.ram, NULL)
+    caches_take(core)
+    status = ats_request(core, &port, &own, &ask, &answer)
+    caches_give(core)
+    if status == 0:
+        ats.status = <uint8_t>answer.status
+        ats.granted = <uint8_t>answer.granted if answer.status == ATS_SUCCESS else 0
+        ats.split = answer.split and ats.granted != 0
+        ats.page_lg2 = answer.outcome.page_lg2 if ats.granted else ask.stu_lg2
+        ats.address = 0
+        if ats.granted:
+            ats.address = answer.outcome.ipa if answer.split else answer.outcome.pa
+            ats.address &= ~low_mask(ats.page_lg2)
+        ats.result = answer.outcome
+    return api_end(&port, status)
+
+
+cdef int api_ats_translated(
+        SmmuC* handle, const Request* request, Outcome* outcome) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    cdef Request own = request[0]
+    cdef int status
+    if not request_legal(&own):
+        return STATUS_EINVAL
+    own.reserved = 0
+    translated_input(&core.hw, &own)
+    port_open(&port, core.ram, NULL)
+    caches_take(core)
+    status = ats_translated(core, &port, &own, outcome)
     caches_give(core)
     return api_end(&port, status)
 
@@ -255,4 +333,8 @@ api.read = api_read
 api.write = api_write
 api.walk_look = api_walk_look
 api.walk_drop = api_walk_drop
+api.peek = api_peek
+api.peek_batch = api_peek_batch
+api.ats_request = api_ats_request
+api.ats_translated = api_ats_translated
 _C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)

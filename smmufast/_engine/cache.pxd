@@ -35,7 +35,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from smmufast._facts.bits cimport likely, low_mask
+from smmufast._facts.bits cimport likely, low_mask, unlikely
 
 cdef extern from "<assert.h>" nogil:
     void c_assert "assert"(bint) noexcept
@@ -84,6 +84,7 @@ cdef struct CacheC:
     uint8_t* entries
     uint64_t set_mask       # sets - 1
     uint32_t ways           # 0: the cache is absent
+    bint quiet              # of a copy: it is looked at alone, and counts and keeps nothing
     uint32_t policy
     uint64_t clock          # hits and fills, ever
     uint64_t passed         # those of them that are not counted as hits: see cache_hits()
@@ -394,6 +395,8 @@ cdef inline bint cache_open(
 cdef inline void cache_hit(CacheC* c, uint64_t slot) noexcept nogil:
     """Count a hit of a slot, and tell the replacement."""
     cdef uint64_t clock = c.clock + 1
+    if unlikely(c.quiet):
+        return
     c.clock = clock
     if likely(c.policy == POLICY_LRU):
         c.order[slot] = clock
@@ -403,8 +406,14 @@ cdef inline void cache_hit(CacheC* c, uint64_t slot) noexcept nogil:
 
 cdef inline void cache_hit_times(CacheC* c, uint64_t slot, uint64_t n) noexcept nogil:
     """What n hits of one slot in a row leave; n is not 0."""
-    c.clock += n - 1
+    if not c.quiet:
+        c.clock += n - 1
     cache_hit(c, slot)
+
+
+cdef inline void cache_miss(CacheC* c) noexcept nogil:
+    """Count a miss, if there is a cache."""
+    c.counters.misses += c.ways != 0 and not c.quiet
 
 
 cdef inline uint64_t cache_hits(const CacheC* c) noexcept nogil:

@@ -22,7 +22,7 @@ from libc.string cimport memcpy
 from smmufast._facts.bits cimport likely, unlikely
 from smmufast._engine.memory cimport Mutex
 from smmufast._engine.cache cimport (
-    CacheC, cache_find, cache_hit, cache_hit_times, ctz64, match4, print_of,
+    CacheC, cache_find, cache_hit, cache_hit_times, cache_miss, ctz64, match4, print_of,
 )
 from smmufast._rules.scope cimport KEY_LG2_SHIFT, KEY_VALID, Invalidation, key_of
 
@@ -170,7 +170,7 @@ cdef inline uint32_t config_probe(
         uint64_t* words) noexcept nogil:
     cdef int64_t slot = cache_find(cache, set, first, second, sizeof(ConfigEntry))
     if slot < 0:
-        cache.counters.misses += 1
+        cache_miss(cache)
         return 0
     cache_hit(cache, slot)
     memcpy(words, config_words(cache, slot), 8 * CONFIG_WORDS)

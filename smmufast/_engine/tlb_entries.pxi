@@ -5,7 +5,8 @@ from libc.string cimport memcpy, memset
 
 from smmufast._facts.bits cimport low_mask
 from smmufast._engine.cache cimport (
-    CacheC, c_assert, cache_drop, cache_find, cache_hit, cache_put, cache_victim, ctz64, tag_at,
+    CacheC, c_assert, cache_drop, cache_find, cache_hit, cache_miss, cache_put, cache_victim, ctz64,
+    tag_at,
 )
 from smmufast._facts.layout cimport CMD_TLBI_S2_IPA
 from smmufast._rules.scope cimport (
@@ -34,7 +35,7 @@ cdef uint32_t ste_fill(
         CachesC* c, uint32_t sid, const uint64_t* words) noexcept nogil:
     """Keep an STE; returns the handle for ste_touch(), 0 without a cache."""
     cdef CacheC* cache = &c.cache[CACHE_STE]
-    if cache.ways == 0:
+    if cache.ways == 0 or cache.quiet:
         return 0
     return config_fill(c, cache, sid & cache.set_mask, sid, KEY_VALID, words)
 
@@ -43,7 +44,7 @@ cdef uint32_t cd_fill(
         CachesC* c, uint32_t sid, uint32_t index, const uint64_t* words) noexcept nogil:
     """Keep a CD; returns the handle for cd_touch(), 0 without a cache."""
     cdef CacheC* cache = &c.cache[CACHE_CD]
-    if cache.ways == 0:
+    if cache.ways == 0 or cache.quiet:
         return 0
     return config_fill(c, cache, cd_set(cache, sid, index), sid, KEY_VALID | index, words)
 
@@ -231,7 +232,8 @@ cdef Entry* tlb_probe_sizes(
             if not quiet:
                 cache_hit(cache, slot)
             return &(<Entry*>cache.entries)[slot]
-    cache.counters.misses += cache.ways != 0 and not quiet
+    if not quiet:
+        cache_miss(cache)
     return NULL
 
 
@@ -306,7 +308,7 @@ cdef Entry* tlb_fill(CachesC* c, const Entry* e) noexcept nogil:
     """Keep a translation; entries that could answer the same request go.  NULL without a TLB."""
     cdef CacheC* cache = &c.cache[CACHE_TLB]
     cdef uint64_t key, slot
-    if cache.ways == 0:
+    if cache.ways == 0 or cache.quiet:
         return NULL
     c_assert(LG2_MIN <= e.lg2 <= LG2_MAX and KIND_S1 <= e.kind <= KIND_COMBINED)
     key = entry_key(c, e)
@@ -348,7 +350,7 @@ cdef Table* walk_probe(
         if slot >= 0:
             cache_hit(cache, slot)
             return &(<Table*>cache.entries)[slot]
-    cache.counters.misses += cache.ways != 0
+    cache_miss(cache)
     return NULL
 
 
@@ -377,7 +379,7 @@ cdef Table* walk_fill(CachesC* c, const Table* e) noexcept nogil:
     cdef CacheC* cache = walk_cache(c, e.kind)
     cdef int64_t slot
     cdef uint64_t set = e.prefix & cache.set_mask
-    if cache.ways == 0:
+    if cache.ways == 0 or cache.quiet:
         return NULL
     c_assert(LG2_MIN <= e.lg2 <= LG2_MAX and KIND_S1 <= e.kind <= KIND_COMBINED)
     slot = cache_find(cache, set, e.prefix, walk_key(c, e), sizeof(Table))

@@ -39,6 +39,7 @@ cdef extern from "smmufast.h":
         STATUS_PENDING "SMMUFAST_PENDING"
         STATUS_EINVAL "SMMUFAST_EINVAL"
         STATUS_EPYTHON "SMMUFAST_EPYTHON"
+        STATUS_ENOMEM "SMMUFAST_ENOMEM"
         HOLDS_SYNC "SMMUFAST_HOLDS_SYNC"
 
     ctypedef struct Request "smmufast_request":
@@ -68,6 +69,18 @@ cdef extern from "smmufast.h":
         uint8_t contiguous
         uint16_t why
         uint64_t[4] record
+
+    ctypedef struct AtsC "smmufast_ats":
+        uint32_t size
+        uint8_t no_write
+        uint8_t execute
+        uint8_t stu_lg2
+        uint8_t status
+        uint8_t granted
+        uint8_t split
+        uint8_t page_lg2
+        uint64_t address
+        Outcome result
 
     ctypedef struct FetchC "smmufast_fetch":
         uint64_t address
@@ -134,6 +147,10 @@ cdef extern from "smmufast.h":
         int (*write)(SmmuC*, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil
         int (*walk_look)(SmmuC*, WalkC*) noexcept nogil
         int (*walk_drop)(SmmuC*, WalkC*) noexcept nogil
+        int (*peek)(SmmuC*, const Request*, Outcome*) noexcept nogil
+        int (*peek_batch)(SmmuC*, const BatchC*) noexcept nogil
+        int (*ats_request)(SmmuC*, const Request*, AtsC*) noexcept nogil
+        int (*ats_translated)(SmmuC*, const Request*, Outcome*) noexcept nogil
 
 
 cdef enum:

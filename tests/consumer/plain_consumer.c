@@ -60,17 +60,52 @@ static PyObject *result_tuple(const smmufast_result *r)
                          r->event ? (const char *)r->record : none, (Py_ssize_t)32);
 }
 
-/* translate(smmu, sid, ssid, iova, access) -> (status, result) */
+/* translate(smmu, sid, ssid, iova, access, which="translate") -> (status, result); `which` is also
+ * "peek" or "ats_translated" */
 static PyObject *py_translate(PyObject *module, PyObject *args)
 {
     PyObject *object;
+    const char *which = "translate";
+    int (*call)(smmufast_smmu *, const smmufast_request *, smmufast_result *);
     smmufast_request request = {0};
     smmufast_result result;
     unsigned long long iova;
     unsigned int sid, ssid, access;
     int status;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OIIKI", &object, &sid, &ssid, &iova, &access))
+    if (!PyArg_ParseTuple(args, "OIIKI|s", &object, &sid, &ssid, &iova, &access, &which))
+        return NULL;
+    smmufast_smmu *smmu = api->acquire(object);
+    if (smmu == NULL)
+        return NULL;
+    call = strcmp(which, "peek") == 0 ? api->peek
+        : strcmp(which, "ats_translated") == 0 ? api->ats_translated : api->translate;
+    request.sid = sid;
+    request.ssid = ssid;
+    request.iova = iova;
+    request.access = access;
+    memset(&result, 0xEE, sizeof result);
+    Py_BEGIN_ALLOW_THREADS
+    status = call(smmu, &request, &result);
+    Py_END_ALLOW_THREADS
+    api->release(smmu);
+    return Py_BuildValue("(iN)", status, result_tuple(&result));
+}
+
+/* ats(smmu, sid, ssid, iova, access, no_write, execute, stu_lg2, size)
+ * -> (status, how it ended, granted, split, address, bytes, event) */
+static PyObject *py_ats(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    smmufast_request request = {0};
+    smmufast_ats ats;
+    unsigned long long iova;
+    unsigned int sid, ssid, access, size;
+    int no_write, execute, stu, status;
+    (void)module;
+    memset(&ats, 0xEE, sizeof ats);
+    if (!PyArg_ParseTuple(args, "OIIKIiiiI", &object, &sid, &ssid, &iova, &access, &no_write,
+                          &execute, &stu, &size))
         return NULL;
     smmufast_smmu *smmu = api->acquire(object);
     if (smmu == NULL)
@@ -79,12 +114,17 @@ static PyObject *py_translate(PyObject *module, PyObject *args)
     request.ssid = ssid;
     request.iova = iova;
     request.access = access;
-    memset(&result, 0xEE, sizeof result);
+    ats.size = size ? size : sizeof ats;
+    ats.no_write = (uint8_t)no_write;
+    ats.execute = (uint8_t)execute;
+    ats.stu_lg2 = (uint8_t)stu;
     Py_BEGIN_ALLOW_THREADS
-    status = api->translate(smmu, &request, &result);
+    status = api->ats_request(smmu, &request, &ats);
     Py_END_ALLOW_THREADS
     api->release(smmu);
-    return Py_BuildValue("(iN)", status, result_tuple(&result));
+    return Py_BuildValue("(iiiiKKi)", status, ats.status, ats.granted, ats.split,
+                         (unsigned long long)ats.address, 1ULL << (ats.page_lg2 & 63),
+                         ats.result.event);
 }
 
 /* walk(smmu, base, image, sid, ssid, iova, access) -> (status, result, [fetch, ...]) */
@@ -266,9 +306,9 @@ static PyObject *py_batch(PyObject *module, PyObject *args)
     PyObject *object, *columns;
     Py_buffer views[COLUMNS];
     smmufast_batch batch;
-    int status;
+    int status, look = 0;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OO!", &object, &PyTuple_Type, &columns))
+    if (!PyArg_ParseTuple(args, "OO!|i", &object, &PyTuple_Type, &columns, &look))
         return NULL;
     smmufast_smmu *smmu = api->acquire(object);
     if (smmu == NULL)
@@ -279,7 +319,7 @@ static PyObject *py_batch(PyObject *module, PyObject *args)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    status = api->translate_batch(smmu, &batch);
+    status = look ? api->peek_batch(smmu, &batch) : api->translate_batch(smmu, &batch);
     Py_END_ALLOW_THREADS
     drop_views(views);
     api->release(smmu);
@@ -647,6 +687,7 @@ static PyObject *py_version(PyObject *module, PyObject *unused)
 
 static PyMethodDef methods[] = {
     {"translate", py_translate, METH_VARARGS, NULL},
+    {"ats", py_ats, METH_VARARGS, NULL},
     {"translate_held", py_translate_held, METH_VARARGS, NULL},
     {"walk", py_walk, METH_VARARGS, NULL},
     {"step", py_step, METH_VARARGS, NULL},

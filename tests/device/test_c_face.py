@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import atssystems
 import nested
 import numpy as np
 import pytest
@@ -602,3 +603,58 @@ def test_the_header_stands_alone(language, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert subprocess.run([program]).returncode == 0
+
+
+# --- looking, and ATS ---
+
+
+def test_c_looks_and_leaves_everything_as_it_was(plain):
+    smmu, _ = small.system()
+    requests = small.REQUESTS
+    for request in requests:
+        before = smmu.save()
+        found = plain.translate(smmu, *c_arguments(request), "peek")
+        assert smmu.save() == before
+        assert found[0] == DONE
+        looked = smmu.translate(request.sid, request.iova, **request.access, peek=True)
+        assert found[1] == small.row(looked)
+    outputs = {name: np.zeros(len(requests), smmufast.COLUMNS[name]) for name in ("pa", "action")}
+    before = smmu.save()
+    assert plain.batch(smmu, c_columns(requests, **outputs), 1) == DONE
+    assert smmu.save() == before
+    straight, _ = small.system()
+    assert plain.batch(straight, c_columns(requests, **(
+        wanted := {name: np.zeros_like(column) for name, column in outputs.items()}))) == DONE
+    assert (outputs["pa"] == wanted["pa"]).all() and (outputs["action"] == wanted["action"]).all()
+    assert plain.translate(smmu, 0, 1 << 20, 0, 0, "peek")[0] == EINVAL
+    assert plain.translate(smmu, 0, 0, 0, 8, "peek")[0] == EINVAL
+
+
+@pytest.mark.parametrize("make", ["small_system", "nested_system"])
+@pytest.mark.parametrize("eats", [0, 1, 2])
+def test_c_asks_for_translations_and_takes_translated_ones(plain, make, eats):
+    none = NO_SUBSTREAM
+    for ssid in (None, 1):
+        for no_write, execute, priv, stu in ((0, 0, 0, 12), (1, 1, 1, 21), (0, 1, 0, 12)):
+            for iova in (0, 0x1000, 0x5123, 0x7000, 1 << 40, (1 << 64) - 1):
+                systems = [getattr(atssystems, make)(eats) for _ in range(2)]
+                c, python = (s[0] if isinstance(s, tuple) else s for s in systems)
+                found = plain.ats(c, 0, none if ssid is None else ssid, iova, 2 * priv,
+                                  no_write, execute, stu, 0)  # fmt: skip
+                said = python.ats_request(0, iova, ssid=ssid, no_write=bool(no_write),
+                                          execute=bool(execute), priv=bool(priv), stu=1 << stu)
+                status, ended, granted, split, address, size, event = found
+                assert status == DONE
+                assert ("success", "UR", "CA")[ended] == said.status
+                assert granted == said.read | said.write << 1 | said.execute << 2
+                assert event == (0 if said.event is None else said.event.number)
+                if granted:
+                    assert (address, size, bool(split)) == (said.address, said.size, said.ipa)
+                elif said.status == "success":
+                    assert size == said.size == 1 << stu
+                passed = plain.translate(c, 0, none, address, 0, "ats_translated")
+                result = python.ats_translated(0, address)
+                assert passed == (DONE, small.row(result))
+                assert c.save() == python.save()
+    for size, stu, ssid in ((8, 12, none), (0, 11, none), (0, 44, none), (0, 12, 1 << 20)):
+        assert plain.ats(c, 0, ssid, 0, 0, 0, 0, stu, size)[0] == EINVAL
