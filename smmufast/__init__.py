@@ -120,6 +120,7 @@ _MOVED = {
 _MODULES = (
     *(home for home in _HOMES if home[0] != "_"),
     "cli", "decode", "errors", "explain", "iommu", "layout", "replay", "streams", "trace",
+    "traffic",
 )  # fmt: skip
 
 

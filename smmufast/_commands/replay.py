@@ -21,6 +21,7 @@ from smmufast._commands.words import (
 
 if TYPE_CHECKING:
     from smmufast.replay import Difference, Replay, Tally
+    from smmufast.traffic import Replayed
 
 
 def add(command: Add) -> None:
@@ -28,7 +29,8 @@ def add(command: Add) -> None:
     made = command(
         "replay",
         "Translate every recorded request and compare each outcome.",
-        "directory of the capture, or a queues.jsonl.gz with batches of commands",
+        "directory of the capture or of recorded traffic, or a queues.jsonl.gz with batches of "
+        "commands",
     )
     made.add_argument(
         "--repeat",
@@ -57,6 +59,20 @@ def add(command: Add) -> None:
         action="store_true",
         help="do not fail on requests that this version cannot do",
     )
+    traffic = made.add_argument_group("for recorded traffic")
+    traffic.add_argument(
+        "--caches", choices=("none", "small", "server"), help="model these caches (default none)"
+    )
+    traffic.add_argument(
+        "--until", type=positive, metavar="N", help="stop behind line N of the log"
+    )
+    traffic.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="leave out every command of this name, such as TLBI_NH_VA: what breaks?",
+    )
     made.set_defaults(run=_replay)
 
 
@@ -65,6 +81,10 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     if os.path.isfile(arguments.capture):
         return _replay_queues(arguments)
+    if os.path.exists(os.path.join(arguments.capture, "log.jsonl.gz")):
+        return _replay_traffic(arguments)
+    if arguments.caches or arguments.until or arguments.drop:
+        raise UsageError("--caches, --until, --drop: for recorded traffic, which this is not")
     capture = load(arguments.capture)
     if not any(len(configuration.requests) for configuration in capture):
         raise UsageError(f"{arguments.capture}: no requests are recorded, nothing to replay")
@@ -113,6 +133,61 @@ def _replay_queues(arguments: argparse.Namespace) -> int:
         f"{total.agreeing} agree, {total.differing} differ"
     )
     return status
+
+
+def _replay_traffic(arguments: argparse.Namespace) -> int:
+    from smmufast.capture import CaptureError
+    from smmufast.traffic import replay
+
+    try:
+        with Progress("replaying") as progress:
+            found = replay(
+                arguments.capture,
+                caches=arguments.caches,
+                until=arguments.until,
+                drop=arguments.drop,
+                progress=progress,
+            )
+    except CaptureError:
+        raise
+    except ValueError as error:  # of --drop: a name that no command has
+        raise UsageError(f"--{error}") from None
+    status = DIFFERS if found.divergence else AGREES
+    if arguments.json:
+        print_json(found.as_dict() | {"status": status})
+        return status
+    if found.masked:
+        print(masked_text(found.masked) + "\n")
+    print_table(
+        ("agree", "steps"), ((_LETTERS[op], str(n)) for op, n in sorted(found.compared.items()))
+    )
+    for cause, times in sorted(found.known.items()):
+        print(f"Known: {cause}: {times}")
+    if arguments.drop:
+        print(_dropped_text(found))
+    name = os.path.basename(os.path.abspath(arguments.capture))
+    ends = "no divergence" if found.divergence is None else f"diverges at {found.divergence}"
+    print(f"{name}: {plural(found.steps, 'step')}; {ends}")
+    return status
+
+
+_LETTERS = {
+    "R": "register reads", "T": "translations", "B": "bypasses", "A": "aborts",
+    "N": "found it disabled", "E": "events", "I": "interrupts",
+}  # fmt: skip
+
+
+def _dropped_text(found: Replayed) -> str:
+    """Say what the commands that were left out were needed for."""
+    text = f"Left out: {plural(found.dropped, 'command')}"
+    if found.divergence is not None or not found.dropped:
+        return text
+    if found.stale:
+        return (
+            f"{text}. Nothing that was asked needed them, but up to {found.stale} entries of "
+            "caches were stale"
+        )
+    return f"{text}. They were needless: nothing that was asked needed them, and no entry was stale"
 
 
 def _page_sizes(tally: Tally) -> str:

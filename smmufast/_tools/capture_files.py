@@ -157,23 +157,22 @@ def kind_of(value: Any) -> str:
     )
 
 
-def _parse(path: str, number: int | None, text: bytes) -> Line:
+def _parse(path: str, number: int | None, text: bytes) -> Any:
     try:
-        values = json.loads(text)
+        return json.loads(text)
     except RecursionError:
         raise CaptureError(path, number, "not JSON: nested too deeply") from None
     except ValueError as error:
         # also an unknown encoding, and a number of too many digits
         reason = getattr(error, "msg", None) or str(error).partition(";")[0]
         raise CaptureError(path, number, f"not JSON: {reason}") from None
-    return Line(path, number, values)
 
 
 def read_meta(path: str) -> Line:
     """Read ``meta.json``."""
     try:
         with open(path, "rb") as file:
-            return _parse(path, None, file.read(MAX_LINE))
+            return Line(path, None, _parse(path, None, file.read(MAX_LINE)))
     except OSError as error:
         raise _open_error(path, error) from None
 
@@ -210,6 +209,18 @@ _PIECE = 1 << 20
 
 def read_lines(path: str, watch: Watch = _UNWATCHED) -> Iterator[Line]:
     """Yield the objects of a compressed list."""
+    for number, value in read_values(path, watch):
+        yield Line(path, number, value)
+
+
+def read_values(
+    path: str, watch: Watch = _UNWATCHED, most: int | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yield the values of a compressed list, each with its line.
+
+    `most` is how many bytes it may unpack to, by default MAX_TEXT.
+    """
+    most = MAX_TEXT if most is None else most
     number = 0
     total = 0
     try:
@@ -221,10 +232,10 @@ def read_lines(path: str, watch: Watch = _UNWATCHED) -> Iterator[Line]:
                     watch.at(packed)
                 if len(text) > MAX_LINE:
                     raise CaptureError(path, number, f"longer than {MAX_LINE} bytes")
-                if total > MAX_TEXT:
-                    raise CaptureError(path, number, f"the list unpacks to over {MAX_TEXT} bytes")
+                if total > most:
+                    raise CaptureError(path, number, f"the list unpacks to over {most} bytes")
                 if text.strip():
-                    yield _parse(path, number, text)
+                    yield number, _parse(path, number, text)
         watch.done(path)
     except EOFError:
         raise CaptureError(path, number + 1, "the compressed data is cut off") from None

@@ -113,7 +113,9 @@ def read_record(line: Line, name: str) -> bytes:
     return raw
 
 
-def _fair(line: Line, raw: bytes, write: bool, differs: Sequence[Any]) -> tuple[bytes, bytes]:
+def fair(
+    line: Line, raw: bytes, write: bool, differs: Sequence[Any] = ()
+) -> tuple[bytes, bytes]:
     """Return a record as the architecture has it, and its bits that can be compared."""
     rec = layout.EVENTS[raw[0]]
     word = int.from_bytes(raw, "little")
@@ -192,7 +194,7 @@ def _outcome(
     if priv and not differs:
         mask = _comparable(int.from_bytes(raw, "little")).to_bytes(32, "little")
         return Expected("abort", record=raw, mask=mask, **told)
-    record, mask = _fair(line, raw, write, differs)
+    record, mask = fair(line, raw, write, differs)
     return Expected("abort", record=record, mask=mask, **told)
 
 
@@ -293,7 +295,7 @@ class Requests:
         record = raw = read_record(line, "hex")
         mask = _comparable(int.from_bytes(raw, "little")).to_bytes(32, "little")
         if not told:
-            record, mask = _fair(line, raw, write, ())
+            record, mask = fair(line, raw, write, ())
         expected = Expected(
             action,
             layout.Event(raw[0]).name,

@@ -25,7 +25,7 @@ HOME = Path(smmufast.__file__).resolve().parent.parent
 SHOWN = r"^```$(?:\n\n^```text$\n(.*?)^```$)?"  # the end of a block, and what stands behind it
 PUBLIC = (
     "ats", "capture", "cli", "decode", "errors", "explain", "faults", "features", "iommu", "layout",
-    "replay", "streams", "trace", "why",
+    "replay", "streams", "trace", "traffic", "why",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pydoc
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ import stalls
 from project import ROOT
 
 import smmufast
-from smmufast import Memory, Smmu, _html, decode, layout, replay, trace
+from smmufast import Memory, Smmu, _html, decode, layout, replay, trace, traffic
 from smmufast.iommu import PageFault, Report, System
 
 HOME = Path(smmufast.__file__).resolve().parent.parent
 MODULES = ("ats", "capture", "cli", "decode", "errors", "explain", "faults", "features", "iommu",
-           "layout", "replay", "streams", "trace", "why")  # fmt: skip
+           "layout", "replay", "streams", "trace", "traffic", "why")  # fmt: skip
 
 
 def in_a_new_process(code):
@@ -256,6 +257,8 @@ BY_REPR = {
         "Batch", "Configuration", "Expected", "Filling", "Queue",
     ),
     "`layout.format` shows it with a value": ("Record",),
+    "a part of traffic, a line": ("Step",),
+    "it is there while something is recorded": ("Recorder",),
 }  # fmt: skip
 
 
@@ -268,6 +271,14 @@ def public_classes():
             value = getattr(module, name)
             if inspect.isclass(value) and not issubclass(value, (BaseException, enum.Enum)):
                 yield value
+
+
+def recording(memory):
+    """The path of a recording of nothing."""
+    path = Path(tempfile.mkdtemp()) / "traffic"
+    with traffic.Recorder(path, Smmu(memory, cr0=0)):
+        pass
+    return path
 
 
 def samples():
@@ -312,6 +323,11 @@ def samples():
     )  # fmt: skip
     yield replay.Replay(capture, streams={1: replay.Tally()}, causes={SCRIPT: replay.Tally()})
     yield replay.QueueReplay(SCRIPT, differences=[SCRIPT] * 1000)
+    recorded = traffic.Traffic(recording(memory))
+    recorded.path += f"/{SCRIPT}"
+    yield recorded
+    yield traffic.replay(recording(memory))
+    yield traffic.Divergence(traffic.Step(7, "O", (SCRIPT,)), SCRIPT, failed, SCRIPT)
     yield trace.TraceSummary(5, {"ok": 5}, {SCRIPT: 5}, 1.0)
     yield decode.Decoded("event", SCRIPT, SCRIPT, meaning=(SCRIPT,) * 1000)
     system = System()
