@@ -119,8 +119,8 @@ _MOVED = {
 
 _MODULES = (
     *(home for home in _HOMES if home[0] != "_"),
-    "cli", "decode", "errors", "explain", "iommu", "layout", "replay", "streams", "trace",
-    "traffic",
+    "cli", "decode", "dumps", "errors", "explain", "iommu", "layout", "mappings", "replay",
+    "streams", "trace", "traffic",
 )  # fmt: skip
 
 

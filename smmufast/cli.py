@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from smmufast._commands import decode, queues, replay, streams, trace, walk
+from smmufast._commands import capture, decode, mappings, queues, replay, streams, trace, walk
 from smmufast._commands.output import say
 from smmufast._commands.words import (
     AGREES,
@@ -30,7 +30,7 @@ from smmufast._commands.words import (
 
 __all__ = ["main"]
 
-COMMANDS = (replay, walk, trace, streams, queues, decode)
+COMMANDS = (replay, walk, trace, streams, mappings, queues, decode, capture)
 
 
 def _parser() -> argparse.ArgumentParser:

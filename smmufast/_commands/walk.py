@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from smmufast._commands.captures import chosen, load, masked_text
 from smmufast._commands.output import print_json
 from smmufast._commands.words import AGREES, Add, check_bits, number
+
+if TYPE_CHECKING:
+    from smmufast import Result, Smmu
 
 
 def add(command: Add) -> None:
@@ -41,6 +45,8 @@ def _walk(arguments: argparse.Namespace) -> int:
         if configuration.masked:
             print(masked_text(configuration.masked) + "\n")
         print(explain(result, smmu))
+        for text in _neighbours(result, smmu).values():
+            print(text)
         return AGREES
     fault = result.fault
     print_json(
@@ -87,6 +93,25 @@ def _walk(arguments: argparse.Namespace) -> int:
                 "fields": fault.fields,
             },
             "explain": explain(result, smmu),
+            "nearest": _neighbours(result, smmu),
         }
     )
     return AGREES
+
+
+def _neighbours(result: Result, smmu: Smmu) -> dict[str, str]:
+    """Say what is mapped below and above an address that is not."""
+    from smmufast.mappings import mappings
+
+    if result.fault is None or result.fault.name != "F_TRANSLATION":
+        return {}
+    try:
+        below, above = mappings(smmu, result.sid, result.ssid).near(result.iova)
+    except ValueError:  # the substream has no context: the explanation says so
+        return {}
+    found = {}
+    if below is not None:
+        found["below"] = f"The nearest range below: {below}"
+    if above is not None:
+        found["above"] = f"The nearest range above: {above}"
+    return found or {"none": "Nothing is mapped."}

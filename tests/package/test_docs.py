@@ -24,8 +24,8 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts
 HOME = Path(smmufast.__file__).resolve().parent.parent
 SHOWN = r"^```$(?:\n\n^```text$\n(.*?)^```$)?"  # the end of a block, and what stands behind it
 PUBLIC = (
-    "ats", "capture", "cli", "decode", "errors", "explain", "faults", "features", "iommu", "layout",
-    "replay", "streams", "trace", "traffic", "why",
+    "ats", "capture", "cli", "decode", "dumps", "errors", "explain", "faults", "features", "iommu",
+    "layout", "mappings", "replay", "streams", "trace", "traffic", "why",
 )  # fmt: skip
 
 

@@ -20,12 +20,13 @@ import stalls
 from project import ROOT
 
 import smmufast
-from smmufast import Memory, Smmu, _html, decode, layout, replay, trace, traffic
+from smmufast import Memory, Smmu, _html, decode, layout, mappings, replay, trace, traffic
 from smmufast.iommu import PageFault, Report, System
 
 HOME = Path(smmufast.__file__).resolve().parent.parent
-MODULES = ("ats", "capture", "cli", "decode", "errors", "explain", "faults", "features", "iommu",
-           "layout", "replay", "streams", "trace", "traffic", "why")  # fmt: skip
+MODULES = ("ats", "capture", "cli", "decode", "dumps", "errors", "explain", "faults", "features",
+           "iommu", "layout", "mappings", "replay", "streams", "trace", "traffic",
+           "why")  # fmt: skip
 
 
 def in_a_new_process(code):
@@ -258,6 +259,7 @@ BY_REPR = {
     ),
     "`layout.format` shows it with a value": ("Record",),
     "a part of traffic, a line": ("Step",),
+    "a row of `Mappings`": ("MappedRange",),
     "it is there while something is recorded": ("Recorder",),
 }  # fmt: skip
 
@@ -323,6 +325,7 @@ def samples():
     )  # fmt: skip
     yield replay.Replay(capture, streams={1: replay.Tally()}, causes={SCRIPT: replay.Tally()})
     yield replay.QueueReplay(SCRIPT, differences=[SCRIPT] * 1000)
+    yield mappings.mappings(smmu, small.STAGE1)
     recorded = traffic.Traffic(recording(memory))
     recorded.path += f"/{SCRIPT}"
     yield recorded
