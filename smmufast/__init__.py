@@ -14,7 +14,15 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from smmufast._device.registers import PageAnswer, RegisterWarning, Stall
-    from smmufast._device.smmu import COLUMNS, NO_SUBSTREAM, Result, Segments, Smmu, Walk
+    from smmufast._device.smmu import (
+        COLUMNS,
+        NO_SUBSTREAM,
+        Result,
+        Segments,
+        Smmu,
+        Transaction,
+        Walk,
+    )
     from smmufast._driver.pasid import (
         PasidAllocated,
         PasidAllocator,
@@ -39,6 +47,7 @@ if _TYPE_CHECKING:
         ExternalAbort,
         Fault,
         Fetch,
+        Invalidated,
         Perm,
     )
     from smmufast.features import Features, modelled
@@ -62,6 +71,7 @@ __all__ = [
     "Features",
     "Fetch",
     "Geometry",
+    "Invalidated",
     "Memory",
     "MemoryRegion",
     "PageAnswer",
@@ -83,6 +93,7 @@ __all__ = [
     "Smmu",
     "StaleEntry",
     "Stall",
+    "Transaction",
     "Walk",
     "Why",
     "get_include",
@@ -97,11 +108,14 @@ _HOMES = {
     "_driver.pasid": tuple(name for name in __all__ if name.startswith("Pasid")),
     "_device.registers": ("PageAnswer", "RegisterWarning", "Stall"),
     "_engine.tlb": ("Caches", "Geometry", "StaleEntry"),
-    "_device.smmu": ("COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Walk"),
+    "_device.smmu": (
+        "COLUMNS", "NO_SUBSTREAM", "Result", "Segments", "Smmu", "Transaction", "Walk",
+    ),
     "ats": ("AtsDevice", "PageRequest"),
     "capture": ("Capture", "CaptureError"),
     "faults": (
-        "ACTIONS", "AtsFault", "AtsResponse", "Event", "ExternalAbort", "Fault", "Fetch", "Perm",
+        "ACTIONS", "AtsFault", "AtsResponse", "Event", "ExternalAbort", "Fault", "Fetch",
+        "Invalidated", "Perm",
     ),
     "features": ("Features", "modelled"),
     "why": ("Why",),

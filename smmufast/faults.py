@@ -36,6 +36,48 @@ class Perm(enum.IntFlag):
     PX = 32
 
 
+class Invalidated(NamedTuple):
+    """What an invalidation of caches covers, as `Smmu.on_invalidate` gets it (IHI 0070 4.3, 4.4).
+
+    A host that keeps translations of its own (a TLB of a processor, pointers into memory) drops
+    those that a scope covers.  None stands for "whatever it is".
+
+    Attributes
+    ----------
+    source : str
+        The command, such as "TLBI_NH_VA" or "CFGI_STE"; "CR0" where CR0.SMMUEN is cleared.
+    configuration : bool
+        STEs and CDs are invalidated; translations through them may be other ones from now on.
+    translations : bool
+        Translations and tables are.
+    sids : (int, int) or None
+        First and last StreamID.
+    ssid : int or None
+        SubstreamID of a CD.
+    vmid, asid : int or None
+        VMID, ASID; with VMIDs that CR0.VMW groups, one of the group.
+    addresses : (int, int) or None
+        First and last address: of TLBI_S2_IPA an intermediate one.
+    leaf : bool
+        The last level alone: tables above it, and level-1 descriptors, are as they were.
+    """
+
+    source: str
+    configuration: bool
+    translations: bool
+    sids: tuple[int, int] | None = None
+    ssid: int | None = None
+    vmid: int | None = None
+    asid: int | None = None
+    addresses: tuple[int, int] | None = None
+    leaf: bool = False
+
+    def _repr_html_(self) -> str:
+        from smmufast._html import fields
+
+        return fields(self)
+
+
 class Fetch(NamedTuple):
     """One read that a walk makes, or one hardware update of a descriptor.
 

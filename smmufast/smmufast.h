@@ -239,6 +239,14 @@ typedef struct smmufast_api {
     /* An ATS Translated transaction, whose address is in `iova`. */
     int (*ats_translated)(
         smmufast_smmu *smmu, const smmufast_request *request, smmufast_result *result);
+    /* A number that grows with every invalidation and with every register write that sets up
+     * translation: while it is the same, translations that the host keeps still hold. */
+    uint64_t (*generation)(smmufast_smmu *smmu);
+    /* A transaction from before its translation to the end of its access (4.7.3): a CMD_SYNC
+     * behind an invalidation waits for those that were open before it.  `open` gives what `close`
+     * takes, once, in any thread; close() may consume commands. */
+    uint64_t (*transaction_open)(smmufast_smmu *smmu);
+    int (*transaction_close)(smmufast_smmu *smmu, uint64_t opened);
 } smmufast_api;
 
 #ifdef __cplusplus

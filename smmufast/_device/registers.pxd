@@ -29,6 +29,8 @@ cdef class Registers:
     cdef object _features
     cdef object _on_interrupt
     cdef object _on_resume
+    cdef object _on_invalidate
+    cdef object _on_command
     cdef object _warnings
     cdef dict _devices
     cdef dict _values         # what plain registers hold, by name
@@ -96,6 +98,7 @@ cdef class Registers:
     cdef uint64_t _put_commands(self, uint32_t prod) except? -1
     cdef int _consume(self) except -1
     cdef int _execute(self, const Effect* effect) except -1
+    cdef int _tell_scope(self, const Effect* effect) except -1
     cdef bint _sync_waits(self, const Effect* effect) except -1
     cdef int _complete(self, const Effect* effect, bint room) except -1
     cdef int _command_error(self, uint32_t cerror, int why) except -1

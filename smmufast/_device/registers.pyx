@@ -44,7 +44,7 @@ from smmufast._engine.queue cimport (
 from smmufast._engine.tlb cimport (
     Caches, CachesC, cfgi_all, cfgi_cd, cfgi_cd_all, cfgi_range, cfgi_ste, state_of, tlbi,
 )
-from smmufast._rules.scope cimport Invalidation
+from smmufast._rules.scope cimport Invalidation, cfgi_last
 from smmufast._facts.hw cimport Hw, hw_features
 from smmufast._facts.types cimport (
     ACTION_ABORT, ACTION_RAZ_WI, ACTION_STALL, NO_SSID, Outcome, Request,
@@ -58,6 +58,7 @@ from dataclasses import fields
 from zlib import crc32
 
 from smmufast import layout
+from smmufast.faults import Invalidated
 from smmufast._arguments import in_words, must_be
 from smmufast.features import Features, modelled
 from smmufast.why import Why
@@ -155,6 +156,11 @@ cdef object call_host(function, tuple arguments):
         return function(*arguments)
     finally:
         resume(had)
+
+
+cdef bytes le_bytes(const uint64_t* words):
+    """A command as it lies in memory."""
+    return (<object>words[0] | (<object>words[1] << 64)).to_bytes(16, "little")
 
 
 cdef list strings(dict values):
@@ -339,6 +345,33 @@ cdef class Registers:
         caches_give(&self.core)
         return 0
 
+    cdef int _tell_scope(self, const Effect* effect) except -1:
+        """Call on_invalidate with what a command covers, or with NULL with all there is."""
+        cdef uint64_t last
+        if self._on_invalidate is None:
+            return 0
+        if effect == NULL:
+            call_host(self._on_invalidate, (Invalidated("CR0", True, True),))
+            return 0
+        name = layout.Opcode(effect.op).name if effect.kind != EFFECT_CFGI_ALL else "CFGI_ALL"
+        sids = ssid = vmid = asid = addresses = None
+        configuration = effect.kind != EFFECT_TLBI
+        if effect.kind == EFFECT_CFGI_RANGE:
+            last = cfgi_last(effect.sid, effect.range_lg2)
+            sids = (effect.sid & ~cfgi_last(0, effect.range_lg2), last)
+        elif configuration and effect.kind != EFFECT_CFGI_ALL:
+            sids = (effect.sid, effect.sid)
+            ssid = effect.ssid if effect.kind == EFFECT_CFGI_CD else None
+        elif not configuration:
+            tags = {field.name for field in layout.COMMANDS[name].fields}
+            vmid = effect.vmid if effect.vmid_mask and "VMID" in tags else None
+            asid = effect.asid if "ASID" in tags else None
+            addresses = None if effect.all_addresses else (effect.first, effect.last)
+        call_host(self._on_invalidate, (Invalidated(
+            name, configuration, not configuration, sids, ssid, vmid, asid, addresses,
+            effect.leaf != 0),))
+        return 0
+
     # --- attributes ---
 
     @property
@@ -443,6 +476,48 @@ cdef class Registers:
         if value is not None and not callable(value):
             raise TypeError(must_be("on_interrupt", "a callable or None", type(value)))
         self._on_interrupt = value
+
+    @property
+    def on_invalidate(self):
+        """What is called with an Invalidated for each invalidation, or None.
+
+        It is called when the caches have dropped what a CFGI or TLBI command names, and before
+        CMDQ_CONS moves past the command; and when CR0.SMMUEN is cleared.  Also without caches.  An
+        exception that it raises leaves the command in the queue, to be consumed again when
+        CMDQ_PROD is written.
+        """
+        return self._on_invalidate
+
+    @on_invalidate.setter
+    def on_invalidate(self, value):
+        if value is not None and not callable(value):
+            raise TypeError(must_be("on_invalidate", "a callable or None", type(value)))
+        self._on_invalidate = value
+
+    @property
+    def on_command(self):
+        """What is called with the 16 bytes of each legal command that is consumed, or None.
+
+        For hosts that forward commands.  It is called before the command is executed; an exception
+        leaves the command in the queue.
+        """
+        return self._on_command
+
+    @on_command.setter
+    def on_command(self, value):
+        if value is not None and not callable(value):
+            raise TypeError(must_be("on_command", "a callable or None", type(value)))
+        self._on_command = value
+
+    @property
+    def generation(self):
+        """A number that grows with each invalidation, and each write that sets up translation.
+
+        A host that keeps translations of its own may look at it instead of being told: while it is
+        the same, what `translate` gave still holds, as far as software invalidates what it
+        changes.  That is so without caches too.
+        """
+        return self.core.overtaking.commands + self.core.hw.generation
 
     @property
     def on_resume(self):
@@ -691,6 +766,7 @@ cdef class Registers:
         if cr0_smmuen(old & ~value):
             overtake_all(&self.core)
             self._terminate(None)
+            self._tell_scope(NULL)
         try:
             self._stop_queues()
         finally:
@@ -1224,6 +1300,8 @@ cdef class Registers:
                     cerror = command_decode(&self.core.hw, words, &effect)
                     if self._sync_waits(&effect):
                         break
+                    if cerror == 0 and self._on_command is not None:
+                        call_host(self._on_command, (le_bytes(words),))
                     if cerror == 0:
                         cerror = self._execute(&effect)
                 room = False
@@ -1249,6 +1327,7 @@ cdef class Registers:
         if effect.kind in (EFFECT_CFGI_STE, EFFECT_CFGI_RANGE, EFFECT_CFGI_ALL, EFFECT_CFGI_CD,
                            EFFECT_CFGI_CD_ALL, EFFECT_TLBI):
             self._invalidate(effect)
+            self._tell_scope(effect)
         elif effect.kind == EFFECT_PREFETCH:
             self._prefetch(effect)
         elif effect.kind == EFFECT_ATC_INV:

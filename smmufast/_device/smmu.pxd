@@ -32,6 +32,12 @@ cdef class TracedResult(Result):
     cdef Log* log
 
 
+cdef class Transaction:
+    cdef Smmu smmu
+    cdef uint64_t begun
+    cdef bint inside
+
+
 cdef class Walk:
     cdef WalkC walk
     cdef int status

@@ -816,6 +816,15 @@ wired=True, on_interrupt=None)\n--\n
         walk._step(True, NULL)
         return walk
 
+    def transaction(self):
+        """Return a Transaction, to be opened by `with`: a translation and the access it is for.
+
+        A CMD_SYNC behind an invalidation waits for those that were open before it.
+        """
+        cdef Transaction made = Transaction.__new__(Transaction)
+        made.smmu = self
+        return made
+
     def stale(self):
         """Look for entries of caches that the tables in memory no longer give.
 

@@ -10,7 +10,8 @@ from smmufast._engine.ats cimport (
     ATS_SUCCESS, AtsAnswer, AtsAsk, ats_request, ats_translated, translated_input,
 )
 from smmufast._engine.core cimport Core, caches_give, caches_take
-from smmufast._facts.bits cimport low_mask
+from smmufast._engine.queue cimport walk_enter, walk_leave
+from smmufast._facts.bits cimport load64, low_mask
 from smmufast._engine.memory cimport Port, port_open
 from smmufast._engine.cached cimport translate_request
 from smmufast._engine.lookup cimport Memo
@@ -287,6 +288,25 @@ cdef int api_walk_drop(SmmuC* handle, WalkC* walk) noexcept nogil:
     return api_end(&port, status)
 
 
+cdef uint64_t api_generation(SmmuC* handle) noexcept nogil:
+    cdef const Core* core = <Core*>handle
+    return load64(&core.overtaking.commands) + load64(&core.hw.generation)
+
+
+cdef uint64_t api_transaction_open(SmmuC* handle) noexcept nogil:
+    return walk_enter(<Core*>handle, True)
+
+
+cdef int api_transaction_close(SmmuC* handle, uint64_t opened) noexcept nogil:
+    cdef Core* core = <Core*>handle
+    cdef Port port
+    cdef int status = 0
+    if walk_leave(core, opened):
+        port_open(&port, core.ram, NULL)
+        status = core.queues.consume(core.queues.owner, &port)
+    return api_end(&port, status)
+
+
 cdef inline bint access_legal(uint64_t offset, uint32_t size) noexcept nogil:
     """What Registers.read() takes; other accesses are impossible on a bus."""
     return offset <= 0x1FFFF and (size == 1 or size == 2 or size == 4 or size == 8)
@@ -337,4 +357,7 @@ api.peek = api_peek
 api.peek_batch = api_peek_batch
 api.ats_request = api_ats_request
 api.ats_translated = api_ats_translated
+api.generation = api_generation
+api.transaction_open = api_transaction_open
+api.transaction_close = api_transaction_close
 _C_API = PyCapsule_New(&api, "smmufast._smmu._C_API", NULL)

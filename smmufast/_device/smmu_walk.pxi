@@ -7,6 +7,7 @@ from libc.stdint cimport uint64_t
 from smmufast._engine.core cimport Core, caches_give, caches_take_gil
 from smmufast._engine.memory cimport Port, port_open, raise_port, to_flag
 from smmufast._facts.types cimport HOLDS_SYNC, STATUS_DONE, STATUS_PENDING
+from smmufast._engine.queue cimport walk_enter, walk_leave
 from smmufast._engine.walk cimport (
     walk_answer, walk_begin, walk_holds, walk_leaves, walk_overtaken, walk_tell,
 )
@@ -199,6 +200,63 @@ cdef class Walk:
         if self.status == WALK_CLOSED:
             return "<Walk closed>"
         return f"<Walk at {asked_for(&self.walk.fetch)!r}>"
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Transaction:
+    """Transaction()\n--\n
+    A transaction of a device between its translation and the end of its access::
+
+        with smmu.transaction():
+            pa = smmu.pa(sid, iova)
+            read_memory(pa)
+
+    On hardware CMD_SYNC completes an invalidation when the transactions that used the old
+    translation are done (IHI 0070 3.21.1, 4.7.3).  So a CMD_SYNC behind an invalidation is not
+    consumed, and CMDQ_CONS stays, while a transaction is open that was open before the
+    invalidation; when the last of these ends, the queue goes on, in the thread that ends it.
+    Whoever opens none pays nothing.
+    """
+
+    def __init__(self):
+        raise TypeError("a Transaction is made by Smmu.transaction")
+
+    def __enter__(self):
+        if self.smmu is None:
+            raise RuntimeError("no Smmu made this transaction")
+        if self.inside:
+            raise RuntimeError("the transaction is open already")
+        self.begun = walk_enter(&self.smmu.core, True)
+        self.inside = True
+        return self
+
+    def __exit__(self, *error):
+        self.end()
+
+    def end(self):
+        """End the transaction; nothing happens if it is not open.
+
+        Raises
+        ------
+        Exception
+            Whatever a command raises that waited behind the CMD_SYNC.
+        """
+        cdef Port own
+        cdef Core* core = &self.smmu.core
+        if not self.inside:
+            return
+        self.inside = False
+        if walk_leave(core, self.begun):
+            port_open(&own, core.ram, NULL)
+            if core.queues.consume(core.queues.owner, &own) < 0:
+                raise_port(&own)
+
+    def __del__(self):
+        self.end()
+
+    def __repr__(self):
+        return f"<Transaction {'open' if self.inside else 'closed'}>"
 
 
 cdef tuple walk_kept(Walk walk):

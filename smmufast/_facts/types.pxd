@@ -151,6 +151,9 @@ cdef extern from "smmufast.h":
         int (*peek_batch)(SmmuC*, const BatchC*) noexcept nogil
         int (*ats_request)(SmmuC*, const Request*, AtsC*) noexcept nogil
         int (*ats_translated)(SmmuC*, const Request*, Outcome*) noexcept nogil
+        uint64_t (*generation)(SmmuC*) noexcept nogil
+        uint64_t (*transaction_open)(SmmuC*) noexcept nogil
+        int (*transaction_close)(SmmuC*, uint64_t) noexcept nogil
 
 
 cdef enum:

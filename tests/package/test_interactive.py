@@ -247,7 +247,7 @@ BY_REPR = {
     "one short line says all of it": (
         "AttachHandle", "Bond", "Budget", "ContextRun", "Contradiction", "Cpu", "Field", "Geometry",
         "MemoryRegion", "PageAnswer", "PasidNotice", "PasidPolicy", "Profile", "RegisterWarning",
-        "Run", "StreamTable", "Tally",
+        "Run", "StreamTable", "Tally", "Transaction",
     ),
     "an object to call, whose repr says how full it is": (
         "AddressSpace", "DmaMapper", "Domain", "Gather", "Group", "Iommu", "IovaAllocator",
@@ -302,6 +302,7 @@ def samples():
     walk = smmu.start_walk(small.STAGE1, small.RW)
     walk.close()
     yield walk
+    yield smmufast.Invalidated(SCRIPT, True, False, sids=(1, 2))
     yield smmufast.StaleEntry("tlb", (1, SCRIPT), None, SCRIPT)
     yield stalls.stall(stalls.system()[0])
     device = smmufast.AtsDevice(smmu, small.STAGE1)

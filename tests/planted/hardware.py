@@ -451,6 +451,13 @@ MUTANTS = [
          ("test_tlb.py", "-k", "random_programs")),
     ),
     *of(
+        "_device/smmu_walk.pxi",
+        ("a-transaction-holds-nothing", "self.begun = walk_enter(&self.smmu.core, True)",
+         "self.begun = walk_enter(&self.smmu.core, False)", some("told", "sync_waits")),
+        ("a-transaction-that-ends-lets-nothing-go", "        if walk_leave(core, self.begun):",
+         "        if walk_leave(core, self.begun) and False:", some("told", "sync_waits")),
+    ),
+    *of(
         "_device/smmu_peek.pxi",
         ("a-look-updates-descriptors", "    port.dry = True\n    return looking", "    return looking",
          some("peek", "everything")),
