@@ -163,6 +163,7 @@ class _Uncompiled:
 
     @staticmethod
     def find_spec(name: str, path: _Any = None, target: _Any = None) -> None:
+        """Say which Python a compiled module is for, where it was built for another one."""
         if not name.startswith("smmufast._"):
             return
         here = _os.path.dirname(_os.path.abspath(__file__))

@@ -132,6 +132,7 @@ def _text(name: str, value: object) -> str:
 
 
 def _line(name: str, value: object) -> str:
+    """Return a value in one line, without markup."""
     if isinstance(value, Why):
         return f"{value.name} ({value.rule}): {value.sentence()}"
     if isinstance(value, enum.Enum):

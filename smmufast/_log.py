@@ -106,6 +106,7 @@ _CERROR = {
 
 
 def _cmdq_error(code: int, index: int | None, name: str = "", **more: Any) -> Decoded:
+    """Return the finding of a command queue error."""
     what, check = _CERROR.get(code, ("unknown code", ()))
     at = "" if index is None else f" at index {index:#x} (CONS.RD)"
     which = f" ({name})" if name else ""
@@ -658,6 +659,7 @@ class _Log:
     def read(
         self, text: str, progress: Callable[[int, int], object] | None = None
     ) -> list[Decoded]:
+        """Return what the lines of a text tell."""
         rest = None
         lines = text.count("\n") + 1
         for number, line in _joined(text):
@@ -678,6 +680,7 @@ class _Log:
         self.found.append(lambda: make(*arguments, **more))
 
     def line(self, number: int, line: str) -> None:
+        """Take one line: what it is said to be decides who reads it."""
         if "0x" in line and self.dword(number, line):
             return
         if "smmu" in line:
@@ -814,6 +817,7 @@ class _Log:
         self.found.append(tell)
 
     def page_request(self, number: int, found: re.Match[str]) -> None:
+        """Take a page request of the driver's log."""
         if found[1] in self.asked:
             self.asked.pop(found[1])["alone"] = False
         ssid = int(found[3], 16)

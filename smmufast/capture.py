@@ -391,6 +391,7 @@ class Capture:
 
     @classmethod
     def _load_linux(cls, path: str, watch: Watch) -> Capture:
+        """Load a capture of kind "linux"."""
         meta = read_meta(os.path.join(path, "meta.json"))
         registers = line_registers(meta, meta.inner("regs").values, NEEDED)
         features = features_of(meta, registers)
@@ -436,6 +437,7 @@ class Capture:
 
     @classmethod
     def _load_cases(cls, path: str, watch: Watch) -> Capture:
+        """Load a capture of kind "cases"."""
         where = os.path.join(path, "pages.npz")
         (pages,) = read_arrays(where, watch, pages=("u1", PAGE))
         where = os.path.join(path, "cases.jsonl.gz")

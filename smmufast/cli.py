@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         name: str, text: str, capture: str = "directory of the capture"
     ) -> argparse.ArgumentParser:
+        """Add a command; each has --json, and most take a capture."""
         made = commands.add_parser(
             name,
             help=text[0].lower() + text[1:].rstrip("."),
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    """Run the command that was chosen; what goes wrong is one line."""
     expected: tuple[type[Exception], ...] = (UsageError,)
     try:
         if arguments.command != "decode":  # which needs no numpy, and nothing that is compiled

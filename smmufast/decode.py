@@ -448,6 +448,7 @@ def _tlbi_span(fields: dict[str, int], features: Features | None) -> str:
 
 
 def _tlbi(name: str, fields: dict[str, int], features: Features | None) -> str:
+    """Say what a TLBI command invalidates."""
     vmid = f"VMID {fields['VMID']:#x}" if "VMID" in fields else ""
     asid = f"ASID {fields['ASID']:#x}" if "ASID" in fields else ""
     by_address = "Address" in fields or "IPA" in fields
@@ -593,6 +594,7 @@ def pri_in_words(record: bytes, **more: Any) -> Decoded:
 
 
 def _ste(record: bytes, features: Features | None) -> Decoded:
+    """Decode a stream table entry."""
     from smmufast.explain import describe_ste
 
     fields = layout.unpack("STE", record)
@@ -615,6 +617,7 @@ def _ste(record: bytes, features: Features | None) -> Decoded:
 
 
 def _cd(record: bytes) -> Decoded:
+    """Decode a context descriptor."""
     from smmufast.explain import describe_cd
 
     fields = layout.unpack("CD", record)
@@ -643,6 +646,7 @@ def _cd(record: bytes) -> Decoded:
 
 
 def _l1std(record: bytes) -> Decoded:
+    """Decode a level-1 stream table descriptor."""
     fields = layout.unpack("L1STD", record)
     span = fields["Span"]
     meaning: tuple[str, ...] = ()
@@ -688,6 +692,7 @@ _S2XN = ("execution permitted", "unprivileged execution (with XNX)", "no executi
 
 
 def _pte(record: bytes, stage: int, granule: str, level: int | None, ds: bool) -> Decoded:
+    """Decode a descriptor of a translation table."""
     from smmufast.explain import descriptor_address
 
     d = int.from_bytes(record, "little")
@@ -845,6 +850,7 @@ def _records(
     data: bytes, kind: str | None, stage: int, granule: str, level: int | None,
     features: Features | None, limit: int,
 ) -> list[Decoded]:  # fmt: skip
+    """Decode records in memory order, each of the size of its kind."""
     if kind is None:
         kind = _SIZES.get(len(data))
     if kind is None:

@@ -50,6 +50,7 @@ class IommuError(Exception):
     def __init__(
         self, argument: str, value: object = None, limit: object = None, *, text: str | None = None
     ) -> None:
+        """Name the argument, what was given and what is allowed."""
         self.argument = argument
         self.value = value
         self.limit = limit

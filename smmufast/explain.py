@@ -273,6 +273,7 @@ class _Story:
     """A translation being told: what is known so far, and the lines."""
 
     def __init__(self, result: Result, smmu: Smmu | None) -> None:
+        """Begin with a result; what its fetches say is taken as they are told."""
         self.result = result
         self.smmu = smmu
         self.features: Features | None = None if smmu is None else smmu.features
@@ -312,6 +313,7 @@ class _Story:
         self.say(f"{name}={value}".ljust(25) + f" {meaning}", 5)
 
     def tell(self) -> str:
+        """Return the whole chain in words."""
         result = self.result
         kind = "write to" if result.write else "read of"
         substream = "" if result.ssid is None else f", substream {result.ssid:#x}"
@@ -423,6 +425,7 @@ class _Story:
     # --- fetches ---
 
     def fetch(self, i: int, fetch: Fetch) -> None:
+        """Tell one fetch: a step, or within one where stage 2 serves it."""
         level = "" if fetch.level is None else f", level {fetch.level}"
         inside = fetch.kind == "S2TT" or (fetch.kind == "S2TT update" and self.open)
         if fetch.kind == "S2TT" and not self.open:
@@ -467,6 +470,7 @@ class _Story:
             self.field("L2Ptr", f"{fields['L2Ptr']:#x}", "where it lies")
 
     def tell_ste(self, i: int, fetch: Fetch) -> None:
+        """Tell a stream table entry."""
         self.ste = ste = layout.unpack("STE", fetch.data)
         self.field(
             "V",
@@ -502,6 +506,7 @@ class _Story:
                 self.field(name, _bits(ste[name], 2), f"every access counts as {code}{override}")
 
     def tell_stage1(self, ste: dict[str, int]) -> None:
+        """Tell what an STE says of stage 1."""
         pointer, cdmax = ste["S1ContextPtr"], ste["S1CDMax"]
         what = "the table of context descriptors" if cdmax else "the context descriptor"
         self.field("S1ContextPtr", f"{pointer:#x}", f"where {what} lies")
@@ -547,6 +552,7 @@ class _Story:
             )
 
     def tell_stage2(self, ste: dict[str, int]) -> None:
+        """Tell what an STE says of stage 2."""
         self.field("S2VMID", f"{ste['S2VMID']:#x}", "the virtual machine")
         if not ste["S2AA64"]:
             self.field("S2AA64", "0", "stage-2 tables of the 32-bit architecture (LPAE)")
@@ -631,6 +637,7 @@ class _Story:
         return self.result.iova >> 55 & 1 if self.two_ttbs else 0
 
     def tell_cd(self, i: int, fetch: Fetch) -> None:
+        """Tell a context descriptor."""
         self.cd = cd = layout.unpack("CD", fetch.data)
         if not cd["V"]:
             self.field("V", "0", "invalid: the rest has no meaning")
@@ -700,6 +707,7 @@ class _Story:
         return int.from_bytes(data, "big" if fields is not None and fields[name] else "little")
 
     def tell_tt(self, i: int, fetch: Fetch) -> None:
+        """Tell a descriptor of stage 1."""
         self.descriptor = d = self.number(fetch.data or b"", 1)
         self.level = level = fetch.level or 0
         lg2 = _granule(self.cd, self.half) if self.cd is not None else 0
@@ -751,6 +759,7 @@ class _Story:
         return descriptor_address(d, lg2, self.cd is not None and _ds(self.cd, self.features))
 
     def tell_table(self, i: int, d: int, lg2: int) -> None:
+        """Tell a descriptor of stage 1 that names the next table."""
         self.table = address = self.address(d, lg2) & -(1 << (lg2 or 12))
         space = "IPA " if self.nested else ""
         self.say(f"Bits 1 to 0 are 0b11: a table, the next one, at {space}{address:#x}.", 5)
@@ -772,6 +781,7 @@ class _Story:
                 self.field(name, "1", meaning + ignored)
 
     def tell_leaf(self, kind: str, d: int, lg2: int) -> None:
+        """Tell a page or a block of stage 1."""
         fields = layout.unpack("PTE_S1", d)
         size = ""
         if lg2:
@@ -822,6 +832,7 @@ class _Story:
     # --- stage 2 ---
 
     def tell_s2tt(self, i: int, fetch: Fetch) -> None:
+        """Tell a descriptor of stage 2."""
         ste = self.ste or {}
         self.inner = d = self.number(fetch.data or b"", 2)
         self.inner_level = level = fetch.level or 0
@@ -863,6 +874,7 @@ class _Story:
         return descriptor_address(self.inner, _s2_granule(ste), _s2_ds(ste, self.features))
 
     def tell_stage2_leaf(self, kind: str, shift: int) -> None:
+        """Tell a page or a block of stage 2."""
         ste, d = self.ste or {}, self.inner
         fields = layout.unpack("PTE_S2", d)
         at = self.inner_address & -(1 << shift)
@@ -901,6 +913,7 @@ class _Story:
         )
 
     def tell_update(self, fetch: Fetch) -> None:
+        """Tell a hardware update of a descriptor."""
         stage = 2 if fetch.kind == "S2TT update" else 1
         expected, desired = (
             self.number(word.to_bytes(8, "little"), stage) for word in fetch.swap or (0, 0)
@@ -936,6 +949,7 @@ class _Story:
     # --- ends ---
 
     def end(self) -> None:
+        """Tell how the transaction ended."""
         result = self.result
         if result.action == "ok":
             self.end_ok()
@@ -959,6 +973,7 @@ class _Story:
             self.end_fault(self.fault)
 
     def end_ok(self) -> None:
+        """Tell a translation that succeeded."""
         result = self.result
         lg2 = result.page_lg2 or 0
         offset = result.iova & ((1 << lg2) - 1)
@@ -1005,6 +1020,7 @@ class _Story:
         return f"Because {result.why.sentence(known, self.features)} ({result.why.rule})."
 
     def end_fault(self, fault: Event) -> None:
+        """Tell a fault, its record and its reason."""
         fields = fault.fields
         what = {
             "raz_wi": "reads give zero, writes are ignored",
@@ -1065,6 +1081,7 @@ class _Story:
         return f"Fault control: {text}: {ends}, {'record an event' if r else 'record nothing'}."
 
     def unrecorded(self, fault: Event) -> str:
+        """Say why a fault has no record."""
         reasons = []
         if self.smmu is None or not self.smmu.cr0 & layout.mask("CR0", "EVENTQEN"):
             reasons.append("CR0.EVENTQEN=0")

@@ -137,6 +137,7 @@ class _Search:
     """A search under way."""
 
     def __init__(self, smmu: Smmu, sid: int, ssid: int | None) -> None:
+        """Find the context of the stream, and which addresses it translates."""
         self.smmu = smmu
         self.sid = sid
         self.ssid = ssid

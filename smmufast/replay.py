@@ -281,6 +281,7 @@ class _Run:
         progress: Callable[[int, int], None] | None,
         seed: int,
     ) -> None:
+        """Begin with nothing compared."""
         self.found = found
         self.repeat = repeat
         self.keep = keep
@@ -523,6 +524,7 @@ def _fault_text(result: Result) -> str:
 
 
 def _compare_fault(expected: Expected, result: Result) -> list[str]:
+    """Return what differs in a transaction that is terminated or stalls."""
     fault = result.fault
     found = "no fault" if fault is None else fault.name
     if (result.event is not None) != expected.recorded:

@@ -298,6 +298,7 @@ def _pieces(
 def _readable(
     memory: Memory, at: int, end: int, entry: int, present: Sequence[int] | None
 ) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield pieces of a table: where it begins and ends, and its bytes, None for zeros."""
     i = 0 if present is None else bisect_right(present, at - PAGE)
     while at < end:
         size = min(PIECE, end - at)
@@ -485,6 +486,7 @@ def _array(
     path: tuple[bytes, ...],
     present: Sequence[int] | None,
 ) -> Iterator[Run]:
+    """Yield the runs of an array of stream table entries."""
     for first, end, data in _entries(smmu.memory, base, count, _ENTRY, present):
         problem = None if data is not None else "the entry cannot be read (F_STE_FETCH)"
         yield Run(sid + first, sid + end - 1, base + first * _ENTRY, data, problem, path)

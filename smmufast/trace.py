@@ -195,6 +195,7 @@ class _Mapping:
     """The memory behind an array that is a view of a file, given back as it is used up."""
 
     def __init__(self, array: NDArray[Any]) -> None:
+        """Take an array, and the file that it is mapped from, if it is."""
         self.file: mmap.mmap | None = getattr(array, "_mmap", None)
         self.stride = array.strides[0] if array.ndim else 0
         # the pages of a private mapping ("c") may be the only copy of what was written to them
@@ -228,6 +229,7 @@ class _Trace:
         chunk: int,
         threads: int,
     ) -> None:
+        """Take the arguments of a translation of a trace."""
         self.smmu = smmu
         self.chunk = integer("chunk", chunk, first=1)
         self.threads = threads

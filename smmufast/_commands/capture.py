@@ -31,6 +31,7 @@ def add(command: Add) -> None:
 
 
 def _capture(arguments: argparse.Namespace) -> int:
+    """Run `capture`."""
     from smmufast.capture import Capture
     from smmufast.dumps import complete, memory_of, registers_at, registers_of
 

@@ -53,6 +53,7 @@ def add(command: Add) -> None:
 
 
 def _decode(arguments: argparse.Namespace) -> int:
+    """Run `decode`."""
     from smmufast.decode import DecodeError, decode
 
     data: str | bytes

@@ -20,6 +20,7 @@ def add(command: Add) -> None:
 
 
 def _mappings(arguments: argparse.Namespace) -> int:
+    """Run `mappings`."""
     from smmufast.mappings import mappings
 
     check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20))

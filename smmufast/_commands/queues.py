@@ -55,6 +55,7 @@ def _check_directory(path: str) -> None:
 
 
 def _events(arguments: argparse.Namespace) -> int:
+    """Run `events`."""
     from smmufast.capture import held_queues, load_events, load_queue
     from smmufast.faults import Event
 
@@ -113,6 +114,7 @@ def _events(arguments: argparse.Namespace) -> int:
 
 
 def _commands(arguments: argparse.Namespace) -> int:
+    """Run `commands`."""
     from smmufast.capture import load_batches, load_queue
 
     path = arguments.capture
@@ -178,6 +180,7 @@ def _command_json(command: Decoded) -> dict[str, Any]:
 def _command_batches(
     arguments: argparse.Namespace, features: Features, batches: Sequence[Any]
 ) -> int:
+    """Run `commands` on a file of batches."""
     left = arguments.limit
     documents = []
     names: dict[str, int] = {}

@@ -77,6 +77,7 @@ def add(command: Add) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    """Run `replay`: of a capture, or of what else the argument is."""
     from smmufast.replay import replay
 
     if os.path.isfile(arguments.capture):
@@ -112,6 +113,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _replay_queues(arguments: argparse.Namespace) -> int:
+    """Run `replay` on a file of batches of commands."""
     from smmufast.replay import replay_queues
 
     with Progress("replaying") as progress:
@@ -136,6 +138,7 @@ def _replay_queues(arguments: argparse.Namespace) -> int:
 
 
 def _replay_traffic(arguments: argparse.Namespace) -> int:
+    """Run `replay` on recorded traffic."""
     from smmufast.capture import CaptureError
     from smmufast.traffic import replay
 
@@ -217,6 +220,7 @@ def _stream_rate(tally: Tally) -> str:
 
 
 def _print_replay(found: Replay) -> None:
+    """Print what a replay of a capture found: a table by stream, differences, sums."""
     capture, total = found.capture, found.total
     print(
         f"{capture.name}: {plural(len(capture), 'configuration')}, "

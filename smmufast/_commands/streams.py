@@ -80,6 +80,7 @@ def _streams_of(
 
 
 def _print_streams(found: dict[str, Any]) -> None:
+    """Print the streams of a configuration, as `_streams_of` has them."""
     table = found["table"]
     if table is None:
         print(f"{found['configuration']}: the stream table is beyond the physical address size")
@@ -105,6 +106,7 @@ def _print_streams(found: dict[str, Any]) -> None:
 
 
 def _streams(arguments: argparse.Namespace) -> int:
+    """Run `streams`."""
     capture = load(arguments.capture)
     configurations = capture if arguments.config is None else [chosen(capture, arguments.config)]
     left = arguments.limit

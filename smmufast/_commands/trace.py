@@ -52,6 +52,7 @@ def _check_out(out: str | None, capture: str) -> None:
 
 
 def _trace(arguments: argparse.Namespace) -> int:
+    """Run `trace`."""
     from smmufast._device.smmu import COLUMNS
     from smmufast._engine.tlb import Caches
     from smmufast.trace import TraceError, translate_trace

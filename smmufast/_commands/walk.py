@@ -27,6 +27,7 @@ def add(command: Add) -> None:
 
 
 def _walk(arguments: argparse.Namespace) -> int:
+    """Run `walk`."""
     from smmufast.explain import explain
 
     check_bits(sid=(arguments.sid, 32), ssid=(arguments.ssid, 20), iova=(arguments.iova, 64))

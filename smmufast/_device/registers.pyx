@@ -198,6 +198,7 @@ cdef class Registers:
                   cr0=0b101, cr2=0b10, gbpa=0x1000, eventq_base=None, cmdq_base=None,
                   priq_base=None, Caches caches=None, ignore_s2ptw=False, wired=True,
                   on_interrupt=None):
+        # Every argument is checked before the first one has an effect.
         cdef Queues* q = &self.queues
         cdef bint ignores_s2ptw = to_flag("ignore_s2ptw", ignore_s2ptw)
         cdef bint has_wires = to_flag("wired", wired)

@@ -34,6 +34,7 @@ cdef bint request_legal(const Request* request) noexcept nogil:
 
 
 cdef SmmuC* api_acquire(void* obj) noexcept:
+    """Hold an Smmu and its memory's regions; NULL with an exception set."""
     cdef Smmu smmu
     try:
         if not isinstance(<object>obj, Smmu):
@@ -81,6 +82,7 @@ cdef int api_end(Port* port, int status) noexcept nogil:
 
 
 cdef int api_translate(SmmuC* handle, const Request* request, Outcome* outcome) noexcept nogil:
+    """Smmu.translate, without the GIL."""
     cdef Core* core = <Core*>handle
     cdef Port port
     cdef Memo memo
@@ -138,6 +140,7 @@ cdef bint batch_known(const BatchC* given, BatchC* batch) noexcept nogil:
 
 
 cdef int api_translate_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
+    """Smmu.translate_batch, without the GIL."""
     cdef Core* core = <Core*>handle
     cdef Port port
     cdef BatchC batch
@@ -161,6 +164,7 @@ cdef int api_peek(SmmuC* handle, const Request* request, Outcome* outcome) noexc
 
 
 cdef int api_peek_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
+    """Smmu.translate_batch with peek, without the GIL."""
     cdef Core* core = <Core*>handle
     cdef Port port
     cdef BatchC batch
@@ -174,6 +178,7 @@ cdef int api_peek_batch(SmmuC* handle, const BatchC* given) noexcept nogil:
 
 
 cdef int api_ats_request(SmmuC* handle, const Request* request, AtsC* ats) noexcept nogil:
+    """Smmu.ats_request, without the GIL."""
     cdef Core* core = <Core*>handle
     cdef Port port
     cdef Request own = request[0]
@@ -206,6 +211,7 @@ cdef int api_ats_request(SmmuC* handle, const Request* request, AtsC* ats) noexc
 
 cdef int api_ats_translated(
         SmmuC* handle, const Request* request, Outcome* outcome) noexcept nogil:
+    """Smmu.ats_translated, without the GIL."""
     cdef Core* core = <Core*>handle
     cdef Port port
     cdef Request own = request[0]
@@ -314,6 +320,7 @@ cdef inline bint access_legal(uint64_t offset, uint32_t size) noexcept nogil:
 
 cdef int api_read(
         SmmuC* handle, uint64_t offset, uint32_t size, uint64_t* value) noexcept nogil:
+    """Smmu.read: an exception is reported as unraisable."""
     if not access_legal(offset, size):
         return STATUS_EINVAL
     with gil:
@@ -328,6 +335,7 @@ cdef int api_read(
 
 cdef int api_write(
         SmmuC* handle, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
+    """Smmu.write: an exception is reported as unraisable."""
     if not access_legal(offset, size) or size < 8 and value >> 8 * size:
         return STATUS_EINVAL
     with gil:

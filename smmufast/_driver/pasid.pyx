@@ -254,6 +254,7 @@ cdef class PasidAllocator:
     """
 
     def __cinit__(self, size=1 << 20, *, first=1, cyclic=False):
+        # The bitmaps are one block of memory: free IDs and reserved ones, then a summary of both.
         cdef Pasids* p = &self.pasids
         cdef size_t words, filled
         cdef uint64_t* memory
@@ -676,6 +677,7 @@ cdef class PasidAllocator:
 
     @cython.critical_section
     def __reduce__(self):
+        # The state: cyclic, cursor, bits of free and of reserved IDs, owners.
         cdef Pasids* p = &self.pasids
         cdef Py_ssize_t length = (p.size + 63) // 64 * sizeof(uint64_t)
         owners = self.owners.copy()

@@ -228,6 +228,7 @@ cdef struct Span:
 
 
 cdef Span span_of(first, last, int granule_lg2, int page_lg2, bint leaf):
+    """A range of addresses for the command queue, checked."""
     cdef Span s
     if granule_lg2 != 12 and granule_lg2 != 14 and granule_lg2 != 16:
         raise InvalidArgument("granule_lg2", granule_lg2, "12, 14 or 16")
@@ -412,6 +413,7 @@ cdef class CommandQueue:
     cdef bint _ranges        # range invalidation
 
     def __cinit__(self, smmu, base, size_lg2):
+        # A queue at `base` of 2^size_lg2 commands, which `smmu` consumes.
         if not 0 <= size_lg2 <= 19:
             raise InvalidArgument("size_lg2", size_lg2, "0 to 19")
         self.smmu = smmu
@@ -1201,6 +1203,7 @@ cdef class Undo:
         return self
 
     def __exit__(self, kind, error, traceback):
+        # Undo what was done, the last first; a step that cannot be undone leaves the rest alone.
         if error is None:
             return
         for call, arguments in reversed(self._calls):

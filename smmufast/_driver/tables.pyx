@@ -173,6 +173,7 @@ cdef dict RUNS = {12: (0, 4, 4, 4), 14: (0, 0, 5, 7), 16: (0, 0, 5, 5)}
 
 
 cdef uint64_t stage1_attributes(unsigned int prot, bint dirty) noexcept:
+    """Bits of a leaf of stage 1 with these permissions and memory type."""
     cdef uint64_t d = pte_s1_set_ng(pte_s1_set_af(0, 1), 1)
     if not prot & P_WRITE:
         d = pte_s1_set_ap2(d, 1)
@@ -190,6 +191,7 @@ cdef uint64_t stage1_attributes(unsigned int prot, bint dirty) noexcept:
 
 
 cdef uint64_t stage2_attributes(unsigned int prot, bint fwb) noexcept:
+    """Bits of a leaf of stage 2, likewise."""
     cdef uint64_t d = pte_s2_set_s2ap(pte_s2_set_af(0, 1), prot & (P_READ | P_WRITE))
     if prot & P_MMIO:
         d = pte_s2_set_memattr(d, 1)
@@ -305,6 +307,7 @@ coherent=True, fwb=False, page_sizes=None, ready=True)\n--\n
     def __init__(self, Pages pages not None, *, stage=1, granule=4096, ias=48, oas=48,
                  contiguous=False, dirty=False, coherent=True, fwb=False, page_sizes=None,
                  ready=True):
+        # A table that is checked whole before it takes memory for its root.
         cdef Tree* t = &self.tree
         cdef int level, bits, most
         cdef uint64_t sizes = 0
@@ -511,6 +514,7 @@ coherent=True, fwb=False, page_sizes=None, ready=True)\n--\n
 
     @ready.setter
     def ready(self, value):
+        # Whether the root has been made; setting it makes or gives back the root.
         cdef bint ready = flag("ready", value)
         self._open()
         if ready == (not self.state & NOT_READY):

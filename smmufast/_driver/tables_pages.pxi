@@ -86,6 +86,7 @@ cdef class Pages:
     """
 
     def __init__(self, Memory memory not None, base, size):
+        # Pages from base on, which one region has to hold, all free.
         cdef PagesC* p = &self.c
         cdef Region* region = NULL
         cdef uint64_t at = number("base", base), n = number("size", size), end, total, k

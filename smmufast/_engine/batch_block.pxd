@@ -138,6 +138,7 @@ cdef inline void store_record(
 
 
 cdef inline void store_outcome(const BatchC* batch, size_t i, const Outcome* o) noexcept nogil:
+    """Write a row of the columns that are wanted."""
     store_u64(&batch.pa, i, o.pa)
     store_u8(&batch.action, i, o.action)
     store_u8(&batch.event, i, o.event)

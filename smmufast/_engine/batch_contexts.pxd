@@ -109,6 +109,7 @@ cdef inline void lanes_fill(
 
 
 cdef inline void half_lanes(Lanes* lanes, const Half* half) noexcept nogil:
+    """What vectors ask of tables and leaves, from a half."""
     cdef unsigned int shift = half.shift
     lanes.range_mask = half.range_mask
     lanes.index_mask = half.index_mask

@@ -676,6 +676,7 @@ cdef class Memory:
         self._refresh()
 
     cdef int _inject(self, const Injection* injection) except -1:
+        """Append an injected error."""
         cdef Injection* grown = <Injection*>realloc(
             self.ram.injections, (self.ram.n_injections + 1) * sizeof(Injection))
         if grown == NULL:
@@ -748,6 +749,7 @@ cdef class Memory:
             self.ram.users -= 1
 
     cdef tuple _views(self):
+        """What a pickle or a copy has of the regions: which bytes, and what cannot be copied."""
         cdef Region* region
         cdef Injection* each
         cdef Py_ssize_t i

@@ -91,6 +91,7 @@ cdef uint64_t piece_size(Region* region, uint64_t address, uint64_t n) noexcept 
 
 cdef int read_python(Port* port, Region* region, uint64_t address, uint8_t* buf,
                      uint64_t n) noexcept with gil:
+    """Read by a Python callable: 0, FETCH_ABORT or FETCH_RAISED."""
     cdef object data
     cdef Py_buffer view
     try:
@@ -326,6 +327,7 @@ cdef int port_write(
 
 cdef int swap_python(Port* port, Region* region, uint64_t address, uint64_t expected,
                      uint64_t desired, uint64_t* found) noexcept with gil:
+    """Compare and swap by a Python callable: 0, FETCH_ABORT or FETCH_RAISED."""
     try:
         old = (<object>region.swapper)(
             address, PyBytes_FromStringAndSize(<char*>&expected, 8),

@@ -103,6 +103,7 @@ cdef inline int half_fault(
 cdef inline int walk_once(
         const Context* context, Port* port, uint64_t va, unsigned int access, Leaf* leaf,
         bint simple) noexcept nogil:
+    """Stage 1 of a context that is known: 0, why not, or a negative stop."""
     cdef unsigned int upper = half_of(va, context.two_ttbs)
     # opaque, or its place is computed again at every use
     cdef const Half* half = <const Half*>noinline(<void*>&context.half[upper])

@@ -274,6 +274,7 @@ cdef class Cache:
         return self.get().live
 
     def __iter__(self):
+        # Entries are copied while the caches are held, and made into objects afterwards.
         cdef CacheC* c = self.get()
         cdef Mutex* mutex = self.caches.c.mutex
         cdef uint64_t slot, n = 0, i
@@ -864,6 +865,7 @@ cdef class Caches:
         return self._contents()
 
     cdef bytes _contents(self):
+        """The state, as bytes."""
         cdef uint64_t size = 0
         cdef char* state
         mutex_have_gil(self.c.mutex)

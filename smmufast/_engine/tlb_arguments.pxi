@@ -177,6 +177,7 @@ cdef bint table_possible(const Table* e) noexcept nogil:
 
 
 cdef int read_walk_entry(object given, Table* e) except -1:
+    """Take a WalkEntry as a Table, every field checked."""
     if not isinstance(given, WalkEntry):
         raise TypeError(must_be("entry", "a WalkEntry", type(given)))
     memset(e, 0, sizeof(Table))

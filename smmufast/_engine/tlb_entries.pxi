@@ -19,6 +19,7 @@ from smmufast._rules.scope cimport (
 cdef inline uint32_t config_fill(
         CachesC* c, CacheC* cache, uint64_t set, uint64_t first, uint64_t second,
         const uint64_t* words) noexcept nogil:
+    """Keep a structure in place of the one with its tag, or of a victim: its handle."""
     cdef int64_t slot = cache_find(cache, set, first, second, sizeof(ConfigEntry))
     if slot >= 0:
         cache_drop(cache, slot)

@@ -98,6 +98,7 @@ cdef int refuse(str why, int number, uint64_t slot) except -1:
 
 
 cdef int admit_config(CachesC* c, int number, uint64_t slot, Reader* reader) except -1:
+    """Take an STE or a CD of a state, if it can be there."""
     cdef CacheC* cache = &c.cache[number]
     cdef ConfigEntry e
     cdef uint64_t set
@@ -117,6 +118,7 @@ cdef int admit_config(CachesC* c, int number, uint64_t slot, Reader* reader) exc
 
 
 cdef int admit_translation(CachesC* c, uint64_t slot, Reader* reader) except -1:
+    """Take a translation of a state, if it can be there."""
     cdef CacheC* cache = &c.cache[CACHE_TLB]
     cdef Entry e
     cdef Filter rivals
@@ -135,6 +137,7 @@ cdef int admit_translation(CachesC* c, uint64_t slot, Reader* reader) except -1:
 
 
 cdef int admit_table(CachesC* c, int number, uint64_t slot, Reader* reader) except -1:
+    """Take a table of a state, if it can be there."""
     cdef CacheC* cache = &c.cache[number]
     cdef Table e
     cdef uint64_t set

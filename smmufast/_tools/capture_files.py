@@ -300,6 +300,7 @@ def npy_header(
 
 
 def _array(path: str, name: str, file: Any, dtype: np.dtype[Any], row: int) -> NDArray[Any]:
+    """Read one array of a file, of this type and with rows of so many bytes."""
     width = row // dtype.itemsize
     shape, fortran, given = npy_header(
         file, lambda what: CaptureError(path, None, f"{name}: {what}")

@@ -121,6 +121,7 @@ class Run:
     """A replay under way."""
 
     def __init__(self, traffic: Traffic, caches: Caches | None, drop: Collection[str]) -> None:
+        """Begin with an SMMU that is switched off and RAM of zeros."""
         self.traffic = traffic
         self.drop = frozenset(drop)
         features, masked = modelled(traffic.features)
@@ -220,6 +221,7 @@ class Run:
         return self.smmu.translate(sid, iova, **self.asked)
 
     def _diverge(self, step: Step, problem: str, result: Result) -> Divergence:
+        """Return a divergence of a transaction, with its chain in words."""
         from smmufast.explain import explain
         from smmufast.streams import bare
 
@@ -238,6 +240,7 @@ class Run:
         return Divergence(step, problem, result, text)
 
     def _translated(self, step: Step) -> Divergence | None:
+        """Compare a transaction that was translated."""
         sid, iova, pa, perm, stage = step.values
         result = self._translate(step, sid, iova, write=not perm & 1)
         if result.action != "ok":
@@ -263,6 +266,7 @@ class Run:
         return None
 
     def _event(self, step: Step) -> Divergence | None:
+        """Compare a transaction that ended with an event, record and all."""
         sid, _, raw = step.values
         fields = Event(raw).fields
         more: dict[str, Any] = {"write": not fields.get("RnW", 1)}

@@ -60,6 +60,7 @@ class Attachment:
         table: CdTable | None = None,
         handle: AttachHandle | None = None,
     ) -> None:
+        """Take what is attached to what; nothing is written yet."""
         self.master = master
         self.domain = domain
         self.ssid = ssid

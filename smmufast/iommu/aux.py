@@ -77,6 +77,7 @@ def init(
 def _enable(
     device: Device, features: tuple[str, ...], min_pasid: SupportsIndex, max_pasid: SupportsIndex
 ) -> None:
+    """Enable features of a device, or none of them."""
     enabled = device.enabled_features
     for feature in features:
         if not has_feature(device, feature):

@@ -105,6 +105,7 @@ class Device:
         direct: Iterable[tuple[int, int]] = (),
         group: Group | None = None,
     ) -> None:
+        """Describe a device; a System takes it by `add`."""
         given = (sids,) if isinstance(sids, SupportsIndex) else sids
         instance("sids", given, Iterable)
         numbers = dict.fromkeys(integer("sid", sid) for sid in given)

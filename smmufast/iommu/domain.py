@@ -220,6 +220,7 @@ class PagingDomain(PageTable, Cached):
         contiguous: bool = False,
         ready: bool = True,
     ) -> None:
+        """Make an empty domain; nothing is attached to it."""
         geometry = iommu.geometry(stage, granule)
         super().__init__(
             iommu.system.pages, stage=1 if stage == 1 else 2, dirty=dirty, contiguous=contiguous,
@@ -495,6 +496,7 @@ class NestedDomain(Domain):
     def __init__(
         self, parent: PagingDomain, ste: Iterable[int], *, viommu: Viommu | None = None
     ) -> None:
+        """Nest the stage 1 of a guest, which its STE describes, in a parent's stage 2."""
         instance("ste", ste, Iterable)
         words = tuple(integer("ste", word) for word in ste)
         check_nesting_parent(parent)

@@ -188,6 +188,7 @@ class Picture:
             self._table(below, table, _s2_granule(ste), level, 64 - ste["S2T0SZ"], 2, None)
 
     def _contexts(self, ste: dict[str, int], guest: _Stage2 | None, last: bool) -> None:
+        """Draw a table of context descriptors."""
         base, bits = ste["S1ContextPtr"], min(ste["S1CDMax"], 20)
         leaf_lg2 = _LEAF_LG2.get(ste["S1Fmt"], 0) if bits else 0
         levels = "two levels, " * bool(leaf_lg2)
@@ -242,6 +243,7 @@ class Picture:
     def _context(
         self, prefix: str, last: bool, ssid: int, address: int, guest: _Stage2 | None
     ) -> None:
+        """Draw one context descriptor and its tables."""
         words = self.words(address, 8) or [0] * 8
         cd = layout.unpack("CD", sum(word << 64 * i for i, word in enumerate(words)))
         whose = f"PASID {ssid}" if ssid else "no PASID"

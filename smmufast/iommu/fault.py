@@ -134,6 +134,7 @@ def service(iommu: Iommu) -> int:
 def _event(
     iommu: Iommu, record: Record, raised: list[BaseException], tried: dict[PageFault, int]
 ) -> None:
+    """Handle one record of the event queue."""
     fields, device = record.fields, record.device
     number = fields["ID"]
     name = _EVENTS.get(number, f"{number:#04x}")
@@ -213,6 +214,7 @@ def _ask(fault: PageFault, domain: Domain | None, raised: list[BaseException]) -
 
 
 def _page_request(iommu: Iommu, record: Record, raised: list[BaseException]) -> None:
+    """Handle one record of the page request queue."""
     fields = record.fields
     if record.answered or is_stop_marker(record):
         return

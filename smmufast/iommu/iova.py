@@ -54,6 +54,7 @@ class IovaAllocator:
     def __init__(
         self, first: int, last: int, granule: int = 4096, *, align_limit: int | None = None
     ) -> None:
+        """Allocate from `first` to `last`, in units of the granule."""
         for name, value in (("granule", granule), ("align_limit", align_limit)):
             if value is not None and (integer(name, value) < 1 or value & (value - 1)):
                 raise InvalidArgument(name, value, "a power of two")

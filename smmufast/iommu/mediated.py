@@ -128,6 +128,7 @@ class Mediated:
             self._detach()
 
     def _detach(self, *, leaving: bool = False) -> None:
+        """Take the mediated device off the PASID that it has."""
         parent, handle, pasid = self.parent, self._handle, self._pasid
         system = parent.system
         assert handle is not None

@@ -97,6 +97,7 @@ class _Aux(Profile):
         return table
 
     def check_main(self, master: Master, domain: Domain) -> None:
+        """Refuse a main domain that a device with this profile cannot have."""
         device = master.device
         if device.aux:
             raise Busy("device", device, text="device has auxiliary domains under its main domain")

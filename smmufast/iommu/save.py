@@ -79,6 +79,7 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, value: object) -> Any:
+        """Return how a value is pickled that has a lock, or memory of its own."""
         if isinstance(value, SystemLock):
             return SystemLock, ()
         if isinstance(value, _RLOCK):
@@ -110,6 +111,7 @@ class _Unpickler(pickle.Unpickler):
         return self._memory
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a class that a saved system may name."""
         known = {**_OTHERS, **self._classes}.get((module, name))
         if known is not None:
             return known

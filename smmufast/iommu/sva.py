@@ -147,6 +147,7 @@ class AddressSpace:
         asid: int | None = None,
         handler: Callable[[PageFault], bool | str] | None = None,
     ) -> None:
+        """Describe the page table of a process, as the processor walks it."""
         fields = {
             "TTB0": ttb,
             "T0SZ": t0sz,

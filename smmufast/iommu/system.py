@@ -164,6 +164,7 @@ class System:
         cpu: Cpu | None = None,
         iopf: bool = True,
     ) -> None:
+        """Make a system of SMMUs, drivers and one space of PASIDs."""
         if not isinstance(profile, Profile):
             raise InvalidArgument("profile", profile, "a Profile (AUX or NOW)")
         instance("pasid_policy", pasid_policy, PasidPolicy)
@@ -291,6 +292,7 @@ class System:
         caches: Callable[[], Caches] | None,
         smmu: Smmu | Iterable[Smmu] | None,
     ) -> list[Smmu]:
+        """Return the SMMUs that the arguments ask for, and the pages for their tables."""
         if smmu is not None:
             instance("smmu", smmu, Smmu, Iterable)
             mine = [smmu] if isinstance(smmu, Smmu) else list(smmu)
@@ -430,6 +432,7 @@ class System:
         group.devices.append(device)
 
     def _default(self, device: Device, undo: Undo) -> Domain:
+        """Return the domain that a device begins with."""
         if self.default_domain == "identity" or (
             self.default_domain == "blocked" and device.direct
         ):

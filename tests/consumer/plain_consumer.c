@@ -92,6 +92,30 @@ static PyObject *py_translate(PyObject *module, PyObject *args)
     return Py_BuildValue("(iN)", status, result_tuple(&result));
 }
 
+/* told(smmu, what, opened=0): "generation", "open" or "close" */
+static PyObject *py_told(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    const char *what;
+    unsigned long long opened = 0, found;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Os|K", &object, &what, &opened))
+        return NULL;
+    smmufast_smmu *smmu = api->acquire(object);
+    if (smmu == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (strcmp(what, "generation") == 0)
+        found = api->generation(smmu);
+    else if (strcmp(what, "open") == 0)
+        found = api->transaction_open(smmu);
+    else
+        found = (unsigned long long)api->transaction_close(smmu, opened);
+    Py_END_ALLOW_THREADS
+    api->release(smmu);
+    return PyLong_FromUnsignedLongLong(found);
+}
+
 /* ats(smmu, sid, ssid, iova, access, no_write, execute, stu_lg2, size)
  * -> (status, how it ended, granted, split, address, bytes, event) */
 static PyObject *py_ats(PyObject *module, PyObject *args)
@@ -688,6 +712,7 @@ static PyObject *py_version(PyObject *module, PyObject *unused)
 static PyMethodDef methods[] = {
     {"translate", py_translate, METH_VARARGS, NULL},
     {"ats", py_ats, METH_VARARGS, NULL},
+    {"told", py_told, METH_VARARGS, NULL},
     {"translate_held", py_translate_held, METH_VARARGS, NULL},
     {"walk", py_walk, METH_VARARGS, NULL},
     {"step", py_step, METH_VARARGS, NULL},

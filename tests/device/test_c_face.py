@@ -19,7 +19,7 @@ from project import TESTS
 from small import BASE, Request
 
 import smmufast
-from smmufast import NO_SUBSTREAM, Memory, Smmu
+from smmufast import NO_SUBSTREAM, Memory, Smmu, layout
 from smmufast.faults import FETCH_KINDS
 
 SOURCES = TESTS / "consumer"
@@ -658,3 +658,34 @@ def test_c_asks_for_translations_and_takes_translated_ones(plain, make, eats):
                 assert c.save() == python.save()
     for size, stu, ssid in ((8, 12, none), (0, 11, none), (0, 44, none), (0, 12, 1 << 20)):
         assert plain.ats(c, 0, ssid, 0, 0, 0, 0, stu, size)[0] == EINVAL
+
+
+def test_c_polls_the_generation_and_holds_cmd_sync_by_a_transaction(plain):
+    smmu, _ = small.system()
+    smmu.memory.add_private(small.QUEUES, 0x1_0000)
+    smmu.write("CR0", 0)
+    smmu.write("CMDQ_BASE", small.QUEUES | 4)
+    smmu.write("CR0", 0b1101)
+    before = plain.told(smmu, "generation")
+    assert before == smmu.generation
+
+    def put(*names):
+        for name in names:
+            prod = smmu.read("CMDQ_PROD")
+            command = layout.pack(name).to_bytes(16, "little")
+            smmu.memory.write(small.QUEUES + 16 * prod, command)
+            smmu.write("CMDQ_PROD", prod + 1)
+
+    opened = plain.told(smmu, "open")
+    put("TLBI_NH_ALL", "SYNC")
+    assert plain.told(smmu, "generation") == smmu.generation > before
+    assert smmu.read("CMDQ_CONS") == 1
+    late = plain.told(smmu, "open")
+    assert plain.told(smmu, "close", opened) == DONE
+    assert smmu.read("CMDQ_CONS") == 2
+    assert plain.told(smmu, "close", late) == DONE
+    smmu.on_interrupt = None
+    opened = plain.told(smmu, "open")
+    put("TLBI_NH_ALL", "SYNC")
+    assert plain.told(smmu, "close", opened) == DONE
+    assert smmu.read("CMDQ_CONS") == 4

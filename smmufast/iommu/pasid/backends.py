@@ -114,6 +114,7 @@ class PasidBackends(PasidNotifiers):
 
     @staticmethod
     def _range(min: SupportsIndex, max: SupportsIndex | None) -> tuple[int, int | None]:
+        """Return the range that PASIDs are asked from, checked."""
         first = index(min)
         if first < 1:
             raise InvalidArgument("min", first, f"1 to {LAST:#x}")
@@ -125,6 +126,7 @@ class PasidBackends(PasidNotifiers):
         return first, most
 
     def _take(self, first: int, most: int | None, owner: Owner | None) -> int:
+        """Take one PASID from the backends, or from the IDs of the space."""
         last = self.limit - 1
         if self._backends:
             return self._take_given(first, last if most is None else most, owner)
@@ -158,6 +160,7 @@ class PasidBackends(PasidNotifiers):
     def _take_many(
         self, count: int, first: int, most: int | None, owner: Owner | None
     ) -> NDArray[np.uint32]:
+        """Take so many PASIDs, or none."""
         if self._backends:
             taken: list[int] = []
             try:

@@ -53,6 +53,7 @@ class PasidSet:
     """
 
     def __init__(self, space: PasidSpace, kind: SetKind, token: object, quota: int) -> None:
+        """Begin an empty set of a space."""
         self.space = space
         self.kind = kind
         self.token = token

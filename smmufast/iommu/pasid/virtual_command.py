@@ -61,6 +61,7 @@ class VirtualCommand:
         scalable_mode: bool = True,
         pasid_capability: bool = True,
     ) -> None:
+        """Offer PASIDs of a host's space to a guest."""
         self.host = host
         self.host_set = host_set
         self.hint = hint

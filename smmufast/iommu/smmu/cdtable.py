@@ -36,6 +36,7 @@ class CdTable:
     __slots__ = ("base", "cds", "fmt", "iommu", "leaves", "masters", "s1cdmax", "spare", "stall")
 
     def __init__(self, iommu: Iommu, ssid_bits: int, stall: bool) -> None:
+        """Take memory for a table of 2^ssid_bits CDs."""
         self.iommu = iommu
         self.s1cdmax = ssid_bits
         self.stall = stall

@@ -135,6 +135,7 @@ class Iommu:
     """
 
     def __init__(self, system: System, smmu: Smmu, number: int) -> None:
+        """Set an SMMU up as its driver does: stream table, queues, then CR0."""
         self.system = system
         self.smmu = smmu
         self.queue: CommandQueue

@@ -67,6 +67,7 @@ class Master:
     )  # fmt: skip
 
     def __init__(self, device: Device, iommu: Iommu, ssid_bits: int, atcs: list[AtsDevice]) -> None:
+        """Take a device behind an SMMU; its streams are blocked until it is attached."""
         self.device = device
         self.iommu = iommu
         self.sids = device.sids
