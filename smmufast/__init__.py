@@ -53,7 +53,7 @@ if _TYPE_CHECKING:
     from smmufast.features import Features, modelled
     from smmufast.why import Why
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ACTIONS",
