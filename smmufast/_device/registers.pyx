@@ -55,6 +55,7 @@ from smmufast._facts.why cimport why_event
 import json
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import fields
+from operator import attrgetter
 from zlib import crc32
 
 from smmufast import layout
@@ -364,7 +365,7 @@ cdef class Registers:
             sids = (effect.sid, effect.sid)
             ssid = effect.ssid if effect.kind == EFFECT_CFGI_CD else None
         elif not configuration:
-            tags = {field.name for field in layout.COMMANDS[name].fields}
+            tags = set(map(attrgetter("name"), layout.COMMANDS[name].fields))
             vmid = effect.vmid if effect.vmid_mask and "VMID" in tags else None
             asid = effect.asid if "ASID" in tags else None
             addresses = None if effect.all_addresses else (effect.first, effect.last)

@@ -3,7 +3,8 @@
 L1STD, STE, L1CD, CD: each pass asks for what the next one reads, so that a block waits for memory
 once a structure and not once a row.  Nothing is decoded here.  A context is recognised by the
 bytes of its STE and its CD: those that are not a pointer to a CD, a table or the ASID are those
-of a Shape.  What is not recognised, faults on its way or does not lie in the window is left.
+of a Shape.  Each pass has a window of its own, for structures of different kinds may lie in
+different regions.  What is not recognised, faults on its way or lies elsewhere is left.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -11,7 +12,7 @@ from libc.string cimport memset
 
 from smmufast._facts.bits cimport le64, likely, load64, low_mask, prefetch, unlikely
 from smmufast._engine.cache cimport ctz64
-from smmufast._engine.memory cimport Window, alike64, reads64
+from smmufast._engine.memory cimport Port, Window, alike64, open_window, port_open, reads64
 from smmufast._facts.hw cimport Hw
 from smmufast._facts.layout cimport (
     cd_set_asid, cd_set_ttb0, cd_set_ttb1, cd_ttb0, cd_ttb1, cr0_smmuen, ste_set_s1contextptr,
@@ -45,6 +46,7 @@ cdef struct Stream:
 cdef struct Ways:
     unsigned int streams
     unsigned int count
+    Window window             # in which `at` is counted
     Stream[ROWS] stream
     uint8_t[ROWS] row         # of the block
     uint32_t[ROWS] index      # of the CD
@@ -79,6 +81,15 @@ cdef inline void shape_keeps(const Hw* hw, Shape* shape) noexcept nogil:
         shape.keep_cd[i] = ~free[i]
 
 
+cdef inline void look_at(Run* run, Window* window, uint64_t address) noexcept nogil:
+    """Let a window be one that holds an address, if there is memory."""
+    cdef Port port
+    if address - window.base > window.span:
+        port_open(&port, run.port.ram, NULL)
+        open_window(&port, address)
+        window[0] = port.window
+
+
 cdef inline uint64_t ask(
         const Hw* hw, const Window* window, uint64_t address, bint whole) noexcept nogil:
     """Ask for a dword, or with `whole` for 64 bytes; how far they lie from the window's begin.
@@ -96,7 +107,8 @@ cdef inline uint64_t ask(
 cdef inline void streams_find(Run* run, const Rows* rows, Ways* ways) noexcept nogil:
     """L1STD and STE of each stream: which shapes' STE it has, and where its table of CDs is."""
     cdef const Hw* hw = &run.core.hw
-    cdef const Window* window = &run.port.window
+    cdef Window first = ways.window, second = ways.window
+    cdef const Window* window = &first
     cdef Stream* stream = NULL
     cdef unsigned int i, k
     cdef uint64_t address = 0
@@ -108,22 +120,30 @@ cdef inline void streams_find(Run* run, const Rows* rows, Ways* ways) noexcept n
             stream.sid = rows.sid[ways.row[i]]
             stream.at = NOT_THERE
             if stream_first(hw, stream.sid, &address):
+                if ways.streams == 1:
+                    look_at(run, &first, address)
                 stream.at = ask(hw, window, address, not hw.two_level)
         stream.end = i + 1
     stream.end = ways.count
     if hw.two_level:
+        k = 0
         for i in range(ways.streams):
             stream = &ways.stream[i]
             if stream.at == NOT_THERE:
                 continue
-            if likely(l1std_next(hw, le64(load64(window.data + stream.at)), stream.sid,
+            if likely(l1std_next(hw, le64(load64(first.data + stream.at)), stream.sid,
                                  &address) == 0):
-                stream.at = ask(hw, window, address, True)
+                if k == 0:
+                    look_at(run, &second, address)
+                k = 1
+                stream.at = ask(hw, &second, address, True)
             else:
                 stream.at = NOT_THERE
+        window = &second
     for i in range(ways.streams):
         stream = &ways.stream[i]
         stream.shapes = 0
+        stream.leaf = 0
         if stream.at == NOT_THERE:
             continue
         for k in range(8):
@@ -164,11 +184,11 @@ cdef inline int way_other(
 cdef inline void ways_begin(Run* run, Rows* rows, Ways* ways) noexcept nogil:
     """Ask for the L1CD, or for the CD, of each row."""
     cdef const Hw* hw = &run.core.hw
-    cdef const Window* window = &run.port.window
     cdef const Stream* stream
     cdef uint32_t least = 0, count = 0, ssid
     cdef uint64_t table
     cdef int leaf, index
+    cdef bint looked = False
     cdef unsigned int i = 0, s, end
     for s in range(ways.streams):
         stream = &ways.stream[s]
@@ -181,6 +201,9 @@ cdef inline void ways_begin(Run* run, Rows* rows, Ways* ways) noexcept nogil:
         substreams_of(hw, stream.ste, &least, &count)
         leaf = stream.leaf
         table = stream.table
+        if not looked:
+            look_at(run, &ways.window, table)
+            looked = True
         while i < end:
             ssid = rows.ssid[ways.row[i]]
             if unlikely(ssid - least >= count):
@@ -191,36 +214,51 @@ cdef inline void ways_begin(Run* run, Rows* rows, Ways* ways) noexcept nogil:
                     continue
                 ssid = <uint32_t>index
             ways.index[i] = ssid
-            ways.at[i] = ask(hw, window, cd_entry(table, leaf, ssid), not leaf)
+            ways.at[i] = ask(hw, &ways.window, cd_entry(table, leaf, ssid), not leaf)
             i += 1
 
 
 cdef inline void ways_down(Run* run, Ways* ways) noexcept nogil:
-    """From the L1CDs to the CDs."""
+    """From the L1CDs to the CDs, whose window is that of the first one."""
     cdef const Hw* hw = &run.core.hw
-    cdef const Window* window = &run.port.window
+    cdef Window above = ways.window
     cdef uint64_t address = 0
+    cdef bint looked = False
     cdef unsigned int i = 0, s, end
     cdef int leaf
     for s in range(ways.streams):
         end = ways.stream[s].end
         leaf = ways.stream[s].leaf
-        if leaf == 0 or not ways.stream[s].shapes:
+        if leaf == 0:
             i = end
-            continue
         while i < end:
             if likely(ways.at[i] != NOT_THERE):
-                if likely(l1cd_leaf(hw, False, leaf, le64(load64(window.data + ways.at[i])),
+                if likely(l1cd_leaf(hw, False, leaf, le64(load64(above.data + ways.at[i])),
                                     ways.index[i], &address) == 0):
-                    ways.at[i] = ask(hw, window, address, True)
+                    if not looked:
+                        look_at(run, &ways.window, address)
+                        looked = True
+                    ways.at[i] = ask(hw, &ways.window, address, True)
                 else:
                     ways.at[i] = NOT_THERE
+            i += 1
+    if ways.window.base == above.base:
+        return
+    i = 0
+    for s in range(ways.streams):  # CDs of linear tables, which were asked for by the other window
+        end = ways.stream[s].end
+        if ways.stream[s].leaf:
+            i = end
+        while i < end:
+            if ways.at[i] != NOT_THERE:
+                ways.at[i] = ask(hw, &ways.window, above.base + ways.at[i], True)
             i += 1
 
 
 cdef inline void ways_end(Run* run, Rows* rows, const Ways* ways) noexcept nogil:
     """The CDs: a row whose context is that of a shape is found; ask for where its walk begins."""
-    cdef const Window* window = &run.port.window
+    cdef const Window* window = &ways.window
+    cdef const Window* tables = &run.port.window
     cdef const Shape* shape
     cdef const Half* half
     cdef const uint8_t* cd
@@ -252,9 +290,9 @@ cdef inline void ways_end(Run* run, Rows* rows, const Ways* ways) noexcept nogil
                 if first != before:
                     before = first
                     at = entry_address(half, first, rows.va[j] & half.index_mask, half.shift)
-                    at -= window.base
-                    if at <= window.span:
-                        prefetch(window.data + at)
+                    at -= tables.base
+                    if at <= tables.span:
+                        prefetch(tables.data + at)
                 break
 
 
@@ -266,6 +304,7 @@ cdef inline void pairs_find(Run* run, Rows* rows, Ways* ways) noexcept nogil:
     if unlikely(run.shapes == 0 or not cr0_smmuen(run.core.hw.cr0)
                 or run.shape[0].memo.hw_generation != run.core.hw.generation):
         return
+    ways.window = run.port.window
     streams_find(run, rows, ways)
     ways_begin(run, rows, ways)
     ways_down(run, ways)

@@ -117,6 +117,9 @@ cdef struct Port:
     void* exception        # a Python exception raised by a callback, owned
 
 
+# Let the next fetches near an address read its region, or its chunk, in place.
+cdef void open_window(Port* port, uint64_t address) noexcept nogil
+
 cdef int fetch_slow(Port* port, int kind, int level, uint64_t address, unsigned int size,
                     uint64_t* words) noexcept nogil
 

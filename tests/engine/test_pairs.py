@@ -1,5 +1,6 @@
 """Batches of many pairs: a context is recognised by bytes, and every bit of them counts."""
 
+import itertools
 import random
 
 import numpy as np
@@ -21,11 +22,13 @@ def words(record, **fields):
 class Many:
     """One SMMU whose streams, or whose PASIDs, have contexts that differ in tables and ASIDs."""
 
-    def __init__(self, streams, two_level, tables=3, features=None):
+    def __init__(self, streams, two_level, tables=3, features=None, regions=()):
         self.streams = streams
         self.ram = np.zeros((16 << 20) // 8, np.uint64)
         memory = Memory()
-        memory.add(self.ram, BASE)
+        ends = (0, *regions, 8 * len(self.ram))
+        for first, end in itertools.pairwise(ends):
+            memory.add(self.ram[first // 8 : end // 8], BASE + first)
         for i in range(tables):
             at = PAGES + i * 0x4000
             # but for the first entry of level 0, which is used, tables of another context
@@ -98,13 +101,18 @@ def requests(rng, n, upper=0.2):
 
 
 SHAPES = pytest.mark.parametrize("two_level", [False, True], ids=["linear", "two levels"])
+#: CDs, STEs, level-1 tables and page tables; in one region, or each in its own, or cut in two
+REGIONS = pytest.mark.parametrize("regions", [
+    (), (2 << 20, 4 << 20, 8 << 20), (1 << 16, 3 << 20, 8 << 20),
+], ids=["one region", "four regions", "tables in two regions"])  # fmt: skip
 KINDS = pytest.mark.parametrize("streams", [False, True], ids=["PASIDs", "streams"])
 
 
 @KINDS
 @SHAPES
-def test_many_pairs_get_what_each_gets_alone(streams, two_level):
-    many = Many(streams, two_level)
+@REGIONS
+def test_many_pairs_get_what_each_gets_alone(streams, two_level, regions):
+    many = Many(streams, two_level, regions=regions)
     rng = random.Random(3)
     which, va = requests(rng, 9000)
     found = many.agrees(which, va, rng.sample(range(9000), 400))
@@ -136,8 +144,9 @@ def test_a_structure_that_changes_is_seen_by_the_next_call(streams, two_level):
 
 @pytest.mark.parametrize("streams, two_level", [(False, True), (True, False)])
 @pytest.mark.parametrize("record", ["cds", "stes"])
-def test_every_bit_of_a_structure_counts(streams, two_level, record):
-    many = Many(streams, two_level)
+@REGIONS
+def test_every_bit_of_a_structure_counts(streams, two_level, record, regions):
+    many = Many(streams, two_level, regions=regions)
     table = getattr(many, record)
     rng = random.Random(5)
     which, va = requests(rng, 400, upper=0.3)
@@ -203,6 +212,24 @@ def test_structures_beyond_the_output_size_fault_though_there_is_memory():
     found = smmu.translate_batch(0, np.zeros(4095, np.uint64), ssid=ssid, columns=COLUMNS)
     assert ((found["action"] == 0) == (ssid >> 6 & 1 == 0)).all()
     assert smmu.translate(0, 0, ssid=64).fault is not None
+
+
+def test_streams_of_both_kinds_of_table_whose_parts_lie_in_other_regions():
+    many = Many(True, True, regions=(1 << 16, 2 << 20, 4 << 20, 8 << 20))
+    level1 = BASE + (5 << 20)
+    for i in range(8):
+        many.put(level1 + 8 * i, BASE + (i << 16) | 1)
+    many.stes[::3] = words("STE", V=1, Config=5, S1CDMax=12, S1Fmt=2, S1DSS=2, S1ContextPtr=level1)
+    which = np.array([random.Random(1).randrange(COUNT) for _ in range(3000)], np.uint32)
+    va = np.arange(3000, dtype=np.uint64) % np.uint64(7) << np.uint64(12)
+    found = many.agrees(which, va, range(0, 3000, 7))
+    assert (found["action"] == 0).any()
+    ssid = np.where(which % 3 == 0, np.arange(3000) % 4000, 0xFFFFFFFF).astype(np.uint32)
+    batch = many.smmu.translate_batch(which, va, ssid=ssid, columns=COLUMNS)
+    for i in range(0, 3000, 7):
+        one = many.smmu.translate_batch(which[i : i + 1], va[i : i + 1], ssid=ssid[i : i + 1],
+                                        columns=COLUMNS)  # fmt: skip
+        assert batch[i] == one[0]
 
 
 def test_a_bypass_is_that_of_a_legal_entry():
