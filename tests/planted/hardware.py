@@ -452,8 +452,8 @@ MUTANTS = [
     ),
     *of(
         "_device/smmu_walk.pxi",
-        ("a-transaction-holds-nothing", "self.begun = walk_enter(&self.smmu.core, True)",
-         "self.begun = walk_enter(&self.smmu.core, False)", some("told", "sync_waits")),
+        ("a-transaction-holds-nothing", "        self.begun = walk_enter(&self.smmu.core, True)",
+         "        self.begun = walk_enter(&self.smmu.core, False)", some("told", "sync_waits")),
         ("a-transaction-that-ends-lets-nothing-go", "walk_leave(core, self.begun)",
          "False", some("told", "sync_waits")),
     ),
