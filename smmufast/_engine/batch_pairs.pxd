@@ -72,10 +72,13 @@ cdef inline void shape_keeps(const Hw* hw, Shape* shape) noexcept nogil:
     for i in range(8):
         shape.keep_ste[i] = ~free[i]
     memset(&free[0], 0, sizeof(free))
-    shape.free_table[0] = free_table(&shape.memo.context.half[0])
-    shape.free_table[1] = free_table(&shape.memo.context.half[1])
-    cd_set_ttb0(&free[0], shape.free_table[0])
-    cd_set_ttb1(&free[0], shape.free_table[1])
+    cd_set_ttb0(&free[0], free_table(&shape.memo.context.half[0]))
+    cd_set_ttb1(&free[0], free_table(&shape.memo.context.half[1]))
+    # of a half without tables the dword says nothing, and of others the low bits are other fields
+    for i in range(2):
+        shape.free_table[i] = 0
+        if shape.memo.context.half[i].enabled:
+            shape.free_table[i] = cd_ttb0(&free[0]) if i == 0 else cd_ttb1(&free[0])
     cd_set_asid(&free[0], 0xFFFF if hw.asid16 or not shape.memo.context.two_ttbs else 0xFF)
     for i in range(8):
         shape.keep_cd[i] = ~free[i]

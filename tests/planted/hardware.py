@@ -478,6 +478,8 @@ MUTANTS = [
          "half.table_mask & low_mask(half.output_bits if half.output_bits < 48 else 48)",
          "low_mask(half.output_bits if half.output_bits < 48 else 48)",
          some("pairs", "every_bit")),
+        ("a-half-without-tables-has-one", "shape.memo.context.half[i].enabled", "True",
+         some("pairs", "without_tables")),
         ("any-ste-is-known", "        shape.keep_ste[i] = ~free[i]", "        shape.keep_ste[i] = 0",
          some("pairs", "every_bit")),
         ("a-part-of-the-cd-is-known", "        shape.keep_cd[i] = ~free[i]",
