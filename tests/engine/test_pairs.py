@@ -232,15 +232,16 @@ def test_streams_of_both_kinds_of_table_whose_parts_lie_in_other_regions():
         assert batch[i] == one[0]
 
 
-@pytest.mark.parametrize("more", [{"EPD1": 1}, {"EPD0": 1}, {"EPD0": 1, "EPD1": 1}])
+@pytest.mark.parametrize("more", [{}, {"EPD1": 1}, {"EPD0": 1}, {"EPD0": 1, "EPD1": 1}])
 def test_halves_without_tables_say_nothing(more):
     many = Many(False, False)
     for i in range(COUNT):
         many.cds[i] = words(
-            "CD", V=1, AA64=1, A=1, R=1, T0SZ=16, T1SZ=16, TG1=2, IPS=5, ASID=i, MAIR0=0xFF,
+            "CD", V=1, AA64=1, A=1, R=1, T0SZ=16, T1SZ=16, TG1=2, IPS=5, ASID=i,
+            MAIR0=0xFF if i % 2 else 0x44,
             TTB0=PAGES + i % 3 * 0x4000 if "EPD0" not in more else i * 0x7FF0 & ~0xF,
             TTB1=PAGES + i % 3 * 0x4000 if "EPD1" not in more else i * 0x7FF0 & ~0xF,
-            HAD0=1, HAD1=1, NSCFG0=1, NSCFG1=1, **more,
+            HAD0=1, HAD1=1, **more,  # the bit beside the address that tells two shapes apart
         )  # fmt: skip
     rng = random.Random(10)
     which, va = requests(rng, 1500, upper=0.5)
