@@ -231,6 +231,21 @@ def test_stores_outside_of_ram_are_a_divergence(whole, tmp_path):
     assert "outside of RAM" in replay(path).divergence.problem
 
 
+def test_a_queue_outside_of_ram_is_an_abort_whatever_is_left_out(whole, tmp_path):
+    def change(lines):
+        for line in lines[1:]:
+            if line[:2] == ["W", 0x90]:
+                line[3] = (1 << 45) | 8
+
+    path = changed(whole, tmp_path / "t", change)
+    assert replay(path, drop=["TLBI_NH_VA"]).dropped == 0
+
+
+def test_an_interrupt_that_is_not_raised_is_a_divergence(whole, tmp_path):
+    path = changed(whole, tmp_path / "t", lambda lines: lines.append(["I", 2]))
+    assert replay(path).divergence.problem == "no interrupt gerror is raised"
+
+
 HEADERS = {
     "no idr": ({"ram": [BASE, SIZE]}, "idr is missing"),
     "no ram": ({"idr": {"IDR0": 10, "IDR1": 0, "IDR3": 0, "IDR5": 0}}, "ram is missing"),
